@@ -1,0 +1,51 @@
+# Seedbed: make help lists the targets. Every target first makes .venv when it is missing or out of date.
+
+PYTHON ?= python3
+CONFIG ?= pipelines/configs/demo.toml
+OUTPUT ?= runs/demo
+ARGS ?=
+
+# faiss and torch differ between machines with and without an NVIDIA GPU: make setup EXTRAS=gpu,demo,dev
+EXTRAS ?= cpu,demo,dev
+
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup curate test test-demo check format bench clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
+
+setup: .venv/ready  ## Make .venv and install everything, from nothing
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Seedbed needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+curate: setup  ## Build a corpus: CONFIG=... OUTPUT=... ARGS='--plan', '--replace', '--runner inline', ...
+	$(BIN)/python -m pipelines.curate --config $(CONFIG) --output $(OUTPUT) $(ARGS)
+
+test: setup  ## Run the tests, as CI runs them
+	$(BIN)/python -m pytest -m "not demo" $(ARGS)
+
+test-demo: curate  ## Check the figures of the demo's corpus, on real images
+	$(BIN)/python -m pytest -m demo $(ARGS)
+
+check: setup  ## Lint, types, architecture; never writes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## Mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## Run every benchmark; rows with the peer, the ratio, the machine and the date
+	$(BIN)/python -m pipelines.bench $(ARGS)
+
+clean:  ## Remove .venv and caches; data and runs stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,62 @@
+"""The corpus on disk: WebDataset tars whose bytes depend on their samples alone.
+
+A sample is `<key>.<ext>`, the original bytes, and `<key>.json`, where it came from and why it is here. Tars are plain
+USTAR with fixed headers (mtime 0, owner 0, mode 644), open with the webdataset library and with `tar`, and hold no
+pickle. Readers go by `corpus-*.parquet`, which names every sample of every tar.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from curation import storage
+from curation.errors import InputError
+from curation.images import EXTENSION_OF_FORMAT
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of the corpus: its key (letters, digits, `-` and `_`), its bytes and format, and its sidecar."""
+
+    key: str
+    data: bytes
+    format: str
+    sidecar: dict[str, Any]
+
+
+def write_tar(path: str, samples: Iterator[Sample]) -> storage.FileRecord:
+    """Write the samples to a tar at `path`, atomically; one sample is in memory at a time."""
+    rows = 0
+    with storage.atomic_write(path) as file:
+        with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT, bufsize=1 << 20) as archive:
+            for sample in samples:
+                sidecar = (json.dumps(sample.sidecar, sort_keys=True, ensure_ascii=False) + "\n").encode()
+                _add(archive, f"{sample.key}.{EXTENSION_OF_FORMAT[sample.format]}", sample.data)
+                _add(archive, f"{sample.key}.json", sidecar)
+                rows += 1
+    return storage.FileRecord(name=path.rpartition("/")[2], sha256=file.sha256, bytes=file.size, rows=rows)
+
+
+def read_tar(path: str) -> Iterator[Sample]:
+    """The samples of a tar that `write_tar` wrote, in order. Raises InputError for any other tar."""
+    format_of = {extension: name for name, extension in EXTENSION_OF_FORMAT.items()}
+    with storage.open_read(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+        members = iter(archive)
+        for image in members:
+            key, _, extension = image.name.partition(".")
+            content = archive.extractfile(image)
+            data = content.read() if content else b""
+            sidecar = next(members, None)
+            if extension not in format_of or sidecar is None or sidecar.name != f"{key}.json":
+                raise InputError(f"{path}: '{image.name}' is not followed by '{key}.json'; this is no tar of a corpus.")
+            content = archive.extractfile(sidecar)
+            yield Sample(key, data, format_of[extension], json.loads(content.read() if content else b"{}"))
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # its defaults are fixed: mtime 0, owner 0 without names, mode 644
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))

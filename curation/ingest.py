@@ -1,0 +1,190 @@
+"""Ingest: from sources to one row per image, or one row per reject with its reason.
+
+    ingest/
+      images-00000.parquet  ...     records.IMAGES: the accepted images, by reference
+      rejects-00000.parquet  ...    records.REJECTS
+      manifest.json
+
+Every image is decoded once here, in a process of its own that may crash or hang; later stages decode the same bytes
+with the same code. Links inside a source are images of their own (exact copies); links that lead out are rejected.
+
+    python -m curation.ingest --config CONFIG.toml --output ingest/
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from curation import command, records, sources, storage
+from curation.config import Settings, load, resolved_toml
+from curation.errors import InputError, RejectBudgetError
+from curation.hashing import image_id
+from curation.images import ImageLimits, ImageRejected, RejectReason
+from curation.probe import Prober
+from curation.runner import Runner, Shard
+from curation.sources import SourceConfig
+from curation.stage import run_shards
+from curation.storage import Manifest, ShardRecord
+
+
+class IngestConfig(Settings):
+    """What to read, and what to refuse."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """The datasets, seeds, pool and holdout."""
+    limits: ImageLimits = ImageLimits()
+    """What an image may cost."""
+    max_reject_fraction: float = Field(default=0.05, ge=0, le=1)
+    """The share of all images that may be rejected before the stage stops."""
+    images_per_shard: int = Field(default=1000, ge=1)
+    """Images of a folder per shard; a tar or a Parquet file is always one shard."""
+
+    @field_validator("sources")
+    @classmethod
+    def _names_are_unique(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        names = [source.name for source in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources have the name {', '.join(map(repr, twice))}; names must be unique")
+        return value
+
+
+def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = False) -> Manifest:
+    """Read every source; returns the manifest of the stage.
+
+    Raises InputError for a source that is missing, empty or unreadable as a whole, RejectBudgetError past the budget;
+    what was finished until then stays, and the stage goes on from there.
+    """
+    listings = {source.name: sources.list_files(source) for source in config.sources}
+    shards: list[Shard] = []
+    for source in config.sources:
+        files = listings[source.name]
+        step = config.images_per_shard if source.layout == "folder" else 1
+        for start in range(0, len(files), step):
+            paths = tuple(file.path for file in files[start : start + step])
+            num_items = len(paths) if source.layout == "folder" else 0
+            shards.append(Shard(f"{len(shards):05d}", (source, paths), num_items))
+    expected = sum(shard.num_items for shard in shards) if all(shard.num_items for shard in shards) else None
+    return run_shards(
+        "ingest",
+        config=config,
+        inputs={name: sources.listing_hash(files) for name, files in listings.items()},
+        output=output,
+        runner=runner,
+        shards=shards,
+        make_worker=functools.partial(make_worker, config.limits, output),
+        replace=replace,
+        check=functools.partial(_check_budget, config.max_reject_fraction, expected, len(shards), output),
+        not_in_plan=frozenset({"max_reject_fraction"}),
+    )
+
+
+def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardRecord]:
+    """A worker that reads and probes the images of one shard after another."""
+    prober = Prober(limits)
+
+    def process(shard: Shard) -> ShardRecord:
+        source, paths = shard.work
+        accepted: list[dict[str, object]] = []
+        rejects: list[dict[str, object]] = []
+        for found in sources.read_source(source, paths):
+            if found.problem is not None or found.data is None:
+                reason, detail = found.problem or (RejectReason.UNREADABLE, "")
+                rejects.append({"uri": found.uri, "source": source.name, "reason": str(reason), "detail": detail})
+                continue
+            try:
+                facts = prober.probe(found.data)
+            except ImageRejected as refusal:
+                reason, detail = refusal.reason, refusal.detail
+                rejects.append({"uri": found.uri, "source": source.name, "reason": str(reason), "detail": detail})
+                continue
+            accepted.append(
+                {
+                    "image_id": image_id(found.data),
+                    "source": source.name,
+                    "role": source.role,
+                    "uri": found.uri,
+                    "offset": found.offset,
+                    "length": found.length,
+                    "width": facts.width,
+                    "height": facts.height,
+                    "format": facts.format,
+                    "phash": facts.phash,
+                    "label": found.label,
+                }
+            )
+        images = pa.Table.from_pylist(accepted, schema=records.IMAGES)
+        rejected = pa.Table.from_pylist(rejects, schema=records.REJECTS)
+        counts = storage.sum_counts({str(row["reason"]): 1} for row in rejects)
+        return ShardRecord(
+            name=shard.name,
+            files=(
+                storage.write_table(storage.join(output, f"images-{shard.name}.parquet"), images),
+                storage.write_table(storage.join(output, f"rejects-{shard.name}.parquet"), rejected),
+            ),
+            totals={"images": len(accepted) + len(rejects), "accepted": len(accepted), "rejected": len(rejects)},
+            rejects=counts,
+        )
+
+    return process
+
+
+def _check_budget(
+    max_fraction: float, expected: int | None, num_shards: int, output: str, done: Sequence[ShardRecord]
+) -> None:
+    """Stop as soon as the rejects so far would pass the budget even if no further image were rejected.
+
+    Where the number of images is not known beforehand (tars, Parquet), the shards so far stand for the others.
+    """
+    seen = sum(record.totals["images"] for record in done)
+    total = expected if expected is not None else seen * num_shards // len(done)
+    rejected = sum(record.totals["rejected"] for record in done)
+    if rejected > max_fraction * total:
+        reasons = storage.sum_counts(record.rejects for record in done)
+        listed = ", ".join(
+            f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
+        )
+        raise RejectBudgetError(
+            f"ingest: {rejected:,} of {total:,} images were rejected, more than max_reject_fraction = {max_fraction:g} "
+            f"allows: {listed}. The list is in {output}/rejects-*.parquet. Mend the sources, or raise "
+            "ingest.max_reject_fraction; what was read so far is kept."
+        )
+
+
+def read_images(folder: str, columns: list[str] | None = None) -> pa.Table:
+    """All rows of the images files of a finished ingest, in shard order."""
+    manifest = storage.require_manifest(folder)
+    schema = records.IMAGES if columns is None else pa.schema([records.IMAGES.field(name) for name in columns])
+    tables = [
+        storage.read_table(storage.join(folder, name), records.IMAGES, columns) for name in manifest.files("images")
+    ]
+    table = pa.concat_tables([schema.empty_table(), *tables])
+    if table.num_rows == 0:
+        raise InputError(f"'{folder}' holds no accepted image. See its rejects-*.parquet for the reasons.")
+    return table
+
+
+def command_line(
+    config: command.ConfigOption,
+    output: command.OutputOption,
+    runner: command.RunnerOption = "ray",
+    workers: command.WorkersOption = None,
+    overrides: command.SetOption = None,
+    plan: command.PlanOption = False,
+    replace: command.ReplaceOption = False,
+) -> None:
+    """Read every source into one row per image."""
+    settings = load(IngestConfig, config, overrides or (), section="ingest")
+    if plan:
+        print(resolved_toml(settings), end="")
+        return
+    with command.open_runner(runner, workers) as chosen:
+        run(settings, output, chosen, replace=replace)
+
+
+if __name__ == "__main__":
+    from curation import ingest  # by its real name, or its classes would exist twice
+
+    command.main(ingest.command_line)

@@ -1,0 +1,82 @@
+"""What a person sees while a stage runs: a bar with count, rate and time left; plain lines when it is no terminal."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+# Between two plain lines. Assumed: often enough to see life, seldom enough for a log of hours.
+SECONDS_BETWEEN_LINES = 10.0
+
+_console = Console(stderr=True, highlight=False)
+
+
+def say(line: str) -> None:
+    """Print one line on standard error, above a running bar."""
+    _console.print(line, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def bar(name: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A progress display of `total` items (0 when unknown); yields the function that counts further items."""
+    started = time.monotonic()
+    count = 0
+    if _console.is_terminal:
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(unit),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=_console, transient=True) as display:
+            task = display.add_task(name, total=total or None)
+
+            def advance(items: int) -> None:
+                nonlocal count
+                count += items
+                display.advance(task, items)
+
+            yield advance
+    else:
+        last_line = started
+
+        def advance(items: int) -> None:
+            nonlocal count, last_line
+            count += items
+            now = time.monotonic()
+            if now - last_line >= SECONDS_BETWEEN_LINES:
+                last_line = now
+                say(_line(name, count, total, unit, now - started))
+
+        yield advance
+    seconds = time.monotonic() - started
+    say(f"{name}: {count:,} {unit} in {seconds:,.1f} s, {count / max(seconds, 1e-9):,.1f} {unit}/s")
+
+
+def _line(name: str, count: int, total: int, unit: str, seconds: float) -> str:
+    rate = count / max(seconds, 1e-9)
+    if not total:
+        return f"{name}: {count:,} {unit}, {rate:,.1f} {unit}/s"
+    left = (total - count) / rate if rate else float("inf")
+    return f"{name}: {count:,} of {total:,} {unit}, {rate:,.1f} {unit}/s, {left:,.0f} s left"
+
+
+class _Rate(ProgressColumn):
+    """Items per second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.1f} {self._unit}/s" if task.speed else f"- {self._unit}/s")
+
+
+def is_terminal() -> bool:
+    """Whether standard error is a terminal."""
+    return sys.stderr.isatty()

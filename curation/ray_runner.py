@@ -1,0 +1,138 @@
+"""The Ray runner: the contract of runner.py on one machine or many. The only file that imports ray.
+
+A local Ray is started where `RAY_ADDRESS` names none, and stopped again by `close`. Ray listens on all addresses of the
+machine, so token authentication stays on: a local Ray gets a random token that only this process and its children know;
+a cluster is joined with the user's own (`RAY_AUTH_TOKEN` or `RAY_AUTH_TOKEN_PATH`).
+"""
+
+import logging
+import os
+import secrets
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from curation.errors import ConfigError, InputError, ShardError, UserError
+from curation.runner import MAX_ATTEMPTS, Runner, Shard, Worker, name_shard
+from curation.storage import ShardRecord
+
+# Results are small and pixels never travel, so the object store stays near Ray's minimum (75 MiB). Assumed ample.
+OBJECT_STORE_BYTES = 100 * 1024**2
+
+
+class RayRunner(Runner):
+    """Runs workers as Ray actors, `num_workers` at a time, each with `cpus_per_worker` and `gpus_per_worker`."""
+
+    def __init__(self, *, num_workers: int, cpus_per_worker: float = 1, gpus_per_worker: float = 0) -> None:
+        if num_workers < 1:
+            raise ConfigError(f"num_workers must be at least 1. Found: {num_workers}")
+        self._num_workers = num_workers
+        self._options = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": -1}
+        self._ray = _connect(num_cpus=max(num_workers * cpus_per_worker, 1))
+        total = self._ray.cluster_resources()
+        for resource, wanted in (("CPU", cpus_per_worker * num_workers), ("GPU", gpus_per_worker * num_workers)):
+            if wanted > total.get(resource, 0):
+                self.close()
+                raise ConfigError(
+                    f"{num_workers} workers need {wanted:g} {resource}; this Ray has {total.get(resource, 0):g}. "
+                    "Ask for fewer workers (runner.num_workers), or join a larger cluster (RAY_ADDRESS)."
+                )
+
+    def close(self) -> None:
+        """Leave Ray, and stop it if this runner started it."""
+        self._ray.shutdown()
+
+    def map(
+        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
+    ) -> Generator[ShardRecord, None, None]:
+        if not shards:
+            return
+        ray = self._ray
+        worker_class = ray.remote(**self._options)(_WorkerActor)
+        actors = [worker_class.remote(make_worker, os.getcwd()) for _ in range(min(self._num_workers, len(shards)))]
+        attempts = [0] * len(shards)
+        waiting = deque(range(len(shards)))
+        running: dict[Any, tuple[int, Any]] = {}  # reference -> shard index, actor
+        finished: dict[int, ShardRecord] = {}
+        # What may be finished ahead of the oldest unfinished shard; bounds `finished` when one shard is slow.
+        window = 32 * len(actors)
+        # One shard per worker: it takes seconds, a result returns in a millisecond, and a death has one suspect.
+        free = deque(actors)
+        next_index = 0
+        try:
+            while next_index < len(shards):
+                while waiting and free and waiting[0] < next_index + window:
+                    index, actor = waiting.popleft(), free.popleft()
+                    attempts[index] += 1
+                    running[actor.process.remote(shards[index])] = (index, actor)
+                done, _ = ray.wait(list(running), num_returns=1)
+                index, actor = running.pop(done[0])
+                free.append(actor)
+                try:
+                    finished[index] = ray.get(done[0])
+                except ray.exceptions.RayTaskError as error:
+                    raise name_shard(stage, shards[index], error.cause) from error
+                except ray.exceptions.RayError as error:  # the worker process or its machine died
+                    if attempts[index] >= MAX_ATTEMPTS:
+                        raise ShardError(
+                            f"{stage}, shard {shards[index].name}: its worker died {attempts[index]} times "
+                            f"({type(error).__name__}: {str(error).splitlines()[0]}). Look for memory that ran out."
+                        ) from error
+                    waiting.appendleft(index)
+                while next_index in finished:
+                    yield finished.pop(next_index)
+                    next_index += 1
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+
+class _WorkerActor:
+    """One worker process: makes the worker once, then takes one shard after another."""
+
+    def __init__(self, make_worker: Callable[[], Worker], folder: str) -> None:
+        # Relative paths in a config mean the same on every worker. A constructor that raised would be retried for ever
+        # and lose its message, so the error is kept and raised by the first shard.
+        self._error: Exception | None = None
+        try:
+            if not os.path.isdir(folder):
+                raise InputError(
+                    f"The folder '{folder}' that the run was started in is not on machine {os.uname().nodename}. "
+                    "Start in a folder that every machine sees."
+                )
+            os.chdir(folder)
+            self._worker = make_worker()
+        except Exception as error:
+            self._error = error
+
+    def process(self, shard: Shard) -> ShardRecord:
+        if self._error is not None:
+            raise self._error
+        return self._worker(shard)
+
+
+def _connect(num_cpus: float) -> Any:
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    elif os.environ.get("RAY_AUTH_MODE") == "disabled":
+        raise UserError(
+            f"RAY_ADDRESS is '{address}' and RAY_AUTH_MODE is 'disabled': anyone who reaches it can run code on it. "
+            "Start it and this command with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN."
+        )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would else hide all GPUs from actors that ask for none by clearing CUDA_VISIBLE_DEVICES, with a warning.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if address is not None:
+        return ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING) and ray
+    ray.init(
+        num_cpus=int(num_cpus + 0.999),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    return ray

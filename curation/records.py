@@ -1,0 +1,88 @@
+"""The Arrow schemas: every column name and type that crosses a file, written once.
+
+`image_id` is text: the first 128 bits of the SHA-256 of the file's bytes as 32 hex digits. It never is a row number.
+"""
+
+import pyarrow as pa
+
+ROLES = ("seed", "pool", "holdout")
+
+IMAGES = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("source", pa.string()),  # name of the dataset
+        ("role", pa.string()),  # one of ROLES
+        ("uri", pa.string()),  # the file that holds the bytes; for Parquet, with '#<column>' behind it
+        ("offset", pa.int64()),  # bytes into the file; for Parquet, the row
+        ("length", pa.int64()),  # bytes
+        ("width", pa.int32()),  # pixels, as seen (after EXIF orientation)
+        ("height", pa.int32()),
+        ("format", pa.string()),
+        ("phash", pa.uint64()),
+        ("label", pa.string()),  # may be null
+    ]
+)
+
+REJECTS = pa.schema([("uri", pa.string()), ("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+THUMBNAILS = pa.schema([("image_id", pa.string()), ("thumbnail", pa.binary())])
+
+PAIRS = pa.schema(
+    [
+        ("image_id", pa.string()),  # the smaller of the two ids
+        ("other_image_id", pa.string()),
+        ("similarity", pa.float32()),
+    ]
+)
+
+DUPLICATES = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("component_id", pa.string()),  # the smallest image_id of the component
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),  # null when kept, else 'exact', 'near' or 'holdout'
+        ("matched_image_id", pa.string()),  # the image for which this one was dropped; null when kept
+        ("similarity", pa.float32()),
+    ]
+)
+
+ASSIGNMENTS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("level", pa.int32()),  # 0 is the finest
+        ("cluster_id", pa.int32()),
+        ("similarity", pa.float32()),  # cosine to the centroid
+    ]
+)
+
+RETRIEVED = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("seed_source", pa.string()),
+        ("seed_image_id", pa.string()),  # null for clusters
+        ("mode", pa.string()),  # 'sample' or 'cluster'
+        ("rank", pa.int32()),  # 0 is the nearest to the seed, or the first drawn from the cluster
+        ("similarity", pa.float32()),  # cosine to the seed image, or to the centroid
+        ("cluster_id", pa.int32()),  # null for samples
+    ]
+)
+
+CORPUS = pa.schema(
+    [
+        ("key", pa.string()),  # name of the sample in its tar
+        ("shard", pa.string()),  # name of the tar
+        ("image_id", pa.string()),
+        ("source", pa.string()),
+        ("role", pa.string()),
+        (
+            "reasons",
+            pa.list_(pa.string()),
+        ),  # why it is here: 'as_is:<dataset>', 'sample:<dataset>:<seed image_id>:<rank>',
+        ("weight", pa.float64()),  # 'cluster:<dataset>:<cluster_id>'
+    ]
+)
+
+
+def vectors(dimensions: int) -> pa.Schema:
+    """The schema of a vectors file: `image_id` and a unit vector of `dimensions` float16 values."""
+    return pa.schema([("image_id", pa.string()), ("vector", pa.list_(pa.float16(), dimensions))])

@@ -1,0 +1,306 @@
+"""Where the user's images lie: listing a source, and reading one image by its reference.
+
+A source is a folder of image files, of WebDataset tars (img2dataset's too), or of Parquet files with image bytes.
+Ingest lists it once and writes a reference (uri, offset, length) per image; every later stage reads by reference, so
+original bytes are never copied before the corpus is packed.
+"""
+
+import json
+import os
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation import storage
+from curation.config import Settings
+from curation.errors import InputError
+from curation.hashing import image_id
+from curation.images import RejectReason
+
+Layout = Literal["folder", "webdataset", "parquet"]
+Role = Literal["seed", "pool", "holdout"]
+
+# Files that count as images in a folder or a tar, by the end of their name; the bytes decide what they really are.
+IMAGE_EXTENSIONS = frozenset({"bmp", "gif", "jfif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"})
+
+# Between a Parquet file's path and the column of its images in a `uri`; the `offset` is then the row.
+PARQUET_MARK = ".parquet#"
+
+
+class SourceConfig(Settings):
+    """One dataset to read."""
+
+    name: str
+    """Name of the dataset; unique in the config."""
+    path: str
+    """Folder (or single tar or Parquet file), local or any fsspec URL."""
+    role: Role
+    """`seed`: trusted, to be resembled. `pool`: to choose from. `holdout`: nothing like it may enter the corpus."""
+    layout: Layout = "folder"
+    """How the images are stored."""
+    image_column: str = "image.bytes"
+    """For Parquet: the column with the encoded image, dots leading into structs."""
+    label_column: str | None = None
+    """For Parquet: a text or integer column that becomes the label."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source: its path relative to the source's folder, and its size in bytes."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """One image as found in a source, with its encoded bytes. `data` is None where `problem` says why."""
+
+    uri: str
+    offset: int
+    length: int
+    data: bytes | None
+    label: str | None
+    problem: tuple[RejectReason, str] | None = None
+
+
+def list_files(source: SourceConfig) -> list[SourceFile]:
+    """The files of a source that hold images, sorted by path. Links to folders are not followed.
+
+    Raises InputError when the path is missing or holds no such file.
+    """
+    extensions = {"folder": IMAGE_EXTENSIONS, "webdataset": {"tar"}, "parquet": {"parquet"}}[source.layout]
+    fs, inner = storage.filesystem(source.path)
+    if not fs.exists(inner):
+        raise InputError(
+            f"source '{source.name}': there is nothing at '{source.path}'. Correct its path in the config."
+        )
+    if fs.isfile(inner):
+        if source.layout == "folder" or _extension(inner) not in extensions:
+            wanted = "a folder" if source.layout == "folder" else f"a folder or a .{min(extensions)} file"
+            raise InputError(
+                f"source '{source.name}': '{source.path}' is a file; layout '{source.layout}' wants {wanted}."
+            )
+        return [SourceFile("", int(fs.size(inner)))]
+    found = [
+        SourceFile(path[len(inner.rstrip("/")) + 1 :], int(info["size"] or 0))
+        for path, info in fs.find(inner, detail=True).items()
+        if _extension(path) in extensions
+    ]
+    if not found:
+        wanted = ", ".join(sorted(extensions))
+        raise InputError(
+            f"source '{source.name}': no images in '{source.path}' (looked for files ending in {wanted}). "
+            f"Correct its path, or its layout, which is '{source.layout}'."
+        )
+    return sorted(found, key=lambda file: file.path)
+
+
+def listing_hash(files: list[SourceFile]) -> str:
+    """A hash of the names and sizes of a source's files; changed bytes are noticed when an image is read again."""
+    return storage.hash_json([[file.path, file.size] for file in files])
+
+
+def read_source(source: SourceConfig, paths: tuple[str, ...]) -> Iterator[Found]:
+    """Yield the images in the files `paths` of a source, in a fixed order, one in memory at a time.
+
+    Raises InputError, with the file, when a tar or Parquet file as a whole cannot be read.
+    """
+    for path in paths:
+        uri = storage.join(source.path, path) if path else source.path
+        match source.layout:
+            case "folder":
+                yield _read_file(source, uri, path)
+            case "webdataset":
+                yield from _read_tar(uri)
+            case "parquet":
+                yield from _read_parquet(uri, source.image_column, source.label_column)
+
+
+def _read_file(source: SourceConfig, uri: str, path: str) -> Found:
+    label = posixpath.dirname(path) or None
+    if storage.is_local(uri):
+        root, target = os.path.realpath(source.path), os.path.realpath(uri)
+        if os.path.commonpath([root, target]) != root:
+            return Found(uri, 0, 0, None, label, (RejectReason.LINK_OUTSIDE_SOURCE, f"leads to '{target}'"))
+    try:
+        data = storage.read_bytes(uri)
+    except OSError as error:
+        return Found(uri, 0, 0, None, label, (RejectReason.UNREADABLE, f"{type(error).__name__}: {error}"))
+    return Found(uri, 0, len(data), data, label)
+
+
+def _read_tar(uri: str) -> Iterator[Found]:
+    """The images of a plain tar, with the label of the sample's `.cls` or `.json` (`label`, `cls` or `class`).
+
+    Only regular files with an image's extension are looked at, nothing is unpacked to disk, and members are read by
+    name only.
+    """
+    with storage.open_read(uri) as file:
+        try:
+            # "r:" refuses compressed tars, whose members have no offset to come back to.
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                yield from _read_samples(archive, file, uri)
+        except tarfile.TarError as error:
+            raise InputError(
+                f"{uri}: not a readable plain tar: {error}. Write it again, uncompressed, or remove it from the source."
+            ) from None
+
+
+def _read_samples(archive: tarfile.TarFile, file: BinaryIO, uri: str) -> Iterator[Found]:
+    images: list[tarfile.TarInfo] = []
+    label: str | None = None
+    key: str | None = None
+    for member in archive:
+        if not member.isfile():
+            continue
+        folder, _, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        if (sample := f"{folder}/{stem}") != key:
+            yield from _found_in_tar(images, file, uri, label)
+            images, label, key = [], None, sample
+        extension = extension.lower()
+        if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            images.append(member)
+        elif extension == "cls":
+            label = _read_member(member, file, uri).decode(errors="replace").strip()
+        elif extension == "json":
+            label = _label_in_json(_read_member(member, file, uri)) or label
+    # A tar ends in two zero blocks; Python's reader takes a file cut between members for a whole one.
+    if images or key is not None:
+        file.seek(archive.offset)
+        if not file.read(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it ends without the end-of-archive mark, so members are missing")
+    yield from _found_in_tar(images, file, uri, label)
+
+
+def _found_in_tar(members: list[tarfile.TarInfo], file: BinaryIO, uri: str, label: str | None) -> Iterator[Found]:
+    for member in members:
+        data = _read_member(member, file, uri)
+        yield Found(uri, member.offset_data, member.size, data, label)
+
+
+def _read_member(member: tarfile.TarInfo, file: BinaryIO, uri: str) -> bytes:
+    position = file.tell()
+    file.seek(member.offset_data)
+    data = file.read(member.size)
+    file.seek(position)
+    if len(data) != member.size:
+        raise tarfile.ReadError(f"member '{member.name}' has {len(data)} of {member.size} bytes")
+    return data
+
+
+def _label_in_json(data: bytes) -> str | None:
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return None  # a sidecar that is no JSON has no label; the image stands
+    if isinstance(values, dict):
+        for name in ("label", "cls", "class"):
+            if isinstance(values.get(name), str | int):
+                return str(values[name])
+    return None
+
+
+def _read_parquet(uri: str, image_column: str, label_column: str | None) -> Iterator[Found]:
+    columns = [image_column] + ([label_column] if label_column else [])
+    with storage.open_read(uri) as file:
+        parquet = _open_parquet(file, uri, columns)
+        row = 0
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group, columns=columns)
+            labels = _leaf(table, label_column).to_pylist() if label_column else [None] * table.num_rows
+            for value, label in zip(_leaf(table, image_column), labels, strict=True):
+                data, text = value.as_py(), None if label is None else str(label)
+                problem = None if data is not None else (RejectReason.EMPTY, "the image column is null")
+                yield Found(f"{uri}#{image_column}", row, len(data or b""), data, text, problem)
+                row += 1
+
+
+def _open_parquet(file: BinaryIO, uri: str, columns: list[str]) -> pq.ParquetFile:
+    try:
+        parquet = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{uri}: not a readable Parquet file: {error}.") from None
+    leaves = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
+    missing = [column for column in columns if column not in leaves]
+    if missing:
+        raise InputError(
+            f"{uri}: no column {', '.join(missing)}. It has: {', '.join(leaves)}. Set image_column (and label_column)."
+        )
+    return parquet
+
+
+def _leaf(table: pa.Table, column: str) -> pa.ChunkedArray:
+    first, *rest = column.split(".")
+    array = table.column(first).combine_chunks()
+    for name in rest:
+        array = array.field(name)
+    return array
+
+
+def _extension(path: str) -> str:
+    return path.rpartition("/")[2].rpartition(".")[2].lower()
+
+
+class ReferenceReader:
+    """Reads images by reference and checks that they are still what ingest saw.
+
+    Keeps the last file open, because references of one shard mostly point into one tar or Parquet file.
+    """
+
+    def __init__(self) -> None:
+        self._uri: str | None = None
+        self._file: BinaryIO | None = None
+        self._parquet: pq.ParquetFile | None = None
+        self._group: tuple[int, int, Any] | None = None  # first row, end row, column of the row group at hand
+
+    def read(self, uri: str, offset: int, length: int, expected_id: str) -> bytes:
+        """The bytes of the image. Raises InputError when the file is gone or its bytes have changed."""
+        try:
+            if self._uri != uri:
+                self.close()
+                path, mark, column = uri.partition(PARQUET_MARK)
+                self._file, self._uri = storage.open_read(path + ".parquet" if mark else uri), uri
+                self._parquet = _open_parquet(self._file, path, [column]) if mark else None
+            data = self._row(offset) if self._parquet else self._slice(offset, length)
+        except OSError as error:
+            raise InputError(f"{uri}: cannot be read any more ({error}). Ingest again with --replace.") from None
+        if image_id(data) != expected_id:
+            raise InputError(
+                f"{uri}: the bytes at {offset} are no longer those of image {expected_id}. "
+                "The source has changed since it was ingested: ingest again with --replace."
+            )
+        return data
+
+    def close(self) -> None:
+        """Close the file at hand."""
+        if self._file is not None:
+            self._file.close()
+        self._uri = self._file = self._parquet = self._group = None
+
+    def _slice(self, offset: int, length: int) -> bytes:
+        assert self._file is not None
+        self._file.seek(offset)
+        return self._file.read(length)
+
+    def _row(self, row: int) -> bytes:
+        assert self._parquet is not None and self._uri is not None
+        column = self._uri.partition(PARQUET_MARK)[2]
+        if self._group is None or not self._group[0] <= row < self._group[1]:
+            start = 0
+            for group in range(self._parquet.num_row_groups):
+                end = start + self._parquet.metadata.row_group(group).num_rows
+                if start <= row < end:
+                    self._group = (start, end, _leaf(self._parquet.read_row_group(group, columns=[column]), column))
+                    break
+                start = end
+            else:
+                return b""
+        assert self._group is not None
+        return self._group[2][row - self._group[0]].as_py() or b""

@@ -1,0 +1,368 @@
+"""Where bytes live: fsspec paths, atomic writes, content hashes, and the manifest that says a stage is done.
+
+A path is local or any fsspec URL (`s3://`, `gs://`, `memory://`). A file appears under its final name whole or not at
+all. What a stage leaves behind:
+
+    <output>/
+      <kind>-00000.parquet  ...     the shards' files
+      manifest.json                 written last: the stage is done, and these are its inputs, config, files and totals
+      .progress/                    only while the stage is unfinished
+        plan.json                   what is being made: stage, config, inputs, number of shards
+        <shard>.json                one per finished shard: its files, their hashes, its totals
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import posixpath
+import secrets
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel, ConfigDict, Field
+
+from curation.errors import InputError, OutputMismatchError
+
+MANIFEST_NAME = "manifest.json"
+PROGRESS_NAME = ".progress"
+TEMPORARY_PREFIX = ".tmp-"
+# The version of everything that stages write. Outputs of another version are refused, not converted.
+FORMAT_VERSION = 1
+
+
+def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
+    """The fsspec filesystem of `path` and the path inside it. Raises InputError for an unknown protocol."""
+    if "://" not in path:  # a crawl's file names may hold '::', which fsspec would take for a chain of protocols
+        return LocalFileSystem(), os.path.abspath(path)
+    try:
+        return fsspec.core.url_to_fs(path)  # type: ignore[no-any-return]  # fsspec is untyped
+    except (ImportError, ValueError) as error:
+        raise InputError(f"Cannot open '{path}': {error}. Install the fsspec driver of its protocol.") from None
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` lies on a filesystem of this machine (mounted network drives count)."""
+    return isinstance(filesystem(path)[0], LocalFileSystem)
+
+
+def join(folder: str, *names: str) -> str:
+    """`folder` and `names` with single slashes between them, keeping a protocol."""
+    return posixpath.join(folder.rstrip("/") or "/", *names)
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is at `path`."""
+    fs, inner = filesystem(path)
+    return bool(fs.exists(inner))
+
+
+def is_folder(path: str) -> bool:
+    """Whether `path` is a folder."""
+    fs, inner = filesystem(path)
+    return bool(fs.isdir(inner))
+
+
+def open_read(path: str) -> BinaryIO:
+    """The file at `path`, opened for reading bytes. Raises FileNotFoundError."""
+    fs, inner = filesystem(path)
+    return fs.open(inner, "rb")  # type: ignore[no-any-return]  # fsspec is untyped
+
+
+def read_bytes(path: str) -> bytes:
+    """All bytes of the file at `path`. Raises FileNotFoundError."""
+    with open_read(path) as file:
+        return file.read()
+
+
+def list_names(folder: str) -> list[str]:
+    """The sorted base names in `folder`; empty when there is no such folder."""
+    fs, inner = filesystem(folder)
+    fs.invalidate_cache()
+    if not fs.isdir(inner):
+        return []
+    return sorted(posixpath.basename(str(entry).rstrip("/")) for entry in fs.ls(inner, detail=False))
+
+
+def delete(path: str) -> None:
+    """Remove the file or folder at `path` if there is one."""
+    fs, inner = filesystem(path)
+    if fs.exists(inner):
+        fs.rm(inner, recursive=True)
+
+
+class HashingFile(io.RawIOBase):
+    """A write-only file that hashes and counts what passes through it. `sha256` and `size` are valid at any time."""
+
+    def __init__(self, target: BinaryIO) -> None:
+        self._target = target
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.size
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self._target.write(view)
+        self.size += len(view)
+        return len(view)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str) -> Iterator[HashingFile]:
+    """A file to write that takes the name `path` only when the block ends without an error.
+
+    Local files are synced and renamed; elsewhere the finished file is uploaded in one piece. After an error, or a kill,
+    nothing is at `path` that was not there before.
+    """
+    fs, inner = filesystem(path)
+    local = isinstance(fs, LocalFileSystem)
+    fs.makedirs(posixpath.dirname(inner), exist_ok=True)
+    folder = posixpath.dirname(inner) if local else tempfile.gettempdir()
+    temporary = f"{folder}/{TEMPORARY_PREFIX}{secrets.token_hex(8)}-{posixpath.basename(inner)}"
+    try:
+        with open(temporary, "xb") as file:
+            yield (writer := HashingFile(file))
+            writer.flush()
+            file.flush()
+            os.fsync(file.fileno())
+        if local:
+            os.replace(temporary, inner)
+        else:
+            fs.put_file(temporary, inner)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def write_bytes(path: str, data: bytes) -> "FileRecord":
+    """Write `data` to `path` atomically and return what was written."""
+    with atomic_write(path) as file:
+        file.write(data)
+    return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=0)
+
+
+def write_table(path: str, table: pa.Table) -> "FileRecord":
+    """Write an Arrow table as Parquet to `path` atomically and return what was written."""
+    with atomic_write(path) as file:
+        pq.write_table(table, pa.PythonFile(file, mode="w"), compression="zstd")
+    return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=table.num_rows)
+
+
+def read_table(path: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file and check that it has the columns of `schema`, or the chosen `columns` of it.
+
+    Raises InputError when there is no such file, when it is no Parquet, or when columns are missing or mistyped.
+    """
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    try:
+        return read_table_columns(path, wanted.names).cast(wanted)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: columns of the wrong type: {error}.") from None
+
+
+def read_table_columns(path: str, columns: list[str]) -> pa.Table:
+    """The named columns of a Parquet file, in that order, whatever their types. Raises InputError as `read_table`."""
+    try:
+        with open_read(path) as file:
+            parquet = pq.ParquetFile(file)
+            names = parquet.schema_arrow.names
+            missing = [name for name in columns if name not in names]
+            if missing:
+                raise InputError(f"{path}: no column {', '.join(missing)}. Found: {', '.join(names) or 'none'}.")
+            return parquet.read(columns=columns).select(columns)
+    except FileNotFoundError:
+        raise InputError(f"No file at '{path}'.") from None
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path}: not a readable Parquet file: {error}.") from None
+
+
+def hash_json(value: Any) -> str:
+    """The SHA-256 of `value` as canonical JSON (sorted keys, no spaces), as 64 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """One file that a shard wrote."""
+
+    name: str
+    sha256: str
+    bytes: int
+    rows: int
+
+
+class ShardRecord(_Record):
+    """One finished shard: its files and its counts."""
+
+    name: str
+    files: tuple[FileRecord, ...] = ()
+    totals: dict[str, int] = Field(default_factory=dict)
+    rejects: dict[str, int] = Field(default_factory=dict)
+
+
+class Plan(_Record):
+    """What a stage is asked to make. Equal plans give equal bytes."""
+
+    stage: str
+    format_version: int = FORMAT_VERSION
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    num_shards: int
+
+
+class Manifest(_Record):
+    """What a finished stage made, and from what. `manifest.json` is this, and its presence means done."""
+
+    plan: Plan
+    shards: tuple[ShardRecord, ...]
+    totals: dict[str, int]
+    rejects: dict[str, int]
+    facts: dict[str, Any] = Field(default_factory=dict)
+    """What the stage found out as a whole, beyond sums over shards: sizes, recalls, rows of a table."""
+
+    @property
+    def content_hash(self) -> str:
+        """Changes when any file that the stage wrote changes, and only then."""
+        return hash_json([[file.name, file.sha256] for shard in self.shards for file in shard.files])
+
+    def files(self, kind: str) -> list[str]:
+        """The names of the files `<kind>-*`, in shard order."""
+        return [file.name for shard in self.shards for file in shard.files if file.name.startswith(kind + "-")]
+
+
+def read_manifest(folder: str) -> Manifest | None:
+    """The manifest of a finished stage in `folder`, or None. Raises InputError when it is not one of ours."""
+    try:
+        data = read_bytes(join(folder, MANIFEST_NAME))
+    except FileNotFoundError:
+        return None
+    return _parse(Manifest, data, join(folder, MANIFEST_NAME))
+
+
+def require_manifest(folder: str) -> Manifest:
+    """The manifest of a finished stage in `folder`. Raises InputError when the stage is not done."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InputError(f"'{folder}' holds no finished stage: no {MANIFEST_NAME}. Run the stage that writes it first.")
+    return manifest
+
+
+def write_manifest(folder: str, manifest: Manifest) -> None:
+    """Mark the stage in `folder` done, then drop its progress files and what killed writers left."""
+    write_bytes(join(folder, MANIFEST_NAME), _dump(manifest))
+    for name in list_names(folder):
+        if name == PROGRESS_NAME or name.startswith(TEMPORARY_PREFIX):
+            delete(join(folder, name))
+
+
+def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, ShardRecord] | Manifest:
+    """Claim `folder` for `plan`: the shards done so far, or the manifest if all are.
+
+    A folder that holds the work of another plan is refused with OutputMismatchError, or emptied when `replace` is set.
+    A folder with files of someone else's and no plan is never emptied.
+    """
+    progress = join(folder, PROGRESS_NAME)
+    manifest = read_manifest(folder)
+    found = manifest.plan if manifest else _read_plan(join(progress, "plan.json"))
+    if found is not None and found != plan:
+        if not replace:
+            raise OutputMismatchError(_mismatch(folder, found, plan))
+        delete(folder)
+        manifest = found = None
+    if manifest is not None:
+        return manifest
+    if found is None:
+        strangers = [
+            name for name in list_names(folder) if name != PROGRESS_NAME and not name.startswith(TEMPORARY_PREFIX)
+        ]
+        if strangers:
+            raise OutputMismatchError(
+                f"'{folder}' holds files that no run of this stage wrote ({', '.join(strangers[:3])}"
+                f"{', ...' if len(strangers) > 3 else ''}). Give an empty folder with --output."
+            )
+        write_bytes(join(progress, "plan.json"), _dump(plan))
+        return {}
+    names = [name for name in list_names(progress) if name.endswith(".json") and name != "plan.json"]
+    records = [_parse(ShardRecord, read_bytes(join(progress, name)), join(progress, name)) for name in names]
+    return {record.name: record for record in records}
+
+
+def mark_shard_done(folder: str, record: ShardRecord) -> None:
+    """Write the marker of one finished shard; its files are already under their final names."""
+    write_bytes(join(folder, PROGRESS_NAME, f"{record.name}.json"), _dump(record))
+
+
+def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The key-wise sum, with sorted keys."""
+    total: dict[str, int] = {}
+    for count in counts:
+        for key, value in count.items():
+            total[key] = total.get(key, 0) + value
+    return dict(sorted(total.items()))
+
+
+def _read_plan(path: str) -> Plan | None:
+    try:
+        return _parse(Plan, read_bytes(path), path)
+    except FileNotFoundError:
+        return None
+
+
+def _dump(record: BaseModel) -> bytes:
+    return (record.model_dump_json(indent=1) + "\n").encode()
+
+
+RecordType = TypeVar("RecordType", bound=_Record)
+
+
+def _parse(model: type[RecordType], data: bytes, path: str) -> RecordType:
+    try:
+        return model.model_validate_json(data)
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a file that this version of Seedbed wrote ({first}).") from None
+
+
+def _mismatch(folder: str, found: Plan, wanted: Plan) -> str:
+    before, after = _flatten(found.model_dump(mode="json")), _flatten(wanted.model_dump(mode="json"))
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    lines = [f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in changed[:8]]
+    more = f"\n  and {len(changed) - 8} more" if len(changed) > 8 else ""
+    return (
+        f"'{folder}' holds the work of another config or of other inputs:\n" + "\n".join(lines) + more + "\n"
+        "Nothing was changed. Give another --output, or --replace to redo this stage and what depends on it."
+    )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, item in value.items()
+        for key, leaf in _flatten(item, f"{prefix}.{name}" if prefix else name).items()
+    }

@@ -1,0 +1,103 @@
+"""Vectors on disk and in memory: Parquet with `image_id` and `vector`, or a user's own `.npy` matrix.
+
+Legend: N vectors, D dimensions.
+"""
+
+import posixpath
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from curation import records, storage
+from curation.errors import InputError
+
+
+def make_table(image_ids: list[str], matrix: np.ndarray) -> pa.Table:
+    """A vectors table from N ids and a matrix (N, D); values are stored as float16."""
+    rows, dimensions = matrix.shape
+    assert rows == len(image_ids), (rows, len(image_ids))
+    values = pa.array(np.ascontiguousarray(matrix, dtype=np.float16).reshape(-1))
+    column = pa.FixedSizeListArray.from_arrays(values, dimensions)
+    return pa.Table.from_arrays([pa.array(image_ids, pa.string()), column], schema=records.vectors(dimensions))
+
+
+def read_file(path: str) -> tuple[list[str], np.ndarray]:
+    """Ids and unit vectors (N, D) float16 of one Parquet or `.npy` file; a row of a matrix has its number as id.
+
+    Vectors are scaled to unit length. Raises InputError naming the file, and the image where there is one, when the
+    file is not of these kinds, or when a vector is missing, zero or not finite.
+    """
+    if path.endswith(".npy"):
+        return _read_npy(path)
+    table = storage.read_table_columns(path, ["image_id", "vector"])
+    image_ids = table.column("image_id").cast(pa.string()).to_pylist()
+    kind = table.schema.field("vector").type
+    column = table.column("vector").combine_chunks()
+    if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise InputError(f"{path}: column 'vector' has type {kind}; expected a list of floats per row.")
+    if column.null_count or table.column("image_id").null_count:
+        raise InputError(f"{path}: a row has no image_id or no vector.")
+    values = column.flatten()  # honours the slice that a table may be of its chunk; .values would not
+    if not pa.types.is_floating(kind.value_type) or values.null_count:
+        raise InputError(f"{path}: column 'vector' has values that are no floats ({kind}).")
+    if len(values) % max(len(column), 1) or len(set(column.value_lengths().to_pylist())) > 1:
+        raise InputError(f"{path}: vectors of different widths in column 'vector'.")
+    width = len(values) // max(len(column), 1) if len(column) else getattr(kind, "list_size", 0)
+    return image_ids, _unit(values.to_numpy(zero_copy_only=False).reshape(len(column), width), image_ids, path)
+
+
+def read_all(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Ids and unit vectors of every file at `path`, one file at a time: a file, or the `.parquet` files of a folder.
+
+    In the folder of a stage these are the files that its manifest names. Raises InputError as `read_file` does, and
+    when there are no vectors or files differ in width.
+    """
+    width: int | None = None
+    for name in _files(path):
+        image_ids, matrix = read_file(name)
+        if width is not None and matrix.shape[1] != width:
+            raise InputError(f"{name}: vectors of width {matrix.shape[1]}; the files before have {width}.")
+        width = matrix.shape[1]
+        yield image_ids, matrix
+
+
+def _files(path: str) -> list[str]:
+    if not storage.exists(path):
+        raise InputError(f"No file or folder at '{path}'.")
+    if not storage.is_folder(path):
+        return [path]
+    manifest = storage.read_manifest(path)
+    names = manifest.files("vectors") if manifest else storage.list_names(path)
+    found = [storage.join(path, name) for name in names if posixpath.splitext(name)[1] in (".parquet", ".npy")]
+    if not found:
+        raise InputError(f"'{path}' holds no vectors: no .parquet and no .npy file.")
+    return found
+
+
+def _read_npy(path: str) -> tuple[list[str], np.ndarray]:
+    with storage.open_read(path) as file:
+        try:
+            matrix = np.load(file, allow_pickle=False)
+        except ValueError as error:
+            raise InputError(f"{path}: not a readable .npy matrix: {error}.") from None
+    if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating):
+        raise InputError(f"{path}: expected a matrix of floats (rows, width). Found: {matrix.dtype} {matrix.shape}.")
+    image_ids = [str(row) for row in range(len(matrix))]
+    return image_ids, _unit(matrix, image_ids, path)
+
+
+def _unit(matrix: np.ndarray, image_ids: list[str], path: str) -> np.ndarray:
+    """`matrix` (N, D) with rows of unit length, float16; what is unit length within float16 stays as it is."""
+    norms = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float32))
+    wrong = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+    if len(wrong):
+        raise InputError(
+            f"{path}: the vector of image '{image_ids[int(wrong[0])]}' is zero or not finite ({len(wrong)} such rows). "
+            "Embed these images again, or leave the rows out."
+        )
+    # Vectors that Seedbed wrote are unit length up to float16 rounding; scaling them again would only add rounding.
+    rough = np.abs(norms - 1) > 2e-3
+    if not rough.any():
+        return matrix.astype(np.float16, copy=False)
+    return np.where(rough[:, None], matrix / norms[:, None], matrix).astype(np.float16)

@@ -1,0 +1,137 @@
+"""THE MAIN PATH: from seed datasets and an uncurated pool to a corpus, one stage after another.
+
+    python -m pipelines.curate --config pipelines/configs/demo.toml --output runs/demo
+
+    runs/demo/
+      run.toml       the resolved config
+      ingest/        every image by reference, or the reason why not      curation/ingest.py
+      embed/         what resembles what                                  curation/embed.py
+      describe/      what is a copy of what                               curation/embed.py
+      pairs/         which two images may be copies                       curation/pairs.py
+      dedup/         which copy is kept, what the holdout takes away      curation/dedup.py
+      cluster/       the kept pool in clusters                            curation/cluster.py
+      retrieve/      what resembles the seeds                             curation/retrieve.py
+      corpus/        the corpus and its composition                       curation/pack.py
+      report.html    what happened, in pictures                           pipelines/report.py
+
+A finished stage is not done again. A stage whose config or inputs have changed is refused, or redone with --replace,
+and with it only the stages that read what came out different.
+"""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from curation import cluster, command, dedup, embed, ingest, pack, pairs, retrieve, storage
+from curation.cluster import ClusterConfig
+from curation.config import Settings, load, resolved_toml
+from curation.dedup import DedupConfig
+from curation.embed import EmbedConfig
+from curation.ingest import IngestConfig
+from curation.pack import PackConfig
+from curation.pairs import PairsConfig
+from curation.retrieve import RetrieveConfig
+from curation.runner import Runner
+from pipelines import demo_data, report
+from pipelines.demo_data import DemoDataConfig
+from pipelines.plan import print_plan
+from pipelines.report import ReportConfig
+
+STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus")
+
+
+class CurateConfig(Settings):
+    """A whole run, one section a stage."""
+
+    demo_data: str | None = None
+    """Folder of the demo's images, fetched when it is missing; leave it out for images of your own."""
+    ingest: IngestConfig
+    """What to read."""
+    embed: EmbedConfig
+    """How images are compared for retrieval."""
+    describe: EmbedConfig
+    """How images are compared for copies."""
+    pairs: PairsConfig = PairsConfig()
+    """How candidate copies are found and judged."""
+    dedup: DedupConfig = DedupConfig()
+    """Where a pair becomes a copy."""
+    cluster: ClusterConfig
+    """How the kept pool is clustered."""
+    retrieve: RetrieveConfig
+    """What each seed dataset brings."""
+    pack: PackConfig = PackConfig()
+    """How the corpus is written."""
+    report: ReportConfig = ReportConfig()
+    """What the report shows."""
+    stated_counts: dict[str, int] = Field(default_factory=dict)
+    """For --plan: images per source, where the images themselves are not at hand."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "CurateConfig":
+        roles = {source.name: source.role for source in self.ingest.sources}
+        for dataset in self.retrieve.datasets:
+            if roles.get(dataset.name) != "seed":
+                raise ValueError(f"retrieve.datasets names '{dataset.name}', which is no source with role 'seed'")
+        if "pool" not in roles.values():
+            raise ValueError("ingest.sources has no source with role 'pool', so there is nothing to retrieve from")
+        if self.dedup.holdout_threshold < self.pairs.min_similarity:
+            raise ValueError(
+                f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below pairs.min_similarity "
+                f"({self.pairs.min_similarity:g}), the lowest similarity that is written"
+            )
+        return self
+
+
+def run(config: CurateConfig, output: str, runner: Runner, *, replace: bool = False) -> None:
+    """Run every stage that is not done, and write the report."""
+    folder = {stage: storage.join(output, stage) for stage in STAGES}
+    images, vectors, descriptors = folder["ingest"], folder["embed"], folder["describe"]
+    copies, kept, clusters, found = folder["pairs"], folder["dedup"], folder["cluster"], folder["retrieve"]
+
+    if not storage.exists(storage.join(output, "run.toml")):
+        _write_config(config, output)
+    ingest.run(config.ingest, images, runner, replace=replace)
+    embed.run(config.embed, images, vectors, runner, replace=replace)
+    embed.run(config.describe, images, descriptors, runner, stage="describe", replace=replace)
+    pairs.run(config.pairs, images, descriptors, copies, runner, replace=replace)
+    dedup.run(config.dedup, images, copies, kept, runner, replace=replace)
+    cluster.run(config.cluster, images, kept, vectors, clusters, runner, replace=replace)
+    retrieve.run(config.retrieve, images, kept, vectors, clusters, found, runner, replace=replace)
+    pack.run(config.pack, images, kept, found, folder["corpus"], runner, replace=replace)
+    _write_config(config, output)  # only now: a config that a stage refuses must not take the place of the run's own
+    report.run(config.report, output)
+
+
+def command_line(
+    config: command.ConfigOption = "pipelines/configs/demo.toml",
+    output: command.OutputOption = "runs/demo",
+    runner: command.RunnerOption = "ray",
+    workers: command.WorkersOption = None,
+    overrides: command.SetOption = None,
+    plan: command.PlanOption = False,
+    replace: command.ReplaceOption = False,
+) -> None:
+    """Build a corpus: ingest, embed, deduplicate, cluster, retrieve, pack, report."""
+    settings = load(CurateConfig, config, overrides or ())
+    if plan:
+        print_plan(settings)
+        return
+    if settings.demo_data is not None:
+        demo_data.run(DemoDataConfig(), Path(settings.demo_data))
+    num_gpus = max(settings.embed.embedder.num_gpus, settings.describe.embedder.num_gpus)
+    with command.open_runner(runner, workers, gpus_per_worker=num_gpus) as chosen:
+        run(settings, output, chosen, replace=replace)
+    report.print_summary(output)
+
+
+def _write_config(config: CurateConfig, output: str) -> None:
+    """Save the resolved config, unless this very text is there already."""
+    path, text = storage.join(output, "run.toml"), resolved_toml(config).encode()
+    if not storage.exists(path) or storage.read_bytes(path) != text:
+        storage.write_bytes(path, text)
+
+
+if __name__ == "__main__":
+    from pipelines import curate  # by its real name, or its classes would exist twice
+
+    command.main(curate.command_line)
