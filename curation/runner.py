@@ -8,8 +8,8 @@
 3.  A worker's result and files depend on its shard, the stage's config and the seed alone: not on the worker, on the
     order, or on what ran before. So any runner, with any number of workers, gives the same bytes.
 4.  Results come in the order of the shards. At most a fixed number of shards is under way at once.
-5.  When a worker raises, the run stops and the error names the stage and the shard: a UserError stays one (status 2),
-    anything else becomes a ShardError. Shards that were finished by then stay finished.
+5.  When a worker raises, or cannot be made, the run stops and the error names the stage and the shard: a UserError
+    stays one (status 2), anything else becomes a ShardError. Shards that were finished by then stay finished.
 6.  When a worker process dies, it is started again and its shard is given out again, up to `MAX_ATTEMPTS` times; then
     a ShardError names the shard.
 7.  Closing the iterator early stops the workers.
@@ -57,11 +57,10 @@ class InlineRunner(Runner):
     def map(
         self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
     ) -> Generator[ShardRecord, None, None]:
-        if not shards:
-            return
-        worker = make_worker()
+        worker: Worker | None = None
         for shard in shards:
             try:
+                worker = worker or make_worker()
                 result = worker(shard)
             except Exception as error:
                 raise name_shard(stage, shard, error) from error

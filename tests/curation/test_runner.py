@@ -1,0 +1,179 @@
+"""The runner contract: one body, both runners, equal bytes."""
+
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from curation import storage
+from curation.config import Settings
+from curation.errors import InputError, ShardError
+from curation.ray_runner import RayRunner
+from curation.runner import InlineRunner, Runner, Shard, Worker
+from curation.stage import PREPARED, run_shards
+from curation.storage import Manifest, ShardRecord
+
+
+class SquareConfig(Settings):
+    offset: int = 0
+
+
+def make_worker(output: str, diary: str) -> Worker:
+    """Writes the square of a number to a file; some numbers bring trouble. Notes its calls in the folder `diary`."""
+    os.makedirs(diary, exist_ok=True)
+    Path(diary, f"worker-{os.getpid()}-{os.urandom(4).hex()}").touch()
+
+    def process(shard: Shard) -> ShardRecord:
+        Path(diary, f"shard-{shard.name}-{os.urandom(4).hex()}").touch()
+        match shard.work:
+            case "wrong input":
+                raise InputError("the file is empty")
+            case "bug":
+                raise ZeroDivisionError("oh")
+            case "dies once" if len(list(Path(diary).glob(f"shard-{shard.name}-*"))) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "always dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+        value = shard.work**2 if isinstance(shard.work, int) else 0
+        file = storage.write_bytes(storage.join(output, f"square-{shard.name}.txt"), str(value).encode())
+        return ShardRecord(name=shard.name, files=(file,), totals={"sum": value})
+
+    return process
+
+
+def shards_of(works: list[object]) -> list[Shard]:
+    return [Shard(f"{number:05d}", work, 1) for number, work in enumerate(works)]
+
+
+@pytest.fixture(scope="module", params=["inline", "ray, 1 worker", "ray, 2 workers"])
+def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    if request.param == "inline":
+        yield InlineRunner()
+        return
+    ray_runner = RayRunner(num_workers=int(request.param.split()[1]))
+    yield ray_runner
+    ray_runner.close()
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Callable[[], Worker]:
+    return functools.partial(make_worker, str(tmp_path / "out"), str(tmp_path / "diary"))
+
+
+def run(runner: Runner, tmp_path: Path, works: list[object], config: SquareConfig | None = None) -> Manifest:
+    output, diary = str(tmp_path / "out"), str(tmp_path / "diary")
+    return run_shards(
+        "square",
+        config=config or SquareConfig(),
+        inputs={"numbers": "1"},
+        output=output,
+        runner=runner,
+        shards=shards_of(works),
+        make_worker=functools.partial(make_worker, output, diary),
+        prepare=functools.partial(write_table_of_squares, output, diary),
+    )
+
+
+def write_table_of_squares(output: str, diary: str) -> ShardRecord:
+    os.makedirs(diary, exist_ok=True)
+    Path(diary, f"prepared-{os.urandom(4).hex()}").touch()
+    return ShardRecord(name=PREPARED, files=(storage.write_bytes(storage.join(output, "table.txt"), b"squares"),))
+
+
+def calls(tmp_path: Path, pattern: str = "shard-*") -> int:
+    return len(list((tmp_path / "diary").glob(pattern)))
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_results_come_in_order(runner: Runner, worker: Callable[[], Worker]) -> None:
+    results = list(runner.map("square", worker, shards_of(list(range(40)))))
+    assert [record.totals["sum"] for record in results] == [number**2 for number in range(40)]
+
+
+def test_no_shards_give_no_results_and_no_worker(runner: Runner, worker: Callable[[], Worker], tmp_path: Path) -> None:
+    assert list(runner.map("square", worker, [])) == []
+    assert calls(tmp_path, "*") == 0
+
+
+def test_worker_is_made_once_per_process(runner: Runner, worker: Callable[[], Worker], tmp_path: Path) -> None:
+    list(runner.map("square", worker, shards_of(list(range(12)))))
+    made = [path.name.split("-")[1] for path in (tmp_path / "diary").glob("worker-*")]
+    assert 1 <= len(made) == len(set(made)) <= 2
+
+
+@pytest.mark.parametrize(("work", "kind"), [("wrong input", InputError), ("bug", ShardError)])
+def test_error_names_the_stage_and_the_shard(
+    runner: Runner, worker: Callable[[], Worker], work: str, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match=r"square, shard 00003: .*(empty|ZeroDivisionError: oh)"):
+        list(runner.map("square", worker, shards_of([0, 1, 2, work, 4])))
+
+
+def test_worker_that_cannot_be_made_is_an_error_of_its_shard(runner: Runner) -> None:
+    with pytest.raises(InputError, match=r"square, shard 0000[01]: no model at '/nowhere'"):
+        list(runner.map("square", make_no_worker, shards_of([1, 2])))
+
+
+def make_no_worker() -> Worker:
+    raise InputError("no model at '/nowhere'")
+
+
+def test_stage_gives_the_same_bytes_with_every_runner(runner: Runner, tmp_path: Path) -> None:
+    run(runner, tmp_path, list(range(20)))
+    run(InlineRunner(), tmp_path / "reference", list(range(20)))
+    assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "reference" / "out")
+
+
+def test_second_run_does_no_work(runner: Runner, tmp_path: Path) -> None:
+    first = run(runner, tmp_path, [1, 2, 3])
+    before = calls(tmp_path, "*")
+    assert run(runner, tmp_path, [1, 2, 3]) == first
+    assert calls(tmp_path, "*") == before
+    assert first.totals == {"sum": 14}
+
+
+def test_run_that_stopped_goes_on_and_gives_the_same_bytes(runner: Runner, tmp_path: Path) -> None:
+    with pytest.raises(ShardError):
+        run(runner, tmp_path, [0, 1, 2, 3, "bug", 5])
+    finished = calls(tmp_path)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    run(runner, tmp_path, [0, 1, 2, 3, 4, 5])
+    assert calls(tmp_path) <= finished + 3  # the shard that failed, and those that had not been begun or not been ended
+    assert calls(tmp_path, "prepared-*") == 1
+    run(InlineRunner(), tmp_path / "reference", [0, 1, 2, 3, 4, 5])
+    assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "reference" / "out")
+
+
+def test_closing_early_stops_the_workers(runner: Runner, worker: Callable[[], Worker], tmp_path: Path) -> None:
+    results = runner.map("square", worker, shards_of(list(range(1000))))
+    assert next(results).totals == {"sum": 0}
+    results.close()
+    assert calls(tmp_path) < 1000
+
+
+@pytest.fixture(scope="module")
+def two_processes() -> Iterator[RayRunner]:
+    """Only Ray has worker processes that can die without taking the run along."""
+    ray_runner = RayRunner(num_workers=2)
+    yield ray_runner
+    ray_runner.close()
+
+
+def test_shard_of_a_dead_worker_is_given_out_again(
+    two_processes: RayRunner, worker: Callable[[], Worker], tmp_path: Path
+) -> None:
+    results = list(two_processes.map("square", worker, shards_of([1, "dies once", 3])))
+    assert [record.totals["sum"] for record in results] == [1, 0, 9]
+    assert calls(tmp_path, "shard-00001-*") == 2
+    assert calls(tmp_path, "shard-00002-*") == 1
+
+
+def test_shard_that_always_kills_its_worker_is_named(two_processes: RayRunner, worker: Callable[[], Worker]) -> None:
+    with pytest.raises(ShardError, match="square, shard 00001: its worker died 3 times"):
+        list(two_processes.map("square", worker, shards_of([1, "always dies", 3, 4, 5])))

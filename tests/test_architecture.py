@@ -1,0 +1,66 @@
+"""The house keeps its shape: who may import whom, and one door each for ray, faiss and OpenCV."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("curation", "training", "evaluation", "pipelines")
+MAY_IMPORT = {
+    "curation": {"curation"},
+    "training": {"training", "curation"},
+    "evaluation": {"evaluation", "curation"},
+    "pipelines": {"pipelines", "curation", "training", "evaluation"},
+}
+DOORS = {
+    "ray": {"curation/ray_runner.py"},
+    "faiss": {"curation/index.py"},
+    "cv2": {"curation/verify.py"},
+}
+NOWHERE = {"torchvision", "pickle", "dill", "joblib"}
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def sources() -> list[Path]:
+    found = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    assert len(found) > 20
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_keep_their_direction(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    name = str(path.relative_to(ROOT))
+    for module in imported_modules(path):
+        top = module.partition(".")[0]
+        if top in PACKAGES:
+            assert top in MAY_IMPORT[package], f"{name} imports {module}"
+        assert top not in NOWHERE, f"{name} imports {module}"
+        if top in DOORS and package == "curation":
+            assert name in DOORS[top], f"{name} imports {module}; its door is {DOORS[top]}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_say_why_they_exist(path: Path) -> None:
+    if path.name != "__init__.py":
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+
+
+def test_loading_weights_never_unpickles() -> None:
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
+                safe = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert safe.get("weights_only") == "True" or safe.get("allow_pickle") == "False", (
+                    f"{path}:{node.lineno}"
+                )
