@@ -6,6 +6,7 @@ a cluster is joined with the user's own (`RAY_AUTH_TOKEN` or `RAY_AUTH_TOKEN_PAT
 """
 
 import logging
+import math
 import os
 import secrets
 from collections import deque
@@ -113,26 +114,27 @@ class _WorkerActor:
 
 def _connect(num_cpus: float) -> Any:
     address = os.environ.get("RAY_ADDRESS")
-    if address is None:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    elif os.environ.get("RAY_AUTH_MODE") == "disabled":
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
         raise UserError(
-            f"RAY_ADDRESS is '{address}' and RAY_AUTH_MODE is 'disabled': anyone who reaches it can run code on it. "
-            "Start it and this command with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN."
+            "RAY_AUTH_MODE is 'disabled': Ray listens on all addresses of a machine, and anyone who reaches it could "
+            "run code on it. Unset it; for a cluster (RAY_ADDRESS), start Ray and this command with one RAY_AUTH_TOKEN."
         )
+    if address is None:
+        # Since 2.59 a local Ray asks for a token unless told otherwise. Without this one it would keep one in the home.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would else hide all GPUs from actors that ask for none by clearing CUDA_VISIBLE_DEVICES, with a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
+    import ray  # reads the environment when it is imported
 
     if address is not None:
-        return ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING) and ray
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        return ray
     ray.init(
-        num_cpus=int(num_cpus + 0.999),
+        num_cpus=math.ceil(num_cpus),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
     )
     return ray

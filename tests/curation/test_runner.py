@@ -2,7 +2,6 @@
 
 import functools
 import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ class SquareConfig(Settings):
 
 
 def make_worker(output: str, diary: str) -> Worker:
-    """Writes the square of a number to a file; some numbers bring trouble. Notes its calls in the folder `diary`."""
+    """Writes the square of a number to a file; some works bring trouble. Notes its calls in the folder `diary`."""
     os.makedirs(diary, exist_ok=True)
     Path(diary, f"worker-{os.getpid()}-{os.urandom(4).hex()}").touch()
 
@@ -33,10 +32,6 @@ def make_worker(output: str, diary: str) -> Worker:
                 raise InputError("the file is empty")
             case "bug":
                 raise ZeroDivisionError("oh")
-            case "dies once" if len(list(Path(diary).glob(f"shard-{shard.name}-*"))) == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "always dies":
-                os.kill(os.getpid(), signal.SIGKILL)
         value = shard.work**2 if isinstance(shard.work, int) else 0
         file = storage.write_bytes(storage.join(output, f"square-{shard.name}.txt"), str(value).encode())
         return ShardRecord(name=shard.name, files=(file,), totals={"sum": value})
@@ -155,25 +150,3 @@ def test_closing_early_stops_the_workers(runner: Runner, worker: Callable[[], Wo
     assert next(results).totals == {"sum": 0}
     results.close()
     assert calls(tmp_path) < 1000
-
-
-@pytest.fixture(scope="module")
-def two_processes() -> Iterator[RayRunner]:
-    """Only Ray has worker processes that can die without taking the run along."""
-    ray_runner = RayRunner(num_workers=2)
-    yield ray_runner
-    ray_runner.close()
-
-
-def test_shard_of_a_dead_worker_is_given_out_again(
-    two_processes: RayRunner, worker: Callable[[], Worker], tmp_path: Path
-) -> None:
-    results = list(two_processes.map("square", worker, shards_of([1, "dies once", 3])))
-    assert [record.totals["sum"] for record in results] == [1, 0, 9]
-    assert calls(tmp_path, "shard-00001-*") == 2
-    assert calls(tmp_path, "shard-00002-*") == 1
-
-
-def test_shard_that_always_kills_its_worker_is_named(two_processes: RayRunner, worker: Callable[[], Worker]) -> None:
-    with pytest.raises(ShardError, match="square, shard 00001: its worker died 3 times"):
-        list(two_processes.map("square", worker, shards_of([1, "always dies", 3, 4, 5])))
