@@ -26,7 +26,7 @@ Layout = Literal["folder", "webdataset", "parquet"]
 Role = Literal["seed", "pool", "holdout"]
 
 # Files that count as images in a folder or a tar, by the end of their name; the bytes decide what they really are.
-IMAGE_EXTENSIONS = frozenset({"bmp", "gif", "jfif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"})
+IMAGE_EXTENSIONS = frozenset({"bmp", "gif", "jfif", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"})
 
 # Between a Parquet file's path and the column of its images in a `uri`; the `offset` is then the row.
 PARQUET_MARK = ".parquet#"

@@ -1,6 +1,7 @@
 """Hashes against their definitions, and near pairs against brute force."""
 
 import hashlib
+from collections.abc import Iterable
 
 import imagehash
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from curation import hashing
-from curation.hashing import hamming_distance, image_id, pairs_within, perceptual_hash, sha256_hex
+from curation.hashing import Pairs, hamming_distance, image_id, pairs_within, perceptual_hash, sha256_hex
 
 
 def near_hashes(seed: int, count: int) -> NDArray[np.uint64]:
@@ -32,7 +33,7 @@ def brute_force(hashes: NDArray[np.uint64], max_distance: int) -> list[tuple[int
     return [pair for pair in pairs if pair[2] <= max_distance]
 
 
-def listed(pairs: object) -> list[tuple[int, int, int]]:
+def listed(pairs: Iterable[Pairs]) -> list[tuple[int, int, int]]:
     return sorted((int(i), int(j), int(d)) for block in pairs for i, j, d in zip(*block, strict=True))
 
 
@@ -92,7 +93,7 @@ def test_pairs_across_tiles_and_blocks_are_found_once() -> None:
 
 
 def test_many_equal_hashes_come_in_bounded_blocks() -> None:
-    count = 2500
+    count = 1500
     hashes = np.full(count, 7, dtype=np.uint64)
     blocks = list(pairs_within(hashes, 2))
     found = np.concatenate([i * count + j for i, j, _ in blocks])

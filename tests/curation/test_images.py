@@ -238,7 +238,7 @@ def test_oriented_jpegs_agree_with_opencv(orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     data = encoded(picture(), "JPEG", exif=exif, quality=95)
-    theirs = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    theirs = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))[..., ::-1]
     assert np.abs(pixels(decode_rgb(data, LIMITS)) - theirs.astype(np.int64)).max() <= 2
 
 

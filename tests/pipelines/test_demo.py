@@ -1,0 +1,149 @@
+"""The figures that the demo must reach, read from the corpus that `make curate` wrote. Run by `make test-demo`."""
+
+import hashlib
+import io
+import json
+import re
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from PIL import Image
+
+from curation import dedup, ingest, pack, records, storage
+from curation.retrieve import read_retrieved
+
+pytestmark = pytest.mark.demo
+
+ROOT = Path(__file__).parents[2]
+DATA, RUN = ROOT / "data" / "demo", ROOT / "runs" / "demo"
+# What must be found of the planted copies at the default thresholds.
+RECALL = {
+    "jpeg": 0.95,
+    "resize": 0.95,
+    "colour": 0.95,
+    "mirror": 0.95,
+    "crop": 0.80,
+    "border": 0.80,
+    "overlay": 0.80,
+    "rotation": 0.80,
+}
+
+
+@pytest.fixture(scope="module")
+def planted() -> pa.Table:
+    return pq.read_table(DATA / "planted.parquet")
+
+
+@pytest.fixture(scope="module")
+def decided() -> dict[str, dict[str, object]]:
+    """What dedup decided for each image, by image_id; the row that stands for it where there are exact copies."""
+    rows: dict[str, dict[str, object]] = {}
+    for name in storage.require_manifest(str(RUN / "dedup")).files("duplicates"):
+        for row in storage.read_table(str(RUN / "dedup" / name), records.DUPLICATES).to_pylist():
+            if row["image_id"] not in rows or row["kept"]:
+                rows[row["image_id"]] = row
+    return rows
+
+
+@pytest.fixture(scope="module")
+def corpus() -> pa.Table:
+    return pack.read_corpus(str(RUN / "corpus"))
+
+
+@pytest.mark.parametrize("transform", RECALL)
+def test_planted_copies_land_in_the_component_of_their_original(
+    transform: str, planted: pa.Table, decided: dict[str, dict[str, object]]
+) -> None:
+    rows = planted.filter(pc.equal(planted["transform"], transform)).to_pylist()
+    assert len(rows) >= 40
+    found = [
+        decided[row["copy_image_id"]]["component_id"] == decided[row["original_image_id"]]["component_id"] for row in rows
+    ]
+    assert sum(found) / len(found) >= RECALL[transform], f"{sum(found)} of {len(found)}"
+
+
+def test_no_planted_copy_of_a_holdout_image_is_in_the_corpus(planted: pa.Table, corpus: pa.Table) -> None:
+    copies = set(planted.filter(pc.equal(planted["original_role"], "holdout"))["copy_image_id"].to_pylist())
+    assert len(copies) >= 100
+    assert copies & set(corpus["image_id"].to_pylist()) == set()
+
+
+def test_no_holdout_image_is_in_the_corpus(corpus: pa.Table) -> None:
+    images = ingest.read_images(str(RUN / "ingest"), ["image_id", "role"])
+    holdout = set(images.filter(pc.equal(images["role"], "holdout"))["image_id"].to_pylist())
+    assert len(holdout) >= 100
+    assert holdout & set(corpus["image_id"].to_pylist()) == set()
+
+
+def test_odd_files_end_as_expected() -> None:
+    accepted = set(ingest.read_images(str(RUN / "ingest"), ["uri"])["uri"].to_pylist())
+    names = storage.require_manifest(str(RUN / "ingest")).files("rejects")
+    rejects = [storage.read_table(str(RUN / "ingest" / name), records.REJECTS) for name in names]
+    reasons = {row["uri"]: row["reason"] for table in rejects for row in table.to_pylist()}
+    for row in pq.read_table(DATA / "odd.parquet").to_pylist():
+        uri = f"data/demo/{row['file']}"
+        assert (uri in accepted) == (row["expected"] == "accepted"), uri
+        assert reasons.get(uri, "accepted") == row["expected"], uri
+
+
+def test_tars_open_with_webdataset_and_tar_and_bytes_hash_to_their_ids(corpus: pa.Table) -> None:
+    tars = sorted((RUN / "corpus").glob("corpus-*.tar"))
+    assert [path.name for path in tars] == sorted(set(corpus["shard"].to_pylist()))
+    seen = []
+    for path in tars:
+        listed = subprocess.run(["tar", "tf", path], capture_output=True, text=True, check=True).stdout.split()
+        samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
+        assert len(listed) == 2 * len(samples)
+        for sample in samples:
+            image = next(value for name, value in sample.items() if name not in ("json",) and not name.startswith("__"))
+            assert hashlib.sha256(image).hexdigest()[:32] == sample["__key__"]
+            assert json.loads(sample["json"])["reasons"]
+            Image.open(io.BytesIO(image)).verify()
+            seen.append(sample["__key__"])
+        with tarfile.open(path) as archive:
+            assert {(member.mtime, member.uid, member.gid, member.uname) for member in archive} == {(0, 0, 0, "")}
+    assert seen == corpus["key"].to_pylist()
+
+
+def test_ids_in_corpus_retrieved_and_composition_agree(corpus: pa.Table) -> None:
+    composition = json.loads((RUN / "corpus" / "composition.json").read_text())
+    retrieved = read_retrieved(str(RUN / "retrieve"))
+    ids = corpus["image_id"].to_pylist()
+    assert len(ids) == len(set(ids)) == composition["total_unique"] == composition["total_rows"]
+    assert set(retrieved["image_id"].to_pylist()) <= set(ids)
+    from_reasons = {
+        (reason.split(":")[1], image_id)
+        for image_id, reasons in zip(ids, corpus["reasons"].to_pylist(), strict=True)
+        for reason in reasons
+        if not reason.startswith("as_is:")
+    }
+    rows = zip(retrieved["seed_source"].to_pylist(), retrieved["image_id"].to_pylist(), strict=True)
+    assert from_reasons == set(rows)
+    for row in composition["datasets"]:
+        own = pc.sum(pc.equal(retrieved["seed_source"], row["dataset"])).as_py()
+        assert row["retrieved"] == own
+    funnel = composition["funnel"]
+    steps = ("candidates", "after_exact", "after_near_duplicates", "after_decontamination")
+    counts = [funnel[step] for step in steps]
+    assert counts == sorted(counts, reverse=True)
+    assert funnel["ingested"] == sum(funnel["rejected"].values()) + funnel["holdout"] + funnel["candidates"]
+
+
+def test_report_is_self_contained() -> None:
+    html = (RUN / "report.html").read_text()
+    loads = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)""", html)
+    assert loads and all(link.startswith(("data:", "#")) for link in loads)
+    assert len(html) < 16_000_000
+
+
+def test_every_kept_image_has_a_vector() -> None:
+    folders = (str(RUN / "ingest"), str(RUN / "dedup"), str(RUN / "embed"))
+    kept = storage.require_manifest(folders[1]).totals["kept"]
+    shards = dedup.kept_shards(*folders)
+    assert sum(len(dedup.read_kept(shard, role=role)[0]) for shard in shards for role in ("seed", "pool")) == kept
