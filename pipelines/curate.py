@@ -116,6 +116,7 @@ def command_line(
     if plan:
         print_plan(settings)
         return
+    report.read_concepts(settings.report)  # a wrong path is better known now than after hours
     if settings.demo_data is not None:
         demo_data.run(DemoDataConfig(), Path(settings.demo_data))
     num_gpus = max(settings.embed.embedder.num_gpus, settings.describe.embedder.num_gpus)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from curation.config import resolved_toml
+from curation.embedders import EmbedderConfig
 from curation.retrieve import DatasetConfig
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def _sources(config: "CurateConfig") -> Table:
         table.add_column(column)
     table.add_column("images stated", justify="right")
     for source in config.ingest.sources:
-        table.add_row(source.name, source.role, source.layout, source.path, _count(config.stated_counts.get(source.name)))
+        stated = _count(config.stated_counts.get(source.name))
+        table.add_row(source.name, source.role, source.layout, source.path, stated)
     return table
 
 
@@ -54,25 +56,30 @@ def _stages(config: "CurateConfig") -> Table:
     table = Table(title="Stages", title_justify="left", show_lines=True)
     table.add_column("stage")
     table.add_column("does")
-    embedder, descriptor, retrieve = config.embed.embedder, config.describe.embedder, config.retrieve
-    check = "verified on thumbnails" if config.pairs.verification else "by the cosine of their descriptors"
+    ingest, pairs, retrieve = config.ingest, config.pairs, config.retrieve
+    check = "verified on thumbnails" if pairs.verification else "judged by the cosine of their descriptors"
     rows = {
-        "ingest": f"reads {len(config.ingest.sources)} sources; rejects at most {config.ingest.max_reject_fraction:.0%}, "
-        f"images above {config.ingest.limits.max_pixels:,} pixels among them",
-        "embed": f"{embedder.name} at {embedder.image_size} pixels on {embedder.device} in {embedder.precision}",
-        "describe": f"{descriptor.name} at {descriptor.image_size} pixels on {descriptor.device} in {descriptor.precision}",
-        "pairs": f"{config.pairs.num_neighbors} nearest descriptors above {config.pairs.min_descriptor_similarity:g}, "
-        f"perceptual hashes within {config.pairs.max_phash_distance} bits, {check}",
+        "ingest": f"reads {len(ingest.sources)} sources; rejects at most {ingest.max_reject_fraction:.0%}, "
+        f"among them what has more than {ingest.limits.max_pixels:,} pixels",
+        "embed": _model(config.embed.embedder),
+        "describe": _model(config.describe.embedder),
+        "pairs": f"{pairs.num_neighbors} nearest descriptors above {pairs.min_descriptor_similarity:g}, "
+        f"perceptual hashes within {pairs.max_phash_distance} bits (-1: none), {check}",
         "dedup": f"copies from {config.dedup.threshold:g}; holdout from {config.dedup.holdout_threshold:g}, "
         f"decontamination '{config.dedup.decontamination}'",
         "cluster": f"{config.cluster.num_clusters:,} clusters, {config.cluster.num_iterations} iterations",
         "retrieve": f"clusters with more than {retrieve.more_than_seeds} seeds of a dataset, "
         f"{retrieve.images_per_cluster:,} images of each; by_size means sample above {retrieve.sample_above:,} seeds",
-        "corpus": f"{config.pack.images_per_shard:,} images per tar, {'with' if config.pack.repeats else 'without'} repeats",
+        "corpus": f"{config.pack.images_per_shard:,} images per tar, "
+        f"{'with' if config.pack.repeats else 'without'} repeats",
     }
     for stage, text in rows.items():
         table.add_row(stage, text)
     return table
+
+
+def _model(embedder: EmbedderConfig) -> str:
+    return f"{embedder.name} at {embedder.image_size} pixels on {embedder.device} in {embedder.precision}"
 
 
 def _way(config: "CurateConfig", dataset: DatasetConfig, seeds: int | None) -> str:

@@ -63,7 +63,8 @@ def test_planted_copies_land_in_the_component_of_their_original(
     rows = planted.filter(pc.equal(planted["transform"], transform)).to_pylist()
     assert len(rows) >= 40
     found = [
-        decided[row["copy_image_id"]]["component_id"] == decided[row["original_image_id"]]["component_id"] for row in rows
+        decided[row["copy_image_id"]]["component_id"] == decided[row["original_image_id"]]["component_id"]
+        for row in rows
     ]
     assert sum(found) / len(found) >= RECALL[transform], f"{sum(found)} of {len(found)}"
 

@@ -1,0 +1,256 @@
+"""The whole pipeline on a few dozen small drawings: same bytes everywhere, no work twice, nothing lost, clear refusals."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+[ingest]
+images_per_shard = 8
+max_reject_fraction = 0.2
+[[ingest.sources]]
+name = "discs"
+role = "seed"
+path = "seeds/discs"
+[[ingest.sources]]
+name = "stripes"
+role = "seed"
+path = "seeds/stripes"
+[[ingest.sources]]
+name = "unseen"
+role = "holdout"
+path = "holdout"
+[[ingest.sources]]
+name = "web"
+role = "pool"
+path = "pool"
+[embed.embedder]
+name = "efficientnet_lite0"
+pooling = "average"
+image_size = 64
+[describe]
+thumbnail_side = 96
+[describe.embedder]
+name = "efficientnet_lite0"
+pooling = "gem"
+image_size = 64
+[pairs]
+min_descriptor_similarity = 0.9
+[dedup]
+threshold = 0.97
+holdout_threshold = 0.95
+[cluster]
+num_clusters = 4
+[retrieve]
+more_than_seeds = 1
+[[retrieve.datasets]]
+name = "discs"
+as_is = true
+retrieval = "sample"
+k = 2
+[[retrieve.datasets]]
+name = "stripes"
+retrieval = "cluster"
+cap = 5
+[pack]
+images_per_shard = 10
+"""
+
+
+def drawing(kind: str, number: int) -> Image.Image:
+    """One of endlessly many discs, stripes or scribbles of 96 x 80 pixels."""
+    generator = np.random.default_rng([sum(map(ord, kind)), number])
+    colours = [tuple(int(value) for value in generator.integers(0, 256, 3)) for _ in range(4)]
+    image = Image.new("RGB", (96, 80), colours[0])
+    draw = ImageDraw.Draw(image)
+    for index in range(1, 4):
+        x, y, size = (int(value) for value in generator.integers(5, 60, 3))
+        match kind:
+            case "discs":
+                draw.ellipse((x, y, x + size, y + size), colours[index])
+            case "stripes":
+                draw.rectangle((0, y, 96, y + size // 6), colours[index])
+            case _:
+                points = [tuple(point) for point in generator.integers(0, 80, (6, 2)).tolist()]
+                draw.line(points, colours[index], width=int(generator.integers(2, 6)))
+    return image
+
+
+def save(image: Image.Image, path: Path, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder with images and a config, to run commands in."""
+    for number in range(10):
+        save(drawing("discs", number), tmp_path / f"seeds/discs/round/{number}.png")
+        save(drawing("stripes", number), tmp_path / f"seeds/stripes/{number}.png")
+    for number in range(100, 104):
+        save(drawing("scribbles", number), tmp_path / f"holdout/{number}.png")
+    for kind in ("discs", "stripes", "scribbles"):
+        for number in range(20, 30):
+            save(drawing(kind, number), tmp_path / f"pool/{kind}/{number}.png")
+    save(drawing("scribbles", 20), tmp_path / "pool/copies/jpeg.jpg", quality=85)
+    save(drawing("scribbles", 100), tmp_path / "pool/copies/of_holdout.jpg", quality=90)
+    save(drawing("scribbles", 21), tmp_path / "pool/copies/exact.png")
+    (tmp_path / "pool/broken.png").write_bytes((tmp_path / "pool/discs/20.png").read_bytes()[:200])
+    (tmp_path / "config.toml").write_text(CONFIG)
+    return tmp_path
+
+
+def command(home: Path, *arguments: str, output: str = "out") -> list[str]:
+    return [sys.executable, "-m", "pipelines.curate", "--config", "config.toml", "--output", output, *arguments]
+
+
+def curate(home: Path, *arguments: str, output: str = "out") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command(home, *arguments, output=output), cwd=home, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def inline(home: Path, *arguments: str, output: str = "out") -> subprocess.CompletedProcess[str]:
+    return curate(home, "--runner", "inline", *arguments, output=output)
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def written_at(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_same_bytes_inline_and_on_ray_with_one_worker_and_two(home: Path) -> None:
+    done = inline(home)
+    assert done.returncode == 0, done.stderr
+    assert "packed" in done.stdout
+    for workers in ("1", "2"):
+        on_ray = curate(home, "--workers", workers, output=f"ray{workers}")
+        assert on_ray.returncode == 0, on_ray.stderr
+        assert bytes_in(home / f"ray{workers}") == bytes_in(home / "out")
+
+
+def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depends_on_it(home: Path) -> None:
+    assert inline(home).returncode == 0
+    before = written_at(home / "out")
+    again = inline(home)
+    assert again.returncode == 0
+    assert again.stderr.count("already done, nothing to do") == 9
+    assert written_at(home / "out") == before
+
+    refused = inline(home, "--set", "dedup.threshold=0.99")
+    assert refused.returncode == 2
+    assert "config.threshold: 0.97 there, 0.99 now" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert written_at(home / "out") == before
+
+    replaced = inline(home, "--set", "dedup.threshold=0.99", "--replace")
+    assert replaced.returncode == 0, replaced.stderr
+    after = written_at(home / "out")
+    for stage in ("ingest", "embed", "describe", "pairs"):
+        own = {name: time for name, time in before.items() if name.startswith(stage + "/")}
+        assert own and own.items() <= after.items()
+    assert after["dedup/manifest.json"] > before["dedup/manifest.json"]
+    assert inline(home, "--set", "dedup.threshold=0.99", output="fresh").returncode == 0
+    assert bytes_in(home / "fresh") == bytes_in(home / "out")
+
+
+def test_kill_at_any_moment_loses_nothing(home: Path) -> None:
+    assert inline(home, output="whole").returncode == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    kills = 0
+    for seconds in (4.0, 5.0, 6.0, 7.0, 8.0):
+        process = subprocess.Popen(
+            command(home, "--runner", "inline"), cwd=home, env=environment, stderr=subprocess.DEVNULL
+        )
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        for manifest in (home / "out").glob("*/manifest.json"):
+            for shard in json.loads(manifest.read_text())["shards"]:
+                assert all((manifest.parent / file["name"]).exists() for file in shard["files"])
+    assert kills >= 1
+    assert inline(home).returncode == 0
+    assert bytes_in(home / "out") == bytes_in(home / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("max_reject_fraction", "max_rejects"), "Unknown key: 'ingest.max_rejects'"),
+        (('path = "pool"', 'path = "nowhere"'), "there is nothing at 'nowhere'"),
+        (('path = "pool"', 'path = "empty"'), "no images in 'empty'"),
+        (("max_reject_fraction = 0.2", "max_reject_fraction = 0.001"), "more than max_reject_fraction = 0.001"),
+        (('path = "pool"', 'path = "cut"\nlayout = "webdataset"'), "not a readable plain tar"),
+        (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
+        (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
+        (("num_clusters = 4", "num_clusters = 400"), "cluster.num_clusters is 400"),
+    ],
+)
+def test_wrong_input_is_one_message_and_status_2(home: Path, change: tuple[str, str], message: str) -> None:
+    (home / "empty").mkdir()
+    (home / "cut").mkdir()
+    (home / "cut/0.tar").write_bytes(b"x" * 700)
+    text = (home / "config.toml").read_text()
+    assert change[0] in text
+    (home / "config.toml").write_text(text.replace(*change, 1))
+    result = inline(home)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("error:") == 1
+    (home / "config.toml").write_text(text)
+    mended = inline(home)
+    assert mended.returncode == 0 or "holds the work of another config" in mended.stderr, mended.stderr
+
+
+def test_output_with_files_of_someone_else_is_left_alone(home: Path) -> None:
+    save(drawing("discs", 1), home / "out/ingest/holiday.png")
+    result = inline(home)
+    assert result.returncode == 2
+    assert "holiday.png" in result.stderr
+    assert [path.name for path in (home / "out/ingest").iterdir()] == ["holiday.png"]
+
+
+def test_source_that_changed_after_ingest_is_noticed(home: Path) -> None:
+    assert inline(home, "--set", "cluster.num_clusters=400").returncode == 2
+    for name in ("describe", "pairs", "dedup", "embed"):
+        subprocess.run(["rm", "-r", home / "out" / name], check=True)
+    path = home / "pool/discs/25.png"
+    buffer = io.BytesIO()
+    Image.open(path).convert("L").save(buffer, "PNG")
+    path.write_bytes(buffer.getvalue().ljust(path.stat().st_size, b"\0")[: path.stat().st_size])
+    result = inline(home)
+    assert result.returncode == 2
+    assert "pool/discs/25.png" in result.stderr and "ingest again with --replace" in result.stderr
+
+
+@pytest.mark.parametrize("config", ["demo.toml", "clipart.toml", "lvd142m.toml"])
+def test_plan_of_every_config_prints_and_does_nothing(config: str, tmp_path: Path) -> None:
+    path = ROOT / "pipelines/configs" / config
+    result = subprocess.run(
+        [sys.executable, "-m", "pipelines.curate", "--config", str(path), "--output", "out", "--plan"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
+    if config == "lvd142m.toml":
+        for number in ("1,300,000,000", "142,319,386", "0.45", "100,000", "10,000"):
+            assert number in result.stdout

@@ -1,0 +1,476 @@
+"""The report: what it says is what the run did, and nothing that a stranger named can act in it."""
+
+import base64
+import html.parser
+import io
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tomli_w
+from PIL import Image
+
+from curation import cluster, dedup, ingest, pack, records, retrieve, storage, vectors
+from curation.cluster import ClusterConfig
+from curation.dedup import DedupConfig
+from curation.errors import ConfigError, InputError
+from curation.hashing import image_id
+from curation.ingest import IngestConfig
+from curation.pack import PackConfig
+from curation.retrieve import DatasetConfig, RetrieveConfig
+from curation.runner import InlineRunner
+from curation.sources import Role, SourceConfig
+from curation.storage import Manifest, Plan, ShardRecord
+from pipelines import markup, report, report_facts
+from pipelines.report import ReportConfig
+from pipelines.report_facts import Concepts
+
+RED, BLUE = (200, 40, 40), (40, 40, 200)
+# What a crawl may bring. A folder's name is a label.
+HOSTILE = "\"><img src=x onerror=alert(1)><script>alert('1')<"
+SECTIONS = ["funnel", "rejects", "datasets", "gallery", "copies", "threshold", "labels", "run"]
+# Everything that the page may hold.
+TAGS = set(
+    "html head meta title style body header main section nav h1 h2 h3 p a ol li dl div dt dd span i em strong code "
+    "table thead tbody tr th td figure img figcaption details summary pre".split()
+)
+ATTRIBUTES = set(
+    "alt aria-label aria-labelledby charset class content dir href http-equiv id lang name role scope src style "
+    "tabindex title".split()
+)
+
+Pairs = Sequence[tuple[Path, Path, float]]
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would find in a page: tags, attributes, texts and pictures."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.pictures: list[dict[str, str]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.tags.append(tag)
+        self.attributes += found.items()
+        if tag == "img":
+            self.pictures.append(found)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def ids(self) -> list[str]:
+        return [value for name, value in self.attributes if name == "id"]
+
+
+def write_image(path: Path, colour: tuple[int, int, int], size: int = 40) -> Path:
+    """An image of one colour with a noise of its own, and so with bytes of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(list("/".join(path.parts[-3:]).encode())).integers(-25, 25, (size, size, 3))
+    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path, "PNG")
+    return path
+
+
+def build_run(
+    output: str,
+    sources: Sequence[tuple[str, Path, Role]],
+    datasets: Sequence[DatasetConfig],
+    pairs: Pairs = (),
+    *,
+    thumbnails: bool = True,
+    config: ReportConfig | None = None,
+) -> str:
+    """A finished run, made by the stages themselves but for vectors and pairs: images resemble by their mean colour."""
+    runner = InlineRunner()
+    path = {stage: storage.join(output, stage) for stage in report_facts.STAGES}
+    settings = IngestConfig(
+        sources=tuple(SourceConfig(name=name, path=str(folder), role=role) for name, folder, role in sources),
+        max_reject_fraction=1,
+        images_per_shard=7,
+    )
+    ingested = ingest.run(settings, path["ingest"], runner)
+    shards: dict[str, list[ShardRecord]] = {"embed": [], "describe": []}
+    for record, name in zip(ingested.shards, ingested.files("images"), strict=True):
+        rows = storage.read_table(storage.join(path["ingest"], name), records.IMAGES).to_pylist()
+        images = {row["image_id"]: Image.open(row["uri"]).convert("RGB") for row in rows}
+        means = np.array([np.asarray(image).mean((0, 1)) - 128 for image in images.values()]).reshape(-1, 3)
+        table = vectors.make_table(list(images), means / np.linalg.norm(means, axis=1, keepdims=True))
+        small = pa.table([list(images), [_webp(image) for image in images.values()]], schema=records.THUMBNAILS)
+        for stage in shards:
+            files = [storage.write_table(storage.join(path[stage], f"vectors-{record.name}.parquet"), table)]
+            if thumbnails and stage == "describe":
+                files.append(storage.write_table(storage.join(path[stage], f"thumbnails-{record.name}.parquet"), small))
+            shards[stage].append(ShardRecord(name=record.name, files=tuple(files), totals={"embedded": len(images)}))
+    for stage, done in shards.items():
+        _finish(stage, path[stage], done, {})
+    found = [(*sorted(image_id(one.read_bytes()) for one in pair[:2]), pair[2]) for pair in pairs]
+    columns = list(zip(*found, strict=True)) or [[], [], []]
+    file = storage.write_table(
+        storage.join(path["pairs"], "pairs-00000.parquet"), pa.table(columns, schema=records.PAIRS)
+    )
+    _finish("pairs", path["pairs"], [ShardRecord(name="00000", files=(file,))], {"min_similarity": 0.4})
+    dedup.run(DedupConfig(), path["ingest"], path["pairs"], path["dedup"], runner)
+    stages = (path["ingest"], path["dedup"], path["embed"])
+    cluster.run(ClusterConfig(num_clusters=2), *stages, path["cluster"], runner)
+    search = RetrieveConfig(datasets=tuple(datasets), more_than_seeds=1)
+    retrieve.run(search, *stages, path["cluster"], path["retrieve"], runner)
+    pack.run(PackConfig(), path["ingest"], path["dedup"], path["retrieve"], path["corpus"], runner)
+    section = (config or ReportConfig()).model_dump(exclude_none=True)
+    storage.write_bytes(storage.join(output, "run.toml"), tomli_w.dumps({"report": section}).encode())
+    return output
+
+
+def _webp(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.resize((24, 24)).save(buffer, "WEBP")
+    return buffer.getvalue()
+
+
+def _finish(stage: str, folder: str, shards: list[ShardRecord], config: dict[str, float]) -> None:
+    plan = Plan(stage=stage, config=config, inputs={}, num_shards=len(shards))
+    totals = storage.sum_counts(shard.totals for shard in shards)
+    storage.write_manifest(folder, Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={}))
+
+
+CONCEPTS = Concepts(
+    seed={"animals": "animals", "vehicles": "vehicles"},
+    pool={"animals": "animals", "transportation": "vehicles", "animals/toys": ""},
+)
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run with something to show in every section."""
+    folder = tmp_path_factory.mktemp("example")
+    root = folder / "images"
+    for number in range(4):
+        write_image(root / f"animals/animals/birds/seed-{number}.png", RED)
+        write_image(root / f"vehicles/vehicles/cars/seed-{number}.png", BLUE)
+        write_image(root / f"pool/transportation/boat-{number}.png", BLUE)
+        write_image(root / f"pool/animals/fish/red-{number}.png", RED)
+    for name in ("plants/red", "plants/rose", "animals/toys/bear", "red"):
+        write_image(root / f"pool/{name}.png", RED)
+    held = write_image(root / "holdout/animals/birds/held.png", RED)
+    shutil.copy(held, root / "pool/plants/held.png")
+    shutil.copy(root / "pool/plants/rose.png", root / "pool/plants/the-same-rose.png")
+    near = [write_image(root / f"pool/copies/{number}.png", RED, size=40 - number) for number in range(3)]
+    (root / "pool/empty.jpg").touch()
+    (root / "pool/text.jpg").write_text("<html><script>alert(1)</script>")
+    pool = root / "pool"
+    pairs = [
+        (near[0], near[1], 0.9),
+        (near[1], near[2], 0.6),
+        (pool / "red.png", near[0], 0.5),
+        (pool / "plants/red.png", held, 0.47),
+    ]
+    concepts = folder / "concepts.toml"
+    concepts.write_text(tomli_w.dumps(CONCEPTS.model_dump()))
+    output = build_run(
+        str(folder / "run"),
+        [
+            ("animals", root / "animals", "seed"),
+            ("vehicles", root / "vehicles", "seed"),
+            ("pool", pool, "pool"),
+            ("holdout", root / "holdout", "holdout"),
+        ],
+        [
+            DatasetConfig(name="animals", as_is=True, retrieval="sample", k=7),
+            DatasetConfig(name="vehicles", retrieval="cluster"),
+        ],
+        pairs,
+        config=ReportConfig(concepts=str(concepts)),
+    )
+    report.run(ReportConfig(concepts=str(concepts)), output)
+    return output
+
+
+def read_page(output: str) -> Page:
+    return Page(Path(output, "report.html").read_text())
+
+
+def assert_harmless(page: Page) -> None:
+    """Nothing in the page acts, or is loaded from elsewhere."""
+    assert set(page.tags) <= TAGS
+    assert {name for name, _ in page.attributes} <= ATTRIBUTES
+    for name, value in page.attributes:
+        match name:
+            case "href":
+                assert value in [f"#{section}" for section in SECTIONS]
+            case "src":
+                assert value.startswith("data:image/webp;base64,")
+            case "style":
+                assert re.fullmatch(r"(width|height|left):\d+\.\d+%", value)
+    style = page.text[page.text.index(":root") : page.text.rindex("}")]
+    assert "url(" not in style and "@import" not in style
+
+
+def test_every_section_and_every_picture(example: str) -> None:
+    page = read_page(example)
+    assert [name for name in page.ids() if not name.endswith("-title")] == SECTIONS
+    assert_harmless(page)
+    assert len(page.pictures) > 30
+    for picture in page.pictures:
+        image = Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2])))
+        assert image.format == "WEBP" and max(image.size) <= report.THUMBNAIL_SIDE
+        assert picture["alt"] and picture["title"]
+
+
+def test_funnel_agrees_with_the_composition(example: str) -> None:
+    run = report_facts.read_run(example, CONCEPTS)
+    steps = {step.name: step.count for step in report_facts.funnel(run)}
+    assert steps == {
+        "found in the sources": 8 + 8 + 4 + 2 + 3 + 2 + 1,
+        "accepted": 26,
+        "seeds and pool": 25,
+        "without exact copies": 24,
+        "without near-duplicates": 22,
+        "without the holdout's images": 20,
+        "in the corpus": run.composition["total_unique"],
+        "retrieved from the pool": run.composition["funnel"]["retrieved"],
+        "rows packed": run.composition["total_rows"],
+    }
+    assert sum(step.lost for step in report_facts.funnel(run)) == 28 - run.composition["total_unique"]
+    counts = {source.source: source for source in report_facts.by_source(run)}
+    pool = counts["pool"]
+    assert (pool.rejected, pool.exact, pool.near, pool.holdout, pool.kept) == (2, 1, 2, 2, 12)
+    assert counts["animals"].in_corpus == 4  # taken as they are
+    assert counts["vehicles"].kept == 4 and counts["vehicles"].in_corpus == 0
+    assert sum(source.in_corpus for source in counts.values()) == run.composition["total_unique"]
+
+
+def test_rejects_are_listed_by_reason(example: str) -> None:
+    found = report_facts.rejects(report_facts.read_run(example, CONCEPTS), 1)
+    assert [(reject.reason, reject.count) for reject in found] == [("empty", 1), ("not_an_image", 1)]
+    assert found[1].examples[0]["uri"].endswith("pool/text.jpg")
+    assert "text.jpg" in read_page(example).text
+
+
+def test_share_of_the_concept_agrees_with_counting_by_hand(example: str) -> None:
+    run = report_facts.read_run(example, CONCEPTS)
+    label_of = dict(zip(run.images["image_id"].to_pylist(), run.images["label"].to_pylist(), strict=True))
+    concept_of = {"animals/fish": "animals", "transportation": "vehicles", "plants": "plants", "copies": "copies"}
+    kept = run.images.filter(run.images["kept"]).to_pylist()
+    known_pool = [row["label"] for row in kept if row["role"] == "pool" and row["label"] in concept_of]
+    hits: dict[str, list[bool]] = {"animals": [], "vehicles": []}
+    for row in run.retrieved.to_pylist():
+        label = label_of[row["image_id"]]
+        if label in concept_of:  # not the toys, whose concept is unknown, nor the image without a label
+            hits[row["seed_source"]].append(concept_of[label] == row["seed_source"])
+    for dataset in report_facts.datasets(run):
+        assert dataset.compared == len(hits[dataset.name])
+        assert dataset.same_concept == pytest.approx(np.mean(hits[dataset.name]))
+        likely = np.mean([concept_of[label] == dataset.name for label in known_pool])
+        assert dataset.chance == pytest.approx(likely)
+    by_name = {dataset.name: dataset for dataset in report_facts.datasets(run)}
+    assert by_name["vehicles"].same_concept == 1 and by_name["vehicles"].mode == "cluster"
+    assert 0 < by_name["animals"].same_concept < 1 and by_name["animals"].compared < by_name["animals"].retrieved
+    assert f"{by_name['animals'].same_concept:.1%} of {by_name['animals'].compared}" in read_page(example).text
+
+
+def test_without_concepts_only_equal_labels_are_the_same(example: str) -> None:
+    run = report_facts.read_run(example, Concepts())
+    # Birds are no fish, and cars are no boats.
+    assert [dataset.same_concept for dataset in report_facts.datasets(run)] == [0, 0]
+
+
+def test_concept_of_a_label() -> None:
+    assert CONCEPTS.of("pool", "transportation/boats/small") == "vehicles"
+    assert CONCEPTS.of("pool", "animals/toys/bear") is None  # the longest key wins, and says that nobody knows
+    assert CONCEPTS.of("pool", "animals/toyshops") == "animals"  # a key ends at a slash
+    assert CONCEPTS.of("pool", "plants/trees") == "plants/trees"  # no key: a concept of its own
+    assert CONCEPTS.of("seed", "transportation") == "transportation"
+    assert CONCEPTS.of("pool", None) is None
+    assert Concepts(pool={"cats": "cat", "cats/toys": "toy"}).of("pool", "cats/toys") == "toy"
+
+
+def test_groups_of_copies(example: str) -> None:
+    run = report_facts.read_run(example, CONCEPTS)
+    (group,) = report_facts.groups(run, 12, 12)
+    assert group.size == 3 and [member.kept for member in group.members] == [True, False, False]
+    assert [member.reason for member in group.members] == [None, "near", "near"]
+    assert group.members[1].similarity == pytest.approx(0.9)
+    assert group.members[2].similarity is None  # joined to what is kept by the other one only
+    assert dict(report_facts.component_sizes(run))["3"] == 1
+    assert len(report_facts.groups(run, 12, 2)[0].members) == 2
+    assert report_facts.groups(run, 0, 12) == []
+
+
+def test_holdout_matches(example: str) -> None:
+    run = report_facts.read_run(example, CONCEPTS)
+    # The copy of the held-out file is that very image, and would be shown beside itself.
+    (match,) = report_facts.holdout_matches(run, 5)
+    assert match.similarity == pytest.approx(0.47)
+
+
+def test_similarity_bins_part_at_the_thresholds(example: str) -> None:
+    run = report_facts.read_run(example, CONCEPTS)
+    bins = report_facts.similarity_bins(run, 0.05, 4, 100)
+    assert [similarity.low for similarity in bins[1:]] == [similarity.high for similarity in bins[:-1]]
+    assert {0.45, 0.6} <= {similarity.low for similarity in bins} and bins[0].low == 0.4 and bins[-1].high == 1
+    counts = {similarity.low: similarity.count for similarity in bins if similarity.count}
+    assert counts == {0.45: 1, 0.5: 1, 0.6: 1, 0.9: 1}  # 0.6 itself is a copy, as dedup decided
+    assert all(len(similarity.examples) == similarity.count for similarity in bins)
+
+
+def test_labels_from_pool_to_corpus(example: str) -> None:
+    run = report_facts.read_run(example, CONCEPTS)
+    top = {row.label: row for row in report_facts.labels(run, top_folder=True)}
+    assert sum(row.pool for row in top.values()) == 17 and sum(row.kept for row in top.values()) == 12
+    assert (top["plants"].pool, top["plants"].kept) == (4, 1)
+    assert top["animals"].pool == 5 and top["copies"].kept == 1 and None in top
+    assert top["transportation"].corpus == 4  # the whole cluster
+    from_pool = run.composition["funnel"]["retrieved"]
+    assert sum(row.corpus for row in top.values()) == from_pool
+    assert {row.label for row in report_facts.labels(run, top_folder=False)} >= {"animals/fish", "animals/toys"}
+
+
+def test_gallery(example: str) -> None:
+    run = report_facts.read_run(example, CONCEPTS)
+    animals, vehicles = report_facts.datasets(run)
+    shown = report_facts.gallery(run, animals, 3, 1, 2)
+    assert len(shown) == 3 and all(len(retrieval.rows) == 2 and retrieval.num_rows == 7 for retrieval in shown)
+    assert [run.retrieved["rank"][row].as_py() for row in shown[0].rows] == [0, 1]
+    for retrieval in shown:
+        assert {run.retrieved["seed_image_id"][row].as_py() for row in retrieval.rows} == set(retrieval.seeds)
+    (blue,) = report_facts.gallery(run, vehicles, 4, 3, 8)
+    assert blue.num_seeds == 4 and len(blue.seeds) == 3 and blue.num_rows == len(blue.rows) == 4
+
+
+def test_the_same_run_gives_the_same_bytes_and_no_work_twice(example: str, capfd: pytest.CaptureFixture[str]) -> None:
+    config, path = ReportConfig(concepts=str(Path(example).parent / "concepts.toml")), Path(example, "report.html")
+    before = path.read_bytes()
+    report.run(config, example)
+    assert "already done" in capfd.readouterr().err
+    path.unlink()
+    report.run(config, example)
+    assert path.read_bytes() == before
+    report.run(ReportConfig(seeds_per_dataset=1), example)
+    assert path.read_bytes() != before
+    path.write_bytes(before)
+
+
+def test_summary_on_the_terminal(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report.print_summary(example)
+    text = capsys.readouterr().out
+    for words in ("without near-duplicates", "rows packed", "not_an_image 1", "vehicles", "100.0%", "report.html"):
+        assert words in text
+
+
+def test_pictures_come_from_the_thumbnails(example: str, tmp_path: Path) -> None:
+    run = report_facts.read_run(example, CONCEPTS)
+    image_ids = run.images["image_id"].to_pylist()
+    pictures = report_facts.read_pictures(run, image_ids, 128, 7000)
+    assert set(pictures) == set(image_ids)
+    sizes = {Image.open(io.BytesIO(picture.encoded)).size for picture in pictures.values()}
+    assert sizes == {(24, 24)}  # the originals measure 38 to 40
+    rose = next(picture for picture in pictures.values() if "rose" in picture.uri)
+    assert (rose.role, rose.label, rose.width) == ("pool", "plants", 40)
+
+
+def test_hostile_names(tmp_path: Path) -> None:
+    root, uri = tmp_path / "images", f"{HOSTILE}.png"
+    for number in range(4):
+        write_image(root / f"seeds/{HOSTILE}/{number}{uri}", RED)
+        write_image(root / f"pool/{HOSTILE}/{number}{uri}", RED)
+    held = write_image(root / f"holdout/{HOSTILE}/{uri}", RED)
+    (root / f"pool/{HOSTILE}/{HOSTILE}.jpg").write_text(f"<script>{HOSTILE}")
+    first, second = (root / f"pool/{HOSTILE}/{number}{uri}" for number in range(2))
+    output = build_run(
+        str(tmp_path / "run"),
+        [
+            (HOSTILE, root / "seeds", "seed"),
+            (f"pool {HOSTILE}", root / "pool", "pool"),
+            ("held", root / "holdout", "holdout"),
+        ],
+        [DatasetConfig(name=HOSTILE, as_is=True, retrieval="sample", k=2)],
+        [(first, second, 0.9), (second, held, 0.41), (root / f"pool/{HOSTILE}/2{uri}", held, 0.5)],
+    )
+    report.run(ReportConfig(), output)
+    page = read_page(output)
+    assert_harmless(page)
+    assert [name for name in page.ids() if not name.endswith("-title")] == SECTIONS
+    # It is there, as text: in a table, and behind every picture.
+    assert HOSTILE in page.text
+    assert all(HOSTILE in picture["title"] and HOSTILE in picture["alt"] for picture in page.pictures)
+    report.print_summary(output)
+
+
+def test_nothing_to_show(tmp_path: Path) -> None:
+    """No holdout, no labels, no copies, no rejects, no thumbnails, nothing retrieved."""
+    root = tmp_path / "images"
+    for number in range(2):
+        write_image(root / f"seeds/{number}.png", RED)
+        write_image(root / f"pool/{number}.png", BLUE)
+    output = build_run(
+        str(tmp_path / "run"),
+        [("seeds", root / "seeds", "seed"), ("pool", root / "pool", "pool")],
+        [DatasetConfig(name="seeds", as_is=True, retrieval="none")],
+        thumbnails=False,
+    )
+    report.run(ReportConfig(), output)
+    page = read_page(output)
+    assert_harmless(page)
+    assert [name for name in page.ids() if not name.endswith("-title")] == SECTIONS
+    assert page.pictures == []
+    for text in ("No file was rejected", "Nothing was retrieved", "is left out", "has a label", "matched one of the"):
+        assert text in page.text
+    report.print_summary(output)
+
+
+def test_without_thumbnails_the_originals_are_read(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    write_image(root / "seeds/seed.png", RED, size=300)
+    for number in range(3):
+        write_image(root / f"pool/{number}.png", RED, size=300)
+    output = build_run(
+        str(tmp_path / "run"),
+        [("seeds", root / "seeds", "seed"), ("pool", root / "pool", "pool")],
+        [DatasetConfig(name="seeds", retrieval="sample", k=3)],
+        thumbnails=False,
+    )
+    report.run(ReportConfig(), output)
+    page = read_page(output)
+    assert len(page.pictures) == 4
+    for picture in page.pictures:
+        data = base64.b64decode(picture["src"].partition(",")[2])
+        assert max(Image.open(io.BytesIO(data)).size) == report.THUMBNAIL_SIDE
+    run = report_facts.read_run(output, Concepts())
+    image_ids = run.images["image_id"].to_pylist()
+    largest = []
+    for max_bytes in (100_000, 1_000):
+        pictures = report_facts.read_pictures(run, image_ids, 128, max_bytes).values()
+        largest.append(max(len(picture.encoded) for picture in pictures))
+    assert largest[0] > 1_000 >= largest[1]
+    shutil.rmtree(root / "pool")
+    Path(output, "report.html").unlink()
+    with pytest.raises(InputError, match="cannot be read any more"):
+        report.run(ReportConfig(), output)
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Run the stage that writes it first"):
+        report.run(ReportConfig(), str(tmp_path))
+    with pytest.raises(ConfigError, match="no file at"):
+        report.read_concepts(ReportConfig(concepts=str(tmp_path / "none.toml")))
+    (tmp_path / "wrong.toml").write_text("[seeds]\na = 'b'")
+    with pytest.raises(ConfigError, match="seeds"):
+        report.read_concepts(ReportConfig(concepts=str(tmp_path / "wrong.toml")))
+
+
+def test_markup_escapes_everything_but_markup() -> None:
+    inner = markup.tag("b", "<i>&\"'")
+    assert inner == "<b>&lt;i&gt;&amp;&quot;&#x27;</b>"
+    assert markup.tag("p", inner, "<") == f"<p>{inner}&lt;</p>"
+    assert markup.tag("p", inner + "") == f"<p>{markup.join(str(inner))}</p>"  # joined by hand, it is text again
+    assert markup.tag("img", alt='" onerror="', src=None, class_="a") == '<img alt="&quot; onerror=&quot;" class="a">'
+    assert markup.tag("p", "\x00\x1b\udc80\n") == "<p>\ufffd\ufffd\ufffd\n</p>"
+    assert len(markup.clip("x" * 10_000)) <= markup.MAX_TEXT_LENGTH
