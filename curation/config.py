@@ -20,7 +20,8 @@ from curation.errors import ConfigError
 class Settings(BaseModel):
     """A frozen section of a config. A docstring under each field gives its meaning and unit."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    # No infinities: JSON has none, so a plan that holds one would not equal itself once written.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
@@ -38,6 +39,8 @@ def load(
         text = storage.read_bytes(path).decode()
     except FileNotFoundError:
         raise ConfigError(f"No config file at '{path}'. Give the path of a TOML file with --config.") from None
+    except OSError as error:
+        raise ConfigError(f"Cannot read the config '{path}': {error}.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file ({error}). A config is TOML text.") from None
     try:
@@ -98,7 +101,7 @@ def _set(node: Any, path: list[str], value: Any, override: str) -> Any:
         return value
     head, rest = path[0], path[1:]
     if isinstance(node, list):
-        if not head.isdigit() or int(head) >= len(node):
+        if not head.isdecimal() or int(head) >= len(node):
             raise ConfigError(f"--set {override}: '{head}' is not an index into a list of {len(node)}.")
         index = int(head)
         return [*node[:index], _set(node[index], rest, value, override), *node[index + 1 :]]

@@ -42,18 +42,30 @@ def write_tar(path: str, samples: Iterator[Sample]) -> storage.FileRecord:
 
 def read_tar(path: str) -> Iterator[Sample]:
     """The samples of a tar that `write_tar` wrote, in order. Raises InputError for any other tar."""
+    with storage.open_read(path) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                yield from _read_samples(archive)
+                # Python's reader takes the first header that is cut or damaged for the end.
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"neither a header nor the end mark at byte {archive.offset}")
+        except (tarfile.TarError, ValueError) as error:
+            raise InputError(f"{path}: this is no whole tar of a corpus: {error}.") from None
+
+
+def _read_samples(archive: tarfile.TarFile) -> Iterator[Sample]:
     format_of = {extension: name for name, extension in EXTENSION_OF_FORMAT.items()}
-    with storage.open_read(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
-        members = iter(archive)
-        for image in members:
-            key, _, extension = image.name.partition(".")
-            content = archive.extractfile(image)
-            data = content.read() if content else b""
-            sidecar = next(members, None)
-            if extension not in format_of or sidecar is None or sidecar.name != f"{key}.json":
-                raise InputError(f"{path}: '{image.name}' is not followed by '{key}.json'; this is no tar of a corpus.")
-            content = archive.extractfile(sidecar)
-            yield Sample(key, data, format_of[extension], json.loads(content.read() if content else b"{}"))
+    members = iter(archive)
+    for image in members:
+        key, _, extension = image.name.partition(".")
+        content = archive.extractfile(image)
+        data = content.read() if content else b""
+        sidecar = next(members, None)
+        if extension not in format_of or sidecar is None or sidecar.name != f"{key}.json":
+            raise tarfile.ReadError(f"'{image.name}' is not followed by '{key}.json'")
+        content = archive.extractfile(sidecar)
+        yield Sample(key, data, format_of[extension], json.loads(content.read() if content else b"{}"))
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

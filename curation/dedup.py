@@ -107,7 +107,7 @@ def run(
     edges = _edges(read_pairs(pairs), nodes)
     decision = decide(config, nodes, *edges)
     shards, start = [], 0
-    occurrence = _first_occurrences(table, ("holdout", "seed") if config.decontaminate_seeds else ("seed", "holdout"))
+    occurrence = _first_occurrences(table)
     for record, name in zip(ingested.shards, ingested.files("images"), strict=True):
         stop = start + record.totals["accepted"]
         part = table.slice(start, stop - start)
@@ -235,18 +235,22 @@ def _nodes(table: pa.Table) -> Nodes:
 
 
 def _edges(pairs: pa.Table, nodes: Nodes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Node indices (E,), (E,) and similarities (E,) of the pairs."""
-    ends = [
-        np.searchsorted(nodes.image_ids, pairs.column(name).to_numpy().astype(str))
-        for name in ("image_id", "other_image_id")
-    ]
+    """Node indices (E,), (E,) and similarities (E,) of the pairs. Raises InputError for a pair of other images."""
+    ends = []
+    for name in ("image_id", "other_image_id"):
+        ids = pairs.column(name).to_numpy().astype(str)
+        place = np.minimum(np.searchsorted(nodes.image_ids, ids), len(nodes.image_ids) - 1)
+        unknown = ids[nodes.image_ids[place] != ids]
+        if len(unknown):
+            raise InputError(f"The pairs name image {unknown[0]}, which the ingest does not hold: not of one run.")
+        ends.append(place)
     return ends[0], ends[1], pairs.column("similarity").to_numpy()
 
 
-def _first_occurrences(table: pa.Table, roles: tuple[str, ...]) -> np.ndarray:
-    """Whether each row is the one that stands for its image_id: by `roles` in this order, the pool last, then the first."""
+def _first_occurrences(table: pa.Table) -> np.ndarray:
+    """Whether each row is the one that stands for its image_id: a seed's before the holdout's before the pool's."""
     ids = table.column("image_id").to_numpy(zero_copy_only=False).astype(str)
-    rank = {role: number for number, role in enumerate((*roles, "pool"))}
+    rank = {role: number for number, role in enumerate(("seed", "holdout", "pool"))}
     priority = np.array([rank[role] for role in table.column("role").to_pylist()])
     order = np.lexsort((np.arange(len(ids)), priority, ids))
     result = np.zeros(len(ids), bool)
@@ -325,6 +329,8 @@ def read_kept(shard: KeptShard, *, role: str, source: str | None = None) -> tupl
         if keep and row["role"] == role and source in (None, row["source"])
     }
     ids, matrix = vectors.read_file(shard.vectors)
+    if missing := wanted.difference(ids):
+        raise InputError(f"{shard.vectors}: no vector of image {min(missing)}, which is in {shard.images}.")
     chosen = [index for index, image_id in enumerate(ids) if image_id in wanted]
     return [ids[index] for index in chosen], matrix[chosen]
 

@@ -9,7 +9,7 @@
     │   ├── WeightsError        a checkpoint does not fit the model: keys, shapes, hash, or the file itself
     │   └── DeviceError         a device or package was asked for that is not here
     ├── ShardError              a worker failed on a shard; names the stage and the shard: exit status 1
-    └── images.ImageRejected    one image cannot be used; ingest turns it into a row of the rejects, never seen by the user
+    └── images.ImageRejected    one image cannot be used; ingest turns it into a row of the rejects
 
 A message says what is wrong, the value found, where, and what to do.
 """

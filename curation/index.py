@@ -19,7 +19,8 @@ def search(queries: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> tuple[n
 
     `queries` (Q, D) and each block (n, D) are float16 or float32; only one block is held at a time, so they may be
     streamed. Returns similarities (Q, k) float32 and rows (Q, k) int64, counted through the blocks in order; descending
-    by similarity, ties by row. Where there are fewer than `k` vectors, similarity is -inf and row is -1.
+    by similarity, ties by row. Where there are fewer than `k` vectors, similarity is -inf and row is -1. Which of the
+    vectors that tie at the k-th place (within the rounding of float32) are found may depend on the blocks.
     """
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     best_similarity = np.full((len(queries), k), -np.inf, np.float32)
@@ -80,5 +81,6 @@ def spherical_kmeans(
     )
     kmeans.train(matrix)
     centroids = np.asarray(kmeans.centroids)
-    unit: np.ndarray = centroids / np.linalg.norm(centroids, axis=1, keepdims=True)
+    norms = np.linalg.norm(centroids, axis=1, keepdims=True)
+    unit: np.ndarray = centroids / np.where(norms > 0, norms, 1)  # opposite vectors may have no direction in the mean
     return unit

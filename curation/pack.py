@@ -90,7 +90,7 @@ def run(
         "pack",
         config=config,
         inputs={
-            "as_is": storage.hash_json([dataset.name for dataset in datasets if dataset.as_is]),
+            "datasets": storage.hash_json([dataset.model_dump(mode="json") for dataset in datasets]),
             **{name: manifest.content_hash for name, manifest in stages.items()},
         },
         output=output,
@@ -132,7 +132,7 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
             ],
             schema=records.CORPUS,
         )
-        index = storage.write_table(storage.join(output, f"corpus-{shard.name[1:]}.parquet"), table)
+        index = storage.write_table(storage.join(output, f"corpus-{int(shard.name):05d}.parquet"), table)
         return ShardRecord(name=shard.name, files=(tar, index), totals={"rows": tar.rows, "bytes": tar.bytes})
 
     return process
@@ -154,6 +154,8 @@ def plan_entries(
         if image["role"] == "seed" and image["source"] in as_is:
             brought.append((image_id, image["source"], f"as_is:{image['source']}"))
     for row in retrieved.to_pylist():
+        if row["image_id"] not in kept:
+            raise InputError(f"Image {row['image_id']} was retrieved, but not kept: these are not stages of one run.")
         place = f"{row['seed_image_id']}:{row['rank']}" if row["mode"] == "sample" else row["cluster_id"]
         brought.append((row["image_id"], row["seed_source"], f"{row['mode']}:{row['seed_source']}:{place}"))
 
@@ -228,8 +230,10 @@ def compose(
     after_exact = candidates - dedup_totals.get("exact", 0)
     after_near = after_exact - dedup_totals.get("near", 0)
     by_dataset: dict[str, list[str]] = {}
-    for row in retrieved.select(["image_id", "seed_source"]).to_pylist():
+    modes: dict[str, str] = {}  # what `by_size` came to
+    for row in retrieved.select(["image_id", "seed_source", "mode"]).to_pylist():
         by_dataset.setdefault(row["seed_source"], []).append(row["image_id"])
+        modes[row["seed_source"]] = row["mode"]
     packed = [entry.image["image_id"] for entry in entries]
     return {
         "funnel": {
@@ -243,22 +247,27 @@ def compose(
             "retrieved": len({image_id for ids in by_dataset.values() for image_id in ids}),
             "packed": len(entries),
         },
-        "datasets": [_dataset_row(dataset, kept, by_dataset.get(dataset.name, [])) for dataset in datasets],
+        "datasets": [
+            _dataset_row(dataset, modes.get(dataset.name, dataset.retrieval), kept, by_dataset.get(dataset.name, []))
+            for dataset in datasets
+        ],
         "total_rows": len(entries),
         "total_unique": len(set(packed)),
     }
 
 
-def _dataset_row(dataset: DatasetConfig, kept: dict[str, dict[str, Any]], retrieved: list[str]) -> dict[str, Any]:
+def _dataset_row(
+    dataset: DatasetConfig, mode: str, kept: dict[str, dict[str, Any]], retrieved: list[str]
+) -> dict[str, Any]:
     seeds = [i for i, image in kept.items() if image["role"] == "seed" and image["source"] == dataset.name]
     own = seeds if dataset.as_is else []
     return {
         "dataset": dataset.name,
-        "mode": dataset.retrieval,
+        "mode": mode,
         "as_is": dataset.as_is,
         "seeds": len(seeds),
         "retrieved": len(retrieved),
-        "cap": dataset.cap if dataset.retrieval in ("cluster", "by_size") else None,
+        "cap": dataset.cap if mode == "cluster" else None,
         "rows": len(own) + len(retrieved),
         "unique": len(set(own) | set(retrieved)),
     }

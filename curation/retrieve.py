@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import typer
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from curation import command, index, records, storage, vectors
 from curation.balance import cap_evenly
@@ -49,7 +49,7 @@ class DatasetConfig(Settings):
     """How the pool is searched; `by_size` is `sample` above `sample_above` seed images, else `cluster`."""
     k: int = Field(default=4, ge=1)
     """By sample: pool images per seed image (4 and 32 in DINOv2)."""
-    cap: int | None = Field(default=1_000_000, ge=1)
+    cap: int = Field(default=1_000_000, ge=1)
     """By cluster: the most images that the dataset brings (1 million in DINOv2)."""
 
 
@@ -68,6 +68,15 @@ class RetrieveConfig(Settings):
     """Which images of a cluster come first: those nearest to its centroid, or any. DINOv2 does not state its choice."""
     seed: int = 0
     """Of the random draw."""
+
+    @field_validator("datasets")
+    @classmethod
+    def _names_are_unique(cls, value: tuple[DatasetConfig, ...]) -> tuple[DatasetConfig, ...]:
+        names = [dataset.name for dataset in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two datasets have the name {', '.join(map(repr, twice))}; a source may be named once")
+        return value
 
 
 def run(
@@ -254,10 +263,14 @@ def command_line(
     if config is None:
         if seeds is None or pool is None:
             raise ConfigError("Give --seeds and --pool (folders or files of vectors), or --config and a run's folders.")
+        if plan or replace or overrides:
+            raise ConfigError("--plan, --replace and --set go with --config; --seeds and --pool work without.")
         if not output.endswith(".parquet"):
             raise ConfigError(f"--output {output}: alone, retrieve writes one file; give a name that ends in .parquet.")
         _retrieve_alone(seeds, pool, k, output)
         return
+    if seeds is not None or pool is not None:
+        raise ConfigError("--seeds and --pool are for work without --config. Leave out the one or the other.")
     if images is None or deduplicated is None or embedded is None or clustered is None:
         raise ConfigError("With --config, also give --images, --dedup, --vectors and --clusters.")
     settings = load(RetrieveConfig, config, overrides or (), section="retrieve")

@@ -8,6 +8,7 @@ original bytes are never copied before the corpus is packed.
 import json
 import os
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ Layout = Literal["folder", "webdataset", "parquet"]
 Role = Literal["seed", "pool", "holdout"]
 
 # Files that count as images in a folder or a tar, by the end of their name; the bytes decide what they really are.
-IMAGE_EXTENSIONS = frozenset({"bmp", "gif", "jfif", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"})
+IMAGE_EXTENSIONS = frozenset(
+    {"bmp", "gif", "jfif", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"}
+)
 
-# Between a Parquet file's path and the column of its images in a `uri`; the `offset` is then the row.
-PARQUET_MARK = ".parquet#"
+# The `uri` of an image in a Parquet file: the file, and the column of its images; the `offset` is then the row.
+PARQUET_URI = re.compile(r"(?P<file>.+\.parquet)#(?P<column>.+)", re.IGNORECASE | re.DOTALL)
 
 
 class SourceConfig(Settings):
@@ -123,11 +126,16 @@ def read_source(source: SourceConfig, paths: tuple[str, ...]) -> Iterator[Found]
 
 
 def _read_file(source: SourceConfig, uri: str, path: str) -> Found:
+    readable = os.fsencode(uri).decode(errors="backslashreplace")
+    if readable != uri:
+        return Found(readable, 0, 0, None, None, (RejectReason.UNREADABLE, "its name is not UTF-8; rename the file"))
     label = posixpath.dirname(path) or None
     if storage.is_local(uri):
-        root, target = os.path.realpath(source.path), os.path.realpath(uri)
+        root, target = (os.path.realpath(storage.filesystem(place)[1]) for place in (source.path, uri))
         if os.path.commonpath([root, target]) != root:
             return Found(uri, 0, 0, None, label, (RejectReason.LINK_OUTSIDE_SOURCE, f"leads to '{target}'"))
+        if os.path.exists(target) and not os.path.isfile(target):  # a pipe would keep its reader waiting for ever
+            return Found(uri, 0, 0, None, label, (RejectReason.UNREADABLE, "not a regular file"))
     try:
         data = storage.read_bytes(uri)
     except OSError as error:
@@ -146,7 +154,7 @@ def _read_tar(uri: str) -> Iterator[Found]:
             # "r:" refuses compressed tars, whose members have no offset to come back to.
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 yield from _read_samples(archive, file, uri)
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, OverflowError, OSError) as error:  # the latter for impossible sizes
             raise InputError(
                 f"{uri}: not a readable plain tar: {error}. Write it again, uncompressed, or remove it from the source."
             ) from None
@@ -156,7 +164,10 @@ def _read_samples(archive: tarfile.TarFile, file: BinaryIO, uri: str) -> Iterato
     images: list[tarfile.TarInfo] = []
     label: str | None = None
     key: str | None = None
+    end = file.seek(0, os.SEEK_END)
     for member in archive:
+        if not 0 <= member.size <= end and not member.issparse():  # below zero, it would lead the reader round for ever
+            raise tarfile.ReadError(f"member '{member.name}' has {member.size} bytes, the tar {end}")
         if not member.isfile():
             continue
         folder, _, name = member.name.rpartition("/")
@@ -171,16 +182,19 @@ def _read_samples(archive: tarfile.TarFile, file: BinaryIO, uri: str) -> Iterato
             label = _read_member(member, file, uri).decode(errors="replace").strip()
         elif extension == "json":
             label = _label_in_json(_read_member(member, file, uri)) or label
-    # A tar ends in two zero blocks; Python's reader takes a file cut between members for a whole one.
-    if images or key is not None:
-        file.seek(archive.offset)
-        if not file.read(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("it ends without the end-of-archive mark, so members are missing")
+    # A tar ends in two zero blocks; Python's reader takes the first header that is cut or damaged for the end.
+    file.seek(archive.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"neither a header nor the end mark at byte {archive.offset}; members are missing")
     yield from _found_in_tar(images, file, uri, label)
 
 
 def _found_in_tar(members: list[tarfile.TarInfo], file: BinaryIO, uri: str, label: str | None) -> Iterator[Found]:
     for member in members:
+        if member.issparse():
+            problem = (RejectReason.UNREADABLE, f"'{member.name}' is stored sparse, so its bytes are not in one piece")
+            yield Found(uri, member.offset_data, 0, None, label, problem)
+            continue
         data = _read_member(member, file, uri)
         yield Found(uri, member.offset_data, member.size, data, label)
 
@@ -198,12 +212,12 @@ def _read_member(member: tarfile.TarInfo, file: BinaryIO, uri: str) -> bytes:
 def _label_in_json(data: bytes) -> str | None:
     try:
         values = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # a sidecar that is no JSON has no label; the image stands
     if isinstance(values, dict):
         for name in ("label", "cls", "class"):
             if isinstance(values.get(name), str | int):
-                return str(values[name])
+                return str(values[name]).encode(errors="replace").decode()  # JSON may hold halves of characters
     return None
 
 
@@ -213,7 +227,7 @@ def _read_parquet(uri: str, image_column: str, label_column: str | None) -> Iter
         parquet = _open_parquet(file, uri, columns)
         row = 0
         for group in range(parquet.num_row_groups):
-            table = parquet.read_row_group(group, columns=columns)
+            table = _read_group(parquet, group, columns, uri)
             labels = _leaf(table, label_column).to_pylist() if label_column else [None] * table.num_rows
             for value, label in zip(_leaf(table, image_column), labels, strict=True):
                 data, text = value.as_py(), None if label is None else str(label)
@@ -225,19 +239,33 @@ def _read_parquet(uri: str, image_column: str, label_column: str | None) -> Iter
 def _open_parquet(file: BinaryIO, uri: str, columns: list[str]) -> pq.ParquetFile:
     try:
         parquet = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{uri}: not a readable Parquet file: {error}.") from None
-    leaves = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
+    leaves = {leaf.path: leaf for leaf in map(parquet.schema.column, range(len(parquet.schema)))}
     missing = [column for column in columns if column not in leaves]
     if missing:
         raise InputError(
             f"{uri}: no column {', '.join(missing)}. It has: {', '.join(leaves)}. Set image_column (and label_column)."
         )
+    image = leaves[columns[0]]
+    if (image.physical_type, image.logical_type.type) != ("BYTE_ARRAY", "NONE"):
+        raise InputError(f"{uri}: column '{image.path}' holds no bytes ({image.physical_type}). Set image_column.")
+    for column in columns:
+        if leaves[column].max_repetition_level:
+            raise InputError(f"{uri}: column '{column}' lies inside a list; one image and one label a row are read.")
     return parquet
 
 
+def _read_group(parquet: pq.ParquetFile, group: int, columns: list[str], uri: str) -> pa.Table:
+    try:
+        return parquet.read_row_group(group, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{uri}: row group {group} is not readable: {error}.") from None
+
+
 def _leaf(table: pa.Table, column: str) -> pa.ChunkedArray:
-    first, *rest = column.split(".")
+    # Flattening a struct leaves a column with a dot in its name.
+    first, *rest = [column] if column in table.column_names else column.split(".")
     array = table.column(first).combine_chunks()
     for name in rest:
         array = array.field(name)
@@ -245,7 +273,8 @@ def _leaf(table: pa.Table, column: str) -> pa.ChunkedArray:
 
 
 def _extension(path: str) -> str:
-    return path.rpartition("/")[2].rpartition(".")[2].lower()
+    _, dot, extension = path.rpartition("/")[2].rpartition(".")
+    return extension.lower() if dot else ""
 
 
 class ReferenceReader:
@@ -258,6 +287,7 @@ class ReferenceReader:
         self._uri: str | None = None
         self._file: BinaryIO | None = None
         self._parquet: pq.ParquetFile | None = None
+        self._column = ""
         self._group: tuple[int, int, Any] | None = None  # first row, end row, column of the row group at hand
 
     def read(self, uri: str, offset: int, length: int, expected_id: str) -> bytes:
@@ -265,9 +295,11 @@ class ReferenceReader:
         try:
             if self._uri != uri:
                 self.close()
-                path, mark, column = uri.partition(PARQUET_MARK)
-                self._file, self._uri = storage.open_read(path + ".parquet" if mark else uri), uri
-                self._parquet = _open_parquet(self._file, path, [column]) if mark else None
+                place = PARQUET_URI.fullmatch(uri)
+                self._file, self._uri = storage.open_read(place["file"] if place else uri), uri
+                if place:
+                    self._column = place["column"]
+                    self._parquet = _open_parquet(self._file, place["file"], [self._column])
             data = self._row(offset) if self._parquet else self._slice(offset, length)
         except OSError as error:
             raise InputError(f"{uri}: cannot be read any more ({error}). Ingest again with --replace.") from None
@@ -291,13 +323,13 @@ class ReferenceReader:
 
     def _row(self, row: int) -> bytes:
         assert self._parquet is not None and self._uri is not None
-        column = self._uri.partition(PARQUET_MARK)[2]
         if self._group is None or not self._group[0] <= row < self._group[1]:
             start = 0
             for group in range(self._parquet.num_row_groups):
                 end = start + self._parquet.metadata.row_group(group).num_rows
                 if start <= row < end:
-                    self._group = (start, end, _leaf(self._parquet.read_row_group(group, columns=[column]), column))
+                    table = _read_group(self._parquet, group, [self._column], self._uri)
+                    self._group = (start, end, _leaf(table, self._column))
                     break
                 start = end
             else:

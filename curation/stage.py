@@ -62,6 +62,8 @@ def run_shards(
     todo = [shard for shard in shards if shard.name not in done]
     if len(todo) < len(shards):
         progress.say(f"{stage}: {len(shards) - len(todo)} of {len(shards)} shards were done before, going on")
+    if check is not None and done:
+        check(list(done.values()))  # a stage that stopped at its last shard is not done because nothing is left to do
     work = functools.partial(_make_marking_worker, make_worker, output)
     with progress.bar(stage, total=sum(shard.num_items for shard in todo), unit=unit) as advance:
         results = runner.map(stage, work, todo)

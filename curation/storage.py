@@ -12,6 +12,7 @@ all. What a stage leaves behind:
 """
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -40,10 +41,14 @@ FORMAT_VERSION = 1
 
 def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
     """The fsspec filesystem of `path` and the path inside it. Raises InputError for an unknown protocol."""
-    if "://" not in path:  # a crawl's file names may hold '::', which fsspec would take for a chain of protocols
+    protocol, mark, rest = path.partition("://")
+    if not mark:  # a crawl's file names may hold '::', which fsspec would take for a chain of protocols
         return LocalFileSystem(), os.path.abspath(path)
+    if mark not in rest:  # the same in a URL
+        rest = rest.replace("::", "\0")
     try:
-        return fsspec.core.url_to_fs(path)  # type: ignore[no-any-return]  # fsspec is untyped
+        fs, inner = fsspec.core.url_to_fs(protocol + mark + rest)
+        return fs, inner.replace("\0", "::")
     except (ImportError, ValueError) as error:
         raise InputError(f"Cannot open '{path}': {error}. Install the fsspec driver of its protocol.") from None
 
@@ -95,7 +100,8 @@ def delete(path: str) -> None:
     """Remove the file or folder at `path` if there is one."""
     fs, inner = filesystem(path)
     if fs.exists(inner):
-        fs.rm(inner, recursive=True)
+        # Other filesystems than the local one would take '*' or '[' in a name for a pattern.
+        fs.rm(inner if isinstance(fs, LocalFileSystem) else glob.escape(inner), recursive=True)
 
 
 class HashingFile(io.RawIOBase):
@@ -191,7 +197,7 @@ def read_table_columns(path: str, columns: list[str]) -> pa.Table:
             return parquet.read(columns=columns).select(columns)
     except FileNotFoundError:
         raise InputError(f"No file at '{path}'.") from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file: {error}.") from None
 
 
@@ -256,7 +262,7 @@ def read_manifest(folder: str) -> Manifest | None:
     """The manifest of a finished stage in `folder`, or None. Raises InputError when it is not one of ours."""
     try:
         data = read_bytes(join(folder, MANIFEST_NAME))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return _parse(Manifest, data, join(folder, MANIFEST_NAME))
 
@@ -284,12 +290,16 @@ def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, Shar
     A folder with files of someone else's and no plan is never emptied.
     """
     progress = join(folder, PROGRESS_NAME)
+    if exists(folder) and not is_folder(folder):
+        raise OutputMismatchError(f"'{folder}' is a file. Give an empty folder with --output.")
     manifest = read_manifest(folder)
     found = manifest.plan if manifest else _read_plan(join(progress, "plan.json"))
     if found is not None and found != plan:
-        if not replace:
+        # A plan without any work is nobody's: correcting a config that failed at once needs no --replace.
+        begun = manifest or set(list_names(folder)) - {PROGRESS_NAME} or set(list_names(progress)) - {"plan.json"}
+        if begun and not replace:
             raise OutputMismatchError(_mismatch(folder, found, plan))
-        delete(folder)
+        _empty(folder, found)
         manifest = found = None
     if manifest is not None:
         return manifest
@@ -304,9 +314,24 @@ def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, Shar
             )
         write_bytes(join(progress, "plan.json"), _dump(plan))
         return {}
-    names = [name for name in list_names(progress) if name.endswith(".json") and name != "plan.json"]
+    names = [
+        name
+        for name in list_names(progress)
+        if name.endswith(".json") and name != "plan.json" and not name.startswith(TEMPORARY_PREFIX)
+    ]
     records = [_parse(ShardRecord, read_bytes(join(progress, name)), join(progress, name)) for name in names]
     return {record.name: record for record in records}
+
+
+def _empty(folder: str, found: Plan) -> None:
+    """Delete what the plan `found` made, so that a kill at any point leaves an unfinished run of that plan."""
+    progress = join(folder, PROGRESS_NAME)
+    write_bytes(join(progress, "plan.json"), _dump(found))
+    delete(join(folder, MANIFEST_NAME))
+    for place, last in ((progress, "plan.json"), (folder, PROGRESS_NAME)):  # markers before the files they vouch for
+        for name in list_names(place):
+            if name != last:
+                delete(join(place, name))
 
 
 def mark_shard_done(folder: str, record: ShardRecord) -> None:

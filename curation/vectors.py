@@ -31,7 +31,11 @@ def read_file(path: str) -> tuple[list[str], np.ndarray]:
     if path.endswith(".npy"):
         return _read_npy(path)
     table = storage.read_table_columns(path, ["image_id", "vector"])
-    image_ids = table.column("image_id").cast(pa.string()).to_pylist()
+    try:
+        image_ids = table.column("image_id").cast(pa.string()).to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        found = table.schema.field("image_id").type
+        raise InputError(f"{path}: column 'image_id' has type {found}; expected text or whole numbers.") from None
     kind = table.schema.field("vector").type
     column = table.column("vector").combine_chunks()
     if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
@@ -56,10 +60,14 @@ def read_all(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
     width: int | None = None
     for name in _files(path):
         image_ids, matrix = read_file(name)
+        if not image_ids:
+            continue
         if width is not None and matrix.shape[1] != width:
             raise InputError(f"{name}: vectors of width {matrix.shape[1]}; the files before have {width}.")
         width = matrix.shape[1]
         yield image_ids, matrix
+    if width is None:
+        raise InputError(f"'{path}' holds no vectors: its files have no rows.")
 
 
 def _files(path: str) -> list[str]:
@@ -78,7 +86,7 @@ def _files(path: str) -> list[str]:
 def _read_npy(path: str) -> tuple[list[str], np.ndarray]:
     with storage.open_read(path) as file:
         try:
-            matrix = np.load(file, allow_pickle=False)
+            matrix = np.lib.format.read_array(file, allow_pickle=False)
         except ValueError as error:
             raise InputError(f"{path}: not a readable .npy matrix: {error}.") from None
     if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating):
@@ -89,7 +97,8 @@ def _read_npy(path: str) -> tuple[list[str], np.ndarray]:
 
 def _unit(matrix: np.ndarray, image_ids: list[str], path: str) -> np.ndarray:
     """`matrix` (N, D) with rows of unit length, float16; what is unit length within float16 stays as it is."""
-    norms = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float32))
+    squares = np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64, casting="same_kind")
+    norms = np.sqrt(squares).astype(np.float32)
     wrong = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
     if len(wrong):
         raise InputError(

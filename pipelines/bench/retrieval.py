@@ -1,7 +1,8 @@
 """Does retrieval find pictures of the same thing? On the demo's vectors, before deduplication.
 
-Protocol: every stamp of the four concepts, held out or not, is a query; the pool is the 3,000 drawings of data/demo/pool
-less those over 4 megapixels; a query's score is the share of its 4 nearest drawings, by cosine, with its concept.
+Protocol: every stamp of the four concepts, held out or not, is a query; the pool is the 3,000 drawings of
+data/demo/pool less those over 4 megapixels; a query's score is the share of its 4 nearest drawings, by cosine,
+with its concept.
 """
 
 import numpy as np
@@ -10,16 +11,15 @@ from curation import ingest, storage, vectors
 from pipelines.concepts import chance, concept_of_drawing, concept_of_stamp, nearest_pairs, share_same_concept
 
 MAX_POOL_PIXELS = 4_000_000
-# The better of two readouts of EfficientNet-Lite0, average pooling and GeM, measured 2026-11 by this protocol before this
-# code was written.
+# The better of two readouts of EfficientNet-Lite0, average pooling and GeM, measured 2026-11 by this protocol before
+# this code was written.
 TO_REACH = {"animals": 0.59, "food": 0.50, "plants": 0.45, "vehicles": 0.34}
 
 
 def shares(run: str) -> dict[str, tuple[float, float, float]]:
     """For each concept: the share of the 4 nearest with it, the share to reach, and chance; from a run of the demo."""
-    seeds: list[
-        tuple[str, str | None]
-    ] = []  # image_id and concept; files with equal bytes count as often as they occur
+    # Ids with their concept; files with equal bytes count as often as they occur.
+    seeds: list[tuple[str, str | None]] = []
     pool: list[tuple[str, str | None]] = []
     columns = ["image_id", "source", "role", "label", "width", "height"]
     for row in ingest.read_images(storage.join(run, "ingest"), columns).to_pylist():

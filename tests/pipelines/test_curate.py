@@ -1,4 +1,4 @@
-"""The whole pipeline on a few dozen small drawings: same bytes everywhere, no work twice, nothing lost, clear refusals."""
+"""The whole pipeline on a few dozen small drawings: equal bytes, no work twice, nothing lost, clear refusals."""
 
 import io
 import json

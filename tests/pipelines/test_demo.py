@@ -17,6 +17,7 @@ from PIL import Image
 
 from curation import dedup, ingest, pack, records, storage
 from curation.retrieve import read_retrieved
+from pipelines.bench import retrieval
 
 pytestmark = pytest.mark.demo
 
@@ -148,3 +149,8 @@ def test_every_kept_image_has_a_vector() -> None:
     kept = storage.require_manifest(folders[1]).totals["kept"]
     shards = dedup.kept_shards(*folders)
     assert sum(len(dedup.read_kept(shard, role=role)[0]) for shard in shards for role in ("seed", "pool")) == kept
+
+
+def test_retrieval_finds_the_same_concept() -> None:
+    for concept, (share, to_reach, by_chance) in retrieval.shares(str(RUN)).items():
+        assert share >= to_reach > by_chance, concept

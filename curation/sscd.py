@@ -1,0 +1,91 @@
+"""The copy-detection network SSCD: a ResNet-50 whose 512 numbers say whether two pictures are copies of one.
+
+The modules carry the key names of the released `sscd_disc_mixup.torchvision.pt` (a plain state_dict), so it loads
+strictly. The other two released forms do not load: `.torchscript.pt` holds code, which `weights_only=True` refuses, and
+`.classy.pt` names its layers differently.
+
+Shapes:
+    B  images    H, W  pixels
+
+Source: Pizzi et al., A Self-Supervised Descriptor for Image Copy Detection (arXiv 2202.10261); He et al. (1512.03385),
+with the stride on the 3x3 convolution, as torchvision has it.
+"""
+
+# Calling a torch module is typed Any.
+# mypy: disable-error-code="no-any-return"
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+DIMENSIONS = 512
+GEM_POWER = 3.0  # cited: the paper, section 4
+GEM_FLOOR = 1e-6  # cited: the released code; keeps the root of zero differentiable
+STAGES = ((3, 64, 1), (4, 128, 2), (6, 256, 2), (3, 512, 2))  # blocks, width, stride of the first
+EXPANSION = 4  # of a block's outputs over its width
+
+
+class Sscd(nn.Module):
+    """SSCD without its last L2 normalisation: (B, 3, H, W) images to (B, 512) descriptors of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = ResNet50(DIMENSIONS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x)
+
+
+class ResNet50(nn.Module):
+    """A ResNet-50 with GeM pooling, (B, 3, H, W) to (B, dimensions)."""
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        inputs = 64
+        for number, (blocks, width, stride) in enumerate(STAGES, start=1):
+            stage = nn.Sequential()
+            for index in range(blocks):
+                stage.append(Bottleneck(inputs, width, 1 if index else stride))
+                inputs = width * EXPANSION
+            self.add_module(f"layer{number}", stage)
+        self.fc = nn.Linear(inputs, dimensions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = functional.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        for number in range(1, len(STAGES) + 1):
+            x = self.get_submodule(f"layer{number}")(x)
+        return self.fc(generalized_mean(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1 down, 3x3, 1x1 up, added to its input; the input passes a 1x1 where the shape changes."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = width * EXPANSION
+        self.conv1 = nn.Conv2d(inputs, width, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+            if stride != 1 or inputs != outputs
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = functional.relu(self.bn2(self.conv2(y)), inplace=True)
+        return functional.relu(self.bn3(self.conv3(y)) + self.downsample(x), inplace=True)
+
+
+def generalized_mean(x: Tensor) -> Tensor:
+    """The 3-mean (GeM) of each channel, for channels that are not negative: (B, C, H, W) to (B, C).
+
+    Source: Radenovic et al. (arXiv 1711.02512), equation 3.
+    """
+    return x.clamp(min=GEM_FLOOR).pow(GEM_POWER).mean(dim=(2, 3)).pow(1 / GEM_POWER)

@@ -1,0 +1,137 @@
+"""Small stages and images that the tests make by hand."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from curation import records, storage, vectors
+from curation.storage import Manifest, Plan, ShardRecord
+
+
+def id_of(number: int) -> str:
+    """An image_id that sorts as its number."""
+    return f"{number:032x}"
+
+
+def encoded_image(seed: int, format: str = "PNG", size: tuple[int, int] = (24, 20)) -> bytes:
+    """A small encoded image of random colours."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+def unit_vectors(seed: int, count: int, width: int = 8) -> np.ndarray:
+    """Random directions, (count, width) float32."""
+    matrix = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
+    unit: np.ndarray = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+    return unit
+
+
+def image_row(image_id: str, source: str, role: str, **columns: Any) -> dict[str, Any]:
+    """A row of records.IMAGES."""
+    return {
+        "image_id": image_id,
+        "source": source,
+        "role": role,
+        "uri": f"/images/{image_id}.png",
+        "offset": 0,
+        "length": 100,
+        "width": 10,
+        "height": 10,
+        "format": "PNG",
+        "phash": 0,
+        "label": None,
+    } | columns
+
+
+def write_stage(
+    folder: str | Path,
+    shards: Sequence[Mapping[str, pa.Table]],
+    *,
+    totals: Sequence[dict[str, int]] | None = None,
+    config: dict[str, Any] | None = None,
+    inputs: dict[str, str] | None = None,
+) -> str:
+    """A finished stage in `folder` whose shards hold the given tables by kind, e.g. {"vectors": table}."""
+    place = str(folder)
+    done = []
+    for number, tables in enumerate(shards):
+        files = [storage.write_table(f"{place}/{kind}-{number:05d}.parquet", table) for kind, table in tables.items()]
+        counts = totals[number] if totals else {}
+        done.append(ShardRecord(name=f"{number:05d}", files=tuple(files), totals=counts))
+    plan = Plan(stage=Path(place).name, config=config or {}, inputs=inputs or {}, num_shards=len(shards))
+    total = storage.sum_counts(record.totals for record in done)
+    storage.write_manifest(place, Manifest(plan=plan, shards=tuple(done), totals=total, rejects={}))
+    return place
+
+
+def write_ingest(folder: str | Path, shards: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """A finished ingest whose shards hold the given rows of records.IMAGES."""
+    tables = [{"images": pa.Table.from_pylist(list(rows), schema=records.IMAGES)} for rows in shards]
+    totals = [{"images": len(rows), "accepted": len(rows), "rejected": 0} for rows in shards]
+    return write_stage(folder, tables, totals=totals)
+
+
+def write_vectors(folder: str | Path, images: str, shards: Sequence[Mapping[str, np.ndarray]]) -> str:
+    """A finished embed whose shards hold the given vectors by image_id. Every vector has the same width."""
+    width = max(len(vector) for shard in shards for vector in shard.values())
+    tables = [
+        {"vectors": vectors.make_table(list(shard), np.array(list(shard.values())).reshape(len(shard), width))}
+        for shard in shards
+    ]
+    return write_stage(folder, tables, inputs={"images": content_hash(images)})
+
+
+def write_pairs(
+    folder: str | Path, images: str, shards: Sequence[Sequence[tuple[str, str, float]]], **config: Any
+) -> str:
+    """A finished pairs whose shards hold the given pairs."""
+    tables = [
+        {
+            "pairs": pa.Table.from_pylist(
+                [dict(zip(records.PAIRS.names, row, strict=True)) for row in rows], records.PAIRS
+            )
+        }
+        for rows in shards
+    ]
+    return write_stage(folder, tables, config={"min_similarity": 0.0} | config, inputs={"images": content_hash(images)})
+
+
+def write_dedup(folder: str | Path, images: str, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> str:
+    """A finished dedup that keeps the rows of ingest that `keep` says, other than the holdout."""
+    tables, totals = [], []
+    for name in storage.require_manifest(images).files("images"):
+        rows = storage.read_table(storage.join(images, name), records.IMAGES).to_pylist()
+        decided = [
+            {"image_id": row["image_id"], "component_id": row["image_id"]}
+            | ({"kept": True} if keep(row) and row["role"] != "holdout" else {"kept": False, "reason": "near"})
+            for row in rows
+        ]
+        tables.append({"duplicates": pa.Table.from_pylist(decided, schema=records.DUPLICATES)})
+        candidates = [d for d, row in zip(decided, rows, strict=True) if row["role"] != "holdout"]
+        num_kept = sum(bool(d["kept"]) for d in candidates)
+        totals.append(
+            {
+                "rows": len(rows),
+                "kept": num_kept,
+                "near": len(candidates) - num_kept,
+                "holdout_rows": len(rows) - len(candidates),
+            }
+        )
+    return write_stage(folder, tables, totals=totals, inputs={"images": content_hash(images)})
+
+
+def content_hash(folder: str) -> str:
+    return storage.require_manifest(folder).content_hash
+
+
+def bytes_in(folder: str) -> dict[str, bytes]:
+    """Every file below a folder of any filesystem, by its path inside."""
+    fs, inner = storage.filesystem(folder)
+    return {path.removeprefix(inner): fs.cat_file(path) for path in fs.find(inner)}

@@ -1,0 +1,96 @@
+"""Commands: exit statuses, what is printed where, and signals that leave nothing half-written."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from curation.command import open_runner
+from curation.runner import InlineRunner
+
+SCRIPT = """
+import sys, time
+from typing import Annotated, Literal
+import typer
+from curation import command, errors, storage
+
+def run(kind: str, k: Annotated[int, typer.Option("--k", min=1)] = 4) -> None:
+    '''Does what it is told.'''
+    match kind:
+        case "well":
+            print("k is", k)
+        case "user error":
+            raise errors.InputError("a.tar: not a tar\\nsecond line")
+        case "shard":
+            try:
+                1 / 0
+            except ZeroDivisionError as cause:
+                raise errors.ShardError("ingest, shard 00003: ZeroDivisionError") from cause
+        case "bug":
+            {}["missing"]
+        case path:
+            with storage.atomic_write(path) as file:
+                file.write(b"half")
+                print("half", flush=True)
+                time.sleep(600)
+
+command.main(run)
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_done_is_0() -> None:
+    done = run("well", "--k", "7")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "k is 7\n", "")
+
+
+def test_user_error_is_2_with_its_message_alone() -> None:
+    done = run("user error")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: a.tar: not a tar\nsecond line\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["well", "--k", "0"], ["well", "--k", "x"], ["well", "--no-such-option"]])
+def test_wrong_option_is_2_without_a_traceback(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "Usage:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_failed_shard_is_1_with_its_cause_and_its_name() -> None:
+    done = run("shard")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "1 / 0" not in done.stdout
+    assert "ZeroDivisionError: division by zero" in done.stderr
+    assert done.stderr.endswith("\nerror: ingest, shard 00003: ZeroDivisionError\n")
+
+
+def test_bug_is_1_with_a_traceback() -> None:
+    done = run("bug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and done.stderr.endswith("KeyError: 'missing'\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "out.bin")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"half\n"
+        assert os.listdir(tmp_path) != []
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert b"Traceback" not in errors
+    assert os.listdir(tmp_path) == []
+
+
+def test_inline_runner_is_this_process() -> None:
+    with open_runner("inline", 7) as runner:
+        assert isinstance(runner, InlineRunner)

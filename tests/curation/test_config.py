@@ -1,0 +1,270 @@
+"""The config: closed, frozen, complete in its messages, and equal after a round trip through TOML."""
+
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from pydantic import Field, ValidationError
+
+from curation import config, storage
+from curation.config import Settings
+from curation.errors import ConfigError, InputError
+from curation.ingest import IngestConfig
+from curation.pack import PackConfig
+from curation.pairs import PairsConfig
+from curation.retrieve import DatasetConfig, RetrieveConfig
+from curation.sources import SourceConfig
+
+
+class Level(Settings):
+    size: int = Field(ge=1)
+    name: str = "level"
+
+
+class Model(Settings):
+    name: str
+    kind: Literal["small", "large"] = "small"
+    rate: float = Field(default=0.5, ge=0, le=1)
+    scale: float = 1.0
+    limit: int | None = None
+    levels: tuple[Level, ...] = ()
+    counts: dict[str, int] = Field(default_factory=dict)
+    quick: bool = False
+
+
+class Whole(Settings):
+    model: Model
+    seed: int = 0
+
+
+def parse(text_of_values: dict[str, object], *overrides: str) -> Whole:
+    return config.parse(Whole, text_of_values, overrides, origin="run.toml")
+
+
+def values() -> dict[str, object]:
+    return {"model": {"name": "vit", "levels": [{"size": 1}, {"size": 2}], "counts": {"a": 1}}}
+
+
+# What is wrong in the file, and what the message must say of it, word by word.
+PROBLEMS = [
+    ('sede = 1\n[model]\nname = "a"', ["Unknown key: 'sede' (value 1)"]),
+    ('[model]\nname = "a"\n[modle]\nx = 1', ["Unknown key: 'modle' (value {'x': 1})"]),
+    ("[model]", ["Missing key: 'model.name'"]),
+    ("", ["Missing key: 'model'"]),
+    ("[model]\nname = 1", ["'model.name': Input should be a valid string. Found: 1"]),
+    ('[model]\nname = "a"\nquick = 1', ["'model.quick': Input should be a valid boolean. Found: 1"]),
+    ('seed = "1"\n[model]\nname = "a"', ["'seed': Input should be a valid integer. Found: '1'"]),
+    ('seed = 1.5\n[model]\nname = "a"', ["'seed': Input should be a valid integer. Found: 1.5"]),
+    ('seed = true\n[model]\nname = "a"', ["'seed': Input should be a valid integer. Found: True"]),
+    ('[model]\nname = "a"\nkind = "huge"', ["'model.kind': Input should be 'small' or 'large'. Found: 'huge'"]),
+    ('[model]\nname = "a"\nrate = 1.5', ["'model.rate': Input should be less than or equal to 1. Found: 1.5"]),
+    ('[model]\nname = "a"\nrate = nan', ["'model.rate': Input should be a finite number. Found: nan"]),
+    ('[model]\nname = "a"\nscale = inf', ["'model.scale': Input should be a finite number. Found: inf"]),
+    ('[model]\nname = "a"\nlevels = [{}]', ["Missing key: 'model.levels.0.size'"]),
+    ('[model]\nname = "a"\nlevels = 3', ["'model.levels': Input should be a valid array. Found: 3"]),
+    (
+        'seed = "x"\nsede = 2\n[model]\nrate = -1\nlevels = [{size = 1}, {size = 0, nmae = "b"}]',
+        [
+            "Missing key: 'model.name'",
+            "'model.rate': Input should be greater than or equal to 0. Found: -1",
+            "'model.levels.1.size': Input should be greater than or equal to 1. Found: 0",
+            "Unknown key: 'model.levels.1.nmae' (value 'b')",
+            "'seed': Input should be a valid integer. Found: 'x'",
+            "Unknown key: 'sede' (value 2)",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "lines"), PROBLEMS, ids=[text.replace("\n", " ") or "empty" for text, _ in PROBLEMS])
+def test_one_message_names_every_problem(tmp_path: Path, text: str, lines: list[str]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(Whole, str(path))
+    first, *rest = str(caught.value).splitlines()
+    assert first == f"{path}: {len(lines)} problem{'s' if len(lines) > 1 else ''} in the config:"
+    assert rest == [f"  {line}" for line in lines]
+
+
+def test_long_value_is_cut_in_the_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse({"model": {"name": "a", "kind": "x" * 5000}})
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("seed=7", {"seed": 7}),
+        (" seed = 7 ", {"seed": 7}),
+        ("model.name=large one", {"name": "large one"}),
+        ("model.name='3'", {"name": "3"}),
+        ("model.name=a=b", {"name": "a=b"}),
+        ("model.name=", {"name": ""}),
+        ("model.rate=0.25", {"rate": 0.25}),
+        ("model.rate=1", {"rate": 1.0}),
+        ("model.quick=true", {"quick": True}),
+        ("model.levels=[{size=9}]", {"levels": (Level(size=9),)}),
+        ("model.levels.1.size=9", {"levels": (Level(size=1), Level(size=9))}),
+        ("model.levels.0={size=3, name='x'}", {"levels": (Level(size=3, name="x"), Level(size=2))}),
+        ("model.counts.b=2", {"counts": {"a": 1, "b": 2}}),
+        ("model.counts={}", {"counts": {}}),
+    ],
+)
+def test_override_changes_that_value_alone(override: str, changed: dict[str, object]) -> None:
+    before = values()
+    plain, found = parse(before), parse(before, override)
+    assert before == values(), "the caller's values were changed"
+    seed = changed.pop("seed", 0)
+    assert found == plain.model_copy(update={"seed": seed, "model": plain.model.model_copy(update=changed)})
+
+
+def test_overrides_apply_in_order_and_can_make_a_section() -> None:
+    assert parse({}, "model.name=a", "model.name=b", "model.counts.x=1").model.counts == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "--set seed: expected 'section.key=value'."),
+        ("=3", "--set =3: expected 'section.key=value'."),
+        ("model..name=a", "--set model..name=a: expected 'section.key=value'."),
+        ("model.levels.2.size=1", "--set model.levels.2.size=1: '2' is not an index into a list of 2."),
+        ("model.levels.-1.size=1", "--set model.levels.-1.size=1: '-1' is not an index into a list of 2."),
+        ("model.levels.²=1", "--set model.levels.²=1: '²' is not an index into a list of 2."),
+        ("model.levels.size=1", "--set model.levels.size=1: 'size' is not an index into a list of 2."),
+        ("model.name.x=1", "--set model.name.x=1: 'x' lies inside a value ('vit'), not inside a section."),
+    ],
+)
+def test_override_that_fits_nowhere_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(values(), override)
+    assert str(caught.value) == message
+
+
+def test_override_of_an_unknown_key_is_an_unknown_key() -> None:
+    with pytest.raises(ConfigError, match=r"Unknown key: 'model.nmae' \(value 'x'\)"):
+        parse(values(), "model.nmae=x")
+
+
+def random_whole(seed: int) -> Whole:
+    rng = np.random.default_rng(seed)
+    texts = ["", "a", 'quote " and \\ and \n line', "ünï ☃", "2024-01-01", "true", "a.b=c", "[x]"]
+
+    def text() -> str:
+        return str(rng.choice(texts))
+
+    return Whole(
+        seed=int(rng.integers(-(2**62), 2**62)),
+        model=Model(
+            name=text(),
+            kind="large" if rng.random() < 0.5 else "small",
+            rate=float(rng.random()),
+            scale=float(rng.choice([1e-300, -1e300, 0.1, 3.0, rng.normal()])),
+            limit=None if rng.random() < 0.5 else int(rng.integers(100)),
+            levels=tuple(Level(size=int(rng.integers(1, 9)), name=text()) for _ in range(rng.integers(3))),
+            counts={text(): int(rng.integers(9)) for _ in range(rng.integers(4))},
+            quick=bool(rng.random() < 0.5),
+        ),
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_resolved_text_reads_back_equal(seed: int, tmp_path: Path) -> None:
+    settings = random_whole(seed)
+    path = str(tmp_path / "resolved.toml")
+    storage.write_bytes(path, config.resolved_toml(settings).encode())
+    assert config.load(Whole, path) == settings
+    assert config.resolved_toml(config.load(Whole, path)) == config.resolved_toml(settings)
+
+
+def test_stage_configs_read_back_equal(tmp_path: Path) -> None:
+    source = SourceConfig(name="s", path="memory://s", role="seed", layout="parquet", label_column="label")
+    dataset = DatasetConfig(name="s", as_is=True, retrieval="cluster", cap=7)
+    for settings in (
+        IngestConfig(sources=(source,)),
+        RetrieveConfig(datasets=(dataset,), draw="random"),
+        PackConfig(temperature=0.3),
+        PairsConfig(),
+    ):
+        path = str(tmp_path / "resolved.toml")
+        storage.write_bytes(path, config.resolved_toml(settings).encode())
+        assert config.load(type(settings), path) == settings
+
+
+def all_settings(model: type[Settings] = Settings) -> list[type[Settings]]:
+    return [model] + [below for child in model.__subclasses__() for below in all_settings(child)]
+
+
+def test_no_setting_means_something_else_when_it_is_left_out_than_none() -> None:
+    """TOML has no null, so a value of None is written by leaving it out: it must be the default."""
+    for model in all_settings():
+        for name, field in model.model_fields.items():
+            union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
+            if union and type(None) in typing.get_args(field.annotation) and not field.is_required():
+                assert field.get_default(call_default_factory=True) is None, f"{model.__name__}.{name}"
+
+
+def test_settings_are_frozen_and_their_defaults_are_checked() -> None:
+    settings = parse(values())
+    with pytest.raises(ValidationError):
+        settings.seed = 1
+
+    class Wrong(Settings):
+        rate: float = Field(default=2.0, le=1)
+
+    with pytest.raises(ConfigError, match=r"'rate': Input should be less than or equal to 1\. Found: 2\.0"):
+        config.parse(Wrong, {}, origin="x")
+
+
+def test_section_is_read_alone_with_overrides_that_name_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[model]\nname = "a"\n[other]\nanything = "goes"\n')
+    found = config.load(Model, str(path), ["model.rate=0.125", "other.more=1"], section="model")
+    assert found == Model(name="a", rate=0.125)
+    with pytest.raises(ConfigError) as caught:
+        config.load(Model, str(path), ["model.rate=7"], section="model")
+    assert str(caught.value).startswith(f"{path} [model]: 1 problem in the config:\n  'rate': Input should be less")
+
+
+@pytest.mark.parametrize("text", ['[embed]\nname = "a"', "model = 3"])
+def test_missing_section_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"run\.toml: no section \[model\], which this stage reads. Found: (embed|model)"
+    ):
+        config.load(Model, str(path), section="model")
+
+
+def test_what_is_no_config_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"No config file at '.*nothing\.toml'.*--config"):
+        config.load(Whole, str(tmp_path / "nothing.toml"))
+    with pytest.raises(ConfigError, match="a directory"):
+        config.load(Whole, str(tmp_path))
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[model\nname = 1")
+    with pytest.raises(ConfigError, match=r"broken\.toml: not valid TOML: .*line 1"):
+        config.load(Whole, str(broken))
+    broken.write_bytes(b"\xff\xfe\x00binary")
+    with pytest.raises(ConfigError, match=r"broken\.toml: not a text file"):
+        config.load(Whole, str(broken))
+    with pytest.raises(InputError, match="nosuch"):
+        config.load(Whole, "nosuch://bucket/run.toml")
+
+
+def test_config_may_lie_on_any_filesystem() -> None:
+    storage.write_bytes("memory://configs/run.toml", b'seed = 3\n[model]\nname = "a"')
+    assert config.load(Whole, "memory://configs/run.toml") == Whole(seed=3, model=Model(name="a"))
+    storage.delete("memory://configs")
+
+
+def test_large_and_exact_numbers_survive() -> None:
+    found = parse(values() | {"seed": 2**62 + 1}, "model.scale=0.1")
+    assert found.seed == 2**62 + 1
+    assert math.nextafter(found.model.scale, 1) > 0.1 == found.model.scale

@@ -1,0 +1,125 @@
+"""The corpus on disk: the same bytes twice, open to other tools, and back again."""
+
+import hashlib
+import json
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from curation import storage
+from curation.corpus import Sample, read_tar, write_tar
+from curation.errors import InputError
+from curation.images import EXTENSION_OF_FORMAT
+from tests.curation.builders import encoded_image, id_of
+
+
+def samples(count: int) -> list[Sample]:
+    formats = sorted(EXTENSION_OF_FORMAT)
+    return [
+        Sample(
+            key=id_of(number) + ("_1" if number % 5 == 4 else ""),
+            data=encoded_image(number, formats[number % len(formats)]),
+            format=formats[number % len(formats)],
+            sidecar={
+                "source": "ünï ☃",
+                "label": None,
+                "width": number,
+                "reasons": ["as_is:a", "sample:b:c:0"],
+                "a": {},
+            },
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 15])
+def test_round_trip_and_the_same_bytes_twice(tmp_path: Path, count: int) -> None:
+    written = samples(count)
+    path = str(tmp_path / "deep/corpus-000000.tar")
+    record = write_tar(path, iter(written))
+    assert list(read_tar(path)) == written
+    data = storage.read_bytes(path)
+    assert record.name == "corpus-000000.tar" and record.rows == count
+    assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+
+    turned = [Sample(s.key, s.data, s.format, dict(reversed(s.sidecar.items()))) for s in written]
+    again = write_tar(f"memory://{tmp_path.name}/corpus-000000.tar", iter(turned))
+    assert again == record, "the order of a dictionary or the filesystem changed the bytes"
+    assert list(read_tar(f"memory://{tmp_path.name}/corpus-000000.tar")) == written
+    storage.delete(f"memory://{tmp_path.name}")
+
+
+def test_headers_say_nothing_of_who_wrote_them_and_when(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(str(path), iter(samples(3)))
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+            assert member.mode == 0o644 and member.isreg() and not member.pax_headers
+    assert path.read_bytes()[257:265] == b"ustar\x0000"
+
+
+def test_tar_lists_image_and_sidecar_of_every_sample(tmp_path: Path) -> None:
+    written = samples(8)
+    write_tar(str(tmp_path / "a.tar"), iter(written))
+    listed = subprocess.run(["tar", "tf", "a.tar"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert listed.stderr == ""
+    expected = [f"{s.key}.{end}" for s in written for end in (EXTENSION_OF_FORMAT[s.format], "json")]
+    assert listed.stdout.split() == expected
+
+
+def test_webdataset_reads_every_sample(tmp_path: Path) -> None:
+    written = samples(8)
+    write_tar(str(tmp_path / "a.tar"), iter(written))
+    read = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in read] == [sample.key for sample in written]
+    for sample, original in zip(read, written, strict=True):
+        assert sample[EXTENSION_OF_FORMAT[original.format]] == original.data
+        assert json.loads(sample["json"]) == original.sidecar
+
+
+def test_writer_that_fails_leaves_no_tar(tmp_path: Path) -> None:
+    def broken() -> Iterator[Sample]:
+        yield from samples(2)
+        raise InputError("the source has changed")
+
+    with pytest.raises(InputError, match="the source has changed"):
+        write_tar(str(tmp_path / "a.tar"), broken())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_cut_tar_is_refused(tmp_path: Path, step: int) -> None:
+    path = tmp_path / "a.tar"
+    written = samples(3)
+    write_tar(str(path), iter(written))
+    whole = path.read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    rng = np.random.default_rng(step)
+    for cut in [*range(step * 512, len(whole), 4 * 512), *rng.integers(0, len(whole), 20)]:
+        path.write_bytes(whole[:cut])
+        try:
+            assert list(read_tar(str(path))) == written and cut >= end + 512
+        except InputError as error:
+            assert "no whole tar of a corpus" in str(error) and cut < end + 512
+
+
+def test_any_other_tar_is_refused(tmp_path: Path) -> None:
+    for name in ("a.png", "a.json", "b.png", "c.txt"):
+        (tmp_path / name).write_bytes(b"not JSON")
+    for number, members in enumerate(
+        (["a.png"], ["a.json", "a.png"], ["a.png", "b.png"], ["c.txt", "a.json"], ["a.png", "a.json"])
+    ):
+        path = tmp_path / f"{number}.tar"
+        subprocess.run(["tar", "cf", path, *members], cwd=tmp_path, check=True)
+        with pytest.raises(InputError, match=rf"{number}\.tar: this is no whole tar of a corpus"):
+            list(read_tar(str(path)))
+    for data in (b"", b"text" * 1000):
+        (tmp_path / "x.tar").write_bytes(data)
+        with pytest.raises(InputError, match=r"x\.tar: this is no whole tar"):
+            list(read_tar(str(tmp_path / "x.tar")))

@@ -1,0 +1,521 @@
+"""Sources: every layout lists the same images every time, strangers' files do no harm, references read back."""
+
+import functools
+import gzip
+import io
+import json
+import os
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+
+from curation import sources, storage
+from curation.errors import InputError
+from curation.hashing import image_id
+from curation.images import RejectReason
+from curation.sources import Found, ReferenceReader, SourceConfig
+from tests.curation.builders import encoded_image
+
+
+def source(path: str | Path, layout: str = "folder", **columns: str) -> SourceConfig:
+    return SourceConfig.model_validate({"name": "mine", "path": str(path), "role": "pool", "layout": layout, **columns})
+
+
+def read(where: SourceConfig) -> list[Found]:
+    return list(sources.read_source(where, tuple(file.path for file in sources.list_files(where))))
+
+
+def read_tar(path: Path, data: bytes) -> list[Found]:
+    path.write_bytes(data)
+    return read(source(path, "webdataset"))
+
+
+def contents(found: Sequence[Found]) -> list[tuple[str | None, bytes | None]]:
+    return [(item.label, item.data) for item in found]
+
+
+def references_read_back(found: Sequence[Found], seed: int = 0) -> None:
+    """In the order of the source, and in any other."""
+    reader = ReferenceReader()
+    good = [item for item in found if item.data is not None]
+    for item in [*good, *(good[i] for i in np.random.default_rng(seed).permutation(len(good)))]:
+        assert item.data is not None and item.length == len(item.data)
+        assert reader.read(item.uri, item.offset, item.length, image_id(item.data)) == item.data
+    reader.close()
+
+
+# Folders
+
+
+ODD_NAMES = ["plain.png", "a::b.jpg", "a#b.png", "a?b&c.png", "a b.PNG", "*[a].png", "ü☃.webp", "-x.gif", "s3:.png"]
+
+
+@pytest.mark.parametrize("root", ["local", "url", "memory"])
+def test_folder_is_listed_by_path_with_its_folders_as_labels(tmp_path: Path, root: str) -> None:
+    base = {"local": str(tmp_path), "url": f"file://{tmp_path}", "memory": f"memory://{tmp_path.name}"}[root]
+    names = [*ODD_NAMES, "cats/one.jpg", "cats/young::est/two.jpeg", "dogs#1/three.tiff"]
+    for name in [*names, "notes.txt", "cats/png", ".hidden", "cats/one.jpg.part", "b.tar"]:
+        storage.write_bytes(storage.join(base, name), name.encode())
+    where = source(base)
+    files = sources.list_files(where)
+    assert [file.path for file in files] == sorted(names)
+    assert [file.size for file in files] == [len(name.encode()) for name in sorted(names)]
+    found = read(where)
+    assert [item.uri for item in found] == [f"{base}/{name}" for name in sorted(names)]
+    assert contents(found) == [(os.path.dirname(name) or None, name.encode()) for name in sorted(names)]
+    references_read_back(found)
+    assert read(source(base + "/")) == found, "a slash at the end changes nothing"
+
+
+def test_part_of_a_listing_reads_that_part_in_its_order(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(b"%d" % number)
+    found = sources.read_source(source(tmp_path), ("3.png", "1.png"))
+    assert [item.data for item in found] == [b"3", b"1"]
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_links_inside_are_read_and_links_that_lead_out_are_not(tmp_path: Path, prefix: str) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "in-not"
+    (inside / "deep").mkdir(parents=True)
+    outside.mkdir()
+    (inside / "real.png").write_bytes(b"mine")
+    (outside / "secret.png").write_bytes(b"secret")
+    (inside / "deep/same.png").symlink_to("../real.png")
+    (inside / "absolute.png").symlink_to(inside / "real.png")
+    (inside / "out.png").symlink_to(outside / "secret.png")
+    (inside / "up.png").symlink_to("../in-not/secret.png")
+    (inside / "deep/chain.png").symlink_to("../out.png")
+    (inside / "broken.png").symlink_to("nothing.png")
+    (inside / "loop.png").symlink_to("loop.png")
+    (inside / "folder.png").symlink_to("deep")
+    (inside / "deep/round").symlink_to("..")
+    (inside / "elsewhere").symlink_to(outside)
+    where = source(f"{prefix}{inside}")
+    found = {item.uri.removeprefix(f"{prefix}{inside}/"): item for item in read(where)}
+    assert {name: item.data for name, item in found.items() if item.data is not None} == {
+        "real.png": b"mine",
+        "deep/same.png": b"mine",
+        "absolute.png": b"mine",
+    }
+    reasons = {name: item.problem[0] for name, item in found.items() if item.problem}
+    assert reasons == {
+        "out.png": RejectReason.LINK_OUTSIDE_SOURCE,
+        "up.png": RejectReason.LINK_OUTSIDE_SOURCE,
+        "deep/chain.png": RejectReason.LINK_OUTSIDE_SOURCE,
+        "broken.png": RejectReason.UNREADABLE,
+        "loop.png": RejectReason.UNREADABLE,
+        "folder.png": RejectReason.UNREADABLE,
+    }
+
+
+def test_source_may_itself_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/a.png").write_bytes(b"a")
+    (tmp_path / "link").symlink_to("real")
+    assert contents(read(source(tmp_path / "link"))) == [(None, b"a")]
+
+
+def test_what_cannot_be_read_is_one_reject(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"a")
+    os.mkfifo(tmp_path / "pipe.png")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(b"latin")
+    where = source(tmp_path)
+    listed = sources.list_files(where)
+    assert len(sources.listing_hash(listed)) == 64
+    good, latin, pipe = read(where)
+    assert good.data == b"a"
+    assert latin.problem is not None and latin.problem[0] == RejectReason.UNREADABLE and "UTF-8" in latin.problem[1]
+    assert latin.uri == f"{tmp_path}/caf\\xe9.png", "the name can be written to a table"
+    assert pipe.problem == (RejectReason.UNREADABLE, "not a regular file")
+    (tmp_path / "a.png").unlink()
+    gone = next(iter(sources.read_source(where, ("a.png",))))
+    assert gone.data is None and gone.problem is not None and gone.problem[0] == RejectReason.UNREADABLE
+
+
+def test_sources_without_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"source 'mine': there is nothing at '.*/nothing'"):
+        sources.list_files(source(tmp_path / "nothing"))
+    for layout in ("folder", "webdataset", "parquet"):
+        with pytest.raises(InputError, match=rf"source 'mine': no images in .*layout, which is '{layout}'"):
+            sources.list_files(source(tmp_path, layout))
+    (tmp_path / "a.png").write_bytes(b"a")
+    with pytest.raises(InputError, match=r"looked for files ending in tar"):
+        sources.list_files(source(tmp_path, "webdataset"))
+    for layout, wanted in (
+        ("folder", "a folder"),
+        ("webdataset", r"a folder or a \.tar file"),
+        ("parquet", r"\.parquet"),
+    ):
+        with pytest.raises(InputError, match=rf"'.*/a\.png' is a file; layout '{layout}' wants .*{wanted}"):
+            sources.list_files(source(tmp_path / "a.png", layout))
+
+
+def test_listing_hash_sees_names_and_sizes(tmp_path: Path) -> None:
+    def listing() -> str:
+        return sources.listing_hash(sources.list_files(source(tmp_path)))
+
+    (tmp_path / "a.png").write_bytes(b"1")
+    seen = {listing()}
+    assert listing() in seen
+    (tmp_path / "b.png").write_bytes(b"1")
+    seen.add(listing())
+    (tmp_path / "b.png").write_bytes(b"22")
+    seen.add(listing())
+    (tmp_path / "b.png").rename(tmp_path / "c.png")
+    seen.add(listing())
+    assert len(seen) == 4
+
+
+# Tars
+
+
+def tar_of(members: Sequence[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_tar_of_the_webdataset_library(tmp_path: Path) -> None:
+    pictures = [encoded_image(number, "JPEG") for number in range(6)]
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for number, picture in enumerate(pictures):
+            sample: dict[str, Any] = {"__key__": f"dir/{number:04d}", "jpg": picture}
+            sidecars: list[dict[str, Any]] = [
+                {"cls": number},
+                {"json": {"label": f"name {number}"}},
+                {"txt": "caption"},
+            ]
+            writer.write(sample | sidecars[number % 3])
+    found = read(source(tmp_path, "webdataset"))
+    labels = ["0", "name 1", None, "3", "name 4", None]
+    assert contents(found) == list(zip(labels, pictures, strict=True))
+    assert {item.uri for item in found} == {f"{tmp_path}/a.tar"}
+    references_read_back(found)
+
+
+def test_tar_of_img2dataset(tmp_path: Path) -> None:
+    pictures = [encoded_image(number, "WEBP") for number in range(3)]
+    members = []
+    for number, picture in enumerate(pictures):
+        facts = {"url": "http://x/y.png", "key": f"{number:09d}", "status": "success", "width": 24, "sha256": None}
+        members += [
+            (f"{number:09d}.webp", picture),
+            (f"{number:09d}.json", json.dumps(facts | ({"label": number} if number else {})).encode()),
+            (f"{number:09d}.txt", "wörds".encode()),
+        ]
+    found = read_tar(tmp_path / "00000.tar", tar_of(members))
+    assert contents(found) == list(zip([None, "1", "2"], pictures, strict=True))
+    references_read_back(found)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_in_a_tar_are_only_names(tmp_path: Path, format: int) -> None:
+    names = ["../../escape.png", "/etc/absolute.png", "a::b.png", "a#b.png", "UPPER.JPG", "x/" * 45 + "long.png"]
+    names += ["ü☃.png", "a.seg.png", "a.png"]
+    found = read_tar(tmp_path / "a.tar", tar_of([(name, name.encode()) for name in names], format))
+    assert contents(found) == [(None, name.encode()) for name in names]
+    references_read_back(found)
+    assert os.listdir(tmp_path) == ["a.tar"]
+
+
+def test_what_is_no_regular_file_in_a_tar_is_passed_over(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for kind, target in [
+            (tarfile.SYMTYPE, "/etc/passwd"),
+            (tarfile.LNKTYPE, "b.png"),
+            (tarfile.DIRTYPE, ""),
+            (tarfile.FIFOTYPE, ""),
+            (tarfile.CHRTYPE, ""),
+            (tarfile.BLKTYPE, ""),
+        ]:
+            info = tarfile.TarInfo(f"type-{kind.decode()}.png")
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+        info = tarfile.TarInfo("b.png")
+        info.size = 4
+        archive.addfile(info, io.BytesIO(b"real"))
+    assert contents(read_tar(tmp_path / "a.tar", buffer.getvalue())) == [(None, b"real")]
+
+
+SIDECARS = [
+    ("cls", b" 7 \n", "7"),
+    ("cls", b"\xff\xfe", "\ufffd\ufffd"),
+    ("json", b'{"label": "cat"}', "cat"),
+    ("json", b'{"cls": 3}', "3"),
+    ("json", b'{"class": "c", "cls": "b", "label": null}', "b"),
+    ("json", b'{"label": ["a"]}', None),
+    ("json", b"[1, 2]", None),
+    ("json", b"", None),
+    ("json", b"not JSON", None),
+    ("json", b"\xff", None),
+    ("json", b"[" * 200_000, None),
+    ("json", b'{"label": ' + b"9" * 5000 + b"}", None),
+    ("json", b'{"label": "half \\ud800"}', "half ?"),
+    ("txt", b"a caption", None),
+]
+
+
+@pytest.mark.parametrize(("extension", "data", "label"), SIDECARS, ids=[str(n) for n in range(len(SIDECARS))])
+def test_label_comes_from_the_sidecar_before_or_behind(
+    tmp_path: Path, extension: str, data: bytes, label: str | None
+) -> None:
+    image, sidecar = ("a.png", b"picture"), (f"a.{extension}", data)
+    for members in ([image, sidecar], [sidecar, image], [sidecar, ("a.txt", b""), image]):
+        found = read_tar(tmp_path / "a.tar", tar_of([*members, ("b.png", b"next")]))
+        assert contents(found) == [(label, b"picture"), (None, b"next")]
+
+
+def test_several_images_of_a_sample_share_its_label(tmp_path: Path) -> None:
+    found = read_tar(
+        tmp_path / "a.tar", tar_of([("a.left.png", b"1"), ("a.right.png", b"2"), ("a.cls", b"5"), ("b.png", b"3")])
+    )
+    assert contents(found) == [("5", b"1"), ("5", b"2"), (None, b"3")]
+    found = read_tar(tmp_path / "b.tar", tar_of([("x/a.png", b"1"), ("y/a.cls", b"5"), ("y/a.png", b"2")]))
+    assert contents(found) == [(None, b"1"), ("5", b"2")]
+
+
+TWO_SAMPLES = tar_of(
+    [("0.jpg", b"J" * 700), ("0.json", b'{"label": "cat"}'), ("1.jpg", b""), ("2.png", b"K" * 512), ("2.cls", b"7")]
+)
+END = TWO_SAMPLES.index(bytes(1024)) // 512 * 512 + 512  # of the last member, where two zero blocks begin
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_cut_tar_is_refused_or_reads_the_same(tmp_path: Path, step: int) -> None:
+    path = tmp_path / "a.tar"
+    whole = read_tar(path, TWO_SAMPLES)
+    assert len(whole) == 4 - 1 and len(TWO_SAMPLES) == 10240
+    for cut in {*range(step, len(TWO_SAMPLES), 8 * 13), *range(512 * step, len(TWO_SAMPLES), 512 * 8)}:
+        try:
+            found = read_tar(path, TWO_SAMPLES[:cut])
+        except InputError as error:
+            assert cut < END + 512
+            assert str(path) in str(error) and "not a readable plain tar" in str(error)
+        else:
+            assert cut >= END + 512 and found == whole
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_tar_never_loses_a_member_in_silence(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "a.tar"
+    names = [(item.offset, item.length) for item in read_tar(path, TWO_SAMPLES)]
+    rng = np.random.default_rng(seed)
+    for _ in range(80):
+        damaged = bytearray(TWO_SAMPLES)
+        damaged[int(rng.integers(END))] ^= 1 << int(rng.integers(8))
+        try:
+            found = read_tar(path, bytes(damaged))
+        except InputError:
+            continue
+        assert [(item.offset, item.length) for item in found] == names
+
+
+def header(name: str, size: int, kind: bytes) -> bytes:
+    """A header with a valid checksum and any size, in GNU's binary notation."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    block[124:136] = (size % 256**12).to_bytes(12, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize("name", ["b.png", "b.json", "b.txt"])
+@pytest.mark.parametrize("size", [-1, -2, -512, -513, -5000, 2**33, 2**62, 2**70])
+def test_impossible_sizes_are_refused(tmp_path: Path, size: int, name: str) -> None:
+    start = tar_of([("a.png", b"good")])[:1024]
+    for kind in (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE) if size < -2 else (tarfile.REGTYPE,):
+        with pytest.raises(InputError, match=r"a\.tar: not a readable plain tar"):
+            read_tar(tmp_path / "a.tar", start + header(name, size, kind) + tar_of([("c.png", b"more")]))
+
+
+def test_compressed_empty_and_foreign_tars(tmp_path: Path) -> None:
+    plain = tar_of([("a.png", b"a")])
+    for data in (gzip.compress(plain), b"", b"\0" * 100, b"text " * 1000, encoded_image(0)):
+        with pytest.raises(InputError, match=r"not a readable plain tar.*uncompressed"):
+            read_tar(tmp_path / "a.tar", data)
+    assert read_tar(tmp_path / "a.tar", tar_of([])) == []
+    assert read_tar(tmp_path / "a.tar", tar_of([("notes.txt", b"x")])) == []
+
+
+def test_sparse_member_is_a_reject(tmp_path: Path) -> None:
+    with open(tmp_path / "s.png", "wb") as file:
+        file.write(b"A" * 4096)
+        file.seek(1 << 20)
+        file.write(b"B" * 4096)
+    (tmp_path / "t.png").write_bytes(b"T" * 3_000_000)
+    subprocess.run(["tar", "--sparse", "-cf", "a.tar", "s.png", "t.png"], cwd=tmp_path, check=True)
+    sparse, whole = read(source(tmp_path / "a.tar", "webdataset"))
+    assert sparse.data is None and sparse.problem is not None and sparse.problem[0] == RejectReason.UNREADABLE
+    assert whole.data == (tmp_path / "t.png").read_bytes()
+
+
+# Parquet
+
+
+def write_parquet(path: Path, column: Any, row_group_size: int = 2, **more: Any) -> None:
+    pq.write_table(pa.table({"image": column, **more}), path, row_group_size=row_group_size)
+
+
+def test_parquet_as_the_datasets_library_writes_it(tmp_path: Path) -> None:
+    pictures = [encoded_image(number) for number in range(5)]
+    rows: list[Any] = [{"bytes": picture, "path": f"{number}.png"} for number, picture in enumerate(pictures)]
+    rows[1:1] = [None, {"bytes": None, "path": "gone.png"}, {"bytes": b"", "path": ""}]
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", rows, label=[*range(7), None])
+    found = read(source(tmp_path, "parquet", label_column="label"))
+    assert [item.offset for item in found] == list(range(8))
+    assert [item.label for item in found] == [*map(str, range(7)), None]
+    assert [item.problem and item.problem[0] for item in found[:4]] == [
+        None,
+        RejectReason.EMPTY,
+        RejectReason.EMPTY,
+        None,
+    ]
+    assert [item.data for item in found if item.data] == pictures
+    assert {item.uri for item in found} == {f"{tmp_path}/train-00000-of-00001.parquet#image.bytes"}
+    references_read_back(found)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([b"one", None, b"three"]),
+        pa.array([b"one", None, b"three"], pa.large_binary()),
+        pa.array([b"one", None, b"three"]).dictionary_encode(),
+        pa.chunked_array([[b"one"], [None, b"three"]], pa.binary()),
+    ],
+    ids=["binary", "large", "dictionary", "chunks"],
+)
+def test_every_column_of_bytes_is_read(tmp_path: Path, column: pa.Array) -> None:
+    write_parquet(tmp_path / "a.parquet", column)
+    found = read(source(tmp_path / "a.parquet", "parquet", image_column="image"))
+    assert [item.data for item in found] == [b"one", None, b"three"]
+    references_read_back(found)
+
+
+def test_flattened_struct_nested_struct_and_names_in_capitals(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image.bytes": [b"flat"]}), tmp_path / "A.PARQUET")
+    pq.write_table(pa.table({"image": [{"bytes": b"struct"}]}), tmp_path / "b#1.parquet")
+    found = read(source(tmp_path, "parquet"))
+    assert [item.data for item in found] == [b"flat", b"struct"]
+    references_read_back(found)
+    pq.write_table(pa.table({"a": [{"b": {"c": b"deep", "d": 4}}]}), tmp_path / "c.parquet")
+    found = read(source(tmp_path / "c.parquet", "parquet", image_column="a.b.c", label_column="a.b.d"))
+    assert contents(found) == [("4", b"deep")]
+    references_read_back(found)
+
+
+def test_wrong_columns_are_named(tmp_path: Path) -> None:
+    table = {"text": ["t"], "number": [1], "many": [[b"x"]], "data": [b"d"], "path": [{"bytes": "text"}]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    for columns, message in [
+        (
+            {},
+            r"no column image\.bytes\. It has: text, number, many\.list\.element, data, path\.bytes\. Set image_column",
+        ),
+        ({"image_column": "data", "label_column": "lable"}, r"no column lable\."),
+        ({"image_column": "path"}, r"no column path\."),
+        ({"image_column": "text"}, r"column 'text' holds no bytes"),
+        ({"image_column": "number"}, r"column 'number' holds no bytes"),
+        ({"image_column": "path.bytes"}, r"column 'path.bytes' holds no bytes"),
+        ({"image_column": "many.list.element"}, r"column 'many\.list\.element' lies inside a list"),
+        ({"image_column": "data", "label_column": "many.list.element"}, r".*lies inside a list"),
+    ]:
+        with pytest.raises(InputError, match=r"a\.parquet: " + message):
+            read(source(tmp_path / "a.parquet", "parquet", **columns))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_parquet_is_refused_or_reads(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [np.random.default_rng(n).bytes(300) for n in range(40)], 10)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(seed)
+    for _ in range(60):
+        place = int(rng.integers(len(whole)))
+        path.write_bytes(whole[:place] if rng.random() < 0.3 else whole[:-900] + flipped(whole[-900:], place % 900))
+        try:
+            read(source(path, "parquet", image_column="image"))
+        except InputError as error:
+            assert str(path) in str(error)
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :]
+
+
+def test_parquet_without_rows(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", pa.array([], pa.binary()))
+    assert read(source(tmp_path, "parquet", image_column="image")) == []
+
+
+# References
+
+
+@pytest.mark.parametrize("layout", ["folder", "webdataset", "parquet"])
+@pytest.mark.parametrize("root", ["local", "memory"])
+def test_reference_reads_the_very_bytes_and_notices_changed_ones(tmp_path: Path, root: str, layout: str) -> None:
+    base = str(tmp_path) if root == "local" else f"memory://{tmp_path.name}"
+
+    def write(pictures: list[bytes]) -> None:
+        match layout:
+            case "folder":
+                for number, picture in enumerate(pictures):
+                    storage.write_bytes(f"{base}/{number}.png", picture)
+            case "webdataset":
+                storage.write_bytes(f"{base}/a.tar", tar_of([(f"{n}.png", p) for n, p in enumerate(pictures)]))
+            case "parquet":
+                table = pa.table({"image": [{"bytes": picture} for picture in pictures]})
+                with storage.atomic_write(f"{base}/a.parquet") as file:
+                    pq.write_table(table, pa.PythonFile(file, mode="w"), row_group_size=3)
+
+    pictures = [encoded_image(number) for number in range(8)]
+    write(pictures)
+    found = read(source(base, layout))
+    assert [item.data for item in found] == pictures
+    references_read_back(found)
+
+    write([*pictures[:5], pictures[5][:-1] + b"!", *pictures[6:]])
+    reader = ReferenceReader()
+    for number in (4, 6):
+        item = found[number]
+        assert reader.read(item.uri, item.offset, item.length, image_id(pictures[number])) == pictures[number]
+    item = found[5]
+    with pytest.raises(
+        InputError, match=rf"bytes at {item.offset} are no longer those of image {image_id(pictures[5])}"
+    ):
+        reader.read(item.uri, item.offset, item.length, image_id(pictures[5]))
+    reader.close()
+
+    write(pictures[:4])
+    if layout == "folder":
+        storage.delete(f"{base}/7.png")
+    with pytest.raises(InputError, match="--replace"):
+        ReferenceReader().read(found[7].uri, found[7].offset, found[7].length, image_id(pictures[7]))
+    storage.delete(base)
+    with pytest.raises(InputError, match=r"cannot be read any more"):
+        ReferenceReader().read(found[0].uri, found[0].offset, found[0].length, image_id(pictures[0]))
+
+
+def test_column_that_is_gone_is_an_input_error(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [b"one"])
+    read_first = functools.partial(ReferenceReader().read, f"{tmp_path}/a.parquet#image", 0, 3)
+    assert read_first(image_id(b"one")) == b"one"
+    pq.write_table(pa.table({"picture": [b"one"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"no column image\."):
+        ReferenceReader().read(f"{tmp_path}/a.parquet#image", 0, 3, image_id(b"one"))

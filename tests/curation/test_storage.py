@@ -1,0 +1,470 @@
+"""Storage: whole files or none, honest hashes, and output folders that belong to one plan."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from curation import records, storage
+from curation.errors import InputError, OutputMismatchError
+from curation.storage import FileRecord, Manifest, Plan, ShardRecord
+from tests.curation.builders import bytes_in
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "local":
+        yield str(tmp_path)
+        return
+    yield f"memory://{tmp_path.name}"
+    storage.delete(f"memory://{tmp_path.name}")
+
+
+def plan(**changes: object) -> Plan:
+    fields: dict[str, object] = {
+        "stage": "square",
+        "config": {"power": 2, "levels": [{"k": 1}, {"k": 2}], "name": "a"},
+        "inputs": {"images": "abc"},
+        "num_shards": 3,
+    }
+    return Plan.model_validate(fields | changes)
+
+
+def shard(number: int, folder: str) -> ShardRecord:
+    """One finished shard, with its file."""
+    name = f"{number:05d}"
+    file = storage.write_bytes(storage.join(folder, f"square-{name}.bin"), bytes([number]) * number)
+    return ShardRecord(name=name, files=(file,), totals={"rows": number})
+
+
+def finish(folder: str, wanted: Plan) -> Manifest:
+    shards = tuple(shard(number, folder) for number in range(wanted.num_shards))
+    manifest = Manifest(plan=wanted, shards=shards, totals={"rows": 3}, rejects={})
+    storage.write_manifest(folder, manifest)
+    return manifest
+
+
+# Paths
+
+
+def test_join_keeps_protocol_and_slashes() -> None:
+    assert storage.join("a", "b", "c.txt") == "a/b/c.txt"
+    assert storage.join("a/", "b") == "a/b"
+    assert storage.join("/", "b") == "/b"
+    assert storage.join("s3://bucket/x/", "b") == "s3://bucket/x/b"
+
+
+@pytest.mark.parametrize("path", ["nosuch://a/b", "s3:/a::nosuch://b"])
+def test_unknown_protocol_is_an_input_error(path: str) -> None:
+    with pytest.raises(InputError, match="nosuch"):
+        storage.exists(path)
+
+
+@pytest.mark.parametrize("name", ["a::b.bin", "a#b?c.bin", "a b.bin", "*[a].bin", "ü.bin", "simplecache::x.bin"])
+def test_any_file_name_is_only_a_name(root: str, name: str) -> None:
+    path = storage.join(root, "deep/er", name)
+    record = storage.write_bytes(path, b"bytes")
+    assert storage.read_bytes(path) == b"bytes"
+    assert record.name == name
+    assert storage.list_names(storage.join(root, "deep/er")) == [name]
+    storage.delete(path)
+    assert not storage.exists(path)
+    storage.delete(path)  # nothing there: nothing to do
+
+
+def test_list_names_is_sorted_and_empty_for_no_folder(root: str) -> None:
+    for name in ("b", "a", "c/d"):
+        storage.write_bytes(storage.join(root, "folder", name), b"")
+    assert storage.list_names(storage.join(root, "folder")) == ["a", "b", "c"]
+    assert storage.list_names(storage.join(root, "nothing")) == []
+    assert storage.is_folder(storage.join(root, "folder"))
+    assert not storage.is_folder(storage.join(root, "folder/a"))
+
+
+def test_file_url_is_local(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    assert storage.is_local(f"file://{tmp_path}") and storage.is_local(str(tmp_path))
+    assert not storage.is_local("memory://a")
+    assert storage.read_bytes(f"file://{tmp_path}/a") == b"x"
+
+
+# Atomic writes
+
+
+@pytest.mark.parametrize("size", [0, 1, 100_000])
+def test_write_tells_the_truth_about_its_bytes(root: str, size: int) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    record = storage.write_bytes(storage.join(root, "new/file.bin"), data)
+    assert storage.read_bytes(storage.join(root, "new/file.bin")) == data
+    assert record == FileRecord(name="file.bin", sha256=hashlib.sha256(data).hexdigest(), bytes=size, rows=0)
+
+
+def test_failed_write_leaves_what_was_there(root: str) -> None:
+    path = storage.join(root, "out/file.bin")
+    with pytest.raises(ZeroDivisionError), storage.atomic_write(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert not storage.exists(path)
+    storage.write_bytes(path, b"old")
+    with pytest.raises(ZeroDivisionError), storage.atomic_write(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert bytes_in(storage.join(root, "out")) == {"/file.bin": b"old"}
+
+
+def test_file_is_not_visible_before_it_is_whole(root: str) -> None:
+    path = storage.join(root, "file.bin")
+    with storage.atomic_write(path) as file:
+        file.write(b"half")
+        assert not storage.exists(path)
+    assert storage.read_bytes(path) == b"half"
+
+
+HALF_A_FILE = """
+import sys, time
+from curation import storage
+with storage.atomic_write(sys.argv[1]) as file:
+    file.write(b'{"name": "00001", "tot' * 100_000)
+    print("half", flush=True)
+    time.sleep(600)
+"""
+
+
+def kill_in_the_middle_of_writing(path: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", HALF_A_FILE, path], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"half\n"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path) -> None:
+    folder = str(tmp_path / "out")
+    storage.start_or_resume(folder, plan(), replace=False)
+    storage.mark_shard_done(folder, shard(0, folder))
+    before = bytes_in(folder)
+
+    kill_in_the_middle_of_writing(f"{folder}/square-00000.bin")  # a file that was whole
+    kill_in_the_middle_of_writing(f"{folder}/square-00001.bin")
+    kill_in_the_middle_of_writing(f"{folder}/.progress/00001.json")
+
+    after = bytes_in(folder)
+    left_behind = after.keys() - before.keys()
+    assert {name: after[name] for name in before} == before
+    assert len(left_behind) == 3
+    assert all(storage.TEMPORARY_PREFIX in name for name in left_behind)
+
+    # The next run goes on, and once it is done nothing of the dead writers is left.
+    done = storage.start_or_resume(folder, plan(), replace=False)
+    assert isinstance(done, dict) and list(done) == ["00000"]
+    finish(folder, plan())
+    names = {"/manifest.json", "/square-00000.bin", "/square-00001.bin", "/square-00002.bin"}
+    assert set(bytes_in(folder)) == names
+
+
+# Parquet
+
+
+def images_table(rows: int) -> pa.Table:
+    return pa.table(
+        {
+            "image_id": [f"{row:032x}" for row in range(rows)],
+            "other_image_id": [f"{row + 1:032x}" for row in range(rows)],
+            "similarity": pa.array(np.random.default_rng(rows).random(rows), pa.float32()),
+        },
+        schema=records.PAIRS,
+    )
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5000])
+def test_table_comes_back_and_has_the_same_bytes_twice(root: str, rows: int) -> None:
+    table = images_table(rows)
+    first = storage.write_table(storage.join(root, "a.parquet"), table)
+    second = storage.write_table(
+        storage.join(root, "b/a.parquet"), pa.concat_tables([table[: rows // 2], table[rows // 2 :]])
+    )
+    assert storage.read_table(storage.join(root, "a.parquet"), records.PAIRS).equals(table)
+    assert first.rows == rows and first.bytes > 0
+    assert first == second
+    assert hashlib.sha256(storage.read_bytes(storage.join(root, "a.parquet"))).hexdigest() == first.sha256
+    chosen = storage.read_table(storage.join(root, "a.parquet"), records.PAIRS, ["similarity", "image_id"])
+    assert chosen.equals(table.select(["similarity", "image_id"]))
+
+
+def test_columns_of_a_close_type_are_cast(root: str) -> None:
+    path = storage.join(root, "a.parquet")
+    table = images_table(4)
+    wide = table.set_column(2, "similarity", table["similarity"].cast(pa.float64())).append_column("more", [[1] * 4])
+    storage.write_table(path, wide)
+    assert storage.read_table(path, records.PAIRS).equals(table)
+
+
+def test_wrong_columns_are_named_with_the_file(root: str) -> None:
+    path = storage.join(root, "a.parquet")
+    with pytest.raises(InputError, match=r"No file at '.*a\.parquet'"):
+        storage.read_table(path, records.PAIRS)
+    storage.write_table(path, images_table(2).drop_columns(["similarity"]))
+    with pytest.raises(InputError, match=r"a\.parquet: no column similarity\. Found: image_id, other_image_id\."):
+        storage.read_table(path, records.PAIRS)
+    storage.write_table(path, pa.table({"image_id": ["a"], "other_image_id": ["b"], "similarity": ["near"]}))
+    with pytest.raises(InputError, match=r"a\.parquet: columns of the wrong type"):
+        storage.read_table(path, records.PAIRS)
+    storage.write_table(path, pa.table({"image_id": ["a"], "other_image_id": ["b"], "similarity": [[1.0]]}))
+    with pytest.raises(InputError, match=r"a\.parquet: columns of the wrong type"):
+        storage.read_table(path, records.PAIRS)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_parquet_is_an_input_error_or_reads(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "a.parquet"
+    storage.write_table(str(path), images_table(200))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(seed)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        place = int(rng.integers(len(whole)))
+        if rng.random() < 0.3:
+            del damaged[place:]
+        else:  # the footer and the page headers are where a reader goes wrong
+            place = len(whole) - 1 - place // 2
+            damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            storage.read_table(str(path), records.PAIRS)
+        except InputError as error:
+            assert str(path) in str(error)
+
+
+# The manifest
+
+
+def file_record(name: str, content: bytes = b"") -> FileRecord:
+    return FileRecord(name=name, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), rows=0)
+
+
+def test_content_hash_changes_with_the_files_and_only_then() -> None:
+    def manifest(*files: FileRecord, **changes: object) -> Manifest:
+        shards = [{"name": str(number), "files": [file]} for number, file in enumerate(files)]
+        fields = {"plan": plan(), "shards": shards, "totals": {}, "rejects": {}}
+        return Manifest.model_validate(fields | changes)
+
+    a, b = file_record("a-0", b"a"), file_record("b-0", b"b")
+    original = manifest(a, b).content_hash
+    assert original == manifest(a, b, totals={"rows": 1}, facts={"x": 2}, plan=plan(num_shards=9)).content_hash
+    changed = [
+        manifest(a),
+        manifest(b, a),
+        manifest(a, file_record("b-0", b"c")),
+        manifest(a, file_record("b-1", b"b")),
+        manifest(a, b, file_record("c-0")),
+        manifest(),
+    ]
+    assert len({original, *(each.content_hash for each in changed)}) == 1 + len(changed)
+    assert manifest(a, b).files("a") == ["a-0"]
+    assert manifest(a, b).files("") == []
+
+
+def test_manifest_reads_back_equal(root: str) -> None:
+    manifest = finish(root, plan())
+    assert storage.read_manifest(root) == storage.require_manifest(root) == manifest
+
+
+def test_missing_or_foreign_manifest_is_an_input_error(root: str) -> None:
+    assert storage.read_manifest(root) is None
+    with pytest.raises(InputError, match=r"holds no finished stage.*Run the stage"):
+        storage.require_manifest(root)
+    for text in (b"", b"{}", b'{"name": "someone else"}', b"\xff"):
+        storage.write_bytes(storage.join(root, "manifest.json"), text)
+        with pytest.raises(InputError, match=r"manifest\.json: not a file that this version of Seedbed wrote"):
+            storage.require_manifest(root)
+
+
+def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"precious")
+    with pytest.raises(InputError, match=r"holds no finished stage"):
+        storage.require_manifest(str(tmp_path / "file"))
+    for replace in (False, True):
+        with pytest.raises(OutputMismatchError, match=r"'.*file' is a file"):
+            storage.start_or_resume(str(tmp_path / "file"), plan(), replace=replace)
+    assert (tmp_path / "file").read_bytes() == b"precious"
+
+
+def test_hash_json_is_canonical() -> None:
+    assert storage.hash_json({"b": [1, "ü"], "a": None}) == storage.hash_json(
+        json.loads('{"a":null, "b":[1,"\\u00fc"]}')
+    )
+    assert storage.hash_json([1, 2]) != storage.hash_json([2, 1])
+    assert len(storage.hash_json(None)) == 64
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sum_counts_is_a_sum_in_any_order(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    counts = [{str(key): int(rng.integers(9)) for key in rng.integers(0, 5, 3)} for _ in range(6)]
+    total = storage.sum_counts(counts)
+    assert total == {key: sum(count.get(key, 0) for count in counts) for key in total}
+    assert list(total) == sorted({key for count in counts for key in count})
+    assert list(storage.sum_counts(counts[::-1]).items()) == list(total.items())
+    assert storage.sum_counts([]) == {}
+
+
+# Claiming an output folder
+
+
+def test_fresh_then_resumed_then_done(root: str) -> None:
+    folder = storage.join(root, "square")
+    assert storage.start_or_resume(folder, plan(), replace=False) == {}
+    assert storage.start_or_resume(folder, plan(), replace=False) == {}
+    expected = {}
+    for number in (2, 0):
+        record = shard(number, folder)
+        storage.mark_shard_done(folder, record)
+        expected[record.name] = record
+        assert storage.start_or_resume(folder, plan(), replace=False) == expected
+        assert storage.start_or_resume(folder, plan(), replace=True) == expected
+    manifest = finish(folder, plan())
+    assert storage.start_or_resume(folder, plan(), replace=False) == manifest
+    assert storage.start_or_resume(folder, plan(), replace=True) == manifest
+    assert storage.PROGRESS_NAME not in storage.list_names(folder)
+
+
+OTHER_PLANS = [
+    (plan(config={"power": 3, "levels": [{"k": 1}, {"k": 2}], "name": "a"}), ["config.power: 2 there, 3 now"]),
+    (plan(config={"power": 2, "levels": [{"k": 1}, {"k": 5}], "name": "a"}), ["config.levels.1.k: 2 there, 5 now"]),
+    (plan(config={"power": 2, "levels": [{"k": 1}], "name": "a"}), ["config.levels.1.k: 2 there, None now"]),
+    (plan(inputs={"images": "xyz"}), ["inputs.images: 'abc' there, 'xyz' now"]),
+    (plan(stage="cube", num_shards=4), ["num_shards: 3 there, 4 now", "stage: 'square' there, 'cube' now"]),
+    (plan(format_version=99), ["format_version: 1 there, 99 now"]),
+]
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["half done", "done"])
+@pytest.mark.parametrize(("other", "lines"), OTHER_PLANS)
+def test_work_of_another_plan_is_refused_untouched(root: str, finished: bool, other: Plan, lines: list[str]) -> None:
+    folder = storage.join(root, "square")
+    storage.start_or_resume(folder, plan(), replace=False)
+    storage.mark_shard_done(folder, shard(0, folder))
+    if finished:
+        finish(folder, plan())
+    before = bytes_in(folder)
+    with pytest.raises(OutputMismatchError) as caught:
+        storage.start_or_resume(folder, other, replace=False)
+    first, *differences, last = str(caught.value).splitlines()
+    assert first == f"'{folder}' holds the work of another config or of other inputs:"
+    assert differences == [f"  {line}" for line in lines]
+    assert "Nothing was changed" in last and "--replace" in last
+    assert bytes_in(folder) == before
+
+    assert storage.start_or_resume(folder, other, replace=True) == {}
+    assert set(bytes_in(folder)) == {"/.progress/plan.json"}
+    assert finish(folder, other).plan == other
+
+
+def test_long_list_of_differences_is_cut(root: str) -> None:
+    storage.start_or_resume(root, plan(config={str(key): 1 for key in range(50)}), replace=False)
+    storage.mark_shard_done(root, shard(0, root))
+    with pytest.raises(OutputMismatchError, match="and 42 more"):
+        storage.start_or_resume(root, plan(config={str(key): 2 for key in range(50)}), replace=False)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_files_of_a_stranger_are_refused_and_never_deleted(root: str, replace: bool) -> None:
+    storage.write_bytes(storage.join(root, "thesis.txt"), b"precious")
+    storage.write_bytes(storage.join(root, "deeper/more.txt"), b"too")
+    before = bytes_in(root)
+    with pytest.raises(OutputMismatchError, match=r"no run of this stage wrote \(deeper, thesis\.txt\)"):
+        storage.start_or_resume(root, plan(), replace=replace)
+    assert bytes_in(root) == before
+
+
+# Dies by os._exit before the n-th thing that the action does to files, for n = 1, 2, ... until it comes through.
+DIE_AT_EVERY_STEP = """
+import os, shutil, sys
+from curation import storage
+from curation.storage import Manifest, Plan
+
+template, copies, action = sys.argv[1:]
+changed = Plan.model_validate_json(sys.stdin.read())
+manifest = storage.read_manifest(template) if action == "replace" else None
+finished = Manifest.model_validate_json(open(template + ".json").read()) if action == "finish" else None
+EVENTS = {"open", "os.remove", "os.rename", "os.mkdir", "os.rmdir"}
+for step in range(1, 200):
+    folder = f"{copies}/{step:03d}"
+    shutil.copytree(template, folder)
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def die(event, arguments):
+            global left
+            if event in EVENTS:
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+
+        sys.addaudithook(die)
+        if action == "replace":
+            storage.start_or_resume(folder, changed, replace=True)
+        else:
+            storage.write_manifest(folder, finished)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+"""
+
+
+def die_at_every_step(template: str, copies: Path, action: str, wanted: Plan) -> list[str]:
+    """Copies of the folder `template` as the action left them when it died at its first, second, ... step."""
+    copies.mkdir()
+    command = [sys.executable, "-c", DIE_AT_EVERY_STEP, template, str(copies), action]
+    subprocess.run(command, input=wanted.model_dump_json().encode(), check=True, timeout=120)
+    folders = sorted(str(path) for path in copies.iterdir())
+    assert len(folders) > 5
+    return folders
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["half done", "done"])
+def test_replace_that_dies_at_any_step_can_go_on_either_way(tmp_path: Path, finished: bool) -> None:
+    template, other = str(tmp_path / "template"), plan(config={"power": 3})
+    storage.start_or_resume(template, plan(), replace=False)
+    for number in range(3):
+        storage.mark_shard_done(template, shard(number, template))
+    if finished:
+        finish(template, plan())
+    for folder in die_at_every_step(template, tmp_path / "copies", "replace", other):
+        claimed = Path(folder, ".progress/plan.json")
+        if claimed.exists() and Plan.model_validate_json(claimed.read_bytes()) == other:
+            continue  # it died after its last step
+        # With the old plan: what counts as done is there.
+        found = storage.start_or_resume(folder, plan(), replace=False)
+        records_ = found.shards if isinstance(found, Manifest) else found.values()
+        for record in records_:
+            for file in record.files:
+                data = storage.read_bytes(f"{folder}/{file.name}")
+                assert hashlib.sha256(data).hexdigest() == file.sha256
+        # With the new plan: refused without --replace, begun afresh with it.
+        if set(bytes_in(folder)) != {"/.progress/plan.json"}:
+            with pytest.raises(OutputMismatchError):
+                storage.start_or_resume(folder, other, replace=False)
+        assert storage.start_or_resume(folder, other, replace=True) == {}
+        assert set(bytes_in(folder)) == {"/.progress/plan.json"}
+
+
+def test_finish_that_dies_at_any_step_loses_no_shard(tmp_path: Path) -> None:
+    template = str(tmp_path / "template")
+    storage.start_or_resume(template, plan(), replace=False)
+    done = {record.name: record for record in (shard(number, template) for number in range(3))}
+    for record in done.values():
+        storage.mark_shard_done(template, record)
+    manifest = Manifest(plan=plan(), shards=tuple(done.values()), totals={}, rejects={})
+    Path(f"{template}.json").write_text(manifest.model_dump_json())
+    for folder in die_at_every_step(template, tmp_path / "copies", "finish", plan()):
+        assert storage.start_or_resume(folder, plan(), replace=False) in (done, manifest)
+        storage.write_manifest(folder, manifest)
+        assert storage.start_or_resume(folder, plan(), replace=False) == manifest
