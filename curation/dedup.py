@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from curation import command, ingest, records, storage, vectors
 from curation.config import Settings, load, resolved_toml
 from curation.errors import ConfigError, InputError
-from curation.graph import component_sizes, connected_components
+from curation.graph import component_sizes, connected_components, family_edges
 from curation.pairs import read_pairs
 from curation.runner import Runner, Shard
 from curation.stage import run_shards
@@ -40,6 +40,17 @@ from curation.storage import Manifest, ShardRecord
 LARGEST_COMPONENTS = 20
 
 
+class FamilyConfig(Settings):
+    """When a pair is of a family, such as road signs with other symbols, and not of copies; see graph.family_edges."""
+
+    sure: float = Field(default=0.9, ge=0, le=1)
+    """Similarity from which a pair that does not differ in one place is of copies whatever else there is."""
+    margin: float = Field(default=0.1, ge=0, le=1)
+    """How much less similar a third image may be and still be a rival."""
+    local_margin: float = Field(default=0.05, ge=0, le=1)
+    """The same for pairs that differ in one place."""
+
+
 class DedupConfig(Settings):
     """Where a pair becomes a copy."""
 
@@ -47,6 +58,8 @@ class DedupConfig(Settings):
     """Similarity at which two images are copies (0.6 in DINOv2, with SSCD descriptors)."""
     holdout_threshold: float = Field(default=0.45, ge=-1, le=1)
     """Similarity at which an image matches a holdout image (0.45 in DINOv2)."""
+    families: FamilyConfig | None = None
+    """How images are told from copies that only belong to one family; for verified pairs."""
     decontamination: Literal["direct", "component"] = "direct"
     """Whether the holdout takes away what matches it, or whole components that hold one of its images."""
     decontaminate_seeds: bool = True
@@ -142,11 +155,22 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
 
 
 def decide(
-    config: DedupConfig, nodes: Nodes, first: np.ndarray, second: np.ndarray, similarity: np.ndarray
+    config: DedupConfig,
+    nodes: Nodes,
+    first: np.ndarray,
+    second: np.ndarray,
+    similarity: np.ndarray,
+    differs_locally: np.ndarray | None = None,
 ) -> Decision:
-    """Which images are dropped, given edges (E,) between nodes with their similarities (E,)."""
+    """Which images are dropped, given edges (E,) between nodes with their similarities (E,).
+
+    `differs_locally` (E,) bool is needed where `families` is set.
+    """
     num_nodes = len(nodes.image_ids)
     copies = similarity >= config.threshold
+    if config.families is not None:
+        assert differs_locally is not None
+        copies &= ~family_edges(first, second, similarity, differs_locally, **config.families.model_dump())
     component = connected_components(num_nodes, first[copies], second[copies])
     reason = np.full(num_nodes, None, dtype=object)
     matched = np.full(num_nodes, -1, np.int64)
@@ -234,8 +258,8 @@ def _nodes(table: pa.Table) -> Nodes:
     )
 
 
-def _edges(pairs: pa.Table, nodes: Nodes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Node indices (E,), (E,) and similarities (E,) of the pairs. Raises InputError for a pair of other images."""
+def _edges(pairs: pa.Table, nodes: Nodes) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Node indices (E,), (E,), similarities (E,) and differs_locally (E,) of the pairs. Raises InputError for a pair of other images."""
     ends = []
     for name in ("image_id", "other_image_id"):
         ids = pairs.column(name).to_numpy().astype(str)
@@ -244,7 +268,8 @@ def _edges(pairs: pa.Table, nodes: Nodes) -> tuple[np.ndarray, np.ndarray, np.nd
         if len(unknown):
             raise InputError(f"The pairs name image {unknown[0]}, which the ingest does not hold: not of one run.")
         ends.append(place)
-    return ends[0], ends[1], pairs.column("similarity").to_numpy()
+    differs_locally = pairs.column("differs_locally").combine_chunks().to_numpy(zero_copy_only=False)
+    return ends[0], ends[1], pairs.column("similarity").to_numpy(), differs_locally
 
 
 def _first_occurrences(table: pa.Table) -> np.ndarray:

@@ -29,10 +29,11 @@ from curation.hashing import pairs_within
 from curation.runner import Runner, Shard
 from curation.stage import run_shards
 from curation.storage import Manifest, ShardRecord
-from curation.verify import PairVerifier, VerifyConfig
+from curation.verify import PairVerifier, VerifyConfig, View
 
-# Thumbnail features that a worker keeps at hand. Assumed: a shard of pairs, sorted by its first image, needs fewer.
-CACHED_FEATURES = 2048
+# Prepared thumbnails that a worker keeps at hand, each up to 0.8 MB. Assumed: a shard of pairs, sorted by its first
+# image, needs few more.
+CACHED_VIEWS = 1500
 
 
 class PairsConfig(Settings):
@@ -95,7 +96,9 @@ def make_worker(config: PairsConfig, output: str) -> Callable[[Shard], ShardReco
 
     def process(shard: Shard) -> ShardRecord:
         work: CandidatePairs = shard.work
-        similarity = judge.similarities(work) if judge else work.similarity
+        similarity, differs_locally = (
+            judge.compare(work) if judge else (work.similarity, np.zeros(len(work.first), bool))
+        )
         chosen = np.flatnonzero(similarity >= config.min_similarity)
         ids = np.array(work.image_ids, dtype=object)
         one, other = ids[work.first[chosen]], ids[work.second[chosen]]
@@ -104,6 +107,7 @@ def make_worker(config: PairsConfig, output: str) -> Callable[[Shard], ShardReco
                 "image_id": np.minimum(one, other),
                 "other_image_id": np.maximum(one, other),
                 "similarity": similarity[chosen].astype(np.float32),
+                "differs_locally": differs_locally[chosen],
             },
             schema=records.PAIRS,
         )
@@ -123,35 +127,35 @@ def read_pairs(folder: str) -> pa.Table:
 
 
 class _Judge:
-    """Verifies pairs on thumbnails, keeping the features of the images seen last."""
+    """Verifies pairs on thumbnails, keeping the views of the images seen last."""
 
     def __init__(self, config: VerifyConfig) -> None:
         self._verifier = PairVerifier(config)
-        self._features: OrderedDict[tuple[str, int], object] = OrderedDict()
+        self._views: OrderedDict[tuple[str, int], View] = OrderedDict()
         self._table: tuple[str, pa.ChunkedArray] | None = None
 
-    def similarities(self, work: CandidatePairs) -> np.ndarray:
-        """The similarity of each pair, (P,) float32."""
-        result = np.empty(len(work.first), np.float32)
+    def compare(self, work: CandidatePairs) -> tuple[np.ndarray, np.ndarray]:
+        """For each pair its similarity, (P,) float32, and whether it differs locally, (P,) bool."""
+        similarity, differs_locally = np.empty(len(work.first), np.float32), np.empty(len(work.first), bool)
         for position, (first, second) in enumerate(zip(work.first, work.second, strict=True)):
             # By image_id, so that the result does not depend on which of the two was found first.
             a, b = sorted((int(first), int(second)), key=lambda node: work.image_ids[node])
-            features_a, features_b = self._features_of(work.thumbnails[a]), self._features_of(work.thumbnails[b])
-            result[position] = self._verifier.similarity(features_a, features_b)
-        return result
+            likeness = self._verifier.compare(self._view_of(work.thumbnails[a]), self._view_of(work.thumbnails[b]))
+            similarity[position], differs_locally[position] = likeness
+        return similarity, differs_locally
 
-    def _features_of(self, place: tuple[str, int]) -> object:
-        if place in self._features:
-            self._features.move_to_end(place)
-            return self._features[place]
+    def _view_of(self, place: tuple[str, int]) -> View:
+        if place in self._views:
+            self._views.move_to_end(place)
+            return self._views[place]
         path, row = place
         if self._table is None or self._table[0] != path:
             self._table = (path, storage.read_table(path, records.THUMBNAILS).column("thumbnail"))
-        features = self._verifier.describe(self._table[1][row].as_py())
-        self._features[place] = features
-        if len(self._features) > CACHED_FEATURES:
-            self._features.popitem(last=False)
-        return features
+        view = self._verifier.describe(self._table[1][row].as_py())
+        self._views[place] = view
+        if len(self._views) > CACHED_VIEWS:
+            self._views.popitem(last=False)
+        return view
 
 
 def _candidate_shards(config: PairsConfig, images: str, descriptors: str, described: Manifest) -> list[Shard]:

@@ -32,6 +32,7 @@ PAIRS = pa.schema(
         ("image_id", pa.string()),  # the smaller of the two ids
         ("other_image_id", pa.string()),
         ("similarity", pa.float32()),
+        ("differs_locally", pa.bool_()),  # whether they agree but for one place; false where nobody looked
     ]
 )
 

@@ -95,7 +95,7 @@ def write_pairs(
     tables = [
         {
             "pairs": pa.Table.from_pylist(
-                [dict(zip(records.PAIRS.names, row, strict=True)) for row in rows], records.PAIRS
+                [dict(zip(records.PAIRS.names, (*row, False), strict=True)) for row in rows], records.PAIRS
             )
         }
         for rows in shards

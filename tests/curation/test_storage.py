@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation import records, storage
+from curation import storage
 from curation.errors import InputError, OutputMismatchError
 from curation.storage import FileRecord, Manifest, Plan, ShardRecord
 from tests.curation.builders import bytes_in
@@ -170,6 +170,8 @@ def test_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path) -> 
 
 # Parquet
 
+RATED = pa.schema([("image_id", pa.string()), ("other_image_id", pa.string()), ("similarity", pa.float32())])
+
 
 def images_table(rows: int) -> pa.Table:
     return pa.table(
@@ -178,7 +180,7 @@ def images_table(rows: int) -> pa.Table:
             "other_image_id": [f"{row + 1:032x}" for row in range(rows)],
             "similarity": pa.array(np.random.default_rng(rows).random(rows), pa.float32()),
         },
-        schema=records.PAIRS,
+        schema=RATED,
     )
 
 
@@ -189,11 +191,11 @@ def test_table_comes_back_and_has_the_same_bytes_twice(root: str, rows: int) -> 
     second = storage.write_table(
         storage.join(root, "b/a.parquet"), pa.concat_tables([table[: rows // 2], table[rows // 2 :]])
     )
-    assert storage.read_table(storage.join(root, "a.parquet"), records.PAIRS).equals(table)
+    assert storage.read_table(storage.join(root, "a.parquet"), RATED).equals(table)
     assert first.rows == rows and first.bytes > 0
     assert first == second
     assert hashlib.sha256(storage.read_bytes(storage.join(root, "a.parquet"))).hexdigest() == first.sha256
-    chosen = storage.read_table(storage.join(root, "a.parquet"), records.PAIRS, ["similarity", "image_id"])
+    chosen = storage.read_table(storage.join(root, "a.parquet"), RATED, ["similarity", "image_id"])
     assert chosen.equals(table.select(["similarity", "image_id"]))
 
 
@@ -202,22 +204,22 @@ def test_columns_of_a_close_type_are_cast(root: str) -> None:
     table = images_table(4)
     wide = table.set_column(2, "similarity", table["similarity"].cast(pa.float64())).append_column("more", [[1] * 4])
     storage.write_table(path, wide)
-    assert storage.read_table(path, records.PAIRS).equals(table)
+    assert storage.read_table(path, RATED).equals(table)
 
 
 def test_wrong_columns_are_named_with_the_file(root: str) -> None:
     path = storage.join(root, "a.parquet")
     with pytest.raises(InputError, match=r"No file at '.*a\.parquet'"):
-        storage.read_table(path, records.PAIRS)
+        storage.read_table(path, RATED)
     storage.write_table(path, images_table(2).drop_columns(["similarity"]))
     with pytest.raises(InputError, match=r"a\.parquet: no column similarity\. Found: image_id, other_image_id\."):
-        storage.read_table(path, records.PAIRS)
+        storage.read_table(path, RATED)
     storage.write_table(path, pa.table({"image_id": ["a"], "other_image_id": ["b"], "similarity": ["near"]}))
     with pytest.raises(InputError, match=r"a\.parquet: columns of the wrong type"):
-        storage.read_table(path, records.PAIRS)
+        storage.read_table(path, RATED)
     storage.write_table(path, pa.table({"image_id": ["a"], "other_image_id": ["b"], "similarity": [[1.0]]}))
     with pytest.raises(InputError, match=r"a\.parquet: columns of the wrong type"):
-        storage.read_table(path, records.PAIRS)
+        storage.read_table(path, RATED)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -236,7 +238,7 @@ def test_damaged_parquet_is_an_input_error_or_reads(tmp_path: Path, seed: int) -
             damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         try:
-            storage.read_table(str(path), records.PAIRS)
+            storage.read_table(str(path), RATED)
         except InputError as error:
             assert str(path) in str(error)
 

@@ -1,0 +1,514 @@
+"""Verify: do two thumbnails show one picture, after a crop, a border, a turn, a mirror, other colours or an overlay?
+
+A descriptor says which pictures resemble each other; this says which are copies. It looks for a way to lay one picture
+on the other, then compares them where they overlap. The only file that imports OpenCV.
+
+1.  Ways to lay A on B: (a) the whole of A, or A without its plain borders, onto the same of B, straight or mirrored,
+    where small grids of both agree; (b) a similarity transform through matching SIFT keypoints, straight or mirrored,
+    refined to an affine one by ECC.
+2.  A way is judged in windows of 8 x 8 pixels: does the contrast of A explain that of B there, in the same place, with
+    like brightness and colour? One gain and offset of brightness and one gain of colour are fitted for the whole.
+3.  What is not explained may lie in one rectangle, as an overlay does; then the rectangle's area counts against the
+    pair. Fine detail must agree outside of it: icons that share a frame, or stars of other proportions, do not.
+
+The similarity is a product of shares in [0, 1]; it depends on the two pictures alone, not on what came before.
+
+Legend: w, h the sides of a working picture; windows (h/4 - 1, w/4 - 1); channels: brightness, red-blue, green-magenta,
+and fine detail (a band-pass of brightness).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, final
+
+import numpy as np
+from pydantic import Field
+
+from curation.config import Settings
+from curation.errors import DeviceError
+from curation.images import ImageLimits, decode_rgb
+
+# All constants below were measured 2026-11 on drawings and stamps with planted copies, unless they say otherwise.
+GRID = 24  # cells of a side of the small grids
+MIN_GRID_AGREEMENT = 0.5  # correlation of two grids below which laying box on box is not tried
+MAX_ASPECT_CHANGE = 0.12  # of the logarithm of the sides' ratio, box to box
+MAX_BOX_TRIALS = 3
+SYMMETRIC = 0.999  # correlation of a grid with its mirror image
+BORDER_CONTRAST = 24  # steps of 255 by which content differs from a plain border
+KEYPOINTS = 200
+MIN_KEYPOINT_AGREEMENT = 0.85  # inner product of two square-rooted SIFT descriptors
+MIN_KEYPOINTS = 4
+RANSAC_PIXELS = 2.0
+MAX_TURN_DEGREES = 30.0
+MIN_OVERLAP, MIN_OTHER_OVERLAP = 0.75, 0.25  # of the one picture, and of the other
+MIN_OVERLAP_BY_KEYPOINTS = 0.5  # a few keypoints on a small shared part (a logo) prove nothing
+SAME_FRAME = 0.96  # overlap of both above which nothing was cropped
+EDGE = 2  # pixels at a picture's rim that are not compared
+VARIANCE_FLOOR, DETAIL_FLOOR = 30.0, 20.0  # squared steps of 255: noise of JPEG in flat parts
+LEVEL_TOLERANCE = 32.0  # steps of 255 between window means that still agree
+UNEXPLAINED_TRIM = 0.02  # share of all contrast that may lie unexplained outside the rectangle
+HOPELESS = 0.1  # correlation of windows below which nothing more is looked at
+LOCAL = 0.01  # area of the rectangle, as a share of the content, from which the two differ locally
+DETAIL_POWER = 4
+OVERLAY_DENSITY = 1.5  # an overlay has more contrast than its area's share
+
+# Brightness, red-blue and green-magenta of RGB.
+_OPPONENT = np.array([[0.299, 0.587, 0.114], [0.5, 0, -0.5], [-0.25, 0.5, -0.25]], np.float32).T
+_THUMBNAIL_LIMITS = ImageLimits(min_side=1)
+
+
+class VerifyConfig(Settings):
+    """How two thumbnails are compared."""
+
+    working_side: int = Field(default=128, ge=32, le=512)
+    """Longest side in pixels that thumbnails are compared at."""
+
+
+class Likeness(NamedTuple):
+    """What a look at two thumbnails gives."""
+
+    similarity: float
+    """In [0, 1]; copies of common edits lie above 0.65 or so."""
+    differs_locally: bool
+    """Whether the two agree but for one rectangle: an overlay, or another symbol in the same frame."""
+
+
+@final
+class PairVerifier:
+    """Compares thumbnails. Raises DeviceError where OpenCV is not installed."""
+
+    def __init__(self, config: VerifyConfig) -> None:
+        try:
+            import cv2
+        except ModuleNotFoundError:
+            raise DeviceError(
+                "pairs.verification needs OpenCV, which is not installed. Install it with: pip install 'seedbed[demo]'"
+            ) from None
+        cv2.setNumThreads(1)  # the runner's workers share the processors already
+        self._config = config
+        self._cv2 = cv2
+        self._sift = cv2.SIFT.create(nfeatures=KEYPOINTS, contrastThreshold=0.02)
+
+    def describe(self, thumbnail: bytes) -> "View":
+        """What comparing needs of one thumbnail, an encoded image that Seedbed wrote."""
+        picture = np.asarray(decode_rgb(thumbnail, _THUMBNAIL_LIMITS))
+        return View(self._cv2, self._sift, picture, self._config.working_side)
+
+    def compare(self, one: "View", other: "View") -> Likeness:
+        """How surely the two show one picture, whichever of them is named first."""
+        if other.order < one.order:
+            one, other = other, one
+        best: Comparison | None = None
+        for transform in self._box_transforms(one, other):
+            found = self._lay(one, other, transform)
+            best = _better(best, found)
+            if best is not None and best.is_convincing:
+                break
+        if best is None or not best.is_convincing:
+            best = _better(best, self._lay_by_keypoints(one, other))
+        if best is None or best.similarity <= 0:
+            return Likeness(0.0, False)
+        return Likeness(min(best.similarity, 1.0), best.rectangle > LOCAL)
+
+    def _box_transforms(self, one: "View", other: "View") -> Iterator[np.ndarray]:
+        """Maps (2, 3) that lay a box of `one` on a box of `other`, the most agreeing first."""
+        found = []
+        for mirrored, grids in ((False, one.grids), (True, one.mirrored_grids)):
+            if mirrored and one.is_symmetric:
+                continue
+            agreement = grids @ other.grids.T
+            for i, box in enumerate(one.boxes):
+                for j, target in enumerate(other.boxes):
+                    change = abs(
+                        math.log(
+                            (box[2] - box[0]) / (box[3] - box[1]) * (target[3] - target[1]) / (target[2] - target[0])
+                        )
+                    )
+                    if agreement[i, j] > MIN_GRID_AGREEMENT and change < MAX_ASPECT_CHANGE:
+                        found.append((-float(agreement[i, j]), mirrored, i, j))
+        corners = np.array([[0, 0, 1], [one.width, one.height, 1]]).T
+        tried: list[np.ndarray] = []
+        for _, mirrored, i, j in sorted(found):
+            transform = _box_map(one.boxes[i], other.boxes[j], mirrored)
+            if all(np.abs((transform - earlier) @ corners).max() > 1 for earlier in tried):
+                tried.append(transform)
+                yield transform
+            if len(tried) == MAX_BOX_TRIALS:
+                return
+
+    def _lay_by_keypoints(self, one: "View", other: "View") -> "Comparison | None":
+        """The comparison through the transform that most keypoints agree on."""
+        cv2 = self._cv2
+        (points, descriptors), (targets, target_descriptors) = one.keypoints, other.keypoints
+        if min(len(points), len(targets)) < MIN_KEYPOINTS:
+            return None
+        best: tuple[int, np.ndarray] | None = None
+        for mirrored in (False, True):
+            own = descriptors[:, _MIRROR] if mirrored else descriptors
+            places = points * [-1, 1] + [one.width - 1, 0] if mirrored else points
+            agreement = own @ target_descriptors.T
+            match = agreement.argmax(1)
+            mutual = np.flatnonzero(agreement.argmax(0)[match] == np.arange(len(match)))
+            mutual = mutual[agreement[mutual, match[mutual]] > MIN_KEYPOINT_AGREEMENT]
+            if len(mutual) < MIN_KEYPOINTS:
+                continue
+            cv2.setRNGSeed(0)  # a pair's result must not depend on the pairs before it
+            transform, inliers = cv2.estimateAffinePartial2D(
+                places[mutual].astype(np.float32),
+                targets[match[mutual]],
+                method=cv2.RANSAC,
+                ransacReprojThreshold=RANSAC_PIXELS,
+                maxIters=300,
+                confidence=0.99,
+                refineIters=5,
+            )
+            if transform is None or abs(math.degrees(math.atan2(transform[1, 0], transform[0, 0]))) > MAX_TURN_DEGREES:
+                continue
+            count = int(inliers.sum())
+            if mirrored:
+                transform = transform @ np.array([[-1, 0, one.width - 1], [0, 1, 0], [0, 0, 1.0]])
+            if best is None or count > best[0]:
+                best = count, transform
+        if best is None or best[0] < MIN_KEYPOINTS:
+            return None
+        found = self._lay(one, other, best[1], by_keypoints=True)
+        if found is not None and found.explained * (1 - found.rectangle) > 0.4 and found.detail < 0.97:
+            refined = self._refine(one, other, best[1])
+            if refined is not None:
+                return _better(found, self._lay(one, other, refined, by_keypoints=True))
+        return found
+
+    def _refine(self, one: "View", other: "View", transform: np.ndarray) -> np.ndarray | None:
+        """The affine transform near `transform` that maximises the correlation of brightness; None where ECC fails."""
+        cv2 = self._cv2
+        start = _inverse(transform).astype(np.float32)
+        mask = cv2.warpAffine(
+            np.full((one.height, one.width), 255, np.uint8),
+            transform,
+            (other.width, other.height),
+            flags=cv2.INTER_NEAREST,
+        )
+        criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 15, 1e-4)
+        target, source = np.ascontiguousarray(other.bands[..., 0]), np.ascontiguousarray(one.bands[..., 0])
+        try:
+            _, found = cv2.findTransformECC(target, source, start, cv2.MOTION_AFFINE, criteria, mask, 3)
+        except cv2.error:  # says that the correlation cannot be raised from here; the first transform stands
+            return None
+        return _inverse(found.astype(np.float64))
+
+    def _lay(
+        self, one: "View", other: "View", transform: np.ndarray, *, by_keypoints: bool = False
+    ) -> "Comparison | None":
+        """Lay `one` on `other` by `transform` and compare them where they overlap; None where that is too little."""
+        cv2 = self._cv2
+        determinant = abs(float(np.linalg.det(transform[:, :2])))
+        if not 0.05 < determinant < 20:
+            return None
+        if determinant > 1.2:  # always lay the larger on the smaller: enlarging invents no detail
+            one, other, transform, determinant = other, one, _inverse(transform), 1 / determinant
+        size = (other.width, other.height)
+        covered = float(cv2.warpAffine(np.ones((one.height, one.width), np.float32), transform, size).mean())
+        overlaps = covered, covered * other.width * other.height / determinant / (one.width * one.height)
+        if max(overlaps) < MIN_OVERLAP or min(overlaps) < (
+            MIN_OVERLAP_BY_KEYPOINTS if by_keypoints else MIN_OTHER_OVERLAP
+        ):
+            return None
+        inner = np.zeros((one.height, one.width), np.float32)
+        inner[EDGE:-EDGE, EDGE:-EDGE] = 1
+        usable = cv2.warpAffine(inner, transform, size)
+        usable[:EDGE], usable[-EDGE:], usable[:, :EDGE], usable[:, -EDGE:] = 0, 0, 0, 0
+        mask = _windows(cv2, usable) > 0.98
+        if mask.sum() < 9:
+            return None
+        source = one.bands
+        if determinant < 0.4:  # from half the size, so that shrinking does not alias
+            source = one.half_bands
+            scale = np.array([[one.width / source.shape[1], 0, 0], [0, one.height / source.shape[0], 0], [0, 0, 1]])
+            scale[:2, 2] = (scale[0, 0] - 1) / 2, (scale[1, 1] - 1) / 2
+            transform = transform @ scale
+        laid = cv2.warpAffine(source, transform, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        mean = _windows(cv2, laid)
+        laid_windows = Windows(mean, np.maximum(_windows(cv2, laid * laid) - mean * mean, 0))
+        covariance = _windows(cv2, laid * other.bands) - mean * other.windows.mean
+        return _judge(laid_windows, other.windows, covariance, mask, same_frame=min(overlaps) > SAME_FRAME)
+
+
+class Windows(NamedTuple):
+    """Means and variances of four channels in windows of 8 x 8 pixels, every 4 pixels: (rows, columns, 4) each."""
+
+    mean: np.ndarray
+    variance: np.ndarray
+
+
+@final
+class View:
+    """One thumbnail, prepared for comparing; what is dear is made when first asked for."""
+
+    def __init__(self, cv2: Any, sift: Any, picture: np.ndarray, side: int) -> None:
+        self._cv2, self._sift = cv2, sift
+        longest = max(picture.shape[:2])
+        scale = max(min(1.0, side / longest), 32 / longest)
+        self.height, self.width = (max(8, 4 * round(length * scale / 4)) for length in picture.shape[:2])
+        filter_ = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        self._rgb = cv2.resize(picture, (self.width, self.height), interpolation=filter_)
+        self.boxes = _content_boxes(self._rgb)
+        grids = []
+        for left, top, right, bottom in self.boxes:
+            cells = cv2.resize(self._rgb[top:bottom, left:right], (GRID, GRID), interpolation=cv2.INTER_AREA)
+            cells = cells.astype(np.float32)
+            cells -= cells.mean((0, 1))
+            grids.append(cells / (np.linalg.norm(cells) + 1e-3))
+        self.grids = np.stack([grid.ravel() for grid in grids])
+        self.mirrored_grids = np.stack([grid[:, ::-1].ravel() for grid in grids])
+
+    @property
+    def order(self) -> tuple[int, bytes]:
+        """Puts two views in an order of their own, so that comparing them gives one result."""
+        return self.width * self.height, self._rgb.tobytes()
+
+    @cached_property
+    def is_symmetric(self) -> bool:
+        """Whether its mirror image looks the same, so that laying it mirrored tells nothing new."""
+        return bool((self.grids * self.mirrored_grids).sum(1).min() > SYMMETRIC)
+
+    @cached_property
+    def _opponent(self) -> np.ndarray:
+        opponent: np.ndarray = self._rgb.astype(np.float32) @ _OPPONENT
+        return opponent
+
+    @cached_property
+    def bands(self) -> np.ndarray:
+        """The four channels, (h, w, 4) float32."""
+        return _bands(self._cv2, self._opponent)
+
+    @cached_property
+    def half_bands(self) -> np.ndarray:
+        """The four channels at half the size."""
+        size = (self.width // 2, self.height // 2)
+        return _bands(self._cv2, self._cv2.resize(self._opponent, size, interpolation=self._cv2.INTER_AREA))
+
+    @cached_property
+    def windows(self) -> Windows:
+        """The statistics of `bands`."""
+        mean = _windows(self._cv2, self.bands)
+        return Windows(mean, np.maximum(_windows(self._cv2, self.bands * self.bands) - mean * mean, 0))
+
+    @cached_property
+    def keypoints(self) -> tuple[np.ndarray, np.ndarray]:
+        """Places (K, 2) in pixels and square-rooted SIFT descriptors (K, 128) of unit length."""
+        grey = self._cv2.cvtColor(self._rgb, self._cv2.COLOR_RGB2GRAY)
+        found, descriptors = self._sift.detectAndCompute(grey, None)
+        if descriptors is None:
+            return np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32)
+        places = np.array([point.pt for point in found], np.float32).reshape(-1, 2)
+        return places, np.sqrt(descriptors / np.maximum(descriptors.sum(1, keepdims=True), 1e-6))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two pictures agree where one was laid on the other."""
+
+    explained: float
+    """Share of the contrast outside the rectangle that the other picture explains."""
+    rectangle: float
+    """Area of the rectangle that holds what is not explained, as a share of the content's."""
+    rectangle_contrast: float
+    """Share of all contrast that lies in it."""
+    detail: float
+    """Agreement of fine detail outside of it, in [-1, 1]."""
+    same_frame: bool
+    """Whether each picture covers the other."""
+
+    @property
+    def is_convincing(self) -> bool:
+        """Whether no better way need be looked for."""
+        return self.explained * (1 - self.rectangle) * float(np.clip((self.detail - 0.5) / 0.3, 0, 1)) > 0.9
+
+    @property
+    def similarity(self) -> float:
+        """In [0, 1]."""
+        detail = max(0.0, self.detail)
+        if self.rectangle <= 0:
+            return self.explained * detail
+        # An overlay leaves the frame as it is; a crop that also differs in a place is likelier another picture.
+        area = (1 - self.rectangle) ** (1 if self.same_frame else 3)
+        density = min(1.0, self.rectangle_contrast / max(self.rectangle, LOCAL) / OVERLAY_DENSITY)
+        return self.explained * area * detail**DETAIL_POWER * density
+
+
+def _judge(
+    laid: Windows, other: Windows, covariance: np.ndarray, mask: np.ndarray, *, same_frame: bool
+) -> Comparison | None:
+    """Compare a laid picture with what lies below it, in the windows of `mask`; None where nothing agrees."""
+    own, below = laid.variance[..., :3].sum(2), other.variance[..., :3].sum(2)
+    correlation = covariance[..., :3].sum(2) / (np.sqrt(own * below) + VARIANCE_FLOOR)
+    if _share(correlation, np.sqrt(np.maximum(own, below)) * mask) < HOPELESS:
+        return None
+    match, weight = _explain(laid, other, covariance, mask, 1.0, 1.0, 0.0)
+    if _share(match, weight) < 0.985 and (fit := _fit_colours(laid, other, covariance, mask)) is not None:
+        fitted_match, fitted_weight = _explain(laid, other, covariance, mask, *fit)
+        if _share(fitted_match, fitted_weight) > _share(match, weight):
+            match, weight = fitted_match, fitted_weight
+
+    wrong = weight * (1 - match) * (match < 0.5)
+    rectangle = np.zeros_like(mask)
+    grown = np.zeros_like(mask)
+    trim = UNEXPLAINED_TRIM * (weight.sum() + 1e-3) / (wrong.sum() + 1e-6) / 4  # at each of the four sides
+    if trim < 0.5:
+        top, bottom = _span(wrong.sum(1), trim)
+        left, right = _span(wrong.sum(0), trim)
+        rectangle[top : bottom + 1, left : right + 1] = True
+        grown[max(0, top - 1) : bottom + 2, max(0, left - 1) : right + 2] = True
+    outside = weight * ~rectangle
+    rows, columns = np.flatnonzero((weight > 0).any(1)), np.flatnonzero((weight > 0).any(0))
+    content = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1) if len(rows) else 1
+    rest = mask & ~grown
+    region = rest if rest.any() else mask
+    detail = (2 * covariance[..., 3][region].sum() + DETAIL_FLOOR) / (
+        laid.variance[..., 3][region].sum() + other.variance[..., 3][region].sum() + DETAIL_FLOOR
+    )
+    return Comparison(
+        explained=float(1 - (outside * (1 - match)).sum() / (outside.sum() + 1e-3)),
+        rectangle=float(min(rectangle.sum() / content, 1.0)),
+        rectangle_contrast=float((weight * rectangle).sum() / (weight.sum() + 1e-3)),
+        detail=float(detail),
+        same_frame=same_frame,
+    )
+
+
+def _explain(
+    laid: Windows,
+    other: Windows,
+    covariance: np.ndarray,
+    mask: np.ndarray,
+    gain: float,
+    colour_gain: float,
+    offset: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """How far each window of the laid picture explains the one below it, in [0, 1], and how much the window counts."""
+    gains = np.array([gain, colour_gain, colour_gain], np.float32)
+    mean = laid.mean[..., :3] * gains
+    mean[..., 0] += offset
+    own = (laid.variance[..., :3] * gains * gains).sum(2)
+    below = other.variance[..., :3].sum(2)
+    structure = (2 * (covariance[..., :3] * gains).sum(2) + VARIANCE_FLOOR) / (own + below + VARIANCE_FLOOR)
+    steps = np.abs(mean - other.mean[..., :3])
+    level = np.maximum(steps[..., 0], 0.5 * (steps[..., 1] + steps[..., 2]))
+    match = np.clip((structure - 0.3) / 0.4, 0, 1) * np.clip(2 - level / LEVEL_TOLERANCE, 0, 1)
+    contrast = np.maximum(np.sqrt(np.maximum(own, below)) - 4, 0)
+    return match, (contrast + np.maximum(level - LEVEL_TOLERANCE, 0)) * mask
+
+
+def _fit_colours(
+    laid: Windows, other: Windows, covariance: np.ndarray, mask: np.ndarray
+) -> tuple[float, float, float] | None:
+    """Gain of brightness, gain of colour and offset of brightness that bring the laid picture closest, by medians."""
+    own, below = laid.variance, other.variance
+    similar = covariance[..., 0] > 0.5 * np.sqrt(own[..., 0] * below[..., 0])
+    chosen = mask & (own[..., 0] > 50) & (below[..., 0] > 20) & similar
+    if chosen.sum() < 4:
+        return None
+    gain = _median(np.sqrt(below[..., 0][chosen] / own[..., 0][chosen]), own[..., 0][chosen])
+    gain = float(np.clip(gain, 0.5, 2))
+    offset = _median((other.mean[..., 0] - gain * laid.mean[..., 0])[mask], np.ones(int(mask.sum())))
+    own_colour, below_colour = own[..., 1:3].sum(2), below[..., 1:3].sum(2)
+    similar = covariance[..., 1:3].sum(2) > 0.5 * np.sqrt(own_colour * below_colour)
+    chosen = mask & (own_colour > 50) & similar
+    colour_gain = 1.0
+    if chosen.sum() >= 4:
+        colour_gain = _median(np.sqrt(below_colour[chosen] / own_colour[chosen]), own_colour[chosen])
+    return gain, float(np.clip(colour_gain, 0.4, 2.5)), offset
+
+
+def _share(match: np.ndarray, weight: np.ndarray) -> float:
+    return float((match * weight).sum() / (weight.sum() + 1e-3))
+
+
+def _median(values: np.ndarray, weights: np.ndarray) -> float:
+    """The weighted median."""
+    order = np.argsort(values, kind="stable")
+    cumulated = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(cumulated, cumulated[-1] / 2)])
+
+
+def _span(amounts: np.ndarray, trim: float) -> tuple[int, int]:
+    """The first and last index between which all but the share `trim` at either end lies."""
+    cumulated = np.cumsum(amounts) / (amounts.sum() + 1e-6)
+    return int(np.searchsorted(cumulated, trim)), int(np.searchsorted(cumulated, 1 - trim))
+
+
+def _better(one: Comparison | None, other: Comparison | None) -> Comparison | None:
+    if one is None or other is None:
+        return one or other
+    return other if other.similarity > one.similarity else one
+
+
+def _windows(cv2: Any, image: np.ndarray) -> np.ndarray:
+    """Means over windows of 8 x 8 pixels, every 4 pixels."""
+    height, width = image.shape[:2]
+    cells = cv2.resize(image, (width // 4, height // 4), interpolation=cv2.INTER_AREA)
+    means: np.ndarray = cv2.blur(cells, (2, 2), anchor=(0, 0))[:-1, :-1]
+    return means
+
+
+def _bands(cv2: Any, opponent: np.ndarray) -> np.ndarray:
+    """Three smoothed opponent channels and the fine detail of brightness, (h, w, 4)."""
+    brightness = np.ascontiguousarray(opponent[..., 0])
+    detail = cv2.GaussianBlur(brightness, (0, 0), 0.5) - cv2.GaussianBlur(brightness, (0, 0), 2.0)
+    return np.dstack([cv2.GaussianBlur(opponent, (0, 0), 1.0), detail])
+
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+
+
+def _content_boxes(picture: np.ndarray, most: int = 3) -> list[Box]:
+    """The whole picture, then it without its plain border, then without the next one."""
+    boxes: list[Box] = [(0, 0, picture.shape[1], picture.shape[0])]
+    for _ in range(2 * most):
+        inner = _without_border(picture, boxes[-1])
+        if inner == boxes[-1]:
+            break
+        if len(boxes) > 1 and max(abs(a - b) for a, b in zip(inner, boxes[-1], strict=True)) <= 2:
+            boxes[-1] = inner  # the blurred rim of a border
+        elif len(boxes) < most:
+            boxes.append(inner)
+        else:
+            break
+    return boxes
+
+
+def _without_border(picture: np.ndarray, box: Box) -> Box:
+    left, top, right, bottom = box
+    part = picture[top:bottom, left:right].astype(np.int16)
+    ring = np.concatenate([part[0], part[-1], part[:, 0], part[:, -1]])
+    differs = np.abs(part - np.median(ring, axis=0)).max(2) > BORDER_CONTRAST
+    rows, columns = np.flatnonzero(differs.any(1)), np.flatnonzero(differs.any(0))
+    if len(rows) < 8 or len(columns) < 8:
+        return box
+    return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
+
+
+def _box_map(box: Box, target: Box, mirrored: bool) -> np.ndarray:
+    """The map (2, 3) of pixel centres that lays `box` on `target`."""
+    across = (target[2] - target[0]) / (box[2] - box[0])
+    down = (target[3] - target[1]) / (box[3] - box[1])
+    y = target[1] - 0.5 - (box[1] - 0.5) * down
+    if mirrored:
+        return np.array([[-across, 0, target[2] - 0.5 + (box[0] - 0.5) * across], [0, down, y]])
+    return np.array([[across, 0, target[0] - 0.5 - (box[0] - 0.5) * across], [0, down, y]])
+
+
+def _inverse(transform: np.ndarray) -> np.ndarray:
+    inverse: np.ndarray = np.linalg.inv(np.vstack([transform, [0, 0, 1]]))[:2]
+    return inverse
+
+
+def _mirrored_descriptor() -> np.ndarray:
+    """Where each of SIFT's 4 x 4 x 8 numbers goes when the picture is mirrored: columns and orientations turn round."""
+    row, column, orientation = np.meshgrid(np.arange(4), np.arange(4), np.arange(8), indexing="ij")
+    return (((3 - row) * 4 + column) * 8 + (8 - orientation) % 8).ravel()
+
+
+_MIRROR = _mirrored_descriptor()
