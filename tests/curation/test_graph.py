@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.sparse import coo_matrix, csgraph
 
-from curation.graph import component_sizes, connected_components
+from curation.graph import component_sizes, connected_components, family_edges
 
 EMPTY = np.empty(0, np.int64)
 
@@ -86,3 +86,35 @@ def test_sizes_count_each_component(seed: int) -> None:
     component = connected_components(50, *rng.integers(0, 50, (2, 30)))
     sizes = component_sizes(component)
     assert sizes.tolist() == [int((component == own).sum()) for own in component]
+
+
+def family(edges: list[tuple[int, int, float, bool]]) -> list[bool]:
+    first, second, similarity, local = (np.array(column) for column in zip(*edges, strict=True))
+    marked = family_edges(first, second, similarity, local.astype(bool), sure=0.9, margin=0.1, local_margin=0.05)
+    return marked.tolist()
+
+
+def test_lone_pair_with_an_overlay_is_of_copies() -> None:
+    assert family([(0, 1, 0.8, True)]) == [False]
+
+
+def test_pictures_that_all_resemble_one_another_are_a_family() -> None:
+    assert family([(0, 1, 0.8, True), (0, 2, 0.8, True), (1, 2, 0.79, True)]) == [True, True, True]
+
+
+def test_copies_of_one_picture_are_no_rivals_of_each_other() -> None:
+    # 1 is surely 2; 0 is either of them with something laid over.
+    assert family([(1, 2, 0.99, False), (0, 1, 0.8, True), (0, 2, 0.8, True)]) == [False, False, False]
+
+
+def test_pair_without_a_local_difference_needs_rivals_at_both_ends() -> None:
+    assert family([(0, 1, 0.7, False), (1, 2, 0.7, False)]) == [False, False]
+    chain = [(0, 1, 0.7, False), (1, 2, 0.7, False), (2, 3, 0.7, False)]
+    assert family(chain) == [False, True, False]
+
+
+def test_no_edges_have_no_family() -> None:
+    empty = np.array([], np.int64)
+    nothing = np.array([], bool)
+    marked = family_edges(empty, empty, empty.astype(float), nothing, sure=0.9, margin=0.1, local_margin=0.1)
+    assert len(marked) == 0
