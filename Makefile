@@ -44,7 +44,7 @@ format: setup  ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## Run every benchmark; rows with the peer, the ratio, the machine and the date
+bench: curate  ## Run every benchmark; rows with the peer, the ratio, the machine and the date
 	$(BIN)/python -m pipelines.bench $(ARGS)
 
 clean:  ## Remove .venv and caches; data and runs stay

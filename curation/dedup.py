@@ -259,7 +259,10 @@ def _nodes(table: pa.Table) -> Nodes:
 
 
 def _edges(pairs: pa.Table, nodes: Nodes) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Node indices (E,), (E,), similarities (E,) and differs_locally (E,) of the pairs. Raises InputError for a pair of other images."""
+    """Node indices (E,), (E,), similarities (E,) and differs_locally (E,) of the pairs.
+
+    Raises InputError for a pair of other images.
+    """
     ends = []
     for name in ("image_id", "other_image_id"):
         ids = pairs.column(name).to_numpy().astype(str)

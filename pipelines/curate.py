@@ -76,8 +76,8 @@ class CurateConfig(Settings):
             raise ValueError("ingest.sources has no source with role 'pool', so there is nothing to retrieve from")
         if self.pairs.verification is None and self.dedup.holdout_threshold < self.pairs.min_descriptor_similarity:
             raise ValueError(
-                f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below pairs.min_descriptor_similarity "
-                f"({self.pairs.min_descriptor_similarity:g}), the lowest cosine that is looked at"
+                f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below "
+                f"pairs.min_descriptor_similarity ({self.pairs.min_descriptor_similarity:g}), the lowest cosine looked at"
             )
         if self.dedup.holdout_threshold < self.pairs.min_similarity:
             raise ValueError(
