@@ -77,7 +77,7 @@ class CurateConfig(Settings):
         if self.pairs.verification is None and self.dedup.holdout_threshold < self.pairs.min_descriptor_similarity:
             raise ValueError(
                 f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below "
-                f"pairs.min_descriptor_similarity ({self.pairs.min_descriptor_similarity:g}), the lowest cosine looked at"
+                f"pairs.min_descriptor_similarity ({self.pairs.min_descriptor_similarity:g}), the least looked at"
             )
         if self.dedup.holdout_threshold < self.pairs.min_similarity:
             raise ValueError(
