@@ -70,7 +70,7 @@ class Likeness(NamedTuple):
     """What a look at two thumbnails gives."""
 
     similarity: float
-    """In [0, 1]; copies of common edits lie above 0.65 or so."""
+    """In [0, 1]; copies of common edits lie above 0.67 or so."""
     differs_locally: bool
     """Whether the two agree but for one rectangle: an overlay, or another symbol in the same frame."""
 
