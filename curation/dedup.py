@@ -6,7 +6,8 @@
 
 Images with equal bytes are one image that occurs several times. Pairs at or above `threshold` join two images into one
 component. Of its images are kept: every seed, since seeds are trusted as they are; where there is none, the one with
-the most pixels, then the most bytes, then the smallest image_id.
+the most pixels, then the most bytes, then the smallest image_id. With `matches_kept`, going through them in this order,
+also every image that is no copy of one kept before.
 
 Before that, the holdout takes away what matches it. `direct`: the images with a pair at or above `holdout_threshold`
 with a holdout image. `component` (DINOv2, appendix A.3): the whole components, joined at `holdout_threshold`, that hold
@@ -58,6 +59,9 @@ class DedupConfig(Settings):
     """Similarity at which two images are copies (0.6 in DINOv2, with SSCD descriptors)."""
     holdout_threshold: float = Field(default=0.45, ge=-1, le=1)
     """Similarity at which an image matches a holdout image (0.45 in DINOv2)."""
+    matches_kept: bool = False
+    """Whether an image goes only when it is itself a copy of one that stays. In a chain of small steps the ends may
+    have little in common; this keeps an image every other step, where else one of the whole component is kept."""
     families: FamilyConfig | None = None
     """How images are told from copies that only belong to one family; for verified pairs."""
     decontamination: Literal["direct", "component"] = "direct"
@@ -203,19 +207,22 @@ def decide(
             )
         )
     ]
-    is_first = np.ones(len(order), bool)
-    is_first[1:] = component[order[1:]] != component[order[:-1]]
-    keeper = np.full(num_nodes, -1, np.int64)
-    keeper[component[order[is_first]]] = order[is_first]
-    dropped = order[~is_first & ~nodes.is_seed[order]]
-    reason[dropped] = "near"
-    matched[dropped] = keeper[component[dropped]]
-    between = {}
-    for edge in np.flatnonzero(copies):
-        between[int(first[edge]), int(second[edge])] = similarity[edge]
-    for node in dropped:
-        pair = (min(int(node), int(matched[node])), max(int(node), int(matched[node])))
-        score[node] = between.get(pair, np.nan)
+    copies_of: dict[int, dict[int, float]] = {}
+    for one, other, value in zip(*(column[copies].tolist() for column in (first, second, similarity)), strict=True):
+        copies_of.setdefault(one, {})[other] = value
+        copies_of.setdefault(other, {})[one] = value
+    kept_of: dict[int, list[int]] = {}
+    for node in order.tolist():
+        kept = kept_of.setdefault(int(component[node]), [])
+        partners = copies_of.get(node, {})
+        if config.matches_kept:
+            keepers = sorted((other for other in kept if other in partners), key=partners.__getitem__, reverse=True)
+        else:
+            keepers = kept
+        if not keepers or nodes.is_seed[node]:
+            kept.append(node)
+        else:
+            reason[node], matched[node], score[node] = "near", keepers[0], partners.get(keepers[0], np.nan)
     return Decision(component, reason, matched, score)
 
 

@@ -443,3 +443,31 @@ def test_stages_of_different_runs_are_refused(tmp_path: Path) -> None:
     other = write_vectors(tmp_path / "other", images, [{id_of(77): unit_vectors(0, 1)[0]} for _ in range(5)])
     with pytest.raises(InputError, match=rf"vectors-00001\.parquet.*{id_of(1)}"):
         dedup.read_kept(dedup.kept_shards(images, deduplicated, other)[1], role="pool")
+
+
+def test_with_matches_kept_every_dropped_image_is_a_copy_of_a_kept_one() -> None:
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        count = 12
+        ends = np.array([(i, j) for i in range(count) for j in range(i + 1, count) if generator.random() < 0.2])
+        first, second = ends.reshape(-1, 2).T
+        similarity = generator.uniform(0.7, 1, len(first)).astype(np.float32)
+        nodes = dedup.Nodes(
+            image_ids=np.array([id_of(number) for number in range(count)]),
+            is_seed=generator.random(count) < 0.2,
+            is_holdout=np.zeros(count, bool),
+            pixels=generator.integers(1, 100, count),
+            length=generator.integers(1, 100, count),
+        )
+        config = DedupConfig(threshold=0.7, holdout_threshold=0.7, matches_kept=True)
+        decision = dedup.decide(config, nodes, first, second, similarity)
+        plain = dedup.decide(config.model_copy(update={"matches_kept": False}), nodes, first, second, similarity)
+        assert (decision.component == plain.component).all()
+        edges = {frozenset(pair): value for pair, value in zip(ends.tolist(), similarity, strict=True)}
+        kept = decision.matched < 0
+        assert kept[nodes.is_seed].all() and kept.sum() >= (plain.matched < 0).sum()
+        for node in np.flatnonzero(~kept):
+            partner = int(decision.matched[node])
+            assert kept[partner] and decision.similarity[node] == edges[frozenset((int(node), partner))]
+        for one, other in ends.tolist():
+            assert not (kept[one] and kept[other]) or nodes.is_seed[one] or nodes.is_seed[other]
