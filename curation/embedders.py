@@ -70,7 +70,7 @@ _POOLINGS: dict[str, tuple[Pooling, ...]] = {
     "sscd_disc_mixup": ("gem",),
     "vit": ("cls", "patch_mean", "cls_patch_mean"),
 }
-_ONLY_VIT = {"weights_image_size", "num_register_tokens", "position_interpolation"}
+_ONLY_VIT = {"weights_image_size": None, "num_register_tokens": 0, "position_interpolation": "offset"}
 
 
 class EmbedderConfig(Settings):
@@ -104,7 +104,8 @@ class EmbedderConfig(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model runs. Asking for "cuda" where there is none is an error."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the model's weights and activations; vectors are float32 in any case."""
+    """Type of the model's weights and activations; vectors are float32 in any case. CPUs without units for the half
+    types run them several times slower than float32."""
     batch_size: int = Field(default=4, ge=1)
     """Images a forward pass. On a CPU a few are fastest: larger activations leave its caches, and the allocator then
     gives memory back to the system after every layer."""
@@ -127,8 +128,10 @@ class EmbedderConfig(Settings):
             for key, size in (("image_size", self.image_size), ("weights_image_size", self.weights_image_size)):
                 if size is not None and size % vit[1]:
                     problems.append(f"{key} {size} is not a multiple of the patch size {vit[1]} of {self.name}")
-        elif given := sorted(_ONLY_VIT & self.model_fields_set):
-            problems.append(f"{', '.join(given)}: for Vision Transformers only, and {self.name} is none")
+        else:
+            for key, unset in _ONLY_VIT.items():
+                if (value := getattr(self, key)) != unset:
+                    problems.append(f"{key} {value!r} is for Vision Transformers, and {self.name} is none")
         if self.name == "efficientnet_lite0" and self.image_size % efficientnet.STRIDE:
             problems.append(f"image_size {self.image_size} is not a multiple of {efficientnet.STRIDE}")
         if problems:

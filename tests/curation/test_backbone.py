@@ -1,91 +1,211 @@
-"""The Vision Transformer has the released key layout and calling conventions of DINOv2."""
+"""The Vision Transformer: key layout, calling conventions, positions, and what it computes."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from curation.backbone import VisionTransformer, build
-from curation.errors import ConfigError
+from curation import backbone
+from curation.errors import ConfigError, InputError
 
-
-def model(**options: object) -> VisionTransformer:
-    settings = {"patch_size": 14, "image_size": 56, "depth": 2} | options
-    return build("vit_tiny", **settings).eval()  # type: ignore[arg-type]
-
-
-def images(height: int = 56, width: int = 56, channels: int = 3) -> Tensor:
-    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+RELEASED_BLOCK = (
+    "norm1.weight norm1.bias attn.qkv.weight attn.qkv.bias attn.proj.weight attn.proj.bias ls1.gamma "
+    "norm2.weight norm2.bias mlp.fc1.weight mlp.fc1.bias mlp.fc2.weight mlp.fc2.bias ls2.gamma"
+).split()
 
 
-def test_keys_are_those_of_the_released_weights() -> None:
-    block = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias"]
-    block += ["ls1.gamma", "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias"]
-    block += ["mlp.fc2.weight", "mlp.fc2.bias", "ls2.gamma"]
-    expected = {"cls_token", "pos_embed", "mask_token", "register_tokens", "norm.weight", "norm.bias"}
-    expected |= {"patch_embed.proj.weight", "patch_embed.proj.bias"}
-    expected |= {f"blocks.{index}.{name}" for index in range(2) for name in block}
-    assert set(model(num_register_tokens=4).state_dict()) == expected
+def small(**options: object) -> backbone.VisionTransformer:
+    """Two blocks, patches of 14, 3x3 of them, with weights large enough that every part of the model matters."""
+    options = {"patch_size": 14, "image_size": 42, "depth": 2, "layer_scale": 0.7, **options}
+    model = backbone.build("vit_tiny", **options).eval()  # type: ignore[arg-type]  # the options of `build`
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model.requires_grad_(False)
 
 
+def images(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+def test_keys_and_shapes_are_the_released_ones() -> None:
+    state = backbone.build("vit_small", patch_size=14, image_size=518, depth=2).state_dict()
+    blocks = [f"blocks.{index}.{name}" for index in range(2) for name in RELEASED_BLOCK]
+    stem = ["cls_token", "pos_embed", "mask_token", "patch_embed.proj.weight", "patch_embed.proj.bias"]
+    assert list(state) == [*stem, *blocks, "norm.weight", "norm.bias"]
+    assert state["pos_embed"].shape == (1, 1370, 384)
+    assert state["mask_token"].shape == (1, 384)
+    assert state["patch_embed.proj.weight"].shape == (384, 3, 14, 14)
+    with_registers = backbone.build("vit_small", patch_size=14, image_size=518, depth=1, num_register_tokens=4)
+    assert with_registers.state_dict()["register_tokens"].shape == (1, 4, 384)
+
+
+# The published sizes with patches of 14 and positions for 518 pixels, counted by hand.
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("vit_small", 22_056_576), ("vit_base", 86_580_480), ("vit_large", 304_368_640)]
+    ("name", "count"),
+    [
+        ("vit_small", 22_056_576),
+        ("vit_base", 86_580_480),
+        ("vit_large", 304_368_640),
+        ("vit_giant", 1_136_480_768),
+    ],
 )
-def test_sizes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
-    built = build(name, patch_size=14, image_size=518)  # type: ignore[arg-type]
-    assert sum(parameter.numel() for parameter in built.parameters()) == parameters
+def test_parameter_counts_are_the_released_ones(name: backbone.Name, count: int) -> None:
+    size = backbone.SIZES[name]
+    one, two = (backbone.build(name, patch_size=14, image_size=518, depth=depth) for depth in (1, 2))
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (one, two)]
+    assert sizes[0] + (size.depth - 1) * (sizes[1] - sizes[0]) == count
 
 
-@torch.inference_mode()
-def test_features_have_the_names_and_shapes_of_dinov2() -> None:
-    features = model(num_register_tokens=4).forward_features(images())
-    assert features["x_norm_clstoken"].shape == (2, 192)
-    assert features["x_norm_regtokens"].shape == (2, 4, 192)
-    assert features["x_norm_patchtokens"].shape == (2, 16, 192)
-    assert features["x_prenorm"].shape == (2, 21, 192)
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("size", [(56, 56), (28, 84), (70, 42)])
-def test_intermediate_layers(size: tuple[int, int]) -> None:
-    network, batch = model(), images(*size)
-    last = network.get_intermediate_layers(batch, 1)
-    assert torch.allclose(last[0], network.forward_features(batch)["x_norm_patchtokens"])
-    maps = network.get_intermediate_layers(batch, 2, reshape=True, return_class_token=True)
-    assert [patches.shape for patches, _ in maps] == [(2, 192, size[0] // 14, size[1] // 14)] * 2
-
-
-@torch.inference_mode()
-def test_mask_hides_a_patch() -> None:
-    network, batch = model(), images()
-    masks = torch.zeros(2, 16, dtype=torch.bool)
-    masks[:, 5] = True
-    changed = batch.clone()
-    changed[:, :, 14:28, 14:28] += 1  # patch 5 of 4 x 4
-    hidden = [network.forward_features(x, masks)["x_norm_clstoken"] for x in (batch, changed)]
-    seen = [network.forward_features(x)["x_norm_clstoken"] for x in (batch, changed)]
-    assert torch.equal(*hidden)
-    assert not torch.equal(*seen)
-
-
-@torch.inference_mode()
-def test_result_for_an_image_does_not_depend_on_its_batch() -> None:
-    network, batch = model(), images()
-    alone = torch.cat([network.forward_features(image[None])["x_norm_clstoken"] for image in batch])
-    assert torch.allclose(alone, network.forward_features(batch)["x_norm_clstoken"], atol=1e-5)
-
-
-def test_same_seed_same_weights_and_no_global_generator() -> None:
-    torch.manual_seed(1)
+def test_weights_depend_on_the_seed_and_on_nothing_else() -> None:
+    torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, two, other = model(seed=3), model(seed=3), model(seed=4)
+    first = backbone.build("vit_tiny", patch_size=16, image_size=32, depth=1, num_register_tokens=2)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(one.pos_embed, two.pos_embed)
-    assert not torch.equal(one.pos_embed, other.pos_embed)
+    again = backbone.build("vit_tiny", patch_size=16, image_size=32, depth=1, num_register_tokens=2)
+    other = backbone.build("vit_tiny", patch_size=16, image_size=32, depth=1, num_register_tokens=2, seed=1)
+    for name, value in first.state_dict().items():
+        assert value.isfinite().all()
+        assert torch.equal(value, again.state_dict()[name])
+    assert not torch.equal(first.pos_embed, other.pos_embed)
+    assert first.get_submodule("blocks.0.ls1").gamma.unique().tolist() == [pytest.approx(1e-5)]
 
 
-def test_channels_and_sizes_are_checked() -> None:
-    assert model(in_channels=5).forward_features(images(channels=5))["x_norm_clstoken"].shape == (2, 192)
-    with pytest.raises(ConfigError, match="not a multiple of patch_size"):
-        model(image_size=57)
-    with pytest.raises(ValueError, match="do not divide into patches of 14"):
-        model().forward_features(images(60, 56))
+def test_forward_features_splits_the_tokens() -> None:
+    model = small(num_register_tokens=3)
+    x = images(2, 3, 42, 42)
+    features = model.forward_features(x)
+    tokens = torch.cat(
+        [features["x_norm_clstoken"][:, None], features["x_norm_regtokens"], features["x_norm_patchtokens"]], dim=1
+    )
+    assert features["x_prenorm"].shape == (2, 1 + 3 + 9, 192)
+    assert torch.equal(tokens, model.norm(features["x_prenorm"]))
+    assert torch.equal(model(x), features["x_norm_clstoken"])
+    assert features["masks"] is None
+
+
+@pytest.mark.parametrize("feed_forward", ["mlp", "swiglu"])
+def test_agrees_with_the_equations_written_out(feed_forward: str) -> None:
+    model = small(feed_forward=feed_forward, num_register_tokens=2)
+    x = images(1, 3, 42, 42)
+    state = model.state_dict()
+
+    def linear(name: str, tokens: Tensor) -> Tensor:
+        return tokens @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name: str, tokens: Tensor) -> Tensor:
+        centred = tokens - tokens.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    pixels = x[0].unfold(1, 14, 14).unfold(2, 14, 14).permute(1, 2, 0, 3, 4).reshape(9, -1)
+    patches = pixels @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
+    tokens = torch.cat([state["cls_token"][0], patches]) + state["pos_embed"][0]
+    tokens = torch.cat([tokens[:1], state["register_tokens"][0], tokens[1:]])
+    for index in range(2):
+        block = f"blocks.{index}"
+        queries, keys, values = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", tokens)).chunk(3, dim=-1)
+        heads = []
+        for head in range(3):
+            part = slice(64 * head, 64 * (head + 1))
+            weights = (queries[:, part] @ keys[:, part].T / math.sqrt(64)).softmax(-1)
+            heads.append(weights @ values[:, part])
+        attended = linear(f"{block}.attn.proj", torch.cat(heads, dim=-1))
+        tokens = tokens + state[f"{block}.ls1.gamma"] * attended
+        hidden = norm(f"{block}.norm2", tokens)
+        if feed_forward == "mlp":
+            hidden = linear(f"{block}.mlp.fc2", functional.gelu(linear(f"{block}.mlp.fc1", hidden)))
+        else:
+            gate, up = linear(f"{block}.mlp.w12", hidden).chunk(2, dim=-1)
+            hidden = linear(f"{block}.mlp.w3", gate * gate.sigmoid() * up)
+        tokens = tokens + state[f"{block}.ls2.gamma"] * hidden
+    torch.testing.assert_close(model.forward_features(x)["x_prenorm"][0], tokens, rtol=1e-4, atol=1e-4)
+
+
+def test_masked_patches_are_the_mask_token_whatever_they_showed() -> None:
+    model = small()
+    masks = torch.zeros(2, 9, dtype=torch.bool)
+    masks[0, 4] = True
+    x = images(2, 3, 42, 42)
+    changed = x.clone()
+    changed[:, :, 14:28, 14:28] += 1  # the patch in the middle, number 4
+    masked, masked_changed = (model.forward_features(part, masks)["x_norm_patchtokens"] for part in (x, changed))
+    assert torch.equal(masked[0], masked_changed[0])
+    assert not torch.allclose(masked[1], masked_changed[1])
+    assert not torch.allclose(masked[0], model.forward_features(x)["x_norm_patchtokens"][0])
+
+
+def test_intermediate_layers_in_every_form() -> None:
+    model = small(num_register_tokens=2, depth=3)
+    x = images(2, 3, 28, 42)
+    (last,) = model.get_intermediate_layers(x)
+    assert torch.equal(last, model.forward_features(x)["x_norm_patchtokens"])
+    all_three = model.get_intermediate_layers(x, 3)
+    assert [layer.shape for layer in all_three] == [(2, 6, 192)] * 3
+    first_and_last = model.get_intermediate_layers(x, [0, 2])
+    assert torch.equal(first_and_last[0], all_three[0]) and torch.equal(first_and_last[1], all_three[2])
+    ((grid, cls),) = model.get_intermediate_layers(x, reshape=True, return_class_token=True)
+    assert grid.shape == (2, 192, 2, 3)
+    assert torch.equal(grid[:, :, 1, 2], last[:, 5])
+    assert torch.equal(cls, model(x))
+    (raw,) = model.get_intermediate_layers(x, norm=False)
+    assert torch.equal(raw, model.forward_features(x)["x_prenorm"][:, 3:])
+    with pytest.raises(InputError, match=r"\[3\].*has 3"):
+        model.get_intermediate_layers(x, [3])
+
+
+def bicubic(grid: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Rows of `grid` at fractional `places`, by Keys' cubic with a=-0.75, the border repeated."""
+
+    def weight(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+        d = np.abs(distance)
+        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+        far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+        return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
+
+    taps = np.floor(places).astype(int)[:, None] + np.arange(-1, 3)
+    weights = weight(places[:, None] - taps)
+    return np.einsum("pt,pt...->p...", weights, grid[np.clip(taps, 0, len(grid) - 1)])
+
+
+@pytest.mark.parametrize(("mode", "offset"), [("offset", 0.1), ("plain", 0.0)])
+def test_positions_are_interpolated_as_stated(mode: str, offset: float) -> None:
+    model = small(image_size=70, position_interpolation=mode)  # a grid of 5x5
+    grid = model.pos_embed[0, 1:].reshape(5, 5, 192).double().numpy()
+    rows, columns = 3, 7
+    row_places = (np.arange(rows) + 0.5) * 5 / (rows + offset) - 0.5
+    column_places = (np.arange(columns) + 0.5) * 5 / (columns + offset) - 0.5
+    expected = bicubic(bicubic(grid, row_places).swapaxes(0, 1), column_places).swapaxes(0, 1)
+    positions = model._positions(rows, columns)
+    assert torch.equal(positions[:, 0], model.pos_embed[:, 0])
+    np.testing.assert_allclose(positions[0, 1:].numpy(), expected.reshape(21, 192), atol=1e-5)
+
+
+def test_antialiased_positions_average_where_plain_ones_skip() -> None:
+    plain, smooth = (small(image_size=126, position_interpolation=mode) for mode in ("plain", "antialias"))
+    assert smooth._positions(3, 3)[0, 1:].std() < 0.7 * plain._positions(3, 3)[0, 1:].std()
+
+
+@pytest.mark.parametrize("mode", ["offset", "plain", "antialias"])
+def test_positions_at_home_and_elsewhere(mode: str) -> None:
+    model = small(position_interpolation=mode)
+    assert model._positions(3, 3) is model.pos_embed
+    assert model(images(2, 3, 14, 70)).shape == (2, 192)  # neither square nor of the size it was built for
+
+
+def test_other_channels_and_no_layer_scale() -> None:
+    model = small(in_channels=5, layer_scale=None)
+    assert model(images(1, 5, 42, 42)).shape == (1, 192)
+    assert not any("gamma" in name for name in model.state_dict())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"image_size 224 is not a multiple of patch_size 15"):
+        backbone.build("vit_tiny", patch_size=15, image_size=224)
+    with pytest.raises(ConfigError, match=r"'vit_medium'.*vit_tiny"):
+        backbone.build("vit_medium", patch_size=16, image_size=224)  # type: ignore[arg-type]  # the mistake under test
+    with pytest.raises(InputError, match=r"42x43 pixels.*patches of 14"):
+        small()(images(1, 3, 42, 43))
