@@ -155,13 +155,12 @@ class Embedder:
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """One RGB picture as the model will see it: uint8 (3, S, S)."""
         assert image.mode == "RGB", f"an embedder reads RGB, not {image.mode}"
-        box = (0.0, 0.0, float(image.width), float(image.height))
         if self.config.resize == "center_crop":
             side = min(image.size)
-            left, top = (image.width - side) / 2, (image.height - side) / 2
-            box = (left, top, left + side, top + side)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
         size = (self.config.image_size, self.config.image_size)
-        square = image.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=REDUCING_GAP)
+        square = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
         return np.asarray(square).transpose(2, 0, 1)
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:

@@ -61,7 +61,8 @@ class CandidatePairs:
     thumbnails: tuple[tuple[str, int], ...]  # file and row of each node's thumbnail; empty without verification
     first: np.ndarray
     second: np.ndarray
-    similarity: np.ndarray  # cosine of the descriptors
+    cosine: np.ndarray  # of the descriptors
+    mutual: np.ndarray  # whether each is among the other's nearest
 
 
 def run(
@@ -96,9 +97,7 @@ def make_worker(config: PairsConfig, output: str) -> Callable[[Shard], ShardReco
 
     def process(shard: Shard) -> ShardRecord:
         work: CandidatePairs = shard.work
-        similarity, differs_locally = (
-            judge.compare(work) if judge else (work.similarity, np.zeros(len(work.first), bool))
-        )
+        similarity, differs_locally = judge.compare(work) if judge else (work.cosine, np.zeros(len(work.first), bool))
         chosen = np.flatnonzero(similarity >= config.min_similarity)
         ids = np.array(work.image_ids, dtype=object)
         one, other = ids[work.first[chosen]], ids[work.second[chosen]]
@@ -108,6 +107,8 @@ def make_worker(config: PairsConfig, output: str) -> Callable[[Shard], ShardReco
                 "other_image_id": np.maximum(one, other),
                 "similarity": similarity[chosen].astype(np.float32),
                 "differs_locally": differs_locally[chosen],
+                "cosine": work.cosine[chosen].astype(np.float32),
+                "mutual": work.mutual[chosen],
             },
             schema=records.PAIRS,
         )
@@ -172,12 +173,12 @@ def _candidate_shards(config: PairsConfig, images: str, descriptors: str, descri
     similarity, neighbor = index.search(matrix, [matrix], config.num_neighbors + 1)
     first, column = np.nonzero((neighbor >= 0) & (similarity > config.min_descriptor_similarity))
     second = neighbor[first, column]
-    found = [np.stack([first, second])]
+    proposed = np.stack([first, second])[:, first != second]  # an image is its own nearest neighbour
+    found = [proposed]
     if config.max_phash_distance >= 0:
         found += [np.stack([i, j]) for i, j, _ in pairs_within(phash, config.max_phash_distance)]
-    pairs = np.concatenate(found, axis=1)
-    pairs = np.sort(pairs[:, pairs[0] != pairs[1]], axis=0)  # an image is its own nearest neighbour
-    pairs = np.unique(pairs, axis=1)
+    pairs, place = np.unique(np.sort(np.concatenate(found, axis=1), axis=0), axis=1, return_inverse=True)
+    mutual = np.bincount(place.reshape(-1)[: proposed.shape[1]], minlength=pairs.shape[1]) == 2
     cosine = index.pair_similarity(matrix, pairs[0], matrix, pairs[1])
     shards: list[Shard] = []
     for start in range(0, pairs.shape[1], config.pairs_per_shard):
@@ -189,7 +190,8 @@ def _candidate_shards(config: PairsConfig, images: str, descriptors: str, descri
             thumbnails=tuple(places[node] for node in nodes) if config.verification else (),
             first=local[0],
             second=local[1],
-            similarity=cosine[part],
+            cosine=cosine[part],
+            mutual=mutual[part],
         )
         shards.append(Shard(f"{len(shards):05d}", work, len(work.first)))
     return shards

@@ -33,6 +33,8 @@ PAIRS = pa.schema(
         ("other_image_id", pa.string()),
         ("similarity", pa.float32()),
         ("differs_locally", pa.bool_()),  # whether they agree but for one place; false where nobody looked
+        ("cosine", pa.float32()),  # of the two copy descriptors
+        ("mutual", pa.bool_()),  # whether each descriptor is among the other's `num_neighbors` nearest
     ]
 )
 

@@ -9,6 +9,7 @@ all. What a stage leaves behind:
       .progress/                    only while the stage is unfinished
         plan.json                   what is being made: stage, config, inputs, number of shards
         <shard>.json                one per finished shard: its files, their hashes, its totals
+        <step>/                     what an earlier step of this stage left for a later one; a stage of its own
 """
 
 import contextlib
@@ -278,6 +279,10 @@ def require_manifest(folder: str) -> Manifest:
 def write_manifest(folder: str, manifest: Manifest) -> None:
     """Mark the stage in `folder` done, then drop its progress files and what killed writers left."""
     write_bytes(join(folder, MANIFEST_NAME), _dump(manifest))
+    _tidy(folder)
+
+
+def _tidy(folder: str) -> None:
     for name in list_names(folder):
         if name == PROGRESS_NAME or name.startswith(TEMPORARY_PREFIX):
             delete(join(folder, name))
@@ -292,8 +297,7 @@ def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, Shar
     progress = join(folder, PROGRESS_NAME)
     if exists(folder) and not is_folder(folder):
         raise OutputMismatchError(f"'{folder}' is a file. Give an empty folder with --output.")
-    manifest = read_manifest(folder)
-    found = manifest.plan if manifest else _read_plan(join(progress, "plan.json"))
+    manifest, found = read_manifest(folder), _plan_in(folder)
     if found is not None and found != plan:
         # A plan without any work is nobody's: correcting a config that failed at once needs no --replace.
         begun = manifest or set(list_names(folder)) - {PROGRESS_NAME} or set(list_names(progress)) - {"plan.json"}
@@ -302,6 +306,7 @@ def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, Shar
         _empty(folder, found)
         manifest = found = None
     if manifest is not None:
+        _tidy(folder)  # a kill may have come right behind the manifest
         return manifest
     if found is None:
         strangers = [
@@ -330,13 +335,22 @@ def _empty(folder: str, found: Plan) -> None:
     delete(join(folder, MANIFEST_NAME))
     for place, last in ((progress, "plan.json"), (folder, PROGRESS_NAME)):  # markers before the files they vouch for
         for name in list_names(place):
-            if name != last:
-                delete(join(place, name))
+            if name == last:
+                continue
+            path = join(place, name)
+            if is_folder(path) and (nested := _plan_in(path)) is not None:
+                _empty(path, nested)
+            delete(path)
 
 
 def mark_shard_done(folder: str, record: ShardRecord) -> None:
     """Write the marker of one finished shard; its files are already under their final names."""
     write_bytes(join(folder, PROGRESS_NAME, f"{record.name}.json"), _dump(record))
+
+
+def step_folder(folder: str, step: str) -> str:
+    """Where a stage with several steps keeps what one of them leaves for the next; gone when the stage is done."""
+    return join(folder, PROGRESS_NAME, step)
 
 
 def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -348,7 +362,11 @@ def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _read_plan(path: str) -> Plan | None:
+def _plan_in(folder: str) -> Plan | None:
+    """The plan of the finished or unfinished stage in `folder`."""
+    if (manifest := read_manifest(folder)) is not None:
+        return manifest.plan
+    path = join(folder, PROGRESS_NAME, "plan.json")
     try:
         return _parse(Plan, read_bytes(path), path)
     except FileNotFoundError:

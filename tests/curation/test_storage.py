@@ -336,6 +336,33 @@ def test_fresh_then_resumed_then_done(root: str) -> None:
     assert storage.PROGRESS_NAME not in storage.list_names(folder)
 
 
+def test_replaced_stage_takes_its_steps_along(root: str) -> None:
+    folder = storage.join(root, "square")
+    assert storage.start_or_resume(folder, plan(), replace=False) == {}
+    for step, is_done in (("first", True), ("second", False)):
+        inner = storage.step_folder(folder, step)
+        assert storage.start_or_resume(inner, plan(stage=step), replace=False) == {}
+        storage.mark_shard_done(inner, shard(0, inner))
+        if is_done:
+            finish(inner, plan(stage=step))
+    assert storage.start_or_resume(folder, plan(), replace=False) == {}
+    with pytest.raises(OutputMismatchError):
+        storage.start_or_resume(folder, plan(inputs={"images": "other"}), replace=False)
+    assert storage.start_or_resume(folder, plan(inputs={"images": "other"}), replace=True) == {}
+    assert storage.list_names(storage.join(folder, storage.PROGRESS_NAME)) == ["plan.json"]
+
+
+def test_kill_right_behind_the_manifest_leaves_nothing(root: str) -> None:
+    folder = storage.join(root, "square")
+    manifest = finish(folder, plan())
+    storage.mark_shard_done(folder, shard(0, folder))
+    storage.write_bytes(storage.join(folder, storage.TEMPORARY_PREFIX + "x"), b"half a file")
+    assert storage.start_or_resume(folder, plan(), replace=False) == manifest
+    assert set(storage.list_names(folder)) == {file.name for s in manifest.shards for file in s.files} | {
+        storage.MANIFEST_NAME
+    }
+
+
 OTHER_PLANS = [
     (plan(config={"power": 3, "levels": [{"k": 1}, {"k": 2}], "name": "a"}), ["config.power: 2 there, 3 now"]),
     (plan(config={"power": 2, "levels": [{"k": 1}, {"k": 5}], "name": "a"}), ["config.levels.1.k: 2 there, 5 now"]),

@@ -112,8 +112,8 @@ def build_run(
             shards[stage].append(ShardRecord(name=record.name, files=tuple(files), totals={"embedded": len(images)}))
     for stage, done in shards.items():
         _finish(stage, path[stage], done, {})
-    found = [(*sorted(image_id(one.read_bytes()) for one in pair[:2]), pair[2], False) for pair in pairs]
-    columns = list(zip(*found, strict=True)) or [[], [], [], []]
+    found = [(*sorted(image_id(one.read_bytes()) for one in pair[:2]), pair[2], False, pair[2], True) for pair in pairs]
+    columns = list(zip(*found, strict=True)) or [[]] * len(records.PAIRS)
     file = storage.write_table(
         storage.join(path["pairs"], "pairs-00000.parquet"), pa.table(columns, schema=records.PAIRS)
     )
