@@ -8,17 +8,79 @@ blocks nor on the number of threads; a matrix product alone would not give that.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import faiss
 import numpy as np
-import torch
+from pydantic import Field, model_validator
 
 from curation import scan
+from curation.config import Settings
+from curation.errors import ConfigError
 
 # Rows that are held as float32 and as codes at a time: 100 MB and 25 MB at D 384. Assumed.
 BLOCK_ROWS = 65_536
+# Cells that vectors are compared with at a time. Assumed.
+CELLS_PER_TILE = 8192
 # Pairs that are multiplied out at a time: 8,192 x 1,280 float32 twice is 84 MB.
 PAIR_BLOCK = 8192
+
+
+# Vectors per cell that the cells are trained on, and their rounds. faiss asks for 39 to 256; the recall that every run
+# measures says whether it is enough.
+TRAINING_ROWS_PER_CELL = 48
+TRAINING_ITERATIONS = 8
+# Vectors that product quantization is trained on at least: 256 for each of its 256 codes, as faiss does.
+PQ_TRAINING_ROWS = 65_536
+# faiss on a GPU selects at most so many neighbours and probes (GPU_MAX_SELECTION_K), and its product quantization knows
+# these code lengths (IVFPQ.cu, isSupportedPQCodeLength).
+GPU_MAX_SELECTION = 2048
+GPU_PQ_BYTES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
+
+
+class SearchConfig(Settings):
+    """How neighbours are searched."""
+
+    backend: Literal["exact", "ivf"] = "exact"
+    """Whether every vector is compared, or only those in the `num_probes` cells nearest to the query (inverted lists).
+    Then the recall is measured in every run."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where products are computed. Asking for a GPU that is not there is an error."""
+    rows_per_part: int = Field(default=1_000_000, ge=1)
+    """Vectors that a worker holds at a time, as float16: 2 GB at 1,000 dimensions."""
+    rows_per_cell: int = Field(default=1000, ge=1)
+    """With `ivf`: vectors per cell on average."""
+    num_probes: int = Field(default=16, ge=1)
+    """With `ivf`: cells that each query visits."""
+    codes: Literal["flat", "pq"] = "flat"
+    """With `ivf`: whether lists hold the vectors themselves, or product quantization codes (a part then takes
+    `pq_bytes` a vector) of which `overfetch` times k are scored anew with the vectors."""
+    pq_bytes: int = Field(default=64, ge=1)
+    """With `pq`: bytes per vector; must divide the vectors' width."""
+    overfetch: int = Field(default=4, ge=1)
+    """With `pq`: how many times k vectors are fetched by their codes."""
+    min_recall: float = Field(default=0.95, ge=0, le=1)
+    """With `ivf`: the share of the true neighbours, on a sample, below which the stage stops."""
+    recall_queries: int = Field(default=500, ge=1)
+    """With `ivf`: queries in that sample."""
+    seed: int = 0
+    """Of the cells and of the sample."""
+
+    @model_validator(mode="after")
+    def _fits_the_gpu(self) -> "SearchConfig":
+        if self.device == "cuda" and self.codes == "pq":
+            if self.num_probes > GPU_MAX_SELECTION:
+                raise ValueError(f"num_probes is {self.num_probes}; faiss on a GPU takes {GPU_MAX_SELECTION} at most")
+            if self.pq_bytes not in GPU_PQ_BYTES:
+                raise ValueError(
+                    f"pq_bytes is {self.pq_bytes}; faiss on a GPU takes {', '.join(map(str, GPU_PQ_BYTES))}"
+                )
+        return self
+
+    def num_cells(self, num_vectors: int) -> int:
+        """The cells of so many vectors."""
+        return max(1, round(num_vectors / self.rows_per_cell))
 
 
 def search(
@@ -35,7 +97,7 @@ def search(
     best_row = np.full((len(queries), k), -1, np.int64)
     step = scan.QUERY_ROWS[scan.device_kind(device)]
     parts = [slice(start, min(start + step, len(queries))) for start in range(0, len(queries), step)]
-    codes = [scan.encode(queries[part], device, row_scales=True) for part in parts]
+    codes = [scan.encode_rows(queries[part], device) for part in parts]
     first_row = 0
     for block in _regroup(blocks, BLOCK_ROWS):
         tiles = _tiles(block, device)
@@ -64,15 +126,136 @@ def assign(
     step = scan.QUERY_ROWS[scan.device_kind(device)]
     for start in range(0, len(vectors), step):
         part = slice(start, min(start + step, len(vectors)))
-        own = to_float32(vectors[part])
+        own = scan.to_float32(vectors[part])
         least = np.full(len(own), -np.inf)
         if guess is not None:
             least = pair_similarity(own, np.arange(len(own)), centroids, guess[part]).astype(np.float64)
-        query, row = _scan_block(scan.encode(own, device, row_scales=True), tiles, 1, least)
+        query, row = _scan_block(scan.encode_rows(own, device), tiles, 1, least)
         best, nearest = np.full((len(own), 1), -np.inf, np.float32), np.full((len(own), 1), -1, np.int64)
         _merge(best, nearest, query, row, pair_similarity(own, query, centroids, row))
         cluster[part], similarity[part] = nearest[:, 0], best[:, 0]
     return cluster, similarity
+
+
+def cells_of(vectors: np.ndarray, cells: np.ndarray, num_probes: int, *, device: str = "cpu") -> np.ndarray:
+    """The `num_probes` cells that each of `vectors` (N, D) visits, (N, P) int64, the nearest first.
+
+    `cells` (K, D) are unit vectors, at least `num_probes`. Compared by int8 codes, so nearly equal ones may come in the
+    wrong order, but in the same order on every machine.
+    """
+    cells = np.ascontiguousarray(cells, dtype=np.float32)
+    codes = scan.whole_number_codes(cells, device)
+    step = CELLS_PER_TILE
+    tiles = [codes.take(np.arange(start, min(start + step, len(cells)))) for start in range(0, len(cells), step)]
+    visits = np.empty((len(vectors), num_probes), np.int64)
+    step = scan.QUERY_ROWS[scan.device_kind(device)]
+    for start in range(0, len(vectors), step):
+        own = scan.to_float32(vectors[start : start + step])
+        visits[start : start + step] = scan.nearest_by_codes(own, tiles, num_probes)
+    return visits
+
+
+@dataclass(frozen=True)
+class CellLists:
+    """Which rows are in which cells: the pairs of a row and a cell, sorted by cell, then by row."""
+
+    rows: np.ndarray  # (P,) int64
+    starts: np.ndarray  # (cells + 1,) int64
+
+    @classmethod
+    def of(cls, rows: np.ndarray, cells: np.ndarray, num_cells: int) -> "CellLists":
+        """From pairs (P,) of rows and cells in any order."""
+        order = np.lexsort((rows, cells))
+        return cls(rows[order], np.searchsorted(cells[order], np.arange(num_cells + 1)))
+
+    def of_cell(self, cell: int) -> np.ndarray:
+        """The rows of one cell, ascending."""
+        return self.rows[self.starts[cell] : self.starts[cell + 1]]
+
+
+def search_cells(
+    queries: np.ndarray,
+    queries_in: CellLists,
+    vectors: np.ndarray,
+    vectors_in: CellLists,
+    k: int,
+    *,
+    floor: float = -np.inf,
+    device: str = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` vectors nearest to each query among those that share a cell with it, as `search` gives them.
+
+    `queries` (Q, D) and `vectors` (N, D) are float16 or float32 and in memory, beside one byte a value of codes. A pair
+    may share one cell at most. Ties at the k-th place go to the cell that comes first.
+    """
+    query_codes, vector_codes = (
+        scan.encode([matrix[start : start + BLOCK_ROWS] for start in range(0, len(matrix), BLOCK_ROWS)], device)
+        for matrix in (queries, vectors)
+    )
+    kind = scan.device_kind(device)
+    best_similarity = np.full((len(queries), k), -np.inf, np.float32)
+    best_row = np.full((len(queries), k), -1, np.int64)
+    for cell in range(len(vectors_in.starts) - 1):
+        asking, members = queries_in.of_cell(cell), vectors_in.of_cell(cell)
+        if not len(asking) or not len(members):
+            continue
+        steps = range(0, len(members), scan.TILE_ROWS[kind])
+        tiles = [(start, vector_codes.take(members[start : start + scan.TILE_ROWS[kind]])) for start in steps]
+        for start in range(0, len(asking), scan.QUERY_ROWS[kind]):
+            own = asking[start : start + scan.QUERY_ROWS[kind]]
+            similarity, row = best_similarity[own], best_row[own]
+            least = np.maximum(similarity[:, -1].astype(np.float64), floor)
+            query, place = _scan_block(query_codes.take(own), tiles, k, least)
+            score = pair_similarity(queries, own[query], vectors, members[place])
+            reached = score >= floor
+            _merge(similarity, row, query[reached], members[place[reached]], score[reached])
+            best_similarity[own], best_row[own] = similarity, row
+    order = np.lexsort((best_row, -best_similarity), axis=1)
+    order = np.where(best_row >= 0, order, np.arange(k))  # places that found nothing stay last
+    return np.take_along_axis(best_similarity, order, axis=1), np.take_along_axis(best_row, order, axis=1)
+
+
+def search_pq(
+    queries: np.ndarray, vectors: np.ndarray, k: int, config: "SearchConfig", *, device: str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` vectors nearest to each query by faiss's IVF with product quantization, scored anew, as `search` gives.
+
+    `config.overfetch` times as many are fetched by their codes. faiss trains on `vectors` (N, D) and holds
+    `config.pq_bytes` a vector; float32 is needed for BLOCK_ROWS rows at a time, and for the sample it trains on.
+    """
+    num_cells = config.num_cells(len(vectors))
+    width = vectors.shape[1]
+    if width % config.pq_bytes:
+        raise ConfigError(
+            f"search.pq_bytes is {config.pq_bytes}, which does not divide the vectors' width of {width}; "
+            "choose a divisor."
+        )
+    quantizer = faiss.IndexFlatIP(width)
+    built: Any = faiss.IndexIVFPQ(quantizer, width, num_cells, config.pq_bytes, 8, faiss.METRIC_INNER_PRODUCT)
+    built.cp.seed = built.pq.cp.seed = config.seed
+    every = max(1, len(vectors) // max(TRAINING_ROWS_PER_CELL * num_cells, PQ_TRAINING_ROWS))
+    if device != "cpu":
+        built = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, built)
+    built.train(scan.to_float32(vectors[::every]))
+    for start in range(0, len(vectors), BLOCK_ROWS):
+        built.add(scan.to_float32(vectors[start : start + BLOCK_ROWS]))
+    built.nprobe = min(config.num_probes, num_cells)
+    fetched = min(config.overfetch * k, len(vectors))
+    if device != "cpu" and fetched > GPU_MAX_SELECTION:
+        raise ConfigError(f"search.overfetch times k is {fetched}; faiss on a GPU takes {GPU_MAX_SELECTION} at most.")
+    best_similarity = np.full((len(queries), k), -np.inf, np.float32)
+    best_row = np.full((len(queries), k), -1, np.int64)
+    for start in range(0, len(queries), BLOCK_ROWS):
+        own = queries[start : start + BLOCK_ROWS]
+        rows = built.search(scan.to_float32(own), fetched)[1]
+        query, column = np.nonzero(rows >= 0)  # short lists are filled with -1
+        row = rows[query, column]
+        order = np.lexsort((row, query))
+        query, row = query[order], row[order]
+        score = pair_similarity(own, query, vectors, row)
+        part = slice(start, start + len(own))
+        _merge(best_similarity[part], best_row[part], query, row, score)
+    return best_similarity, best_row
 
 
 def pair_similarity(left: np.ndarray, left_rows: np.ndarray, right: np.ndarray, right_rows: np.ndarray) -> np.ndarray:
@@ -80,17 +263,9 @@ def pair_similarity(left: np.ndarray, left_rows: np.ndarray, right: np.ndarray, 
     result = np.empty(len(left_rows), np.float32)
     for start in range(0, len(left_rows), PAIR_BLOCK):
         part = slice(start, start + PAIR_BLOCK)
-        one, other = to_float32(left[left_rows[part]]), to_float32(right[right_rows[part]])
+        one, other = scan.to_float32(left[left_rows[part]]), scan.to_float32(right[right_rows[part]])
         result[part] = np.einsum("pd,pd->p", one, other)
     return result
-
-
-def to_float32(matrix: np.ndarray) -> np.ndarray:
-    """`matrix` as contiguous float32; torch converts float16 twice as fast as numpy."""
-    if matrix.dtype == np.float16:
-        converted: np.ndarray = torch.from_numpy(np.ascontiguousarray(matrix)).float().numpy()
-        return converted
-    return np.ascontiguousarray(matrix, dtype=np.float32)
 
 
 def _regroup(blocks: Iterable[np.ndarray], num_rows: int) -> Iterator[np.ndarray]:
@@ -104,17 +279,17 @@ def _regroup(blocks: Iterable[np.ndarray], num_rows: int) -> Iterator[np.ndarray
             pending.append(piece)
             held, start = held + len(piece), start + len(piece)
             if held == num_rows:
-                yield to_float32(np.concatenate(pending) if len(pending) > 1 else pending[0])
+                yield scan.to_float32(np.concatenate(pending) if len(pending) > 1 else pending[0])
                 pending, held = [], 0
     if held:
-        yield to_float32(np.concatenate(pending))
+        yield scan.to_float32(np.concatenate(pending))
 
 
 def _tiles(block: np.ndarray, device: str) -> list[tuple[int, scan.Codes]]:
     """The block's tiles, each with its first row."""
     step = scan.TILE_ROWS[scan.device_kind(device)]
     starts = range(0, len(block), step)
-    return [(start, scan.encode(block[start : start + step], device, row_scales=False)) for start in starts]
+    return [(start, scan.encode([block[start : start + step]], device)) for start in starts]
 
 
 def _scan_block(

@@ -1,68 +1,64 @@
 """Pairs: which two images may be copies of one another, and how sure that is.
 
     pairs/
-      pairs-00000.parquet  ...     records.PAIRS, every pair at or above `min_similarity`
-      manifest.json
+      pairs-00000.parquet  ...     records.PAIRS, every pair at or above `min_similarity`, by the smaller id
+      manifest.json                its facts hold the recall of the search
 
-Two searches propose candidates: perceptual hashes within a Hamming distance, and the nearest copy descriptors above a
-cosine. A candidate's similarity is the cosine of the descriptors, or, with `verification`, what a look at both
-thumbnails gives. Images with equal bytes are one image here: they would fill every list of neighbours.
+Two searches propose candidates: the nearest copy descriptors above a cosine (join.py), and perceptual hashes within a
+Hamming distance. A candidate's similarity is the cosine of the descriptors, or, with `verification`, what a look at
+both thumbnails gives. Images with equal bytes are one image here: they would fill every list of neighbours.
+
+A shard judges the pairs whose smaller id lies in one of equal ranges of ids. The driver holds the ids and perceptual
+hashes of all images, about 100 bytes each; nothing else grows with their number.
 
     python -m curation.pairs --config CONFIG.toml --images ingest/ --descriptors describe/ --output pairs/
 """
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import typer
 from pydantic import Field
 
-from curation import command, index, ingest, records, storage, vectors
+from curation import command, index, ingest, join, records, storage, vectors
 from curation.config import Settings, load, resolved_toml
 from curation.errors import ConfigError, InputError
 from curation.hashing import pairs_within
+from curation.index import SearchConfig
+from curation.join import Neighborhood
 from curation.runner import Runner, Shard
-from curation.stage import run_shards
+from curation.stage import PREPARED, run_shards
 from curation.storage import Manifest, ShardRecord
 from curation.verify import PairVerifier, VerifyConfig, View
 
 # Prepared thumbnails that a worker keeps at hand, each up to 0.8 MB. Assumed: a shard of pairs, sorted by its first
 # image, needs few more.
 CACHED_VIEWS = 1500
+# Pairs of perceptual hashes that are held at a time. Assumed.
+HASH_PAIRS_PER_FILE = 1_000_000
 
 
 class PairsConfig(Settings):
     """How candidates are found and judged."""
 
+    search: SearchConfig = SearchConfig()
+    """How near descriptors are searched."""
     num_neighbors: int = Field(default=64, ge=1)
-    """Nearest descriptors that each image proposes (64 in DINOv2, appendix A.3)."""
+    """Nearest descriptors that each image proposes at most (64 in DINOv2, appendix A.3)."""
     min_descriptor_similarity: float = Field(default=0.6, ge=-1, le=1)
-    """Cosine of two descriptors above which they are candidates."""
+    """Cosine of two descriptors from which they are candidates."""
     max_phash_distance: int = Field(default=4, ge=-1, le=16)
     """Differing bits of two 64-bit perceptual hashes up to which they are candidates; -1 leaves the hashes out."""
     verification: VerifyConfig | None = None
     """How a candidate is verified on its thumbnails; without it, the cosine of the descriptors is the similarity."""
     min_similarity: float = Field(default=0.4, ge=-1, le=1)
     """Pairs below are not written; the lowest threshold that a later stage may use."""
-    pairs_per_shard: int = Field(default=2000, ge=1)
-    """Candidates per shard of verification."""
-
-
-@dataclass(frozen=True)
-class CandidatePairs:
-    """Candidates for one worker. Nodes are images; `first` and `second` index them, first < second."""
-
-    image_ids: tuple[str, ...]
-    thumbnails: tuple[tuple[str, int], ...]  # file and row of each node's thumbnail; empty without verification
-    first: np.ndarray
-    second: np.ndarray
-    cosine: np.ndarray  # of the descriptors
-    mutual: np.ndarray  # whether each is among the other's nearest
+    images_per_shard: int = Field(default=1000, ge=1)
+    """Images whose pairs one shard judges. With verification each takes seconds; without, a million is well."""
 
 
 def run(
@@ -70,52 +66,70 @@ def run(
 ) -> Manifest:
     """Find and judge the pairs among all images of a finished ingest and describe; returns the manifest.
 
-    Raises InputError when the descriptors are of other images, or lack thumbnails that verification needs.
+    Raises InputError when the descriptors are of other images, and ConfigError when they lack thumbnails that
+    verification needs, or when the search's recall is too low.
     """
     ingested, described = storage.require_manifest(images), storage.require_manifest(descriptors)
+    if described.plan.inputs.get("images") != ingested.content_hash:
+        raise InputError(f"'{descriptors}' has descriptors of other images than those of '{images}': not of one run.")
     if config.verification and len(described.files("thumbnails")) != len(described.shards):
         raise ConfigError(
             f"'{descriptors}' holds no thumbnails, which verification needs. Set describe.thumbnail_side."
         )
-    shards = _candidate_shards(config, images, descriptors, described)
+    files = [storage.join(descriptors, name) for name in described.files("vectors")]
+    places = _Places(files, [storage.join(descriptors, name) for name in described.files("thumbnails")])
+    num_shards = max(1, -(-places.num_rows // config.images_per_shard))
+    joined, hashed = storage.step_folder(output, "join"), storage.step_folder(output, "hashes")
+
+    def propose() -> ShardRecord:
+        floor = config.min_descriptor_similarity
+        asked = Neighborhood(config.search, config.num_neighbors, floor, num_shards)
+        join.run(asked, files, described.content_hash, joined, runner, num_rows=places.num_rows)
+        if config.max_phash_distance >= 0:
+            for number, file in enumerate(_hash_pairs(config, images, places, num_shards)):
+                storage.write_row_groups(
+                    storage.join(hashed, f"pairs-{number:05d}.parquet"), "bucket", file, join.PAIRED.empty_table()
+                )
+        return ShardRecord(name=PREPARED)
+
+    def facts(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
+        return {"search": storage.require_manifest(joined).facts}, None
+
     return run_shards(
         "pairs",
         config=config,
         inputs={"images": ingested.content_hash, "descriptors": described.content_hash},
         output=output,
         runner=runner,
-        shards=shards,
-        make_worker=functools.partial(make_worker, config, output),
+        shards=[Shard(f"{bucket:05d}", bucket, places.num_rows // num_shards) for bucket in range(num_shards)],
+        make_worker=functools.partial(make_worker, config, places, joined, hashed, output),
         replace=replace,
-        unit="pairs",
+        prepare=propose,
+        finish=facts,
     )
 
 
-def make_worker(config: PairsConfig, output: str) -> Callable[[Shard], ShardRecord]:
-    """A worker that judges the candidates of one shard after another."""
+def make_worker(
+    config: PairsConfig, places: "_Places", joined: str, hashed: str, output: str
+) -> Callable[[Shard], ShardRecord]:
+    """A worker that judges the candidates of one range of ids after another."""
     judge = _Judge(config.verification) if config.verification else None
 
     def process(shard: Shard) -> ShardRecord:
-        work: CandidatePairs = shard.work
-        similarity, differs_locally = judge.compare(work) if judge else (work.cosine, np.zeros(len(work.first), bool))
-        chosen = np.flatnonzero(similarity >= config.min_similarity)
-        ids = np.array(work.image_ids, dtype=object)
-        one, other = ids[work.first[chosen]], ids[work.second[chosen]]
-        table = pa.table(
-            {
-                "image_id": np.minimum(one, other),
-                "other_image_id": np.maximum(one, other),
-                "similarity": similarity[chosen].astype(np.float32),
-                "differs_locally": differs_locally[chosen],
-                "cosine": work.cosine[chosen].astype(np.float32),
-                "mutual": work.mutual[chosen],
-            },
-            schema=records.PAIRS,
-        )
+        candidates = _candidates(joined, hashed, shard.work)
+        place = np.stack([candidates.column(name).to_numpy() for name in ("place", "other_place")])
+        cosine = candidates.column("cosine").to_numpy()
+        cosine = np.where(np.isnan(cosine), places.cosine(place, np.isnan(cosine)), cosine).astype(np.float32)
+        if judge:
+            similarity, differs_locally = judge.compare(place, places.thumbnails(place))
+        else:
+            similarity, differs_locally = cosine, np.zeros(len(cosine), bool)
+        columns = [candidates["image_id"], candidates["other_image_id"], similarity, differs_locally, cosine]
+        table = pa.table([*columns, candidates["mutual"]], schema=records.PAIRS)
+        table = table.filter(pa.array(similarity >= config.min_similarity))
         file = storage.write_table(storage.join(output, f"pairs-{shard.name}.parquet"), table)
-        return ShardRecord(
-            name=shard.name, files=(file,), totals={"candidates": len(work.first), "pairs": table.num_rows}
-        )
+        totals = {"candidates": candidates.num_rows, "pairs": table.num_rows}
+        return ShardRecord(name=shard.name, files=(file,), totals=totals)
 
     return process
 
@@ -127,88 +141,116 @@ def read_pairs(folder: str) -> pa.Table:
     return pa.concat_tables([records.PAIRS.empty_table(), *tables])
 
 
+class _Places:
+    """Where each row of the descriptors lies: a place is its number, counted through all files."""
+
+    def __init__(self, files: Sequence[str], thumbnails: Sequence[str]) -> None:
+        self._files, self._thumbnails = files, thumbnails
+        self._starts = np.cumsum([0, *(vectors.num_rows(file) for file in files)])
+        self.num_rows = int(self._starts[-1])
+
+    def first_of_each(self) -> tuple[np.ndarray, np.ndarray]:
+        """All ids (N,), ascending, as bytes, and the first place of each, (N,)."""
+        columns = [storage.read_table_columns(file, ["image_id"]).column(0) for file in self._files]
+        ids, first = np.unique(np.concatenate([join.texts(column) for column in columns]), return_index=True)
+        return ids, first
+
+    def cosine(self, place: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """The cosines (P,) of the descriptors at `place` (2, P) where `wanted` (P,), else 0."""
+        result = np.zeros(place.shape[1], np.float32)
+        if wanted.any():
+            rows, pair = np.unique(place[:, wanted], return_inverse=True)
+            matrix = np.concatenate([vectors.read_file(file)[1][own] for file, own in self._by_file(self._files, rows)])
+            pair = pair.reshape(2, -1)
+            result[wanted] = index.pair_similarity(matrix, pair[0], matrix, pair[1])
+        return result
+
+    def thumbnails(self, place: np.ndarray) -> dict[int, bytes]:
+        """The thumbnails of the images at some places."""
+        found: dict[int, bytes] = {}
+        rows = np.unique(place)
+        for file, own in self._by_file(self._thumbnails, rows):
+            column = storage.read_table(file, records.THUMBNAILS).column("thumbnail").take(pa.array(own))
+            found.update(zip(rows[len(found) : len(found) + len(own)].tolist(), column.to_pylist(), strict=True))
+        return found
+
+    def _by_file(self, files: Sequence[str], rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Each file with its own rows among the ascending `rows`, where it has any."""
+        bounds = np.searchsorted(rows, self._starts)
+        for number in np.flatnonzero(np.diff(bounds)):
+            yield files[int(number)], rows[bounds[number] : bounds[number + 1]] - self._starts[number]
+
+
 class _Judge:
     """Verifies pairs on thumbnails, keeping the views of the images seen last."""
 
     def __init__(self, config: VerifyConfig) -> None:
         self._verifier = PairVerifier(config)
-        self._views: OrderedDict[tuple[str, int], View] = OrderedDict()
-        self._table: tuple[str, pa.ChunkedArray] | None = None
+        self._views: OrderedDict[int, View] = OrderedDict()
 
-    def compare(self, work: CandidatePairs) -> tuple[np.ndarray, np.ndarray]:
-        """For each pair its similarity, (P,) float32, and whether it differs locally, (P,) bool."""
-        similarity, differs_locally = np.empty(len(work.first), np.float32), np.empty(len(work.first), bool)
-        for position, (first, second) in enumerate(zip(work.first, work.second, strict=True)):
-            # By image_id, so that the result does not depend on which of the two was found first.
-            a, b = sorted((int(first), int(second)), key=lambda node: work.image_ids[node])
-            likeness = self._verifier.compare(self._view_of(work.thumbnails[a]), self._view_of(work.thumbnails[b]))
-            similarity[position], differs_locally[position] = likeness
-        return similarity, differs_locally
+    def compare(self, place: np.ndarray, thumbnails: dict[int, bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """For each pair of places (2, P) its similarity, (P,) float32, and whether it differs locally, (P,) bool."""
+        likenesses = [
+            self._verifier.compare(self._view_of(one, thumbnails), self._view_of(other, thumbnails))
+            for one, other in place.T.tolist()
+        ]
+        similarity = np.array([likeness.similarity for likeness in likenesses], np.float32)
+        return similarity, np.array([likeness.differs_locally for likeness in likenesses], bool)
 
-    def _view_of(self, place: tuple[str, int]) -> View:
+    def _view_of(self, place: int, thumbnails: dict[int, bytes]) -> View:
         if place in self._views:
             self._views.move_to_end(place)
             return self._views[place]
-        path, row = place
-        if self._table is None or self._table[0] != path:
-            self._table = (path, storage.read_table(path, records.THUMBNAILS).column("thumbnail"))
-        view = self._verifier.describe(self._table[1][row].as_py())
-        self._views[place] = view
+        view = self._views[place] = self._verifier.describe(thumbnails[place])
         if len(self._views) > CACHED_VIEWS:
             self._views.popitem(last=False)
         return view
 
 
-def _candidate_shards(config: PairsConfig, images: str, descriptors: str, described: Manifest) -> list[Shard]:
-    """The candidates, sorted by their two images' places, cut into shards."""
-    image_ids, places, matrix = _read_descriptors(descriptors, described)
-    node_of = {image_id: node for node, image_id in enumerate(image_ids)}
+def _candidates(joined: str, hashed: str, bucket: int) -> pa.Table:
+    """join.PAIRED of all candidates of one range of ids; the cosine of those by hash alone is NaN."""
+    near = join.read_bucket(joined, bucket)
+    by_hash = [
+        storage.read_row_groups(storage.join(hashed, name), "bucket", bucket, join.PAIRED)
+        for name in storage.list_names(hashed)
+    ]
+    table = pa.concat_tables([near, *by_hash])
+    one, other = join.texts(table["image_id"]), join.texts(table["other_image_id"])
+    order = np.lexsort((np.arange(len(one)), other, one))  # what the join found first
+    same = (one[order][1:] == one[order][:-1]) & (other[order][1:] == other[order][:-1])
+    return table.take(pa.array(np.delete(order, np.flatnonzero(same) + 1)))
+
+
+def _hash_pairs(
+    config: PairsConfig, images: str, places: _Places, num_buckets: int
+) -> Iterator[Iterator[tuple[int, pa.Table]]]:
+    """The pairs of near perceptual hashes, some at a time, each time by bucket."""
     rows = ingest.read_images(images, ["image_id", "phash"])
-    phash = np.zeros(len(image_ids), np.uint64)
-    for image_id, value in zip(rows["image_id"].to_pylist(), rows["phash"].to_numpy(), strict=True):
-        if image_id not in node_of:
-            raise InputError(f"'{descriptors}' has no descriptor of image {image_id}, which is in '{images}'.")
-        phash[node_of[image_id]] = value
+    known, row = np.unique(join.texts(rows["image_id"]), return_index=True)
+    ids, first = places.first_of_each()
+    if missing := sorted(set(known.tolist()).difference(ids.tolist())):
+        raise InputError(f"There is no descriptor of image {missing[0].decode()}, which is in '{images}'.")
+    phash = rows["phash"].to_numpy()[row[np.searchsorted(known, ids)]]
+    del rows, known
 
-    similarity, neighbor = index.search(matrix, [matrix], config.num_neighbors + 1)
-    first, column = np.nonzero((neighbor >= 0) & (similarity > config.min_descriptor_similarity))
-    second = neighbor[first, column]
-    proposed = np.stack([first, second])[:, first != second]  # an image is its own nearest neighbour
-    found = [proposed]
-    if config.max_phash_distance >= 0:
-        found += [np.stack([i, j]) for i, j, _ in pairs_within(phash, config.max_phash_distance)]
-    pairs, place = np.unique(np.sort(np.concatenate(found, axis=1), axis=0), axis=1, return_inverse=True)
-    mutual = np.bincount(place.reshape(-1)[: proposed.shape[1]], minlength=pairs.shape[1]) == 2
-    cosine = index.pair_similarity(matrix, pairs[0], matrix, pairs[1])
-    shards: list[Shard] = []
-    for start in range(0, pairs.shape[1], config.pairs_per_shard):
-        part = slice(start, start + config.pairs_per_shard)
-        nodes, local = np.unique(pairs[:, part], return_inverse=True)
-        local = local.reshape(2, -1)
-        work = CandidatePairs(
-            image_ids=tuple(image_ids[node] for node in nodes),
-            thumbnails=tuple(places[node] for node in nodes) if config.verification else (),
-            first=local[0],
-            second=local[1],
-            cosine=cosine[part],
-            mutual=mutual[part],
-        )
-        shards.append(Shard(f"{len(shards):05d}", work, len(work.first)))
-    return shards
+    def by_bucket(pairs: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
+        low, high = pairs  # ids are sorted, so the smaller row has the smaller id
+        count = len(low)
+        columns = [join.text_column(ids[low]), join.text_column(ids[high]), first[low], first[high]]
+        unknown = [np.full(count, np.nan, np.float32), np.zeros(count, bool)]
+        table = pa.table([*columns, *unknown], schema=join.PAIRED)
+        bucket = join.bucket_of(table["image_id"], num_buckets)
+        for number in np.unique(bucket).tolist():
+            yield number, table.take(pa.array(np.flatnonzero(bucket == number)))
 
-
-def _read_descriptors(folder: str, manifest: Manifest) -> tuple[list[str], list[tuple[str, int]], np.ndarray]:
-    """Ids, thumbnail places and vectors (N, D) float16 of all images, each id once, where it comes first."""
-    places: dict[str, tuple[str, int]] = {}
-    blocks: list[np.ndarray] = []
-    thumbnails = manifest.files("thumbnails") or manifest.files("vectors")
-    for name, thumbnail in zip(manifest.files("vectors"), thumbnails, strict=True):
-        path = storage.join(folder, name)
-        ids, matrix = vectors.read_file(path)
-        fresh = [row for row, image_id in enumerate(ids) if image_id not in places]
-        places.update({ids[row]: (storage.join(folder, thumbnail), row) for row in fresh})
-        blocks.append(matrix[fresh])
-    return list(places), list(places.values()), np.concatenate(blocks)
+    held: list[np.ndarray] = []
+    for i, j, _ in pairs_within(phash, config.max_phash_distance):
+        held.append(np.sort(np.stack([i, j]), axis=0))
+        if sum(part.shape[1] for part in held) >= HASH_PAIRS_PER_FILE:
+            yield by_bucket(np.concatenate(held, axis=1))
+            held = []
+    if held:
+        yield by_bucket(np.concatenate(held, axis=1))
 
 
 def command_line(

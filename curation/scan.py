@@ -12,6 +12,7 @@ units (VNNI) the codes are int8, which multiply four times faster than float32; 
 vectors in float32, and on a GPU in float16. That choice changes the speed and never what is found.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ TILE_ROWS = {"cpu": 1024, "cuda": 32768}
 # Products whose maximum is looked at before they are looked at one by one. Measured: at 64 the maxima cost a tenth of
 # the product, at 16 half of it.
 LANES = 64
+# Bits of a row beside a product in one key: 2**33 rows, and products below 2**30 (up to 66,000 dimensions).
+ROW_BITS = 33
 # What float32 rounds off a sum of D products of unit vectors, generously: the exact score has it as well.
 ROUNDING = 1e-5
 # The same where a GPU returns the product of float16 codes as float16: half a unit in the last place, up to 2 in size.
@@ -36,9 +39,15 @@ class Codes:
 
     values: torch.Tensor  # (rows padded with zeros to a multiple of LANES, D)
     num_rows: int
-    scale: np.ndarray  # (N,) float64 for queries, one for a tile
-    norm: np.ndarray  # (N,) or one: the length, or the greatest length
-    residual: np.ndarray  # (N,) or one: the length of what was rounded off, or the greatest
+    scale: np.ndarray  # (N,) float64 for queries, (1,) where all have one
+    norm: np.ndarray  # (N,) or (1,): the length, or the greatest length
+    residual: np.ndarray  # (N,) or (1,): the length of what was rounded off, or the greatest
+
+    def take(self, rows: np.ndarray) -> "Codes":
+        """The codes of some rows, (R,) int64, of vectors with one scale."""
+        assert len(self.scale) == 1
+        place = torch.from_numpy(rows).to(self.values.device)
+        return Codes(_pad(self.values[place]), len(rows), self.scale, self.norm, self.residual)
 
 
 def device_kind(device: str) -> str:
@@ -46,29 +55,56 @@ def device_kind(device: str) -> str:
     return torch.device(device).type
 
 
-def encode(matrix: np.ndarray, device: str, *, row_scales: bool) -> Codes:
-    """Codes of `matrix` (N, D) float32, with one scale a row (queries) or one for all (a tile)."""
+def encode_rows(matrix: np.ndarray, device: str) -> Codes:
+    """Codes of queries (N, D) float32, each with a scale of its own."""
+    peak = torch.linalg.vector_norm(torch.from_numpy(matrix), torch.inf, dim=1) if len(matrix) else torch.empty(0)
+    return _encode(matrix, peak, device)
+
+
+def encode(blocks: Sequence[np.ndarray], device: str) -> Codes:
+    """Codes of vectors (N, D) float32 or float16 with one scale; one of the `blocks` (n, D) is float32 at a time."""
+    peak = max((float(np.abs(block).max(initial=0)) for block in blocks), default=0.0)
+    parts = [
+        _encode(to_float32(block), torch.full((len(block),), peak, dtype=torch.float32), device) for block in blocks
+    ]
+    values = torch.cat([part.values[: part.num_rows] for part in parts]) if len(parts) > 1 else parts[0].values
+    greatest = [
+        np.array([max(getattr(part, name).max(initial=0) for part in parts)]) for name in ("norm", "residual", "scale")
+    ]
+    norm, residual, scale = greatest
+    return Codes(_pad(values), sum(part.num_rows for part in parts), np.where(scale > 0, scale, 1.0), norm, residual)
+
+
+def to_float32(matrix: np.ndarray) -> np.ndarray:
+    """`matrix` as contiguous float32; torch converts float16 twice as fast as numpy."""
+    if matrix.dtype == np.float16:
+        # torch warns of arrays that it may not write to, and it does not write to this one.
+        source = matrix if matrix.flags.writeable and matrix.flags.c_contiguous else matrix.copy()
+        converted: np.ndarray = torch.from_numpy(source).float().numpy()
+        return converted
+    return np.ascontiguousarray(matrix, dtype=np.float32)
+
+
+def _encode(matrix: np.ndarray, peak: torch.Tensor, device: str) -> Codes:
+    """Codes of `matrix` (N, D) float32, whose rows have no entry above `peak` (N,)."""
     values = torch.from_numpy(matrix)
-    norm = _lengths(values)
+    norm, residual, scale = _lengths(values), np.zeros(len(matrix)), np.ones(len(matrix))
     if device_kind(device) == "cuda":
         codes = values.to(device).half()
-        residual, scale = _lengths(values - codes.float().cpu()), np.ones(len(matrix))
+        residual = _lengths(values - codes.float().cpu())
     elif not _has_int8_units():
-        codes, residual, scale = values, np.zeros(len(matrix)), np.ones(len(matrix))
+        codes = values
     else:
-        peak = torch.linalg.vector_norm(values, torch.inf, dim=1) if len(matrix) else values[:, 0]
-        if not row_scales and len(matrix):
-            peak = peak.amax().expand(len(matrix))
         step = torch.where(peak > 0, peak / 127, 1.0)
         rounded = torch.mul(values, (1 / step)[:, None]).round_()
         codes, scale = rounded.to(torch.int8), step.double().numpy()
         residual = _lengths(torch.addcmul(values, rounded, -step[:, None]))
+    return Codes(_pad(codes), len(matrix), scale, norm, residual)
+
+
+def _pad(codes: torch.Tensor) -> torch.Tensor:
     padding = -len(codes) % LANES
-    if padding:
-        codes = torch.cat([codes, torch.zeros((padding, codes.shape[1]), dtype=codes.dtype, device=codes.device)])
-    if not row_scales:
-        scale, norm, residual = (part.max(initial=0, keepdims=True) for part in (scale, norm, residual))
-    return Codes(codes, len(matrix), scale, norm, residual)
+    return torch.nn.functional.pad(codes, (0, 0, 0, padding)) if padding else codes
 
 
 def estimate(queries: Codes, tile: Codes) -> "Estimates":
@@ -83,7 +119,8 @@ def estimate(queries: Codes, tile: Codes) -> "Estimates":
     rounding = HALF_ROUNDING if products.dtype == torch.float16 else ROUNDING
     slack = queries.norm * tile.residual + queries.residual * (tile.norm + tile.residual) + rounding
     groups = products.view(len(products), -1, LANES)
-    return Estimates(groups, groups.amax(2), queries.scale * tile.scale, slack)
+    unit = np.broadcast_to(queries.scale * tile.scale, len(products))
+    return Estimates(groups, groups.amax(2), unit, np.broadcast_to(slack, len(products)))
 
 
 @dataclass(frozen=True)
@@ -113,6 +150,45 @@ class Estimates:
         return found, row.cpu().numpy(), value.double().cpu().numpy() * self.unit[found]
 
 
+def nearest_by_codes(matrix: np.ndarray, tiles: Sequence[Codes], k: int) -> np.ndarray:
+    """Rows (N, k) int64 of the `k` vectors with the greatest products of int8 codes, descending, ties by row.
+
+    For choices that need no exact order, such as which cells to visit, but the same one everywhere: sums of whole
+    numbers are equal on every machine. `matrix` is (N, D) float32, `tiles` come from `whole_number_codes`.
+    """
+    codes = whole_number_codes(matrix, tiles[0].values.device)
+    best = torch.empty((len(matrix), 0), dtype=torch.int64, device=codes.values.device)
+    first_row = 0
+    for tile in tiles:
+        if codes.values.dtype == torch.int8:
+            products = torch._int_mm(codes.values, tile.values.T)
+        else:
+            products = torch.mm(codes.values, tile.values.T)
+        rows = torch.arange(first_row, first_row + tile.num_rows, device=products.device)
+        keys = (products[: len(matrix), : tile.num_rows].long() << ROW_BITS) | (2**ROW_BITS - 1 - rows)
+        keys = torch.topk(keys, min(k, tile.num_rows), dim=1).values
+        best = torch.topk(torch.cat([best, keys], dim=1), min(k, best.shape[1] + keys.shape[1]), dim=1).values
+        first_row += tile.num_rows
+    result: np.ndarray = (2**ROW_BITS - 1 - (best & (2**ROW_BITS - 1))).cpu().numpy()
+    return result
+
+
+def whole_number_codes(matrix: np.ndarray, device: str | torch.device) -> Codes:
+    """Codes of `matrix` (N, D) float32 from -127 to 127 whose products are exact on every device.
+
+    Where there is no product of int8, they are whole numbers in float32 (in float64 where a sum could pass 2**24).
+    """
+    values = torch.from_numpy(matrix)
+    peak = float(values.abs().max()) if matrix.size else 0.0
+    rounded = torch.mul(values, 127 / peak if peak > 0 else 1.0).round_()
+    if torch.device(device).type == "cpu" and _has_int8_units():
+        codes = rounded.to(torch.int8)
+    else:
+        codes = rounded.to(device, torch.float32 if 127**2 * matrix.shape[1] < 2**24 else torch.float64)
+    one = np.ones(1)
+    return Codes(_pad(codes), len(matrix), one, one, one)
+
+
 class BestSoFar:
     """Floors that at least `k` products of each query reach, raised by one tile after another.
 
@@ -128,7 +204,8 @@ class BestSoFar:
     def add(self, estimates: Estimates) -> None:
         """Count the products of one more tile in."""
         values = estimates.greatest.amax(1, keepdim=True) if self._k == 1 else estimates.greatest
-        self._values.append(values * torch.from_numpy(estimates.unit).to(values.device, torch.float32)[:, None])
+        unit = torch.tensor(estimates.unit, dtype=torch.float32, device=values.device)
+        self._values.append(values * unit[:, None])
         self.slack = np.maximum(self.slack, estimates.slack)
 
     def floor(self) -> np.ndarray:

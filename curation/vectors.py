@@ -22,6 +22,13 @@ def make_table(image_ids: list[str], matrix: np.ndarray) -> pa.Table:
     return pa.Table.from_arrays([pa.array(image_ids, pa.string()), column], schema=records.vectors(dimensions))
 
 
+def num_rows(path: str) -> int:
+    """The number of vectors in one Parquet or `.npy` file, from its header. Raises InputError as `read_file` does."""
+    if path.endswith(".npy"):
+        return len(_read_npy(path)[0])
+    return storage.num_rows(path)
+
+
 def read_file(path: str) -> tuple[list[str], np.ndarray]:
     """Ids and unit vectors (N, D) float16 of one Parquet or `.npy` file; a row of a matrix has its number as id.
 
@@ -30,7 +37,11 @@ def read_file(path: str) -> tuple[list[str], np.ndarray]:
     """
     if path.endswith(".npy"):
         return _read_npy(path)
-    table = storage.read_table_columns(path, ["image_id", "vector"])
+    return of_table(storage.read_table_columns(path, ["image_id", "vector"]), path)
+
+
+def of_table(table: pa.Table, path: str) -> tuple[list[str], np.ndarray]:
+    """Ids and unit vectors (N, D) float16 of a table that was read from `path`, as `read_file` gives them."""
     try:
         image_ids = table.column("image_id").cast(pa.string()).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

@@ -1,0 +1,480 @@
+"""Join: which vectors of a collection lie near which others, for collections that no memory holds.
+
+    <output>/
+      cells.npy                      with `ivf`: (cells, D) float32, sorted by group
+      exchange/spread-00000.parquet  with `ivf`: the vectors of a file, one row group for each group of cells they visit
+      edges-00000.parquet  ...       EDGES, one row group for each bucket of ids
+      manifest.json                  its facts hold the measured recall
+
+An edge leads from an image to one of its `k` nearest that are at least `floor` similar; only these are ever written.
+Images with equal bytes have equal vectors; they count once, or they would fill each other's lists, and an image is no
+neighbour of itself: both by id.
+
+`exact` compares every block of images with all images, streamed from disk.
+
+`ivf` sorts the vectors into cells, those nearest to a centroid. An image is compared with all that visit its cell, and
+it visits the `num_probes` cells nearest to it; so a pair is found when one of the two visits the other's cell. With
+cells of a fixed size the work grows with the number of images, not with its square. Cells near one another form a
+group, the work of one worker, which holds all vectors that visit it. Recall is measured against the exact search on a
+sample of images in every run.
+
+Legend: N vectors, D dimensions, P probes.
+"""
+
+import functools
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation import index, kmeans, storage, vectors
+from curation.errors import ConfigError, InputError
+from curation.index import CellLists, SearchConfig
+from curation.runner import Runner, Shard
+from curation.stage import PREPARED, run_shards
+from curation.storage import Manifest, ShardRecord
+
+# `other_image_id` is among the nearest of `image_id`. A place is a row number counted through all files; of an image
+# that occurs several times, the first.
+EDGES = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("other_image_id", pa.string()),
+        ("place", pa.int64()),
+        ("other_place", pa.int64()),
+        ("cosine", pa.float32()),
+    ]
+)
+# Each pair once, `image_id` the smaller; `mutual` says whether each is among the other's nearest.
+PAIRED = EDGES.append(pa.field("mutual", pa.bool_()))
+# Images of a block of the exact join, held as float32: 134 MB at D 512. Assumed.
+ROWS_PER_BLOCK = 65_536
+# How many times more rows than a sample needs are read for it. Assumed enough to see every kind of image.
+FILES_READ = 16
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """What a join is asked for."""
+
+    search: SearchConfig
+    k: int  # the most neighbours of an image
+    floor: float  # their least similarity
+    num_buckets: int  # of ids, see `bucket_of`
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some distinct images."""
+
+    ids: np.ndarray  # (N,) bytes
+    places: np.ndarray  # (N,) int64
+    vectors: np.ndarray  # (N, D) float16
+
+    def take(self, rows: np.ndarray) -> "Images":
+        return Images(self.ids[rows], self.places[rows], self.vectors[rows])
+
+
+def run(
+    asked: Neighborhood, files: Sequence[str], source_hash: str, output: str, runner: Runner, *, num_rows: int
+) -> Manifest:
+    """Join the vectors in `files` (Parquet) with themselves; returns the manifest.
+
+    `source_hash` stands for the files' content, `num_rows` is the number of vectors in them. Raises ConfigError when
+    the measured recall is below `search.min_recall`.
+    """
+    search = asked.search
+    spread = storage.step_folder(output, "exchange")
+
+    def exchange() -> ShardRecord:
+        run_shards(
+            "exchange",
+            config=search,
+            inputs={"vectors": source_hash},
+            output=spread,
+            runner=runner,
+            shards=[
+                Shard(f"{number:05d}", part, vectors.num_rows(part[0]))
+                for number, part in enumerate(part for block in _blocks(files) for part in block.work)
+            ],
+            make_worker=functools.partial(_make_exchange_worker, search, spread),
+            prepare=functools.partial(_train_cells, search, files, num_rows, spread),
+        )
+        return ShardRecord(name=PREPARED)
+
+    def recall(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
+        edges = [storage.join(output, file.name) for record in done for file in record.files]
+        return _measure_recall(asked, files, source_hash, spread, output, runner, edges), None
+
+    make_worker: Callable[[], Callable[[Shard], ShardRecord]]
+    if search.backend == "exact" or num_rows == 0:
+        shards = _blocks(files)
+        make_worker = functools.partial(_make_exact_worker, asked, shards, output)
+        prepare, finish = None, None
+    else:
+        num_groups = _num_groups(search, num_rows)
+        shards = [Shard(f"{group:05d}", group, num_rows // num_groups) for group in range(num_groups)]
+        make_worker = functools.partial(_make_cells_worker, asked, spread, output)
+        prepare, finish = exchange, recall
+    return run_shards(
+        "join",
+        config=search,
+        inputs={"vectors": source_hash, "k": str(asked.k), "floor": str(asked.floor), "files": str(len(files))},
+        output=output,
+        runner=runner,
+        shards=shards,
+        make_worker=make_worker,
+        prepare=prepare,
+        finish=finish,
+    )
+
+
+def bucket_of(image_ids: pa.ChunkedArray, num_buckets: int) -> np.ndarray:
+    """The bucket (N,) int64 of each id: `num_buckets` equal ranges of the ids' first 32 bits."""
+    leading = np.array([int(image_id[:8], 16) for image_id in image_ids.to_pylist()], np.uint64)
+    buckets: np.ndarray = ((leading * np.uint64(num_buckets)) >> np.uint64(32)).astype(np.int64)
+    return buckets
+
+
+def read_bucket(folder: str, bucket: int) -> pa.Table:
+    """PAIRED of the pairs whose smaller id lies in a bucket, of a finished join, sorted by their ids."""
+    names = storage.require_manifest(folder).files("edges")
+    tables = [storage.read_row_groups(storage.join(folder, name), "bucket", bucket, EDGES) for name in names]
+    edges = pa.concat_tables([EDGES.empty_table(), *tables])
+    one, other = (texts(edges.column(name)) for name in EDGES.names[:2])
+    place, other_place = (edges.column(name).to_numpy() for name in EDGES.names[2:4])
+    swapped = one > other
+    low, high = np.where(swapped, other, one), np.where(swapped, one, other)
+    order = np.lexsort((high, low))
+    low, high, swapped = low[order], high[order], swapped[order]
+    fresh = np.ones(len(order), bool)
+    fresh[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
+    starts = np.flatnonzero(fresh)
+    columns = [
+        text_column(low[starts]),
+        text_column(high[starts]),
+        np.where(swapped, other_place[order], place[order])[starts],
+        np.where(swapped, place[order], other_place[order])[starts],
+        edges.column("cosine").to_numpy()[order[starts]],
+        np.diff(starts, append=len(order)) == 2,
+    ]
+    return pa.table(columns, schema=PAIRED)
+
+
+def texts(column: pa.ChunkedArray) -> np.ndarray:
+    """Ids as fixed-width bytes, (N,)."""
+    result: np.ndarray = np.array(column.to_pylist(), dtype="S") if len(column) else np.empty(0, "S1")
+    return result
+
+
+def text_column(ids: np.ndarray) -> pa.Array:
+    """Fixed-width bytes (N,) as a column of text."""
+    return pa.array(ids, pa.binary()).cast(pa.string())
+
+
+# Exact
+
+
+def _blocks(files: Sequence[str]) -> list[Shard]:
+    """The files, each with the place of its first row, in runs of about ROWS_PER_BLOCK rows."""
+    blocks: list[Shard] = []
+    held: list[tuple[str, int]] = []
+    first = num_rows = 0
+    for number, file in enumerate(files):
+        held.append((file, first))
+        count = vectors.num_rows(file)
+        first, num_rows = first + count, num_rows + count
+        if num_rows >= ROWS_PER_BLOCK or number == len(files) - 1:
+            blocks.append(Shard(f"{len(blocks):05d}", tuple(held), num_rows))
+            held, num_rows = [], 0
+    return blocks
+
+
+def _make_exact_worker(asked: Neighborhood, blocks: Sequence[Shard], output: str) -> Callable[[Shard], ShardRecord]:
+    places = _first_places([part for block in blocks for part in block.work])
+
+    def process(shard: Shard) -> ShardRecord:
+        own = _read(shard.work, places)
+        others: list[Images] = []
+
+        def stream() -> Iterator[np.ndarray]:
+            for block in blocks:
+                for part in block.work:
+                    images = _read([part], places)
+                    _same_width(own.vectors, images.vectors, part[0])
+                    others.append(Images(images.ids, images.places, images.vectors[:0]))
+                    yield images.vectors
+
+        # One more, for the image itself.
+        found = index.search(own.vectors, stream(), asked.k + 1, floor=asked.floor, device=asked.search.device)
+        ids, all_places = (np.concatenate([getattr(other, name) for other in others]) for name in ("ids", "places"))
+        table = _edges(asked.k, own, Images(ids, all_places, own.vectors[:0]), *found)
+        return _write_edges(asked, output, shard.name, table)
+
+    return process
+
+
+def _first_places(parts: Sequence[tuple[str, int]]) -> np.ndarray:
+    """The places (N,) int64, ascending, of the first row of each id. Holds all ids, about 100 bytes each."""
+    ids = np.concatenate([texts(storage.read_table_columns(file, ["image_id"]).column(0)) for file, _ in parts])
+    places: np.ndarray = np.sort(np.unique(ids, return_index=True)[1])
+    return places
+
+
+def _read(parts: Sequence[tuple[str, int]], places: np.ndarray | None = None) -> Images:
+    """The images of some files, each with the place of its first row: those at `places`, or each id's first."""
+    read = [(own[0], own[1], first) for file, first in parts for own in [vectors.read_file(file)] if own[0]]
+    if not read:
+        return Images(np.empty(0, "S1"), np.empty(0, np.int64), np.empty((0, 1), np.float16))
+    ids = np.concatenate([np.array(own, dtype="S") for own, _, _ in read])
+    own_places = np.concatenate([first + np.arange(len(own)) for own, _, first in read])
+    images = Images(ids, own_places, np.concatenate([matrix for _, matrix, _ in read]))
+    if places is None:
+        return images.take(np.unique(ids, return_index=True)[1])
+    begin, end = np.searchsorted(places, (own_places[0], own_places[-1] + 1))
+    return images.take(places[begin:end] - own_places[0])  # the files of `parts` follow one another
+
+
+def _edges(k: int, images: Images, others: Images, similarity: np.ndarray, row: np.ndarray) -> pa.Table:
+    """EDGES from each of `images` (Q) to the `k` best that a search found among `others`: (Q, K), (Q, K)."""
+    query, column = np.nonzero(row >= 0)
+    target = row[query, column]
+    ids, places = (images.ids[query], others.ids[target]), (images.places[query], others.places[target])
+    return _best_edges(k, *ids, *places, similarity[query, column])
+
+
+def _best_edges(
+    k: int, one: np.ndarray, other: np.ndarray, place: np.ndarray, other_place: np.ndarray, similarity: np.ndarray
+) -> pa.Table:
+    """EDGES to the `k` most similar other ones of each, ties by id."""
+    order = np.lexsort((other, -similarity, one))
+    order = order[one[order] != other[order]]
+    starts = np.concatenate([[0], np.flatnonzero(one[order][1:] != one[order][:-1]) + 1])[: len(order)]
+    rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
+    order = order[rank < k]
+    columns = [text_column(one[order]), text_column(other[order]), place[order], other_place[order], similarity[order]]
+    return pa.table(columns, schema=EDGES)
+
+
+# Cells
+
+
+def _train_cells(search: SearchConfig, files: Sequence[str], num_rows: int, folder: str) -> ShardRecord:
+    """Centroids of the cells, sorted into groups; where each group begins; the sample that recall is measured on."""
+    num_cells = search.num_cells(num_rows)
+    wanted = max(index.TRAINING_ROWS_PER_CELL * num_cells, search.recall_queries)
+    ids, matrix = _sample(files, num_rows, wanted)
+    cells = _fit(matrix, min(num_cells, len(matrix)), search.seed)
+    num_groups = min(_num_groups(search, num_rows), len(cells))
+    group = index.assign(cells, _fit(cells, num_groups, search.seed))[0]
+    order = np.argsort(group, kind="stable")
+    arrays = {"cells.npy": cells[order], "groups.npy": np.searchsorted(group[order], np.arange(num_groups + 1))}
+    saved = []
+    for name, array in arrays.items():
+        np.save(buffer := io.BytesIO(), array)
+        saved.append(storage.write_bytes(storage.join(folder, name), buffer.getvalue()))
+    chosen = slice(None, None, max(1, len(ids) // search.recall_queries))
+    table = vectors.make_table(ids[chosen].astype(str).tolist(), matrix[chosen])
+    saved.append(storage.write_table(storage.join(folder, "sample.parquet"), table))
+    return ShardRecord(name=PREPARED, files=tuple(saved))
+
+
+def _fit(matrix: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
+    rounds = index.TRAINING_ITERATIONS
+    return kmeans.fit(lambda: [matrix], num_clusters, num_iterations=rounds, start="random", seed=seed).centroids
+
+
+def _num_groups(search: SearchConfig, num_rows: int) -> int:
+    return max(1, -(-num_rows // search.rows_per_part))
+
+
+def _sample(files: Sequence[str], num_rows: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and vectors of about `wanted` rows, evenly spaced; of many more rows, only every so many files are read."""
+    step = max(1, num_rows // (FILES_READ * wanted))
+    chosen = files[::step] if step * FILES_READ <= len(files) else files
+    every = max(1, sum(vectors.num_rows(file) for file in chosen) // wanted)
+    ids: list[np.ndarray] = []
+    blocks: list[np.ndarray] = []
+    first = 0
+    for file in chosen:
+        own, matrix = vectors.read_file(file)
+        rows = np.arange(-first % every, len(own), every)
+        first += len(own)
+        if len(rows):
+            if blocks:
+                _same_width(blocks[0], matrix, file)
+            ids.append(np.array(own, dtype="S")[rows])
+            blocks.append(matrix[rows])
+    return np.concatenate(ids), np.concatenate(blocks)
+
+
+def _read_cells(folder: str) -> tuple[np.ndarray, np.ndarray]:
+    arrays = []
+    for name in ("cells.npy", "groups.npy"):
+        with storage.open_read(storage.join(folder, name)) as file:
+            arrays.append(np.load(file, allow_pickle=False))
+    return arrays[0], arrays[1]
+
+
+def _make_exchange_worker(search: SearchConfig, folder: str) -> Callable[[Shard], ShardRecord]:
+    cells, groups = _read_cells(folder)
+    group_of = np.repeat(np.arange(len(groups) - 1), np.diff(groups))
+    num_probes = min(search.num_probes, len(cells))
+    empty = _spread_schema(cells.shape[1], num_probes).empty_table()
+
+    def process(shard: Shard) -> ShardRecord:
+        own = _read([shard.work])
+        _same_width(cells, own.vectors, shard.work[0])
+        visits = index.cells_of(own.vectors, cells, num_probes, device=search.device).astype(np.int32)
+
+        def tables() -> Iterator[tuple[int, pa.Table]]:
+            for group in range(len(groups) - 1):
+                rows = np.flatnonzero((group_of[visits] == group).any(axis=1))
+                here = own.take(rows)
+                columns = [text_column(here.ids), here.places, _as_bytes(here.vectors), _as_bytes(visits[rows])]
+                yield group, pa.table(columns, schema=empty.schema)
+
+        path = storage.join(folder, f"spread-{shard.name}.parquet")
+        file = storage.write_row_groups(path, "part", tables() if len(own.ids) else (), empty)
+        return ShardRecord(name=shard.name, files=(file,), totals={"vectors": len(own.ids), "copies": file.rows})
+
+    return process
+
+
+def _spread_schema(width: int, num_probes: int) -> pa.Schema:
+    """Vectors (float16) and the cells that they visit (int32), the nearest first, as bytes: read without decoding."""
+    return pa.schema(
+        [
+            ("image_id", pa.string()),
+            ("place", pa.int64()),
+            ("vector", pa.binary(2 * width)),
+            ("visits", pa.binary(4 * num_probes)),
+        ]
+    )
+
+
+def _as_bytes(matrix: np.ndarray) -> pa.Array:
+    rows, width = matrix.shape
+    kind = pa.binary(width * matrix.itemsize)
+    return pa.Array.from_buffers(kind, rows, [None, pa.py_buffer(np.ascontiguousarray(matrix))])
+
+
+def _of_bytes(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
+    """The matrix whose rows a column holds as bytes; a view."""
+    array = column.combine_chunks()
+    width = array.type.byte_width
+    values = np.frombuffer(array.buffers()[1], np.uint8)[array.offset * width :][: len(array) * width]
+    matrix: np.ndarray = values.view(dtype).reshape(len(array), -1)
+    return matrix
+
+
+def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callable[[Shard], ShardRecord]:
+    cells, groups = _read_cells(folder)
+    schema = _spread_schema(cells.shape[1], min(asked.search.num_probes, len(cells)))
+    names = storage.require_manifest(folder).files("spread")
+
+    def process(shard: Shard) -> ShardRecord:
+        begin, end = groups[shard.work : shard.work + 2] if shard.work + 1 < len(groups) else (0, 0)
+        parts = [storage.read_row_groups(storage.join(folder, name), "part", shard.work, schema) for name in names]
+        table = pa.concat_tables(parts)
+        del parts
+        # All copies of an image visit the same cells, so it is enough to look among those that are here.
+        ids, rows = np.unique(texts(table.column("image_id")), return_index=True)
+        own = Images(ids, table.column("place").to_numpy()[rows], _of_bytes(table.column("vector"), np.float16)[rows])
+        visits = _of_bytes(table.column("visits"), np.int32)[rows]
+        del table
+        inside = (visits >= begin) & (visits < end)
+        home = np.flatnonzero(inside[:, 0])
+        visitor, column = np.nonzero(inside)
+        at_home = CellLists.of(home, visits[home, 0] - begin, end - begin)
+        visiting = CellLists.of(visitor, visits[visitor, column] - begin, end - begin)
+        # One more, for the image itself.
+        found = index.search_cells(
+            own.vectors, at_home, own.vectors, visiting, asked.k + 1, floor=asked.floor, device=asked.search.device
+        )
+        return _write_edges(asked, output, shard.name, _edges(asked.k, own, own, *found))
+
+    return process
+
+
+def _measure_recall(
+    asked: Neighborhood,
+    files: Sequence[str],
+    source_hash: str,
+    spread: str,
+    output: str,
+    runner: Runner,
+    edges: Sequence[str],
+) -> dict[str, Any]:
+    """The share of the neighbours of a sample of images, exactly searched, that are pairs in the `edges` files."""
+    folder = storage.step_folder(output, "recall")
+
+    manifest = run_shards(
+        "recall",
+        config=asked.search,
+        inputs={"vectors": source_hash},
+        output=folder,
+        runner=runner,
+        shards=_blocks(files),
+        make_worker=functools.partial(_make_recall_worker, asked, spread, folder),
+    )
+    tables = [storage.read_table(storage.join(folder, name), EDGES) for name in manifest.files("exact")]
+    exact = pa.concat_tables(tables).group_by(["image_id", "other_image_id"], use_threads=False)
+    exact = exact.aggregate([("place", "min"), ("other_place", "min"), ("cosine", "max")])
+    one, other = (texts(exact.column(name)) for name in EDGES.names[:2])
+    place, other_place = (exact.column(name).to_numpy() for name in ("place_min", "other_place_min"))
+    exact = _best_edges(asked.k, one, other, place, other_place, exact.column("cosine_max").to_numpy())
+    sampled = pc.unique(exact.column("image_id"))
+    found: set[tuple[str, str]] = set()
+    for path in edges:
+        table = storage.read_table(path, EDGES)
+        for near, far in (("image_id", "other_image_id"), ("other_image_id", "image_id")):
+            hits = table.filter(pc.is_in(table.column(near), sampled))
+            found.update(zip(hits.column(near).to_pylist(), hits.column(far).to_pylist(), strict=True))
+    wanted = list(zip(*(exact.column(name).to_pylist() for name in ("image_id", "other_image_id")), strict=True))
+    recall = sum(pair in found for pair in wanted) / len(wanted) if wanted else None
+    if recall is not None and recall < asked.search.min_recall:
+        raise ConfigError(
+            f"The join found {recall:.4f} of the {len(wanted):,} neighbours of a sample of images, less than "
+            f"search.min_recall ({asked.search.min_recall:g}). Raise search.num_probes ({asked.search.num_probes}), "
+            'lower min_recall, or set search.backend = "exact".'
+        )
+    return {"backend": "ivf", "recall": recall, "recall_pairs": len(wanted)}
+
+
+def _make_recall_worker(asked: Neighborhood, spread: str, folder: str) -> Callable[[Shard], ShardRecord]:
+    sample = _read([(storage.join(spread, "sample.parquet"), 0)])
+
+    def process(shard: Shard) -> ShardRecord:
+        own = _read(shard.work)
+        found = index.search(sample.vectors, [own.vectors], asked.k + 1, floor=asked.floor, device=asked.search.device)
+        table = _edges(asked.k, sample, own, *found)
+        file = storage.write_table(storage.join(folder, f"exact-{shard.name}.parquet"), table)
+        return ShardRecord(name=shard.name, files=(file,))
+
+    return process
+
+
+# Tables
+
+
+def _write_edges(asked: Neighborhood, output: str, name: str, edges: pa.Table) -> ShardRecord:
+    smaller = pc.min_element_wise(edges.column("image_id"), edges.column("other_image_id"))
+    bucket = bucket_of(smaller, asked.num_buckets)
+    order = np.argsort(bucket, kind="stable")
+    ordered = edges.take(pa.array(order))
+    starts = np.searchsorted(bucket[order], np.arange(asked.num_buckets + 1)).tolist()
+    groups = ((number, ordered.slice(start, end - start)) for number, (start, end) in enumerate(pairwise(starts)))
+    path = storage.join(output, f"edges-{name}.parquet")
+    file = storage.write_row_groups(path, "bucket", groups, EDGES.empty_table())
+    return ShardRecord(name=name, files=(file,), totals={"edges": edges.num_rows})
+
+
+def _same_width(expected: np.ndarray, found: np.ndarray, file: str) -> None:
+    if len(found) and found.shape[1] != expected.shape[1]:
+        raise InputError(f"{file}: vectors of width {found.shape[1]}; others of this run have {expected.shape[1]}.")
