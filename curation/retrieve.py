@@ -218,6 +218,7 @@ def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarra
     members: dict[int, list[tuple[float, str, float]]] = {int(cluster): [] for cluster in chosen}
     for name in storage.require_manifest(clustered).files("assignments"):
         table = storage.read_table(storage.join(clustered, name), records.ASSIGNMENTS)
+        table = table.filter(pc.equal(table["level"], 0))
         for row in table.filter(pc.is_in(table["cluster_id"], pa.array(chosen, pa.int32()))).to_pylist():
             order = -row["similarity"] if config.draw == "nearest" else _shuffled(config.seed, row["image_id"])
             members[row["cluster_id"]].append((order, row["image_id"], row["similarity"]))

@@ -13,7 +13,7 @@ import pytest
 
 from curation import cluster, records, retrieve, storage, vectors
 from curation.balance import cap_evenly
-from curation.cluster import ClusterConfig
+from curation.cluster import ClusterConfig, LevelConfig
 from curation.errors import ConfigError, InputError
 from curation.retrieve import DatasetConfig, RetrieveConfig
 from curation.runner import InlineRunner
@@ -37,7 +37,9 @@ class Run:
         self.vectors = write_vectors(folder / "embed", self.images, by_shard)
         self.clusters = str(folder / "cluster")
         stages = (self.images, self.kept, self.vectors)
-        cluster.run(ClusterConfig(num_clusters=num_clusters), *stages, self.clusters, InlineRunner())
+        cluster.run(
+            ClusterConfig(levels=(LevelConfig(num_clusters=num_clusters),)), *stages, self.clusters, InlineRunner()
+        )
         self.output = str(folder / "retrieve")
         self.seeds = {
             source: [n for s, role, numbers in places for n in numbers if s == source and n not in dropped]
