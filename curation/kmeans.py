@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import scipy.sparse
 
-from curation import index
+from curation import index, scan
 
 Start = Literal["random", "k_means++"]
 
@@ -123,7 +123,7 @@ def add_points(sums: np.ndarray, counts: np.ndarray, block: np.ndarray, cluster:
     )
     for left in range(0, block.shape[1], COLUMNS):
         strip = slice(left, left + COLUMNS)
-        sums[present, strip] += members @ index.to_float32(block[:, strip])  # float64, like the left side
+        sums[present, strip] += members @ scan.to_float32(block[:, strip])  # float64, like the left side
     counts[present] += size
 
 
