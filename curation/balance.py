@@ -129,7 +129,7 @@ def cap_evenly_within(parents: np.ndarray, sizes: np.ndarray, caps: np.ndarray) 
     short = np.flatnonzero(num_fitting < count)
     pivot = first[short] + num_fitting[short]
     cut[short] = (caps[short] - smaller[pivot]) // behind[pivot]
-    taken = np.minimum(sizes, cut[parents]).astype(np.int64)
+    taken: np.ndarray = np.minimum(sizes, cut[parents]).astype(np.int64)
     # What is left, one each to the first children that hold more than the cut.
     total = np.zeros(len(caps), np.int64)
     np.add.at(total, parents, taken)

@@ -46,7 +46,6 @@ from curation.runner import Runner, Shard
 from curation.stage import PREPARED, run_shards
 from curation.storage import Manifest, ShardRecord
 
-
 # Images after which a draw by clustering begins another shard, at the next cluster. Assumed: 400 MB of gathered rows,
 # against reading all assignments once more for each shard.
 IMAGES_PER_DRAW = 4_000_000
