@@ -234,7 +234,7 @@ def datasets(run: FinishedRun) -> list[Dataset]:
     """What each seed dataset brought, in the order of the config."""
     result = []
     for row in run.composition["datasets"]:
-        own = pc.equal(run.retrieved["seed_source"], row["dataset"]).to_numpy()
+        own = _asked_by(run, row["dataset"])
         same, found = run.same_concept[own], run.retrieved.filter(own)
         known = same != UNKNOWN
         result.append(
@@ -254,6 +254,12 @@ def datasets(run: FinishedRun) -> list[Dataset]:
             )
         )
     return result
+
+
+def _asked_by(run: FinishedRun, dataset: str) -> np.ndarray:
+    """Whether each retrieved row is of that dataset, (R,) bool; what was drawn by clustering is of none."""
+    own: np.ndarray = pc.fill_null(pc.equal(run.retrieved["seed_source"], dataset), False).to_numpy()
+    return own
 
 
 def _mode(row: Mapping[str, Any], found: pa.Table) -> str:
@@ -319,7 +325,7 @@ class Retrieval:
 
 def gallery(run: FinishedRun, dataset: Dataset, num_retrievals: int, num_seeds: int, num_found: int) -> list[Retrieval]:
     """Some seeds of a dataset with what they brought, or its clusters with the most seeds."""
-    own = np.flatnonzero(pc.equal(run.retrieved["seed_source"], dataset.name).to_numpy())
+    own = np.flatnonzero(_asked_by(run, dataset.name))
     asked_by = run.retrieved["cluster_id" if dataset.mode == "cluster" else "seed_image_id"].take(pa.array(own))
     if dataset.mode == "cluster":
         seeds = _seeds_by_cluster(run, dataset.name)
