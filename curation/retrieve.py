@@ -14,9 +14,9 @@ With `clustering`, images are also drawn from the whole pool, whatever the seeds
 the levels of the cluster stage (see balance.balanced_counts), so that what is rare in the pool is not drowned by what
 is common ("Automatic Data Curation", arXiv 2405.15613; a part of DINOv3's corpus).
 
-Memory: drawing from clusters streams the assignments and holds at most twice as many rows as are drawn, 48 bytes each,
-besides one file of assignments and 8 bytes a cluster. A draw by `clustering` is cut into shards of clusters, at
-IMAGES_PER_DRAW images, each of which reads all assignments.
+Memory: drawing from clusters streams the assignments and holds at most twice as many rows as are drawn, 220 bytes for
+each that is drawn (measured 2026-11-21), besides one file of assignments and 8 bytes a cluster. A draw by `clustering`
+is cut into shards of clusters, each of which reads all assignments.
 
 In a pipeline this is a stage. Alone it works on anyone's vectors:
 
@@ -27,7 +27,7 @@ where A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` 
 
 import functools
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Literal
 
 import numpy as np
@@ -46,9 +46,6 @@ from curation.runner import Runner, Shard
 from curation.stage import PREPARED, run_shards
 from curation.storage import Manifest, ShardRecord
 
-# Images after which a draw by clustering begins another shard, at the next cluster. Assumed: 400 MB of gathered rows,
-# against reading all assignments once more for each shard.
-IMAGES_PER_DRAW = 4_000_000
 BALANCED_NAME = "balanced.npy"
 # Rows that are gathered, at the least, before those that cannot be drawn any more are dropped. Assumed: 12 MB.
 GATHERED_ROWS = 250_000
@@ -76,6 +73,9 @@ class ClusteringConfig(Settings):
     """Images to draw; all of the kept pool when it holds fewer (1.7 billion of some 17 billion in DINOv3)."""
     draw: Literal["random", "nearest"] = "random"
     """Which images of a cluster come first: any, or those nearest to its centroid."""
+    images_per_shard: int = Field(default=4_000_000, ge=1)
+    """Images after which another shard begins, at the next cluster. A shard holds 220 bytes for each, and reads all
+    assignments once."""
 
 
 class RetrieveConfig(Settings):
@@ -132,7 +132,7 @@ def run(
             case "none":
                 pass
     if config.clustering is not None:
-        num_parts = -(-config.clustering.num_images // IMAGES_PER_DRAW)
+        num_parts = -(-config.clustering.num_images // config.clustering.images_per_shard)
         shards += [Shard(f"{len(shards) + n:05d}", (None, "balanced", n)) for n in range(num_parts)]
     return run_shards(
         "retrieve",
@@ -259,11 +259,11 @@ def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarra
 
 
 def _by_balance(config: RetrieveConfig, clustered: str, output: str, part: int) -> pa.Table:
-    """The part of the draw whose clusters begin within its `IMAGES_PER_DRAW` images of all that are drawn."""
+    """The part of the draw whose clusters begin within its `images_per_shard` images of all that are drawn."""
     assert config.clustering is not None
     with storage.open_read(storage.join(output, BALANCED_NAME)) as file:
         counts: np.ndarray = np.load(file, allow_pickle=False)
-    counts[(np.cumsum(counts) - counts) // IMAGES_PER_DRAW != part] = 0
+    counts[(np.cumsum(counts) - counts) // config.clustering.images_per_shard != part] = 0
     return _as_retrieved(draw_images(clustered, counts, config.clustering.draw, config.seed), "balanced", None)
 
 
@@ -331,12 +331,14 @@ _DRAWN = np.empty(
 )
 
 
-def _first_of_each(parts: Sequence[np.ndarray], counts: np.ndarray) -> np.ndarray:
-    """Of each cluster c the first `counts[c]` rows, sorted by cluster, order and image_id."""
+def _first_of_each(parts: list[np.ndarray], counts: np.ndarray) -> np.ndarray:
+    """Of each cluster c the first `counts[c]` rows, sorted by cluster, order and image_id. Empties `parts`."""
     rows = np.concatenate(parts)
-    rows = rows[np.lexsort((rows["image_id"], rows["order"], rows["cluster_id"]))]
-    rank = np.arange(len(rows)) - np.searchsorted(rows["cluster_id"], rows["cluster_id"])
-    first: np.ndarray = rows[rank < counts[rows["cluster_id"]]]
+    parts.clear()
+    order = np.lexsort((rows["image_id"], rows["order"], rows["cluster_id"]))
+    cluster = rows["cluster_id"][order]
+    rank = np.arange(len(rows)) - np.searchsorted(cluster, cluster)
+    first: np.ndarray = rows[order[rank < counts[cluster]]]
     return first
 
 

@@ -57,7 +57,7 @@ def rows_of(name: str, config: CurateConfig = CONFIG) -> DatasetRows:
     return rows
 
 
-@pytest.mark.parametrize("row", published(), ids=lambda row: f"{row[0]}-{row[2]}")
+@pytest.mark.parametrize("row", list(published()), ids=lambda row: f"{row[0]}-{row[2]}")
 def test_each_row(row: tuple[str, int, str, int | None, int]) -> None:
     name, images, way, retrieved, final = row
     assert CONFIG.stated_counts[name] == images
