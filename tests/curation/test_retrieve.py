@@ -192,7 +192,8 @@ def write_clusters(folder: Path, cluster_of: np.ndarray, parents: list[np.ndarra
     similarity = (np.random.default_rng(len(cluster_of)).integers(0, 4, len(cluster_of)) / 8).astype(np.float32)
     num_clusters = int(max(cluster_of.max(initial=0) + 1, len(parents[0]) if parents else 1))
     records_of: list[ShardRecord] = []
-    for number, rows in enumerate(np.array_split(np.arange(len(cluster_of)), files)):
+    order = np.random.default_rng(files).permutation(len(cluster_of))
+    for number, rows in enumerate(np.array_split(order, files)):
         levels, level = [cluster_of[rows]], 0
         for level, parent in enumerate(parents):
             levels.append(parent[levels[level]])
