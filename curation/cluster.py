@@ -1,45 +1,138 @@
-"""Cluster: spherical k-means over the kept pool.
+"""Cluster: spherical k-means over the kept pool, in one level or in a hierarchy.
 
-cluster/
-  centroids-0.npy                    (clusters, D) float32, unit length
-  assignments-00000.parquet  ...     records.ASSIGNMENTS: the kept pool images, shard by shard of ingest
-  manifest.json
+    cluster/
+      centroids-0.npy  ...               (clusters, D) float32, unit length; level 0 is the finest
+      parents-0.npy  ...                 (clusters,) int64: which cluster of level 1 each of level 0 is in
+      assignments-00000.parquet  ...     records.ASSIGNMENTS: the kept pool images, shard by shard of ingest; in a file
+                                         all rows of level 0, then all of level 1, ...
+      manifest.json                      its facts hold the objectives and the sizes of the clusters
 
-python -m curation.cluster --config CONFIG.toml --images ingest/ --dedup dedup/ --vectors embed/ --output cluster/
+Level 0 clusters the vectors, each further level the centroids of the one below (Vo et al., "Automatic data curation for
+self-supervised learning: a clustering-based approach", 2024). An image is in the level-0 cluster whose centroid is
+nearest to it; further up it is where that cluster is.
+
+Most images lie in few dense regions, and so would most centroids. Resampling (the same paper) evens that out: it draws
+the same number of points from each cluster, and clusters those anew.
+
+What is in memory, where K is the number of clusters of a level: in a worker the centroids, float64 sums of the same
+shape, a block of points, and 4 bytes per point of a part; in the driver four matrices (K, D), twice the points drawn of
+each cluster as 16 bytes, and at the start kmeans.START_POINTS_PER_CLUSTER x K points. Nothing grows with the pool. On
+disk, until the stage is done: the points trained on, again, and a matrix (K, D) float64 per part.
+
+    .progress/
+      count/  points/                    how many points there are; the points trained on, shard by shard
+      level-0/round-0/                   the k-means of level 0 ; each resampling is one more round
+        state.npy                        the centroids of the iteration under way, and the objectives so far
+        start/                           the points to start from
+        iteration-00000/                 the sums of each part; gone when the iteration is done
+        guesses/                         the cluster of each point in the iteration before, to be faster
+      level-0/round-1/candidates/  drawn/  ...
+
+    python -m curation.cluster --config CONFIG.toml --images ingest/ --dedup dedup/ --vectors embed/ --output cluster/
 """
 
 import functools
-import io
-from collections.abc import Callable
-from typing import Annotated
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import typer
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from curation import command, index, records, storage
+from curation import command, index, kmeans, progress, records, storage
 from curation.config import Settings, load, resolved_toml
-from curation.dedup import KeptShard, kept_shards, read_kept
+from curation.dedup import kept_shards, read_kept
 from curation.errors import ConfigError
-from curation.runner import Runner, Shard
+from curation.kmeans import Reduction
+from curation.runner import InlineRunner, Runner, Shard
 from curation.stage import PREPARED, run_shards
-from curation.storage import Manifest, ShardRecord
+from curation.storage import FileRecord, Manifest, ShardRecord
 
-CENTROIDS_NAME = "centroids-0.npy"
+# Points that are read at a time: 168 MB of float16 at D 1,280. Assumed; the nearest centroids of fewer cost more each.
+BLOCK_ROWS = 65_536
+# Between two saves of a k-means that runs in the driver alone. Assumed: no pity to lose, and no time lost to saving.
+SECONDS_BETWEEN_SAVES = 30.0
+STATE_NAME = "state.npy"
+
+
+class ResamplingConfig(Settings):
+    """How the centroids of a level are spread more evenly."""
+
+    num_rounds: int = Field(ge=1)
+    """How often points are drawn and clustered anew (10 in the paper)."""
+    sample_size: int = Field(ge=1)
+    """Points drawn from each cluster, or all of a smaller one (about half of the mean cluster in the paper)."""
+    draw: Literal["closest", "random"] = "closest"
+    """Which points of a cluster: those nearest to its centroid, or any."""
+
+
+class LevelConfig(Settings):
+    """How many clusters a level has, and how they are found."""
+
+    num_clusters: int = Field(ge=1)
+    """Clusters (100,000 over 744 million images in DINOv2; 10 million to 10,000 in four levels in Vo et al.)."""
+    num_iterations: int = Field(default=25, ge=1)
+    """Rounds of k-means, fewer when nothing changes any more (25 is faiss's default; DINOv2 states none; 50 in Vo)."""
+    start: Literal["random", "k_means++"] = "k_means++"
+    """Which points the first centroids are: any, or such as lie apart."""
+    resampling: ResamplingConfig | None = None
+    """Whether the centroids are spread more evenly than the points are."""
 
 
 class ClusterConfig(Settings):
-    """How many clusters, and how they are found."""
+    """The levels of clusters, and what they are trained on."""
 
-    num_clusters: int = Field(ge=1)
-    """Clusters over the kept pool (100,000 over 744 million images in DINOv2)."""
-    num_iterations: int = Field(default=25, ge=1)
-    """Rounds of k-means (25 is faiss's default; DINOv2 does not state its number)."""
+    levels: tuple[LevelConfig, ...] = Field(min_length=1)
+    """The finest first. Each clusters the centroids of the one before, so it has fewer."""
     max_points_per_centroid: int | None = Field(default=None, ge=1)
-    """Train on a seeded sample of so many images per cluster; on all of them when not given."""
-    seed: int = 0
-    """Of the first centroids and of the sample."""
+    """Train level 0 on a sample of about so many images per cluster; on all of them when not given."""
+    seed: int = Field(default=0, ge=0)
+    """Of the sample, the first centroids, and what is drawn at random."""
+    rows_per_part: int = Field(default=262_144, ge=1)
+    """Points that one worker goes through at a time. What fits into one part is clustered by the driver itself."""
+
+    @field_validator("levels")
+    @classmethod
+    def _levels_decrease(cls, value: tuple[LevelConfig, ...]) -> tuple[LevelConfig, ...]:
+        sizes = [level.num_clusters for level in value]
+        if any(above >= below for below, above in itertools.pairwise(sizes)):
+            raise ValueError(f"each level must have fewer clusters than the one before; num_clusters are {sizes}")
+        return value
+
+
+@dataclass(frozen=True)
+class PointFile:
+    """Points on disk: a `.npy` file of (rows, D) float16 or float32."""
+
+    path: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of points: rows `begin` to `end` of each file, one file after another; the first is point `first`."""
+
+    name: str
+    first: int
+    pieces: tuple[tuple[str, int, int], ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(end - begin for _, begin, end in self.pieces)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a k-means stands."""
+
+    centroids: np.ndarray  # (K, D) float32
+    objectives: list[float]  # mean cosine of the points to their centroids in each iteration so far
+    done: bool
 
 
 def run(
@@ -53,7 +146,13 @@ def run(
     replace: bool = False,
 ) -> Manifest:
     """Cluster the kept pool images; returns the manifest. Raises ConfigError for more clusters than images."""
-    shards = kept_shards(images, deduplicated, embedded)
+    counts = [record.totals["accepted"] for record in storage.require_manifest(images).shards]
+    shards = [
+        Shard(f"{number:05d}", shard, count)
+        for number, (shard, count) in enumerate(zip(kept_shards(images, deduplicated, embedded), counts, strict=True))
+    ]
+    # What a single part holds is not worth the start of workers.
+    small = sum(counts) <= config.rows_per_part
     return run_shards(
         "cluster",
         config=config,
@@ -63,30 +162,35 @@ def run(
         },
         output=output,
         runner=runner,
-        shards=[Shard(f"{number:05d}", shard) for number, shard in enumerate(shards)],
-        make_worker=functools.partial(make_worker, output),
+        shards=shards,
+        make_worker=functools.partial(make_worker, output, len(config.levels)),
         replace=replace,
-        prepare=functools.partial(_train, config, shards, output),
+        prepare=functools.partial(_train, config, shards, output, InlineRunner() if small else runner),
+        finish=functools.partial(_finish, config, output),
     )
 
 
-def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
-    """A worker that assigns the kept pool images of one shard after another."""
-    centroids = read_centroids(output)
+def make_worker(output: str, num_levels: int) -> Callable[[Shard], ShardRecord]:
+    """A worker that assigns the kept pool images of one shard after another, on every level."""
+    centroids = [read_centroids(output, level) for level in range(num_levels)]
+    parents = [read_parents(output, level) for level in range(num_levels - 1)]
 
     def process(shard: Shard) -> ShardRecord:
         image_ids, matrix = read_kept(shard.work, role="pool")
-        cluster, similarity = assign(matrix, centroids)
-        table = pa.table(
-            {
+        cluster, similarity = index.assign(matrix, centroids[0])
+        tables = []
+        for level in range(num_levels):
+            if level > 0:
+                cluster = parents[level - 1][cluster]
+                similarity = index.pair_similarity(matrix, np.arange(len(matrix)), centroids[level], cluster)
+            columns = {
                 "image_id": image_ids,
-                "level": np.zeros(len(image_ids), np.int32),
+                "level": np.full(len(image_ids), level, np.int32),
                 "cluster_id": cluster.astype(np.int32),
                 "similarity": similarity,
-            },
-            schema=records.ASSIGNMENTS,
-        )
-        file = storage.write_table(storage.join(output, f"assignments-{shard.name}.parquet"), table)
+            }
+            tables.append(pa.table(columns, schema=records.ASSIGNMENTS))
+        file = storage.write_table(storage.join(output, f"assignments-{shard.name}.parquet"), pa.concat_tables(tables))
         return ShardRecord(name=shard.name, files=(file,), totals={"assigned": len(image_ids)})
 
     return process
@@ -94,35 +198,378 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
 
 def assign(matrix: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The nearest centroid of each vector and the cosine to it: (N,) int64 and (N,) float32; ties to the first."""
-    similarity, cluster = index.search(matrix, [centroids], 1)
-    return cluster[:, 0], similarity[:, 0]
+    return index.assign(matrix, centroids)
 
 
-def read_centroids(folder: str) -> np.ndarray:
-    """The centroids (clusters, D) float32 of a cluster stage."""
-    with storage.open_read(storage.join(folder, CENTROIDS_NAME)) as file:
-        centroids: np.ndarray = np.load(file, allow_pickle=False)
-    return centroids
+def read_centroids(folder: str, level: int = 0) -> np.ndarray:
+    """The centroids (clusters, D) float32 of a level of a cluster stage."""
+    return _read_arrays(storage.join(folder, f"centroids-{level}.npy"), 1)[0]
 
 
-def _train(config: ClusterConfig, shards: list[KeptShard], output: str) -> ShardRecord:
-    matrix = np.concatenate([read_kept(shard, role="pool")[1] for shard in shards])
-    if config.num_clusters > len(matrix):
+def read_parents(folder: str, level: int) -> np.ndarray:
+    """The cluster (clusters,) int64 of the level above that each cluster of `level` is in."""
+    return _read_arrays(storage.join(folder, f"parents-{level}.npy"), 1)[0]
+
+
+def _train(config: ClusterConfig, shards: list[Shard], output: str, runner: Runner) -> ShardRecord:
+    """Find the centroids of every level, and write them and the parents."""
+    points = _training_points(config, shards, output, runner)
+    num_points = sum(file.rows for file in points)
+    if (num_clusters := config.levels[0].num_clusters) > num_points:
+        for step in ("count", "points"):  # so that another config needs no --replace
+            storage.delete(storage.step_folder(output, step))
+        which = "were kept" if config.max_points_per_centroid is None else "are in the sample to train on"
         raise ConfigError(
-            f"cluster.num_clusters is {config.num_clusters:,}, but only {len(matrix):,} pool images were kept."
+            f"cluster.levels.0.num_clusters is {num_clusters:,}, but only {num_points:,} pool images {which}."
         )
-    centroids = index.spherical_kmeans(
-        matrix,
-        config.num_clusters,
-        num_iterations=config.num_iterations,
-        seed=config.seed,
-        max_points_per_centroid=config.max_points_per_centroid,
+    files: list[FileRecord] = []
+    below: np.ndarray | None = None
+    for number, level in enumerate(config.levels):
+        centroids = _train_level(config, number, points, storage.step_folder(output, f"level-{number}"), runner)
+        path = storage.join(output, f"centroids-{number}.npy")
+        files.append(_write_arrays(path, centroids))
+        if below is not None:
+            parents = index.assign(below, centroids)[0]
+            files.append(_write_arrays(storage.join(output, f"parents-{number - 1}.npy"), parents))
+        points, below = (PointFile(path, level.num_clusters),), centroids
+    return ShardRecord(name=PREPARED, files=tuple(files))
+
+
+def _training_points(config: ClusterConfig, shards: list[Shard], output: str, runner: Runner) -> tuple[PointFile, ...]:
+    """The vectors of the kept pool, or of a sample of it, as files that are quick to read."""
+    share = 1.0
+    if config.max_points_per_centroid is not None:
+        counted = _step(config, storage.step_folder(output, "count"), _make_counter, shards, runner)
+        num_images = sum(record.totals["points"] for record in counted.shards)
+        share = config.max_points_per_centroid * config.levels[0].num_clusters / max(num_images, 1)
+    folder = storage.step_folder(output, "points")
+    make = functools.partial(_make_extractor, folder, config.seed, share)
+    return _point_files(folder, _step(config, folder, make, shards, runner).shards)
+
+
+def _make_counter() -> Callable[[Shard], ShardRecord]:
+    def process(shard: Shard) -> ShardRecord:
+        return ShardRecord(name=shard.name, totals={"points": len(read_kept(shard.work, role="pool")[0])})
+
+    return process
+
+
+def _make_extractor(folder: str, seed: int, share: float) -> Callable[[Shard], ShardRecord]:
+    def process(shard: Shard) -> ShardRecord:
+        image_ids, matrix = read_kept(shard.work, role="pool")
+        if share < 1:
+            matrix = matrix[[_fraction(seed, image_id) < share for image_id in image_ids]]
+        return _write_points(folder, shard.name, matrix)
+
+    return process
+
+
+def _fraction(seed: int, image_id: str) -> float:
+    """A number in [0, 1) that depends on the seed and the image alone."""
+    return int.from_bytes(hashlib.sha256(f"cluster:{seed}:{image_id}".encode()).digest()[:7], "big") / 2**56
+
+
+def _train_level(
+    config: ClusterConfig, number: int, points: tuple[PointFile, ...], folder: str, runner: Runner
+) -> np.ndarray:
+    """The centroids of a level over `points`: a k-means, and one more on what each resampling draws."""
+    level = config.levels[number]
+    state: State | None = None
+    for round_number in range(1 + (level.resampling.num_rounds if level.resampling else 0)):
+        own = storage.join(folder, f"round-{round_number}")
+        following = _read_state(own)
+        if following is None or not following.done:
+            seed = int(np.random.SeedSequence([config.seed, number, round_number]).generate_state(1)[0])
+            drawn = points
+            if round_number > 0:
+                before = storage.join(folder, f"round-{round_number - 1}")
+                drawn = _resample(config, number, points, before, seed, own, runner)
+            following = _run_kmeans(config, level, drawn, following, seed, own, runner)
+            progress.say(
+                f"cluster: level {number}, round {round_number}: {level.num_clusters:,} clusters of "
+                f"{sum(file.rows for file in drawn):,} points, {len(following.objectives)} iterations, "
+                f"mean cosine {following.objectives[-1]:.4f}"
+            )
+            for step in ("candidates", "drawn", "start", "guesses"):
+                storage.delete(storage.join(own, step))
+        state = following
+    assert state is not None
+    return state.centroids
+
+
+def _run_kmeans(
+    config: ClusterConfig,
+    level: LevelConfig,
+    points: tuple[PointFile, ...],
+    state: State | None,
+    seed: int,
+    folder: str,
+    runner: Runner,
+) -> State:
+    """K-means over `points`, going on from `state` where there is one; its state is kept in `folder`."""
+    parts = cut(points, config.rows_per_part)
+    num_points = sum(part.rows for part in parts)
+    if state is None:
+        rows = kmeans.start_rows(num_points, level.num_clusters, level.start, seed)
+        started = _take(config, points, rows, storage.join(folder, "start"), runner)
+        sample = np.concatenate([block for part in cut(started, config.rows_per_part) for block in read_blocks(part)])
+        state = State(kmeans.initial_centroids(sample, level.num_clusters, level.start, seed), [], False)
+        del sample
+        _write_state(folder, state)
+    guess: np.ndarray | None = None
+    objectives = list(state.objectives)
+
+    def reduce_all(centroids: np.ndarray) -> Reduction:
+        nonlocal guess
+        if len(parts) == 1:
+            reduction, guess = kmeans.reduce_points(read_blocks(parts[0]), centroids, guess=guess)
+            return reduction
+        step = storage.join(folder, f"iteration-{len(objectives):05d}")
+        done = _over_parts(config, points, step, functools.partial(_make_reducer, folder, step), runner)
+        return kmeans.merge(_read_reduction(storage.join(step, record.files[0].name)) for record in done)
+
+    saved = time.monotonic()
+    num_left = level.num_iterations - len(objectives)
+    for centroids, objective, settled in kmeans.lloyd(state.centroids, num_left, reduce_all):
+        objectives.append(objective / num_points)
+        state = State(centroids, list(objectives), settled or len(objectives) == level.num_iterations)
+        if len(parts) > 1 or state.done or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            _write_state(folder, state)
+            saved = time.monotonic()
+        storage.delete(storage.join(folder, f"iteration-{len(objectives) - 1:05d}"))
+    return state
+
+
+def _make_reducer(folder: str, step: str) -> Callable[[Shard], ShardRecord]:
+    """A worker that reduces one part after another by the centroids in the state of the k-means in `folder`."""
+    centroids = _read_arrays(storage.join(folder, STATE_NAME), 1)[0]
+
+    def process(shard: Shard) -> ShardRecord:
+        guess_path = storage.join(folder, "guesses", f"{shard.name}.npy")
+        guess = _read_arrays(guess_path, 1)[0] if storage.exists(guess_path) else None
+        reduction, found = kmeans.reduce_points(read_blocks(shard.work), centroids, guess=guess)
+        arrays = (reduction.sums, reduction.counts, np.array(reduction.objective))
+        file = _write_arrays(storage.join(step, f"reduction-{shard.name}.npy"), *arrays)
+        _write_arrays(guess_path, found)  # only makes the next iteration faster, so it may be of any iteration
+        return ShardRecord(name=shard.name, files=(file,))
+
+    return process
+
+
+def _resample(
+    config: ClusterConfig,
+    number: int,
+    points: tuple[PointFile, ...],
+    before: str,
+    seed: int,
+    folder: str,
+    runner: Runner,
+) -> tuple[PointFile, ...]:
+    """The points that are drawn from each cluster of the k-means in `before`; raises ConfigError for too few."""
+    resampling, num_clusters = config.levels[number].resampling, config.levels[number].num_clusters
+    assert resampling is not None
+    step = storage.join(folder, "candidates")
+    make = functools.partial(_make_drawer, resampling, before, seed, step)
+    best = kmeans.Drawn.none()
+    for record in _over_parts(config, points, step, make, runner):
+        more = kmeans.Drawn(*_read_arrays(storage.join(step, record.files[0].name), 3))
+        best = kmeans.draw(best, more, resampling.sample_size)
+    if len(best.row) < num_clusters:
+        raise ConfigError(
+            f"cluster.levels.{number}.resampling.sample_size is {resampling.sample_size:,}, which draws "
+            f"{len(best.row):,} points of the {len(np.unique(best.cluster)):,} clusters that are not empty; "
+            f"{num_clusters:,} clusters cannot be made of them. Raise it, or leave resampling out."
+        )
+    return _take(config, points, np.sort(best.row), storage.join(folder, "drawn"), runner)
+
+
+def _make_drawer(resampling: ResamplingConfig, before: str, seed: int, step: str) -> Callable[[Shard], ShardRecord]:
+    """A worker that draws from the clusters of one part after another."""
+    centroids = _read_arrays(storage.join(before, STATE_NAME), 1)[0]
+
+    def process(shard: Shard) -> ShardRecord:
+        row, best = shard.work.first, kmeans.Drawn.none()
+        for block in read_blocks(shard.work):
+            cluster, key = index.assign(block, centroids)
+            if resampling.draw == "random":
+                # The n-th number of the generator for the n-th point, however the points are cut.
+                bits = np.random.PCG64(np.random.SeedSequence([seed, 2])).advance(row)
+                key = np.random.Generator(bits).random(len(block)).astype(np.float32)
+            more = kmeans.Drawn(cluster, key, np.arange(row, row + len(block)))
+            best = kmeans.draw(best, more, resampling.sample_size)
+            row += len(block)
+        path = storage.join(step, f"candidates-{shard.name}.npy")
+        return ShardRecord(name=shard.name, files=(_write_arrays(path, best.cluster, best.key, best.row),))
+
+    return process
+
+
+def _take(
+    config: ClusterConfig, points: tuple[PointFile, ...], rows: np.ndarray, folder: str, runner: Runner
+) -> tuple[PointFile, ...]:
+    """The points with the given ascending `rows`, as files of their own in `folder`."""
+    rows_path = folder + "-rows.npy"
+    _write_arrays(rows_path, rows)
+    done = _over_parts(config, points, folder, functools.partial(_make_taker, rows_path, folder), runner)
+    storage.delete(rows_path)
+    return _point_files(folder, done)
+
+
+def _make_taker(rows_path: str, folder: str) -> Callable[[Shard], ShardRecord]:
+    rows = _read_arrays(rows_path, 1)[0]
+
+    def process(shard: Shard) -> ShardRecord:
+        part = shard.work
+        own = rows[slice(*np.searchsorted(rows, (part.first, part.first + part.rows)))]
+        return _write_points(folder, shard.name, kmeans.take(read_blocks(part), own - part.first))
+
+    return process
+
+
+def cut(points: Sequence[PointFile], rows_per_part: int) -> list[Part]:
+    """All points in runs of `rows_per_part`, the last one shorter."""
+    parts: list[Part] = []
+    pieces: list[tuple[str, int, int]] = []
+    first = held = 0
+    for file in points:
+        begin = 0
+        while begin < file.rows:
+            end = min(file.rows, begin + rows_per_part - held)
+            pieces.append((file.path, begin, end))
+            held, begin = held + end - begin, end
+            if held == rows_per_part:
+                parts.append(Part(f"{len(parts):05d}", first, tuple(pieces)))
+                first, held, pieces = first + held, 0, []
+    if pieces:
+        parts.append(Part(f"{len(parts):05d}", first, tuple(pieces)))
+    return parts
+
+
+def read_blocks(part: Part) -> Iterator[np.ndarray]:
+    """The points of a part in blocks (n, D) of BLOCK_ROWS, the last one shorter."""
+    pending: list[np.ndarray] = []
+    held = 0
+    for path, begin, end in part.pieces:
+        with storage.open_read(path) as file:
+            np.lib.format.read_magic(file)
+            (_, width), _, dtype = np.lib.format.read_array_header_1_0(file)
+            file.seek(begin * width * dtype.itemsize, 1)
+            while begin < end:
+                count = min(end - begin, BLOCK_ROWS - held)
+                pending.append(np.frombuffer(file.read(count * width * dtype.itemsize), dtype).reshape(count, width))
+                held, begin = held + count, begin + count
+                if held == BLOCK_ROWS:
+                    yield np.concatenate(pending)
+                    pending, held = [], 0
+    if pending:
+        yield np.concatenate(pending)
+
+
+def _over_parts(
+    config: ClusterConfig,
+    points: tuple[PointFile, ...],
+    folder: str,
+    make_worker: Callable[[], Callable[[Shard], ShardRecord]],
+    runner: Runner,
+) -> Sequence[ShardRecord]:
+    """What a worker makes of each part of `points`. A single part is done here and now, without a trace of a stage."""
+    shards = [Shard(part.name, part, part.rows) for part in cut(points, config.rows_per_part)]
+    if len(shards) == 1:
+        return [make_worker()(shards[0])]
+    return _step(config, folder, make_worker, shards, runner, unit="points").shards
+
+
+def _step(
+    config: ClusterConfig,
+    folder: str,
+    make_worker: Callable[[], Callable[[Shard], ShardRecord]],
+    shards: list[Shard],
+    runner: Runner,
+    unit: str = "images",
+) -> Manifest:
+    """One step of this stage as a stage of its own in `folder`; named by its path below the progress folder."""
+    name = "cluster " + folder.rpartition(f"/{storage.PROGRESS_NAME}/")[2]
+    return run_shards(
+        name, config=config, inputs={}, output=folder, runner=runner, shards=shards, make_worker=make_worker, unit=unit
     )
-    buffer = io.BytesIO()
-    np.save(buffer, centroids)
-    return ShardRecord(
-        name=PREPARED, files=(storage.write_bytes(storage.join(output, CENTROIDS_NAME), buffer.getvalue()),)
-    )
+
+
+def _finish(config: ClusterConfig, output: str, done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
+    """The facts: per level how each k-means went, and how many images its clusters hold."""
+    num_levels = len(config.levels)
+    counts = np.zeros(config.levels[0].num_clusters, np.int64)
+    similarity, num_images = np.zeros(num_levels), 0
+    for record in done:
+        for file in record.files:
+            if not file.name.startswith("assignments-"):
+                continue
+            columns = ["level", "cluster_id", "similarity"]
+            table = storage.read_table(storage.join(output, file.name), records.ASSIGNMENTS, columns)
+            level, cluster, value = (table.column(name).to_numpy() for name in columns)
+            counts += np.bincount(cluster[level == 0], minlength=len(counts))
+            num_images += int((level == 0).sum())
+            similarity += [value[level == number].sum(dtype=np.float64) for number in range(num_levels)]
+    levels = []
+    for number, settings in enumerate(config.levels):
+        if number > 0:
+            parents = read_parents(output, number - 1)
+            counts = np.bincount(parents, counts, settings.num_clusters).astype(np.int64)
+        sizes = np.sort(counts)
+        rounds = settings.resampling.num_rounds if settings.resampling else 0
+        folder = storage.step_folder(output, f"level-{number}")
+        states = [_read_state(storage.join(folder, f"round-{round_number}")) for round_number in range(1 + rounds)]
+        levels.append(
+            {
+                "mean_cosine": float(similarity[number] / num_images),
+                "smallest_cluster": int(sizes[0]),
+                "median_cluster": int(sizes[len(sizes) // 2]),
+                "largest_cluster": int(sizes[-1]),
+                "empty_clusters": int((sizes == 0).sum()),
+                "objectives": [state.objectives for state in states if state is not None],
+            }
+        )
+    return {"levels": levels}, None
+
+
+def _read_state(folder: str) -> State | None:
+    path = storage.join(folder, STATE_NAME)
+    if not storage.exists(path):
+        return None
+    centroids, objectives, done = _read_arrays(path, 3)
+    return State(centroids, objectives.tolist(), bool(done))
+
+
+def _write_state(folder: str, state: State) -> None:
+    path = storage.join(folder, STATE_NAME)
+    _write_arrays(path, state.centroids, np.array(state.objectives, np.float64), np.array(state.done))
+
+
+def _read_reduction(path: str) -> Reduction:
+    sums, counts, objective = _read_arrays(path, 3)
+    return Reduction(sums, counts, float(objective))
+
+
+def _write_points(folder: str, name: str, matrix: np.ndarray) -> ShardRecord:
+    file = _write_arrays(storage.join(folder, f"points-{name}.npy"), matrix)
+    return ShardRecord(name=name, files=(file,), totals={"points": len(matrix)})
+
+
+def _point_files(folder: str, done: Sequence[ShardRecord]) -> tuple[PointFile, ...]:
+    return tuple(PointFile(storage.join(folder, record.files[0].name), record.totals["points"]) for record in done)
+
+
+def _write_arrays(path: str, *arrays: np.ndarray) -> FileRecord:
+    """Write arrays to one file, one behind the other; np.load reads the first."""
+    with storage.atomic_write(path) as file:
+        for array in arrays:
+            np.lib.format.write_array(file, array, allow_pickle=False)
+    return FileRecord(name=path.rpartition("/")[2], sha256=file.sha256, bytes=file.size, rows=0)
+
+
+def _read_arrays(path: str, count: int) -> list[np.ndarray]:
+    """The first `count` arrays of a file."""
+    with storage.open_read(path) as file:
+        return [np.lib.format.read_array(file, allow_pickle=False) for _ in range(count)]
 
 
 def command_line(

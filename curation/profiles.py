@@ -16,7 +16,7 @@ from typing import Any, Literal
 Profile = Literal["default", "paper"]
 
 # By setting; `*` stands for every item of a list. All of `paper` but one is cited.
-PROFILES: dict[Profile, dict[str, bool | int | float | str]] = {
+PROFILES: dict[Profile, dict[str, Any]] = {
     "default": {
         "dedup.matches_kept": True,
         "dedup.decontamination": "direct",
@@ -33,7 +33,7 @@ PROFILES: dict[Profile, dict[str, bool | int | float | str]] = {
         "dedup.matches_kept": False,  # one of each component
         "dedup.decontamination": "component",
         "dedup.decontaminate_seeds": False,  # the training splits of evaluation sets are among the seeds
-        "cluster.num_clusters": 100_000,  # A.4
+        "cluster.levels": [{"num_clusters": 100_000}],  # A.4
         "retrieve.sample_above": 1_000_000,
         "retrieve.more_than_seeds": 3,
         "retrieve.images_per_cluster": 10_000,

@@ -38,7 +38,7 @@ from pydantic import Field, field_validator
 
 from curation import command, index, records, storage, vectors
 from curation.balance import balanced_counts, cluster_counts, retrieval_mode
-from curation.cluster import assign, read_centroids
+from curation.cluster import assign, read_centroids, read_parents
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import KeptShard, kept_shards, read_kept
 from curation.errors import ConfigError, InputError
@@ -271,9 +271,8 @@ def _prepare(config: ClusteringConfig, clustered: str, output: str) -> ShardReco
     """Decide how many images are drawn from each cluster."""
     names = {name for record in storage.require_manifest(clustered).shards for name in (f.name for f in record.files)}
     parents: list[np.ndarray] = []
-    while (name := f"parents-{len(parents)}.npy") in names:
-        with storage.open_read(storage.join(clustered, name)) as file:
-            parents.append(np.load(file, allow_pickle=False))
+    while f"parents-{len(parents)}.npy" in names:
+        parents.append(read_parents(clustered, len(parents)))
     counts = balanced_counts(parents, cluster_sizes(clustered, len(read_centroids(clustered))), config.num_images)
     buffer = io.BytesIO()
     np.save(buffer, counts)

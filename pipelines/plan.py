@@ -48,7 +48,7 @@ def dataset_rows(config: "CurateConfig", dataset: DatasetConfig) -> DatasetRows 
     mode = _mode(config, dataset)
     if mode == "by_size" or (num_seeds is None and (dataset.as_is or mode == "sample")):
         return None
-    num_clusters = config.cluster.num_clusters
+    num_clusters = config.cluster.levels[0].num_clusters
     if num_seeds is not None:
         num_clusters = min(num_clusters, most_clusters(num_seeds, config.retrieve.more_than_seeds))
     num_clusters = config.stated_clusters.get(dataset.name, num_clusters)
@@ -116,7 +116,11 @@ def _stages(config: "CurateConfig") -> Table:
         f"perceptual hashes within {pairs.max_phash_distance} bits (-1: none), {check}",
         "dedup": f"copies from {config.dedup.threshold:g}; holdout from {config.dedup.holdout_threshold:g}, "
         f"decontamination '{config.dedup.decontamination}'",
-        "cluster": f"{config.cluster.num_clusters:,} clusters, {config.cluster.num_iterations} iterations",
+        "cluster": "; then ".join(
+            f"{level.num_clusters:,} clusters, {level.num_iterations} iterations"
+            + (f", resampled {level.resampling.num_rounds} times" if level.resampling else "")
+            for level in config.cluster.levels
+        ),
         "retrieve": f"clusters with more than {retrieve.more_than_seeds} seeds of a dataset, "
         f"{retrieve.images_per_cluster:,} images of each; by_size means sample above {retrieve.sample_above:,} seeds",
         "corpus": f"{config.pack.images_per_shard:,} images per tar, "

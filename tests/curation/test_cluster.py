@@ -1,26 +1,32 @@
-"""Clusters: the kept pool images, each at its nearest centroid, the same bytes twice."""
+"""Clusters: the kept pool images at their nearest centroids on every level, the same bytes however the work is cut."""
 
+import signal
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from curation import cluster, index, records, storage
-from curation.cluster import ClusterConfig
+from curation import cluster, kmeans, records, storage
+from curation.cluster import ClusterConfig, LevelConfig, ResamplingConfig
 from curation.errors import ConfigError, InputError
-from curation.runner import InlineRunner
+from curation.ray_runner import RayRunner
+from curation.runner import InlineRunner, Runner, Shard, Worker
+from curation.storage import ShardRecord
 from tests.curation.builders import bytes_in, id_of, image_row, unit_vectors, write_dedup, write_ingest, write_vectors
 
 WIDTH = 8
 
 
 def small_run(
-    folder: Path, roles: list[list[str]], dropped: tuple[int, ...] = ()
+    folder: Path, roles: list[list[str]], dropped: tuple[int, ...] = (), matrix: np.ndarray | None = None
 ) -> tuple[tuple[str, str, str], np.ndarray]:
     """Ingest, dedup and embed of images 0, 1, 2, ... with the given roles, shard by shard; the vectors."""
     count = sum(len(shard) for shard in roles)
-    matrix = unit_vectors(count, count, WIDTH).astype(np.float16)
+    matrix = (unit_vectors(count, count, WIDTH) if matrix is None else matrix).astype(np.float16)
     numbers = iter(range(count))
     shards = [[(next(numbers), role) for role in shard] for shard in roles]
     images = write_ingest(
@@ -31,16 +37,43 @@ def small_run(
     return (images, keep, embedded), matrix
 
 
-def assignments(folder: str) -> list[dict[str, Any]]:
+def one_level(num_clusters: int, **settings: Any) -> ClusterConfig:
+    return ClusterConfig(levels=(LevelConfig(num_clusters=num_clusters),), **settings)
+
+
+def hierarchy(**settings: Any) -> ClusterConfig:
+    """Three levels, each resampled in its own way."""
+    return ClusterConfig(
+        levels=(
+            LevelConfig(num_clusters=12, num_iterations=4, resampling=ResamplingConfig(num_rounds=2, sample_size=3)),
+            LevelConfig(
+                num_clusters=5,
+                num_iterations=6,
+                start="random",
+                resampling=ResamplingConfig(num_rounds=1, sample_size=2, draw="random"),
+            ),
+            LevelConfig(num_clusters=2, num_iterations=3),
+        ),
+        **settings,
+    )
+
+
+def assignments(folder: str, level: int | None = None) -> list[dict[str, Any]]:
     names = storage.require_manifest(folder).files("assignments")
-    return [row for name in names for row in storage.read_table(f"{folder}/{name}", records.ASSIGNMENTS).to_pylist()]
+    rows = [row for name in names for row in storage.read_table(f"{folder}/{name}", records.ASSIGNMENTS).to_pylist()]
+    return [row for row in rows if level in (None, row["level"])]
+
+
+def without_manifest(folder: str) -> dict[str, bytes]:
+    """The files but for the manifest, which holds the config."""
+    return {name: data for name, data in bytes_in(folder).items() if name != "/manifest.json"}
 
 
 def test_kept_pool_images_go_to_their_nearest_centroid(tmp_path: Path) -> None:
     roles = [["seed"] * 3, ["pool"] * 20, [], ["holdout", "holdout"], ["pool"] * 15]
     stages, matrix = small_run(tmp_path, roles, dropped=(4, 30))
     output = str(tmp_path / "cluster")
-    manifest = cluster.run(ClusterConfig(num_clusters=5), *stages, output, InlineRunner())
+    manifest = cluster.run(one_level(5), *stages, output, InlineRunner())
     pool = [n for n in [*range(3, 23), *range(25, 40)] if n not in (4, 30)]
     rows = assignments(output)
     assert [int(row["image_id"], 16) for row in rows] == pool
@@ -53,13 +86,31 @@ def test_kept_pool_images_go_to_their_nearest_centroid(tmp_path: Path) -> None:
     np.testing.assert_allclose([row["similarity"] for row in rows], cosines.max(axis=1), atol=1e-5)
     assert {row["level"] for row in rows} == {0}
     assert {row["cluster_id"] for row in rows} == set(range(5))
-    expected = index.spherical_kmeans(matrix[pool], 5, num_iterations=25, seed=0)
-    assert centroids.tobytes() == expected.tobytes(), "neither seeds nor dropped images move a centroid"
+    sums = np.stack([matrix[pool][cosines.argmax(axis=1) == k].astype(np.float64).sum(axis=0) for k in range(5)])
+    means = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+    np.testing.assert_allclose(centroids, means, atol=1e-6, err_msg="neither seeds nor dropped images move a centroid")
+    (level,) = manifest.facts["levels"]
+    assert level["mean_cosine"] == pytest.approx(np.mean([row["similarity"] for row in rows]))
+    assert level["objectives"][0][-1] == pytest.approx(level["mean_cosine"]), "the last iterations changed nothing"
+    sizes = sorted(np.bincount([row["cluster_id"] for row in rows], minlength=5).tolist())
+    found = [level[f"{name}_cluster"] for name in ("smallest", "median", "largest")]
+    assert found == [sizes[0], sizes[2], sizes[4]] and level["empty_clusters"] == 0
+
+
+def test_agrees_with_the_fit_of_one_process(tmp_path: Path) -> None:
+    stages, matrix = small_run(tmp_path, [["pool"] * 40, ["pool"] * 50])
+    for start in ("random", "k_means++"):
+        level = LevelConfig(num_clusters=9, num_iterations=7, start=start)
+        output = str(tmp_path / start)
+        cluster.run(ClusterConfig(levels=(level,), rows_per_part=25), *stages, output, InlineRunner())
+        seed = int(np.random.SeedSequence([0, 0, 0]).generate_state(1)[0])
+        expected = kmeans.fit(lambda: [matrix], 9, num_iterations=7, start=start, seed=seed)
+        assert cluster.read_centroids(output).tobytes() == expected.centroids.tobytes()
 
 
 def test_same_bytes_twice_and_a_second_run_does_nothing(tmp_path: Path) -> None:
     stages, _ = small_run(tmp_path, [["pool"] * 12, ["pool"] * 9])
-    config = ClusterConfig(num_clusters=4, seed=3, max_points_per_centroid=3)
+    config = one_level(4, seed=3, max_points_per_centroid=3)
     one, other = str(tmp_path / "one"), str(tmp_path / "other")
     manifest = cluster.run(config, *stages, one, InlineRunner())
     cluster.run(config, *stages, other, InlineRunner())
@@ -74,31 +125,232 @@ def test_same_bytes_twice_and_a_second_run_does_nothing(tmp_path: Path) -> None:
     assert {"centroids-0.npy"} < {file.name for shard in manifest.shards for file in shard.files}
 
 
-def test_cuts_of_the_same_images_give_the_same_clusters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [one_level(3), one_level(3, max_points_per_centroid=4), hierarchy()])
+def test_cuts_of_the_same_images_give_the_same_clusters(tmp_path: Path, config: ClusterConfig) -> None:
     found = []
     for cuts in ([["pool"] * 24], [["pool"] * 5, [], ["pool"] * 19], [["pool"]] * 24):
         folder = tmp_path / str(len(cuts))
         stages, _ = small_run(folder, cuts)
-        cluster.run(ClusterConfig(num_clusters=3), *stages, str(folder / "cluster"), InlineRunner())
-        found.append(assignments(str(folder / "cluster")))
+        cluster.run(config, *stages, str(folder / "cluster"), InlineRunner())
+        found.append(sorted(assignments(str(folder / "cluster")), key=lambda row: (row["level"], row["image_id"])))
     assert found[0] == found[1] == found[2]
 
 
-def test_one_image_is_one_cluster(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"max_points_per_centroid": 5}])
+def test_parts_of_any_size_give_the_same_bytes(tmp_path: Path, settings: dict[str, int]) -> None:
+    stages, _ = small_run(tmp_path, [["pool"] * 30, ["seed"] * 2, ["pool"] * 47, []])
+    outputs = []
+    for rows_per_part in (1000, 77, 30, 11):  # all images in a part, just so; a part a shard; many
+        outputs.append(str(tmp_path / str(rows_per_part)))
+        # Level 1 clusters float32 centroids, whose sums depend on how they are cut: here they are in one part.
+        config = hierarchy(rows_per_part=rows_per_part, **settings) if rows_per_part > 11 else None
+        cluster.run(config or one_level(12, rows_per_part=11, **settings), *stages, outputs[-1], InlineRunner())
+    assert without_manifest(outputs[0]) == without_manifest(outputs[1]) == without_manifest(outputs[2])
+    whole = str(tmp_path / "whole")
+    cluster.run(one_level(12, **settings), *stages, whole, InlineRunner())
+    assert without_manifest(outputs[3]) == without_manifest(whole)
+
+
+def test_levels_are_consistent(tmp_path: Path) -> None:
+    stages, matrix = small_run(tmp_path, [["pool"] * 40, ["seed"] * 3, ["pool"] * 50])
+    pool = matrix[[*range(40), *range(43, 93)]].astype(np.float32)
+    output = str(tmp_path / "cluster")
+    manifest = cluster.run(hierarchy(), *stages, output, InlineRunner())
+    sizes = (12, 5, 2)
+    centroids = [cluster.read_centroids(output, level) for level in range(3)]
+    expected = (pool @ centroids[0].T).argmax(axis=1)
+    for level in range(3):
+        assert centroids[level].shape == (sizes[level], WIDTH)
+        np.testing.assert_allclose(np.linalg.norm(centroids[level], axis=1), 1, atol=1e-6)
+        if level > 0:
+            parents = cluster.read_parents(output, level - 1)
+            assert parents.dtype == np.int64
+            assert parents.tolist() == (centroids[level - 1] @ centroids[level].T).argmax(axis=1).tolist()
+            expected = parents[expected]
+        rows = assignments(output, level)
+        assert [row["image_id"] for row in rows] == [id_of(n) for n in [*range(40), *range(43, 93)]]
+        assert [row["cluster_id"] for row in rows] == expected.tolist()
+        cosines = np.einsum("nd,nd->n", pool, centroids[level][expected])
+        np.testing.assert_allclose([row["similarity"] for row in rows], cosines, atol=1e-6)
+        facts, counts = manifest.facts["levels"][level], np.bincount(expected, minlength=sizes[level])
+        assert facts["largest_cluster"] == counts.max() and facts["empty_clusters"] == (counts == 0).sum()
+        assert facts["mean_cosine"] == pytest.approx(cosines.mean(), abs=1e-6)
+        assert len(facts["objectives"]) == (3, 2, 1)[level]
+    for name in storage.require_manifest(output).files("assignments"):
+        levels = storage.read_table(f"{output}/{name}", records.ASSIGNMENTS).column("level").to_pylist()
+        assert levels == sorted(levels)
+
+
+@pytest.mark.parametrize("draw", ["closest", "random"])
+def test_resampling_spreads_centroids_more_evenly_than_the_points_are(
+    tmp_path: Path, draw: Literal["closest", "random"]
+) -> None:
+    """Three quarters of the points of a sphere lie in a cap that is a twentieth of it.
+
+    A third of the plain centroids lie there, and a tenth or less of the resampled ones.
+    """
+    random = np.random.default_rng(0)
+    matrix = np.zeros((3000, WIDTH))
+    matrix[:, :3] = random.normal(size=(3000, 3)) * np.where(random.random(3000) < 0.9, 0.2, 1)[:, None]
+    matrix[:, 0] += (np.abs(matrix[:, 1:3]).max(axis=1) < 0.6) * random.binomial(1, 0.9, 3000)
+    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
+    stages, _ = small_run(tmp_path, [["pool"] * 3000], matrix=matrix)
+    shares = []
+    for resampling in (None, ResamplingConfig(num_rounds=6, sample_size=10, draw=draw)):
+        output = str(tmp_path / str(resampling is None))
+        level = LevelConfig(num_clusters=60, resampling=resampling)
+        cluster.run(ClusterConfig(levels=(level,)), *stages, output, InlineRunner())
+        shares.append((cluster.read_centroids(output)[:, 0] > 0.9).mean())
+    assert (matrix[:, 0] > 0.9).mean() > 0.7 and 0.25 < shares[0] < 0.4 and shares[1] < 0.15
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_same_bytes_on_ray(tmp_path: Path, num_workers: int) -> None:
+    """One iteration of many parts; each step starts workers, which takes the time."""
+    stages, _ = small_run(tmp_path, [["pool"] * 30, ["pool"] * 25])
+    level = LevelConfig(num_clusters=6, num_iterations=1)
+    config = ClusterConfig(levels=(level, LevelConfig(num_clusters=2)), rows_per_part=20)
+    cluster.run(config, *stages, str(tmp_path / "inline"), InlineRunner())
+    runner = RayRunner(num_workers=num_workers)
+    try:
+        cluster.run(config, *stages, str(tmp_path / "ray"), runner)
+    finally:
+        runner.close()
+    assert bytes_in(str(tmp_path / "ray")) == bytes_in(str(tmp_path / "inline"))
+
+
+class Killed(BaseException):
+    """Stands for the death of the driver: nothing catches it."""
+
+
+class MortalRunner(Runner):
+    """Runs shards here, and dies in the middle of the one with a given number, counted over all steps."""
+
+    def __init__(self, last: int) -> None:
+        self.left = last
+
+    def map(
+        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
+    ) -> Generator[ShardRecord, None, None]:
+        def make_mortal_worker() -> Worker:
+            worker = make_worker()
+
+            def process(shard: Shard) -> ShardRecord:
+                self.left -= 1
+                if self.left < 0:
+                    raise Killed
+                return worker(shard)
+
+            return process
+
+        yield from InlineRunner().map(stage, make_mortal_worker, shards)
+
+
+def test_every_kill_resumes_at_the_unfinished_part(tmp_path: Path) -> None:
+    stages, _ = small_run(tmp_path, [["pool"] * 30, ["pool"] * 25])
+    config = hierarchy(rows_per_part=19, max_points_per_centroid=4)
+    straight, counter = str(tmp_path / "straight"), MortalRunner(10**6)
+    cluster.run(config, *stages, straight, counter)
+    num_shards = 10**6 - counter.left
+    assert num_shards > 30
+    for lives_for in (1, 2, 5):
+        output, deaths = str(tmp_path / str(lives_for)), 0
+        while storage.read_manifest(output) is None:
+            try:
+                cluster.run(config, *stages, output, MortalRunner(lives_for))
+            except Killed:
+                deaths += 1
+        assert deaths == (num_shards - 1) // lives_for, "a shard that was done is never done again"
+        assert bytes_in(output) == bytes_in(straight)
+
+
+@pytest.mark.parametrize("rows_per_part", [40, 1000])
+def test_interrupts_at_any_moment_change_nothing(tmp_path: Path, rows_per_part: int) -> None:
+    stages, _ = small_run(tmp_path, [["pool"] * 60, ["pool"] * 50])
+    config = hierarchy(rows_per_part=rows_per_part)
+    straight, output = str(tmp_path / "straight"), str(tmp_path / "output")
+    cluster.run(config, *stages, straight, InlineRunner())
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Killed
+
+    before, seconds, deaths = signal.signal(signal.SIGALRM, interrupt), 0.01, 0
+    try:
+        while storage.read_manifest(output) is None:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+                cluster.run(config, *stages, output, InlineRunner())
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Killed:
+                deaths, seconds = deaths + 1, seconds * 1.2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    cluster.run(config, *stages, output, InlineRunner())  # tidies where the last kill came behind the manifest
+    assert deaths > 3 and bytes_in(output) == bytes_in(straight)
+
+
+@pytest.mark.parametrize("rows_per_part", [1, 1000])
+def test_one_image_is_one_cluster(tmp_path: Path, rows_per_part: int) -> None:
     stages, _ = small_run(tmp_path, [["pool"], ["seed"]])
-    cluster.run(ClusterConfig(num_clusters=1), *stages, str(tmp_path / "cluster"), InlineRunner())
+    cluster.run(one_level(1, rows_per_part=rows_per_part), *stages, str(tmp_path / "cluster"), InlineRunner())
     (row,) = assignments(str(tmp_path / "cluster"))
     assert (row["image_id"], row["cluster_id"]) == (id_of(0), 0)
     assert row["similarity"] == pytest.approx(1, abs=2e-3)
 
 
+def test_equal_images_share_a_cluster(tmp_path: Path) -> None:
+    stages, _ = small_run(tmp_path, [["pool"] * 9], matrix=np.repeat(unit_vectors(0, 1, WIDTH), 9, axis=0))
+    manifest = cluster.run(one_level(3), *stages, str(tmp_path / "cluster"), InlineRunner())
+    rows = assignments(str(tmp_path / "cluster"))
+    assert len({row["cluster_id"] for row in rows}) == 1 and min(row["similarity"] for row in rows) > 0.998
+    assert manifest.facts["levels"][0]["empty_clusters"] == 2
+
+
+@pytest.mark.parametrize("sample", [None, 100])
 @pytest.mark.parametrize(("num_clusters", "dropped"), [(4, ()), (3, (1,)), (1, (0, 1, 2))])
-def test_more_clusters_than_images_are_refused(tmp_path: Path, num_clusters: int, dropped: tuple[int, ...]) -> None:
+def test_more_clusters_than_images_are_refused(
+    tmp_path: Path, num_clusters: int, dropped: tuple[int, ...], sample: int | None
+) -> None:
     stages, _ = small_run(tmp_path, [["pool"] * 3, ["seed"] * 5], dropped)
     output = tmp_path / "cluster"
+    config = one_level(num_clusters, max_points_per_centroid=sample)
     with pytest.raises(ConfigError, match=rf"num_clusters is {num_clusters}, but only {3 - len(dropped)} pool images"):
-        cluster.run(ClusterConfig(num_clusters=num_clusters), *stages, str(output), InlineRunner())
+        cluster.run(config, *stages, str(output), InlineRunner())
     assert [path.name for path in output.iterdir()] == [".progress"]
+    if len(dropped) < 3:
+        cluster.run(one_level(1), *stages, str(output), InlineRunner())  # corrected, and no --replace needed
+
+
+def test_sample_that_is_smaller_than_the_clusters_is_refused(tmp_path: Path) -> None:
+    matrix = np.repeat(unit_vectors(0, 2, WIDTH), 10, axis=0)  # two of four clusters will be empty
+    stages, _ = small_run(tmp_path, [["pool"] * 20], matrix=matrix)
+    level = LevelConfig(num_clusters=4, resampling=ResamplingConfig(num_rounds=1, sample_size=1))
+    with pytest.raises(ConfigError, match=r"levels\.0\.resampling\.sample_size is 1, which draws \d points"):
+        cluster.run(ClusterConfig(levels=(level,)), *stages, str(tmp_path / "cluster"), InlineRunner())
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (3, 4), (5, 2, 2), ()])
+def test_levels_that_do_not_decrease_are_refused(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValidationError, match="levels"):
+        ClusterConfig(levels=tuple(LevelConfig(num_clusters=size) for size in sizes))
+
+
+def test_points_are_read_in_blocks_across_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "BLOCK_ROWS", 4)
+    matrix = unit_vectors(0, 23, 3).astype(np.float16)
+    files = []
+    for number, rows in enumerate(np.split(matrix, [5, 5, 6, 17])):
+        np.save(tmp_path / f"{number}.npy", rows)
+        files.append(cluster.PointFile(str(tmp_path / f"{number}.npy"), len(rows)))
+    for rows_per_part in (1, 6, 23, 50):
+        parts = cluster.cut(files, rows_per_part)
+        assert [part.rows for part in parts[:-1]] == [rows_per_part] * (len(parts) - 1)
+        assert [part.first for part in parts] == list(range(0, 23, rows_per_part))
+        for part in parts:
+            blocks = list(cluster.read_blocks(part))
+            assert np.concatenate(blocks).tobytes() == matrix[part.first : part.first + part.rows].tobytes()
+            assert [len(block) for block in blocks[:-1]] == [4] * (len(blocks) - 1)
 
 
 def test_unfinished_stages_are_refused(tmp_path: Path) -> None:
@@ -109,5 +361,5 @@ def test_unfinished_stages_are_refused(tmp_path: Path) -> None:
         (images, keep, "/x"),
     ):
         with pytest.raises(InputError, match="holds no finished stage"):
-            cluster.run(ClusterConfig(num_clusters=1), *stages, str(tmp_path / "cluster"), InlineRunner())
+            cluster.run(one_level(1), *stages, str(tmp_path / "cluster"), InlineRunner())
     assert not (tmp_path / "cluster").exists()

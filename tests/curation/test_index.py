@@ -88,7 +88,7 @@ def test_blocks_change_no_bit(seed: int) -> None:
 
 
 def test_more_queries_than_are_searched_at_a_time() -> None:
-    queries, vectors = unit_vectors(0, index.QUERY_BLOCK + 3, 3), unit_vectors(1, 7, 3)
+    queries, vectors = unit_vectors(0, 2051, 3), unit_vectors(1, 7, 3)
     expected, rows = brute_force(queries, vectors, 2)
     found = index.search(queries, [vectors[:4], vectors[4:]], 2)
     np.testing.assert_allclose(found[0], expected, atol=1e-6)

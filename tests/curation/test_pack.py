@@ -15,7 +15,7 @@ import pytest
 
 from curation import cluster, command, dedup, pack, records, retrieve, sources, storage
 from curation.balance import dataset_weights
-from curation.cluster import ClusterConfig
+from curation.cluster import ClusterConfig, LevelConfig
 from curation.corpus import Sample, read_tar, write_tar
 from curation.dedup import DedupConfig
 from curation.errors import ConfigError, InputError, OutputMismatchError
@@ -568,7 +568,7 @@ def test_funnel_adds_up_over_the_real_stages(tmp_path: Path, seed: int) -> None:
     runner = InlineRunner()
     copies = dedup.run(DedupConfig(), stage["ingest"], stage["pairs"], stage["dedup"], runner)
     finished = (stage["ingest"], stage["dedup"], stage["embed"])
-    cluster.run(ClusterConfig(num_clusters=3), *finished, stage["cluster"], runner)
+    cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=3),)), *finished, stage["cluster"], runner)
     datasets = (DatasetConfig(name="seeds", as_is=True, retrieval="sample", k=2),)
     config = RetrieveConfig(datasets=datasets)
     retrieve.run(config, *finished, stage["cluster"], stage["retrieve"], runner)

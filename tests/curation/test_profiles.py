@@ -41,17 +41,20 @@ def value_of(settings: Any, path: list[str]) -> list[Any]:
 
 @pytest.mark.parametrize("profile", ["paper", "default"])
 def test_every_setting_of_a_profile_arrives(profile: profiles.Profile) -> None:
-    found = parse(profile=profile, cluster={"num_clusters": 100_000})
+    found = parse(profile=profile, cluster={"levels": [{"num_clusters": 100_000}]})
     assert found.profile == profile
     for setting, value in PROFILES[profile].items():
-        assert value_of(found, setting.split("."))[0] == value, setting
+        (first, *_) = value_of(found, setting.split("."))
+        if setting == "cluster.levels":
+            first, value = [level.num_clusters for level in first], [level["num_clusters"] for level in value]
+        assert first == value, setting
 
 
 def test_the_profiles_are_what_they_are_called() -> None:
-    paper, default = parse(profile="paper"), parse(cluster={"num_clusters": 3})
+    paper, default = parse(profile="paper"), parse(cluster={"levels": [{"num_clusters": 3}]})
     assert (paper.pack.repeats, paper.dedup.decontamination, paper.dedup.matches_kept) == (True, "component", False)
     assert (paper.dedup.threshold, paper.dedup.holdout_threshold, paper.pairs.num_neighbors) == (0.6, 0.45, 64)
-    assert (paper.cluster.num_clusters, paper.retrieve.more_than_seeds) == (100_000, 3)
+    assert (paper.cluster.levels[0].num_clusters, paper.retrieve.more_than_seeds) == (100_000, 3)
     assert (paper.retrieve.images_per_cluster, paper.dedup.decontaminate_seeds) == (10_000, False)
     assert [dataset.cap for dataset in paper.retrieve.datasets] == [1_000_000, 7]
     assert default.profile == "default"
@@ -63,10 +66,10 @@ def test_what_the_config_says_stays() -> None:
         "pack.repeats=false",
         profile="paper",
         dedup={"threshold": 0.8, "matches_kept": True},
-        cluster={"num_clusters": 5},
+        cluster={"levels": [{"num_clusters": 5}]},
         pairs={"num_neighbors": 8, "verification": {}},
     )
-    assert (found.pack.repeats, found.cluster.num_clusters, found.pairs.num_neighbors) == (False, 5, 8)
+    assert (found.pack.repeats, found.cluster.levels[0].num_clusters, found.pairs.num_neighbors) == (False, 5, 8)
     assert (found.dedup.threshold, found.dedup.matches_kept, found.dedup.decontamination) == (0.8, True, "component")
     assert [(d.k, d.cap) for d in found.retrieve.datasets] == [(4, 1_000_000), (32, 7)]
     complete = DedupConfig(threshold=0.9)  # given as settings rather than as values, a section is complete
@@ -80,7 +83,7 @@ def test_a_profile_can_be_set_on_the_command_line() -> None:
 
 @pytest.mark.parametrize("profile", ["paper", "default"])
 def test_saved_config_reads_back_equal_and_needs_no_profile(tmp_path: Path, profile: str) -> None:
-    found = parse(profile=profile, cluster={"num_clusters": 9})
+    found = parse(profile=profile, cluster={"levels": [{"num_clusters": 9}]})
     path = str(tmp_path / "run.toml")
     storage.write_bytes(path, resolved_toml(found).encode())
     assert storage.read_bytes(path).startswith(f'profile = "{profile}"\n'.encode())
@@ -97,7 +100,7 @@ def test_a_stage_alone_reads_what_the_pipeline_reads(tmp_path: Path, profile: st
     storage.write_bytes(path, text.encode())
     whole = parse(
         profile=profile,
-        cluster={"num_clusters": 1},
+        cluster={"levels": [{"num_clusters": 1}]},
         dedup={"threshold": 0.7},
         retrieve={"datasets": [{"name": "a"}]},
     )
@@ -123,7 +126,7 @@ def test_the_callers_values_are_not_changed() -> None:
         ({"profile": "paper", "retrieve": {"datasets": 3}}, "'retrieve.datasets': "),
         ({"profile": "paper", "retrieve": {"datasets": [3]}}, "'retrieve.datasets.0': "),
         ({"profile": "paper", "retrieve": {}}, "retrieve names no dataset and has no section clustering"),
-        ({"profile": "default"}, "Missing key: 'cluster.num_clusters'"),
+        ({"profile": "default"}, "Missing key: 'cluster.levels'"),
         ({"profile": "paper", "pairs": {"num_neighbours": 3}}, "Unknown key: 'pairs.num_neighbours' (value 3)"),
         ({"profile": "paper", "stated_clusters": {"c": 3}}, "stated_clusters names 'c', which is no dataset"),
     ],

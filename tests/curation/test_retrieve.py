@@ -15,7 +15,7 @@ import pytest
 
 from curation import cluster, command, records, retrieve, storage, vectors
 from curation.balance import balanced_counts, cap_evenly
-from curation.cluster import ClusterConfig
+from curation.cluster import ClusterConfig, LevelConfig
 from curation.errors import ConfigError, InputError
 from curation.retrieve import ClusteringConfig, DatasetConfig, RetrieveConfig
 from curation.runner import InlineRunner
@@ -40,7 +40,9 @@ class Run:
         self.vectors = write_vectors(folder / "embed", self.images, by_shard)
         self.clusters = str(folder / "cluster")
         stages = (self.images, self.kept, self.vectors)
-        cluster.run(ClusterConfig(num_clusters=num_clusters), *stages, self.clusters, InlineRunner())
+        cluster.run(
+            ClusterConfig(levels=(LevelConfig(num_clusters=num_clusters),)), *stages, self.clusters, InlineRunner()
+        )
         self.output = str(folder / "retrieve")
         self.seeds = {
             source: [n for s, role, numbers in places for n in numbers if s == source and n not in dropped]
@@ -324,6 +326,19 @@ def test_parts_of_a_draw_make_up_the_whole(tmp_path: Path, most: int) -> None:
     whole = run.draw(num_images=50)
     assert run.draw(f"{tmp_path}/parts", num_images=50, images_per_shard=most) == whole
     assert len(storage.require_manifest(f"{tmp_path}/parts").files("retrieved")) == -(-50 // most)
+
+
+def test_draw_over_the_levels_of_a_real_cluster_stage(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.clusters = str(tmp_path / "levels")
+    levels = (LevelConfig(num_clusters=12), LevelConfig(num_clusters=3))
+    cluster.run(ClusterConfig(levels=levels), run.images, run.kept, run.vectors, run.clusters, InlineRunner())
+    rows = run.retrieve(RetrieveConfig(clustering=ClusteringConfig(num_images=40)))
+    members = read_members(run.clusters)
+    sizes = np.array([len(members.get(c, [])) for c in range(12)])
+    expected = balanced_counts([cluster.read_parents(run.clusters, 0)], sizes, 40)
+    assert np.bincount([row["cluster_id"] for row in rows], minlength=12).tolist() == expected.tolist()
+    assert expected.tolist() != balanced_counts([], sizes, 40).tolist(), "the upper level makes no difference"
 
 
 def test_datasets_and_a_draw_stand_side_by_side(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ min_descriptor_similarity = 0.9
 [dedup]
 threshold = 0.97
 holdout_threshold = 0.95
-[cluster]
+[[cluster.levels]]
 num_clusters = 4
 [retrieve]
 more_than_seeds = 1
@@ -211,7 +211,7 @@ def test_kill_at_any_moment_loses_nothing(home: Path) -> None:
         (('path = "pool"', 'path = "cut"\nlayout = "webdataset"'), "not a readable plain tar"),
         (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
         (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
-        (("num_clusters = 4", "num_clusters = 400"), "cluster.num_clusters is 400"),
+        (("num_clusters = 4", "num_clusters = 400"), "cluster.levels.0.num_clusters is 400"),
     ],
 )
 def test_wrong_input_is_one_message_and_status_2(home: Path, change: tuple[str, str], message: str) -> None:
@@ -240,7 +240,7 @@ def test_output_with_files_of_someone_else_is_left_alone(home: Path) -> None:
 
 
 def test_source_that_changed_after_ingest_is_noticed(home: Path) -> None:
-    assert inline(home, "--set", "cluster.num_clusters=400").returncode == 2
+    assert inline(home, "--set", "cluster.levels.0.num_clusters=400").returncode == 2
     for name in ("describe", "pairs", "dedup", "embed"):
         subprocess.run(["rm", "-r", home / "out" / name], check=True)
     path = home / "pool/discs/25.png"

@@ -15,7 +15,7 @@ import tomli_w
 from PIL import Image
 
 from curation import cluster, dedup, ingest, pack, records, retrieve, storage, vectors
-from curation.cluster import ClusterConfig
+from curation.cluster import ClusterConfig, LevelConfig
 from curation.dedup import DedupConfig
 from curation.errors import ConfigError, InputError
 from curation.hashing import image_id
@@ -120,7 +120,7 @@ def build_run(
     _finish("pairs", path["pairs"], [ShardRecord(name="00000", files=(file,))], {"min_similarity": 0.4})
     dedup.run(DedupConfig(), path["ingest"], path["pairs"], path["dedup"], runner)
     stages = (path["ingest"], path["dedup"], path["embed"])
-    cluster.run(ClusterConfig(num_clusters=2), *stages, path["cluster"], runner)
+    cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=2),)), *stages, path["cluster"], runner)
     search = RetrieveConfig(datasets=tuple(datasets), more_than_seeds=1)
     retrieve.run(search, *stages, path["cluster"], path["retrieve"], runner)
     pack.run(PackConfig(), path["ingest"], path["dedup"], path["retrieve"], path["corpus"], runner)
