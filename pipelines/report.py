@@ -441,7 +441,7 @@ def _guard(guard: Guard) -> tuple[Markup, str, str]:
             did = (
                 f"split {_count(counts.get('components_split', 0), 'group')} of together "
                 f"{_count(counts.get('images_in_them', 0), 'image')}; "
-                f"{counts.get('components_still_larger', 0):,} still larger, of images that are all alike"
+                f"{counts.get('components_still_larger', 0):,} still larger at similarity 1"
             )
         case "matches_kept":
             words = "an image goes only as a verified copy of one that stays"
@@ -497,9 +497,9 @@ def _threshold(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pic
         tag("h3", "What other thresholds would do"),
         tag(
             "p",
-            "Were all pairs joined from a threshold on, but for those that the guards leave out: the groups, and the "
-            "images that would go if of each group only the seeds, or else one image, were kept. Above the threshold "
-            f"of the run, {threshold:g}, fewer go; where the largest group leaps, images are joined in chains.",
+            "Were all pairs from a threshold on joined, but for those that the guards leave out: the groups, and the "
+            "images that would go if of each group only the seeds, or else one image, were kept. Set in bold: the "
+            "threshold of this run. Where the largest group leaps, images are joined in chains.",
         ),
         _sweep(finished, threshold),
         tag("h3", "A random few of each, one of a group"),

@@ -198,6 +198,10 @@ def test_kill_at_any_moment_loses_nothing(home: Path) -> None:
         (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
         (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
         (("num_clusters = 4", "num_clusters = 400"), "cluster.num_clusters is 400"),
+        (
+            ("[dedup]", "[dedup]\nholdout_cosine = 0.8"),
+            "holdout_cosine (0.8) lies below pairs.min_descriptor_similarity",
+        ),
     ],
 )
 def test_wrong_input_is_one_message_and_status_2(home: Path, change: tuple[str, str], message: str) -> None:
