@@ -227,7 +227,7 @@ def _take_holdout(config: DedupConfig, nodes: Nodes, edges: Edges, decision: Dec
                 yield one[taken], other[taken], edges.similarity[part][is_match][taken]
 
     best = on_disk(num_nodes, np.float32, fill=-np.inf)
-    holdout = on_disk(num_nodes, np.int64, fill=num_nodes)
+    holdout = on_disk(num_nodes, decision.matched.dtype, fill=num_nodes)
     for one, _, value in matches():
         np.maximum.at(best, one, value)
     for one, other, value in matches():
@@ -262,10 +262,10 @@ def _take_components(
             yield edges.first[part][chosen], edges.second[part][chosen]
 
     component = connected_components(num_nodes, joined(), parent=on_disk(num_nodes, edges.first.dtype))
-    holdout = on_disk(num_nodes, np.int64, fill=num_nodes)
+    holdout = on_disk(num_nodes, decision.matched.dtype, fill=num_nodes)
     for part in blocks(num_nodes):
         held = part.start + np.flatnonzero(nodes.is_holdout[part])
-        np.minimum.at(holdout, component[held], held)
+        np.minimum.at(holdout, component[held], held.astype(holdout.dtype))
     for part in blocks(num_nodes):
         taken = is_candidate[part] & (decision.matched[part] < 0) & (holdout[component[part]] < num_nodes)
         node = part.start + np.flatnonzero(taken)
