@@ -95,6 +95,11 @@ class CurateConfig(Settings):
                 f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below "
                 f"pairs.min_descriptor_similarity ({self.pairs.min_descriptor_similarity:g}), the least looked at"
             )
+        if (cosine := self.dedup.holdout_cosine) is not None and cosine < self.pairs.min_descriptor_similarity:
+            raise ValueError(
+                f"dedup.holdout_cosine ({cosine:g}) lies below pairs.min_descriptor_similarity "
+                f"({self.pairs.min_descriptor_similarity:g}), the least looked at"
+            )
         if self.dedup.holdout_threshold < self.pairs.min_similarity:
             raise ValueError(
                 f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below pairs.min_similarity "

@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from curation.config import load
+from curation.errors import ConfigError
+from pipelines.curate import CurateConfig
+
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 [ingest]
@@ -229,6 +233,14 @@ def test_wrong_input_is_one_message_and_status_2(home: Path, change: tuple[str, 
     (home / "config.toml").write_text(text)
     mended = inline(home)
     assert mended.returncode == 0 or "holds the work of another config" in mended.stderr, mended.stderr
+
+
+def test_sections_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG)
+    assert load(CurateConfig, str(path), ["dedup.holdout_cosine=0.9"]).dedup.holdout_cosine == 0.9
+    with pytest.raises(ConfigError, match=r"holdout_cosine \(0\.8\) lies below pairs\.min_descriptor_similarity"):
+        load(CurateConfig, str(path), ["dedup.holdout_cosine=0.8"])
 
 
 def test_output_with_files_of_someone_else_is_left_alone(home: Path) -> None:
