@@ -64,11 +64,6 @@ def assignments(folder: str, level: int | None = None) -> list[dict[str, Any]]:
     return [row for row in rows if level in (None, row["level"])]
 
 
-def without_manifest(folder: str) -> dict[str, bytes]:
-    """The files but for the manifest, which holds the config."""
-    return {name: data for name, data in bytes_in(folder).items() if name != "/manifest.json"}
-
-
 def test_kept_pool_images_go_to_their_nearest_centroid(tmp_path: Path) -> None:
     roles = [["seed"] * 3, ["pool"] * 20, [], ["holdout", "holdout"], ["pool"] * 15]
     stages, matrix = small_run(tmp_path, roles, dropped=(4, 30))
@@ -136,19 +131,22 @@ def test_cuts_of_the_same_images_give_the_same_clusters(tmp_path: Path, config: 
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_points_per_centroid": 5}])
-def test_parts_of_any_size_give_the_same_bytes(tmp_path: Path, settings: dict[str, int]) -> None:
+@pytest.mark.parametrize("sample", [None, 5])
+@pytest.mark.parametrize("draw", ["closest", "random"])
+def test_parts_of_any_size_give_the_same_bytes(
+    tmp_path: Path, sample: int | None, draw: Literal["closest", "random"]
+) -> None:
+    """Of level 0, whose vectors are float16; of the float32 centroids above, sums depend on how they are cut."""
     stages, _ = small_run(tmp_path, [["pool"] * 30, ["seed"] * 2, ["pool"] * 47, []])
-    outputs = []
-    for rows_per_part in (1000, 77, 30, 11):  # all images in a part, just so; a part a shard; many
-        outputs.append(str(tmp_path / str(rows_per_part)))
-        # Level 1 clusters float32 centroids, whose sums depend on how they are cut: here they are in one part.
-        config = hierarchy(rows_per_part=rows_per_part, **settings) if rows_per_part > 11 else None
-        cluster.run(config or one_level(12, rows_per_part=11, **settings), *stages, outputs[-1], InlineRunner())
-    assert without_manifest(outputs[0]) == without_manifest(outputs[1]) == without_manifest(outputs[2])
-    whole = str(tmp_path / "whole")
-    cluster.run(one_level(12, **settings), *stages, whole, InlineRunner())
-    assert without_manifest(outputs[3]) == without_manifest(whole)
+    resampling = ResamplingConfig(num_rounds=1, sample_size=3, draw=draw)
+    levels = (LevelConfig(num_clusters=12, num_iterations=4, resampling=resampling), LevelConfig(num_clusters=3))
+    found = []
+    for rows_per_part in (1000, 77, 30, 13):  # all images in a part, just so; a part a shard; many
+        output = str(tmp_path / str(rows_per_part))
+        config = ClusterConfig(levels=levels, rows_per_part=rows_per_part, max_points_per_centroid=sample)
+        cluster.run(config, *stages, output, InlineRunner())
+        found.append({name: data for name, data in bytes_in(output).items() if name != "/manifest.json"})
+    assert found[0] == found[1] == found[2] == found[3] and len(found[0]) == 7
 
 
 def test_levels_are_consistent(tmp_path: Path) -> None:
