@@ -1,8 +1,7 @@
 """The duplicate graph on the driver's disk: the images of an ingest and the pairs among them, numbered.
 
 An image is a node, numbered in the order of the image_ids; a pair is an edge. To number them, rows and ends of pairs
-are set apart by the front of their image_id, so that a small part of all ids is in memory at a time. On disk this takes
-up to 80 bytes for each row of ingest and 70 for each pair.
+are set apart by the front of their image_id, so that a small part of all ids is in memory at a time.
 """
 
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ _DIGIT_VALUES[_DIGITS] = np.arange(16)
 class Nodes:
     """The unique images, sorted by image_id."""
 
-    image_ids: np.ndarray  # (N,) S16, see pack_ids
+    image_ids: np.ndarray  # (N,) S16, see pack_ids; as elements of it alone, they would lose zeros at their end
     is_seed: np.ndarray  # (N,) bool: a seed in at least one source
     is_holdout: np.ndarray
     pixels: np.ndarray  # (N,) int64

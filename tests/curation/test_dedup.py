@@ -509,6 +509,8 @@ def guarded_case(seed: int) -> tuple[DedupConfig, Nodes, list[Edge], dict[str, n
     """A random case with some of the guards, and the columns of its edges that they look at."""
     config, nodes, edges = random_case(seed)
     rng = np.random.default_rng([seed, 1])
+    levels = [0.1, 0.44, 0.59, 0.6, 0.61, 0.63, 0.64, 0.66, 0.67, 0.69, 0.71, 0.74, 0.77, 0.83, 0.9, 1.0]
+    edges = [(a, b, float(np.float32(rng.choice(levels)))) for a, b, _ in edges]
     changes = {
         "matches_kept": bool(rng.random() < 0.5),
         "mutual_neighbors": bool(rng.random() < 0.5),
@@ -637,6 +639,8 @@ def test_large_component_is_split_where_it_is_weakest() -> None:
     assert decision.component.tolist() == [0, 0, 0, 3, 3, 3] and kept(decision) == [0, 3]
     counts = {"components_split": 1, "images_in_them": 6, "components_still_larger": 0}
     assert decision.guards == {"max_component_size": counts}
+    halves = decided(config, nodes_of(6), [*edges[:2], (2, 3, 0.63), *edges[3:]])
+    assert halves.component.tolist() == [0, 0, 0, 3, 3, 3], "the first step takes no more than it must"
     # What is small enough after a step is not split by the next one.
     finer = decided(config.model_copy(update={"max_component_size": 2}), nodes_of(6), edges)
     assert finer.component.tolist() == [0, 1, 2, 3, 4, 4]
