@@ -208,8 +208,8 @@ def select(datasets: Sequence[DatasetConfig], images: str, deduplicated: str, re
             raise InputError(f"'{retrieved}' holds rows of dataset '{stranger}', which its config does not name.")
         ids.append(_ids(table["image_id"]))
         bringers.append(np.where(balanced, 2 * len(names), len(names) + dataset).astype(np.int16))
-        for row in table.group_by(["seed_source", "mode"]).aggregate([]).to_pylist():
-            modes[row["seed_source"]] = row["mode"]
+        asked = table.filter(pc.is_valid(table["seed_source"])).group_by(["seed_source", "mode"]).aggregate([])
+        modes |= {row["seed_source"]: row["mode"] for row in asked.to_pylist()}
     image_ids, image = np.unique(np.concatenate(ids), return_inverse=True)
     return Selection(
         bringers=(*(("seeds", name) for name in names), *(("retrieval", name) for name in names), ("clustering", "")),
@@ -230,7 +230,7 @@ def num_samples(config: PackConfig, selection: Selection) -> int:
 def weigh(config: PackConfig, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
     """What each sample weighs, and what each bringer's rows weigh together: (S,) and (B,) float64.
 
-    Raises InputError for a mix of parts, or for weights of datasets, that does not fit what there is.
+    Raises ConfigError for a mix of parts, or for weights of datasets, that does not fit what there is.
     """
     count = len(selection.bringers)
     if config.repeats:
