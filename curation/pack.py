@@ -190,7 +190,8 @@ def select(datasets: Sequence[DatasetConfig], images: str, deduplicated: str, re
     """What the datasets bring as they are, and what was retrieved. Raises InputError for rows of another dataset."""
     names = [dataset.name for dataset in datasets]
     name_set, is_as_is = pa.array(names, pa.string()), np.array([dataset.as_is for dataset in datasets], bool)
-    ids, bringers, modes = [np.empty(0, f"S{ID_BYTES}")], [np.empty(0, np.int16)], {}
+    ids, bringers = [np.empty(0, f"S{ID_BYTES}")], [np.empty(0, np.int16)]
+    modes: dict[str, str] = {}
     num_seeds, num_kept = np.zeros(len(names), np.int64), 0
     for table in _kept(images, deduplicated, ["image_id", "source", "role"]):
         num_kept += table.num_rows
