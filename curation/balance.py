@@ -1,8 +1,82 @@
-"""How many of what: caps and weights, pure functions with exact integer results."""
+"""How many of what: caps, weights and the rows of a selection, pure functions with exact integer results.
 
+Whatever is split, the parts sum to the whole exactly. What is left after the even or weighted split goes, one each, to
+the first groups that can have more, so that nothing depends on a generator.
+"""
+
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
 
 import numpy as np
+
+# How many rows a dataset brings
+
+
+@dataclass(frozen=True)
+class DatasetRows:
+    """The rows that a dataset brings into the corpus, repeats included: a line of DINOv2's table 15."""
+
+    as_is: int
+    """Its own images."""
+    found: int
+    """What the search of the pool gave, before the cap."""
+    retrieved: int
+    """What is taken of it."""
+
+    @property
+    def rows(self) -> int:
+        return self.as_is + self.retrieved
+
+
+def retrieval_mode(
+    retrieval: Literal["sample", "cluster", "by_size", "none"], num_seeds: int, sample_above: int
+) -> Literal["sample", "cluster", "none"]:
+    """How a dataset searches the pool: what it says, or by its size."""
+    if retrieval == "by_size":
+        return "sample" if num_seeds > sample_above else "cluster"
+    return retrieval
+
+
+def cluster_counts(sizes: Sequence[int], images_per_cluster: int, cap: int | None) -> list[int]:
+    """How many images to take from each chosen cluster: at most `images_per_cluster`, and at most `cap` of all."""
+    return cap_evenly([min(size, images_per_cluster) for size in sizes], cap)
+
+
+def selection_rows(
+    mode: Literal["sample", "cluster", "none"],
+    *,
+    num_seeds: int,
+    as_is: bool,
+    k: int,
+    cluster_sizes: Sequence[int],
+    images_per_cluster: int,
+    cap: int | None,
+) -> DatasetRows:
+    """The rows of a dataset of `num_seeds` images; `cluster_sizes` are of the clusters chosen for it.
+
+    By sample: `k` for each seed, the same image as often as it is found. By cluster: see `cluster_counts`. The pool is
+    taken to hold `k` images at least.
+    """
+    match mode:
+        case "sample":
+            found = retrieved = num_seeds * k
+        case "cluster":
+            found = sum(cluster_counts(cluster_sizes, images_per_cluster, None))
+            retrieved = sum(cluster_counts(cluster_sizes, images_per_cluster, cap))
+        case "none":
+            found = retrieved = 0
+    return DatasetRows(as_is=num_seeds if as_is else 0, found=found, retrieved=retrieved)
+
+
+def most_clusters(num_seeds: int, more_than_seeds: int) -> int:
+    """The most clusters that can each hold more than `more_than_seeds` of `num_seeds` images."""
+    return num_seeds // (more_than_seeds + 1)
+
+
+# Caps
 
 
 def cap_evenly(sizes: Sequence[int], cap: int | None) -> list[int]:
@@ -33,17 +107,131 @@ def cap_evenly(sizes: Sequence[int], cap: int | None) -> list[int]:
     return taken
 
 
+def cap_evenly_within(parents: np.ndarray, sizes: np.ndarray, caps: np.ndarray) -> np.ndarray:
+    """`cap_evenly` for many parents at once: how many to take from each of K children, (K,) int64.
+
+    `parents` (K,) is the parent of each child, `sizes` (K,) what it holds, `caps` (P,) what each parent may give.
+    Exact while the number of children times the largest size stays below 2**63. Takes about 60 bytes a child.
+    """
+    order = np.lexsort((sizes, parents))
+    parent, size = parents[order].astype(np.int64), sizes[order].astype(np.int64)
+    first = np.searchsorted(parent, np.arange(len(caps)))  # where each parent's children begin
+    count = np.diff(np.append(first, len(parent)))
+    before = np.concatenate([[0], np.cumsum(size)])
+    # With the cut at the j-th smallest child, those before it give all they hold, it and those behind it the cut each.
+    smaller = before[:-1] - before[first][parent]
+    behind = count[parent] - (np.arange(len(parent)) - first[parent])
+    fits = smaller + behind * size <= caps[parent]
+    # `fits` falls from true to false once within a parent, so the first child that does not fit stands behind them all.
+    num_fitting = np.zeros(len(caps), np.int64)
+    np.add.at(num_fitting, parent, fits.astype(np.int64))  # of one type, which is 20 times as fast
+    cut = np.full(len(caps), np.iinfo(np.int64).max)
+    short = np.flatnonzero(num_fitting < count)
+    pivot = first[short] + num_fitting[short]
+    cut[short] = (caps[short] - smaller[pivot]) // behind[pivot]
+    taken: np.ndarray = np.minimum(sizes, cut[parents]).astype(np.int64)
+    # What is left, one each to the first children that hold more than the cut.
+    total = np.zeros(len(caps), np.int64)
+    np.add.at(total, parents, taken)
+    left = np.where(num_fitting < count, caps - total, 0)
+    more = np.flatnonzero(sizes > cut[parents])
+    more = more[np.argsort(parents[more], kind="stable")]
+    rank = np.arange(len(more)) - np.searchsorted(parents[more], parents[more])
+    taken[more[rank < left[parents[more]]]] += 1
+    return taken
+
+
+def balanced_counts(parents: Sequence[np.ndarray], sizes: np.ndarray, total: int) -> np.ndarray:
+    """How many images to draw from each finest cluster, (K_0,) int64, by hierarchical balanced sampling.
+
+    `sizes` (K_0,) are images per finest cluster; `parents[l]` (K_l,) is the cluster of level l + 1 that each cluster of
+    level l belongs to; all clusters of the last level hang on one root. From the root down, what a cluster is to give
+    is split among its children as evenly as the images below them allow: the cut c with sum(min(c, size)) = target
+    ("Automatic Data Curation for Self-Supervised Learning", arXiv 2405.15613). What is left goes to the first children.
+    Sums to min(total, sizes.sum()) exactly. 10 million clusters on four levels take 10 s and 0.9 GB (measured
+    2026-11-21 on one core).
+    """
+    if total < 0:
+        raise ValueError(f"total must not be negative. Found: {total}")
+    if (sizes < 0).any():
+        raise ValueError(f"sizes must not be negative. Found: {sizes.min()}")
+    below = [np.asarray(sizes, np.int64)]
+    for level, (parent, upper) in enumerate(itertools.zip_longest(parents, parents[1:])):
+        if len(parent) != len(below[-1]):
+            raise ValueError(f"parents of level {level} are {len(parent):,}, its clusters {len(below[-1]):,}")
+        num_clusters = int(parent.max(initial=-1)) + 1 if upper is None else len(upper)
+        held = np.zeros(num_clusters, np.int64)
+        np.add.at(held, parent, below[-1])  # not bincount, whose weights are floats
+        below.append(held)
+    links = [*parents, np.zeros(len(below[-1]), np.int64)]
+    give: np.ndarray = np.array([min(total, int(below[-1].sum()))])
+    for parent, held in zip(links[::-1], below[::-1], strict=True):
+        give = cap_evenly_within(np.asarray(parent, np.int64), held, give)
+    return give
+
+
+# Weights
+
+
+def apportion(sizes: Sequence[int], weights: Sequence[float], total: int) -> list[int]:
+    """How many to take from each group so that the counts go as the weights, as closely as the sizes allow.
+
+    A group that holds less than its share gives all it has, and the others share the rest by their weights. Fractions
+    are rounded by largest remainder, ties to the first. A group of weight 0 gives nothing. The counts sum to `total`
+    exactly, or to all that groups with a weight hold.
+    """
+    if len(sizes) != len(weights):
+        raise ValueError(f"as many weights as sizes are needed. Found: {len(weights)} and {len(sizes)}")
+    if total < 0 or any(size < 0 for size in sizes):
+        raise ValueError(f"sizes and total must not be negative. Found: {[*sizes]} and {total}")
+    exact = [Fraction(weight) for weight in weights]  # refuses what is not finite; a float is a fraction, exactly
+    if any(weight < 0 for weight in exact):
+        raise ValueError(f"weights must not be negative. Found: {min(weights)}")
+    share = [Fraction(0)] * len(sizes)
+    open_groups = [index for index, weight in enumerate(exact) if weight > 0]
+    left = Fraction(min(total, sum(sizes[index] for index in open_groups)))
+    while open_groups:
+        per_weight = left / sum(exact[index] for index in open_groups)
+        full = [index for index in open_groups if exact[index] * per_weight >= sizes[index]]
+        for index in full or open_groups:
+            share[index] = Fraction(sizes[index]) if full else exact[index] * per_weight
+            left -= share[index]
+        open_groups = [index for index in open_groups if index not in set(full)] if full else []
+    taken = [int(part) for part in share]
+    remainder = sorted(range(len(share)), key=lambda index: taken[index] - share[index])
+    for index in remainder[: int(sum(share)) - sum(taken)]:
+        taken[index] += 1
+    return taken
+
+
+def temperature_counts(sizes: Sequence[int], temperature: float, total: int) -> list[int]:
+    """`apportion` by size ** temperature: 1 keeps the proportions of the groups, 0 takes of each the same."""
+    return apportion(sizes, _tempered(sizes, temperature), total)
+
+
+def row_weights(rows: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, float]:
+    """The weight of one row of each group, such that the groups' shares of all weight are as `shares`.
+
+    `shares` need not sum to 1. Groups without rows are left out. The weights of all rows sum to the number of rows.
+    """
+    filled = {name: count for name, count in rows.items() if count}
+    if not filled:
+        return {}
+    mass = np.array([float(shares[name]) for name in filled])
+    share = mass / mass.sum()
+    total = sum(filled.values())
+    return {name: float(share[i] * total / count) for i, (name, count) in enumerate(filled.items())}
+
+
 def dataset_weights(rows: Mapping[str, int], temperature: float) -> dict[str, float]:
     """The weight of one row of each dataset, such that a dataset's share of all weight goes as rows ** temperature.
 
     1 leaves every row equal, 0 gives every dataset the same share. Mean weight over all rows is 1.
     """
+    return row_weights(rows, dict(zip(rows, _tempered([*rows.values()], temperature), strict=True)))
+
+
+def _tempered(sizes: Sequence[int], temperature: float) -> list[float]:
     if not 0 <= temperature <= 1:
         raise ValueError(f"temperature must lie in [0, 1]. Found: {temperature}")
-    filled = {name: count for name, count in rows.items() if count}
-    mass = np.array([float(count) ** temperature for count in filled.values()])
-    if not filled:
-        return {}
-    share = mass / mass.sum()
-    total = sum(filled.values())
-    return {name: float(share[i] * total / count) for i, (name, count) in enumerate(filled.items())}
+    return [float(size) ** temperature for size in sizes]

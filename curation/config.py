@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from curation import storage
+from curation import profiles, storage
 from curation.errors import ConfigError
 
 
@@ -32,7 +32,8 @@ def load(
 ) -> SettingsType:
     """Read the TOML file at `path` (any fsspec URL), apply `a.b=value` overrides, and check it all against `model`.
 
-    With `section`, only that table of the file is read; overrides still name it in front (`embed.device=cuda`).
+    With `section`, only that table of the file is read, filled in by the profile that the file names (see profiles.py);
+    overrides still name it in front (`embed.device=cuda`).
     Raises ConfigError listing every problem with its dotted key and the value found.
     """
     try:
@@ -55,7 +56,7 @@ def load(
         raise ConfigError(
             f"{path}: no section [{section}], which this stage reads. Found: {', '.join(values) or 'none'}."
         )
-    return parse(model, values[section], origin=f"{path} [{section}]")
+    return parse(model, profiles.fill(values)[section], origin=f"{path} [{section}]")
 
 
 def parse(

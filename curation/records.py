@@ -61,12 +61,12 @@ ASSIGNMENTS = pa.schema(
 RETRIEVED = pa.schema(
     [
         ("image_id", pa.string()),
-        ("seed_source", pa.string()),
-        ("seed_image_id", pa.string()),  # null for clusters
-        ("mode", pa.string()),  # 'sample' or 'cluster'
+        ("seed_source", pa.string()),  # the dataset that asked; null where none did (mode 'balanced')
+        ("seed_image_id", pa.string()),  # null unless mode is 'sample'
+        ("mode", pa.string()),  # 'sample', 'cluster', or 'balanced': drawn over all clusters, whatever the seeds
         ("rank", pa.int32()),  # 0 is the nearest to the seed, or the first drawn from the cluster
         ("similarity", pa.float32()),  # cosine to the seed image, or to the centroid
-        ("cluster_id", pa.int32()),  # null for samples
+        ("cluster_id", pa.int32()),  # of level 0; null for samples
     ]
 )
 
@@ -77,13 +77,24 @@ CORPUS = pa.schema(
         ("image_id", pa.string()),
         ("source", pa.string()),
         ("role", pa.string()),
-        (
-            "reasons",
-            pa.list_(pa.string()),
-        ),  # why it is here: 'as_is:<dataset>', 'sample:<dataset>:<seed image_id>:<rank>',
-        ("weight", pa.float64()),  # 'cluster:<dataset>:<cluster_id>'
+        # Why it is here: 'as_is:<dataset>', 'sample:<dataset>:<seed image_id>:<rank>',
+        # 'cluster:<dataset>:<cluster_id>', 'balanced:<cluster_id>'.
+        ("reasons", pa.list_(pa.string())),
+        ("weight", pa.float64()),
     ]
 )
+
+# What pack writes for its own workers: where each sample comes from, and why. `position` is its place in the corpus.
+PLANNED_SAMPLES = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("key", pa.string()),
+        ("weight", pa.float64()),
+        *(IMAGES.field(name) for name in IMAGES.names if name not in ("phash", "role")),
+        IMAGES.field("role"),
+    ]
+)
+PLANNED_REASONS = pa.schema([("position", pa.int64()), ("reason", pa.string())])
 
 
 def vectors(dimensions: int) -> pa.Schema:

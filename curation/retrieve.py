@@ -2,12 +2,21 @@
 
     retrieve/
       retrieved-00000.parquet  ...     records.RETRIEVED
+      balanced.npy                     with `clustering`: how many images are drawn from each cluster, (K_0,) int64
       manifest.json
 
 By `sample`: the `k` pool images nearest to each seed image. By `cluster`: from every cluster with more than
 `more_than_seeds` seed images of a dataset, up to `images_per_cluster` pool images, and at most `cap` per dataset,
 taken as evenly from its clusters as their sizes allow. A small dataset is better served by clusters: its few seed
 images stand for more of the pool than their nearest neighbours.
+
+With `clustering`, images are also drawn from the whole pool, whatever the seeds: by hierarchical balanced sampling over
+the levels of the cluster stage (see balance.balanced_counts), so that what is rare in the pool is not drowned by what
+is common ("Automatic Data Curation", arXiv 2405.15613; a part of DINOv3's corpus).
+
+Memory: drawing from clusters streams the assignments and holds at most twice as many rows as are drawn, 220 bytes for
+each that is drawn (measured 2026-11-21), besides one file of assignments and 8 bytes a cluster. A draw by `clustering`
+is cut into shards of clusters, each of which reads all assignments.
 
 In a pipeline this is a stage. Alone it works on anyone's vectors:
 
@@ -17,7 +26,7 @@ where A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` 
 """
 
 import functools
-import hashlib
+import io
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Literal
 
@@ -28,14 +37,18 @@ import typer
 from pydantic import Field, field_validator
 
 from curation import command, index, records, storage, vectors
-from curation.balance import cap_evenly
-from curation.cluster import assign, read_centroids
+from curation.balance import balanced_counts, cluster_counts, retrieval_mode
+from curation.cluster import assign, read_centroids, read_parents
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import KeptShard, kept_shards, read_kept
 from curation.errors import ConfigError, InputError
 from curation.runner import Runner, Shard
-from curation.stage import run_shards
+from curation.stage import PREPARED, run_shards
 from curation.storage import Manifest, ShardRecord
+
+BALANCED_NAME = "balanced.npy"
+# Rows that are gathered, at the least, before those that cannot be drawn any more are dropped. Assumed: 12 MB.
+GATHERED_ROWS = 250_000
 
 
 class DatasetConfig(Settings):
@@ -53,6 +66,18 @@ class DatasetConfig(Settings):
     """By cluster: the most images that the dataset brings (1 million in DINOv2)."""
 
 
+class ClusteringConfig(Settings):
+    """What is drawn from the whole pool, whatever the seeds, evenly over its clusters."""
+
+    num_images: int = Field(ge=1)
+    """Images to draw; all of the kept pool when it holds fewer (1.7 billion of some 17 billion in DINOv3)."""
+    draw: Literal["random", "nearest"] = "random"
+    """Which images of a cluster come first: any, or those nearest to its centroid."""
+    images_per_shard: int = Field(default=4_000_000, ge=1)
+    """Images after which another shard begins, at the next cluster. A shard holds 220 bytes for each, and reads all
+    assignments once."""
+
+
 class RetrieveConfig(Settings):
     """How each seed dataset searches the pool."""
 
@@ -66,8 +91,10 @@ class RetrieveConfig(Settings):
     """Pool images taken from each such cluster at most (10,000 in DINOv2)."""
     draw: Literal["nearest", "random"] = "nearest"
     """Which images of a cluster come first: those nearest to its centroid, or any. DINOv2 does not state its choice."""
+    clustering: ClusteringConfig | None = None
+    """What is drawn besides, by hierarchical balanced sampling; nothing when the section is left out."""
     seed: int = 0
-    """Of the random draw."""
+    """Of the random draws."""
 
     @field_validator("datasets")
     @classmethod
@@ -104,6 +131,9 @@ def run(
                 shards.append(Shard(f"{len(shards):05d}", (dataset, "cluster", tuple(own))))
             case "none":
                 pass
+    if config.clustering is not None:
+        num_parts = -(-config.clustering.num_images // config.clustering.images_per_shard)
+        shards += [Shard(f"{len(shards) + n:05d}", (None, "balanced", n)) for n in range(num_parts)]
     return run_shards(
         "retrieve",
         config=config,
@@ -121,6 +151,9 @@ def run(
         shards=shards,
         make_worker=functools.partial(make_worker, config, everything, clustered, output),
         replace=replace,
+        prepare=None
+        if config.clustering is None
+        else functools.partial(_prepare, config.clustering, clustered, output),
         unit="rows",
     )
 
@@ -132,6 +165,10 @@ def make_worker(
 
     def process(shard: Shard) -> ShardRecord:
         dataset, mode, seed_shards = shard.work
+        if mode == "balanced":
+            table = _by_balance(config, clustered, output, part=seed_shards)
+            file = storage.write_table(storage.join(output, f"retrieved-{shard.name}.parquet"), table)
+            return ShardRecord(name=shard.name, files=(file,), totals={"balanced_rows": table.num_rows})
         seeds = [read_kept(part, role="seed", source=dataset.name) for part in seed_shards]
         seed_ids = [image_id for ids, _ in seeds for image_id in ids]
         matrix = np.concatenate([matrix for _, matrix in seeds])
@@ -191,7 +228,7 @@ def _mode(config: RetrieveConfig, dataset: DatasetConfig, own: list[KeptShard]) 
     if dataset.retrieval != "by_size":
         return dataset.retrieval
     count = sum(len(read_kept(shard, role="seed", source=dataset.name)[0]) for shard in own)
-    return "sample" if count > config.sample_above else "cluster"
+    return retrieval_mode(dataset.retrieval, count, config.sample_above)
 
 
 def _by_sample(dataset: DatasetConfig, seed_ids: list[str], matrix: np.ndarray, pool: list[KeptShard]) -> pa.Table:
@@ -215,33 +252,122 @@ def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarra
     centroids = read_centroids(clustered)
     seeds_in = np.bincount(assign(seeds, centroids)[0], minlength=len(centroids))
     chosen = np.flatnonzero(seeds_in > config.more_than_seeds)
-    members: dict[int, list[tuple[float, str, float]]] = {int(cluster): [] for cluster in chosen}
-    for name in storage.require_manifest(clustered).files("assignments"):
-        table = storage.read_table(storage.join(clustered, name), records.ASSIGNMENTS)
-        table = table.filter(pc.equal(table["level"], 0))
-        for row in table.filter(pc.is_in(table["cluster_id"], pa.array(chosen, pa.int32()))).to_pylist():
-            order = -row["similarity"] if config.draw == "nearest" else _shuffled(config.seed, row["image_id"])
-            members[row["cluster_id"]].append((order, row["image_id"], row["similarity"]))
-    sizes = [min(len(members[int(cluster)]), config.images_per_cluster) for cluster in chosen]
-    rows = [
+    sizes = cluster_sizes(clustered, len(centroids))
+    counts = np.zeros(len(centroids), np.int64)
+    counts[chosen] = cluster_counts(sizes[chosen].tolist(), config.images_per_cluster, dataset.cap)
+    return _as_retrieved(draw_images(clustered, counts, config.draw, config.seed), "cluster", dataset.name)
+
+
+def _by_balance(config: RetrieveConfig, clustered: str, output: str, part: int) -> pa.Table:
+    """The part of the draw whose clusters begin within its `images_per_shard` images of all that are drawn."""
+    assert config.clustering is not None
+    with storage.open_read(storage.join(output, BALANCED_NAME)) as file:
+        counts: np.ndarray = np.load(file, allow_pickle=False)
+    counts[(np.cumsum(counts) - counts) // config.clustering.images_per_shard != part] = 0
+    return _as_retrieved(draw_images(clustered, counts, config.clustering.draw, config.seed), "balanced", None)
+
+
+def _prepare(config: ClusteringConfig, clustered: str, output: str) -> ShardRecord:
+    """Decide how many images are drawn from each cluster."""
+    names = {name for record in storage.require_manifest(clustered).shards for name in (f.name for f in record.files)}
+    parents: list[np.ndarray] = []
+    while f"parents-{len(parents)}.npy" in names:
+        parents.append(read_parents(clustered, len(parents)))
+    counts = balanced_counts(parents, cluster_sizes(clustered, len(read_centroids(clustered))), config.num_images)
+    buffer = io.BytesIO()
+    np.save(buffer, counts)
+    return ShardRecord(
+        name=PREPARED, files=(storage.write_bytes(storage.join(output, BALANCED_NAME), buffer.getvalue()),)
+    )
+
+
+def cluster_sizes(clustered: str, num_clusters: int) -> np.ndarray:
+    """How many images each of the finest clusters of a finished cluster stage holds, (num_clusters,) int64."""
+    sizes = np.zeros(num_clusters, np.int64)
+    for table in _assignments(clustered, ["cluster_id"]):
+        sizes += np.bincount(table["cluster_id"].to_numpy(), minlength=num_clusters)
+    return sizes
+
+
+def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nearest"], seed: int) -> pa.Table:
+    """`counts[c]` images of each of the finest clusters c: columns image_id, cluster_id, rank, similarity.
+
+    `counts` (K_0,) must not exceed the clusters' sizes. Sorted by cluster, then by rank: nearest to the centroid first,
+    or in an order of the seed and the image_ids alone; ties by image_id. Assignments are read one file at a time, and
+    rows that can no longer be drawn are dropped whenever as many have gathered as are drawn.
+    """
+    wanted = pa.array(np.flatnonzero(counts), pa.int32())
+    most = max(2 * int(counts.sum()), GATHERED_ROWS)
+    gathered, num_rows = [_DRAWN[:0]], 0
+    columns = ["image_id", "cluster_id", "similarity"]
+    for table in _assignments(clustered, columns) if len(wanted) else ():
+        table = table.filter(pc.is_in(table["cluster_id"], wanted))
+        rows = np.empty(table.num_rows, _DRAWN.dtype)
+        rows["image_id"] = table["image_id"].to_numpy(zero_copy_only=False)
+        rows["cluster_id"], rows["similarity"] = table["cluster_id"].to_numpy(), table["similarity"].to_numpy()
+        rows["order"] = -rows["similarity"] if draw == "nearest" else shuffled(rows["image_id"], seed)
+        gathered.append(rows)
+        num_rows += len(rows)
+        if num_rows > most:
+            gathered = [_first_of_each(gathered, counts)]
+            num_rows = len(gathered[0])
+    drawn = _first_of_each(gathered, counts)
+    assert len(drawn) == counts.sum(), "counts exceed the clusters' sizes"
+    first = np.searchsorted(drawn["cluster_id"], drawn["cluster_id"])
+    return pa.table(
         {
-            "image_id": image_id,
-            "seed_source": dataset.name,
-            "seed_image_id": None,
-            "mode": "cluster",
-            "rank": rank,
-            "similarity": similarity,
-            "cluster_id": int(cluster),
+            "image_id": pa.array(drawn["image_id"], pa.binary()).cast(pa.string()),
+            "cluster_id": drawn["cluster_id"],
+            "rank": (np.arange(len(drawn)) - first).astype(np.int32),
+            "similarity": drawn["similarity"],
         }
-        for cluster, take in zip(chosen, cap_evenly(sizes, dataset.cap), strict=True)
-        for rank, (_, image_id, similarity) in enumerate(sorted(members[int(cluster)])[:take])
-    ]
-    return pa.Table.from_pylist(rows, schema=records.RETRIEVED)
+    )
 
 
-def _shuffled(seed: int, image_id: str) -> float:
-    """A number in [0, 1) that depends on the seed and the image alone, so that no worker's state matters."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{image_id}".encode()).digest()[:7], "big") / 2**56
+# A row that may be drawn. Its order is a float64, which holds the similarities and 53 bits of the shuffle exactly.
+_DRAWN = np.empty(
+    0, np.dtype([("image_id", "S32"), ("order", np.float64), ("cluster_id", np.int32), ("similarity", np.float32)])
+)
+
+
+def _first_of_each(parts: list[np.ndarray], counts: np.ndarray) -> np.ndarray:
+    """Of each cluster c the first `counts[c]` rows, sorted by cluster, order and image_id. Empties `parts`."""
+    rows = np.concatenate(parts)
+    parts.clear()
+    order = np.lexsort((rows["image_id"], rows["order"], rows["cluster_id"]))
+    cluster = rows["cluster_id"][order]
+    rank = np.arange(len(rows)) - np.searchsorted(cluster, cluster)
+    first: np.ndarray = rows[order[rank < counts[cluster]]]
+    return first
+
+
+def shuffled(image_ids: np.ndarray, seed: int) -> np.ndarray:
+    """A number in [0, 1) for each image_id (N,) of 32 bytes, which depends on it and the seed alone: (N,) float64.
+
+    The finalizer of SplitMix64 (Steele, Lea and Flood 2014) over the seed and the four words of the image_id.
+    """
+    words = np.ascontiguousarray(image_ids).view(">u8").reshape(len(image_ids), 4).astype(np.uint64)
+    state = np.full(len(image_ids), seed % 2**64, np.uint64)
+    for word in words.T:
+        state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)) * 2.0**-53
+
+
+def _assignments(clustered: str, columns: list[str]) -> Iterator[pa.Table]:
+    """The named columns of the rows of level 0 of a finished cluster stage, file by file."""
+    for name in storage.require_manifest(clustered).files("assignments"):
+        table = storage.read_table(storage.join(clustered, name), records.ASSIGNMENTS, [*columns, "level"])
+        yield table.filter(pc.equal(table["level"], 0))
+
+
+def _as_retrieved(drawn: pa.Table, mode: str, seed_source: str | None) -> pa.Table:
+    columns = {name: drawn[name] for name in drawn.column_names}
+    constant = {"seed_source": seed_source, "seed_image_id": None, "mode": mode}
+    columns |= {name: pa.repeat(pa.scalar(value, pa.string()), drawn.num_rows) for name, value in constant.items()}
+    return pa.table({name: columns[name] for name in records.RETRIEVED.names}, schema=records.RETRIEVED)
 
 
 def command_line(

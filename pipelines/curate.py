@@ -19,10 +19,11 @@ and with it only the stages that read what came out different.
 """
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 
-from curation import cluster, command, dedup, embed, ingest, pack, pairs, retrieve, storage
+from curation import cluster, command, dedup, embed, ingest, pack, pairs, profiles, retrieve, storage
 from curation.cluster import ClusterConfig
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import DedupConfig
@@ -30,6 +31,7 @@ from curation.embed import EmbedConfig
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.pairs import PairsConfig
+from curation.profiles import Profile
 from curation.retrieve import RetrieveConfig
 from curation.runner import Runner
 from pipelines import demo_data, report
@@ -43,6 +45,8 @@ STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve"
 class CurateConfig(Settings):
     """A whole run, one section a stage."""
 
+    profile: Profile = "default"
+    """The recipe that fills in what the sections leave out; profiles.py lists what each sets."""
     demo_data: str | None = None
     """Folder of the demo's images, fetched when it is missing; leave it out for images of your own."""
     ingest: IngestConfig
@@ -65,6 +69,14 @@ class CurateConfig(Settings):
     """What the report shows."""
     stated_counts: dict[str, int] = Field(default_factory=dict)
     """For --plan: images per source, where the images themselves are not at hand."""
+    stated_clusters: dict[str, int] = Field(default_factory=dict)
+    """For --plan: clusters with enough seeds, per dataset."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_profile(cls, values: Any) -> Any:
+        # Behind this, pydantic no longer knows that the values came from JSON, whose lists may be tuples.
+        return _with_tuples(profiles.fill(values)) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "CurateConfig":
@@ -72,12 +84,21 @@ class CurateConfig(Settings):
         for dataset in self.retrieve.datasets:
             if roles.get(dataset.name) != "seed":
                 raise ValueError(f"retrieve.datasets names '{dataset.name}', which is no source with role 'seed'")
+        if not self.retrieve.datasets and self.retrieve.clustering is None:
+            raise ValueError("retrieve names no dataset and has no section clustering, so nothing would be packed")
+        if strangers := sorted(self.stated_clusters.keys() - {dataset.name for dataset in self.retrieve.datasets}):
+            raise ValueError(f"stated_clusters names '{strangers[0]}', which is no dataset of retrieve")
         if "pool" not in roles.values():
             raise ValueError("ingest.sources has no source with role 'pool', so there is nothing to retrieve from")
         if self.pairs.verification is None and self.dedup.holdout_threshold < self.pairs.min_descriptor_similarity:
             raise ValueError(
                 f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below "
                 f"pairs.min_descriptor_similarity ({self.pairs.min_descriptor_similarity:g}), the least looked at"
+            )
+        if (cosine := self.dedup.holdout_cosine) is not None and cosine < self.pairs.min_descriptor_similarity:
+            raise ValueError(
+                f"dedup.holdout_cosine ({cosine:g}) lies below pairs.min_descriptor_similarity "
+                f"({self.pairs.min_descriptor_similarity:g}), the least looked at"
             )
         if self.dedup.holdout_threshold < self.pairs.min_similarity:
             raise ValueError(
@@ -128,6 +149,13 @@ def command_line(
     with command.open_runner(runner, workers, gpus_per_worker=num_gpus) as chosen:
         run(settings, output, chosen, replace=replace)
     report.print_summary(output)
+
+
+def _with_tuples(value: Any) -> Any:
+    """`value` with every list as a tuple."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _write_config(config: CurateConfig, output: str) -> None:

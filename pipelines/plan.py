@@ -1,10 +1,11 @@
 """What a run would do, on one page, before any image is read: `--plan`."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from curation.balance import DatasetRows, most_clusters, retrieval_mode, selection_rows
 from curation.config import resolved_toml
 from curation.embedders import EmbedderConfig
 from curation.retrieve import DatasetConfig
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 def print_plan(config: "CurateConfig") -> None:
     """Print the sources, what each seed dataset will bring, the stages with their numbers, and the whole config."""
     console = Console(highlight=False)
+    console.print(f"Profile: {config.profile}")
     console.print(_sources(config))
     console.print(_datasets(config))
+    for doubt in doubts(config):
+        console.print(doubt)
     console.print(_stages(config))
     console.print("The resolved config:\n")
     console.print(resolved_toml(config), markup=False, soft_wrap=True)
@@ -34,21 +38,66 @@ def _sources(config: "CurateConfig") -> Table:
     return table
 
 
+def dataset_rows(config: "CurateConfig", dataset: DatasetConfig) -> DatasetRows | None:
+    """The rows that a dataset brings at most; None where that needs a count that was not stated.
+
+    Every chosen cluster is taken to hold all that may be taken of it. Where the chosen clusters are not stated, they
+    are as many as the seeds, or all clusters, allow.
+    """
+    num_seeds = config.stated_counts.get(dataset.name)
+    mode = _mode(config, dataset)
+    if mode == "by_size" or (num_seeds is None and (dataset.as_is or mode == "sample")):
+        return None
+    num_clusters = config.cluster.levels[0].num_clusters
+    if num_seeds is not None:
+        num_clusters = min(num_clusters, most_clusters(num_seeds, config.retrieve.more_than_seeds))
+    num_clusters = config.stated_clusters.get(dataset.name, num_clusters)
+    return selection_rows(
+        mode,
+        num_seeds=num_seeds or 0,
+        as_is=dataset.as_is,
+        k=dataset.k,
+        cluster_sizes=[config.retrieve.images_per_cluster] * num_clusters,
+        images_per_cluster=config.retrieve.images_per_cluster,
+        cap=dataset.cap,
+    )
+
+
+def doubts(config: "CurateConfig") -> list[str]:
+    """Where the stated numbers contradict the rules, a sentence each."""
+    more_than, counts = config.retrieve.more_than_seeds, config.stated_counts
+    return [
+        f"{name}: {clusters:,} clusters with more than {more_than} seeds each need {clusters * (more_than + 1):,} "
+        f"seeds, but {counts[name]:,} are stated."
+        for name, clusters in config.stated_clusters.items()
+        if name in counts and clusters > most_clusters(counts[name], more_than)
+    ]
+
+
 def _datasets(config: "CurateConfig") -> Table:
     table = Table(title="What each seed dataset brings", title_justify="left")
     table.add_column("dataset")
-    for column in ("seeds stated", "as is", "retrieval", "rows at most"):
+    for column in ("seeds stated", "as is", "retrieval", "clusters stated", "retrieved at most", "rows at most"):
         table.add_column(column, justify="right")
     total: int | None = 0
     for dataset in config.retrieve.datasets:
-        seeds = config.stated_counts.get(dataset.name)
-        rows = _rows_at_most(config, dataset, seeds)
-        total = None if total is None or rows is None else total + rows
-        way = _way(config, dataset, seeds)
-        setting = f" k={dataset.k}" if way == "sample" else ""
-        table.add_row(dataset.name, _count(seeds), _count(seeds) if dataset.as_is else "", way + setting, _count(rows))
+        rows, mode = dataset_rows(config, dataset), _mode(config, dataset)
+        total = None if total is None or rows is None else total + rows.rows
+        table.add_row(
+            dataset.name,
+            _count(config.stated_counts.get(dataset.name)),
+            _count(rows.as_is) if rows and dataset.as_is else "",
+            mode + (f" k={dataset.k}" if mode == "sample" else ""),
+            _count(config.stated_clusters.get(dataset.name)),
+            _count(rows.found) if rows and (mode == "sample" or dataset.name in config.stated_clusters) else "",
+            _count(rows.rows if rows else None),
+        )
+    if (clustering := config.retrieve.clustering) is not None:
+        total = None if total is None else total + clustering.num_images
+        number = _count(clustering.num_images)
+        table.add_row("", "", "", f"clustering, {clustering.draw}", "", number, number)
     table.add_section()
-    table.add_row("total", "", "", "", _count(total))
+    table.add_row("total", "", "", "", "", "", _count(total))
     return table
 
 
@@ -86,25 +135,11 @@ def _model(embedder: EmbedderConfig) -> str:
     return f"{embedder.name} at {embedder.image_size} pixels on {embedder.device} in {embedder.precision}"
 
 
-def _way(config: "CurateConfig", dataset: DatasetConfig, seeds: int | None) -> str:
-    if dataset.retrieval != "by_size" or seeds is None:
+def _mode(config: "CurateConfig", dataset: DatasetConfig) -> Literal["sample", "cluster", "by_size", "none"]:
+    """How a dataset searches the pool; `by_size` where its size is not stated."""
+    if dataset.name not in config.stated_counts:
         return dataset.retrieval
-    return "sample" if seeds > config.retrieve.sample_above else "cluster"
-
-
-def _rows_at_most(config: "CurateConfig", dataset: DatasetConfig, seeds: int | None) -> int | None:
-    """Rows that a dataset brings at most; None where that needs a count that was not stated."""
-    own = seeds if dataset.as_is else 0
-    match _way(config, dataset, seeds):
-        case "sample":
-            brought = None if seeds is None else seeds * dataset.k
-        case "cluster":
-            brought = dataset.cap
-        case "none":
-            brought = 0
-        case _:
-            brought = None
-    return None if own is None or brought is None else own + brought
+    return retrieval_mode(dataset.retrieval, config.stated_counts[dataset.name], config.retrieve.sample_above)
 
 
 def _count(number: int | None) -> str:

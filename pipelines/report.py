@@ -31,6 +31,7 @@ from pipelines.report_facts import (
     Dataset,
     FinishedRun,
     Group,
+    Guard,
     LabelCounts,
     Match,
     Member,
@@ -53,7 +54,7 @@ FOUND_PER_SEED = 6
 SEEDS_PER_CLUSTER, FOUND_PER_CLUSTER = 4, 8
 GROUPS, MEMBERS_PER_GROUP = 12, 12
 HOLDOUT_MATCHES = 15
-BIN_WIDTH, PAIRS_PER_BIN, PAIRS_IN_BINS = 0.05, 5, 100
+PAIRS_PER_BIN, PAIRS_IN_BINS = 5, 100
 REJECTS_PER_REASON = 3
 LABELS = 25
 
@@ -162,7 +163,7 @@ def _choose(config: ReportConfig, finished: FinishedRun) -> Choice:
         gallery=gallery,
         groups=report_facts.groups(finished, GROUPS, MEMBERS_PER_GROUP),
         holdout_matches=report_facts.holdout_matches(finished, HOLDOUT_MATCHES),
-        bins=report_facts.similarity_bins(finished, BIN_WIDTH, PAIRS_PER_BIN, PAIRS_IN_BINS),
+        bins=report_facts.similarity_bins(finished, PAIRS_PER_BIN, PAIRS_IN_BINS),
     )
 
 
@@ -378,14 +379,20 @@ def _retrieval(retrieval: Retrieval, finished: FinishedRun, pictures: Mapping[st
 def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Picture]) -> Markup:
     funnel = finished.composition["funnel"]
     exact = funnel["candidates"] - funnel["after_exact"]
+    dedup = finished.manifests["dedup"].plan.config
     sizes = report_facts.component_sizes(finished)
     parts = [
         tag(
             "p",
             f"Dropped for having the bytes of another: {_count(exact, 'file')}. Images that look alike form groups: "
             f"{_count(sum(count for _, count in sizes), 'group')} of two or more unique images. Of each, the seeds are "
-            "kept, or else the image with the most pixels.",
-        )
+            "kept, or else the image with the most pixels"
+            + (", and what is no copy of these." if dedup["matches_kept"] else "."),
+        ),
+        tag("h3", "Guards against chains of copies"),
+        markup.table(
+            ("option", "what it is for", "what it did"), [_guard(guard) for guard in report_facts.guards(finished)]
+        ),
     ]
     if choice.groups:
         parts += [
@@ -417,6 +424,38 @@ def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pictur
         matches = (_pair(match, pictures, ("dropped", "holdout")) for match in choice.holdout_matches)
         parts += [tag("p", text), tag("div", *matches, class_="pairs")]
     return join(*parts)
+
+
+def _guard(guard: Guard) -> tuple[Markup, str, str]:
+    """One guard against chains in words."""
+    counts = guard.counts or {}
+    match guard.option:
+        case "mutual_neighbors":
+            words = "pairs join only where each is among the other's nearest"
+            did = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
+        case "families":
+            words = "pairs of one family, such as road signs with other symbols, do not join"
+            did = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
+        case "max_component_size":
+            words = "larger groups are joined again at a higher threshold"
+            did = (
+                f"split {_count(counts.get('components_split', 0), 'group')} of together "
+                f"{_count(counts.get('images_in_them', 0), 'image')}; "
+                f"{counts.get('components_still_larger', 0):,} still larger at similarity 1"
+            )
+        case "matches_kept":
+            words = "an image goes only as a verified copy of one that stays"
+            did = f"kept {_count(counts.get('images_kept', 0), 'image')} more than one a group"
+        case _:
+            assert guard.option == "holdout_cosine", guard.option
+            words = "near descriptors match the holdout too"
+            did = f"took away {_count(counts.get('images_taken', 0), 'image')} more"
+    setting = f" = {guard.setting:g}" if isinstance(guard.setting, (int, float)) and guard.setting is not True else ""
+    return (
+        tag("code", guard.option + (setting if guard.counts is not None else "")),
+        words,
+        ("off" if guard.counts is None else did),
+    )
 
 
 def _fate(member: Member) -> str:
@@ -455,6 +494,14 @@ def _threshold(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pic
             ("first", f"threshold, {threshold:g}"),
             ("first-holdout", f"threshold of the holdout, {holdout_threshold:g}"),
         ),
+        tag("h3", "What other thresholds would do"),
+        tag(
+            "p",
+            "Were all pairs from a threshold on joined, but for those that the guards leave out: the groups, and the "
+            "images that would go if of each group only the seeds, or else one image, were kept. Set in bold: the "
+            "threshold of this run. Where the largest group leaps, images are joined in chains.",
+        ),
+        _sweep(finished, threshold),
         tag("h3", "A random few of each, one of a group"),
     ]
     for similarity in reversed(choice.bins):
@@ -469,6 +516,24 @@ def _threshold(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pic
                 tag("p", f"{holdout_threshold:g}: above are matches with the holdout", class_="divider holdout")
             )
     return join(*parts)
+
+
+def _sweep(finished: FinishedRun, threshold: float) -> Markup:
+    rows = [
+        tuple(
+            tag("strong", cell) if row.threshold == threshold else cell
+            for cell in (
+                f"{row.threshold:.2f}" if round(row.threshold, 2) == row.threshold else f"{row.threshold:g}",
+                _number(row.pairs),
+                _number(row.components_of_two_or_more),
+                _number(row.dropped),
+                _number(row.largest_component),
+            )
+        )
+        for row in report_facts.threshold_sweep(finished)
+    ]
+    names = ("from", "pairs", "groups of two or more", "images that would go", "images in the largest group")
+    return markup.table(names, rows, numbers=frozenset(range(5)))
 
 
 def _column_class(similarity: SimilarityBin, threshold: float, holdout_threshold: float) -> str:

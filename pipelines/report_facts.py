@@ -6,7 +6,7 @@ image_id are: an image_id is a hash of the image's bytes, so that is a random sa
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,7 +234,7 @@ def datasets(run: FinishedRun) -> list[Dataset]:
     """What each seed dataset brought, in the order of the config."""
     result = []
     for row in run.composition["datasets"]:
-        own = pc.equal(run.retrieved["seed_source"], row["dataset"]).to_numpy()
+        own = _asked_by(run, row["dataset"])
         same, found = run.same_concept[own], run.retrieved.filter(own)
         known = same != UNKNOWN
         result.append(
@@ -254,6 +254,12 @@ def datasets(run: FinishedRun) -> list[Dataset]:
             )
         )
     return result
+
+
+def _asked_by(run: FinishedRun, dataset: str) -> np.ndarray:
+    """Whether each retrieved row is of that dataset, (R,) bool; what was drawn by clustering is of none."""
+    own: np.ndarray = pc.fill_null(pc.equal(run.retrieved["seed_source"], dataset), False).to_numpy()
+    return own
 
 
 def _mode(row: Mapping[str, Any], found: pa.Table) -> str:
@@ -319,7 +325,7 @@ class Retrieval:
 
 def gallery(run: FinishedRun, dataset: Dataset, num_retrievals: int, num_seeds: int, num_found: int) -> list[Retrieval]:
     """Some seeds of a dataset with what they brought, or its clusters with the most seeds."""
-    own = np.flatnonzero(pc.equal(run.retrieved["seed_source"], dataset.name).to_numpy())
+    own = np.flatnonzero(_asked_by(run, dataset.name))
     asked_by = run.retrieved["cluster_id" if dataset.mode == "cluster" else "seed_image_id"].take(pa.array(own))
     if dataset.mode == "cluster":
         seeds = _seeds_by_cluster(run, dataset.name)
@@ -475,6 +481,38 @@ def component_sizes(run: FinishedRun) -> list[tuple[str, int]]:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """One of dedup's guards against chains: the option, its value, and by name what it did."""
+
+    option: str
+    setting: Any
+    counts: dict[str, int] | None  # None: it is off
+
+
+def guards(run: FinishedRun) -> list[Guard]:
+    """Every guard, those that are off as well."""
+    dedup = run.manifests["dedup"]
+    options = ("mutual_neighbors", "families", "max_component_size", "matches_kept", "holdout_cosine")
+    return [Guard(name, dedup.plan.config[name], dedup.facts["guards"].get(name)) for name in options]
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """What joining all pairs at or above a threshold would do; see dedup."""
+
+    threshold: float
+    pairs: int
+    components_of_two_or_more: int
+    dropped: int
+    largest_component: int
+
+
+def threshold_sweep(run: FinishedRun) -> list[SweepRow]:
+    """What each of some thresholds would do, the lowest first."""
+    return [SweepRow(**row) for row in run.manifests["dedup"].facts["threshold_sweep"]]
+
+
+@dataclass(frozen=True)
 class SimilarityBin:
     """Pairs with `low <= similarity < high` (the last bin includes `high`): how many, and a random few."""
 
@@ -484,14 +522,13 @@ class SimilarityBin:
     examples: list[Match]
 
 
-def similarity_bins(run: FinishedRun, width: float, num_examples: int, max_examples: int) -> list[SimilarityBin]:
-    """The pairs by similarity, lowest first. Bins are `width` wide and end at the thresholds of dedup.
+def similarity_bins(run: FinishedRun, num_examples: int, max_examples: int) -> list[SimilarityBin]:
+    """The pairs by similarity, lowest first. Bins begin at the thresholds of dedup's sweep, its own among them.
 
     Each has `num_examples`, or fewer so that all together have at most `max_examples`. Of one component a bin shows one
     pair: a large group of near-copies would fill it, and tells of the threshold no more than a small one.
     """
-    dedup, pairs = run.manifests["dedup"].plan.config, run.manifests["pairs"].plan.config
-    edges = _edges(pairs["min_similarity"], width, [dedup["threshold"], dedup["holdout_threshold"]])
+    edges = [row.threshold for row in threshold_sweep(run)] + [1.0]
     counts = np.zeros(len(edges) - 1, np.int64)
     num_examples = min(num_examples, max_examples // len(counts))
     examples: list[list[_Example]] = [[] for _ in counts]
@@ -546,14 +583,6 @@ def _by_similarity(match: Match) -> tuple[float, str]:
 
 def _match(row: Mapping[str, Any]) -> Match:
     return Match(row["image_id"], row["other_image_id"], row["similarity"])
-
-
-def _edges(lowest: float, width: float, thresholds: Sequence[float]) -> list[float]:
-    """Multiples of `width` from `lowest` to 1 and the thresholds; a multiple too near to a threshold is left out."""
-    first = int(np.floor(lowest / width + 1e-9))
-    grid = [round(number * width, 6) for number in range(first, round(1 / width) + 1)]
-    inner = {edge for edge in grid[1:-1] if all(abs(edge - threshold) >= width / 2 for threshold in thresholds)}
-    return [grid[0], *sorted(inner | {float(edge) for edge in thresholds if grid[0] < edge < 1}), 1.0]
 
 
 # Pictures

@@ -1,11 +1,24 @@
 """Caps and weights: exact sums, as even as can be."""
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from curation.balance import cap_evenly, dataset_weights
+from curation.balance import (
+    apportion,
+    balanced_counts,
+    cap_evenly,
+    cap_evenly_within,
+    cluster_counts,
+    dataset_weights,
+    most_clusters,
+    retrieval_mode,
+    row_weights,
+    selection_rows,
+    temperature_counts,
+)
 
 
 def brute_force(sizes: list[int], cap: int) -> list[int]:
@@ -82,3 +95,181 @@ def test_ends_of_the_temperature() -> None:
 def test_temperature_outside_its_range_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match=r"temperature must lie in \[0, 1\]"):
         dataset_weights({"a": 1}, temperature)
+
+
+# Many groups at once, and hierarchies
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_capping_within_many_parents_agrees_with_capping_each(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_parents, num_children = int(rng.integers(1, 7)), int(rng.integers(0, 25))
+    parents = rng.integers(0, num_parents, num_children)
+    sizes = (rng.pareto(0.7, num_children) * 3).astype(np.int64) * rng.integers(0, 2, num_children)
+    caps = rng.integers(0, 40, num_parents)
+    taken = cap_evenly_within(parents, sizes, caps)
+    for parent in range(num_parents):
+        assert taken[parents == parent].tolist() == cap_evenly(sizes[parents == parent].tolist(), int(caps[parent]))
+
+
+def hierarchy(seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Parents of one to four levels, some clusters empty or without children, and sizes."""
+    rng = np.random.default_rng(seed)
+    counts = sorted(rng.integers(1, 30, int(rng.integers(1, 5))).tolist(), reverse=True)
+    parents = [rng.integers(0, above, below) for below, above in itertools.pairwise(counts)]
+    return parents, (rng.pareto(1, counts[0]) * 10).astype(np.int64)
+
+
+def drawn_by_recursion(parents: list[np.ndarray], sizes: np.ndarray, total: int) -> list[int]:
+    """The rule read plainly: split what a node gives evenly over its children's sizes, and go on below each."""
+    held = [sizes]
+    for parent in parents:
+        num_clusters = max(len(parents[len(held)]) if len(held) < len(parents) else 0, int(parent.max()) + 1)
+        held.append(np.array([held[-1][parent == c].sum() for c in range(num_clusters)]))
+    result = [0] * len(sizes)
+
+    def split(level: int, members: list[int], amount: int) -> None:
+        for member, part in zip(members, cap_evenly([int(held[level][m]) for m in members], amount), strict=True):
+            if level == 0:
+                result[member] = part
+            else:
+                split(level - 1, np.flatnonzero(parents[level - 1] == member).tolist(), part)
+
+    split(len(parents), list(range(len(held[-1]))), min(total, int(sizes.sum())))
+    return result
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_balanced_counts_agree_with_splitting_node_by_node(seed: int) -> None:
+    parents, sizes = hierarchy(seed)
+    for total in (0, 1, 7, int(sizes.sum()) // 3, int(sizes.sum()), int(sizes.sum()) + 5):
+        counts = balanced_counts(parents, sizes, total)
+        assert counts.dtype == np.int64
+        assert counts.sum() == min(total, sizes.sum())
+        assert ((counts >= 0) & (counts <= sizes)).all()
+        assert counts.tolist() == drawn_by_recursion(parents, sizes, total)
+
+
+def test_rare_branches_are_not_drowned() -> None:
+    # Two halves of the world: one cluster of 100, and 50 clusters of 100.
+    parents, sizes = [np.array([0] + [1] * 50)], np.full(51, 100)
+    assert balanced_counts(parents, sizes, 200).tolist() == [100] + [2] * 50
+    assert balanced_counts([], sizes, 51).tolist() == [1] * 51
+
+
+def test_balance_of_nothing() -> None:
+    empty = np.array([], np.int64)
+    assert balanced_counts([], empty, 5).tolist() == []
+    assert balanced_counts([empty], empty, 5).tolist() == []
+    assert balanced_counts([np.array([0])], np.array([0]), 5).tolist() == [0]
+    assert balanced_counts([], np.array([3]), 5).tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("parents", "sizes", "total", "message"),
+    [
+        ([np.array([0, 0])], np.array([1]), 1, "parents of level 0 are 2, its clusters 1"),
+        ([], np.array([-1, 2]), 1, "sizes must not be negative"),
+        ([], np.array([1, 2]), -1, "total must not be negative"),
+    ],
+)
+def test_hierarchies_that_cannot_be_are_refused(
+    parents: list[np.ndarray], sizes: np.ndarray, total: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        balanced_counts(parents, sizes, total)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_apportioned_counts_are_within_one_of_the_exact_shares(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    number = int(rng.integers(1, 12))
+    sizes = (rng.pareto(1, number) * 50).astype(int).tolist()
+    weights = (rng.random(number) * rng.integers(0, 2, number)).tolist()
+    there = sum(size for size, weight in zip(sizes, weights, strict=True) if weight)
+    for total in (0, 1, there // 3, there, there + 3):
+        taken = apportion(sizes, weights, total)
+        assert sum(taken) == min(total, there)
+        assert all(0 <= few <= size for few, size in zip(taken, sizes, strict=True))
+        # The exact shares: for some level t, everyone has min(size, weight * t). Found by halving.
+        low, high = Fraction(0), Fraction(10**30)
+        for _ in range(300):
+            middle = (low + high) / 2
+            level = sum(min(Fraction(s), Fraction(w) * middle) for s, w in zip(sizes, weights, strict=True))
+            low, high = (middle, high) if level < min(total, there) else (low, middle)
+        for few, size, weight in zip(taken, sizes, weights, strict=True):
+            assert abs(few - min(Fraction(size), Fraction(weight) * high)) < 1 + Fraction(1, 10**9)
+
+
+def test_apportion_by_hand() -> None:
+    assert apportion([], [], 5) == []
+    assert apportion([9, 9], [0.0, 0.0], 5) == [0, 0]
+    assert apportion([5, 5, 5], [1, 1, 1], 10) == [4, 3, 3], "ties go to the first"
+    assert apportion([100, 100, 100], [1, 2, 3], 11) == [2, 4, 5], "the largest remainder first: 1.83, 3.67, 5.5"
+    assert apportion([1, 100, 100], [1, 1, 2], 31) == [1, 10, 20], "what a small group cannot give, the others share"
+    assert apportion([2**60, 2**60], [0.1, 0.2], 3 * 2**58 + 1)[0] == 2**58
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_temperature_counts_are_apportioned_by_size_to_the_power(temperature: float) -> None:
+    sizes = [9000, 900, 90, 0]
+    taken = temperature_counts(sizes, temperature, 111)
+    assert sum(taken) == 111
+    assert taken == {0.0: [37, 37, 37, 0], 0.5: [78, 25, 8, 0], 1.0: [100, 10, 1, 0]}[temperature]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "total", "message"),
+    [
+        ([1], [1, 2], 1, "as many weights as sizes"),
+        ([-1], [1], 1, "must not be negative"),
+        ([1], [1], -1, "must not be negative"),
+        ([1], [-0.5], 1, "weights must not be negative"),
+        ([1], [float("nan")], 1, "NaN"),
+    ],
+)
+def test_what_cannot_be_apportioned_is_refused(
+    sizes: list[int], weights: list[float], total: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        apportion(sizes, weights, total)
+
+
+def test_row_weights_give_the_stated_shares() -> None:
+    weights = row_weights({"a": 10, "b": 90, "none": 0}, {"a": 3.0, "b": 1.0, "none": 5.0})
+    assert weights == pytest.approx({"a": 7.5, "b": 25 / 90})
+
+
+# The rows of a dataset
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_a_dataset(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(0, 20, int(rng.integers(0, 8))).tolist()
+    num_seeds, k, most, cap = (int(n) for n in rng.integers(1, 30, 4))
+    same = dict(num_seeds=num_seeds, k=k, cluster_sizes=sizes, images_per_cluster=most, cap=cap)
+    sample = selection_rows("sample", as_is=False, **same)  # type: ignore[arg-type]
+    assert (sample.as_is, sample.found, sample.retrieved, sample.rows) == (
+        0,
+        num_seeds * k,
+        num_seeds * k,
+        sample.found,
+    )
+    cluster = selection_rows("cluster", as_is=True, **same)  # type: ignore[arg-type]
+    found = sum(min(size, most) for size in sizes)
+    assert (cluster.as_is, cluster.found, cluster.retrieved) == (num_seeds, found, min(found, cap))
+    assert cluster.rows == num_seeds + min(found, cap)
+    counts = cluster_counts(sizes, most, cap)
+    assert sum(counts) == cluster.retrieved and all(n <= min(s, most) for n, s in zip(counts, sizes, strict=True))
+    none = selection_rows("none", as_is=True, **same)  # type: ignore[arg-type]
+    assert (none.found, none.rows) == (0, num_seeds)
+
+
+def test_mode_by_size_and_most_clusters() -> None:
+    assert [retrieval_mode("by_size", count, 10) for count in (0, 10, 11)] == ["cluster", "cluster", "sample"]
+    assert [retrieval_mode(mode, 99, 10) for mode in ("sample", "cluster", "none")] == ["sample", "cluster", "none"]
+    assert [most_clusters(count, 3) for count in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]

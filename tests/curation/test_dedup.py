@@ -1,16 +1,20 @@
 """Deduplication: the decisions equal a plain reading of the rules, and every row is accounted for."""
 
 import itertools
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from curation import dedup, records, storage
-from curation.dedup import Decision, DedupConfig, Nodes, decide
+from curation import dedup, duplicate_graph, records, scratch, storage
+from curation.dedup import REASONS, Decision, DedupConfig, FamilyConfig, decide
+from curation.duplicate_graph import Edges, Nodes
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.runner import InlineRunner
 from tests.curation.builders import (
@@ -21,16 +25,18 @@ from tests.curation.builders import (
     write_dedup,
     write_ingest,
     write_pairs,
+    write_stage,
     write_vectors,
 )
 
+ROOT = Path(__file__).parents[2]
 Edge = tuple[int, int, float]
 
 
 def nodes_of(count: int, **columns: Any) -> Nodes:
     """Nodes that are plain pool images unless `columns` say more."""
     fields: dict[str, Any] = {
-        "image_ids": np.array([id_of(node) for node in range(count)]),
+        "image_ids": np.array([bytes.fromhex(id_of(node)) for node in range(count)], "S16"),
         "is_seed": np.zeros(count, bool),
         "is_holdout": np.zeros(count, bool),
         "pixels": np.full(count, 100),
@@ -39,11 +45,26 @@ def nodes_of(count: int, **columns: Any) -> Nodes:
     return Nodes(**fields | {name: np.asarray(value) for name, value in columns.items()})
 
 
-def decided(config: DedupConfig, nodes: Nodes, edges: list[Edge]) -> Decision:
+def edges_of(edges: list[Edge], **columns: Any) -> Edges:
+    """Edges that are as similar by their descriptors, mutual and not of one place unless `columns` say otherwise."""
     first, second, similarity = zip(*edges, strict=True) if edges else ((), (), ())
-    return decide(
-        config, nodes, np.array(first, np.int64), np.array(second, np.int64), np.array(similarity, np.float32)
-    )
+    fields = {
+        "first": np.array(first, np.int32),
+        "second": np.array(second, np.int32),
+        "similarity": np.array(similarity, np.float32),
+        "differs_locally": np.zeros(len(edges), bool),
+        "cosine": np.array(similarity, np.float32),
+        "mutual": np.ones(len(edges), bool),
+    }
+    return Edges(**fields | {name: np.asarray(value, fields[name].dtype) for name, value in columns.items()})
+
+
+def decided(config: DedupConfig, nodes: Nodes, edges: list[Edge], **columns: Any) -> Decision:
+    return decide(config, nodes, edges_of(edges, **columns))
+
+
+def reasons(decision: Decision) -> list[str | None]:
+    return [REASONS[number] for number in decision.reason]
 
 
 def kept(decision: Decision) -> list[int]:
@@ -124,14 +145,21 @@ def random_case(seed: int) -> tuple[DedupConfig, Nodes, list[Edge]]:
     return config, nodes, edges
 
 
-@pytest.mark.parametrize("seed", range(150))
-def test_decisions_follow_the_rules(seed: int) -> None:
+@pytest.fixture
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test in blocks of a size that its seed chooses: of one image and pair, of a few, or of more than all."""
+    seed = request.node.callspec.params["seed"]
+    monkeypatch.setattr(scratch, "BLOCK", (1, 7, scratch.BLOCK)[seed % 3])
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_decisions_follow_the_rules(seed: int, block: None) -> None:
     config, nodes, edges = random_case(seed)
     decision = decided(config, nodes, edges)
     expected = by_the_rules(config, nodes, edges)
     found = [
         (reason, int(matched), None if np.isnan(similarity) else float(similarity))
-        for reason, matched, similarity in zip(decision.reason, decision.matched, decision.similarity, strict=True)
+        for reason, matched, similarity in zip(reasons(decision), decision.matched, decision.similarity, strict=True)
     ]
     assert found == [(reason, matched, None if s is None else float(s)) for reason, matched, s in expected]
     smallest = [min(members) for members in component_of(len(nodes.image_ids), edges, config.threshold)]
@@ -139,7 +167,7 @@ def test_decisions_follow_the_rules(seed: int) -> None:
 
     # What holds whatever the rules say in detail.
     keeps = decision.matched < 0
-    assert (keeps == np.array([reason is None for reason in decision.reason])).all()
+    assert (keeps == np.array([reason is None for reason in reasons(decision)])).all()
     if not config.decontaminate_seeds:
         assert keeps[nodes.is_seed].all()
     assert not keeps[nodes.is_holdout & ~(nodes.is_seed & (not config.decontaminate_seeds))].any()
@@ -224,10 +252,10 @@ def test_holdout_takes_what_matches_it_or_the_whole_component() -> None:
     """0 is held out; 1 matches it, 2 matches 1, 3 is a copy of 2."""
     nodes, edges = nodes_of(4, is_holdout=is_(4, 0)), [(0, 1, 0.5), (1, 2, 0.5), (2, 3, 0.9)]
     direct = decided(DedupConfig(), nodes, edges)
-    assert direct.reason.tolist() == ["holdout", "holdout", None, "near"]
+    assert reasons(direct) == ["holdout", "holdout", None, "near"]
     assert direct.matched.tolist() == [0, 0, -1, 2]
     whole = decided(DedupConfig(decontamination="component"), nodes, edges)
-    assert whole.reason.tolist() == ["holdout"] * 4
+    assert reasons(whole) == ["holdout"] * 4
     assert whole.matched.tolist() == [0, 0, 0, 0]
     assert np.isnan(whole.similarity).tolist() == [False, False, True, True]
 
@@ -248,7 +276,7 @@ def test_seeds_are_spared_where_the_config_says_so(mode: str) -> None:
     assert kept(strict) == []
     spared = decided(DedupConfig.model_validate(settings | {"decontaminate_seeds": False}), nodes, edges)
     assert kept(spared) == [1, 2]
-    assert spared.reason[3] == "holdout"
+    assert reasons(spared)[3] == "holdout"
 
 
 def test_config_in_which_copies_of_the_holdout_could_stay_is_refused() -> None:
@@ -406,7 +434,7 @@ def test_pairs_of_other_images_are_refused(tmp_path: Path, unknown: str) -> None
     pairs = write_pairs(tmp_path / "other", images, [[(one, other, 0.9)]])
     with pytest.raises(InputError, match=unknown):
         dedup.run(DedupConfig(), images, pairs, str(tmp_path / "dedup"), InlineRunner())
-    assert not (tmp_path / "dedup").exists()
+    assert storage.list_names(str(tmp_path / "dedup")) == [storage.PROGRESS_NAME]
 
 
 # Reading what was kept
@@ -445,29 +473,364 @@ def test_stages_of_different_runs_are_refused(tmp_path: Path) -> None:
         dedup.read_kept(dedup.kept_shards(images, deduplicated, other)[1], role="pool")
 
 
-def test_with_matches_kept_every_dropped_image_is_a_copy_of_a_kept_one() -> None:
-    for seed in range(20):
-        generator = np.random.default_rng(seed)
-        count = 12
-        ends = np.array([(i, j) for i in range(count) for j in range(i + 1, count) if generator.random() < 0.2])
-        first, second = ends.reshape(-1, 2).T
-        similarity = generator.uniform(0.7, 1, len(first)).astype(np.float32)
-        nodes = dedup.Nodes(
-            image_ids=np.array([id_of(number) for number in range(count)]),
-            is_seed=generator.random(count) < 0.2,
-            is_holdout=np.zeros(count, bool),
-            pixels=generator.integers(1, 100, count),
-            length=generator.integers(1, 100, count),
+def test_kept_images_must_line_up_with_the_decisions(tmp_path: Path) -> None:
+    images, _ = small_run(tmp_path)
+    embedded = write_vectors(tmp_path / "embed", images, [{id_of(1): unit_vectors(0, 1)[0]} for _ in range(5)])
+    parts = dedup.kept_shards(images, write_dedup(tmp_path / "dedup", images), embedded)
+    crossed = dedup.KeptShard(parts[0].images, parts[1].duplicates, parts[0].vectors)
+    with pytest.raises(InputError, match=r"duplicates-00001\.parquet: other images than in .*images-00000\.parquet"):
+        dedup.read_kept(crossed, role="pool")
+
+
+def test_stages_that_another_ingest_went_into_are_refused(tmp_path: Path) -> None:
+    """Of as many shards and of the same images: only the content hash tells that they are not of one run."""
+    images, pairs = small_run(tmp_path / "one")
+    rows = [
+        storage.read_table(f"{images}/{name}", records.IMAGES).to_pylist()
+        for name in storage.require_manifest(images).files("images")
+    ]
+    other = write_ingest(tmp_path / "other", [[row | {"width": 11} for row in part] for part in rows])
+    vector_shards = [{id_of(1): unit_vectors(0, 1)[0]} for _ in range(5)]
+    own = (write_dedup(tmp_path / "dedup", images), write_vectors(tmp_path / "embed", images, vector_shards))
+    strange = (write_dedup(tmp_path / "dedup2", other), write_vectors(tmp_path / "embed2", other, vector_shards))
+    assert len(dedup.kept_shards(images, *own)) == len(dedup.kept_shards(other, *strange)) == 5
+    for deduplicated, embedded, named in ((own[0], strange[1], "embed2"), (strange[0], own[1], "dedup2")):
+        with pytest.raises(InputError, match=rf"{named}' was made from another ingest.*not stages of one run"):
+            dedup.kept_shards(images, deduplicated, embedded)
+    with pytest.raises(InputError, match="pairs' was made from another ingest"):
+        dedup.run(DedupConfig(), other, pairs, str(tmp_path / "output"), InlineRunner())
+    assert not (tmp_path / "output").exists()
+
+
+# Guards against chains
+
+
+def guarded_case(seed: int) -> tuple[DedupConfig, Nodes, list[Edge], dict[str, np.ndarray]]:
+    """A random case with some of the guards, and the columns of its edges that they look at."""
+    config, nodes, edges = random_case(seed)
+    rng = np.random.default_rng([seed, 1])
+    levels = [0.1, 0.44, 0.59, 0.6, 0.61, 0.63, 0.64, 0.66, 0.67, 0.69, 0.71, 0.74, 0.77, 0.83, 0.9, 1.0]
+    edges = [(a, b, float(np.float32(rng.choice(levels)))) for a, b, _ in edges]
+    changes = {
+        "matches_kept": bool(rng.random() < 0.5),
+        "mutual_neighbors": bool(rng.random() < 0.5),
+        "max_component_size": int(rng.integers(2, 6)) if rng.random() < 0.5 else None,
+        "split_step": float(rng.choice([0.02, 0.05, 0.15])),
+        "holdout_cosine": 0.8 if rng.random() < 0.5 else None,
+    }
+    columns = {
+        "mutual": rng.random(len(edges)) < 0.7,
+        "cosine": rng.choice([0.5, 0.7, 0.8, 0.9], len(edges)).astype(np.float32),
+    }
+    return DedupConfig.model_validate(config.model_dump() | changes), nodes, edges, columns
+
+
+def split(config: DedupConfig, members: set[int], edges: list[Edge], steps: int = 1) -> list[set[int]]:
+    """A component in the parts of at most `max_component_size` that it falls into as the threshold rises."""
+    before = config.threshold + (steps - 1) * config.split_step
+    if config.max_component_size is None or len(members) <= config.max_component_size or before >= 1:
+        return [members]
+    ordered = sorted(members)
+    place = {node: number for number, node in enumerate(ordered)}
+    inner = [(place[a], place[b], value) for a, b, value in edges if a in members and b in members]
+    parts = component_of(len(ordered), inner, min(before + config.split_step, 1.0))
+    unique = {frozenset(ordered[number] for number in part) for part in parts}
+    return [piece for part in unique for piece in split(config, set(part), edges, steps + 1)]
+
+
+def by_the_guarded_rules(
+    config: DedupConfig, nodes: Nodes, edges: list[Edge], columns: dict[str, np.ndarray]
+) -> tuple[list[tuple[str | None, int, float | None]], list[int]]:
+    """Reason, matched node and similarity of every node, and its component: one node after another."""
+    count = len(nodes.image_ids)
+    usable = [e for e, mutual in zip(edges, columns["mutual"], strict=True) if mutual or not config.mutual_neighbors]
+    of_cosine = {frozenset(e[:2]): c for e, c in zip(edges, columns["cosine"], strict=True)}
+    between = {frozenset((a, b)): np.float32(similarity) for a, b, similarity in edges}
+    copies = {frozenset((a, b)): np.float32(s) for a, b, s in usable if np.float32(s) >= np.float32(config.threshold)}
+    wide = component_of(count, usable, config.holdout_threshold)
+    result: list[tuple[str | None, int, float | None]] = [(None, -1, None)] * count
+    for node in range(count):
+        spared = nodes.is_seed[node] and not config.decontaminate_seeds
+        if nodes.is_holdout[node] and not spared:
+            result[node] = ("holdout", node, 1.0)
+        if nodes.is_holdout[node] or spared:
+            continue
+        matches = []
+        for other in np.flatnonzero(nodes.is_holdout).tolist():
+            pair = frozenset((node, other))
+            by_cosine = config.holdout_cosine is not None and of_cosine.get(pair, -2) >= np.float32(
+                config.holdout_cosine
+            )
+            if pair in between and (by_cosine or between[pair] >= np.float32(config.holdout_threshold)):
+                matches.append((-between[pair], other))
+        held_out = [other for other in sorted(wide[node]) if nodes.is_holdout[other]]
+        if matches:
+            result[node] = ("holdout", min(matches)[1], float(-min(matches)[0]))
+        elif config.decontamination == "component" and held_out:
+            result[node] = ("holdout", held_out[0], None)
+    unique = {frozenset(members) for members in component_of(count, usable, config.threshold)}
+    component = list(range(count))
+    for members in (part for whole in unique for part in split(config, set(whole), usable)):
+        for node in members:
+            component[node] = min(members)
+        left = [node for node in members if result[node][1] < 0]
+        left.sort(key=lambda n: (not nodes.is_seed[n], -nodes.pixels[n], -nodes.length[n], n))
+        stays: list[int] = []
+        for node in left:
+            partners = [other for other in stays if frozenset((node, other)) in copies]
+            if config.matches_kept:
+                partners.sort(key=lambda other: -copies[frozenset((node, other))])  # keeps the order of equals
+            keepers = partners if config.matches_kept else stays
+            if not keepers or nodes.is_seed[node]:
+                stays.append(node)
+            else:
+                score = copies.get(frozenset((node, keepers[0])))
+                result[node] = ("near", keepers[0], None if score is None else float(score))
+    return result, component
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_guarded_decisions_follow_the_rules(seed: int, block: None) -> None:
+    config, nodes, edges, columns = guarded_case(seed)
+    decision = decided(config, nodes, edges, **columns)
+    expected, component = by_the_guarded_rules(config, nodes, edges, columns)
+    found = [
+        (reason, int(matched), None if np.isnan(similarity) else float(similarity))
+        for reason, matched, similarity in zip(reasons(decision), decision.matched, decision.similarity, strict=True)
+    ]
+    assert found == expected
+    assert decision.component.tolist() == component
+
+    options = ("mutual_neighbors", "max_component_size", "matches_kept", "holdout_cosine")
+    assert set(decision.guards) == {name for name in options if getattr(config, name) not in (None, False)}
+    order = np.random.default_rng(seed).permutation(len(edges))
+    turned = [(edges[i][1], edges[i][0], edges[i][2]) for i in order.tolist()]
+    again = decided(config, nodes, turned, **{name: column[order] for name, column in columns.items()})
+    for name in ("component", "reason", "matched", "similarity"):
+        np.testing.assert_array_equal(getattr(decision, name), getattr(again, name))
+    assert (again.guards, again.sweep) == (decision.guards, decision.sweep)
+
+
+def chain(count: int, similarity: float = 0.8) -> list[Edge]:
+    return [(number, number + 1, similarity) for number in range(count - 1)]
+
+
+def test_pairs_that_are_not_mutual_join_nothing_but_match_the_holdout() -> None:
+    nodes, edges = nodes_of(5, is_holdout=is_(5, 4)), [*chain(4), (3, 4, 0.5)]
+    mutual = np.array([True, False, True, False])
+    assert kept(decided(DedupConfig(), nodes, edges, mutual=mutual)) == [0]
+    decision = decided(DedupConfig(mutual_neighbors=True), nodes, edges, mutual=mutual)
+    assert kept(decision) == [0, 2]
+    assert decision.component.tolist() == [0, 0, 2, 2, 4]
+    assert reasons(decision)[3] == "holdout"
+    assert decision.guards == {"mutual_neighbors": {"pairs_left_out": 1}}
+    whole = DedupConfig(mutual_neighbors=True, decontamination="component")
+    assert kept(decided(whole, nodes, edges, mutual=mutual)) == [0, 2]
+    assert kept(decided(whole, nodes, edges)) == []
+
+
+def test_large_component_is_split_where_it_is_weakest() -> None:
+    """Two groups of three, joined by a pair of 0.65, inside a chain that a first step does not break."""
+    edges = [(0, 1, 0.9), (1, 2, 0.9), (2, 3, 0.65), (3, 4, 0.7), (4, 5, 0.9)]
+    plain = decided(DedupConfig(), nodes_of(6), edges)
+    assert plain.component.tolist() == [0] * 6 and kept(plain) == [0]
+    config = DedupConfig(max_component_size=3, split_step=0.04)
+    decision = decided(config, nodes_of(6), edges)
+    assert decision.component.tolist() == [0, 0, 0, 3, 3, 3] and kept(decision) == [0, 3]
+    counts = {"components_split": 1, "images_in_them": 6, "components_still_larger": 0}
+    assert decision.guards == {"max_component_size": counts}
+    halves = decided(config, nodes_of(6), [*edges[:2], (2, 3, 0.63), *edges[3:]])
+    assert halves.component.tolist() == [0, 0, 0, 3, 3, 3], "the first step takes no more than it must"
+    # What is small enough after a step is not split by the next one.
+    finer = decided(config.model_copy(update={"max_component_size": 2}), nodes_of(6), edges)
+    assert finer.component.tolist() == [0, 1, 2, 3, 4, 4]
+    assert decided(config.model_copy(update={"max_component_size": 6}), nodes_of(6), edges).guards == {
+        "max_component_size": {"components_split": 0, "images_in_them": 0, "components_still_larger": 0}
+    }
+
+
+def test_component_of_equal_pictures_may_stay_too_large_and_is_reported() -> None:
+    decision = decided(DedupConfig(max_component_size=3), nodes_of(9), [*chain(6, 1.0), (6, 7, 0.7), (7, 8, 0.7)])
+    assert decision.component.tolist() == [0] * 6 + [6] * 3
+    counts = {"components_split": 1, "images_in_them": 6, "components_still_larger": 1}
+    assert decision.guards["max_component_size"] == counts
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 500])
+def test_chain_keeps_every_other_image_when_matches_are_kept(count: int) -> None:
+    """The smallest id goes first, so the rounds in which it is decided are as many as can be."""
+    decision = decided(DedupConfig(matches_kept=True), nodes_of(count), chain(count))
+    assert kept(decision) == list(range(0, count, 2))
+    assert (decision.similarity[1::2] == np.float32(0.8)).all()
+    assert decision.guards == {"matches_kept": {"images_kept": (count + 1) // 2 - 1}}
+
+
+def test_holdout_matches_by_cosine_what_a_look_at_the_picture_does_not() -> None:
+    nodes, edges = nodes_of(4, is_holdout=is_(4, 0)), [(0, 1, 0.1), (0, 2, 0.1), (0, 3, 0.7)]
+    cosine = np.array([0.79, 0.8, 0.9])
+    assert kept(decided(DedupConfig(), nodes, edges, cosine=cosine)) == [1, 2]
+    decision = decided(DedupConfig(holdout_cosine=0.8), nodes, edges, cosine=cosine)
+    assert kept(decision) == [1]
+    assert decision.similarity[2] == np.float32(0.1) and decision.matched[2] == 0
+    assert decision.guards == {"holdout_cosine": {"images_taken": 1}}
+
+
+def test_families_are_counted_among_the_pairs_that_would_join() -> None:
+    edges = [(0, 1, 0.8), (0, 2, 0.8), (1, 2, 0.79), (3, 4, 0.8), (5, 6, 0.5), (5, 7, 0.5), (6, 7, 0.5)]
+    config = DedupConfig(families=FamilyConfig())
+    decision = decided(config, nodes_of(8), edges, differs_locally=[True] * 7)
+    assert decision.guards == {"families": {"pairs_left_out": 3}}
+    assert kept(decision) == [0, 1, 2, 3, 5, 6, 7]
+
+
+# What the manifest says
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_sweep_says_what_joining_at_each_threshold_would_do(seed: int, block: None) -> None:
+    config, nodes, edges, columns = guarded_case(seed)
+    usable = [e for e, mutual in zip(edges, columns["mutual"], strict=True) if mutual or not config.mutual_neighbors]
+    sweep = decided(config, nodes, edges, **columns).sweep
+    assert {config.threshold, config.holdout_threshold} <= {row["threshold"] for row in sweep}
+    for row in sweep:
+        level = float(row["threshold"])
+        parts = {frozenset(part) for part in component_of(len(nodes.image_ids), usable, level)}
+        assert row == {
+            "threshold": level,
+            "pairs": sum(np.float32(value) >= np.float32(level) for *_, value in usable),
+            "components_of_two_or_more": sum(len(part) > 1 for part in parts),
+            "dropped": sum(len(part) - max(1, int(nodes.is_seed[list(part)].sum())) for part in parts),
+            "largest_component": max(len(part) for part in parts),
+        }
+
+
+def test_sweep_goes_from_what_was_written_to_one_by_the_thresholds() -> None:
+    config = DedupConfig(threshold=0.67, holdout_threshold=0.4)
+    steps = [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.67, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
+    assert dedup.sweep_thresholds(config, 0.3) == steps
+    assert dedup.sweep_thresholds(config, 0.62) == [0.6, *steps[7:]]
+    assert dedup.sweep_thresholds(DedupConfig(threshold=1, holdout_threshold=1), 1.0) == [0.95]
+    assert dedup.sweep_thresholds(config, -1.0)[0] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_largest_components_and_sizes_over_blocks(tmp_path: Path, seed: int, block: None) -> None:
+    groups = [3, 2, 5, 2, 3, *[2] * 25, 1]
+    images = write_ingest(tmp_path / "ingest", [[image_row(id_of(n), "web", "pool") for n in range(sum(groups))]])
+    starts = np.cumsum([0, *groups[:-1]]).tolist()
+    pairs = [
+        (id_of(start + n), id_of(start + n + 1), 0.9)
+        for start, size in zip(starts, groups, strict=True)
+        for n in range(size - 1)
+    ]
+    copies = write_pairs(tmp_path / "pairs", images, [pairs])
+    manifest = dedup.run(DedupConfig(), images, copies, str(tmp_path / "dedup"), InlineRunner())
+    by_size = sorted(zip(groups, starts, strict=True), key=lambda item: (-item[0], item[1]))[:20]
+    assert manifest.facts["largest_components"] == [[id_of(start), size] for size, start in by_size]
+    assert manifest.facts["component_sizes"] == {"2": 27, "3": 2, "5": 1}
+    assert manifest.facts["components_of_two_or_more"] == 30
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_and_buckets_of_any_size_give_the_same_bytes(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, images, pairs = random_run(tmp_path, seed)
+    config = guarded_case(seed)[0]
+    written = []
+    for block_size, rows_per_bucket in ((scratch.BLOCK, 1 << 20), (1, 1), (7, 3)):
+        monkeypatch.setattr(scratch, "BLOCK", block_size)
+        monkeypatch.setattr(duplicate_graph, "ROWS_PER_BUCKET", rows_per_bucket)
+        output = str(tmp_path / f"dedup-{block_size}")
+        dedup.run(config, images, pairs, output, InlineRunner())
+        written.append(bytes_in(output))
+    assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize("num_done", [0, 2, 5])
+def test_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, num_done: int) -> None:
+    """As a kill leaves it: some shards marked done, and no manifest; also when only the manifest is missing."""
+    images, pairs = small_run(tmp_path)
+    straight, output = str(tmp_path / "straight"), str(tmp_path / "dedup")
+    manifest = dedup.run(DedupConfig(), images, pairs, straight, InlineRunner())
+    storage.start_or_resume(output, manifest.plan, replace=False)
+    for record in manifest.shards[:num_done]:
+        for file in record.files:
+            storage.write_bytes(f"{output}/{file.name}", storage.read_bytes(f"{straight}/{file.name}"))
+        storage.mark_shard_done(output, record)
+    assert dedup.run(DedupConfig(), images, pairs, output, InlineRunner()) == manifest
+    assert bytes_in(output) == bytes_in(straight)
+
+
+def test_ingest_without_images_is_refused(tmp_path: Path) -> None:
+    images = write_ingest(tmp_path / "ingest", [[], []])
+    with pytest.raises(InputError, match="holds no accepted image"):
+        dedup.run(DedupConfig(), images, write_pairs(tmp_path / "pairs", images, [[]]), "dedup", InlineRunner())
+
+
+MEASURE = """
+import sys, threading, time
+from curation import dedup, duplicate_graph, scratch
+from curation.runner import InlineRunner
+
+scratch.BLOCK = duplicate_graph.ROWS_PER_BUCKET = 5_000
+most, done = 0, False
+
+def watch():
+    global most
+    while not done:
+        (line,) = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+        most = max(most, int(line.split()[1]))
+        time.sleep(0.002)
+
+thread = threading.Thread(target=watch)
+thread.start()
+config = dedup.DedupConfig(matches_kept=True, max_component_size=50, families=dedup.FamilyConfig())
+dedup.run(config, sys.argv[1] + "/ingest", sys.argv[1] + "/pairs", sys.argv[1] + "/dedup", InlineRunner())
+done = True
+thread.join()
+print(most)
+"""
+
+
+def test_memory_does_not_grow_with_images_and_pairs(tmp_path: Path) -> None:
+    """What a process holds beyond its files, with one and with five times as many images, pairs and shards."""
+    kilobytes = []
+    for num_shards in (2, 10):
+        rng = np.random.default_rng(num_shards)
+        folder, count = tmp_path / str(num_shards), 5_000
+        ids = np.array([rng.bytes(16).hex() for _ in range(count * num_shards)])
+        tables = [
+            pa.table(
+                {
+                    name: part
+                    if name == "image_id"
+                    else pa.array(["pool"] * count if field.type == pa.string() else np.full(count, 9), field.type)
+                    for name, field in zip(records.IMAGES.names, records.IMAGES, strict=True)
+                },
+                schema=records.IMAGES,
+            )
+            for part in np.split(ids, num_shards)
+        ]
+        images = write_stage(
+            folder / "ingest", [{"images": table} for table in tables], totals=[{"accepted": count}] * num_shards
         )
-        config = DedupConfig(threshold=0.7, holdout_threshold=0.7, matches_kept=True)
-        decision = dedup.decide(config, nodes, first, second, similarity)
-        plain = dedup.decide(config.model_copy(update={"matches_kept": False}), nodes, first, second, similarity)
-        assert (decision.component == plain.component).all()
-        edges = {frozenset(pair): value for pair, value in zip(ends.tolist(), similarity, strict=True)}
-        kept = decision.matched < 0
-        assert kept[nodes.is_seed].all() and kept.sum() >= (plain.matched < 0).sum()
-        for node in np.flatnonzero(~kept):
-            partner = int(decision.matched[node])
-            assert kept[partner] and decision.similarity[node] == edges[frozenset((int(node), partner))]
-        for one, other in ends.tolist():
-            assert not (kept[one] and kept[other]) or nodes.is_seed[one] or nodes.is_seed[other]
+        ends = np.sort(ids[rng.integers(0, len(ids), (2, len(ids)))], axis=0)
+        pairs = pa.table(
+            {
+                "image_id": ends[0],
+                "other_image_id": ends[1],
+                "similarity": rng.random(len(ids), np.float32),
+                "differs_locally": rng.random(len(ids)) < 0.3,
+                "cosine": rng.random(len(ids), np.float32),
+                "mutual": rng.random(len(ids)) < 0.5,
+            },
+            schema=records.PAIRS,
+        )
+        hashes = {"images": storage.require_manifest(images).content_hash}
+        shards = [{"pairs": pairs.slice(start, count)} for start in range(0, len(ids), count)]
+        write_stage(folder / "pairs", shards, config={"min_similarity": 0.0}, inputs=hashes)
+        command = [sys.executable, "-c", MEASURE, str(folder)]
+        kilobytes.append(int(subprocess.run(command, capture_output=True, check=True, cwd=ROOT).stdout))
+    # 40,000 images and pairs more take 9 MB in the arrays alone, and some 30 MB as Python objects.
+    assert kilobytes[1] < kilobytes[0] + 5_000

@@ -1,12 +1,25 @@
 """Connected components: equal to scipy's, whatever the order of the edges."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.sparse import coo_matrix, csgraph
 
-from curation.graph import component_sizes, connected_components, family_edges
+from curation import scratch
+from curation.graph import component_sizes, connected_components, family_edges, flatten, join, node_type, separate
 
 EMPTY = np.empty(0, np.int64)
+MARGINS = {"sure": 0.9, "margin": 0.1, "local_margin": 0.05}
+
+
+@pytest.fixture(params=[1, 3, 64, scratch.BLOCK])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs a test with blocks of several sizes: of one edge, and of more than all."""
+    monkeypatch.setattr(scratch, "BLOCK", request.param)
+    return int(request.param)
 
 
 def by_scipy(num_nodes: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -18,22 +31,32 @@ def by_scipy(num_nodes: int, first: np.ndarray, second: np.ndarray) -> np.ndarra
     return smallest[labels]
 
 
+def components(num_nodes: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return connected_components(num_nodes, [(np.asarray(first), np.asarray(second))])
+
+
 def check(num_nodes: int, first: np.ndarray, second: np.ndarray) -> None:
-    found = connected_components(num_nodes, first, second)
-    assert found.dtype == np.int64
+    found = components(num_nodes, first, second)
+    assert found.dtype == np.int32
     np.testing.assert_array_equal(found, by_scipy(num_nodes, first, second))
 
 
-def test_no_nodes_no_edges_one_node() -> None:
-    assert connected_components(0, EMPTY, EMPTY).shape == (0,)
+def test_no_nodes_no_edges_one_node(block: int) -> None:
+    assert connected_components(0, []).shape == (0,)
+    assert components(0, EMPTY, EMPTY).shape == (0,)
     assert component_sizes(EMPTY).shape == (0,)
-    assert connected_components(3, EMPTY, EMPTY).tolist() == [0, 1, 2]
-    assert connected_components(3, np.array([]), np.array([])).tolist() == [0, 1, 2]
-    assert connected_components(1, np.array([0]), np.array([0])).tolist() == [0]
+    assert components(3, EMPTY, EMPTY).tolist() == connected_components(3, []).tolist() == [0, 1, 2]
+    assert components(3, np.array([]), np.array([])).tolist() == [0, 1, 2]
+    assert components(1, np.array([0]), np.array([0])).tolist() == [0]
+
+
+def test_nodes_take_eight_bytes_only_where_they_must() -> None:
+    assert node_type(2**31 - 1) is np.int32
+    assert node_type(2**31) is np.int64
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_graphs(seed: int) -> None:
+def test_random_graphs(seed: int, block: int) -> None:
     rng = np.random.default_rng(seed)
     num_nodes = int(rng.integers(1, 300))
     num_edges = int(rng.integers(0, 2 * num_nodes))  # around one edge a node, where components grow large
@@ -60,38 +83,106 @@ def test_chains_stars_cliques_and_trees_under_any_numbering(seed: int) -> None:
 def test_order_direction_and_repetition_of_edges_change_nothing(seed: int) -> None:
     rng = np.random.default_rng(seed)
     edges = rng.integers(0, 80, (2, 60))
-    expected = connected_components(80, *edges)
+    expected = components(80, *edges)
     shuffled = edges[:, rng.permutation(60)]
     turned = np.where(rng.random(60) < 0.5, shuffled, shuffled[::-1])
     repeated = np.concatenate([turned, turned[::-1], np.tile(np.arange(80), (2, 1))], axis=1)
     for other in (shuffled, turned, repeated, repeated.astype(np.int32)):
-        np.testing.assert_array_equal(connected_components(80, *other), expected)
+        np.testing.assert_array_equal(components(80, *other), expected)
 
 
 def test_arguments_stay_as_they_were() -> None:
     first, second = np.array([3, 1]), np.array([1, 0])
-    connected_components(4, first, second)
+    components(4, first, second)
     assert first.tolist() == [3, 1] and second.tolist() == [1, 0]
 
 
 def test_long_chain_takes_few_rounds() -> None:
     """A chain of 200,000 in random order: what takes a round per link would not end."""
     order = np.random.default_rng(0).permutation(200_000)
-    assert not connected_components(200_000, order[:-1], order[1:]).any()
+    assert not components(200_000, order[:-1], order[1:]).any()
+
+
+def test_star_whose_rays_come_in_order_takes_few_rounds() -> None:
+    """The middle has the largest number: what hooks it under one ray a round would not end."""
+    rays = np.arange(200_000)
+    assert not components(200_001, rays, np.full(200_000, 200_000)).any()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_edges_may_come_in_blocks_of_any_size_and_the_result_lie_on_disk(seed: int, block: int) -> None:
+    rng = np.random.default_rng(seed)
+    first, second = rng.integers(0, 120, (2, 100))
+    expected = by_scipy(120, first, second)
+    cuts = np.sort(rng.integers(0, 100, 7))
+    pieces = list(zip(np.split(first, cuts), np.split(second, cuts), strict=True))
+    for order in (pieces, pieces[::-1], [(a[i : i + 1], b[i : i + 1]) for a, b in pieces for i in range(len(a))]):
+        parent = scratch.on_disk(120, np.int64, fill=7)
+        assert connected_components(120, iter(order), parent=parent) is parent
+        np.testing.assert_array_equal(parent, expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_joining_goes_on_from_a_flat_forest(seed: int, block: int) -> None:
+    rng = np.random.default_rng(seed)
+    edges = rng.integers(0, 60, (2, 50))
+    parent = np.empty(60, np.int32)
+    separate(parent)
+    for stop in range(0, 51, 10):
+        join(parent, *edges[:, max(stop - 10, 0) : stop])
+        assert (parent <= np.arange(60)).all(), "a tree's root is its smallest node"
+        np.testing.assert_array_equal(flatten(parent), by_scipy(60, *edges[:, :stop]))
+
+
+MEASURE = """
+import sys
+import numpy as np
+from curation.graph import connected_components
+from curation.scratch import on_disk
+
+num_edges = int(sys.argv[1])
+
+def anonymous():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    return int(line.split()[1])
+
+most = 0
+
+def edges():
+    global most
+    for start in range(0, num_edges, 500_000):
+        rng = np.random.default_rng(start)
+        yield rng.integers(0, num_edges, (2, 500_000), dtype=np.int32)
+        most = max(most, anonymous())
+
+parent = connected_components(num_edges, edges(), parent=on_disk(num_edges, np.int32))
+print(max(most, anonymous()))
+"""
+
+
+def test_memory_does_not_grow_with_nodes_and_edges() -> None:
+    """What a process holds beyond its files, with 1 million nodes and edges and with 6."""
+    root = str(Path(__file__).parents[2])
+    kilobytes = [
+        int(subprocess.run([sys.executable, "-c", MEASURE, str(n)], capture_output=True, check=True, cwd=root).stdout)
+        for n in (1_000_000, 6_000_000)
+    ]
+    # 5 million nodes more would be 20 MB as int32, 40 MB as int64; their edges 40 MB or 80 MB.
+    assert kilobytes[1] < kilobytes[0] + 15_000
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_sizes_count_each_component(seed: int) -> None:
+def test_sizes_count_each_component(seed: int, block: int) -> None:
     rng = np.random.default_rng(seed)
-    component = connected_components(50, *rng.integers(0, 50, (2, 30)))
+    component = components(50, *rng.integers(0, 50, (2, 30)))
     sizes = component_sizes(component)
-    assert sizes.tolist() == [int((component == own).sum()) for own in component]
+    assert sizes[component].tolist() == [int((component == own).sum()) for own in component]
+    assert sizes.sum() == 50 and not sizes[component != np.arange(50)].any()
 
 
 def family(edges: list[tuple[int, int, float, bool]]) -> list[bool]:
     first, second, similarity, local = (np.array(column) for column in zip(*edges, strict=True))
-    marked = family_edges(first, second, similarity, local.astype(bool), sure=0.9, margin=0.1, local_margin=0.05)
-    return marked.tolist()
+    return family_edges(10, first, second, similarity, local.astype(bool), **MARGINS).tolist()
 
 
 def test_lone_pair_with_an_overlay_is_of_copies() -> None:
@@ -114,7 +205,33 @@ def test_pair_without_a_local_difference_needs_rivals_at_both_ends() -> None:
 
 
 def test_no_edges_have_no_family() -> None:
-    empty = np.array([], np.int64)
     nothing = np.array([], bool)
-    marked = family_edges(empty, empty, empty.astype(float), nothing, sure=0.9, margin=0.1, local_margin=0.1)
-    assert len(marked) == 0
+    for num_nodes in (0, 3):
+        assert len(family_edges(num_nodes, EMPTY, EMPTY, EMPTY.astype(float), nothing, **MARGINS)) == 0
+
+
+def has_rival(node: int, partner: int, least: float, same: np.ndarray, edges: list[tuple[int, int, float]]) -> bool:
+    others = [(b if a == node else a, value) for a, b, value in edges if node in (a, b)]
+    return any(value >= least and same[third] not in (same[node], same[partner]) for third, value in others)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_families_follow_the_rule(seed: int, block: int) -> None:
+    """Against a plain reading of the docstring, edge by edge, with many equal similarities."""
+    rng = np.random.default_rng(seed)
+    pairs = np.array([(a, b) for a in range(14) for b in range(a) if rng.random() < 0.35]).reshape(-1, 2)
+    first, second = pairs.T
+    similarity = rng.choice([0.6, 0.66, 0.7, 0.76, 0.8, 0.92], len(pairs)).astype(np.float32)
+    local = rng.random(len(pairs)) < 0.4
+    is_sure = (similarity >= 0.9) & ~local
+    same = by_scipy(14, first[is_sure], second[is_sure])
+    edges = list(zip(first.tolist(), second.tolist(), similarity.tolist(), strict=True))
+    expected = []
+    for (one, other, value), differs, sure in zip(edges, local.tolist(), is_sure.tolist(), strict=True):
+        least = value - (0.05 if differs else 0.1)
+        rivals = [has_rival(one, other, least, same, edges), has_rival(other, one, least, same, edges)]
+        expected.append(not sure and (any(rivals) if differs else all(rivals)))
+    assert family_edges(14, first, second, similarity, local, **MARGINS).tolist() == expected
+    order = rng.permutation(len(pairs))
+    shuffled = family_edges(14, second[order], first[order], similarity[order], local[order], **MARGINS)
+    assert shuffled.tolist() == np.array(expected)[order].tolist()

@@ -1,5 +1,7 @@
 """Packing: every sample with its own bytes and its reasons, weights that sum up, an account that agrees."""
 
+import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -8,17 +10,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
-from curation import cluster, dedup, pack, records, retrieve, sources, storage
+from curation import cluster, command, dedup, pack, records, retrieve, sources, storage
 from curation.balance import dataset_weights
-from curation.cluster import ClusterConfig
+from curation.cluster import ClusterConfig, LevelConfig
 from curation.corpus import Sample, read_tar, write_tar
 from curation.dedup import DedupConfig
-from curation.errors import InputError, OutputMismatchError
+from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.hashing import image_id
 from curation.images import EXTENSION_OF_FORMAT
-from curation.pack import PackConfig, plan_entries
+from curation.pack import MixConfig, PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
 from curation.runner import InlineRunner, Shard
 from curation.sources import SourceConfig
@@ -38,11 +41,12 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 def retrieved_table(rows: Sequence[tuple[str, str, str | int, int]]) -> pa.Table:
-    """Rows of (image_id, dataset, seed image or cluster, rank)."""
+    """Rows of (image_id, dataset, seed image or cluster, rank); without a dataset they were drawn by clustering."""
     return pa.Table.from_pylist(
         [
             {"image_id": image, "seed_source": source, "rank": rank, "similarity": 0.5}
             | (dict(mode="sample", seed_image_id=by) if isinstance(by, str) else dict(mode="cluster", cluster_id=by))
+            | ({} if source else dict(mode="balanced", seed_source=None))
             for image, source, by, rank in rows
         ],
         schema=records.RETRIEVED,
@@ -52,8 +56,8 @@ def retrieved_table(rows: Sequence[tuple[str, str, str | int, int]]) -> pa.Table
 # Planning
 
 
-KEPT = {
-    name: image_row(name, source, role)
+KEPT = [
+    image_row(name, source, role)
     for name, source, role in [
         ("s1", "a", "seed"),
         ("s2", "a", "seed"),
@@ -62,92 +66,277 @@ KEPT = {
         ("p2", "web", "pool"),
         ("p3", "web", "pool"),
     ]
-}
+]
 DATASETS = (DatasetConfig(name="a", as_is=True), DatasetConfig(name="b"))
 FOUND = retrieved_table(
     [("p1", "a", "s1", 0), ("p2", "a", "s1", 1), ("p1", "a", "s2", 0), ("p1", "b", 7, 0), ("p2", "b", 7, 1)]
 )
+DRAWN = retrieved_table([("p2", "", 4, 0), ("p3", "", 5, 0)])
 
 
-def test_each_image_is_packed_once_with_all_its_reasons() -> None:
-    entries = {entry.key: entry for entry in plan_entries(PackConfig(), DATASETS, KEPT, FOUND)}
-    assert {key: entry.reasons for key, entry in entries.items()} == {
-        "s1": ("as_is:a",),
-        "s2": ("as_is:a",),
-        "p1": ("sample:a:s1:0", "sample:a:s2:0", "cluster:b:7"),
-        "p2": ("sample:a:s1:1", "cluster:b:7"),
+class Plan:
+    """What pack plans over stages of the given rows, cut into several files each."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: PackConfig,
+        datasets: Sequence[DatasetConfig],
+        kept: Sequence[dict[str, Any]],
+        found: pa.Table,
+        num_shards: int = 2,
+        max_files: int = pack.MAX_PLAN_FILES,
+    ) -> None:
+        for name in ("ingest", "dedup", "retrieve", "plan"):
+            storage.delete(str(folder / name))
+        images = write_ingest(folder / "ingest", [kept[n::num_shards] for n in range(num_shards)])
+        stages = (images, write_dedup(folder / "dedup", images))
+        cuts = [found.num_rows * n // num_shards for n in range(num_shards + 1)]
+        parts = [found[start:stop] for start, stop in itertools.pairwise(cuts)]
+        retrieved = write_stage(folder / "retrieve", [{"retrieved": part} for part in parts])
+        self.selection = pack.select(datasets, *stages, retrieved)
+        self.weight, self.mass = pack.weigh(config, self.selection)
+        self.tars = pack.plan_tars(config, self.selection, max_files)
+        pack.write_plan(config, self.selection, self.weight, self.tars, *stages, retrieved, str(folder / "plan"))
+        self.num_files = len(storage.list_names(str(folder / "plan"))) // 2
+        self.rows: list[dict[str, Any]] = [
+            row for tar in self.tars for row in pack.read_plan(str(folder / "plan"), tar).to_pylist()
+        ]
+
+    @property
+    def by_key(self) -> dict[str, dict[str, Any]]:
+        return {row["key"]: row for row in self.rows}
+
+    def column(self, name: str) -> dict[str, Any]:
+        return {row["key"]: row[name] for row in self.rows}
+
+
+def test_each_image_is_packed_once_with_all_its_reasons(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, PackConfig(images_per_shard=3), DATASETS, KEPT, FOUND)
+    assert plan.column("reasons") == {
+        "s1": ["as_is:a"],
+        "s2": ["as_is:a"],
+        "p1": ["sample:a:s1:0", "sample:a:s2:0", "cluster:b:7"],
+        "p2": ["sample:a:s1:1", "cluster:b:7"],
     }
-    assert all(entry.image == KEPT[key] for key, entry in entries.items())
     # Four rows of a and two of b: an image that both brought counts for both.
-    assert {key: entry.weight for key, entry in entries.items()} == {"s1": 1.0, "s2": 1.0, "p1": 2.0, "p2": 2.0}
+    assert plan.column("weight") == {"s1": 1.0, "s2": 1.0, "p1": 2.0, "p2": 2.0}
+    by_id = {row["image_id"]: row for row in KEPT}
+    for key, row in plan.by_key.items():
+        assert {name: row[name] for name in row if name in by_id[key]}.items() <= by_id[key].items()
+    assert [row["position"] for row in plan.rows] == list(range(4))
 
 
-def test_with_repeats_each_reason_is_a_sample() -> None:
-    entries = plan_entries(PackConfig(repeats=True), DATASETS, KEPT, FOUND)
-    assert {entry.key: entry.reasons for entry in entries} == {
-        "s1": ("as_is:a",),
-        "s2": ("as_is:a",),
-        "p1": ("sample:a:s1:0",),
-        "p1_1": ("sample:a:s2:0",),
-        "p1_2": ("cluster:b:7",),
-        "p2": ("sample:a:s1:1",),
-        "p2_1": ("cluster:b:7",),
+def test_with_repeats_each_reason_is_a_sample(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, PackConfig(repeats=True), DATASETS, KEPT, FOUND)
+    assert plan.column("reasons") == {
+        "s1": ["as_is:a"],
+        "s2": ["as_is:a"],
+        "p1": ["sample:a:s1:0"],
+        "p1_1": ["sample:a:s2:0"],
+        "p1_2": ["cluster:b:7"],
+        "p2": ["sample:a:s1:1"],
+        "p2_1": ["cluster:b:7"],
     }
-    assert {entry.weight for entry in entries} == {1.0}
-    assert all(entry.image["image_id"] == entry.key.partition("_")[0] for entry in entries)
+    assert set(plan.column("weight").values()) == {1.0}
+    assert all(row["image_id"] == row["key"].partition("_")[0] for row in plan.rows)
 
 
-def random_plan(seed: int) -> tuple[tuple[DatasetConfig, ...], dict[str, dict[str, Any]], pa.Table]:
+def test_what_was_drawn_by_clustering_says_so_and_weighs_what_its_rows_weigh(tmp_path: Path) -> None:
+    found = pa.concat_tables([FOUND, DRAWN])
+    plan = Plan(tmp_path, PackConfig(temperature=0.0), DATASETS, KEPT, found)
+    assert plan.by_key["p3"]["reasons"] == ["balanced:5"]
+    assert plan.by_key["p2"]["reasons"] == ["sample:a:s1:1", "cluster:b:7", "balanced:4"]
+    # Six rows of datasets, half of them for each of the two; two drawn rows.
+    weight = plan.column("weight")
+    assert weight == pytest.approx({"s1": 3 / 4, "s2": 3 / 4, "p1": 3 / 4 + 3 / 2, "p2": 3 / 4 + 3 / 2 + 1, "p3": 1})
+
+
+def random_plan(seed: int) -> tuple[tuple[DatasetConfig, ...], list[dict[str, Any]], pa.Table]:
     rng = np.random.default_rng(seed)
     names = ["a", "b", "c"]
-    kept = {f"s{n}": image_row(f"s{n}", str(rng.choice(names)), "seed") for n in range(15)}
-    kept |= {f"p{n}": image_row(f"p{n}", "web", "pool") for n in range(30)}
+    kept = [image_row(f"s{n}", str(rng.choice(names)), "seed") for n in range(15)]
+    kept += [image_row(f"p{n}", "web", "pool") for n in range(30)]
     rows: list[tuple[str, str, str | int, int]] = []
     for name in names[:2]:
         rows += [(f"p{n}", name, f"s{rng.integers(15)}", int(rng.integers(4))) for n in rng.integers(0, 30, 25)]
     rows += [(f"p{n}", "c", int(rng.integers(5)), 0) for n in rng.permutation(30)[:8]]
-    datasets = tuple(DatasetConfig(name=name, as_is=bool(rng.random() < 0.5)) for name in names)
+    rows += [(f"p{n}", "", int(rng.integers(5)), 0) for n in rng.permutation(30)[:12]]
+    datasets = tuple(DatasetConfig(name=name, as_is=name == "a" or bool(rng.random() < 0.5)) for name in names)
     return datasets, kept, retrieved_table(rows)
 
 
+def brought_by(row: dict[str, Any]) -> set[tuple[str, str]]:
+    """The parts and datasets that brought a sample, from its reasons."""
+    part = {"as_is": "seeds", "sample": "retrieval", "cluster": "retrieval", "balanced": "clustering"}
+    split = [reason.split(":") for reason in row["reasons"]]
+    return {(part[words[0]], "" if words[0] == "balanced" else words[1]) for words in split}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("seed", range(8))
-def test_weight_of_a_dataset_goes_as_its_rows_to_the_power(seed: int, temperature: float) -> None:
-    datasets, kept, found = random_plan(seed)
-    entries = plan_entries(PackConfig(temperature=temperature), datasets, kept, found)
-    brought = {entry.key: {reason.split(":")[1] for reason in entry.reasons} for entry in entries}
-    rows = Counter(name for names in brought.values() for name in names)
-    each = dataset_weights(rows, temperature)
-    for entry in entries:
-        assert entry.weight == pytest.approx(sum(each[name] for name in brought[entry.key]))
-    assert sum(entry.weight for entry in entries) == pytest.approx(sum(rows.values()))
+@pytest.mark.parametrize("seed", range(3))
+def test_weight_of_a_dataset_goes_as_its_rows_to_the_power(tmp_path: Path, seed: int, temperature: float) -> None:
+    plan = Plan(tmp_path, PackConfig(temperature=temperature), *random_plan(seed))
+    rows = Counter(name for row in plan.rows for part, name in brought_by(row) if part != "clustering")
+    each = {**dataset_weights(rows, temperature), "": 1.0}
+    for row in plan.rows:
+        assert row["weight"] == pytest.approx(sum(each[name] for _, name in brought_by(row)))
+    num_drawn = sum(("clustering", "") in brought_by(row) for row in plan.rows)
+    assert sum(row["weight"] for row in plan.rows) == pytest.approx(sum(rows.values()) + num_drawn)
 
 
 @pytest.mark.parametrize("repeats", [False, True])
-@pytest.mark.parametrize("seed", range(8))
-def test_every_reason_is_packed_once_in_an_order_of_the_seed(seed: int, repeats: bool) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_shares_of_datasets_are_as_stated(tmp_path: Path, seed: int, repeats: bool) -> None:
+    stated = {"a": 5.0, "b": 0.5, "c": 2.5}
     datasets, kept, found = random_plan(seed)
-    config = PackConfig(repeats=repeats, seed=seed)
-    entries = plan_entries(config, datasets, kept, found)
+    found = found.filter(pc.is_valid(found["seed_source"]))
+    plan = Plan(tmp_path, PackConfig(dataset_weights=stated, repeats=repeats), datasets, kept, found)
+    mass = dict.fromkeys(stated, 0.0)
+    for (_, name), value in zip(plan.selection.bringers, plan.mass.tolist(), strict=True):
+        mass[name or "a"] += value
+    total = sum(plan.column("weight").values())
+    assert mass == pytest.approx({name: share / 8 * total for name, share in stated.items()}, rel=1e-12)
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+@pytest.mark.parametrize("seed", range(2))
+def test_shares_of_the_parts_are_as_stated(tmp_path: Path, seed: int, temperature: float, repeats: bool) -> None:
+    mix = MixConfig(seeds=1.0, retrieval=6.0, clustering=3.0)
+    plain = Plan(tmp_path, PackConfig(temperature=temperature, repeats=repeats), *random_plan(seed))
+    mixed = Plan(tmp_path, PackConfig(temperature=temperature, repeats=repeats, mix=mix), *random_plan(seed))
+    total = sum(mixed.column("weight").values())
+    assert total == pytest.approx(sum(plain.column("weight").values()), rel=1e-12)
+    # What a sample weighs, from its reasons: the plain weight of a dataset's rows, scaled to its part's share.
+    rows = Counter(way for row in mixed.rows for way in brought_by(row))
+    by_dataset = Counter(name for row in mixed.rows for part, name in brought_by(row) if part != "clustering")
+    each = {**({} if repeats else dataset_weights(by_dataset, temperature)), "": 1.0}
+    mass = Counter({part: 0.0 for part, _ in rows})  # type: ignore[var-annotated]
+    for (part, name), count in rows.items():
+        mass[part] += count * each.get(name, 1.0)
+    share = {"seeds": 0.1, "retrieval": 0.6, "clustering": 0.3}
+    for row in mixed.rows:
+        expected = sum(each.get(name, 1.0) * share[part] * total / mass[part] for part, name in brought_by(row))
+        assert row["weight"] == pytest.approx(expected, rel=1e-12)
+    of_part = np.bincount([pack.PARTS.index(part) for part, _ in mixed.selection.bringers], mixed.mass)
+    np.testing.assert_allclose(of_part / total, [0.1, 0.6, 0.3], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"mix": MixConfig(seeds=1, retrieval=1, clustering=1)}, r"pack\.mix gives 'clustering' a weight of 1, but no"),
+        ({"mix": MixConfig(retrieval=1)}, r"pack\.mix gives 'seeds' no weight, but 2 rows came that way"),
+        ({"dataset_weights": {"a": 1.0}}, r"pack\.dataset_weights does not name 'b', which brings images"),
+        (
+            {"dataset_weights": {"a": 1.0, "b": 1.0, "c": 1.0}},
+            r"pack\.dataset_weights names 'c'; the datasets are a, b",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_what_there_is_are_refused(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Plan(tmp_path, PackConfig(**config), DATASETS, KEPT, FOUND)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"mix": MixConfig()}, "mix gives no part a weight"),
+        ({"dataset_weights": {"a": 1.0}, "temperature": 0.5}, "leave one out"),
+        ({"dataset_weights": {"a": 0.0}}, "greater than 0"),
+    ],
+)
+def test_weights_that_say_nothing_or_two_things_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PackConfig(**config)
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_reason_is_packed_once_in_an_order_of_the_seed(tmp_path: Path, seed: int, repeats: bool) -> None:
+    datasets, kept, found = random_plan(seed)
+    config = PackConfig(repeats=repeats, seed=seed, images_per_shard=4)
+    plan = Plan(tmp_path, config, datasets, kept, found)
     as_is = {dataset.name for dataset in datasets if dataset.as_is}
-    num_seeds = sum(row["role"] == "seed" and row["source"] in as_is for row in kept.values())
-    assert sum(len(entry.reasons) for entry in entries) == found.num_rows + num_seeds
-    assert len({entry.key for entry in entries}) == len(entries)
-    assert plan_entries(config, datasets, kept, found) == entries
-    other = plan_entries(config.model_copy(update={"seed": seed + 1}), datasets, kept, found)
-    assert other != entries and sorted(other, key=lambda e: e.key) == sorted(entries, key=lambda e: e.key)
-    shuffled = found.take(np.random.default_rng(seed).permutation(found.num_rows))
-    assert [e.key for e in plan_entries(config, datasets, kept, shuffled)] == [e.key for e in entries]
+    num_seeds = sum(row["role"] == "seed" and row["source"] in as_is for row in kept)
+    assert sum(len(row["reasons"]) for row in plan.rows) == found.num_rows + num_seeds
+    keys = list(plan.by_key)
+    assert len(keys) == len(plan.rows) == pack.num_samples(config, plan.selection)
+    assert keys == sorted(keys, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    assert Plan(tmp_path, config, datasets, kept, found, num_shards=5).rows == plan.rows
+    other = Plan(tmp_path, config.model_copy(update={"seed": seed + 1}), datasets, kept, found)
+    assert list(other.by_key) != keys and other.column("reasons") == plan.column("reasons")
+    mixed_up = found.take(np.random.default_rng(seed).permutation(found.num_rows))
+    assert list(Plan(tmp_path, config, datasets, kept, mixed_up).by_key) == keys
 
 
-def test_retrieved_image_that_was_not_kept_is_refused() -> None:
+@pytest.mark.parametrize("repeats", [False, True])
+def test_number_of_files_changes_nothing(tmp_path: Path, repeats: bool) -> None:
+    config = PackConfig(repeats=repeats, images_per_shard=3)
+    plan = Plan(tmp_path, config, *random_plan(0))
+    assert plan.num_files == len(plan.tars) > 10
+    fewer = Plan(tmp_path, config, *random_plan(0), num_shards=7, max_files=4)
+    assert fewer.num_files <= 4 and fewer.rows == plan.rows
+
+
+def test_rows_are_dealt_out_in_the_order_in_which_they_came(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    position = rng.integers(0, 1000, 3 * pack.DEALT_ROWS)
+    table = pa.table({"position": position, "reason": np.arange(len(position)).astype(str)}, records.PLANNED_REASONS)
+    starts = [0, 100, 250, 251]
+    with pack.dealing(f"{tmp_path}/reasons", records.PLANNED_REASONS, starts) as deal:
+        for start in range(0, len(position), 60_000):
+            deal(table[start : start + 60_000])
+    for number, (start, stop) in enumerate(itertools.pairwise([*starts, 1000])):
+        found = storage.read_table(f"{tmp_path}/reasons-{number:05d}.parquet", records.PLANNED_REASONS)
+        assert (
+            found["reason"].to_numpy().astype(int).tolist()
+            == np.flatnonzero((position >= start) & (position < stop)).tolist()
+        )
+
+
+def test_composition_has_a_row_for_each_part(tmp_path: Path) -> None:
+    found = pa.concat_tables([FOUND, DRAWN])
+    config = PackConfig(mix=MixConfig(seeds=0.25, retrieval=0.25, clustering=0.5))
+    plan = Plan(tmp_path, config, DATASETS, KEPT, found)
+    stages = {"images": storage.require_manifest(f"{tmp_path}/ingest")}
+    stages["dedup"] = storage.require_manifest(f"{tmp_path}/dedup")
+    composition = pack.compose(config, DATASETS, stages, plan.selection, plan.mass)
+    assert composition["parts"] == [
+        {"part": "seeds", "rows": 2, "unique": 2, "share_of_weight": 0.25},
+        {"part": "retrieval", "rows": 5, "unique": 2, "share_of_weight": 0.25},
+        {"part": "clustering", "rows": 2, "unique": 2, "share_of_weight": 0.5},
+    ]
+    rows = [(row["dataset"], row["seeds"], row["retrieved"], row["rows"]) for row in composition["datasets"]]
+    assert rows == [("a", 2, 3, 5), ("b", 1, 2, 2)]
+    assert [row["unique"] for row in composition["datasets"]] == [4, 2]
+    assert (composition["funnel"]["retrieved"], composition["total_unique"]) == (3, 5)
+
+
+def test_rows_that_are_not_of_this_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Image gone was retrieved, but not kept"):
-        plan_entries(PackConfig(), DATASETS, KEPT, retrieved_table([("gone", "a", "s1", 0)]))
+        Plan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("gone", "a", "s1", 0)]))
+    with pytest.raises(InputError, match="rows of dataset 'stranger', which its config does not name"):
+        Plan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("p1", "stranger", "s1", 0)]))
+    with pytest.raises(InputError, match="keeps an image twice"):
+        Plan(tmp_path, PackConfig(), DATASETS, [*KEPT, KEPT[3]], FOUND)
+    with pytest.raises(InputError, match=f"'{'x' * 33}' is no image_id"):
+        Plan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("x" * 33, "a", "s1", 0)]))
 
 
-def test_nothing_to_plan() -> None:
-    assert plan_entries(PackConfig(), (), KEPT, retrieved_table([])) == []
-    assert plan_entries(PackConfig(repeats=True), (DatasetConfig(name="a", as_is=True),), {}, retrieved_table([])) == []
+def test_nothing_to_select(tmp_path: Path) -> None:
+    images = write_ingest(tmp_path / "ingest", [KEPT])
+    stages = (images, write_dedup(tmp_path / "dedup", images))
+    for datasets, shards in (((), []), ((DatasetConfig(name="b"),), [{"retrieved": retrieved_table([])}])):
+        selection = pack.select(datasets, *stages, write_stage(tmp_path / "retrieve", shards))
+        assert len(selection.image) == len(selection.image_ids) == 0 and selection.num_kept == 6
+        for config in (PackConfig(), PackConfig(repeats=True)):
+            assert pack.plan_tars(config, selection) == []
+            assert [len(array) for array in pack.weigh(config, selection)] == [0, 2 * len(datasets) + 1]
 
 
 # The stage, on real images
@@ -260,6 +449,10 @@ def test_composition_counts_what_is_there(tmp_path: Path) -> None:
                 "unique": 22,
             }
         ],
+        "parts": [
+            {"part": "seeds", "rows": 10, "unique": 10, "share_of_weight": pytest.approx(10 / 22)},
+            {"part": "retrieval", "rows": 18, "unique": 12, "share_of_weight": pytest.approx(12 / 22)},
+        ],
         "total_rows": 22,
         "total_unique": 22,
     }
@@ -301,15 +494,50 @@ def test_nothing_to_pack_is_refused(tmp_path: Path) -> None:
 
 def test_shard_beyond_the_hundred_thousandth_has_a_name_of_its_own(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    rows = storage.read_table(f"{run.images}/images-00000.parquet", records.IMAGES).to_pylist()
-    entry = pack.Entry(rows[0]["image_id"], rows[0], ("as_is:seeds",), 1.0)
+    found = retrieved_table([])
+    stages = (run.images, run.kept, run.retrieved(found, DatasetConfig(name="seeds", as_is=True)))
+    config = PackConfig(images_per_shard=100)
+    selection = pack.select((DatasetConfig(name="seeds", as_is=True),), *stages)
+    weight, _ = pack.weigh(config, selection)
+    (plan,) = tars = pack.plan_tars(config, selection)
+    pack.write_plan(config, selection, weight, tars, *stages, storage.step_folder(run.output, pack.PLAN_STEP))
     process = pack.make_worker(run.output)
-    names = [file.name for n in ("000000", "099999", "100000") for file in process(Shard(n, [entry])).files]
+    names = [file.name for n in ("000000", "099999", "100000") for file in process(Shard(n, plan)).files]
     assert names == [
         *("corpus-000000.tar", "corpus-00000.parquet"),
         *("corpus-099999.tar", "corpus-99999.parquet"),
         *("corpus-100000.tar", "corpus-100000.parquet"),
     ]
+
+
+@pytest.mark.parametrize(("repeats", "last"), [(False, 21), (True, 18)])
+def test_stopped_and_gone_on_gives_the_same_bytes(tmp_path: Path, repeats: bool, last: int) -> None:
+    run = Run(tmp_path)
+    config = PackConfig(images_per_shard=5, repeats=repeats)
+    run.pack(config)
+    whole = bytes_in(run.output)
+    run.output = str(tmp_path / "stopped")
+    path = tmp_path / "web/00000.tar"
+    content = path.read_bytes()
+    rows = storage.read_table(f"{run.images}/images-00001.parquet", records.IMAGES).to_pylist()
+    path.write_bytes(content[: next(row["offset"] for row in rows if row["image_id"] == run.ids[last])])
+    with pytest.raises(InputError):
+        run.pack(config)
+    assert storage.list_names(storage.step_folder(run.output, pack.PLAN_STEP))
+    assert [name for name in bytes_in(run.output) if name.endswith(".tar")], "stopped before any tar was done"
+    path.write_bytes(content)
+    run.pack(config)
+    assert bytes_in(run.output) == whole
+
+
+def test_same_bytes_inline_and_on_ray(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    config = PackConfig(images_per_shard=4)
+    run.pack(config)
+    stages = (run.images, run.kept, str(tmp_path / "retrieve"))
+    with command.open_runner("ray", 2) as runner:
+        pack.run(config, *stages, str(tmp_path / "ray"), runner)
+    assert bytes_in(str(tmp_path / "ray")) == bytes_in(run.output)
 
 
 # From ingest to corpus, with vectors and pairs made by hand
@@ -340,7 +568,7 @@ def test_funnel_adds_up_over_the_real_stages(tmp_path: Path, seed: int) -> None:
     runner = InlineRunner()
     copies = dedup.run(DedupConfig(), stage["ingest"], stage["pairs"], stage["dedup"], runner)
     finished = (stage["ingest"], stage["dedup"], stage["embed"])
-    cluster.run(ClusterConfig(num_clusters=3), *finished, stage["cluster"], runner)
+    cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=3),)), *finished, stage["cluster"], runner)
     datasets = (DatasetConfig(name="seeds", as_is=True, retrieval="sample", k=2),)
     config = RetrieveConfig(datasets=datasets)
     retrieve.run(config, *finished, stage["cluster"], stage["retrieve"], runner)

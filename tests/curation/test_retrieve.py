@@ -1,5 +1,6 @@
 """Retrieval: both ways equal a plain reading of the rules, as a stage and alone."""
 
+import io
 import itertools
 import subprocess
 import sys
@@ -8,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation import cluster, records, retrieve, storage, vectors
-from curation.balance import cap_evenly
+from curation import cluster, command, records, retrieve, storage, vectors
+from curation.balance import balanced_counts, cap_evenly
 from curation.cluster import ClusterConfig, LevelConfig
 from curation.errors import ConfigError, InputError
-from curation.retrieve import DatasetConfig, RetrieveConfig
+from curation.retrieve import ClusteringConfig, DatasetConfig, RetrieveConfig
 from curation.runner import InlineRunner
+from curation.storage import Manifest, Plan, ShardRecord
 from tests.curation.builders import bytes_in, id_of, image_row, unit_vectors, write_dedup, write_ingest, write_vectors
 
 
@@ -181,6 +184,187 @@ def test_dataset_without_images_is_refused(tmp_path: Path) -> None:
 def test_dataset_named_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="'a'"):
         datasets({"name": "a"}, {"name": "b"}, {"name": "a", "retrieval": "sample"})
+
+
+# Drawn from clusters
+
+
+def write_clusters(folder: Path, cluster_of: np.ndarray, parents: list[np.ndarray], files: int) -> str:
+    """A finished cluster stage of several levels over images 0, 1, ..., with similarities of which some are equal."""
+    similarity = (np.random.default_rng(len(cluster_of)).integers(0, 4, len(cluster_of)) / 8).astype(np.float32)
+    num_clusters = int(max(cluster_of.max(initial=0) + 1, len(parents[0]) if parents else 1))
+    records_of: list[ShardRecord] = []
+    order = np.random.default_rng(files).permutation(len(cluster_of))
+    for number, rows in enumerate(np.array_split(order, files)):
+        levels, level = [cluster_of[rows]], 0
+        for level, parent in enumerate(parents):
+            levels.append(parent[levels[level]])
+        table = pa.table(
+            {
+                "image_id": [id_of(n) for _ in levels for n in rows.tolist()],
+                "level": np.repeat(np.arange(len(levels)), len(rows)).astype(np.int32),
+                "cluster_id": np.concatenate(levels).astype(np.int32),
+                "similarity": np.tile(similarity[rows], len(levels)),
+            },
+            schema=records.ASSIGNMENTS,
+        )
+        file = storage.write_table(f"{folder}/assignments-{number:05d}.parquet", table)
+        records_of.append(ShardRecord(name=f"{number:05d}", files=(file,)))
+    arrays = {"centroids-0.npy": unit_vectors(0, num_clusters)}
+    arrays |= {f"parents-{level}.npy": parent.astype(np.int64) for level, parent in enumerate(parents)}
+    for name, array in arrays.items():
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        records_of.append(ShardRecord(name=name, files=(storage.write_bytes(f"{folder}/{name}", buffer.getvalue()),)))
+    plan = Plan(stage="cluster", config={}, inputs={}, num_shards=files)
+    storage.write_manifest(str(folder), Manifest(plan=plan, shards=tuple(records_of), totals={}, rejects={}))
+    return str(folder)
+
+
+def read_members(clustered: str) -> dict[int, list[tuple[float, str]]]:
+    """The images of each finest cluster, nearest first."""
+    members: dict[int, list[tuple[float, str]]] = {}
+    for name in storage.require_manifest(clustered).files("assignments"):
+        for row in storage.read_table(f"{clustered}/{name}", records.ASSIGNMENTS).to_pylist():
+            if row["level"] == 0:
+                members.setdefault(row["cluster_id"], []).append((-row["similarity"], row["image_id"]))
+    return {number: sorted(found) for number, found in members.items()}
+
+
+@pytest.mark.parametrize("draw", ["nearest", "random"])
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_images_are_the_first_of_each_cluster(tmp_path: Path, seed: int, draw: Any) -> None:
+    rng = np.random.default_rng(seed)
+    clustered = write_clusters(tmp_path / "few", rng.integers(0, 9, 200), [], files=3)
+    members = read_members(clustered)
+    sizes = retrieve.cluster_sizes(clustered, 10)
+    assert sizes.tolist() == [len(members.get(c, [])) for c in range(10)]
+    counts = rng.integers(0, sizes + 1)
+    found = retrieve.draw_images(clustered, counts, draw, seed)
+    rows = found.to_pylist()
+    assert [(row["cluster_id"], row["rank"]) for row in rows] == [(c, r) for c in range(10) for r in range(counts[c])]
+    for row in rows:
+        assert (-row["similarity"], row["image_id"]) in members[row["cluster_id"]]
+    assert len({row["image_id"] for row in rows}) == len(rows)
+    if draw == "nearest":
+        expected = [name for c in range(10) for _, name in members.get(c, [])[: counts[c]]]
+        assert [row["image_id"] for row in rows] == expected
+    # However the images lie in files, and however much is drawn of the others, the same come first.
+    other = write_clusters(tmp_path / "many", np.random.default_rng(seed).integers(0, 9, 200), [], files=17)
+    assert retrieve.draw_images(other, counts, draw, seed).equals(found)
+    everything = retrieve.draw_images(clustered, sizes, draw, seed).to_pylist()
+    assert [row for row in everything if row["rank"] < counts[row["cluster_id"]]] == rows
+
+
+def test_rows_that_cannot_be_drawn_are_dropped_on_the_way(tmp_path: Path) -> None:
+    number = retrieve.GATHERED_ROWS + 50_000  # more than are gathered before rows are dropped
+    cluster_of = np.random.default_rng(0).integers(0, 3, number)
+    clustered = write_clusters(tmp_path, cluster_of, [], files=4)
+    found = retrieve.draw_images(clustered, np.array([5, 0, 7]), "nearest", 0).to_pylist()
+    members = read_members(clustered)
+    assert [row["image_id"] for row in found] == [name for c, n in ((0, 5), (2, 7)) for _, name in members[c][:n]]
+
+
+def test_shuffled_is_even_and_depends_on_seed_and_image() -> None:
+    ids = np.array([id_of(n) for n in range(20_000)], "S32")
+    values = retrieve.shuffled(ids, 3)
+    assert ((values >= 0) & (values < 1)).all() and len(np.unique(values)) == len(ids)
+    shares = np.histogram(values, 20, (0, 1))[0] / len(ids)
+    np.testing.assert_allclose(shares, 0.05, atol=0.008)
+    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
+    assert abs(np.corrcoef(values, retrieve.shuffled(ids, 4))[0, 1]) < 0.03
+    assert retrieve.shuffled(ids[5:6], 3) == values[5], "the others do not matter"
+    assert retrieve.shuffled(ids[:0], 3).shape == (0,)
+    np.testing.assert_array_equal(retrieve.shuffled(ids, -1), retrieve.shuffled(ids, 2**64 - 1))
+
+
+class Hierarchy:
+    """Ingest, dedup and embed of a few seeds and 90 pool images, and a hand-made cluster stage of three levels."""
+
+    def __init__(self, folder: Path) -> None:
+        # A common kind of picture, clusters 0 to 4 below 0 at the top, and a rare one, cluster 5 below 1; 6 is empty.
+        self.cluster_of = np.repeat(np.arange(6), [40, 25, 10, 5, 2, 8])
+        self.parents = [np.array([0, 0, 1, 1, 1, 2, 2]), np.array([0, 0, 1])]
+        rows = [[image_row(id_of(n), "web", "pool") for n in range(90)], [image_row(id_of(90), "small", "seed")]]
+        images = write_ingest(folder / "ingest", rows)
+        matrix = unit_vectors(0, 91)
+        vectors_of = [{row["image_id"]: matrix[int(row["image_id"], 16)] for row in part} for part in rows]
+        embedded = write_vectors(folder / "embed", images, vectors_of)
+        clusters = write_clusters(folder / "cluster", self.cluster_of, self.parents, files=4)
+        self.stages = (images, write_dedup(folder / "dedup", images), embedded, clusters)
+        self.output = str(folder / "retrieve")
+
+    def draw(self, output: str = "", **clustering: Any) -> list[dict[str, Any]]:
+        config = RetrieveConfig(clustering=ClusteringConfig(**clustering))
+        retrieve.run(config, *self.stages, output or self.output, InlineRunner(), replace=True)
+        rows: list[dict[str, Any]] = retrieve.read_retrieved(output or self.output).to_pylist()
+        return rows
+
+
+@pytest.mark.parametrize("num_images", [1, 10, 24, 60, 90, 1000])
+def test_draw_by_clustering_is_balanced_over_the_hierarchy(tmp_path: Path, num_images: int) -> None:
+    run = Hierarchy(tmp_path)
+    rows = run.draw(num_images=num_images, draw="nearest")
+    expected = balanced_counts(run.parents, np.array([40, 25, 10, 5, 2, 8, 0]), num_images)
+    assert Counter(row["cluster_id"] for row in rows) == {c: n for c, n in enumerate(expected.tolist()) if n}
+    assert len(rows) == len({row["image_id"] for row in rows}) == min(num_images, 90)
+    assert {(r["mode"], r["seed_source"], r["seed_image_id"]) for r in rows} == {("balanced", None, None)}
+    members = read_members(run.stages[3])
+    assert [row["image_id"] for row in rows] == [m for c, n in enumerate(expected) for _, m in members.get(c, [])[:n]]
+    np.testing.assert_array_equal(np.load(f"{run.output}/balanced.npy", allow_pickle=False), expected)
+    assert storage.require_manifest(run.output).totals == {"balanced_rows": len(rows)}
+
+
+def test_half_of_the_draw_is_of_the_rare_kind(tmp_path: Path) -> None:
+    counts = Counter(row["cluster_id"] for row in Hierarchy(tmp_path).draw(num_images=16))
+    assert counts[5] == 8 and sum(counts[c] for c in (0, 1)) == 4
+
+
+@pytest.mark.parametrize("most", [1, 7, 30])
+def test_parts_of_a_draw_make_up_the_whole(tmp_path: Path, most: int) -> None:
+    run = Hierarchy(tmp_path)
+    whole = run.draw(num_images=50)
+    assert run.draw(f"{tmp_path}/parts", num_images=50, images_per_shard=most) == whole
+    assert len(storage.require_manifest(f"{tmp_path}/parts").files("retrieved")) == -(-50 // most)
+
+
+def test_draw_over_the_levels_of_a_real_cluster_stage(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.clusters = str(tmp_path / "levels")
+    levels = (LevelConfig(num_clusters=12), LevelConfig(num_clusters=3))
+    cluster.run(ClusterConfig(levels=levels), run.images, run.kept, run.vectors, run.clusters, InlineRunner())
+    rows = run.retrieve(RetrieveConfig(clustering=ClusteringConfig(num_images=40)))
+    members = read_members(run.clusters)
+    sizes = np.array([len(members.get(c, [])) for c in range(12)])
+    expected = balanced_counts([cluster.read_parents(run.clusters, 0)], sizes, 40)
+    assert np.bincount([row["cluster_id"] for row in rows], minlength=12).tolist() == expected.tolist()
+    assert expected.tolist() != balanced_counts([], sizes, 40).tolist(), "the upper level makes no difference"
+
+
+def test_datasets_and_a_draw_stand_side_by_side(tmp_path: Path) -> None:
+    run = Hierarchy(tmp_path)
+    config = datasets(
+        {"name": "small", "retrieval": "sample", "k": 3}, clustering=ClusteringConfig(num_images=5, draw="random")
+    )
+    retrieve.run(config, *run.stages, run.output, InlineRunner())
+    rows = retrieve.read_retrieved(run.output).to_pylist()
+    assert [(row["mode"], row["seed_source"]) for row in rows] == [("sample", "small")] * 3 + [("balanced", None)] * 5
+
+
+def test_same_bytes_inline_and_on_ray(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    config = datasets(
+        {"name": "large", "retrieval": "sample"},
+        {"name": "small", "retrieval": "cluster"},
+        more_than_seeds=0,
+        draw="random",
+        clustering=ClusteringConfig(num_images=30),
+    )
+    rows = run.retrieve(config)
+    assert Counter(row["mode"] for row in rows).keys() == {"sample", "cluster", "balanced"}
+    with command.open_runner("ray", 2) as runner:
+        retrieve.run(config, run.images, run.kept, run.vectors, run.clusters, str(tmp_path / "ray"), runner)
+    assert bytes_in(str(tmp_path / "ray")) == bytes_in(run.output)
 
 
 # nearest, on arrays

@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import io
+import itertools
 import re
 import shutil
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from PIL import Image
 
 from curation import cluster, dedup, ingest, pack, records, retrieve, storage, vectors
 from curation.cluster import ClusterConfig, LevelConfig
-from curation.dedup import DedupConfig
+from curation.dedup import DedupConfig, FamilyConfig
 from curation.errors import ConfigError, InputError
 from curation.hashing import image_id
 from curation.ingest import IngestConfig
@@ -88,6 +89,7 @@ def build_run(
     *,
     thumbnails: bool = True,
     config: ReportConfig | None = None,
+    copies: DedupConfig | None = None,
 ) -> str:
     """A finished run, made by the stages themselves but for vectors and pairs: images resemble by their mean colour."""
     runner = InlineRunner()
@@ -111,14 +113,15 @@ def build_run(
                 files.append(storage.write_table(storage.join(path[stage], f"thumbnails-{record.name}.parquet"), small))
             shards[stage].append(ShardRecord(name=record.name, files=tuple(files), totals={"embedded": len(images)}))
     for stage, done in shards.items():
-        _finish(stage, path[stage], done, {})
+        _finish(stage, path[stage], ingested.content_hash, done, {})
     found = [(*sorted(image_id(one.read_bytes()) for one in pair[:2]), pair[2], False, pair[2], True) for pair in pairs]
     columns = list(zip(*found, strict=True)) or [[]] * len(records.PAIRS)
     file = storage.write_table(
         storage.join(path["pairs"], "pairs-00000.parquet"), pa.table(columns, schema=records.PAIRS)
     )
-    _finish("pairs", path["pairs"], [ShardRecord(name="00000", files=(file,))], {"min_similarity": 0.4})
-    dedup.run(DedupConfig(), path["ingest"], path["pairs"], path["dedup"], runner)
+    written = [ShardRecord(name="00000", files=(file,))]
+    _finish("pairs", path["pairs"], ingested.content_hash, written, {"min_similarity": 0.4})
+    dedup.run(copies or DedupConfig(), path["ingest"], path["pairs"], path["dedup"], runner)
     stages = (path["ingest"], path["dedup"], path["embed"])
     cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=2),)), *stages, path["cluster"], runner)
     search = RetrieveConfig(datasets=tuple(datasets), more_than_seeds=1)
@@ -135,8 +138,8 @@ def _webp(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _finish(stage: str, folder: str, shards: list[ShardRecord], config: dict[str, float]) -> None:
-    plan = Plan(stage=stage, config=config, inputs={}, num_shards=len(shards))
+def _finish(stage: str, folder: str, images: str, shards: list[ShardRecord], config: dict[str, float]) -> None:
+    plan = Plan(stage=stage, config=config, inputs={"images": images}, num_shards=len(shards))
     totals = storage.sum_counts(shard.totals for shard in shards)
     storage.write_manifest(folder, Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={}))
 
@@ -313,12 +316,56 @@ def test_holdout_matches(example: str) -> None:
 
 def test_similarity_bins_part_at_the_thresholds(example: str) -> None:
     run = report_facts.read_run(example, CONCEPTS)
-    bins = report_facts.similarity_bins(run, 0.05, 4, 100)
+    bins = report_facts.similarity_bins(run, 4, 100)
     assert [similarity.low for similarity in bins[1:]] == [similarity.high for similarity in bins[:-1]]
     assert {0.45, 0.6} <= {similarity.low for similarity in bins} and bins[0].low == 0.4 and bins[-1].high == 1
     counts = {similarity.low: similarity.count for similarity in bins if similarity.count}
     assert counts == {0.45: 1, 0.5: 1, 0.6: 1, 0.9: 1}  # 0.6 itself is a copy, as dedup decided
     assert all(len(similarity.examples) == similarity.count for similarity in bins)
+
+
+def test_sweep_over_thresholds(example: str) -> None:
+    run = report_facts.read_run(example, CONCEPTS)
+    rows = {row.threshold: row for row in report_facts.threshold_sweep(run)}
+    assert list(rows) == [similarity.low for similarity in report_facts.similarity_bins(run, 4, 100)]
+    assert (rows[0.4].pairs, rows[0.4].dropped, rows[0.4].largest_component) == (4, 4, 4)
+    assert (rows[0.6].pairs, rows[0.6].components_of_two_or_more, rows[0.6].dropped) == (2, 1, 2)
+    assert (rows[0.65].pairs, rows[0.65].largest_component, rows[0.95].pairs) == (1, 2, 0)
+    assert "What other thresholds would do" in read_page(example).text
+
+
+def test_guards_tell_what_they_did(example: str, tmp_path: Path) -> None:
+    off = report_facts.guards(report_facts.read_run(example, CONCEPTS))
+    assert len(off) == 5 and all(guard.counts is None for guard in off)
+    assert read_page(example).text.count("off") >= 5
+    root = tmp_path / "images"
+    write_image(root / "seeds/seed.png", RED)
+    near = [write_image(root / f"pool/{number}.png", RED, size=40 - number) for number in range(6)]
+    held = write_image(root / "holdout/held.png", RED)
+    chain = [(one, other, 0.6) for one, other in itertools.pairwise(near[:5])]
+    config = DedupConfig(
+        mutual_neighbors=True, max_component_size=4, matches_kept=True, families=FamilyConfig(), holdout_cosine=0.42
+    )
+    output = build_run(
+        str(tmp_path / "run"),
+        [("seeds", root / "seeds", "seed"), ("pool", root / "pool", "pool"), ("held", root / "holdout", "holdout")],
+        [DatasetConfig(name="seeds", retrieval="sample", k=1)],
+        [*chain, (near[5], held, 0.43)],
+        copies=config,
+    )
+    report.run(ReportConfig(), output)
+    page = read_page(output)
+    assert_harmless(page)
+    counts = {guard.option: guard.counts for guard in report_facts.guards(report_facts.read_run(output, Concepts()))}
+    assert counts == {
+        "mutual_neighbors": {"pairs_left_out": 0},
+        "families": {"pairs_left_out": 2},
+        "max_component_size": {"components_split": 0, "images_in_them": 0, "components_still_larger": 0},
+        "matches_kept": {"images_kept": 0},
+        "holdout_cosine": {"images_taken": 1},
+    }
+    for text in ("max_component_size = 4", "left out 2 pairs", "took away 1 image more", "verified copy of one"):
+        assert text in page.text
 
 
 def test_labels_from_pool_to_corpus(example: str) -> None:

@@ -1,0 +1,110 @@
+"""The numbered graph says what the files say, whatever the blocks and buckets."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from curation import duplicate_graph, records, scratch, storage
+from curation.duplicate_graph import id_texts, pack_ids, read_graph
+from curation.errors import InputError
+from tests.curation.builders import content_hash, id_of, image_row, write_ingest, write_stage
+
+Name = Callable[[int], str]
+
+
+def hash_of(number: int) -> str:
+    """An image_id that begins as evenly as a hash."""
+    return f"{(number + 1) * 0x9E3779B97F4A7C15 % 2**64:016x}{number:016x}"
+
+
+@pytest.mark.parametrize("name", [hash_of, id_of])
+@pytest.mark.parametrize("count", [0, 1, 50])
+def test_packed_ids_sort_and_read_as_the_texts(name: Name, count: int) -> None:
+    texts = [name(int(number)) for number in np.random.default_rng(0).permutation(count)] + ["f" * 32, "0" * 32]
+    column = pa.chunked_array([texts[:1], texts[1:]], pa.string())
+    packed = pack_ids(column)
+    assert id_texts(packed).to_pylist() == texts
+    assert packed.tobytes() == bytes.fromhex("".join(texts))
+    assert id_texts(np.sort(packed)).to_pylist() == sorted(texts)
+    assert pack_ids(column.slice(1)).tolist() == packed[1:].tolist()  # a slice keeps the buffers of the whole
+
+
+@pytest.mark.parametrize("wrong", ["", "abc", "A" * 32, "g" * 32, "a" * 31, "é" * 16, None])
+def test_other_texts_are_no_ids(wrong: str | None) -> None:
+    with pytest.raises(InputError, match=f"'{wrong}' is no image_id"):
+        pack_ids(pa.chunked_array([[id_of(1), wrong, id_of(2)]], pa.string()))
+
+
+def write_run(
+    folder: Path, seed: int, name: Name = hash_of
+) -> tuple[str, str, list[dict[str, Any]], list[tuple[Any, ...]]]:
+    """Ingest of many copies, a pair between every two neighbours, and the rows of both."""
+    rng = np.random.default_rng(seed)
+    shards, numbers = [], set()
+    for count in [*rng.integers(0, 15, 5).tolist(), 2]:
+        drawn = rng.integers(0, 30, count).tolist()
+        numbers |= set(drawn)
+        roles = rng.choice(records.ROLES, count).tolist()
+        shards.append(
+            [
+                image_row(name(n), role, role, width=n + 1, height=3, length=7 * n)
+                for n, role in zip(drawn, roles, strict=True)
+            ]
+        )
+    images = write_ingest(folder / "ingest", shards)
+    ordered = sorted(name(n) for n in numbers)
+    pairs = [
+        (*ordered[place : place + 2], float(rng.random()), bool(rng.random() < 0.5), float(rng.random()), place % 2 > 0)
+        for place in rng.permutation(len(ordered) - 1).tolist()
+    ]
+    tables = [
+        {
+            "pairs": pa.Table.from_pylist(
+                [dict(zip(records.PAIRS.names, row, strict=True)) for row in part], records.PAIRS
+            )
+        }
+        for part in (pairs[:3], [], pairs[3:])
+    ]
+    copies = write_stage(folder / "pairs", tables, inputs={"images": content_hash(images)})
+    return images, copies, [row for rows in shards for row in rows], pairs
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("block", "bucket"), [(scratch.BLOCK, 1 << 20), (1, 1), (4, 9)])
+@pytest.mark.parametrize("name", [hash_of, id_of])
+def test_graph_agrees_with_the_rows(
+    tmp_path: Path, seed: int, block: int, bucket: int, name: Name, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "BLOCK", block)
+    monkeypatch.setattr(duplicate_graph, "ROWS_PER_BUCKET", bucket)
+    images, copies, rows, pairs = write_run(tmp_path, seed, name)
+    graph = read_graph(images, copies)
+    ids = id_texts(graph.nodes.image_ids).to_pylist()
+    assert ids == sorted({row["image_id"] for row in rows})
+    assert [ids[node] for node in graph.node_of_row] == [row["image_id"] for row in rows]
+    for node, image_id in enumerate(ids):
+        own = [number for number, row in enumerate(rows) if row["image_id"] == image_id]
+        roles = {rows[number]["role"] for number in own}
+        assert graph.nodes.is_seed[node] == ("seed" in roles)
+        assert graph.nodes.is_holdout[node] == ("holdout" in roles)
+        stands = min(own, key=lambda number: (("seed", "holdout", "pool").index(rows[number]["role"]), number))
+        assert graph.row_of_node[node] == stands
+        assert graph.nodes.pixels[node] == rows[stands]["width"] * rows[stands]["height"]
+        assert graph.nodes.length[node] == rows[stands]["length"]
+    edges = graph.edges
+    assert [ids[node] for node in edges.first] == [row[0] for row in pairs]
+    assert [ids[node] for node in edges.second] == [row[1] for row in pairs]
+    for place, column in enumerate((edges.similarity, edges.differs_locally, edges.cosine, edges.mutual), start=2):
+        assert column.tolist() == np.array([row[place] for row in pairs], column.dtype).tolist()
+
+
+def test_file_of_another_length_than_written_is_noticed(tmp_path: Path) -> None:
+    images, copies, *_ = write_run(tmp_path, 0)
+    path = f"{copies}/pairs-00000.parquet"
+    storage.write_table(path, storage.read_table(path, records.PAIRS).slice(1))
+    with pytest.raises(InputError, match=r"pairs-00000\.parquet: 2 rows, but 3 were written"):
+        read_graph(images, copies)

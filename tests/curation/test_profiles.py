@@ -1,0 +1,137 @@
+"""Profiles: they fill in what is left out, override nothing, and a saved config needs them no more."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from curation import config, profiles, storage
+from curation.config import resolved_toml
+from curation.dedup import DedupConfig
+from curation.errors import ConfigError
+from curation.pack import PackConfig
+from curation.profiles import PROFILES
+from curation.retrieve import RetrieveConfig
+from pipelines.curate import CurateConfig
+
+LEAST: dict[str, Any] = {
+    "ingest": {
+        "sources": [{"name": n, "role": r, "path": n} for n, r in (("a", "seed"), ("b", "seed"), ("p", "pool"))]
+    },
+    "embed": {"embedder": {"name": "efficientnet_lite0", "pooling": "gem"}},
+    "describe": {"embedder": {"name": "efficientnet_lite0", "pooling": "gem"}},
+    "pairs": {"verification": {}},
+    "cluster": {},
+    "retrieve": {"datasets": [{"name": "a"}, {"name": "b", "k": 32, "cap": 7}]},
+}
+
+
+def parse(*overrides: str, **values: Any) -> CurateConfig:
+    return config.parse(CurateConfig, LEAST | values, overrides, origin="run.toml")
+
+
+def value_of(settings: Any, path: list[str]) -> list[Any]:
+    """The values at a path of PROFILES; `*` goes through all items."""
+    for place, name in enumerate(path):
+        if name == "*":
+            return [value for item in settings for value in value_of(item, path[place + 1 :])]
+        settings = getattr(settings, name)
+    return [settings]
+
+
+@pytest.mark.parametrize("profile", ["paper", "default"])
+def test_every_setting_of_a_profile_arrives(profile: profiles.Profile) -> None:
+    found = parse(profile=profile, cluster={"levels": [{"num_clusters": 100_000}]})
+    assert found.profile == profile
+    for setting, value in PROFILES[profile].items():
+        (first, *_) = value_of(found, setting.split("."))
+        if setting == "cluster.levels":
+            first, value = [level.num_clusters for level in first], [level["num_clusters"] for level in value]
+        assert first == value, setting
+
+
+def test_the_profiles_are_what_they_are_called() -> None:
+    paper, default = parse(profile="paper"), parse(cluster={"levels": [{"num_clusters": 3}]})
+    assert (paper.pack.repeats, paper.dedup.decontamination, paper.dedup.matches_kept) == (True, "component", False)
+    assert (paper.dedup.threshold, paper.dedup.holdout_threshold, paper.pairs.num_neighbors) == (0.6, 0.45, 64)
+    assert (paper.cluster.levels[0].num_clusters, paper.retrieve.more_than_seeds) == (100_000, 3)
+    assert (paper.retrieve.images_per_cluster, paper.dedup.decontaminate_seeds) == (10_000, False)
+    assert [dataset.cap for dataset in paper.retrieve.datasets] == [1_000_000, 7]
+    assert default.profile == "default"
+    assert (default.pack.repeats, default.dedup.decontamination, default.dedup.matches_kept) == (False, "direct", True)
+
+
+def test_what_the_config_says_stays() -> None:
+    found = parse(
+        "pack.repeats=false",
+        profile="paper",
+        dedup={"threshold": 0.8, "matches_kept": True},
+        cluster={"levels": [{"num_clusters": 5}]},
+        pairs={"num_neighbors": 8, "verification": {}},
+    )
+    assert (found.pack.repeats, found.cluster.levels[0].num_clusters, found.pairs.num_neighbors) == (False, 5, 8)
+    assert (found.dedup.threshold, found.dedup.matches_kept, found.dedup.decontamination) == (0.8, True, "component")
+    assert [(d.k, d.cap) for d in found.retrieve.datasets] == [(4, 1_000_000), (32, 7)]
+    complete = DedupConfig(threshold=0.9)  # given as settings rather than as values, a section is complete
+    assert CurateConfig.model_validate({**found.model_dump(), "dedup": complete}, strict=False).dedup == complete
+
+
+def test_a_profile_can_be_set_on_the_command_line() -> None:
+    assert parse("profile=paper").pack.repeats
+    assert parse("profile=paper", "pack.repeats=false") == parse("pack.repeats=false", profile="paper")
+
+
+@pytest.mark.parametrize("profile", ["paper", "default"])
+def test_saved_config_reads_back_equal_and_needs_no_profile(tmp_path: Path, profile: str) -> None:
+    found = parse(profile=profile, cluster={"levels": [{"num_clusters": 9}]})
+    path = str(tmp_path / "run.toml")
+    storage.write_bytes(path, resolved_toml(found).encode())
+    assert storage.read_bytes(path).startswith(f'profile = "{profile}"\n'.encode())
+    assert config.load(CurateConfig, path) == found
+    other = "default" if profile == "paper" else "paper"
+    changed = config.load(CurateConfig, path, [f"profile={other}"])
+    assert changed == found.model_copy(update={"profile": other})
+
+
+@pytest.mark.parametrize("profile", ["paper", "default"])
+def test_a_stage_alone_reads_what_the_pipeline_reads(tmp_path: Path, profile: str) -> None:
+    path = str(tmp_path / "mine.toml")
+    text = f'profile = "{profile}"\n[dedup]\nthreshold = 0.7\n[pack]\n[retrieve]\n[[retrieve.datasets]]\nname = "a"\n'
+    storage.write_bytes(path, text.encode())
+    whole = parse(
+        profile=profile,
+        cluster={"levels": [{"num_clusters": 1}]},
+        dedup={"threshold": 0.7},
+        retrieve={"datasets": [{"name": "a"}]},
+    )
+    assert config.load(DedupConfig, path, section="dedup") == whole.dedup
+    assert config.load(PackConfig, path, section="pack") == whole.pack
+    assert config.load(RetrieveConfig, path, section="retrieve") == whole.retrieve
+
+
+def test_the_callers_values_are_not_changed() -> None:
+    before = repr(LEAST)
+    parse(profile="paper")
+    assert repr(LEAST) == before
+    once = profiles.fill(LEAST | {"profile": "paper"})
+    assert profiles.fill(once) == once
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"profile": "papr"}, "'profile': Input should be 'default' or 'paper'. Found: 'papr'"),
+        ({"profile": ["paper"]}, "'profile': Input should be 'default' or 'paper'"),
+        ({"profile": "paper", "dedup": 3}, "'dedup': "),
+        ({"profile": "paper", "retrieve": {"datasets": 3}}, "'retrieve.datasets': "),
+        ({"profile": "paper", "retrieve": {"datasets": [3]}}, "'retrieve.datasets.0': "),
+        ({"profile": "paper", "retrieve": {}}, "retrieve names no dataset and has no section clustering"),
+        ({"profile": "default"}, "Missing key: 'cluster.levels'"),
+        ({"profile": "paper", "pairs": {"num_neighbours": 3}}, "Unknown key: 'pairs.num_neighbours' (value 3)"),
+        ({"profile": "paper", "stated_clusters": {"c": 3}}, "stated_clusters names 'c', which is no dataset"),
+    ],
+)
+def test_mistakes_are_named_as_without_profiles(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(**values)
+    assert message in str(caught.value)

@@ -1,0 +1,66 @@
+"""Arrays on disk behave as arrays in memory, and leave nothing behind."""
+
+import gc
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from curation import scratch
+from curation.scratch import Buckets, blocks, count_true, on_disk
+
+ROW = np.dtype([("image_id", "S16"), ("row", np.int64)])
+
+
+@pytest.mark.parametrize("length", [0, 1, 9, 10, 11, 35])
+def test_blocks_cover_everything_once(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "BLOCK", 10)
+    parts = list(blocks(length))
+    assert [n for part in parts for n in range(part.start, part.stop)] == list(range(length))
+    assert all(0 < part.stop - part.start <= 10 for part in parts)
+
+
+@pytest.mark.parametrize("length", [0, 1, 25])
+def test_arrays_are_filled_and_can_be_written(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "BLOCK", 10)
+    assert on_disk(length, np.int32).tolist() == [0] * length
+    assert on_disk(length, bool, fill=True).all()
+    assert np.isnan(on_disk(length, np.float32, fill=np.nan)).all()
+    array = on_disk(length, np.int64, fill=-1)
+    assert array.shape == (length,) and array.dtype == np.int64 and type(array) is np.ndarray
+    array[:] = np.arange(length)
+    assert array[::-1].tolist() == list(range(length))[::-1]
+    assert count_true(array > 20) == max(length - 21, 0)
+
+
+def test_no_file_has_a_name_and_none_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = len(os.listdir("/proc/self/fd"))
+    array, buckets = on_disk(10, np.int64), Buckets(2, ROW)
+    buckets.add(np.zeros(3, np.int64), np.zeros(3, ROW))
+    assert len(buckets.read(0)) == 3
+    assert list(tmp_path.iterdir()) == []
+    del array, buckets
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_buckets_give_back_what_was_added_in_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "BLOCK", 20)
+    rng = np.random.default_rng(seed)
+    num_buckets = int(rng.integers(1, 5))
+    buckets, added = Buckets(num_buckets, ROW), []
+    for _ in range(int(rng.integers(0, 12))):
+        count = int(rng.integers(0, 30))
+        rows = np.empty(count, ROW)
+        rows["image_id"] = rng.integers(0, 256, (count, 16), dtype=np.uint8).view("S16").reshape(-1)
+        rows["row"] = np.arange(count)
+        bucket = rng.integers(0, num_buckets, count)
+        buckets.add(bucket, rows)
+        added += list(zip(bucket.tolist(), rows.tolist(), strict=True))
+        if rng.random() < 0.2:  # reading in between changes nothing
+            buckets.read(0)
+    for number in range(num_buckets):
+        assert buckets.read(number).tolist() == [row for bucket, row in added if bucket == number]
