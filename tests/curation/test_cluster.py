@@ -272,7 +272,7 @@ def test_interrupts_at_any_moment_change_nothing(tmp_path: Path, rows_per_part: 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Killed
 
-    before, seconds, deaths = signal.signal(signal.SIGALRM, interrupt), 0.01, 0
+    before, seconds, deaths = signal.signal(signal.SIGALRM, interrupt), 0.002, 0
     try:
         while storage.read_manifest(output) is None:
             try:
