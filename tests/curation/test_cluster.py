@@ -1,9 +1,7 @@
 """Clusters: the kept pool images at their nearest centroids on every level, the same bytes however the work is cut."""
 
-import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -262,29 +260,32 @@ def test_every_kill_resumes_at_the_unfinished_part(tmp_path: Path) -> None:
         assert bytes_in(output) == bytes_in(straight)
 
 
-@pytest.mark.parametrize("rows_per_part", [40, 1000])
-def test_interrupts_at_any_moment_change_nothing(tmp_path: Path, rows_per_part: int) -> None:
+@pytest.mark.parametrize("seconds_between_saves", [0.0, 30.0])
+def test_kills_of_the_driver_that_clusters_alone_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds_between_saves: float
+) -> None:
+    """Where one part holds everything; it dies as it reads the points, once in each of its first iterations."""
     stages, _ = small_run(tmp_path, [["pool"] * 60, ["pool"] * 50])
-    config = hierarchy(rows_per_part=rows_per_part)
     straight, output = str(tmp_path / "straight"), str(tmp_path / "output")
-    cluster.run(config, *stages, straight, InlineRunner())
+    cluster.run(hierarchy(), *stages, straight, InlineRunner())
+    read_blocks, num_reads = cluster.read_blocks, 0
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Killed
+    def mortal_read_blocks(part: cluster.Part) -> Iterator[np.ndarray]:
+        nonlocal num_reads
+        num_reads += 1
+        if num_reads > lives_for:
+            raise Killed
+        return read_blocks(part)
 
-    before, seconds, deaths = signal.signal(signal.SIGALRM, interrupt), 0.002, 0
-    try:
-        while storage.read_manifest(output) is None:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, seconds)
-                cluster.run(config, *stages, output, InlineRunner())
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except Killed:
-                deaths, seconds = deaths + 1, seconds * 1.2
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    cluster.run(config, *stages, output, InlineRunner())  # tidies where the last kill came behind the manifest
+    monkeypatch.setattr(cluster, "SECONDS_BETWEEN_SAVES", seconds_between_saves)
+    monkeypatch.setattr(cluster, "read_blocks", mortal_read_blocks)
+    lives_for = deaths = 0
+    while storage.read_manifest(output) is None:
+        num_reads, lives_for = 0, lives_for + 1
+        try:
+            cluster.run(hierarchy(), *stages, output, InlineRunner())
+        except Killed:
+            deaths += 1
     assert deaths > 3 and bytes_in(output) == bytes_in(straight)
 
 
