@@ -26,6 +26,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 # Rows that are held as float32 and as codes at a time: 100 MB and 25 MB at D 384. Assumed.
 BLOCK_ROWS = 65_536
+# Tiles whose products are held until the floor of their candidates is known. Assumed.
+HELD_TILES = 8
 # Cells that vectors are compared with at a time. Assumed.
 CELLS_PER_TILE = 8192
 # Pairs that are scored at a time: if all rows differ and are float16, 16,384 x 1,280 float32 twice is 168 MB.
@@ -337,15 +339,19 @@ def _scan_block(
     In the order of tiles, then of queries, then of rows.
     """
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    held: list[tuple[int, scan.Estimates]] = []
     best = scan.BestSoFar(k)
     for number, (first_row, tile) in enumerate(tiles, start=1):
-        estimates = scan.estimate(queries, tile)
-        best.add(estimates)
-        # What reached the floor before it was raised is dropped at the end; raising it at every tile would cost more.
-        if k == 1 or number & (number - 1) == 0 or number == len(tiles):
-            floor = np.maximum(floor, best.floor())
-        query, row, value = estimates.candidates(floor)
-        kept.append((query, row + first_row, value))
+        held.append((first_row, scan.estimate(queries, tile)))
+        best.add(held[-1][1])
+        # A floor from few groups is low, so the first tiles wait for a better one; not too many, each is 8 MB.
+        if best.num_groups < 2 * k and len(held) < HELD_TILES and number < len(tiles):
+            continue
+        floor = np.maximum(floor, best.floor())
+        for start, estimates in held:
+            query, row, value = estimates.candidates(floor)
+            kept.append((query, row + start, value))
+        held.clear()
     if not kept:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     query, row, value = (np.concatenate(column) for column in zip(*kept, strict=True))

@@ -200,12 +200,14 @@ class BestSoFar:
         self._k = k
         self._values: list[torch.Tensor] = []
         self.slack = np.zeros(1)
+        self.num_groups = 0  # that the floor rests on
 
     def add(self, estimates: Estimates) -> None:
         """Count the products of one more tile in."""
         values = estimates.greatest.amax(1, keepdim=True) if self._k == 1 else estimates.greatest
         unit = torch.tensor(estimates.unit, dtype=torch.float32, device=values.device)
         self._values.append(values * unit[:, None])
+        self.num_groups += values.shape[1]
         self.slack = np.maximum(self.slack, estimates.slack)
 
     def floor(self) -> np.ndarray:
