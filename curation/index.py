@@ -240,7 +240,9 @@ class CodedLists:
             )
         quantizer = faiss.IndexFlatIP(width)
         built: Any = faiss.IndexIVFPQ(quantizer, width, num_cells, config.pq_bytes, 8, faiss.METRIC_INNER_PRODUCT)
-        built.cp.seed = built.pq.cp.seed = config.seed
+        for training in (built.cp, built.pq.cp):
+            training.seed = config.seed
+            training.min_points_per_centroid = 1  # faiss would print a warning for each; the recall is measured
         every = max(1, len(vectors) // max(TRAINING_ROWS_PER_CELL * num_cells, PQ_TRAINING_ROWS))
         if config.device != "cpu":
             built = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, built)

@@ -57,6 +57,9 @@ class PairsConfig(Settings):
     """How a candidate is verified on its thumbnails; without it, the cosine of the descriptors is the similarity."""
     min_similarity: float = Field(default=0.4, ge=-1, le=1)
     """Pairs below are not written; the lowest threshold that a later stage may use."""
+    min_cosine: float | None = Field(default=None, ge=-1, le=1)
+    """With verification: pairs whose descriptors are at least so near are written in any case, for a later stage that
+    goes by the cosine (dedup.holdout_cosine)."""
     images_per_shard: int = Field(default=1000, ge=1)
     """Images whose pairs one shard judges. With verification each takes seconds; without, a million is well."""
 
@@ -126,7 +129,10 @@ def make_worker(
             similarity, differs_locally = cosine, np.zeros(len(cosine), bool)
         columns = [candidates["image_id"], candidates["other_image_id"], similarity, differs_locally, cosine]
         table = pa.table([*columns, candidates["mutual"]], schema=records.PAIRS)
-        table = table.filter(pa.array(similarity >= config.min_similarity))
+        written = similarity >= config.min_similarity
+        if config.min_cosine is not None:
+            written |= cosine >= config.min_cosine
+        table = table.filter(pa.array(written))
         file = storage.write_table(storage.join(output, f"pairs-{shard.name}.parquet"), table)
         totals = {"candidates": candidates.num_rows, "pairs": table.num_rows}
         return ShardRecord(name=shard.name, files=(file,), totals=totals)

@@ -3,12 +3,15 @@
     retrieve/
       retrieved-00000.parquet  ...     records.RETRIEVED
       balanced.npy                     with `clustering`: how many images are drawn from each cluster, (K_0,) int64
-      manifest.json
+      manifest.json                    its facts hold the recall of the search
 
 By `sample`: the `k` pool images nearest to each seed image. By `cluster`: from every cluster with more than
 `more_than_seeds` seed images of a dataset, up to `images_per_cluster` pool images, and at most `cap` per dataset,
 taken as evenly from its clusters as their sizes allow. A small dataset is better served by clusters: its few seed
 images stand for more of the pool than their nearest neighbours.
+
+The search by sample goes over parts of the pool, one a worker (parts.py), and its results are merged, ties by
+image_id. With `search.backend = "ivf"` its recall is measured on a sample of seeds in every run.
 
 With `clustering`, images are also drawn from the whole pool, whatever the seeds: by hierarchical balanced sampling over
 the levels of the cluster stage (see balance.balanced_counts), so that what is rare in the pool is not drowned by what
@@ -27,8 +30,10 @@ where A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` 
 
 import functools
 import io
-from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -42,11 +47,15 @@ from curation.cluster import assign, read_centroids, read_parents
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import KeptShard, kept_shards, read_kept
 from curation.errors import ConfigError, InputError
+from curation.index import SearchConfig
+from curation.parts import FOUND, PartSearch, found_table, merge, num_hits
 from curation.runner import Runner, Shard
 from curation.stage import PREPARED, run_shards
-from curation.storage import Manifest, ShardRecord
+from curation.storage import FileRecord, Manifest, ShardRecord
 
 BALANCED_NAME = "balanced.npy"
+# Seed images that ask at a time: 84 MB as float16 at 1,280 dimensions, and twice that as float32. Assumed.
+QUERY_ROWS = 32_768
 # Rows that are gathered, at the least, before those that cannot be drawn any more are dropped. Assumed: 12 MB.
 GATHERED_ROWS = 250_000
 
@@ -91,6 +100,8 @@ class RetrieveConfig(Settings):
     """Pool images taken from each such cluster at most (10,000 in DINOv2)."""
     draw: Literal["nearest", "random"] = "nearest"
     """Which images of a cluster come first: those nearest to its centroid, or any. DINOv2 does not state its choice."""
+    search: SearchConfig = SearchConfig()
+    """How the nearest of the pool are searched."""
     clustering: ClusteringConfig | None = None
     """What is drawn besides, by hierarchical balanced sampling; nothing when the section is left out."""
     seed: int = 0
@@ -119,14 +130,18 @@ def run(
 ) -> Manifest:
     """Retrieve for every seed dataset; returns the manifest. A dataset may be a source's name only once."""
     everything = kept_shards(images, deduplicated, embedded)
+    sources = [_source_of(shard) for shard in everything]
     shards: list[Shard] = []
+    asking: list[_Asking] = []
     for dataset in config.datasets:
-        own = [shard for shard in everything if _source_of(shard) == dataset.name]
+        own = [shard for shard, source in zip(everything, sources, strict=True) if source == dataset.name]
         if not own:
             raise ConfigError(f"dataset '{dataset.name}' of retrieve has no images: no source of that name has any.")
         match _mode(config, dataset, own):
             case "sample":
-                shards += [Shard(f"{len(shards) + n:05d}", (dataset, "sample", (s,))) for n, s in enumerate(own)]
+                for shard in own:
+                    shards.append(Shard(f"{len(shards):05d}", (dataset, "sample", len(asking))))
+                    asking.append(_Asking(shard, dataset.name, dataset.k))
             case "cluster":
                 shards.append(Shard(f"{len(shards):05d}", (dataset, "cluster", tuple(own))))
             case "none":
@@ -134,50 +149,83 @@ def run(
     if config.clustering is not None:
         num_parts = -(-config.clustering.num_images // config.clustering.images_per_shard)
         shards += [Shard(f"{len(shards) + n:05d}", (None, "balanced", n)) for n in range(num_parts)]
+    inputs = {
+        name: storage.require_manifest(folder).content_hash
+        for name, folder in (
+            ("images", images),
+            ("dedup", deduplicated),
+            ("vectors", embedded),
+            ("clusters", clustered),
+        )
+    }
+    found = storage.step_folder(output, "search")
+
+    def prepare() -> ShardRecord:
+        if asking:
+            run_shards(
+                "search",
+                config=config,
+                inputs=inputs,
+                output=found,
+                runner=runner,
+                shards=_pool_parts(everything, config.search.rows_per_part),
+                make_worker=functools.partial(_make_search_worker, config.search, asking, found),
+                finish=functools.partial(_measure_recall, config.search, asking, found),
+            )
+        counts = () if config.clustering is None else (_balance(config.clustering, clustered, output),)
+        return ShardRecord(name=PREPARED, files=counts)
+
+    def finish(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
+        return ({"search": storage.require_manifest(found).facts} if asking else {}), None
+
     return run_shards(
         "retrieve",
         config=config,
-        inputs={
-            name: storage.require_manifest(folder).content_hash
-            for name, folder in (
-                ("images", images),
-                ("dedup", deduplicated),
-                ("vectors", embedded),
-                ("clusters", clustered),
-            )
-        },
+        inputs=inputs,
         output=output,
         runner=runner,
         shards=shards,
-        make_worker=functools.partial(make_worker, config, everything, clustered, output),
+        make_worker=functools.partial(make_worker, config, asking, found, clustered, output),
         replace=replace,
-        prepare=None
-        if config.clustering is None
-        else functools.partial(_prepare, config.clustering, clustered, output),
+        prepare=prepare,
+        finish=finish,
         unit="rows",
     )
 
 
+@dataclass(frozen=True)
+class _Asking:
+    """The seeds of one shard of ingest that search by sample."""
+
+    shard: KeptShard
+    source: str
+    k: int
+
+    def read(self) -> tuple[list[str], np.ndarray]:
+        return read_kept(self.shard, role="seed", source=self.source)
+
+
 def make_worker(
-    config: RetrieveConfig, pool: list[KeptShard], clustered: str, output: str
+    config: RetrieveConfig, asking: Sequence[_Asking], found: str, clustered: str, output: str
 ) -> Callable[[Shard], ShardRecord]:
     """A worker that retrieves for some seeds of one dataset after another."""
 
     def process(shard: Shard) -> ShardRecord:
-        dataset, mode, seed_shards = shard.work
-        if mode == "balanced":
-            table = _by_balance(config, clustered, output, part=seed_shards)
-            file = storage.write_table(storage.join(output, f"retrieved-{shard.name}.parquet"), table)
-            return ShardRecord(name=shard.name, files=(file,), totals={"balanced_rows": table.num_rows})
-        seeds = [read_kept(part, role="seed", source=dataset.name) for part in seed_shards]
-        seed_ids = [image_id for ids, _ in seeds for image_id in ids]
-        matrix = np.concatenate([matrix for _, matrix in seeds])
-        if mode == "sample":
-            table = _by_sample(dataset, seed_ids, matrix, pool)
-        else:
-            table = _by_cluster(config, dataset, matrix, clustered)
+        dataset, mode, what = shard.work
+        match mode:
+            case "balanced":
+                table = _by_balance(config, clustered, output, part=what)
+                totals = {"balanced_rows": table.num_rows}
+            case "sample":
+                seed_ids = asking[what].read()[0]
+                names = storage.require_manifest(found).files("found")
+                table = _by_sample(dataset, seed_ids, _merged(found, names, what, dataset.k))
+                totals = {f"seeds:{dataset.name}": len(seed_ids), f"rows:{dataset.name}": table.num_rows}
+            case _:
+                seeds = np.concatenate([read_kept(part, role="seed", source=dataset.name)[1] for part in what])
+                table = _by_cluster(config, dataset, seeds, clustered)
+                totals = {f"seeds:{dataset.name}": len(seeds), f"rows:{dataset.name}": table.num_rows}
         file = storage.write_table(storage.join(output, f"retrieved-{shard.name}.parquet"), table)
-        totals = {f"seeds:{dataset.name}": len(seed_ids), f"rows:{dataset.name}": table.num_rows}
         return ShardRecord(name=shard.name, files=(file,), totals=totals)
 
     return process
@@ -200,8 +248,7 @@ def nearest(seed_ids: list[str], seeds: np.ndarray, pool: Iterable[tuple[list[st
 
     def blocks() -> Iterator[np.ndarray]:
         for ids, matrix in pool:
-            if matrix.shape[1] != seeds.shape[1]:
-                raise InputError(f"seeds have width {seeds.shape[1]}, the pool {matrix.shape[1]}: not of one model.")
+            _check_width(seeds, matrix)
             pool_ids.extend(ids)
             yield matrix
 
@@ -231,16 +278,129 @@ def _mode(config: RetrieveConfig, dataset: DatasetConfig, own: list[KeptShard]) 
     return retrieval_mode(dataset.retrieval, count, config.sample_above)
 
 
-def _by_sample(dataset: DatasetConfig, seed_ids: list[str], matrix: np.ndarray, pool: list[KeptShard]) -> pa.Table:
-    found = nearest(seed_ids, matrix, (read_kept(shard, role="pool") for shard in pool), dataset.k)
+def _pool_parts(everything: Sequence[KeptShard], rows_per_part: int) -> list[Shard]:
+    """The shards of ingest in runs of at most `rows_per_part` vectors, or of one shard."""
+    parts: list[tuple[list[KeptShard], int]] = []
+    for shard in everything:
+        num_rows = vectors.num_rows(shard.vectors)
+        if not parts or parts[-1][1] + num_rows > rows_per_part:
+            parts.append(([], 0))
+        parts[-1] = ([*parts[-1][0], shard], parts[-1][1] + num_rows)
+    return [Shard(f"{number:05d}", tuple(shards), rows) for number, (shards, rows) in enumerate(parts)]
+
+
+def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output: str) -> Callable[[Shard], ShardRecord]:
+    """A worker that searches one part of the pool after another for all that ask.
+
+    Writes FOUND, one row group for each of `asking`, and with `ivf` the same for a sample of the seeds, searched with
+    the index and exactly.
+    """
+
+    def process(shard: Shard) -> ShardRecord:
+        read = [part for part in (read_kept(own, role="pool") for own in shard.work) if part[0]]
+        ids = np.concatenate([np.array(own, dtype="S") for own, _ in read]) if read else np.empty(0, "S1")
+        matrix = np.concatenate([matrix for _, matrix in read]) if read else np.empty((0, 1), np.float16)
+        del read
+        part = PartSearch(config, matrix)
+
+        def found() -> Iterator[tuple[int, pa.Table]]:
+            for block in _query_blocks(asking):
+                queries = np.concatenate([seeds for _, seeds in block])
+                k = max(asking[number].k for number, _ in block)
+                similarity, row = _search(part.search, queries, matrix, k)
+                starts = np.cumsum([0, *(len(seeds) for _, seeds in block)])
+                for (number, _), (start, stop) in zip(block, pairwise(starts.tolist()), strict=True):
+                    yield number, found_table(ids, similarity[start:stop], row[start:stop])
+
+        def exact() -> Iterator[tuple[int, pa.Table]]:
+            for number, (first, every) in enumerate(_sampled(config, asking)):
+                seeds = asking[number].read()[1]
+                rows = np.arange(first, len(seeds), every)
+                table = found_table(ids, *_search(part.search_exactly, seeds[rows], matrix, asking[number].k))
+                yield number, table.set_column(0, "query", pa.array(rows[table["query"].to_numpy()].astype(np.int32)))
+
+        empty = FOUND.empty_table()
+        path = functools.partial(storage.join, output)
+        files = [storage.write_row_groups(path(f"found-{shard.name}.parquet"), "asking", found(), empty)]
+        if config.backend == "ivf":
+            files.append(storage.write_row_groups(path(f"exact-{shard.name}.parquet"), "asking", exact(), empty))
+        return ShardRecord(name=shard.name, files=tuple(files))
+
+    return process
+
+
+def _search(
+    search: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]], queries: np.ndarray, pool: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if not len(pool):
+        return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+    _check_width(queries, pool)
+    return search(queries, k)
+
+
+def _check_width(seeds: np.ndarray, pool: np.ndarray) -> None:
+    if pool.shape[1] != seeds.shape[1]:
+        raise InputError(f"seeds have width {seeds.shape[1]}, the pool {pool.shape[1]}: not of one model.")
+
+
+def _query_blocks(asking: Sequence[_Asking]) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """The numbers of those that ask with their seeds (n, D), about QUERY_ROWS seeds at a time."""
+    block: list[tuple[int, np.ndarray]] = []
+    for number, own in enumerate(asking):
+        block.append((number, own.read()[1]))
+        if sum(len(seeds) for _, seeds in block) >= QUERY_ROWS or number == len(asking) - 1:
+            yield block
+            block = []
+
+
+def _sampled(config: SearchConfig, asking: Sequence[_Asking]) -> list[tuple[int, int]]:
+    """For each of those that ask, the first of its seeds that recall is measured on, and the step to the next."""
+    counts = [vectors.num_rows(own.shard.vectors) for own in asking]
+    every = max(1, sum(counts) // config.recall_queries)
+    starts = np.cumsum([0, *counts[:-1]])
+    return [(int(-start % every), every) for start in starts]
+
+
+def _merged(found: str, names: Sequence[str], number: int, k: int) -> pa.Table:
+    """FOUND of one of those that ask, from the files of all parts."""
+    paths = (storage.join(found, name) for name in names)
+    return merge((storage.read_row_groups(path, "asking", number, FOUND) for path in paths), k)
+
+
+def _measure_recall(
+    config: SearchConfig, asking: Sequence[_Asking], found: str, done: Sequence[ShardRecord]
+) -> tuple[dict[str, Any], None]:
+    """The share of the true neighbours of the sampled seeds that the search found. Raises ConfigError when too low."""
+    if config.backend == "exact":
+        return {"backend": "exact", "recall": 1.0}, None
+    names = [file.name for record in done for file in record.files]
+    by_index, exactly = ([name for name in names if name.startswith(kind)] for kind in ("found-", "exact-"))
+    hits = total = 0
+    for number, own in enumerate(asking):
+        exact = _merged(found, exactly, number, own.k)
+        own_hits, own_total = num_hits(_merged(found, by_index, number, own.k), exact, own.k)
+        hits, total = hits + own_hits, total + own_total
+    recall = hits / total if total else None
+    if recall is not None and recall < config.min_recall:
+        raise ConfigError(
+            f"The search found {recall:.4f} of the {total:,} nearest of a sample of seeds, less than search.min_recall "
+            f"({config.min_recall:g}). Raise search.num_probes ({config.num_probes}), lower min_recall, or set "
+            'search.backend = "exact".'
+        )
+    return {"backend": "ivf", "recall": recall, "recall_neighbors": total}, None
+
+
+def _by_sample(dataset: DatasetConfig, seed_ids: list[str], found: pa.Table) -> pa.Table:
+    """Rows of records.RETRIEVED, given the merged neighbours of these seeds."""
+    query = found["query"].to_numpy()
     count = found.num_rows
     return pa.table(
         {
             "image_id": found["image_id"],
-            "seed_source": [dataset.name] * count,
-            "seed_image_id": found["seed_image_id"],
-            "mode": ["sample"] * count,
-            "rank": found["rank"],
+            "seed_source": pa.repeat(pa.scalar(dataset.name, pa.string()), count),
+            "seed_image_id": pa.array(seed_ids, pa.string()).take(pa.array(query)),
+            "mode": pa.repeat(pa.scalar("sample", pa.string()), count),
+            "rank": (np.arange(count) - np.searchsorted(query, query)).astype(np.int32),
             "similarity": found["similarity"],
             "cluster_id": pa.nulls(count, pa.int32()),
         },
@@ -267,7 +427,7 @@ def _by_balance(config: RetrieveConfig, clustered: str, output: str, part: int) 
     return _as_retrieved(draw_images(clustered, counts, config.clustering.draw, config.seed), "balanced", None)
 
 
-def _prepare(config: ClusteringConfig, clustered: str, output: str) -> ShardRecord:
+def _balance(config: ClusteringConfig, clustered: str, output: str) -> FileRecord:
     """Decide how many images are drawn from each cluster."""
     names = {name for record in storage.require_manifest(clustered).shards for name in (f.name for f in record.files)}
     parents: list[np.ndarray] = []
@@ -276,9 +436,7 @@ def _prepare(config: ClusteringConfig, clustered: str, output: str) -> ShardReco
     counts = balanced_counts(parents, cluster_sizes(clustered, len(read_centroids(clustered))), config.num_images)
     buffer = io.BytesIO()
     np.save(buffer, counts)
-    return ShardRecord(
-        name=PREPARED, files=(storage.write_bytes(storage.join(output, BALANCED_NAME), buffer.getvalue()),)
-    )
+    return storage.write_bytes(storage.join(output, BALANCED_NAME), buffer.getvalue())
 
 
 def cluster_sizes(clustered: str, num_clusters: int) -> np.ndarray:

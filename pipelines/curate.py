@@ -95,11 +95,17 @@ class CurateConfig(Settings):
                 f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below "
                 f"pairs.min_descriptor_similarity ({self.pairs.min_descriptor_similarity:g}), the least looked at"
             )
-        if (cosine := self.dedup.holdout_cosine) is not None and cosine < self.pairs.min_descriptor_similarity:
-            raise ValueError(
-                f"dedup.holdout_cosine ({cosine:g}) lies below pairs.min_descriptor_similarity "
-                f"({self.pairs.min_descriptor_similarity:g}), the least looked at"
-            )
+        if (cosine := self.dedup.holdout_cosine) is not None:
+            if cosine < self.pairs.min_descriptor_similarity:
+                raise ValueError(
+                    f"dedup.holdout_cosine ({cosine:g}) lies below pairs.min_descriptor_similarity "
+                    f"({self.pairs.min_descriptor_similarity:g}), the least looked at"
+                )
+            if self.pairs.verification and (self.pairs.min_cosine is None or cosine < self.pairs.min_cosine):
+                raise ValueError(
+                    f"dedup.holdout_cosine is {cosine:g}, but pairs that verification finds unlike are only written "
+                    f"from pairs.min_cosine ({self.pairs.min_cosine}); set that to {cosine:g}"
+                )
         if self.dedup.holdout_threshold < self.pairs.min_similarity:
             raise ValueError(
                 f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below pairs.min_similarity "
