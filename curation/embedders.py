@@ -30,6 +30,7 @@ from torch.nn import functional
 
 from curation import backbone, efficientnet, sscd, weights
 from curation.config import Settings
+from curation.devices import require_device
 from curation.errors import DeviceError, InputError
 from curation.sscd import generalized_mean
 
@@ -191,7 +192,7 @@ class Embedder:
 
 def load_embedder(config: EmbedderConfig) -> Embedder:
     """The embedder of `config`, its weights loaded, on its device. Raises DeviceError and WeightsError."""
-    device, dtype = _device(config.device), getattr(torch, config.precision)
+    device, dtype = require_device(config.device), getattr(torch, config.precision)
     module: nn.Module
     match split_name(config.name):
         case None if config.name == "sscd_disc_mixup":
@@ -298,12 +299,3 @@ def _empty(kind: type[ModuleType]) -> ModuleType:
     with torch.device("meta"):
         module = kind()
     return module.to_empty(device="cpu")
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"device 'cuda' was asked for, and torch {torch.__version__} sees no GPU here. Set device to 'cpu', or "
-            "install a CUDA build of torch on a machine with a GPU."
-        )
-    return torch.device(name)

@@ -85,6 +85,11 @@ class SearchConfig(Settings):
                 )
         return self
 
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that one worker needs."""
+        return int(self.device == "cuda")
+
     def num_cells(self, num_vectors: int) -> int:
         """The cells of so many vectors."""
         return max(1, round(num_vectors / self.rows_per_cell))

@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation import index, kmeans, storage, vectors
+from curation.devices import require_device
 from curation.errors import ConfigError, InputError
 from curation.index import CellLists, SearchConfig
 from curation.runner import Runner, Shard
@@ -196,6 +197,7 @@ def _blocks(files: Sequence[str]) -> list[Shard]:
 
 
 def _make_exact_worker(asked: Neighborhood, blocks: Sequence[Shard], output: str) -> Callable[[Shard], ShardRecord]:
+    require_device(asked.search.device)
     places = _first_places([part for block in blocks for part in block.work])
 
     def process(shard: Shard) -> ShardRecord:
@@ -322,6 +324,7 @@ def _read_cells(folder: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _make_exchange_worker(search: SearchConfig, folder: str) -> Callable[[Shard], ShardRecord]:
+    require_device(search.device)
     cells, groups = _read_cells(folder)
     group_of = np.repeat(np.arange(len(groups) - 1), np.diff(groups))
     num_probes = min(search.num_probes, len(cells))
@@ -374,6 +377,7 @@ def _of_bytes(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
 
 
 def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callable[[Shard], ShardRecord]:
+    require_device(asked.search.device)
     cells, groups = _read_cells(folder)
     schema = _spread_schema(cells.shape[1], min(asked.search.num_probes, len(cells)))
     names = storage.require_manifest(folder).files("spread")
@@ -448,6 +452,7 @@ def _measure_recall(
 
 
 def _make_recall_worker(asked: Neighborhood, spread: str, folder: str) -> Callable[[Shard], ShardRecord]:
+    require_device(asked.search.device)
     sample = _read([(storage.join(spread, "sample.parquet"), 0)])
 
     def process(shard: Shard) -> ShardRecord:

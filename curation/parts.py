@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation import index, kmeans
+from curation.devices import require_device
 from curation.index import CellLists, SearchConfig
 
 # What one part found: `query` is a row of the matrix of queries.
@@ -23,6 +24,7 @@ class PartSearch:
     """The search in one part, `vectors` (N, D) float16, whose index is built once for all queries."""
 
     def __init__(self, config: SearchConfig, vectors: np.ndarray) -> None:
+        require_device(config.device)
         self._config, self._vectors = config, vectors
         self._cells: np.ndarray | None = None
         if config.backend == "exact" or not len(vectors):

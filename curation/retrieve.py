@@ -562,7 +562,7 @@ def command_line(
     if plan:
         print(resolved_toml(settings), end="")
         return
-    with command.open_runner(runner, workers) as chosen:
+    with command.open_runner(runner, workers, gpus_per_worker=settings.search.num_gpus) as chosen:
         run(settings, images, deduplicated, embedded, clustered, output, chosen, replace=replace)
 
 

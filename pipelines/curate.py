@@ -151,7 +151,8 @@ def command_line(
     report.read_concepts(settings.report)  # a wrong path is better known now than after hours
     if settings.demo_data is not None:
         demo_data.run(DemoDataConfig(), Path(settings.demo_data))
-    num_gpus = max(settings.embed.embedder.num_gpus, settings.describe.embedder.num_gpus)
+    models, searches = (settings.embed, settings.describe), (settings.pairs.search, settings.retrieve.search)
+    num_gpus = max(*(model.embedder.num_gpus for model in models), *(search.num_gpus for search in searches))
     with command.open_runner(runner, workers, gpus_per_worker=num_gpus) as chosen:
         run(settings, output, chosen, replace=replace)
     report.print_summary(output)

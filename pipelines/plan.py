@@ -8,6 +8,7 @@ from rich.table import Table
 from curation.balance import DatasetRows, most_clusters, retrieval_mode, selection_rows
 from curation.config import resolved_toml
 from curation.embedders import EmbedderConfig
+from curation.index import SearchConfig
 from curation.retrieve import DatasetConfig
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _stages(config: "CurateConfig") -> Table:
         f"among them what has more than {ingest.limits.max_pixels:,} pixels",
         "embed": _model(config.embed.embedder),
         "describe": _model(config.describe.embedder),
-        "pairs": f"{pairs.num_neighbors} nearest descriptors above {pairs.min_descriptor_similarity:g}, "
+        "pairs": f"{pairs.num_neighbors} nearest descriptors from {pairs.min_descriptor_similarity:g}, {_search(pairs.search)}, "
         f"perceptual hashes within {pairs.max_phash_distance} bits (-1: none), {check}",
         "dedup": f"copies from {config.dedup.threshold:g}; holdout from {config.dedup.holdout_threshold:g}, "
         f"decontamination '{config.dedup.decontamination}'",
@@ -122,13 +123,23 @@ def _stages(config: "CurateConfig") -> Table:
             for level in config.cluster.levels
         ),
         "retrieve": f"clusters with more than {retrieve.more_than_seeds} seeds of a dataset, "
-        f"{retrieve.images_per_cluster:,} images of each; by_size means sample above {retrieve.sample_above:,} seeds",
+        f"{retrieve.images_per_cluster:,} images of each; by_size means sample above {retrieve.sample_above:,} seeds; "
+        f"{_search(retrieve.search)}",
         "corpus": f"{config.pack.images_per_shard:,} images per tar, "
         f"{'with' if config.pack.repeats else 'without'} repeats",
     }
     for stage, text in rows.items():
         table.add_row(stage, text)
     return table
+
+
+def _search(search: SearchConfig) -> str:
+    if search.backend == "exact":
+        return f"searched exactly on {search.device}"
+    return (
+        f"searched in {search.num_probes} cells of {search.rows_per_cell:,} on {search.device}, "
+        f"recall at least {search.min_recall:g}"
+    )
 
 
 def _model(embedder: EmbedderConfig) -> str:

@@ -1,0 +1,15 @@
+"""Where torch computes: what was asked for, or an error."""
+
+import torch
+
+from curation.errors import DeviceError
+
+
+def require_device(name: str) -> torch.device:
+    """The device of that name. Raises DeviceError for "cuda" where there is no GPU: nothing falls back to the CPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device 'cuda' was asked for, and torch {torch.__version__} sees no GPU here. Set device to 'cpu', or "
+            "install a CUDA build of torch on a machine with a GPU."
+        )
+    return torch.device(name)
