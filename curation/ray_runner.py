@@ -22,7 +22,11 @@ OBJECT_STORE_BYTES = 100 * 1024**2
 
 
 class RayRunner(Runner):
-    """Runs workers as Ray actors, `num_workers` at a time, each with `cpus_per_worker` and `gpus_per_worker`."""
+    """Runs workers as Ray actors, `num_workers` at a time, each with `cpus_per_worker` and `gpus_per_worker`.
+
+    The processes stay from one stage to the next, since starting Python and torch anew takes seconds; what a worker
+    holds is dropped when the next stage's is made. A map that fails or is left early stops them.
+    """
 
     def __init__(self, *, num_workers: int, cpus_per_worker: float = 1, gpus_per_worker: float = 0) -> None:
         if num_workers < 1:
@@ -30,6 +34,8 @@ class RayRunner(Runner):
         self._num_workers = num_workers
         self._options = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": -1}
         self._ray = _connect(num_cpus=max(num_workers * cpus_per_worker, 1))
+        self._actors: list[Any] = []
+        self._num_maps = 0
         total = self._ray.cluster_resources()
         for resource, wanted in (("CPU", cpus_per_worker * num_workers), ("GPU", gpus_per_worker * num_workers)):
             if wanted > total.get(resource, 0):
@@ -50,7 +56,12 @@ class RayRunner(Runner):
             return
         ray = self._ray
         worker_class = ray.remote(**self._options)(_WorkerActor)
-        actors = [worker_class.remote(make_worker, os.getcwd()) for _ in range(min(self._num_workers, len(shards)))]
+        num_workers = min(self._num_workers, len(shards))
+        while len(self._actors) < num_workers:
+            self._actors.append(worker_class.remote())
+        actors = self._actors[:num_workers]
+        self._num_maps += 1
+        job = self._num_maps, ray.put((make_worker, os.getcwd()))
         attempts = [0] * len(shards)
         waiting = deque(range(len(shards)))
         running: dict[Any, tuple[int, Any]] = {}  # reference -> shard index, actor
@@ -65,7 +76,7 @@ class RayRunner(Runner):
                 while waiting and free and waiting[0] < next_index + window:
                     index, actor = waiting.popleft(), free.popleft()
                     attempts[index] += 1
-                    running[actor.process.remote(shards[index])] = (index, actor)
+                    running[actor.process.remote(*job, shards[index])] = (index, actor)
                 done, _ = ray.wait(list(running), num_returns=1)
                 index, actor = running.pop(done[0])
                 free.append(actor)
@@ -84,31 +95,31 @@ class RayRunner(Runner):
                     yield finished.pop(next_index)
                     next_index += 1
         finally:
-            for actor in actors:
-                ray.kill(actor)
+            if next_index < len(shards):
+                for actor in self._actors:
+                    ray.kill(actor)
+                self._actors = []
 
 
 class _WorkerActor:
-    """One worker process: makes the worker once, then takes one shard after another."""
+    """One worker process: makes the worker of a map once, then takes one shard after another."""
 
-    def __init__(self, make_worker: Callable[[], Worker], folder: str) -> None:
-        # Relative paths in a config mean the same on every worker. A constructor that raised would be retried for ever
-        # and lose its message, so the error is kept and raised by the first shard.
-        self._error: Exception | None = None
-        try:
+    def __init__(self) -> None:
+        self._map_number = 0
+        self._worker: Worker | None = None
+
+    def process(self, map_number: int, job: tuple[Callable[[], Worker], str], shard: Shard) -> ShardRecord:
+        if self._worker is None or map_number != self._map_number:
+            self._worker = None  # before the next one takes its memory
+            make_worker, folder = job
+            # Relative paths in a config mean the same on every worker.
             if not os.path.isdir(folder):
                 raise InputError(
                     f"The folder '{folder}' that the run was started in is not on machine {os.uname().nodename}. "
                     "Start in a folder that every machine sees."
                 )
             os.chdir(folder)
-            self._worker = make_worker()
-        except Exception as error:
-            self._error = error
-
-    def process(self, shard: Shard) -> ShardRecord:
-        if self._error is not None:
-            raise self._error
+            self._worker, self._map_number = make_worker(), map_number
         return self._worker(shard)
 
 

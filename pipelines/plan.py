@@ -113,7 +113,8 @@ def _stages(config: "CurateConfig") -> Table:
         f"among them what has more than {ingest.limits.max_pixels:,} pixels",
         "embed": _model(config.embed.embedder),
         "describe": _model(config.describe.embedder),
-        "pairs": f"{pairs.num_neighbors} nearest descriptors from {pairs.min_descriptor_similarity:g}, {_search(pairs.search)}, "
+        "pairs": f"{pairs.num_neighbors} nearest descriptors from {pairs.min_descriptor_similarity:g}, "
+        f"{_search(pairs.search)}, "
         f"perceptual hashes within {pairs.max_phash_distance} bits (-1: none), {check}",
         "dedup": f"copies from {config.dedup.threshold:g}; holdout from {config.dedup.holdout_threshold:g}, "
         f"decontamination '{config.dedup.decontamination}'",
