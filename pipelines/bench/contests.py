@@ -30,8 +30,6 @@ from pipelines.bench import mixture
 Measured = dict[str, float]
 
 ROWS_PER_FILE = 16_384
-# On average; sizes are unequal.
-VECTORS_PER_CLUSTER = 200
 # Of the pairs that the join looks for: at most this many a vector, at least this similar.
 JOIN_NEIGHBORS, JOIN_FLOOR = 64, 0.6
 # Exhaustive search takes each query as long as the next: the peer of the join is timed on every so many blocks.
@@ -43,14 +41,15 @@ EDGES_PER_BLOCK = scratch.BLOCK
 # Data
 
 
-def make_vectors(folder: str, num_vectors: int, num_queries: int, width: int, share_copies: float) -> Measured:
+def make_vectors(
+    folder: str, num_vectors: int, num_queries: int, width: int, num_clusters: int, share_copies: float
+) -> Measured:
     """Vectors in Parquet files, with queries of the same mixture in queries.npy; gives the vectors' bytes as fp16."""
     Path(folder).mkdir()
     held = np.empty((0, width), np.float16)
-    clusters = max(1, num_vectors // VECTORS_PER_CLUSTER)
     written = 0
     for block in mixture.blocks(
-        num_vectors + num_queries, width, num_clusters=clusters, share_copies=share_copies, seed=0
+        num_vectors + num_queries, width, num_clusters=num_clusters, share_copies=share_copies, seed=0
     ):
         held = np.concatenate([held, block])
         while written < num_vectors and len(held) >= (count := min(ROWS_PER_FILE, num_vectors - written)):
