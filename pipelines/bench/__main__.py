@@ -1,6 +1,7 @@
-"""Every benchmark, on the demo that `make curate` wrote: python -m pipelines.bench --run runs/demo --data data/demo
+"""Every benchmark: python -m pipelines.bench --run runs/demo --data data/demo
 
-Each table names what it measures against what, the machine and the date.
+Two tables are of the demo that `make curate` wrote, the others of drawn vectors (similarity.py).
+Each names what it measures against what, the machine and the date.
 """
 
 import datetime
@@ -13,20 +14,37 @@ from rich.console import Console
 from rich.table import Table
 
 from curation import command
-from pipelines.bench import copies, retrieval
+from curation.errors import InputError
+from pipelines.bench import copies, retrieval, similarity
+
+DEMO = ("concepts", "copies")
+NAMES = ", ".join([*DEMO, *similarity.WORKS])
 
 
 def command_line(
     run: Annotated[str, typer.Option("--run", help="Folder of a finished run of the demo.")] = "runs/demo",
     data: Annotated[str, typer.Option("--data", help="Folder of the demo's images.")] = "data/demo",
+    only: Annotated[list[str] | None, typer.Option("--only", help=f"One of {NAMES}; repeatable.")] = None,
+    scale: Annotated[int, typer.Option("--scale", min=1, help="Divide the sizes of drawn data, to try out.")] = 1,
+    repeats: Annotated[
+        int | None, typer.Option("--repeats", min=1, help="Runs of which the median counts; default: 1 or 3.")
+    ] = None,
 ) -> None:
-    """Measure the demo's run."""
-    console = Console(highlight=False, width=140)
+    """Measure everything, or what is named."""
+    names = only or [*DEMO, *similarity.WORKS]
+    if unknown := sorted(set(names) - {*DEMO, *similarity.WORKS}):
+        raise InputError(f"--only {unknown[0]}: there is no such benchmark. Choose from {NAMES}.")
+    console = Console(highlight=False, width=190)
     console.print(
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} processors, {platform.platform()}\n"
     )
-    console.print(_retrieval(retrieval.shares(run)))
-    console.print(_copies(copies.comparison(run, data)))
+    if "concepts" in names:
+        console.print(_retrieval(retrieval.shares(run)))
+    if "copies" in names:
+        console.print(_copies(copies.comparison(run, data)))
+    asked = [name for name in similarity.WORKS if name in names]
+    for table in similarity.tables(similarity.bench(asked, scale=scale, repeats=repeats)):
+        console.print(table)
 
 
 def _retrieval(shares: dict[str, tuple[float, float, float]]) -> Table:

@@ -1,0 +1,370 @@
+"""What the rows of similarity.py run, ours and the peers': each in a process of its own, so that memory can be told.
+
+    python -m pipelines.bench.contests NAME '{"argument": value, ...}'
+
+prints as JSON what it measured. Times are of the work alone: imports, a warm-up, and the peers' reading of their
+vectors into memory are not counted; what ours read from disk is. A function's name says what it does, `peer_` in front
+that a peer does it; `judge_` compares the two.
+
+Legend: N vectors, Q queries, D dimensions, K clusters.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import scipy.sparse
+
+from curation import graph, index, join, kmeans, scratch, storage, vectors
+from curation.index import CellLists, SearchConfig
+from curation.join import Neighborhood
+from curation.runner import InlineRunner
+from pipelines.bench import mixture
+
+Measured = dict[str, float]
+
+ROWS_PER_FILE = 16_384
+# Of the pairs that the join looks for: at most this many a vector, at least this similar.
+JOIN_NEIGHBORS, JOIN_FLOOR = 64, 0.6
+# Exhaustive search takes each query as long as the next: the peer of the join is timed on every so many blocks.
+TIMED_BLOCKS, QUERIES_PER_BLOCK = 10, 2000
+# Edges that are read at a time.
+EDGES_PER_BLOCK = scratch.BLOCK
+
+
+# Data
+
+
+def make_vectors(
+    folder: str, num_vectors: int, num_queries: int, width: int, num_clusters: int, share_copies: float
+) -> Measured:
+    """Vectors in Parquet files, with queries of the same mixture in queries.npy; gives the vectors' bytes as fp16."""
+    Path(folder).mkdir()
+    held = np.empty((0, width), np.float16)
+    written = 0
+    for block in mixture.blocks(
+        num_vectors + num_queries, width, num_clusters=num_clusters, share_copies=share_copies, seed=0
+    ):
+        held = np.concatenate([held, block])
+        while written < num_vectors and len(held) >= (count := min(ROWS_PER_FILE, num_vectors - written)):
+            ids = [hashlib.sha256(str(row).encode()).hexdigest()[:32] for row in range(written, written + count)]
+            path = storage.join(folder, f"vectors-{written // ROWS_PER_FILE:05d}.parquet")
+            storage.write_table(path, vectors.make_table(ids, held[:count]))
+            held, written = held[count:], written + count
+    np.save(Path(folder, "queries.npy"), held)
+    return {"bytes": 2.0 * width * num_vectors}
+
+
+def make_edges(folder: str, num_edges: int) -> Measured:
+    """Edges between permuted nodes, int32, in edges.bin, and the number of nodes in nodes.npy.
+
+    In equal parts of the nodes: one giant component, chains of up to 100,000 nodes, and components of up to 6 nodes.
+    """
+    Path(folder).mkdir()
+    generator = np.random.default_rng(0)
+    part = num_edges // 4
+    node = np.arange(1, part)
+    giant = np.stack([node, (generator.random(part - 1) * node).astype(np.int64)], axis=1)  # a tree over all of it
+    cut = generator.random(part - 1) < 1e-5
+    chains = np.stack([node - 1, node], axis=1)[~cut] + part
+    small = np.stack([node - 1, node], axis=1)[generator.random(part - 1) > 0.3] + 2 * part
+    small = small[small[:, 1] % 6 != 2 * part % 6]
+    more = generator.integers(part, size=(num_edges - len(giant) - len(chains) - len(small), 2))  # of the giant
+    edges = np.concatenate([giant, chains, small, more])
+    del giant, chains, small, more
+    nodes = generator.permutation(3 * part).astype(np.int32)
+    nodes[edges[generator.permutation(num_edges)]].tofile(Path(folder, "edges.bin"))
+    np.save(Path(folder, "nodes.npy"), np.array([3 * part]))
+    return {"bytes": 8.0 * num_edges}
+
+
+# All pairs above a similarity
+
+
+def all_pairs(
+    folder: str, output: str, num_vectors: int, rows_per_cell: int, num_probes: int, rows_per_part: int
+) -> Measured:
+    """The join, from files to files: training, exchange, join, and the recall that it measures itself."""
+    search = SearchConfig(
+        backend="ivf", rows_per_cell=rows_per_cell, num_probes=num_probes, rows_per_part=rows_per_part, min_recall=0
+    )
+    asked = Neighborhood(search, JOIN_NEIGHBORS, JOIN_FLOOR, num_buckets=16)
+    started = time.perf_counter()
+    manifest = join.run(asked, _files(folder), "mixture", output, InlineRunner(), num_rows=num_vectors)
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "edges": float(manifest.totals["edges"])}
+
+
+def peer_all_pairs(folder: str) -> Measured:
+    """faiss's exhaustive search of all vectors among all, timed on a share of the queries."""
+    matrix = _read_all(folder)
+    started = time.perf_counter()
+    flat = faiss.IndexFlatIP(matrix.shape[1])
+    flat.add(matrix)
+    adding = time.perf_counter() - started
+    starts = range(0, len(matrix), QUERIES_PER_BLOCK)[::TIMED_BLOCKS]
+    timed = sum(len(matrix[start : start + QUERIES_PER_BLOCK]) for start in starts)
+    started = time.perf_counter()
+    for start in starts:
+        flat.search(matrix[start : start + QUERIES_PER_BLOCK], JOIN_NEIGHBORS)
+    return {"seconds": adding + (time.perf_counter() - started) * len(matrix) / timed}
+
+
+def judge_all_pairs(folder: str, joined: str, num_sampled: int) -> Measured:
+    """Recall: the share of the true neighbours of some vectors that are edges, either way, of the join."""
+    matrix = _read_all(folder)
+    sampled = np.unique(np.linspace(0, len(matrix) - 1, min(num_sampled, len(matrix))).astype(np.int64))
+    row = index.search(matrix[sampled], [matrix], JOIN_NEIGHBORS + 1, floor=JOIN_FLOOR)[1]
+    query, column = np.nonzero((row >= 0) & (row != sampled[:, None]))
+    true = _numbered(sampled[query], row[query, column], len(matrix))
+    names = storage.require_manifest(joined).files("edges")
+    found = []
+    for name in names:
+        edges = storage.read_table(storage.join(joined, name), join.EDGES, ["place", "other_place"])
+        one, other = (edges.column(end).to_numpy() for end in ("place", "other_place"))
+        found.append(_numbered(one, other, len(matrix)))
+    return {"recall": float(np.isin(true, np.concatenate(found)).mean()), "true_pairs": float(len(np.unique(true)))}
+
+
+def _numbered(one: np.ndarray, other: np.ndarray, num_vectors: int) -> np.ndarray:
+    """A number for each pair, the same one both ways."""
+    numbers: np.ndarray = np.minimum(one, other) * num_vectors + np.maximum(one, other)
+    return numbers
+
+
+# Neighbours of queries
+
+
+def neighbors(folder: str, output: str, k: int, rows_per_cell: int, num_probes: int, files_per_part: int) -> Measured:
+    """Approximate neighbours, part by part: `seconds` with reading and building, `searching` without."""
+    queries = np.load(Path(folder, "queries.npy"), allow_pickle=False)
+    search = SearchConfig(backend="ivf", rows_per_cell=rows_per_cell, num_probes=num_probes)
+    files = _files(folder)
+    searching = 0.0
+    started = time.perf_counter()
+    similarity: np.ndarray = np.empty((len(queries), 0), np.float32)
+    row: np.ndarray = np.empty((len(queries), 0), np.int64)
+    first = 0
+    for number in range(0, len(files), files_per_part):
+        matrix = np.concatenate([vectors.read_file(file)[1] for file in files[number : number + files_per_part]])
+        cells = _train_cells(search, matrix)
+        home = index.cells_of(matrix, cells, 1)[:, 0]
+        vectors_in = CellLists.of(np.arange(len(matrix)), home, len(cells))
+        built = time.perf_counter()
+        probes = min(num_probes, len(cells))
+        visits = index.cells_of(queries, cells, probes)
+        queries_in = CellLists.of(np.repeat(np.arange(len(queries)), probes), visits.reshape(-1), len(cells))
+        found = index.search_cells(queries, queries_in, matrix, vectors_in, k)
+        similarity = np.concatenate([similarity, found[0]], axis=1)
+        row = np.concatenate([row, np.where(found[1] >= 0, found[1] + first, -1)], axis=1)
+        order = np.lexsort((row, -similarity), axis=1)[:, :k]
+        similarity, row = np.take_along_axis(similarity, order, axis=1), np.take_along_axis(row, order, axis=1)
+        searching += time.perf_counter() - built
+        first += len(matrix)
+    seconds = time.perf_counter() - started
+    np.save(output, row)
+    return {"seconds": seconds, "searching": searching}
+
+
+def _train_cells(search: SearchConfig, matrix: np.ndarray) -> np.ndarray:
+    num_cells = search.num_cells(len(matrix))
+    sample = matrix[:: max(1, len(matrix) // (index.TRAINING_ROWS_PER_CELL * num_cells))]
+    rounds = index.TRAINING_ITERATIONS
+    return kmeans.fit(lambda: [sample], num_cells, num_iterations=rounds, start="random", seed=search.seed).centroids
+
+
+def exact_neighbors(folder: str, output: str, k: int, num_files: int) -> Measured:
+    """Exact neighbours among the vectors of the first files, streamed."""
+    queries = np.load(Path(folder, "queries.npy"), allow_pickle=False)
+    started = time.perf_counter()
+    row = index.search(queries, (vectors.read_file(file)[1] for file in _files(folder)[:num_files]), k)[1]
+    seconds = time.perf_counter() - started
+    np.save(output, row)
+    return {"seconds": seconds}
+
+
+def peer_neighbors(folder: str, output: str, k: int) -> Measured:
+    """faiss's exhaustive search; adding the vectors, a copy in memory, is not counted."""
+    matrix = _read_all(folder)
+    queries = np.load(Path(folder, "queries.npy"), allow_pickle=False).astype(np.float32)
+    flat = faiss.IndexFlatIP(matrix.shape[1])
+    flat.add(matrix)
+    started = time.perf_counter()
+    row = flat.search(queries, k)[1]
+    seconds = time.perf_counter() - started
+    np.save(output, row)
+    return {"seconds": seconds}
+
+
+def judge_neighbors(true: str, found: str) -> Measured:
+    """Recall: the share of the true neighbours that were found."""
+    wanted, got = (np.load(path, allow_pickle=False) for path in (true, found))
+    return {"recall": float((wanted[:, :, None] == got[:, None, :]).any(axis=2).mean())}
+
+
+# Clusters
+
+
+def cluster(folder: str, output: str, num_clusters: int, num_iterations: int) -> Measured:
+    """Spherical k-means over the vectors, read anew in each iteration."""
+    files = _files(folder)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for file in files:
+            yield vectors.read_file(file)[1]
+
+    started = time.perf_counter()
+    fit = kmeans.fit(blocks, num_clusters, num_iterations=num_iterations, start="random", seed=0)
+    seconds = time.perf_counter() - started
+    np.save(output, fit.centroids)
+    return {"seconds": seconds}
+
+
+def peer_cluster(folder: str, output: str, num_clusters: int, num_iterations: int) -> Measured:
+    """faiss's spherical k-means over the same vectors in memory, all of them."""
+    matrix = _read_all(folder)
+    peer = faiss.Kmeans(
+        matrix.shape[1],
+        num_clusters,
+        niter=num_iterations,
+        spherical=True,
+        seed=1,
+        max_points_per_centroid=len(matrix),
+        min_points_per_centroid=1,
+    )
+    started = time.perf_counter()
+    peer.train(matrix)
+    seconds = time.perf_counter() - started
+    centroids = np.asarray(peer.centroids)
+    np.save(output, centroids / np.linalg.norm(centroids, axis=1, keepdims=True))
+    return {"seconds": seconds}
+
+
+def judge_cluster(folder: str, ours: str, peer: str) -> Measured:
+    """Objectives: the mean cosine to the nearest centroid."""
+    total = np.zeros(2)
+    count = 0
+    centroids = [np.load(path, allow_pickle=False) for path in (ours, peer)]
+    for file in _files(folder):
+        matrix = vectors.read_file(file)[1]
+        total += [index.assign(matrix, of)[1].sum(dtype=np.float64) for of in centroids]
+        count += len(matrix)
+    return {"ours": float(total[0] / count), "peer": float(total[1] / count)}
+
+
+# Components
+
+
+def components(folder: str, output: str) -> Measured:
+    """Connected components of edges read block by block, the nodes' on disk."""
+    num_nodes = int(np.load(Path(folder, "nodes.npy"), allow_pickle=False)[0])
+    path = Path(folder, "edges.bin")
+    num_edges = path.stat().st_size // 8
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, num_edges, EDGES_PER_BLOCK):
+            count = min(EDGES_PER_BLOCK, num_edges - start)
+            edges = np.fromfile(path, np.int32, 2 * count, offset=8 * start).reshape(-1, 2)
+            yield edges[:, 0], edges[:, 1]
+
+    started = time.perf_counter()
+    parent = scratch.on_disk(num_nodes, graph.node_type(num_nodes))
+    graph.connected_components(num_nodes, blocks(), parent=parent)
+    seconds = time.perf_counter() - started
+    with open(output, "wb") as file:
+        for part in scratch.blocks(num_nodes):
+            parent[part].tofile(file)
+    return {"seconds": seconds}
+
+
+def peer_components(folder: str, output: str) -> Measured:
+    """scipy's connected components of the same edges in memory."""
+    num_nodes = int(np.load(Path(folder, "nodes.npy"), allow_pickle=False)[0])
+    edges = np.fromfile(Path(folder, "edges.bin"), np.int32).reshape(-1, 2)
+    first, second = (np.ascontiguousarray(edges[:, end]) for end in (0, 1))
+    started = time.perf_counter()
+    coordinates = scipy.sparse.coo_array((np.ones(len(first), np.int8), (first, second)), (num_nodes, num_nodes))
+    label = scipy.sparse.csgraph.connected_components(coordinates.tocsr(), directed=False)[1]
+    seconds = time.perf_counter() - started
+    smallest = np.empty(int(label.max()) + 1, np.int32)
+    smallest[label[::-1]] = np.arange(num_nodes - 1, -1, -1, dtype=np.int32)  # the last one written is the smallest
+    smallest[label].tofile(output)
+    return {"seconds": seconds, "components": float(len(smallest))}
+
+
+def judge_components(ours: str, peer: str) -> Measured:
+    """The share of the nodes that are in the same component, named by its smallest node."""
+    return {"same": float((np.fromfile(ours, np.int32) == np.fromfile(peer, np.int32)).mean())}
+
+
+# The process
+
+
+CONTESTS: dict[str, Callable[..., Measured]] = {
+    work.__name__: work
+    for work in (
+        make_vectors,
+        make_edges,
+        all_pairs,
+        peer_all_pairs,
+        judge_all_pairs,
+        neighbors,
+        exact_neighbors,
+        peer_neighbors,
+        judge_neighbors,
+        cluster,
+        peer_cluster,
+        judge_cluster,
+        components,
+        peer_components,
+        judge_components,
+    )
+}
+
+
+def measure(name: str, arguments: dict[str, Any]) -> Measured:
+    """What the work of that name measures, and `peak`: the most bytes of memory beyond those before it began.
+
+    Pages of files that are mapped count as memory. Only Linux tells; elsewhere `peak` is not a number.
+    """
+    _warm_up()
+    before = _memory("VmRSS")
+    measured = CONTESTS[name](**arguments)
+    return measured | {"peak": _memory("VmHWM") - before}
+
+
+def _warm_up() -> None:
+    """Load and set up what the first products do."""
+    matrix = np.eye(256, 64, dtype=np.float16)
+    index.search(matrix, [matrix], 4)
+    flat = faiss.IndexFlatIP(64)
+    flat.add(matrix.astype(np.float32))
+    flat.search(matrix.astype(np.float32), 4)
+
+
+def _memory(field: str) -> float:
+    # Not resource.getrusage: a process's ru_maxrss begins with the peak of the one that started it.
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
+    return 1024.0 * int(line.split()[1])
+
+
+def _files(folder: str) -> list[str]:
+    return [storage.join(folder, name) for name in storage.list_names(folder) if name.endswith(".parquet")]
+
+
+def _read_all(folder: str) -> np.ndarray:
+    matrix: np.ndarray = np.concatenate([vectors.read_file(file)[1].astype(np.float32) for file in _files(folder)])
+    return matrix
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], json.loads(sys.argv[2]))))

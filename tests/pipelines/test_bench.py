@@ -1,0 +1,86 @@
+"""The benchmarks run and judge right, at a hundredth of their sizes. Times are not looked at."""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.bench import contests, mixture, similarity
+
+SCALE = 100
+
+
+def shown(tables: list[Table]) -> str:
+    console = Console(file=io.StringIO(), width=250)
+    for table in tables:
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def quality(row: similarity.Row) -> float:
+    """The first figure of a row's recall or objective."""
+    return float(next(word for word in row.quality.replace("%", "").split() if word[0].isdigit()))
+
+
+@pytest.fixture(scope="module")
+def measured() -> similarity.Bench:
+    return similarity.bench(list(similarity.WORKS), scale=SCALE, repeats=1, measure=contests.measure)
+
+
+def test_every_work_has_its_rows(measured: similarity.Bench) -> None:
+    join, growth, searching, building, exact, kmeans, components = measured.rows
+    assert quality(join) >= 0.99
+    assert quality(searching) == quality(building) >= 0.95
+    assert searching.seconds < building.seconds
+    assert quality(exact) == 1
+    assert float(kmeans.quality.split()[2]) >= 0.97  # of the peer's objective: 40 clusters from another start
+    assert components.quality.startswith("100.0000%")
+    assert math.isnan(growth.peer_seconds)
+    assert [size.size for size in measured.sizes] == [500, 1000, 2000, 4000, 10_000, 10_000][: len(measured.sizes)]
+    for row in measured.rows:
+        assert row.on_disk > 0 and row.seconds > 0
+
+
+def test_tables_say_what_they_hold(measured: similarity.Bench) -> None:
+    text = shown(similarity.tables(measured))
+    assert text.count("at 1/100 of the sizes") == 2
+    for row in measured.rows:
+        assert row.peer in text and row.quality in text
+    alone = similarity.Bench("", 1, None, contests.measure, rows=measured.rows[1:2])
+    assert "sizes" not in shown(similarity.tables(alone))
+    assert similarity.tables(similarity.Bench("", 1, None, contests.measure)) == []
+
+
+def test_a_work_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """It tells why it failed, and does not inherit the peak memory of the process that starts it."""
+    held = np.ones(500_000_000, np.uint8)
+    arguments = {"folder": str(tmp_path / "edges"), "num_edges": 1000}
+    made = similarity.in_process("make_edges", arguments)
+    assert made["bytes"] == 8000
+    assert made["peak"] < 1e8 < held.nbytes
+    with pytest.raises(RuntimeError, match=r"make_edges ended with status 1:\n(.|\n)*FileExistsError"):
+        similarity.in_process("make_edges", arguments)
+
+
+def test_judges_count_what_is_missing(tmp_path: Path) -> None:
+    true, found = np.array([[0, 1], [2, 3]]), np.array([[1, 0], [2, 9]])
+    for name, rows in (("true", true), ("found", found)):
+        np.save(tmp_path / f"{name}.npy", rows)
+    assert contests.judge_neighbors(str(tmp_path / "true.npy"), str(tmp_path / "found.npy")) == {"recall": 0.75}
+    np.array([0, 0, 2], np.int32).tofile(tmp_path / "ours")
+    np.array([0, 0, 0], np.int32).tofile(tmp_path / "peer")
+    assert contests.judge_components(str(tmp_path / "ours"), str(tmp_path / "peer"))["same"] == pytest.approx(2 / 3)
+
+
+def test_a_mixture_has_its_copies_and_clusters() -> None:
+    matrix = np.concatenate(list(mixture.blocks(3000, 64, num_clusters=20, share_copies=0.1, seed=1)))
+    again = np.concatenate(list(mixture.blocks(3000, 64, num_clusters=20, share_copies=0.1, seed=1)))
+    assert matrix.dtype == np.float16 and np.array_equal(matrix, again)
+    assert np.allclose(np.linalg.norm(matrix.astype(np.float32), axis=1), 1, atol=2e-3)
+    nearest = (matrix.astype(np.float32) @ matrix.astype(np.float32).T - 2 * np.eye(3000)).max(axis=1)
+    assert 0.05 < (nearest > 0.75).mean() < 0.3  # copies and their originals
