@@ -24,8 +24,8 @@ from curation.errors import ConfigError
 # torch calls its sparse matrices a beta; what is used of them is compared with plain products in the tests.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-# Rows that are held as float32 and as codes at a time: 100 MB and 25 MB at D 384. Assumed.
-BLOCK_ROWS = 65_536
+# Rows that are held as float32 and as codes at a time: 25 MB and 6 MB at D 384. Assumed.
+BLOCK_ROWS = 16_384
 # Tiles whose products are held until the floor of their candidates is known. Assumed.
 HELD_TILES = 8
 # Cells that vectors are compared with at a time. Assumed.
@@ -185,6 +185,11 @@ class CellLists:
         return self.rows[self.starts[cell] : self.starts[cell + 1]]
 
 
+def codes_of(matrix: np.ndarray, device: str = "cpu") -> scan.Codes:
+    """Codes of `matrix` (N, D), float16 or float32, with one scale; BLOCK_ROWS rows are float32 at a time."""
+    return scan.encode([matrix[start : start + BLOCK_ROWS] for start in range(0, len(matrix), BLOCK_ROWS)], device)
+
+
 def search_cells(
     queries: np.ndarray,
     queries_in: CellLists,
@@ -193,17 +198,17 @@ def search_cells(
     k: int,
     *,
     floor: float = -np.inf,
+    codes: scan.Codes | None = None,
     device: str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` vectors nearest to each query among those that share a cell with it, as `search` gives them.
 
     `queries` (Q, D) and `vectors` (N, D) are float16 or float32 and in memory, beside one byte a value of codes. A pair
-    may share one cell at most. Ties at the k-th place go to the cell that comes first.
+    may share one cell at most. Ties at the k-th place go to the cell that comes first. `codes` are those of `vectors`
+    (codes_of), for who searches them several times.
     """
-    query_codes, vector_codes = (
-        scan.encode([matrix[start : start + BLOCK_ROWS] for start in range(0, len(matrix), BLOCK_ROWS)], device)
-        for matrix in (queries, vectors)
-    )
+    vector_codes = codes or codes_of(vectors, device)
+    query_codes = vector_codes if queries is vectors else codes_of(queries, device)
     kind = scan.device_kind(device)
     best_similarity = np.full((len(queries), k), -np.inf, np.float32)
     best_row = np.full((len(queries), k), -1, np.int64)

@@ -1,10 +1,12 @@
 """Join: which vectors of a collection lie near which others, for collections that no memory holds.
 
     <output>/
-      cells.npy                      with `ivf`: (cells, D) float32, sorted by group
-      exchange/spread-00000.parquet  with `ivf`: the vectors of a file, one row group for each group of cells they visit
-      edges-00000.parquet  ...       EDGES, one row group for each bucket of ids
-      manifest.json                  its facts hold the measured recall
+      edges-00000.parquet  ...         EDGES, one row group for each bucket of ids
+      manifest.json                    its facts hold the measured recall
+      .progress/exchange/              with `ivf`, until it is done
+        cells.npy  groups.npy          (cells, D) float32, sorted by group; where each group begins
+        sample.parquet                 the vectors that recall is measured on
+        spread-00000.parquet  ...      the vectors of a file, one row group for each group of cells that they visit
 
 An edge leads from an image to one of its `k` nearest that are at least `floor` similar; only these are ever written.
 Images with equal bytes have equal vectors; they count once, or they would fill each other's lists, and an image is no
@@ -53,8 +55,11 @@ EDGES = pa.schema(
 )
 # Each pair once, `image_id` the smaller; `mutual` says whether each is among the other's nearest.
 PAIRED = EDGES.append(pa.field("mutual", pa.bool_()))
-# Images of a block of the exact join, held as float32: 134 MB at D 512. Assumed.
+# Images that are compared with all others at a time, held as float32: 134 MB at D 512. Assumed: fewer would read the
+# others more often.
 ROWS_PER_BLOCK = 65_536
+# Images that the sample of the recall is compared with at a time. Assumed.
+ROWS_PER_RECALL_BLOCK = 16_384
 # How many times more rows than a sample needs are read for it. Assumed enough to see every kind of image.
 FILES_READ = 16
 
@@ -101,7 +106,7 @@ def run(
             runner=runner,
             shards=[
                 Shard(f"{number:05d}", part, vectors.num_rows(part[0]))
-                for number, part in enumerate(part for block in _blocks(files) for part in block.work)
+                for number, part in enumerate(part for block in _blocks(files, ROWS_PER_BLOCK) for part in block.work)
             ],
             make_worker=functools.partial(_make_exchange_worker, search, spread),
             prepare=functools.partial(_train_cells, search, files, num_rows, spread),
@@ -114,7 +119,7 @@ def run(
 
     make_worker: Callable[[], Callable[[Shard], ShardRecord]]
     if search.backend == "exact" or num_rows == 0:
-        shards = _blocks(files)
+        shards = _blocks(files, ROWS_PER_BLOCK)
         make_worker = functools.partial(_make_exact_worker, asked, shards, output)
         prepare, finish = None, None
     else:
@@ -181,8 +186,8 @@ def text_column(ids: np.ndarray) -> pa.Array:
 # Exact
 
 
-def _blocks(files: Sequence[str]) -> list[Shard]:
-    """The files, each with the place of its first row, in runs of about ROWS_PER_BLOCK rows."""
+def _blocks(files: Sequence[str], rows_per_block: int) -> list[Shard]:
+    """The files, each with the place of its first row, in runs of about `rows_per_block` rows."""
     blocks: list[Shard] = []
     held: list[tuple[str, int]] = []
     first = num_rows = 0
@@ -190,7 +195,7 @@ def _blocks(files: Sequence[str]) -> list[Shard]:
         held.append((file, first))
         count = vectors.num_rows(file)
         first, num_rows = first + count, num_rows + count
-        if num_rows >= ROWS_PER_BLOCK or number == len(files) - 1:
+        if num_rows >= rows_per_block or number == len(files) - 1:
             blocks.append(Shard(f"{len(blocks):05d}", tuple(held), num_rows))
             held, num_rows = [], 0
     return blocks
@@ -235,9 +240,12 @@ def _read(parts: Sequence[tuple[str, int]], places: np.ndarray | None = None) ->
         return Images(np.empty(0, "S1"), np.empty(0, np.int64), np.empty((0, 1), np.float16))
     ids = np.concatenate([np.array(own, dtype="S") for own, _, _ in read])
     own_places = np.concatenate([first + np.arange(len(own)) for own, _, first in read])
-    images = Images(ids, own_places, np.concatenate([matrix for _, matrix, _ in read]))
+    matrix = read[0][1] if len(read) == 1 else np.concatenate([matrix for _, matrix, _ in read])
+    images = Images(ids, own_places, matrix)
+    del read
     if places is None:
-        return images.take(np.unique(ids, return_index=True)[1])
+        first_rows = np.sort(np.unique(ids, return_index=True)[1])
+        return images if len(first_rows) == len(ids) else images.take(first_rows)
     begin, end = np.searchsorted(places, (own_places[0], own_places[-1] + 1))
     return images.take(places[begin:end] - own_places[0])  # the files of `parts` follow one another
 
@@ -424,7 +432,7 @@ def _measure_recall(
         inputs={"vectors": source_hash},
         output=folder,
         runner=runner,
-        shards=_blocks(files),
+        shards=_blocks(files, ROWS_PER_RECALL_BLOCK),
         make_worker=functools.partial(_make_recall_worker, asked, spread, folder),
     )
     tables = [storage.read_table(storage.join(folder, name), EDGES) for name in manifest.files("exact")]

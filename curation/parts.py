@@ -40,6 +40,7 @@ class PartSearch:
         )
         self._cells = fit.centroids
         home = index.cells_of(vectors, self._cells, 1, device=config.device)[:, 0]
+        self._codes = index.codes_of(vectors, config.device)
         self._members = CellLists.of(np.arange(len(vectors)), home, len(self._cells))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +53,9 @@ class PartSearch:
         probes = min(config.num_probes, len(self._cells))
         visits = index.cells_of(queries, self._cells, probes, device=config.device)
         asking = CellLists.of(np.repeat(np.arange(len(queries)), probes), visits.reshape(-1), len(self._cells))
-        return index.search_cells(queries, asking, self._vectors, self._members, k, device=config.device)
+        return index.search_cells(
+            queries, asking, self._vectors, self._members, k, codes=self._codes, device=config.device
+        )
 
     def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The same without the index."""

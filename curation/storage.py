@@ -182,7 +182,9 @@ def write_row_groups(path: str, column: str, tables: Iterable[tuple[int, pa.Tabl
     schema = empty.schema.append(pa.field(column, pa.int32()))
     num_rows = 0
     with atomic_write(path) as file:
-        with pq.ParquetWriter(pa.PythonFile(file, mode="w"), schema, **_encoding(schema)) as writer:
+        # Of the other columns the least and greatest value would stand in every group's footer: of vectors, kilobytes.
+        options = _encoding(schema) | {"write_statistics": [column]}
+        with pq.ParquetWriter(pa.PythonFile(file, mode="w"), schema, **options) as writer:
             for number, table in tables:
                 if table.num_rows:
                     marks = pa.array(np.full(table.num_rows, number, np.int32))

@@ -22,8 +22,9 @@ import numpy as np
 import scipy.sparse
 
 from curation import graph, index, join, kmeans, scratch, storage, vectors
-from curation.index import CellLists, SearchConfig
+from curation.index import SearchConfig
 from curation.join import Neighborhood
+from curation.parts import PartSearch
 from curation.runner import InlineRunner
 from pipelines.bench import mixture
 
@@ -153,14 +154,9 @@ def neighbors(folder: str, output: str, k: int, rows_per_cell: int, num_probes: 
     first = 0
     for number in range(0, len(files), files_per_part):
         matrix = np.concatenate([vectors.read_file(file)[1] for file in files[number : number + files_per_part]])
-        cells = _train_cells(search, matrix)
-        home = index.cells_of(matrix, cells, 1)[:, 0]
-        vectors_in = CellLists.of(np.arange(len(matrix)), home, len(cells))
+        part = PartSearch(search, matrix)
         built = time.perf_counter()
-        probes = min(num_probes, len(cells))
-        visits = index.cells_of(queries, cells, probes)
-        queries_in = CellLists.of(np.repeat(np.arange(len(queries)), probes), visits.reshape(-1), len(cells))
-        found = index.search_cells(queries, queries_in, matrix, vectors_in, k)
+        found = part.search(queries, k)
         similarity = np.concatenate([similarity, found[0]], axis=1)
         row = np.concatenate([row, np.where(found[1] >= 0, found[1] + first, -1)], axis=1)
         order = np.lexsort((row, -similarity), axis=1)[:, :k]
@@ -170,13 +166,6 @@ def neighbors(folder: str, output: str, k: int, rows_per_cell: int, num_probes: 
     seconds = time.perf_counter() - started
     np.save(output, row)
     return {"seconds": seconds, "searching": searching}
-
-
-def _train_cells(search: SearchConfig, matrix: np.ndarray) -> np.ndarray:
-    num_cells = search.num_cells(len(matrix))
-    sample = matrix[:: max(1, len(matrix) // (index.TRAINING_ROWS_PER_CELL * num_cells))]
-    rounds = index.TRAINING_ITERATIONS
-    return kmeans.fit(lambda: [sample], num_cells, num_iterations=rounds, start="random", seed=search.seed).centroids
 
 
 def exact_neighbors(folder: str, output: str, k: int, num_files: int) -> Measured:

@@ -30,14 +30,14 @@ VECTORS_PER_CLUSTER = {WIDTH_JOIN: 200, WIDTH_SEARCH: 1000}
 NUM_JOINED = 200_000
 GROWTH = (50_000, 100_000, 200_000, 400_000)
 # For a recall of 0.99. Measured (2026-11, 50,000 vectors): 4 probes 0.971, 8 0.995, 16 0.997; cells of 512 the same.
-JOIN = {"rows_per_cell": 256, "num_probes": 16}
+JOIN = {"rows_per_cell": 256, "num_probes": 8}
 JOIN_ROWS_PER_PART = 25_000
 RECALL_SAMPLE = 5000
 NUM_SEARCHED, NUM_QUERIES, NUM_NEIGHBORS = 1_000_000, 10_000, 32
 # For a recall of 0.95. Measured (2026-11, the 8 nearest in a part of 250,000): 16 probes 0.928, 24 0.954, 32 0.961. The
 # smaller cells, the fewer vectors are compared for a recall; the more parts, the less work it is to train their cells.
-SEARCH = {"rows_per_cell": 250, "num_probes": 20}
-SEARCH_PARTS = 8
+SEARCH = {"rows_per_cell": 250, "num_probes": 24}
+SEARCH_PARTS = 4
 NUM_CLUSTERED, NUM_CLUSTERS, NUM_ITERATIONS = 500_000, 4096, 8
 NUM_EDGES = 50_000_000
 
