@@ -104,7 +104,8 @@ def _encode(matrix: np.ndarray, peak: torch.Tensor, device: str) -> Codes:
 
 def _pad(codes: torch.Tensor) -> torch.Tensor:
     padding = -len(codes) % LANES
-    return torch.nn.functional.pad(codes, (0, 0, 0, padding)) if padding else codes
+    column = codes.shape[1] == 1  # a zero beside it: torch (2.13) multiplies int8 matrices of width 1 wrongly
+    return torch.nn.functional.pad(codes, (0, column, 0, padding)) if padding or column else codes
 
 
 def estimate(queries: Codes, tile: Codes) -> "Estimates":
@@ -141,6 +142,8 @@ class Estimates:
         if self.groups.dtype == torch.int32:
             # Rounded down: the estimate of a pair that just reaches the floor is a whole number of units.
             least = np.clip(np.floor(least), -(2**31) + 1, 2**31 - 1)
+        else:
+            least = np.maximum(least, torch.finfo(self.groups.dtype).min)  # above what pads the last group
         bound = torch.from_numpy(least).to(self.groups.device, self.groups.dtype)
         query, group = torch.nonzero(self.greatest >= bound[:, None], as_tuple=True)
         lanes = self.groups[query, group]
