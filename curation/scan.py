@@ -159,7 +159,8 @@ def nearest_by_codes(matrix: np.ndarray, tiles: Sequence[Codes], k: int) -> np.n
     For choices that need no exact order, such as which cells to visit, but the same one everywhere: sums of whole
     numbers are equal on every machine. `matrix` is (N, D) float32, `tiles` come from `whole_number_codes`.
     """
-    codes = whole_number_codes(matrix, tiles[0].values.device)
+    peak = np.abs(matrix).max(axis=1, keepdims=True, initial=0)  # of each row, which then depends on no other
+    codes = whole_number_codes(matrix / np.where(peak > 0, peak, 1), tiles[0].values.device)
     best = torch.empty((len(matrix), 0), dtype=torch.int64, device=codes.values.device)
     first_row = 0
     for tile in tiles:

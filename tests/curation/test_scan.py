@@ -159,9 +159,11 @@ def test_blocks_of_one_matrix_have_the_codes_of_the_whole(dtype: type) -> None:
 
 
 def nearest_by_products(matrix: np.ndarray, cells: np.ndarray, k: int) -> np.ndarray:
-    """Brute force over the products of whole numbers, ties by row."""
-    codes = [scan.whole_number_codes(side, "cpu") for side in (matrix, cells)]
-    left, right = (code.values[: code.num_rows].numpy().astype(np.int64) for code in codes)
+    """Brute force over the products of whole numbers, ties by row; each row of `matrix` has a scale of its own."""
+    codes = scan.whole_number_codes(cells, "cpu")
+    right = codes.values[: codes.num_rows, : cells.shape[1]].numpy().astype(np.int64)
+    peak = np.abs(matrix).max(axis=1, keepdims=True)
+    left = np.rint(matrix / np.where(peak > 0, peak, 1) * np.float32(127)).astype(np.int64)
     return np.argsort(-(left @ right.T), axis=1, kind="stable")[:, :k]
 
 
