@@ -196,7 +196,7 @@ def search_cells(
     may share one cell at most. Ties at the k-th place go to the cell that comes first.
     """
     query_codes, vector_codes = (
-        scan.encode([matrix[start : start + BLOCK_ROWS] for start in range(0, len(matrix), BLOCK_ROWS)], device)
+        scan.encode([matrix[start : start + BLOCK_ROWS] for start in range(0, max(1, len(matrix)), BLOCK_ROWS)], device)
         for matrix in (queries, vectors)
     )
     kind = scan.device_kind(device)
