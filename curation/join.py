@@ -374,7 +374,7 @@ def _of_bytes(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
     array = column.combine_chunks()
     width = array.type.byte_width
     values = np.frombuffer(array.buffers()[1], np.uint8)[array.offset * width :][: len(array) * width]
-    matrix: np.ndarray = values.view(dtype).reshape(len(array), -1)
+    matrix: np.ndarray = values.view(dtype).reshape(len(array), width // np.dtype(dtype).itemsize)
     return matrix
 
 
