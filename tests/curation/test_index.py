@@ -350,12 +350,19 @@ def sharing(rng: np.random.Generator, num_rows: int, num_cells: int, each: int) 
 @pytest.mark.parametrize("seed", range(2))
 def test_search_cells_finds_the_nearest_of_those_that_share_a_cell(seed: int, kind: str, dtype: type) -> None:
     rng = np.random.default_rng(seed)
-    make = {
-        "random": lambda n: unit_vectors(int(rng.integers(1000)), n, 40),
-        "clustered": lambda n: clustered(7, n, 40, 15),
-        "tied": lambda n: grid_vectors(np.random.default_rng(7), n, 40, 30) / np.float32(6),
-    }[kind]
-    queries, vectors = make(60).astype(dtype), make(2500).astype(dtype)
+
+    def make(count: int) -> np.ndarray:
+        match kind:
+            case "clustered":
+                matrix = clustered(7, count, 40, 15)
+            case "tied":
+                matrix = grid_vectors(np.random.default_rng(7), count, 40, 30) / np.float32(6)
+            case _:
+                matrix = unit_vectors(int(rng.integers(1000)), count, 40)
+        own: np.ndarray = matrix.astype(dtype)
+        return own
+
+    queries, vectors = make(60), make(2500)
     queries_in, asks = sharing(rng, 60, 25, 1)
     vectors_in, holds = sharing(rng, 2500, 25, 5)
     scores = np.where(asks.astype(int) @ holds.T.astype(int), all_scores(queries, vectors), -np.inf)
