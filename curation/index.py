@@ -187,7 +187,8 @@ class CellLists:
 
 def codes_of(matrix: np.ndarray, device: str = "cpu") -> scan.Codes:
     """Codes of `matrix` (N, D), float16 or float32, with one scale; BLOCK_ROWS rows are float32 at a time."""
-    return scan.encode([matrix[start : start + BLOCK_ROWS] for start in range(0, len(matrix), BLOCK_ROWS)], device)
+    starts = range(0, max(1, len(matrix)), BLOCK_ROWS)
+    return scan.encode([matrix[start : start + BLOCK_ROWS] for start in starts], device)
 
 
 def search_cells(

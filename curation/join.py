@@ -235,7 +235,12 @@ def _first_places(parts: Sequence[tuple[str, int]]) -> np.ndarray:
 
 def _read(parts: Sequence[tuple[str, int]], places: np.ndarray | None = None) -> Images:
     """The images of some files, each with the place of its first row: those at `places`, or each id's first."""
-    read = [(own[0], own[1], first) for file, first in parts for own in [vectors.read_file(file)] if own[0]]
+    read: list[tuple[list[str], np.ndarray, int]] = []
+    for file, first in parts:
+        image_ids, matrix = vectors.read_file(file)
+        if image_ids:
+            _same_width(read[0][1] if read else matrix, matrix, file)
+            read.append((image_ids, matrix, first))
     if not read:
         return Images(np.empty(0, "S1"), np.empty(0, np.int64), np.empty((0, 1), np.float16))
     ids = np.concatenate([np.array(own, dtype="S") for own, _, _ in read])
@@ -380,7 +385,7 @@ def _of_bytes(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
     array = column.combine_chunks()
     width = array.type.byte_width
     values = np.frombuffer(array.buffers()[1], np.uint8)[array.offset * width :][: len(array) * width]
-    matrix: np.ndarray = values.view(dtype).reshape(len(array), -1)
+    matrix: np.ndarray = values.view(dtype).reshape(len(array), width // np.dtype(dtype).itemsize)
     return matrix
 
 
@@ -489,5 +494,5 @@ def _write_edges(asked: Neighborhood, output: str, name: str, edges: pa.Table) -
 
 
 def _same_width(expected: np.ndarray, found: np.ndarray, file: str) -> None:
-    if len(found) and found.shape[1] != expected.shape[1]:
+    if len(expected) and len(found) and found.shape[1] != expected.shape[1]:
         raise InputError(f"{file}: vectors of width {found.shape[1]}; others of this run have {expected.shape[1]}.")

@@ -104,7 +104,8 @@ def _encode(matrix: np.ndarray, peak: torch.Tensor, device: str) -> Codes:
 
 def _pad(codes: torch.Tensor) -> torch.Tensor:
     padding = -len(codes) % LANES
-    return torch.nn.functional.pad(codes, (0, 0, 0, padding)) if padding else codes
+    column = codes.shape[1] == 1  # a zero beside it: torch (2.13) multiplies int8 matrices of width 1 wrongly
+    return torch.nn.functional.pad(codes, (0, column, 0, padding)) if padding or column else codes
 
 
 def estimate(queries: Codes, tile: Codes) -> "Estimates":
@@ -141,6 +142,8 @@ class Estimates:
         if self.groups.dtype == torch.int32:
             # Rounded down: the estimate of a pair that just reaches the floor is a whole number of units.
             least = np.clip(np.floor(least), -(2**31) + 1, 2**31 - 1)
+        else:
+            least = np.maximum(least, torch.finfo(self.groups.dtype).min)  # above what pads the last group
         bound = torch.from_numpy(least).to(self.groups.device, self.groups.dtype)
         query, group = torch.nonzero(self.greatest >= bound[:, None], as_tuple=True)
         lanes = self.groups[query, group]
@@ -156,7 +159,8 @@ def nearest_by_codes(matrix: np.ndarray, tiles: Sequence[Codes], k: int) -> np.n
     For choices that need no exact order, such as which cells to visit, but the same one everywhere: sums of whole
     numbers are equal on every machine. `matrix` is (N, D) float32, `tiles` come from `whole_number_codes`.
     """
-    codes = whole_number_codes(matrix, tiles[0].values.device)
+    peak = np.abs(matrix).max(axis=1, keepdims=True, initial=0)  # of each row, which then depends on no other
+    codes = whole_number_codes(matrix / np.where(peak > 0, peak, 1), tiles[0].values.device)
     best = torch.empty((len(matrix), 0), dtype=torch.int64, device=codes.values.device)
     first_row = 0
     for tile in tiles:

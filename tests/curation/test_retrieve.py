@@ -450,6 +450,7 @@ def test_alone_says_what_is_wrong_once_and_leaves_no_file(tmp_path: Path) -> Non
         ({"seeds": "A.npy", "pool": "empty"}, r"'empty' holds no vectors"),
         ({"seeds": "A.npy", "pool": "wide.npy"}, r"seeds have width 16, the pool 17"),
         ({"seeds": "A.npy", "pool": "zero.npy"}, r"zero\.npy: the vector of image '1' is zero"),
+        ({"seeds": "nan.npy", "pool": "A.npy"}, r"nan\.npy: the vector of image '2' is zero or not finite"),
         ({"seeds": "A.npy", "pool": "A.npy", "output": "out"}, r"--output out: .*ends in \.parquet"),
         ({"seeds": "A.npy", "pool": "A.npy", "config": "run.toml"}, r"--seeds .*--config"),
         ({"seeds": "A.npy", "pool": "A.npy", "plan": True}, r"--plan"),
@@ -463,6 +464,7 @@ def test_wrong_inputs_alone_are_refused(
     np.save("A.npy", unit_vectors(0, 3, 16))
     np.save("wide.npy", unit_vectors(0, 3, 17))
     np.save("zero.npy", np.stack([np.ones(16), np.zeros(16)]))
+    np.save("nan.npy", np.stack([np.ones(16), np.ones(16), np.full(16, np.nan)]))
     Path("empty").mkdir()
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises((ConfigError, InputError), match=message):

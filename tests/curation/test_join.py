@@ -1,0 +1,374 @@
+"""Join: the pairs that brute force finds, each once with its first places, the same bytes however the work is cut."""
+
+import hashlib
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from curation import index, join, storage, vectors
+from curation.errors import ConfigError, InputError, OutputMismatchError
+from curation.index import SearchConfig
+from curation.join import Neighborhood
+from curation.ray_runner import RayRunner
+from curation.runner import InlineRunner, Runner, Shard, Worker
+from curation.storage import Manifest, ShardRecord
+from tests.curation.builders import bytes_in, id_of, unit_vectors
+
+# The rows of one file: ids, and vectors (N, D) float16.
+Part = tuple[list[str], np.ndarray]
+# A pair of ids, and what the join says of it: two places, the cosine, and whether it is mutual.
+Pairs = dict[tuple[str, str], tuple[int, int, float, bool]]
+
+WIDTH = 12
+
+
+def spread_id(number: int) -> str:
+    """An image_id as hashes give them: anywhere in the range."""
+    return hashlib.sha256(str(number).encode()).hexdigest()[:32]
+
+
+def of_kind(kind: str, seed: int, count: int) -> np.ndarray:
+    """Unit vectors (count, WIDTH) float16."""
+    rng = np.random.default_rng(seed)
+    match kind:
+        case "clustered":
+            matrix = unit_vectors(seed, 9, WIDTH)[rng.integers(0, 9, count)] + rng.normal(0, 0.08, (count, WIDTH))
+        case "tied":
+            corners = np.where(rng.random((14, WIDTH)) < 0.5, -1.0, 1.0)
+            matrix = corners[rng.integers(0, 14, count)]
+        case _:
+            matrix = unit_vectors(seed, count, WIDTH)
+    unit: np.ndarray = (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float16)
+    return unit
+
+
+def make_parts(kind: str, seed: int, count: int = 120) -> list[Part]:
+    """Files of some images, of which a third occur again: in another file, or twice in one; one file is empty."""
+    rng = np.random.default_rng(seed)
+    matrix = of_kind(kind, seed, count)
+    numbers = rng.permutation(np.concatenate([np.arange(count), rng.integers(0, count, count // 3)]))
+    rows = [*np.array_split(numbers, 4), numbers[:0]]
+    rows = [rows[number] for number in rng.permutation(5)]
+    return [([spread_id(int(number)) for number in own], matrix[own]) for own in rows]
+
+
+def write(folder: Path, parts: Sequence[Part]) -> list[str]:
+    files = []
+    for number, (ids, matrix) in enumerate(parts):
+        files.append(f"{folder}/vectors-{number:05d}.parquet")
+        storage.write_table(files[-1], vectors.make_table(ids, matrix))
+    return files
+
+
+def run(
+    folder: Path,
+    parts: Sequence[Part],
+    *,
+    k: int = 4,
+    floor: float = 0.3,
+    num_buckets: int = 5,
+    runner: Runner | None = None,
+    name: str = "join",
+    **search: Any,
+) -> tuple[Manifest, Pairs]:
+    """Join some files; the manifest, and all pairs."""
+    files = write(folder / "vectors", parts)
+    asked = Neighborhood(SearchConfig(**search), k, floor, num_buckets)
+    output, num_rows = str(folder / name), sum(len(ids) for ids, _ in parts)
+    manifest = join.run(asked, files, "hash", output, runner or InlineRunner(), num_rows=num_rows)
+    return manifest, pairs_of(output, num_buckets)
+
+
+def pairs_of(output: str, num_buckets: int) -> Pairs:
+    """All pairs of a join, in the order and the bucket where they belong."""
+    pairs: Pairs = {}
+    for bucket in range(num_buckets):
+        table = join.read_bucket(output, bucket)
+        assert table.schema == join.PAIRED
+        rows = [tuple(row.values()) for row in table.to_pylist()]
+        assert rows == sorted(rows) and all(low < high for low, high, *_ in rows)
+        assert (join.bucket_of(table["image_id"], num_buckets) == bucket).all()
+        pairs |= {
+            (low, high): (place, other_place, cosine, mutual) for low, high, place, other_place, cosine, mutual in rows
+        }
+        assert len({row[:2] for row in rows}) == len(rows)
+    return pairs
+
+
+class Distinct:
+    """The images of some files, each once, and how similar they are."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        ids = np.array([image_id for own, _ in parts for image_id in own])
+        self.ids, self.places = np.unique(ids, return_index=True)
+        matrix = np.concatenate([matrix for _, matrix in parts])[self.places]
+        one, other = np.indices((len(self.ids), len(self.ids))).reshape(2, -1)
+        self.scores = index.pair_similarity(matrix, one, matrix, other).reshape(len(self.ids), len(self.ids))
+        exact = matrix.astype(np.float64) @ matrix.astype(np.float64).T
+        np.testing.assert_allclose(self.scores, exact, atol=1e-6)
+
+    def nearest(self, k: int, floor: float, ties: str) -> list[tuple[int, int]]:
+        """Each image and its `k` nearest others: of equally near ones those of the first place, or of the least id."""
+        tie = self.places if ties == "place" else np.arange(len(self.ids))
+        found = []
+        for own, scores in enumerate(self.scores):
+            best = np.lexsort((tie, -scores))[: k + 1]  # as many again as itself
+            best = best[(best != own) & (scores[best] >= np.float32(floor))]
+            found += [(own, int(other)) for other in best[np.lexsort((best, -scores[best]))][:k]]
+        return found
+
+    def pairs(self, nearest: Sequence[tuple[int, int]]) -> Pairs:
+        directed = set(nearest)
+        return {
+            (str(self.ids[low]), str(self.ids[high])): (
+                int(self.places[low]),
+                int(self.places[high]),
+                float(self.scores[low, high]),
+                {(low, high), (high, low)} <= directed,
+            )
+            for low, high in {(min(pair), max(pair)) for pair in directed}
+        }
+
+
+KINDS = ["random", "clustered", "tied"]
+
+
+@pytest.mark.parametrize(("k", "floor"), [(1, 0.3), (4, 0.6), (30, -1.0), (500, 0.0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_join_equals_brute_force(tmp_path: Path, kind: str, k: int, floor: float) -> None:
+    parts = make_parts(kind, seed=k)
+    manifest, pairs = run(tmp_path, parts, k=k, floor=floor)
+    distinct = Distinct(parts)
+    nearest = distinct.nearest(k, floor, ties="place")
+    assert pairs == distinct.pairs(nearest)
+    assert manifest.totals == {"edges": len(nearest)} and manifest.facts == {}
+    assert any(mutual for *_, mutual in pairs.values())
+    assert k == 500 or not all(mutual for *_, mutual in pairs.values())
+
+
+@pytest.mark.parametrize("rows_per_part", [10**6, 60, 9])
+@pytest.mark.parametrize(("k", "floor"), [(4, 0.3), (500, 0.0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_join_of_all_cells_equals_brute_force(
+    tmp_path: Path, kind: str, k: int, floor: float, rows_per_part: int
+) -> None:
+    """In one group of cells, in several, and in more groups than there are cells."""
+    parts = make_parts(kind, seed=rows_per_part)
+    ivf: dict[str, Any] = {"backend": "ivf", "rows_per_cell": 12, "num_probes": 1000, "rows_per_part": rows_per_part}
+    manifest, pairs = run(tmp_path, parts, k=k, floor=floor, **ivf)
+    distinct = Distinct(parts)
+    nearest = distinct.nearest(k, floor, ties="id")
+    assert pairs == distinct.pairs(nearest)
+    assert manifest.facts == {"backend": "ivf", "recall": 1.0, "recall_pairs": len(nearest)}
+
+
+@pytest.mark.parametrize("rows_per_part", [10**6, 40])
+@pytest.mark.parametrize("num_probes", [1, 2, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_measured_recall_is_the_true_one(tmp_path: Path, kind: str, num_probes: int, rows_per_part: int) -> None:
+    """The sample is all images when so many are asked for."""
+    parts = make_parts(kind, seed=num_probes)
+    ivf: dict[str, Any] = {
+        "backend": "ivf",
+        "rows_per_cell": 8,
+        "num_probes": num_probes,
+        "rows_per_part": rows_per_part,
+    }
+    manifest, pairs = run(tmp_path, parts, floor=0.2, min_recall=0, recall_queries=1000, **ivf)
+    distinct = Distinct(parts)
+    nearest = distinct.nearest(4, 0.2, ties="id")
+    ids = distinct.ids.tolist()
+    hits = sum((ids[min(pair)], ids[max(pair)]) in pairs for pair in nearest)
+    assert manifest.facts == {"backend": "ivf", "recall": hits / len(nearest), "recall_pairs": len(nearest)}
+    everything = distinct.pairs([(i, j) for i in range(len(ids)) for j in range(len(ids)) if i != j])
+    assert {pair: row[:3] for pair, row in pairs.items()} == {pair: everything[pair][:3] for pair in pairs}
+    assert all(cosine >= np.float32(0.2) for _, _, cosine, _ in pairs.values())
+    if num_probes == 5 and kind == "clustered":
+        assert manifest.facts["recall"] > 0.9
+
+
+def test_recall_below_the_least_is_an_error_until_that_is_lowered(tmp_path: Path) -> None:
+    parts = make_parts("random", 0)
+    ivf: dict[str, Any] = {"backend": "ivf", "rows_per_cell": 4, "num_probes": 1}
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"than search\.min_recall \(0\.95\)\. Raise search\.num_probes \(1\)"):
+            run(tmp_path, parts, **ivf)
+        assert storage.read_manifest(str(tmp_path / "join")) is None
+    manifest, _ = run(tmp_path, parts, name="other", min_recall=0.01, **ivf)
+    assert 0.01 <= manifest.facts["recall"] < 0.95
+    assert run(tmp_path, parts, name="more", **ivf | {"num_probes": 1000})[0].facts["recall"] == 1
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_copies_in_other_company_visit_the_same_cells(tmp_path: Path, seed: int) -> None:
+    """Each file holds every image, and one that no other holds: whichever group finds a pair, its places are first."""
+    matrix, strange = of_kind("random", seed, 120), np.eye(3, WIDTH, dtype=np.float16)
+    ids = [spread_id(number) for number in range(120)]
+    parts = [([*ids, spread_id(200 + n)], np.concatenate([matrix, strange[n : n + 1]])) for n in range(3)]
+    ivf: dict[str, Any] = {"backend": "ivf", "rows_per_cell": 4, "num_probes": 6, "rows_per_part": 40, "min_recall": 0}
+    _, pairs = run(tmp_path, parts, **ivf)
+    first = {image_id: place for place, image_id in reversed(list(enumerate(i for own, _ in parts for i in own)))}
+    assert len(pairs) > 100 and all(row[:2] == (first[low], first[high]) for (low, high), row in pairs.items())
+
+
+EXACT: dict[str, Any] = {"backend": "exact"}
+IVF: dict[str, Any] = {"backend": "ivf", "rows_per_cell": 2, "rows_per_part": 3, "num_probes": 100}
+
+
+@pytest.mark.parametrize("search", [EXACT, IVF], ids=["exact", "ivf"])
+def test_none_one_and_equal_images(tmp_path: Path, search: dict[str, Any]) -> None:
+    one: Part = ([spread_id(0)], of_kind("random", 0, 1))
+    nothing: Part = ([], of_kind("random", 0, 0))
+    twins = ([spread_id(0), spread_id(1)], of_kind("random", 0, 1).repeat(2, axis=0))
+    cases: list[tuple[list[Part], int]] = [
+        ([], 0),
+        ([nothing], 0),
+        ([nothing, nothing], 0),
+        ([one], 0),
+        ([nothing, one, nothing], 0),
+        ([one, one], 0),
+        ([(one[0] * 9, one[1].repeat(9, axis=0)), nothing, one], 0),
+        ([twins], 1),
+        ([one, twins, nothing], 1),
+    ]
+    for number, (parts, num_pairs) in enumerate(cases):
+        manifest, pairs = run(tmp_path / str(number), parts, **search)
+        assert len(pairs) == num_pairs and manifest.totals.get("edges", 0) == 2 * num_pairs, number
+        assert manifest.facts.get("recall") == (1 if num_pairs and search is IVF else None), number
+    low, high = sorted(twins[0])
+    ((pair, row),) = pairs.items()
+    assert pair == (low, high) and row[3] and row[2] == pytest.approx(1, abs=2e-3)
+    assert row[:2] == tuple({spread_id(0): 0, spread_id(1): 2}[image_id] for image_id in pair)
+
+
+@pytest.mark.parametrize("last", ["images", "nothing"])
+def test_more_rows_than_a_block_holds(tmp_path: Path, last: str) -> None:
+    """One image fills nearly all of the first block; it is compared with the others once."""
+    matrix = of_kind("clustered", 0, 60)
+    numbers = np.concatenate([np.arange(30), np.zeros(join.ROWS_PER_BLOCK, np.int64), np.arange(40)])
+    full = ([spread_id(int(number)) for number in numbers], matrix[numbers])
+    rest = np.arange(20, 60 if last == "images" else 20)
+    parts = [full, ([spread_id(int(number)) for number in rest], matrix[rest])]
+    manifest, pairs = run(tmp_path, parts)
+    assert len(manifest.shards) == 2
+    distinct = Distinct(parts)
+    assert pairs == distinct.pairs(distinct.nearest(4, 0.3, ties="place"))
+
+
+@pytest.mark.parametrize("num_buckets", [1, 2, 50])
+def test_buckets_are_a_partition_of_the_pairs(tmp_path: Path, num_buckets: int) -> None:
+    parts = make_parts("clustered", 3)
+    reference = run(tmp_path, parts, name="reference")[1]
+    assert run(tmp_path, parts, num_buckets=num_buckets)[1] == reference
+
+
+def test_bucket_of_cuts_the_ids_into_equal_ranges() -> None:
+    ids = pa.chunked_array([["0" * 32, "7fffffff" + "f" * 24, "80000000" + "0" * 24, "f" * 32, id_of(5)]])
+    assert join.bucket_of(ids, 2).tolist() == [0, 0, 1, 1, 0]
+    assert join.bucket_of(ids, 1).tolist() == [0] * 5
+    spread = join.bucket_of(pa.chunked_array([[spread_id(n) for n in range(3000)]]), 7)
+    assert np.bincount(spread, minlength=7).min() > 300 and spread.max() == 6
+
+
+# Stop and resume, and other runners
+
+
+class Killed(BaseException):
+    """Stands for the death of the driver: nothing catches it."""
+
+
+class MortalRunner(Runner):
+    """Runs shards here, and dies at a given call of a worker, before or behind its work, counted over all steps."""
+
+    def __init__(self, lives_for: int, *, behind: bool = False) -> None:
+        self.left, self._behind = lives_for, behind
+
+    def map(
+        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
+    ) -> Generator[ShardRecord, None, None]:
+        def make_mortal_worker() -> Worker:
+            worker = make_worker()
+
+            def process(shard: Shard) -> ShardRecord:
+                self.left -= 1
+                if self.left < 0:
+                    if self._behind:
+                        worker(shard)
+                    raise Killed
+                return worker(shard)
+
+            return process
+
+        yield from InlineRunner().map(stage, make_mortal_worker, shards)
+
+
+SEARCHES: list[dict[str, Any]] = [
+    {"backend": "exact"},
+    {"backend": "ivf", "rows_per_cell": 10, "num_probes": 3, "rows_per_part": 40, "min_recall": 0},
+]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("search", SEARCHES, ids=["exact", "ivf"])
+def test_every_kill_resumes_to_the_same_bytes(tmp_path: Path, search: dict[str, Any], behind: bool) -> None:
+    parts = make_parts("clustered", 1)
+    counter = MortalRunner(10**6)
+    run(tmp_path, parts, name="straight", runner=counter, **search)
+    num_calls = 10**6 - counter.left
+    assert num_calls == (1 if search["backend"] == "exact" else 5 + 4 + 1)
+    straight = bytes_in(str(tmp_path / "straight"))
+    for lives_for in {1, num_calls // 2, num_calls - 1} - {num_calls}:
+        name, deaths = f"killed after {lives_for}", 0
+        while storage.read_manifest(str(tmp_path / name)) is None:
+            try:
+                run(tmp_path, parts, name=name, runner=MortalRunner(max(lives_for, deaths), behind=behind), **search)
+            except Killed:
+                deaths += 1
+        assert deaths > 0 and bytes_in(str(tmp_path / name)) == straight
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_ray_gives_the_same_bytes(tmp_path: Path, num_workers: int) -> None:
+    parts, search = make_parts("clustered", 2), SEARCHES[1]
+    run(tmp_path, parts, name="inline", **search)
+    runner = RayRunner(num_workers=num_workers)
+    try:
+        run(tmp_path, parts, name="ray", runner=runner, **search)
+    finally:
+        runner.close()
+    assert bytes_in(str(tmp_path / "ray")) == bytes_in(str(tmp_path / "inline"))
+
+
+def test_second_run_does_nothing_and_another_floor_is_refused(tmp_path: Path) -> None:
+    parts = make_parts("random", 0)
+    first = run(tmp_path, parts)[0]
+    assert run(tmp_path, parts, runner=MortalRunner(0))[0] == first
+    with pytest.raises(OutputMismatchError, match="another config or of other inputs"):
+        run(tmp_path, parts, floor=0.4)
+
+
+# What is wrong with the vectors
+
+
+@pytest.mark.parametrize("search", [EXACT, IVF], ids=["exact", "ivf"])
+@pytest.mark.parametrize("place", [0, 1, 4])
+@pytest.mark.parametrize("wrong", ["NaN", "infinite", "zero", "wide"])
+def test_wrong_vectors_are_refused_with_the_file_and_the_image(
+    tmp_path: Path, wrong: str, place: int, search: dict[str, Any]
+) -> None:
+    parts = [([spread_id(10 * n), spread_id(10 * n + 1)], of_kind("random", n, 2)) for n in range(5)]
+    ids, matrix = parts[place]
+    match wrong:
+        case "wide":
+            parts[place] = ids, unit_vectors(0, 2, WIDTH + 1).astype(np.float16)
+            message = rf"vectors-0000{place or 1}\.parquet: vectors of width \d+; others of this run have \d+"
+        case _:
+            matrix[1] = {"NaN": np.nan, "infinite": np.inf, "zero": 0}[wrong]
+            message = rf"vectors-0000{place}\.parquet: the vector of image '{ids[1]}' is zero or not finite \(1 such"
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, parts, **search)
+    assert storage.read_manifest(str(tmp_path / "join")) is None
