@@ -200,19 +200,20 @@ def search_cells(
     *,
     floor: float = -np.inf,
     codes: scan.Codes | None = None,
+    best: tuple[np.ndarray, np.ndarray] | None = None,
     device: str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` vectors nearest to each query among those that share a cell with it, as `search` gives them.
 
     `queries` (Q, D) and `vectors` (N, D) are float16 or float32 and in memory, beside one byte a value of codes. A pair
     may share one cell at most. Ties at the k-th place go to the cell that comes first. `codes` are those of `vectors`
-    (codes_of), for who searches them several times.
+    (codes_of), and `best` what a search in other cells found, for who searches several times.
     """
     vector_codes = codes or codes_of(vectors, device)
     query_codes = vector_codes if queries is vectors else codes_of(queries, device)
     kind = scan.device_kind(device)
-    best_similarity = np.full((len(queries), k), -np.inf, np.float32)
-    best_row = np.full((len(queries), k), -1, np.int64)
+    best_similarity = np.full((len(queries), k), -np.inf, np.float32) if best is None else best[0].copy()
+    best_row = np.full((len(queries), k), -1, np.int64) if best is None else best[1].copy()
     for cell in range(len(vectors_in.starts) - 1):
         asking, members = queries_in.of_cell(cell), vectors_in.of_cell(cell)
         if not len(asking) or not len(members):

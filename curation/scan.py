@@ -63,7 +63,7 @@ def encode_rows(matrix: np.ndarray, device: str) -> Codes:
 
 def encode(blocks: Sequence[np.ndarray], device: str) -> Codes:
     """Codes of vectors (N, D) float32 or float16 with one scale; one of the `blocks` (n, D) is float32 at a time."""
-    peak = max((float(np.abs(block).max(initial=0)) for block in blocks), default=0.0)
+    peak = max(map(_greatest, blocks), default=0.0)
     parts = [
         _encode(to_float32(block), torch.full((len(block),), peak, dtype=torch.float32), device) for block in blocks
     ]
@@ -83,6 +83,14 @@ def to_float32(matrix: np.ndarray) -> np.ndarray:
         converted: np.ndarray = torch.from_numpy(source).float().numpy()
         return converted
     return np.ascontiguousarray(matrix, dtype=np.float32)
+
+
+def _greatest(matrix: np.ndarray) -> float:
+    """The greatest absolute value, 0 of nothing. Of float16, whose arithmetic is slow, by its bits without the sign."""
+    if matrix.dtype == np.float16:
+        bits = np.ascontiguousarray(matrix).view(np.uint16) & 0x7FFF
+        return float(bits.max(initial=0).astype(np.uint16).view(np.float16))
+    return float(np.abs(matrix).max(initial=0))
 
 
 def _encode(matrix: np.ndarray, peak: torch.Tensor, device: str) -> Codes:
@@ -168,9 +176,15 @@ def nearest_by_codes(matrix: np.ndarray, tiles: Sequence[Codes], k: int) -> np.n
             products = torch._int_mm(codes.values, tile.values.T)
         else:
             products = torch.mm(codes.values, tile.values.T)
+        products = products[: len(matrix), : tile.num_rows]
         rows = torch.arange(first_row, first_row + tile.num_rows, device=products.device)
-        keys = (products[: len(matrix), : tile.num_rows].long() << ROW_BITS) | (2**ROW_BITS - 1 - rows)
-        keys = torch.topk(keys, min(k, tile.num_rows), dim=1).values
+        if k == 1:  # the first of the greatest, without keys for all
+            greatest = products.amax(1, keepdim=True)
+            first = torch.where(products == greatest, rows, 2**ROW_BITS - 1).amin(1, keepdim=True)
+            keys = (greatest.long() << ROW_BITS) | (2**ROW_BITS - 1 - first)
+        else:
+            keys = (products.long() << ROW_BITS) | (2**ROW_BITS - 1 - rows)
+            keys = torch.topk(keys, min(k, tile.num_rows), dim=1).values
         best = torch.topk(torch.cat([best, keys], dim=1), min(k, best.shape[1] + keys.shape[1]), dim=1).values
         first_row += tile.num_rows
     result: np.ndarray = (2**ROW_BITS - 1 - (best & (2**ROW_BITS - 1))).cpu().numpy()
