@@ -52,14 +52,26 @@ class PartSearch:
             return self._coded.search(queries, k)
         probes = min(config.num_probes, len(self._cells))
         visits = index.cells_of(queries, self._cells, probes, device=config.device)
-        best = None
         # First the nearest cell of each: what it holds is a floor that leaves few candidates in all others.
-        for some in (visits[:, :1], visits[:, 1:]):
-            asking = CellLists.of(np.repeat(np.arange(len(queries)), some.shape[1]), some.reshape(-1), len(self._cells))
-            best = index.search_cells(
-                queries, asking, self._vectors, self._members, k, codes=self._codes, best=best, device=config.device
-            )
-        return best
+        best = self._visit(queries, visits[:, :1], k, None)
+        return self._visit(queries, visits[:, 1:], k, best)
+
+    def _visit(
+        self, queries: np.ndarray, visits: np.ndarray, k: int, best: tuple[np.ndarray, np.ndarray] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        assert self._cells is not None
+        askers = np.repeat(np.arange(len(queries)), visits.shape[1])
+        asking = CellLists.of(askers, visits.reshape(-1), len(self._cells))
+        return index.search_cells(
+            queries,
+            asking,
+            self._vectors,
+            self._members,
+            k,
+            codes=self._codes,
+            best=best,
+            device=self._config.device,
+        )
 
     def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The same without the index."""
