@@ -249,8 +249,7 @@ def _read(parts: Sequence[tuple[str, int]], places: np.ndarray | None = None) ->
     images = Images(ids, own_places, matrix)
     del read
     if places is None:
-        first_rows = np.sort(np.unique(ids, return_index=True)[1])
-        return images if len(first_rows) == len(ids) else images.take(first_rows)
+        return images.take(np.unique(ids, return_index=True)[1])  # by id, so that ties go by id
     begin, end = np.searchsorted(places, (own_places[0], own_places[-1] + 1))
     return images.take(places[begin:end] - own_places[0])  # the files of `parts` follow one another
 

@@ -119,7 +119,7 @@ def _npy_blocks(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
             count = min(step, rows - start)
             data = file.read(count * width * dtype.itemsize)
             if len(data) != count * width * dtype.itemsize:
-                raise InputError(f"{path}: the file ends before its {rows:,} rows do.")
+                raise InputError(f"{path}: not a readable .npy matrix: it ends before its {rows:,} rows do.")
             image_ids = [str(row) for row in range(start, start + count)]
             matrix = np.frombuffer(data, dtype).reshape((count, width), order="F" if by_column else "C")
             yield image_ids, _unit(matrix, image_ids, path)
