@@ -196,11 +196,6 @@ def make_worker(output: str, num_levels: int) -> Callable[[Shard], ShardRecord]:
     return process
 
 
-def assign(matrix: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest centroid of each vector and the cosine to it: (N,) int64 and (N,) float32; ties to the first."""
-    return index.assign(matrix, centroids)
-
-
 def read_centroids(folder: str, level: int = 0) -> np.ndarray:
     """The centroids (clusters, D) float32 of a level of a cluster stage."""
     return _read_arrays(storage.join(folder, f"centroids-{level}.npy"), 1)[0]

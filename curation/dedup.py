@@ -77,7 +77,7 @@ class DedupConfig(Settings):
     """Similarity at which an image matches a holdout image (0.45 in DINOv2)."""
     holdout_cosine: float | None = Field(default=None, ge=-1, le=1)
     """Cosine of two copy descriptors at which an image matches a holdout image too, whatever the similarity says. For
-    verified pairs; those below pairs.min_similarity are not written, and so not seen."""
+    verified pairs; set pairs.min_cosine to it, or those below pairs.min_similarity are not written, and so not seen."""
     mutual_neighbors: bool = False
     """Whether a pair joins two images only when each is among the other's nearest descriptors. Pairs that perceptual
     hashes alone found are not. A match with the holdout needs no such pair, but `component` joins by such pairs only.

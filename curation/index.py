@@ -8,7 +8,7 @@ blocks nor on the number of threads; a matrix product alone would not give that.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,8 +32,6 @@ HELD_TILES = 8
 CELLS_PER_TILE = 8192
 # Pairs that are scored at a time: if all rows differ and are float16, 16,384 x 1,280 float32 twice is 168 MB.
 PAIR_BLOCK = 16_384
-
-
 # Vectors per cell that the cells are trained on, and their rounds. faiss asks for 39 to 256; the recall that every run
 # measures says whether it is enough.
 TRAINING_ROWS_PER_CELL = 48
@@ -55,7 +53,8 @@ class SearchConfig(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where products are computed. Asking for a GPU that is not there is an error."""
     rows_per_part: int = Field(default=1_000_000, ge=1)
-    """Vectors that a worker holds at a time, as float16: 2 GB at 1,000 dimensions."""
+    """Vectors that a worker holds at a time, as float16: 2 GB at 1,000 dimensions. Of `pairs`, with `ivf`, those of one
+    group of cells; others that visit it come on top."""
     rows_per_cell: int = Field(default=1000, ge=1)
     """With `ivf`: vectors per cell on average."""
     num_probes: int = Field(default=16, ge=1)
@@ -85,6 +84,16 @@ class SearchConfig(Settings):
                 )
         return self
 
+    def require_recall(self, facts: Mapping[str, Any]) -> None:
+        """Raise ConfigError where the recall among the `facts` of a search is below `min_recall`."""
+        recall = facts.get("recall")
+        if recall is not None and recall < self.min_recall:
+            raise ConfigError(
+                f"The search found {recall:.4f} of the {facts['recall_neighbors']:,} nearest neighbours of a sample; "
+                f"search.min_recall is {self.min_recall:g}. Raise search.num_probes ({self.num_probes}), lower "
+                'min_recall, or set search.backend = "exact".'
+            )
+
     @property
     def num_gpus(self) -> int:
         """GPUs that one worker needs."""
@@ -104,7 +113,7 @@ def search(
     at a time. Returns similarities (Q, k) float32 and rows (Q, k) int64, counted through the blocks in order;
     descending by similarity, ties by row. Where there are fewer than `k` vectors, similarity is -inf and row is -1.
     """
-    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    queries = scan.to_float32(queries)
     best_similarity = np.full((len(queries), k), -np.inf, np.float32)
     best_row = np.full((len(queries), k), -1, np.int64)
     step = scan.QUERY_ROWS[scan.device_kind(device)]

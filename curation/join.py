@@ -34,10 +34,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation import index, kmeans, storage, vectors
+from curation import index, storage, vectors
 from curation.devices import require_device
-from curation.errors import ConfigError, InputError
+from curation.errors import InputError
 from curation.index import CellLists, SearchConfig
+from curation.parts import train_cells
+from curation.records import id_bytes, id_column
 from curation.runner import Runner, Shard
 from curation.stage import PREPARED, run_shards
 from curation.storage import Manifest, ShardRecord
@@ -60,6 +62,8 @@ PAIRED = EDGES.append(pa.field("mutual", pa.bool_()))
 ROWS_PER_BLOCK = 65_536
 # Images that the sample of the recall is compared with at a time. Assumed.
 ROWS_PER_RECALL_BLOCK = 16_384
+# What guards a search without shaping what it finds: a run that it stopped goes on once it is lowered.
+NOT_IN_PLAN = frozenset({"min_recall"})
 # How many times more rows than a sample needs are read for it. Assumed enough to see every kind of image.
 FILES_READ = 16
 
@@ -96,6 +100,8 @@ def run(
     """
     search = asked.search
     spread = storage.step_folder(output, "exchange")
+    rows = [vectors.num_rows(file) for file in files]
+    parts = list(zip(files, (int(first) for first in np.cumsum([0, *rows])), strict=False))
 
     def exchange() -> ShardRecord:
         run_shards(
@@ -105,21 +111,23 @@ def run(
             output=spread,
             runner=runner,
             shards=[
-                Shard(f"{number:05d}", part, vectors.num_rows(part[0]))
-                for number, part in enumerate(part for block in _blocks(files, ROWS_PER_BLOCK) for part in block.work)
+                Shard(f"{number:05d}", part, count)
+                for number, (part, count) in enumerate(zip(parts, rows, strict=True))
             ],
             make_worker=functools.partial(_make_exchange_worker, search, spread),
-            prepare=functools.partial(_train_cells, search, files, num_rows, spread),
+            not_in_plan=NOT_IN_PLAN,
+            prepare=functools.partial(_train_cells, search, files, rows, spread),
         )
         return ShardRecord(name=PREPARED)
 
     def recall(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         edges = [storage.join(output, file.name) for record in done for file in record.files]
-        return _measure_recall(asked, files, source_hash, spread, output, runner, edges), None
+        blocks = _blocks(parts, rows, ROWS_PER_RECALL_BLOCK)
+        return _measure_recall(asked, blocks, source_hash, spread, output, runner, edges), None
 
     make_worker: Callable[[], Callable[[Shard], ShardRecord]]
     if search.backend == "exact" or num_rows == 0:
-        shards = _blocks(files, ROWS_PER_BLOCK)
+        shards = _blocks(parts, rows, ROWS_PER_BLOCK)
         make_worker = functools.partial(_make_exact_worker, asked, shards, output)
         prepare, finish = None, None
     else:
@@ -127,7 +135,7 @@ def run(
         shards = [Shard(f"{group:05d}", group, num_rows // num_groups) for group in range(num_groups)]
         make_worker = functools.partial(_make_cells_worker, asked, spread, output)
         prepare, finish = exchange, recall
-    return run_shards(
+    manifest = run_shards(
         "join",
         config=search,
         inputs={"vectors": source_hash, "k": str(asked.k), "floor": str(asked.floor), "files": str(len(files))},
@@ -137,7 +145,10 @@ def run(
         make_worker=make_worker,
         prepare=prepare,
         finish=finish,
+        not_in_plan=NOT_IN_PLAN,
     )
+    search.require_recall(manifest.facts)  # it may have been raised since
+    return manifest
 
 
 def bucket_of(image_ids: pa.ChunkedArray, num_buckets: int) -> np.ndarray:
@@ -152,7 +163,7 @@ def read_bucket(folder: str, bucket: int) -> pa.Table:
     names = storage.require_manifest(folder).files("edges")
     tables = [storage.read_row_groups(storage.join(folder, name), "bucket", bucket, EDGES) for name in names]
     edges = pa.concat_tables([EDGES.empty_table(), *tables])
-    one, other = (texts(edges.column(name)) for name in EDGES.names[:2])
+    one, other = (id_bytes(edges.column(name)) for name in EDGES.names[:2])
     place, other_place = (edges.column(name).to_numpy() for name in EDGES.names[2:4])
     swapped = one > other
     low, high = np.where(swapped, other, one), np.where(swapped, one, other)
@@ -162,8 +173,8 @@ def read_bucket(folder: str, bucket: int) -> pa.Table:
     fresh[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
     starts = np.flatnonzero(fresh)
     columns = [
-        text_column(low[starts]),
-        text_column(high[starts]),
+        id_column(low[starts]),
+        id_column(high[starts]),
         np.where(swapped, other_place[order], place[order])[starts],
         np.where(swapped, place[order], other_place[order])[starts],
         edges.column("cosine").to_numpy()[order[starts]],
@@ -172,30 +183,18 @@ def read_bucket(folder: str, bucket: int) -> pa.Table:
     return pa.table(columns, schema=PAIRED)
 
 
-def texts(column: pa.ChunkedArray) -> np.ndarray:
-    """Ids as fixed-width bytes, (N,)."""
-    result: np.ndarray = np.array(column.to_pylist(), dtype="S") if len(column) else np.empty(0, "S1")
-    return result
-
-
-def text_column(ids: np.ndarray) -> pa.Array:
-    """Fixed-width bytes (N,) as a column of text."""
-    return pa.array(ids, pa.binary()).cast(pa.string())
-
-
 # Exact
 
 
-def _blocks(files: Sequence[str], rows_per_block: int) -> list[Shard]:
-    """The files, each with the place of its first row, in runs of about `rows_per_block` rows."""
+def _blocks(parts: Sequence[tuple[str, int]], rows: Sequence[int], rows_per_block: int) -> list[Shard]:
+    """The files, each with the place of its first row, in runs of about `rows_per_block` of their `rows`."""
     blocks: list[Shard] = []
     held: list[tuple[str, int]] = []
-    first = num_rows = 0
-    for number, file in enumerate(files):
-        held.append((file, first))
-        count = vectors.num_rows(file)
-        first, num_rows = first + count, num_rows + count
-        if num_rows >= rows_per_block or number == len(files) - 1:
+    num_rows = 0
+    for number, (part, count) in enumerate(zip(parts, rows, strict=True)):
+        held.append(part)
+        num_rows += count
+        if num_rows >= rows_per_block or number == len(parts) - 1:
             blocks.append(Shard(f"{len(blocks):05d}", tuple(held), num_rows))
             held, num_rows = [], 0
     return blocks
@@ -228,7 +227,7 @@ def _make_exact_worker(asked: Neighborhood, blocks: Sequence[Shard], output: str
 
 def _first_places(parts: Sequence[tuple[str, int]]) -> np.ndarray:
     """The places (N,) int64, ascending, of the first row of each id. Holds all ids, about 100 bytes each."""
-    ids = np.concatenate([texts(storage.read_table_columns(file, ["image_id"]).column(0)) for file, _ in parts])
+    ids = np.concatenate([id_bytes(storage.read_table_columns(file, ["image_id"]).column(0)) for file, _ in parts])
     places: np.ndarray = np.sort(np.unique(ids, return_index=True)[1])
     return places
 
@@ -243,7 +242,7 @@ def _read(parts: Sequence[tuple[str, int]], places: np.ndarray | None = None) ->
             read.append((image_ids, matrix, first))
     if not read:
         return Images(np.empty(0, "S1"), np.empty(0, np.int64), np.empty((0, 1), np.float16))
-    ids = np.concatenate([np.array(own, dtype="S") for own, _, _ in read])
+    ids = np.concatenate([id_bytes(own) for own, _, _ in read])
     own_places = np.concatenate([first + np.arange(len(own)) for own, _, first in read])
     matrix = read[0][1] if len(read) == 1 else np.concatenate([matrix for _, matrix, _ in read])
     images = Images(ids, own_places, matrix)
@@ -271,21 +270,22 @@ def _best_edges(
     starts = np.concatenate([[0], np.flatnonzero(one[order][1:] != one[order][:-1]) + 1])[: len(order)]
     rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
     order = order[rank < k]
-    columns = [text_column(one[order]), text_column(other[order]), place[order], other_place[order], similarity[order]]
+    columns = [id_column(one[order]), id_column(other[order]), place[order], other_place[order], similarity[order]]
     return pa.table(columns, schema=EDGES)
 
 
 # Cells
 
 
-def _train_cells(search: SearchConfig, files: Sequence[str], num_rows: int, folder: str) -> ShardRecord:
+def _train_cells(search: SearchConfig, files: Sequence[str], rows: Sequence[int], folder: str) -> ShardRecord:
     """Centroids of the cells, sorted into groups; where each group begins; the sample that recall is measured on."""
+    num_rows = sum(rows)
     num_cells = search.num_cells(num_rows)
     wanted = max(index.TRAINING_ROWS_PER_CELL * num_cells, search.recall_queries)
-    ids, matrix = _sample(files, num_rows, wanted)
-    cells = _fit(matrix, min(num_cells, len(matrix)), search.seed)
+    ids, matrix = _sample(files, rows, wanted)
+    cells = train_cells(matrix, num_cells, search.seed)
     num_groups = min(_num_groups(search, num_rows), len(cells))
-    group = index.assign(cells, _fit(cells, num_groups, search.seed))[0]
+    group = index.assign(cells, train_cells(cells, num_groups, search.seed))[0]
     order = np.argsort(group, kind="stable")
     arrays = {"cells.npy": cells[order], "groups.npy": np.searchsorted(group[order], np.arange(num_groups + 1))}
     saved = []
@@ -298,32 +298,27 @@ def _train_cells(search: SearchConfig, files: Sequence[str], num_rows: int, fold
     return ShardRecord(name=PREPARED, files=tuple(saved))
 
 
-def _fit(matrix: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
-    rounds = index.TRAINING_ITERATIONS
-    return kmeans.fit(lambda: [matrix], num_clusters, num_iterations=rounds, start="random", seed=seed).centroids
-
-
 def _num_groups(search: SearchConfig, num_rows: int) -> int:
     return max(1, -(-num_rows // search.rows_per_part))
 
 
-def _sample(files: Sequence[str], num_rows: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+def _sample(files: Sequence[str], rows: Sequence[int], wanted: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and vectors of about `wanted` rows, evenly spaced; of many more rows, only every so many files are read."""
-    step = max(1, num_rows // (FILES_READ * wanted))
-    chosen = files[::step] if step * FILES_READ <= len(files) else files
-    every = max(1, sum(vectors.num_rows(file) for file in chosen) // wanted)
+    step = max(1, sum(rows) // (FILES_READ * wanted))
+    step = step if step * FILES_READ <= len(files) else 1
+    every = max(1, sum(rows[::step]) // wanted)
     ids: list[np.ndarray] = []
     blocks: list[np.ndarray] = []
     first = 0
-    for file in chosen:
+    for file in files[::step]:
         own, matrix = vectors.read_file(file)
-        rows = np.arange(-first % every, len(own), every)
+        taken = np.arange(-first % every, len(own), every)
         first += len(own)
-        if len(rows):
+        if len(taken):
             if blocks:
                 _same_width(blocks[0], matrix, file)
-            ids.append(np.array(own, dtype="S")[rows])
-            blocks.append(matrix[rows])
+            ids.append(id_bytes(own)[taken])
+            blocks.append(matrix[taken])
     return np.concatenate(ids), np.concatenate(blocks)
 
 
@@ -351,7 +346,7 @@ def _make_exchange_worker(search: SearchConfig, folder: str) -> Callable[[Shard]
             for group in range(len(groups) - 1):
                 rows = np.flatnonzero((group_of[visits] == group).any(axis=1))
                 here = own.take(rows)
-                columns = [text_column(here.ids), here.places, _as_bytes(here.vectors), _as_bytes(visits[rows])]
+                columns = [id_column(here.ids), here.places, _as_bytes(here.vectors), _as_bytes(visits[rows])]
                 yield group, pa.table(columns, schema=empty.schema)
 
         path = storage.join(folder, f"spread-{shard.name}.parquet")
@@ -400,7 +395,7 @@ def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callabl
         table = pa.concat_tables(parts)
         del parts
         # All copies of an image visit the same cells, so it is enough to look among those that are here.
-        ids, rows = np.unique(texts(table.column("image_id")), return_index=True)
+        ids, rows = np.unique(id_bytes(table.column("image_id")), return_index=True)
         own = Images(ids, table.column("place").to_numpy()[rows], _of_bytes(table.column("vector"), np.float16)[rows])
         visits = _of_bytes(table.column("visits"), np.int32)[rows]
         del table
@@ -420,7 +415,7 @@ def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callabl
 
 def _measure_recall(
     asked: Neighborhood,
-    files: Sequence[str],
+    blocks: Sequence[Shard],
     source_hash: str,
     spread: str,
     output: str,
@@ -436,13 +431,14 @@ def _measure_recall(
         inputs={"vectors": source_hash},
         output=folder,
         runner=runner,
-        shards=_blocks(files, ROWS_PER_RECALL_BLOCK),
+        shards=blocks,
         make_worker=functools.partial(_make_recall_worker, asked, spread, folder),
+        not_in_plan=NOT_IN_PLAN,
     )
     tables = [storage.read_table(storage.join(folder, name), EDGES) for name in manifest.files("exact")]
     exact = pa.concat_tables(tables).group_by(["image_id", "other_image_id"], use_threads=False)
     exact = exact.aggregate([("place", "min"), ("other_place", "min"), ("cosine", "max")])
-    one, other = (texts(exact.column(name)) for name in EDGES.names[:2])
+    one, other = (id_bytes(exact.column(name)) for name in EDGES.names[:2])
     place, other_place = (exact.column(name).to_numpy() for name in ("place_min", "other_place_min"))
     exact = _best_edges(asked.k, one, other, place, other_place, exact.column("cosine_max").to_numpy())
     sampled = pc.unique(exact.column("image_id"))
@@ -454,13 +450,9 @@ def _measure_recall(
             found.update(zip(hits.column(near).to_pylist(), hits.column(far).to_pylist(), strict=True))
     wanted = list(zip(*(exact.column(name).to_pylist() for name in ("image_id", "other_image_id")), strict=True))
     recall = sum(pair in found for pair in wanted) / len(wanted) if wanted else None
-    if recall is not None and recall < asked.search.min_recall:
-        raise ConfigError(
-            f"The join found {recall:.4f} of the {len(wanted):,} neighbours of a sample of images, less than "
-            f"search.min_recall ({asked.search.min_recall:g}). Raise search.num_probes ({asked.search.num_probes}), "
-            'lower min_recall, or set search.backend = "exact".'
-        )
-    return {"backend": "ivf", "recall": recall, "recall_pairs": len(wanted)}
+    facts = {"backend": "ivf", "recall": recall, "recall_neighbors": len(wanted)}
+    asked.search.require_recall(facts)
+    return facts
 
 
 def _make_recall_worker(asked: Neighborhood, spread: str, folder: str) -> Callable[[Shard], ShardRecord]:

@@ -2,7 +2,7 @@
 
     pairs/
       pairs-00000.parquet  ...     records.PAIRS, every pair at or above `min_similarity`, by the smaller id
-      manifest.json                its facts hold the recall of the search
+      manifest.json                with `ivf`, its facts hold the recall of the search
 
 Two searches propose candidates: the nearest copy descriptors above a cosine (join.py), and perceptual hashes within a
 Hamming distance. A candidate's similarity is the cosine of the descriptors, or, with `verification`, what a look at
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import typer
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from curation import command, index, ingest, join, records, storage, vectors
 from curation.config import Settings, load, resolved_toml
@@ -63,6 +63,13 @@ class PairsConfig(Settings):
     images_per_shard: int = Field(default=1000, ge=1)
     """Images whose pairs one shard judges. With verification each takes seconds; without, a million is well."""
 
+    @field_validator("search")
+    @classmethod
+    def _lists_hold_vectors(cls, value: SearchConfig) -> SearchConfig:
+        if value.codes == "pq":
+            raise ValueError("codes 'pq' are for [retrieve.search]; the join compares the vectors themselves")
+        return value
+
 
 def run(
     config: PairsConfig, images: str, descriptors: str, output: str, runner: Runner, *, replace: bool = False
@@ -98,7 +105,7 @@ def run(
     def facts(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         return {"search": storage.require_manifest(joined).facts}, None
 
-    return run_shards(
+    manifest = run_shards(
         "pairs",
         config=config,
         inputs={"images": ingested.content_hash, "descriptors": described.content_hash},
@@ -109,7 +116,10 @@ def run(
         replace=replace,
         prepare=propose,
         finish=facts,
+        not_in_plan=frozenset({"search.min_recall"}),
     )
+    config.search.require_recall(manifest.facts["search"])  # min_recall may have been raised since
+    return manifest
 
 
 def make_worker(
@@ -140,13 +150,6 @@ def make_worker(
     return process
 
 
-def read_pairs(folder: str) -> pa.Table:
-    """All pairs of a finished stage, in shard order."""
-    manifest = storage.require_manifest(folder)
-    tables = [storage.read_table(storage.join(folder, name), records.PAIRS) for name in manifest.files("pairs")]
-    return pa.concat_tables([records.PAIRS.empty_table(), *tables])
-
-
 class _Places:
     """Where each row of the descriptors lies: a place is its number, counted through all files."""
 
@@ -158,7 +161,7 @@ class _Places:
     def first_of_each(self) -> tuple[np.ndarray, np.ndarray]:
         """All ids (N,), ascending, as bytes, and the first place of each, (N,)."""
         columns = [storage.read_table_columns(file, ["image_id"]).column(0) for file in self._files]
-        ids, first = np.unique(np.concatenate([join.texts(column) for column in columns]), return_index=True)
+        ids, first = np.unique(np.concatenate([records.id_bytes(column) for column in columns]), return_index=True)
         return ids, first
 
     def cosine(self, place: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -221,7 +224,7 @@ def _candidates(joined: str, hashed: str, bucket: int) -> pa.Table:
         for name in storage.list_names(hashed)
     ]
     table = pa.concat_tables([near, *by_hash])
-    one, other = join.texts(table["image_id"]), join.texts(table["other_image_id"])
+    one, other = records.id_bytes(table["image_id"]), records.id_bytes(table["other_image_id"])
     order = np.lexsort((np.arange(len(one)), other, one))  # what the join found first
     same = (one[order][1:] == one[order][:-1]) & (other[order][1:] == other[order][:-1])
     return table.take(pa.array(np.delete(order, np.flatnonzero(same) + 1)))
@@ -232,7 +235,7 @@ def _hash_pairs(
 ) -> Iterator[Iterator[tuple[int, pa.Table]]]:
     """The pairs of near perceptual hashes, some at a time, each time by bucket."""
     rows = ingest.read_images(images, ["image_id", "phash"])
-    known, row = np.unique(join.texts(rows["image_id"]), return_index=True)
+    known, row = np.unique(records.id_bytes(rows["image_id"]), return_index=True)
     ids, first = places.first_of_each()
     if missing := sorted(set(known.tolist()).difference(ids.tolist())):
         raise InputError(f"There is no descriptor of image {missing[0].decode()}, which is in '{images}'.")
@@ -242,7 +245,7 @@ def _hash_pairs(
     def by_bucket(pairs: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
         low, high = pairs  # ids are sorted, so the smaller row has the smaller id
         count = len(low)
-        columns = [join.text_column(ids[low]), join.text_column(ids[high]), first[low], first[high]]
+        columns = [records.id_column(ids[low]), records.id_column(ids[high]), first[low], first[high]]
         unknown = [np.full(count, np.nan, np.float32), np.zeros(count, bool)]
         table = pa.table([*columns, *unknown], schema=join.PAIRED)
         bucket = join.bucket_of(table["image_id"], num_buckets)

@@ -15,9 +15,21 @@ import pyarrow as pa
 from curation import index, kmeans
 from curation.devices import require_device
 from curation.index import CellLists, SearchConfig
+from curation.records import id_bytes, id_column
 
 # What one part found: `query` is a row of the matrix of queries.
 FOUND = pa.schema([("query", pa.int32()), ("image_id", pa.string()), ("similarity", pa.float32())])
+
+
+def train_cells(sample: np.ndarray, num_cells: int, seed: int) -> np.ndarray:
+    """Unit centroids (K, D) float32 of at most `num_cells` cells, by a short k-means over `sample` (N, D)."""
+    return kmeans.fit(
+        lambda: [sample],
+        min(num_cells, len(sample)),
+        num_iterations=index.TRAINING_ITERATIONS,
+        start="random",
+        seed=seed,
+    ).centroids
 
 
 class PartSearch:
@@ -32,13 +44,9 @@ class PartSearch:
         if config.codes == "pq":
             self._coded = index.CodedLists(vectors, config)
             return
-        num_cells = min(config.num_cells(len(vectors)), len(vectors))
+        num_cells = config.num_cells(len(vectors))
         sample = vectors[:: max(1, len(vectors) // (index.TRAINING_ROWS_PER_CELL * num_cells))]
-        rounds = index.TRAINING_ITERATIONS
-        fit = kmeans.fit(
-            lambda: [sample], min(num_cells, len(sample)), num_iterations=rounds, start="random", seed=config.seed
-        )
-        self._cells = fit.centroids
+        self._cells = train_cells(sample, num_cells, config.seed)
         home = index.cells_of(vectors, self._cells, 1, device=config.device)[:, 0]
         self._codes = index.codes_of(vectors, config.device)
         self._members = CellLists.of(np.arange(len(vectors)), home, len(self._cells))
@@ -81,7 +89,7 @@ class PartSearch:
 def found_table(image_ids: np.ndarray, similarity: np.ndarray, row: np.ndarray) -> pa.Table:
     """FOUND of a search (Q, K), (Q, K) in a part whose images have these ids, (N,) bytes."""
     query, place = np.nonzero(row >= 0)
-    ids = pa.array(image_ids[row[query, place]], pa.binary()).cast(pa.string())
+    ids = id_column(image_ids[row[query, place]])
     return pa.table([query.astype(np.int32), ids, similarity[query, place]], schema=FOUND)
 
 
@@ -89,16 +97,15 @@ def merge(tables: Iterable[pa.Table], k: int) -> pa.Table:
     """FOUND of the `k` best of each query among what all parts found, by query, then by falling similarity, then id."""
     table = pa.concat_tables([FOUND.empty_table(), *tables]).combine_chunks()
     query, similarity = table["query"].to_numpy(), table["similarity"].to_numpy()
-    ids = np.array(table["image_id"].to_pylist(), dtype="S") if len(query) else np.empty(0, "S1")
-    order = np.lexsort((ids, -similarity, query))
+    order = np.lexsort((id_bytes(table["image_id"]), -similarity, query))
     rank = np.arange(len(order)) - np.searchsorted(query[order], query[order])
     return table.take(pa.array(order[rank < k]))
 
 
-def num_hits(found: pa.Table, exact: pa.Table, k: int) -> tuple[int, int]:
-    """How many of the `k` nearest of each query in `exact` the search `found`, and how many there are.
+def num_hits(found: pa.Table, exact: pa.Table) -> tuple[int, int]:
+    """How many of the nearest of each query in `exact` the search `found`, and how many there are.
 
-    Both are results of `merge`. What is as near as the farthest of `exact` counts, so that ties do no harm.
+    Both are results of `merge` with one k. What is as near as the farthest of `exact` counts, so that ties do no harm.
     """
     queries = exact["query"].to_numpy()
     last = np.searchsorted(queries, queries, side="right") - 1

@@ -48,7 +48,9 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a whole config with what its `profile` says wherever they are silent."""
     filled: Any = dict(values)
     profile = values.get("profile", "default")
-    for setting, value in PROFILES.get(profile, {}).items() if isinstance(profile, str) else ():  # type: ignore[call-overload]
+    # A name that is none, or no text, is for validation to refuse.
+    settings = next((settings for name, settings in PROFILES.items() if name == profile), {})
+    for setting, value in settings.items():
         filled = _fill(filled, setting.split("."), value)
     result: dict[str, Any] = filled
     return result

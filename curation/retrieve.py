@@ -43,7 +43,7 @@ from pydantic import Field, field_validator
 
 from curation import command, index, records, storage, vectors
 from curation.balance import balanced_counts, cluster_counts, retrieval_mode
-from curation.cluster import assign, read_centroids, read_parents
+from curation.cluster import read_centroids, read_parents
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import KeptShard, kept_shards, read_kept
 from curation.errors import ConfigError, InputError
@@ -54,6 +54,8 @@ from curation.stage import PREPARED, run_shards
 from curation.storage import FileRecord, Manifest, ShardRecord
 
 BALANCED_NAME = "balanced.npy"
+# What guards the search without shaping what it finds: a run that it stopped goes on once it is lowered.
+NOT_IN_PLAN = frozenset({"search.min_recall"})
 # Seed images that ask at a time: 84 MB as float16 at 1,280 dimensions, and twice that as float32. Assumed.
 QUERY_ROWS = 32_768
 # Rows that are gathered, at the least, before those that cannot be drawn any more are dropped. Assumed: 12 MB.
@@ -171,6 +173,7 @@ def run(
                 shards=_pool_parts(everything, config.search.rows_per_part),
                 make_worker=functools.partial(_make_search_worker, config.search, asking, found),
                 finish=functools.partial(_measure_recall, config.search, asking, found),
+                not_in_plan=NOT_IN_PLAN,
             )
         counts = () if config.clustering is None else (_balance(config.clustering, clustered, output),)
         return ShardRecord(name=PREPARED, files=counts)
@@ -178,7 +181,7 @@ def run(
     def finish(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         return ({"search": storage.require_manifest(found).facts} if asking else {}), None
 
-    return run_shards(
+    manifest = run_shards(
         "retrieve",
         config=config,
         inputs=inputs,
@@ -190,7 +193,10 @@ def run(
         prepare=prepare,
         finish=finish,
         unit="rows",
+        not_in_plan=NOT_IN_PLAN,
     )
+    config.search.require_recall(manifest.facts.get("search", {}))  # min_recall may have been raised since
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -298,7 +304,7 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
 
     def process(shard: Shard) -> ShardRecord:
         read = [part for part in (read_kept(own, role="pool") for own in shard.work) if part[0]]
-        ids = np.concatenate([np.array(own, dtype="S") for own, _ in read]) if read else np.empty(0, "S1")
+        ids = records.id_bytes([image_id for own, _ in read for image_id in own])
         matrix = np.concatenate([matrix for _, matrix in read]) if read else np.empty((0, 1), np.float16)
         del read
         part = PartSearch(config, matrix)
@@ -378,16 +384,12 @@ def _measure_recall(
     hits = total = 0
     for number, own in enumerate(asking):
         exact = _merged(found, exactly, number, own.k)
-        own_hits, own_total = num_hits(_merged(found, by_index, number, own.k), exact, own.k)
+        own_hits, own_total = num_hits(_merged(found, by_index, number, own.k), exact)
         hits, total = hits + own_hits, total + own_total
     recall = hits / total if total else None
-    if recall is not None and recall < config.min_recall:
-        raise ConfigError(
-            f"The search found {recall:.4f} of the {total:,} nearest of a sample of seeds, less than search.min_recall "
-            f"({config.min_recall:g}). Raise search.num_probes ({config.num_probes}), lower min_recall, or set "
-            'search.backend = "exact".'
-        )
-    return {"backend": "ivf", "recall": recall, "recall_neighbors": total}, None
+    facts = {"backend": "ivf", "recall": recall, "recall_neighbors": total}
+    config.require_recall(facts)
+    return facts, None
 
 
 def _by_sample(dataset: DatasetConfig, seed_ids: list[str], found: pa.Table) -> pa.Table:
@@ -410,7 +412,7 @@ def _by_sample(dataset: DatasetConfig, seed_ids: list[str], found: pa.Table) -> 
 
 def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarray, clustered: str) -> pa.Table:
     centroids = read_centroids(clustered)
-    seeds_in = np.bincount(assign(seeds, centroids)[0], minlength=len(centroids))
+    seeds_in = np.bincount(index.assign(seeds, centroids)[0], minlength=len(centroids))
     chosen = np.flatnonzero(seeds_in > config.more_than_seeds)
     sizes = cluster_sizes(clustered, len(centroids))
     counts = np.zeros(len(centroids), np.int64)
@@ -474,7 +476,7 @@ def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nea
     first = np.searchsorted(drawn["cluster_id"], drawn["cluster_id"])
     return pa.table(
         {
-            "image_id": pa.array(drawn["image_id"], pa.binary()).cast(pa.string()),
+            "image_id": records.id_column(drawn["image_id"]),
             "cluster_id": drawn["cluster_id"],
             "rank": (np.arange(len(drawn)) - first).astype(np.int32),
             "similarity": drawn["similarity"],

@@ -5,7 +5,7 @@ and its command. `run` lists the shards and hands them to `run_shards` with a fu
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from curation import progress, storage
@@ -39,11 +39,12 @@ def run_shards(
 
     `inputs` names what the stage reads, each with a content hash. `prepare` runs once before the shards and writes what
     they all read; it is marked done like a shard. `check` sees the finished shards after each new one and
-    raises to stop early. `not_in_plan` names the config fields that guard the work without shaping its bytes.
+    raises to stop early. `not_in_plan` names the config fields that guard the work without shaping its bytes
+    (`search.min_recall`: the field of a section).
     """
     plan = Plan(
         stage=stage,
-        config=config.model_dump(mode="json", exclude=set(not_in_plan)),
+        config=config.model_dump(mode="json", exclude=_nested(not_in_plan)),
         inputs=inputs,
         num_shards=len(shards),
     )
@@ -88,6 +89,18 @@ def run_shards(
     )
     storage.write_manifest(output, manifest)
     return manifest
+
+
+def _nested(names: Iterable[str]) -> dict[str, Any]:
+    """Dotted names as the mapping of mappings that pydantic excludes by."""
+    nested: dict[str, Any] = {}
+    for name in names:
+        *sections, field = name.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[field] = True
+    return nested
 
 
 def _make_marking_worker(make_worker: Callable[[], Worker], output: str) -> Worker:

@@ -214,11 +214,10 @@ def read_table(path: str, schema: pa.Schema, columns: list[str] | None = None) -
     Raises InputError when there is no such file, when it is no Parquet, or when columns are missing or mistyped.
     """
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    table = read_table_columns(path, wanted.names)
     try:
-        return read_table_columns(path, wanted.names).cast(wanted)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+        return table.cast(wanted)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:  # ValueError: null where none may be
         raise InputError(f"{path}: columns of the wrong type: {error}.") from None
 
 

@@ -38,11 +38,7 @@ def read_file(path: str) -> tuple[list[str], np.ndarray]:
     """
     if path.endswith(".npy"):
         return _read_npy(path)
-    return of_table(storage.read_table_columns(path, ["image_id", "vector"]), path)
-
-
-def of_table(table: pa.Table, path: str) -> tuple[list[str], np.ndarray]:
-    """Ids and unit vectors (N, D) float16 of a table that was read from `path`, as `read_file` gives them."""
+    table = storage.read_table_columns(path, ["image_id", "vector"])
     try:
         image_ids = table.column("image_id").cast(pa.string()).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from PIL import Image
 from pydantic import Field
 
-from curation import cluster, ingest, pack, records, retrieve, storage
+from curation import cluster, index, ingest, pack, records, retrieve, storage
 from curation.config import Settings
 from curation.dedup import kept_shards, read_kept
 from curation.errors import InputError
@@ -359,7 +359,7 @@ def _seeds_by_cluster(run: FinishedRun, dataset: str) -> dict[int, list[str]]:
         if not pc.any(pc.equal(sources, dataset)).as_py():
             continue
         image_ids, matrix = read_kept(shard, role="seed", source=dataset)
-        for image_id, number in zip(image_ids, cluster.assign(matrix, centroids)[0], strict=True):
+        for image_id, number in zip(image_ids, index.assign(matrix, centroids)[0], strict=True):
             seeds.setdefault(int(number), []).append(image_id)
     return seeds
 
@@ -539,10 +539,10 @@ def similarity_bins(run: FinishedRun, num_examples: int, max_examples: int) -> l
         number = np.searchsorted(np.array(edges[1:-1], np.float32), table["similarity"].to_numpy(), side="right")
         counts += np.bincount(number, minlength=len(counts))
         node = [np.searchsorted(image_ids, table[name].to_numpy().astype("S32")) for name in records.PAIRS.names[:2]]
-        for index in np.unique(number):
-            rows = np.flatnonzero(number == index)
+        for own_bin in np.unique(number):
+            rows = np.flatnonzero(number == own_bin)
             # Nodes are in the order of hashes; multiplied (Knuth), each bin sees them in another order.
-            order = (node[0][rows] * (2654435761 + 2 * int(index))) % 2**32
+            order = (node[0][rows] * (2654435761 + 2 * int(own_bin))) % 2**32
             rows, order = rows[np.argsort(order, kind="stable")], np.sort(order)
             once = np.sort(np.unique(component[node[0][rows]], return_index=True)[1])[: 4 * num_examples]
             found = table.take(rows[once]).to_pylist()
@@ -551,7 +551,7 @@ def similarity_bins(run: FinishedRun, num_examples: int, max_examples: int) -> l
                 _Example(place, row["image_id"], frozenset(pair), _match(row))
                 for place, pair, row in zip(order[once].tolist(), joined, found, strict=True)
             ]
-            examples[index] = _disjoint([*examples[index], *candidates], num_examples)
+            examples[own_bin] = _disjoint([*examples[own_bin], *candidates], num_examples)
     return [
         SimilarityBin(low, high, int(count), sorted((example.match for example in chosen), key=_by_similarity))
         for low, high, count, chosen in zip(edges, edges[1:], counts, examples, strict=False)

@@ -1,7 +1,7 @@
 """Small stages and images that the tests make by hand."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from curation import records, storage, vectors
+from curation.runner import InlineRunner, Runner, Shard, Worker
 from curation.storage import Manifest, Plan, ShardRecord
 
 
@@ -136,3 +137,32 @@ def bytes_in(folder: str) -> dict[str, bytes]:
     """Every file below a folder of any filesystem, by its path inside."""
     fs, inner = storage.filesystem(folder)
     return {path.removeprefix(inner): fs.cat_file(path) for path in fs.find(inner)}
+
+
+class Killed(BaseException):
+    """Stands for the death of the driver: nothing catches it."""
+
+
+class MortalRunner(Runner):
+    """Runs shards here, and dies at a given call of a worker, before or behind its work, counted over all steps."""
+
+    def __init__(self, lives_for: int, *, behind: bool = False) -> None:
+        self.left, self._behind = lives_for, behind
+
+    def map(
+        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
+    ) -> Generator[ShardRecord, None, None]:
+        def make_mortal_worker() -> Worker:
+            worker = make_worker()
+
+            def process(shard: Shard) -> ShardRecord:
+                self.left -= 1
+                if self.left < 0:
+                    if self._behind:
+                        worker(shard)
+                    raise Killed
+                return worker(shard)
+
+            return process
+
+        yield from InlineRunner().map(stage, make_mortal_worker, shards)

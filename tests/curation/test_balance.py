@@ -2,6 +2,7 @@
 
 import itertools
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,21 +252,21 @@ def test_rows_of_a_dataset(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(0, 20, int(rng.integers(0, 8))).tolist()
     num_seeds, k, most, cap = (int(n) for n in rng.integers(1, 30, 4))
-    same = dict(num_seeds=num_seeds, k=k, cluster_sizes=sizes, images_per_cluster=most, cap=cap)
-    sample = selection_rows("sample", as_is=False, **same)  # type: ignore[arg-type]
+    same: dict[str, Any] = dict(num_seeds=num_seeds, k=k, cluster_sizes=sizes, images_per_cluster=most, cap=cap)
+    sample = selection_rows("sample", as_is=False, **same)
     assert (sample.as_is, sample.found, sample.retrieved, sample.rows) == (
         0,
         num_seeds * k,
         num_seeds * k,
         sample.found,
     )
-    cluster = selection_rows("cluster", as_is=True, **same)  # type: ignore[arg-type]
+    cluster = selection_rows("cluster", as_is=True, **same)
     found = sum(min(size, most) for size in sizes)
     assert (cluster.as_is, cluster.found, cluster.retrieved) == (num_seeds, found, min(found, cap))
     assert cluster.rows == num_seeds + min(found, cap)
     counts = cluster_counts(sizes, most, cap)
     assert sum(counts) == cluster.retrieved and all(n <= min(s, most) for n, s in zip(counts, sizes, strict=True))
-    none = selection_rows("none", as_is=True, **same)  # type: ignore[arg-type]
+    none = selection_rows("none", as_is=True, **same)
     assert (none.found, none.rows) == (0, num_seeds)
 
 

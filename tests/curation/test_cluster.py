@@ -1,6 +1,6 @@
 """Clusters: the kept pool images at their nearest centroids on every level, the same bytes however the work is cut."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +12,18 @@ from curation import cluster, kmeans, records, storage
 from curation.cluster import ClusterConfig, LevelConfig, ResamplingConfig
 from curation.errors import ConfigError, InputError
 from curation.ray_runner import RayRunner
-from curation.runner import InlineRunner, Runner, Shard, Worker
-from curation.storage import ShardRecord
-from tests.curation.builders import bytes_in, id_of, image_row, unit_vectors, write_dedup, write_ingest, write_vectors
+from curation.runner import InlineRunner
+from tests.curation.builders import (
+    Killed,
+    MortalRunner,
+    bytes_in,
+    id_of,
+    image_row,
+    unit_vectors,
+    write_dedup,
+    write_ingest,
+    write_vectors,
+)
 
 WIDTH = 8
 
@@ -215,33 +224,6 @@ def test_same_bytes_on_ray(tmp_path: Path, num_workers: int) -> None:
     assert bytes_in(str(tmp_path / "ray")) == bytes_in(str(tmp_path / "inline"))
 
 
-class Killed(BaseException):
-    """Stands for the death of the driver: nothing catches it."""
-
-
-class MortalRunner(Runner):
-    """Runs shards here, and dies in the middle of the one with a given number, counted over all steps."""
-
-    def __init__(self, last: int) -> None:
-        self.left = last
-
-    def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
-    ) -> Generator[ShardRecord, None, None]:
-        def make_mortal_worker() -> Worker:
-            worker = make_worker()
-
-            def process(shard: Shard) -> ShardRecord:
-                self.left -= 1
-                if self.left < 0:
-                    raise Killed
-                return worker(shard)
-
-            return process
-
-        yield from InlineRunner().map(stage, make_mortal_worker, shards)
-
-
 def test_every_kill_resumes_at_the_unfinished_part(tmp_path: Path) -> None:
     stages, _ = small_run(tmp_path, [["pool"] * 30, ["pool"] * 25])
     config = hierarchy(rows_per_part=19, max_points_per_centroid=4)
@@ -277,6 +259,8 @@ def test_kills_of_the_driver_that_clusters_alone_change_nothing(
             raise Killed
         return read_blocks(part)
 
+    # The driver alone has no worker that could be killed, so it dies where it reads; and a save by the clock is made to
+    # come at every iteration, or at none.
     monkeypatch.setattr(cluster, "SECONDS_BETWEEN_SAVES", seconds_between_saves)
     monkeypatch.setattr(cluster, "read_blocks", mortal_read_blocks)
     lives_for = deaths = 0
@@ -336,7 +320,7 @@ def test_levels_that_do_not_decrease_are_refused(sizes: tuple[int, ...]) -> None
 
 
 def test_points_are_read_in_blocks_across_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(cluster, "BLOCK_ROWS", 4)  # else one block would hold all 23 points
     matrix = unit_vectors(0, 23, 3).astype(np.float16)
     files = []
     for number, rows in enumerate(np.split(matrix, [5, 5, 6, 17])):

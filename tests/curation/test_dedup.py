@@ -149,6 +149,7 @@ def random_case(seed: int) -> tuple[DedupConfig, Nodes, list[Edge]]:
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a test in blocks of a size that its seed chooses: of one image and pair, of a few, or of more than all."""
     seed = request.node.callspec.params["seed"]
+    # A block of the real size holds a million images: no small case would ever cross from one to the next.
     monkeypatch.setattr(scratch, "BLOCK", (1, 7, scratch.BLOCK)[seed % 3])
 
 
@@ -739,7 +740,7 @@ def test_blocks_and_buckets_of_any_size_give_the_same_bytes(
     config = guarded_case(seed)[0]
     written = []
     for block_size, rows_per_bucket in ((scratch.BLOCK, 1 << 20), (1, 1), (7, 3)):
-        monkeypatch.setattr(scratch, "BLOCK", block_size)
+        monkeypatch.setattr(scratch, "BLOCK", block_size)  # of a million, as the buckets: more than any small case
         monkeypatch.setattr(duplicate_graph, "ROWS_PER_BUCKET", rows_per_bucket)
         output = str(tmp_path / f"dedup-{block_size}")
         dedup.run(config, images, pairs, output, InlineRunner())

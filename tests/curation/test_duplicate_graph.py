@@ -79,7 +79,7 @@ def write_run(
 def test_graph_agrees_with_the_rows(
     tmp_path: Path, seed: int, block: int, bucket: int, name: Name, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scratch, "BLOCK", block)
+    monkeypatch.setattr(scratch, "BLOCK", block)  # of a million, as the buckets: more than any small case
     monkeypatch.setattr(duplicate_graph, "ROWS_PER_BUCKET", bucket)
     images, copies, rows, pairs = write_run(tmp_path, seed, name)
     graph = read_graph(images, copies)

@@ -1,7 +1,7 @@
 """Join: the pairs that brute force finds, each once with its first places, the same bytes however the work is cut."""
 
 import hashlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.index import SearchConfig
 from curation.join import Neighborhood
 from curation.ray_runner import RayRunner
-from curation.runner import InlineRunner, Runner, Shard, Worker
-from curation.storage import Manifest, ShardRecord
-from tests.curation.builders import bytes_in, id_of, unit_vectors
+from curation.runner import InlineRunner, Runner
+from curation.storage import Manifest
+from tests.curation.builders import Killed, MortalRunner, bytes_in, id_of, unit_vectors
 
 # The rows of one file: ids, and vectors (N, D) float16.
 Part = tuple[list[str], np.ndarray]
@@ -163,7 +163,7 @@ def test_join_of_all_cells_equals_brute_force(
     distinct = Distinct(parts)
     nearest = distinct.nearest(k, floor, ties="id")
     assert pairs == distinct.pairs(nearest)
-    assert manifest.facts == {"backend": "ivf", "recall": 1.0, "recall_pairs": len(nearest)}
+    assert manifest.facts == {"backend": "ivf", "recall": 1.0, "recall_neighbors": len(nearest)}
 
 
 @pytest.mark.parametrize("rows_per_part", [10**6, 40])
@@ -183,7 +183,7 @@ def test_measured_recall_is_the_true_one(tmp_path: Path, kind: str, num_probes: 
     nearest = distinct.nearest(4, 0.2, ties="id")
     ids = distinct.ids.tolist()
     hits = sum((ids[min(pair)], ids[max(pair)]) in pairs for pair in nearest)
-    assert manifest.facts == {"backend": "ivf", "recall": hits / len(nearest), "recall_pairs": len(nearest)}
+    assert manifest.facts == {"backend": "ivf", "recall": hits / len(nearest), "recall_neighbors": len(nearest)}
     everything = distinct.pairs([(i, j) for i in range(len(ids)) for j in range(len(ids)) if i != j])
     assert {pair: row[:3] for pair, row in pairs.items()} == {pair: everything[pair][:3] for pair in pairs}
     assert all(cosine >= np.float32(0.2) for _, _, cosine, _ in pairs.values())
@@ -195,11 +195,13 @@ def test_recall_below_the_least_is_an_error_until_that_is_lowered(tmp_path: Path
     parts = make_parts("random", 0)
     ivf: dict[str, Any] = {"backend": "ivf", "rows_per_cell": 4, "num_probes": 1}
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"than search\.min_recall \(0\.95\)\. Raise search\.num_probes \(1\)"):
+        with pytest.raises(ConfigError, match=r"search\.min_recall is 0\.95\. Raise search\.num_probes \(1\)"):
             run(tmp_path, parts, **ivf)
         assert storage.read_manifest(str(tmp_path / "join")) is None
-    manifest, _ = run(tmp_path, parts, name="other", min_recall=0.01, **ivf)
+    manifest, _ = run(tmp_path, parts, min_recall=0.01, **ivf)  # goes on with the work that was stopped
     assert 0.01 <= manifest.facts["recall"] < 0.95
+    with pytest.raises(ConfigError, match=r"search\.min_recall is 0\.95"):
+        run(tmp_path, parts, **ivf)  # what is done is held against a raised one, too
     assert run(tmp_path, parts, name="more", **ivf | {"num_probes": 1000})[0].facts["recall"] == 1
 
 
@@ -275,35 +277,6 @@ def test_bucket_of_cuts_the_ids_into_equal_ranges() -> None:
 
 
 # Stop and resume, and other runners
-
-
-class Killed(BaseException):
-    """Stands for the death of the driver: nothing catches it."""
-
-
-class MortalRunner(Runner):
-    """Runs shards here, and dies at a given call of a worker, before or behind its work, counted over all steps."""
-
-    def __init__(self, lives_for: int, *, behind: bool = False) -> None:
-        self.left, self._behind = lives_for, behind
-
-    def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
-    ) -> Generator[ShardRecord, None, None]:
-        def make_mortal_worker() -> Worker:
-            worker = make_worker()
-
-            def process(shard: Shard) -> ShardRecord:
-                self.left -= 1
-                if self.left < 0:
-                    if self._behind:
-                        worker(shard)
-                    raise Killed
-                return worker(shard)
-
-            return process
-
-        yield from InlineRunner().map(stage, make_mortal_worker, shards)
 
 
 SEARCHES: list[dict[str, Any]] = [

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from curation import pairs, records, storage
@@ -41,7 +42,8 @@ class Run:
     def pairs(self, name: str = "pairs", **config: Any) -> list[dict[str, Any]]:
         output = str(self.folder / name)
         pairs.run(PairsConfig(**config), self.images, self.descriptors, output, InlineRunner())
-        table = pairs.read_pairs(output)
+        names = storage.require_manifest(output).files("pairs")
+        table = pa.concat_tables([storage.read_table(storage.join(output, name), records.PAIRS) for name in names])
         assert table.schema == records.PAIRS
         rows: list[dict[str, Any]] = table.to_pylist()
         keys = [(row["image_id"], row["other_image_id"]) for row in rows]
