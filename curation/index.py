@@ -7,8 +7,9 @@ scores these in float32, pair by pair. What is found, to the last bit, depends n
 blocks nor on the number of threads; a matrix product alone would not give that.
 """
 
+import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ HELD_TILES = 8
 CELLS_PER_TILE = 8192
 # Pairs that are scored at a time: if all rows differ and are float16, 16,384 x 1,280 float32 twice is 168 MB.
 PAIR_BLOCK = 16_384
+# Pairs that wait for their scores in a search by cells: 70 MB. Assumed.
+WAITING_PAIRS = 2**20
 # Vectors per cell that the cells are trained on, and their rounds. faiss asks for 39 to 256; the recall that every run
 # measures says whether it is enough.
 TRAINING_ROWS_PER_CELL = 48
@@ -202,45 +205,105 @@ def codes_of(matrix: np.ndarray, device: str = "cpu") -> scan.Codes:
 
 def search_cells(
     queries: np.ndarray,
-    queries_in: CellLists,
+    queries_in: Sequence[CellLists],
     vectors: np.ndarray,
     vectors_in: CellLists,
     k: int,
     *,
     floor: float = -np.inf,
-    codes: scan.Codes | None = None,
-    best: tuple[np.ndarray, np.ndarray] | None = None,
     device: str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` vectors nearest to each query among those that share a cell with it, as `search` gives them.
 
-    `queries` (Q, D) and `vectors` (N, D) are float16 or float32 and in memory, beside one byte a value of codes. A pair
-    may share one cell at most. Ties at the k-th place go to the cell that comes first. `codes` are those of `vectors`
-    (codes_of), and `best` what a search in other cells found, for who searches several times.
+    `queries` (Q, D) and `vectors` (N, D) are float16 or float32 and in memory, with a `floor` beside one byte a value
+    of codes. The visits of `queries_in` are made one after another: when the first is to the nearest cell, what is
+    there is a floor that leaves few candidates in all others. A pair may share one cell at most.
     """
-    vector_codes = codes or codes_of(vectors, device)
-    query_codes = vector_codes if queries is vectors else codes_of(queries, device)
     kind = scan.device_kind(device)
-    best_similarity = np.full((len(queries), k), -np.inf, np.float32) if best is None else best[0].copy()
-    best_row = np.full((len(queries), k), -1, np.int64) if best is None else best[1].copy()
-    for cell in range(len(vectors_in.starts) - 1):
-        asking, members = queries_in.of_cell(cell), vectors_in.of_cell(cell)
-        if not len(asking) or not len(members):
-            continue
-        steps = range(0, len(members), scan.TILE_ROWS[kind])
-        tiles = [(start, vector_codes.take(members[start : start + scan.TILE_ROWS[kind]])) for start in steps]
-        for start in range(0, len(asking), scan.QUERY_ROWS[kind]):
-            own = asking[start : start + scan.QUERY_ROWS[kind]]
-            similarity, row = best_similarity[own], best_row[own]
-            least = np.maximum(similarity[:, -1].astype(np.float64), floor)
-            query, place = _scan_block(query_codes.take(own), tiles, k, least)
-            score = pair_similarity(queries, own[query], vectors, members[place])
-            reached = score >= floor
-            _merge(similarity, row, query[reached], members[place[reached]], score[reached])
-            best_similarity[own], best_row[own] = similarity, row
-    order = np.lexsort((best_row, -best_similarity), axis=1)
-    order = np.where(best_row >= 0, order, np.arange(k))  # places that found nothing stay last
-    return np.take_along_axis(best_similarity, order, axis=1), np.take_along_axis(best_row, order, axis=1)
+    vector_codes = None
+    if floor == -np.inf:
+        query_codes = scan.encode_finely(queries, device)
+    else:
+        vector_codes = codes_of(vectors, device)
+        query_codes = vector_codes if queries is vectors else codes_of(queries, device)
+    shortlist = _Shortlist(queries, vectors, k, floor)
+    for visits, cell in itertools.product(queries_in, range(len(vectors_in.starts) - 1)):
+        asking, members = visits.of_cell(cell), vectors_in.of_cell(cell)
+        for first in range(0, len(members) if len(asking) else 0, scan.CELL_ROWS[kind]):
+            rows = members[first : first + scan.CELL_ROWS[kind]]
+            tile = vector_codes.take(rows) if vector_codes else scan.encode_finely(_rows_of(vectors, rows), device)
+            for start in range(0, len(asking), scan.QUERY_ROWS[kind]):
+                own = asking[start : start + scan.QUERY_ROWS[kind]]
+                estimates = scan.estimate(query_codes.take(own), tile)
+                least = shortlist.floor[own]
+                if np.isneginf(least).any():
+                    least = shortlist.floor[own] = np.maximum(least, estimates.floor(k))
+                query, place, value = estimates.candidates(least)
+                shortlist.add(own[query], rows[place], value, estimates.slack)
+    shortlist.settle()
+    return shortlist.similarity, shortlist.row
+
+
+def _rows_of(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some rows, ascending; a view where they follow one another."""
+    first, last = int(rows[0]), int(rows[-1])
+    return matrix[first : last + 1] if last - first == len(rows) - 1 else matrix[rows]
+
+
+class _Shortlist:
+    """The `k` nearest vectors found so far for each query, and pairs that may be nearer, which wait for their scores.
+
+    To rank and score a few pairs takes nearly as long as many, so those of many cells wait for one another. What is
+    found does not depend on when they are settled, nor on the order in which they come.
+    """
+
+    def __init__(self, queries: np.ndarray, vectors: np.ndarray, k: int, floor: float) -> None:
+        self._queries, self._vectors, self._k, self._least = queries, vectors, k, floor
+        self.similarity = np.full((len(queries), k), -np.inf, np.float32)
+        self.row = np.full((len(queries), k), -1, np.int64)
+        self.floor = np.full(len(queries), floor, np.float64)  # what is below is no candidate
+        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._num_waiting, self._slack = 0, 0.0
+
+    def add(self, query: np.ndarray, row: np.ndarray, estimate: np.ndarray, slack: np.ndarray) -> None:
+        """Pairs (P,), none of which came before, and their similarities within `slack` (any shape)."""
+        self._waiting.append((query, row, estimate.astype(np.float32)))
+        self._num_waiting += len(query)
+        self._slack = max(self._slack, float(slack.max(initial=0)))
+        if self._num_waiting >= WAITING_PAIRS:
+            self.settle()
+
+    def settle(self) -> None:
+        """Score what waits."""
+        if not self._num_waiting:
+            return
+        query, row, estimate = (np.concatenate(column) for column in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        self._num_waiting = 0
+        order = np.argsort(query, kind="stable")
+        query, row, estimate = query[order], row[order], estimate[order]
+        step = scan.QUERY_ROWS["cpu"]
+        for first in range(0, len(self._queries), step):
+            begin, end = np.searchsorted(query, (first, first + step))
+            if begin < end:
+                part = slice(first, first + step)
+                self._settle(part, query[begin:end] - first, row[begin:end], estimate[begin:end])
+
+    def _settle(self, part: slice, query: np.ndarray, row: np.ndarray, estimate: np.ndarray) -> None:
+        similarity, best_row, floor = self.similarity[part], self.row[part], self.floor[part]
+        # What k pairs of a query reach for certain leaves few to be scored.
+        known = np.flatnonzero(best_row.reshape(-1) >= 0)
+        queries = np.concatenate([known // self._k, query])
+        certain = np.concatenate([similarity.reshape(-1)[known], estimate - np.float32(self._slack)])
+        order, rank = _ranked(queries, certain)
+        kth = order[rank == self._k - 1]
+        floor[queries[kth]] = np.maximum(floor[queries[kth]], certain[kth])
+        chosen = estimate + self._slack >= floor[query]
+        query, row = query[chosen], row[chosen]
+        score = pair_similarity(self._queries[part], query, self._vectors, row)
+        reached = score >= self._least
+        _merge(similarity, best_row, query[reached], row[reached], score[reached])
+        np.maximum(floor, similarity[:, -1], out=floor)
 
 
 class CodedLists:
@@ -290,8 +353,6 @@ class CodedLists:
             rows = self._built.search(scan.to_float32(own), fetched)[1]
             query, column = np.nonzero(rows >= 0)  # short lists are filled with -1
             row = rows[query, column]
-            order = np.lexsort((row, query))
-            query, row = query[order], row[order]
             score = pair_similarity(own, query, self._vectors, row)
             part = slice(start, start + len(own))
             _merge(best_similarity[part], best_row[part], query, row, score)
@@ -385,7 +446,7 @@ def _scan_block(
 def _merge(
     best_similarity: np.ndarray, best_row: np.ndarray, query: np.ndarray, row: np.ndarray, similarity: np.ndarray
 ) -> None:
-    """Put the new pairs among the best (Q, k), in place. New rows come behind the best's and ascend for each query."""
+    """Put the new pairs among the best (Q, k), in place, ties by row."""
     touched = np.zeros(len(best_row), bool)
     touched[query] = True
     k = best_row.shape[1]
@@ -393,6 +454,8 @@ def _merge(
     query = np.concatenate([old // k, query])
     row = np.concatenate([best_row.reshape(-1)[old], row])
     similarity = np.concatenate([best_similarity.reshape(-1)[old], similarity])
+    by_row = np.argsort(query * (row.max(initial=0) + 1) + row)  # no pair comes twice
+    query, row, similarity = query[by_row], row[by_row], similarity[by_row]
     order, rank = _ranked(query, similarity)
     order, rank = order[rank < k], rank[rank < k]
     best_similarity[query[order], rank] = similarity[order]

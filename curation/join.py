@@ -209,12 +209,11 @@ def _make_exact_worker(asked: Neighborhood, blocks: Sequence[Shard], output: str
         others: list[Images] = []
 
         def stream() -> Iterator[np.ndarray]:
-            for block in blocks:
-                for part in block.work:
-                    images = _read([part], places)
-                    _same_width(own.vectors, images.vectors, part[0])
-                    others.append(Images(images.ids, images.places, images.vectors[:0]))
-                    yield images.vectors
+            parts = [part for block in blocks for part in block.work]
+            for part, images in zip(parts, storage.read_ahead(lambda part: _read([part], places), parts), strict=True):
+                _same_width(own.vectors, images.vectors, part[0])
+                others.append(Images(images.ids, images.places, images.vectors[:0]))
+                yield images.vectors
 
         # One more, for the image itself.
         found = index.search(own.vectors, stream(), asked.k + 1, floor=asked.floor, device=asked.search.device)
@@ -387,18 +386,30 @@ def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callabl
     require_device(asked.search.device)
     cells, groups = _read_cells(folder)
     schema = _spread_schema(cells.shape[1], min(asked.search.num_probes, len(cells)))
+    without_vectors, only_vectors = schema.remove(schema.get_field_index("vector")), pa.schema([schema.field("vector")])
     names = storage.require_manifest(folder).files("spread")
+
+    def read_vectors(paths: Sequence[str], group: int, num_rows: int, chosen: np.ndarray) -> np.ndarray:
+        """The chosen ones of the `num_rows` vectors of a group; those of one file at a time are held twice."""
+        result = np.empty((len(chosen), cells.shape[1]), np.float16)
+        target = np.full(num_rows, -1)
+        target[chosen] = np.arange(len(chosen))
+        first = 0
+        for table in storage.read_ahead(lambda path: storage.read_row_groups(path, "part", group, only_vectors), paths):
+            rows = np.flatnonzero(target[first : first + len(table)] >= 0)
+            result[target[first + rows]] = _of_bytes(table.column("vector"), np.float16)[rows]
+            first += len(table)
+        return result
 
     def process(shard: Shard) -> ShardRecord:
         begin, end = groups[shard.work : shard.work + 2] if shard.work + 1 < len(groups) else (0, 0)
-        parts = [storage.read_row_groups(storage.join(folder, name), "part", shard.work, schema) for name in names]
-        table = pa.concat_tables(parts)
-        del parts
+        paths = [storage.join(folder, name) for name in names]
+        keys = pa.concat_tables(storage.read_row_groups(path, "part", shard.work, without_vectors) for path in paths)
         # All copies of an image visit the same cells, so it is enough to look among those that are here.
-        ids, rows = np.unique(id_bytes(table.column("image_id")), return_index=True)
-        own = Images(ids, table.column("place").to_numpy()[rows], _of_bytes(table.column("vector"), np.float16)[rows])
-        visits = _of_bytes(table.column("visits"), np.int32)[rows]
-        del table
+        ids, rows = np.unique(id_bytes(keys.column("image_id")), return_index=True)
+        visits = _of_bytes(keys.column("visits"), np.int32)[rows]
+        own = Images(ids, keys.column("place").to_numpy()[rows], read_vectors(paths, shard.work, len(keys), rows))
+        del keys
         inside = (visits >= begin) & (visits < end)
         home = np.flatnonzero(inside[:, 0])
         visitor, column = np.nonzero(inside)
@@ -406,7 +417,7 @@ def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callabl
         visiting = CellLists.of(visitor, visits[visitor, column] - begin, end - begin)
         # One more, for the image itself.
         found = index.search_cells(
-            own.vectors, at_home, own.vectors, visiting, asked.k + 1, floor=asked.floor, device=asked.search.device
+            own.vectors, [at_home], own.vectors, visiting, asked.k + 1, floor=asked.floor, device=asked.search.device
         )
         return _write_edges(asked, output, shard.name, _edges(asked.k, own, own, *found))
 

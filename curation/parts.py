@@ -23,8 +23,9 @@ FOUND = pa.schema([("query", pa.int32()), ("image_id", pa.string()), ("similarit
 
 def train_cells(sample: np.ndarray, num_cells: int, seed: int) -> np.ndarray:
     """Unit centroids (K, D) float32 of at most `num_cells` cells, by a short k-means over `sample` (N, D)."""
+    starts = range(0, len(sample), index.BLOCK_ROWS)
     return kmeans.fit(
-        lambda: [sample],
+        lambda: (sample[start : start + index.BLOCK_ROWS] for start in starts),
         min(num_cells, len(sample)),
         num_iterations=index.TRAINING_ITERATIONS,
         start="random",
@@ -33,57 +34,74 @@ def train_cells(sample: np.ndarray, num_cells: int, seed: int) -> np.ndarray:
 
 
 class PartSearch:
-    """The search in one part, `vectors` (N, D) float16, whose index is built once for all queries."""
+    """The search in one part, whose index is built once for all queries."""
 
-    def __init__(self, config: SearchConfig, vectors: np.ndarray) -> None:
+    def __init__(self, config: SearchConfig, blocks: list[np.ndarray]) -> None:
+        """`blocks`, float16 (n, D) each, are the part's vectors; the list is emptied, to hold none of them twice."""
         require_device(config.device)
-        self._config, self._vectors = config, vectors
+        self._config = config
+        self.num_vectors = sum(map(len, blocks))
+        self.width = blocks[0].shape[1] if blocks else 0
         self._cells: np.ndarray | None = None
-        if config.backend == "exact" or not len(vectors):
-            return
-        if config.codes == "pq":
-            self._coded = index.CodedLists(vectors, config)
-            return
-        num_cells = config.num_cells(len(vectors))
-        sample = vectors[:: max(1, len(vectors) // (index.TRAINING_ROWS_PER_CELL * num_cells))]
-        self._cells = train_cells(sample, num_cells, config.seed)
-        home = index.cells_of(vectors, self._cells, 1, device=config.device)[:, 0]
-        self._codes = index.codes_of(vectors, config.device)
-        self._members = CellLists.of(np.arange(len(vectors)), home, len(self._cells))
+        self._rows = np.arange(self.num_vectors)  # the number in the part of each of the vectors that are held
+        if config.backend == "exact" or not self.num_vectors:
+            self._vectors = list(blocks)
+        elif config.codes == "pq":
+            self._vectors = [np.concatenate(blocks)]
+            self._coded = index.CodedLists(self._vectors[0], config)
+        else:
+            self._vectors = [self._by_cell(blocks)]
+        blocks.clear()
+
+    def _by_cell(self, blocks: list[np.ndarray]) -> np.ndarray:
+        """The vectors (N, D) in the order of their cells, which are then read without gathering rows."""
+        config = self._config
+        num_cells = config.num_cells(self.num_vectors)
+        every = max(1, self.num_vectors // (index.TRAINING_ROWS_PER_CELL * num_cells))
+        first = np.cumsum([0, *map(len, blocks)])
+        sample = [block[-start % every :: every] for block, start in zip(blocks, first, strict=False)]
+        self._cells = train_cells(np.concatenate(sample), num_cells, config.seed)
+        home = np.concatenate([index.cells_of(block, self._cells, 1, device=config.device)[:, 0] for block in blocks])
+        lists = CellLists.of(self._rows, home, len(self._cells))
+        self._rows, self._members = lists.rows, CellLists(np.arange(self.num_vectors), lists.starts)
+        place = np.empty(self.num_vectors, np.int64)
+        place[self._rows] = np.arange(self.num_vectors)
+        vectors = np.empty((self.num_vectors, self.width), np.float16)
+        start = 0
+        while blocks:
+            block = blocks.pop(0)
+            vectors[place[start : start + len(block)]] = block
+            start += len(block)
+        return vectors
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` nearest of the part for each of `queries` (Q, D), as `index.search` gives them."""
+        """The `k` nearest of the part for each of `queries` (Q, D), as `index.search` gives them.
+
+        With `ivf`, ties at the k-th place go by cell.
+        """
         config = self._config
-        if config.backend == "exact" or not len(self._vectors):
-            return index.search(queries, [self._vectors], k, device=config.device)
+        if config.backend == "exact" or not self.num_vectors:
+            return self.search_exactly(queries, k)
         if self._cells is None:
             return self._coded.search(queries, k)
         probes = min(config.num_probes, len(self._cells))
         visits = index.cells_of(queries, self._cells, probes, device=config.device)
-        # First the nearest cell of each: what it holds is a floor that leaves few candidates in all others.
-        best = self._visit(queries, visits[:, :1], k, None)
-        return self._visit(queries, visits[:, 1:], k, best)
-
-    def _visit(
-        self, queries: np.ndarray, visits: np.ndarray, k: int, best: tuple[np.ndarray, np.ndarray] | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        assert self._cells is not None
-        askers = np.repeat(np.arange(len(queries)), visits.shape[1])
-        asking = CellLists.of(askers, visits.reshape(-1), len(self._cells))
-        return index.search_cells(
-            queries,
-            asking,
-            self._vectors,
-            self._members,
-            k,
-            codes=self._codes,
-            best=best,
-            device=self._config.device,
-        )
+        asking = [self._asking(visits[:, :1]), self._asking(visits[:, 1:])]
+        device = config.device
+        return self._numbered(index.search_cells(queries, asking, self._vectors[0], self._members, k, device=device))
 
     def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The same without the index."""
-        return index.search(queries, [self._vectors], k, device=self._config.device)
+        return self._numbered(index.search(queries, self._vectors, k, device=self._config.device))
+
+    def _asking(self, visits: np.ndarray) -> CellLists:
+        assert self._cells is not None
+        queries = np.repeat(np.arange(len(visits)), visits.shape[1])
+        return CellLists.of(queries, visits.reshape(-1), len(self._cells))
+
+    def _numbered(self, found: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        similarity, row = found
+        return similarity, np.where(row >= 0, self._rows[row], -1) if self.num_vectors else row
 
 
 def found_table(image_ids: np.ndarray, similarity: np.ndarray, row: np.ndarray) -> pa.Table:

@@ -254,7 +254,7 @@ def nearest(seed_ids: list[str], seeds: np.ndarray, pool: Iterable[tuple[list[st
 
     def blocks() -> Iterator[np.ndarray]:
         for ids, matrix in pool:
-            _check_width(seeds, matrix)
+            _check_width(seeds, matrix.shape[1])
             pool_ids.extend(ids)
             yield matrix
 
@@ -303,17 +303,17 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
     """
 
     def process(shard: Shard) -> ShardRecord:
-        read = [part for part in (read_kept(own, role="pool") for own in shard.work) if part[0]]
+        read = [own for own in storage.read_ahead(functools.partial(read_kept, role="pool"), shard.work) if own[0]]
         ids = records.id_bytes([image_id for own, _ in read for image_id in own])
-        matrix = np.concatenate([matrix for _, matrix in read]) if read else np.empty((0, 1), np.float16)
-        del read
-        part = PartSearch(config, matrix)
+        part = PartSearch(config, [read.pop(0)[1] for _ in range(len(read))])
 
         def found() -> Iterator[tuple[int, pa.Table]]:
             for block in _query_blocks(asking):
                 queries = np.concatenate([seeds for _, seeds in block])
                 k = max(asking[number].k for number, _ in block)
-                similarity, row = _search(part.search, queries, matrix, k)
+                if part.num_vectors:
+                    _check_width(queries, part.width)
+                similarity, row = part.search(queries, k)
                 starts = np.cumsum([0, *(len(seeds) for _, seeds in block)])
                 for (number, _), (start, stop) in zip(block, pairwise(starts.tolist()), strict=True):
                     yield number, found_table(ids, similarity[start:stop], row[start:stop])
@@ -322,7 +322,7 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
             for number, (first, every) in enumerate(_sampled(config, asking)):
                 seeds = asking[number].read()[1]
                 rows = np.arange(first, len(seeds), every)
-                table = found_table(ids, *_search(part.search_exactly, seeds[rows], matrix, asking[number].k))
+                table = found_table(ids, *part.search_exactly(seeds[rows], asking[number].k))
                 yield number, table.set_column(0, "query", pa.array(rows[table["query"].to_numpy()].astype(np.int32)))
 
         empty = FOUND.empty_table()
@@ -335,18 +335,9 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
     return process
 
 
-def _search(
-    search: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]], queries: np.ndarray, pool: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    if not len(pool):
-        return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
-    _check_width(queries, pool)
-    return search(queries, k)
-
-
-def _check_width(seeds: np.ndarray, pool: np.ndarray) -> None:
-    if pool.shape[1] != seeds.shape[1]:
-        raise InputError(f"seeds have width {seeds.shape[1]}, the pool {pool.shape[1]}: not of one model.")
+def _check_width(seeds: np.ndarray, width: int) -> None:
+    if width != seeds.shape[1]:
+        raise InputError(f"seeds have width {seeds.shape[1]}, the pool {width}: not of one model.")
 
 
 def _query_blocks(asking: Sequence[_Asking]) -> Iterator[list[tuple[int, np.ndarray]]]:

@@ -22,6 +22,8 @@ import torch
 # Cascade Lake, D 384: 979 billion operations a second in int8, 247 in float32; faiss's flat index: 187). GPU: assumed.
 QUERY_ROWS = {"cpu": 2048, "cuda": 8192}
 TILE_ROWS = {"cpu": 1024, "cuda": 32768}
+# The same of a cell, whose queries are few: each tile of it costs a millisecond beside its products. Assumed for a GPU.
+CELL_ROWS = {"cpu": 4096, "cuda": 32768}
 # Products whose maximum is looked at before they are looked at one by one. Measured: at 64 the maxima cost a tenth of
 # the product, at 16 half of it.
 LANES = 64
@@ -47,7 +49,7 @@ class Codes:
         """The codes of some rows, (R,) int64, of vectors with one scale."""
         assert len(self.scale) == 1
         place = torch.from_numpy(rows).to(self.values.device)
-        return Codes(_pad(self.values[place]), len(rows), self.scale, self.norm, self.residual)
+        return Codes(_pad(self.values.index_select(0, place)), len(rows), self.scale, self.norm, self.residual)
 
 
 def device_kind(device: str) -> str:
@@ -57,8 +59,7 @@ def device_kind(device: str) -> str:
 
 def encode_rows(matrix: np.ndarray, device: str) -> Codes:
     """Codes of queries (N, D) float32, each with a scale of its own."""
-    peak = torch.linalg.vector_norm(torch.from_numpy(matrix), torch.inf, dim=1) if len(matrix) else torch.empty(0)
-    return _encode(matrix, peak, device)
+    return _encode(matrix, _peaks(torch.from_numpy(matrix)), device)
 
 
 def encode(blocks: Sequence[np.ndarray], device: str) -> Codes:
@@ -73,6 +74,17 @@ def encode(blocks: Sequence[np.ndarray], device: str) -> Codes:
     ]
     norm, residual, scale = greatest
     return Codes(_pad(values), sum(part.num_rows for part in parts), np.where(scale > 0, scale, 1.0), norm, residual)
+
+
+def encode_finely(matrix: np.ndarray, device: str) -> Codes:
+    """Codes of vectors (N, D) float32 or float16 in floating point, where int8 would leave too many candidates."""
+    if device_kind(device) == "cuda":
+        return encode([matrix], device)
+    rows, width = matrix.shape
+    values = torch.empty((rows + -rows % LANES, width))
+    values[:rows] = torch.from_numpy(matrix)
+    values[rows:] = 0
+    return Codes(values, rows, np.ones(1), np.ones(1), np.zeros(1))
 
 
 def to_float32(matrix: np.ndarray) -> np.ndarray:
@@ -118,11 +130,7 @@ def _pad(codes: torch.Tensor) -> torch.Tensor:
 
 def estimate(queries: Codes, tile: Codes) -> "Estimates":
     """All products of the codes, to be asked for bounds and candidates."""
-    if queries.values.dtype == torch.int8:
-        products = torch._int_mm(queries.values, tile.values.T)
-    else:
-        products = torch.mm(queries.values, tile.values.T)
-    products = products[: queries.num_rows]
+    products = _products(queries.values, tile.values)[: queries.num_rows]
     if tile.num_rows < len(tile.values):
         products[:, tile.num_rows :] = _least(products.dtype)
     rounding = HALF_ROUNDING if products.dtype == torch.float16 else ROUNDING
@@ -140,6 +148,16 @@ class Estimates:
     greatest: torch.Tensor  # (Q, groups)
     unit: np.ndarray  # (Q,) float64
     slack: np.ndarray  # (Q,) float64
+
+    def floor(self, k: int) -> np.ndarray:
+        """Floors (Q,) float64 that at least `k` products of each query reach; -inf where there are fewer."""
+        products = self.groups.flatten(1)
+        if products.shape[1] < k:
+            return np.full(len(products), -np.inf)
+        kth = torch.topk(products, k, dim=1, sorted=False).values.amin(1)
+        reached = (kth.double() * torch.from_numpy(self.unit.copy()).to(kth.device)).cpu().numpy() - self.slack
+        floors: np.ndarray = np.where((kth == _least(kth.dtype)).cpu().numpy(), -np.inf, reached)
+        return floors
 
     def candidates(self, floor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pairs whose product may reach the floor (Q,) of their query, by query, then by row.
@@ -167,24 +185,24 @@ def nearest_by_codes(matrix: np.ndarray, tiles: Sequence[Codes], k: int) -> np.n
     For choices that need no exact order, such as which cells to visit, but the same one everywhere: sums of whole
     numbers are equal on every machine. `matrix` is (N, D) float32, `tiles` come from `whole_number_codes`.
     """
-    peak = np.abs(matrix).max(axis=1, keepdims=True, initial=0)  # of each row, which then depends on no other
-    codes = whole_number_codes(matrix / np.where(peak > 0, peak, 1), tiles[0].values.device)
-    best = torch.empty((len(matrix), 0), dtype=torch.int64, device=codes.values.device)
+    values = torch.from_numpy(matrix)
+    peak = _peaks(values)  # of each row, which then depends on no other
+    codes = _whole_numbers(values, torch.where(peak > 0, 127 / peak, 1.0)[:, None], tiles[0].values.device)
+    best = torch.empty((len(matrix), 0), dtype=torch.int64, device=codes.device)
     first_row = 0
     for tile in tiles:
-        if codes.values.dtype == torch.int8:
-            products = torch._int_mm(codes.values, tile.values.T)
+        products = _products(codes, tile.values)[: len(matrix)]
+        products[:, tile.num_rows :] = -(2**30)  # below all
+        if k == 1:  # keys only for the group that holds the first of the greatest
+            groups = products.view(len(products), -1, LANES)
+            group = groups.amax(2).argmax(1, keepdim=True)  # argmax gives the first, as torch documents
+            products = groups[torch.arange(len(groups), device=group.device), group[:, 0]]
+            rows = group * LANES + torch.arange(LANES, device=group.device)
         else:
-            products = torch.mm(codes.values, tile.values.T)
-        products = products[: len(matrix), : tile.num_rows]
-        rows = torch.arange(first_row, first_row + tile.num_rows, device=products.device)
-        if k == 1:  # the first of the greatest, without keys for all
-            greatest = products.amax(1, keepdim=True)
-            first = torch.where(products == greatest, rows, 2**ROW_BITS - 1).amin(1, keepdim=True)
-            keys = (greatest.long() << ROW_BITS) | (2**ROW_BITS - 1 - first)
-        else:
-            keys = (products.long() << ROW_BITS) | (2**ROW_BITS - 1 - rows)
-            keys = torch.topk(keys, min(k, tile.num_rows), dim=1).values
+            products = products[:, : tile.num_rows]
+            rows = torch.arange(tile.num_rows, device=products.device)
+        keys = (products.long() << ROW_BITS) | (2**ROW_BITS - 1 - first_row - rows)
+        keys = torch.topk(keys, min(k, keys.shape[1]), dim=1).values
         best = torch.topk(torch.cat([best, keys], dim=1), min(k, best.shape[1] + keys.shape[1]), dim=1).values
         first_row += tile.num_rows
     result: np.ndarray = (2**ROW_BITS - 1 - (best & (2**ROW_BITS - 1))).cpu().numpy()
@@ -197,14 +215,20 @@ def whole_number_codes(matrix: np.ndarray, device: str | torch.device) -> Codes:
     Where there is no product of int8, they are whole numbers in float32 (in float64 where a sum could pass 2**24).
     """
     values = torch.from_numpy(matrix)
-    peak = float(values.abs().max()) if matrix.size else 0.0
-    rounded = torch.mul(values, 127 / peak if peak > 0 else 1.0).round_()
-    if torch.device(device).type == "cpu" and _has_int8_units():
-        codes = rounded.to(torch.int8)
-    else:
-        codes = rounded.to(device, torch.float32 if 127**2 * matrix.shape[1] < 2**24 else torch.float64)
+    peak = values.abs().max() if matrix.size else torch.zeros(())
     one = np.ones(1)
-    return Codes(_pad(codes), len(matrix), one, one, one)
+    return Codes(_whole_numbers(values, torch.where(peak > 0, 127 / peak, 1.0), device), len(matrix), one, one, one)
+
+
+def _whole_numbers(values: torch.Tensor, scale: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    rounded = torch.mul(values, scale).round_()
+    if torch.device(device).type == "cpu" and _has_int8_units():
+        return _pad(rounded.to(torch.int8))
+    return _pad(rounded.to(device, torch.float32 if 127**2 * values.shape[1] < 2**24 else torch.float64))
+
+
+def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch._int_mm(left, right.T) if left.dtype == torch.int8 else torch.mm(left, right.T)
 
 
 class BestSoFar:
@@ -237,6 +261,11 @@ class BestSoFar:
         self._values = [values]
         kth: np.ndarray = values.amin(1).double().cpu().numpy()
         return kth - self.slack - ROUNDING
+
+
+def _peaks(values: torch.Tensor) -> torch.Tensor:
+    """The greatest absolute value (N,) of each row; four times as fast as the norm that it is."""
+    return torch.maximum(values.amax(1), -values.amin(1)) if len(values) else torch.empty(0)
 
 
 def _lengths(values: torch.Tensor) -> np.ndarray:

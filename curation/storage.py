@@ -21,7 +21,9 @@ import os
 import posixpath
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -39,6 +41,27 @@ PROGRESS_NAME = ".progress"
 TEMPORARY_PREFIX = ".tmp-"
 # The version of everything that stages write. Outputs of another version are refused, not converted.
 FORMAT_VERSION = 1
+# Files that are read while those before them are worked on. Assumed: an object store answers in 50 to 200 ms, and each
+# file is memory.
+FILES_AHEAD = 2
+
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+
+
+def read_ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Iterator[Read]:
+    """`read(item)` for each item, in order; up to FILES_AHEAD of them are read by threads while the caller works."""
+    threads = ThreadPoolExecutor(FILES_AHEAD)
+    waiting: deque[Future[Read]] = deque()
+    try:
+        for item in items:
+            waiting.append(threads.submit(read, item))
+            if len(waiting) > FILES_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
@@ -242,7 +265,8 @@ def _encoding(schema: pa.Schema) -> dict[str, Any]:
     leaves = []
     for field in schema:
         is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
-        if not (is_list and pa.types.is_float16(field.type.value_type)):
+        is_vector = is_list and pa.types.is_float16(field.type.value_type)
+        if not is_vector and not pa.types.is_fixed_size_binary(field.type):
             leaves.append(f"{field.name}.list.element" if is_list else field.name)
     return {"compression": dict.fromkeys(leaves, "zstd"), "use_dictionary": leaves}
 

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import torch
 
-from curation import records, storage
+from curation import records, scan, storage
 from curation.errors import InputError
 
 # Rows of a .npy matrix that are read at a time. Assumed: 168 MB at 1,280 dimensions of float16.
 NPY_ROWS = 65_536
+# Rows whose lengths are computed at a time, in float32.
+NORM_ROWS = 2048
 
 
 def make_table(image_ids: list[str], matrix: np.ndarray) -> pa.Table:
@@ -123,8 +126,13 @@ def _npy_blocks(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
 
 def _unit(matrix: np.ndarray, image_ids: list[str], path: str) -> np.ndarray:
     """`matrix` (N, D) with rows of unit length, float16; what is unit length within float16 stays as it is."""
-    squares = np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64, casting="same_kind")
-    norms = np.sqrt(squares).astype(np.float32)
+    if matrix.dtype == np.float16:
+        norms = np.empty(len(matrix), np.float32)
+        for start in range(0, len(matrix), NORM_ROWS):
+            block = torch.from_numpy(scan.to_float32(matrix[start : start + NORM_ROWS]))
+            norms[start : start + NORM_ROWS] = torch.linalg.vector_norm(block, dim=1).numpy()
+    else:  # squares that float32 could not hold
+        norms = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64, casting="same_kind")).astype(np.float32)
     wrong = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
     if len(wrong):
         raise InputError(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +153,7 @@ def neighbors(folder: str, output: str, k: int, rows_per_cell: int, num_probes: 
     row: np.ndarray = np.empty((len(queries), 0), np.int64)
     first = 0
     for number in range(0, len(files), files_per_part):
-        matrix = np.concatenate([vectors.read_file(file)[1] for file in files[number : number + files_per_part]])
-        part = PartSearch(search, matrix)
+        part = PartSearch(search, list(_stream(files[number : number + files_per_part])))
         built = time.perf_counter()
         found = part.search(queries, k)
         similarity = np.concatenate([similarity, found[0]], axis=1)
@@ -162,7 +161,7 @@ def neighbors(folder: str, output: str, k: int, rows_per_cell: int, num_probes: 
         order = np.lexsort((row, -similarity), axis=1)[:, :k]
         similarity, row = np.take_along_axis(similarity, order, axis=1), np.take_along_axis(row, order, axis=1)
         searching += time.perf_counter() - built
-        first += len(matrix)
+        first += part.num_vectors
     seconds = time.perf_counter() - started
     np.save(output, row)
     return {"seconds": seconds, "searching": searching}
@@ -172,7 +171,7 @@ def exact_neighbors(folder: str, output: str, k: int, num_files: int) -> Measure
     """Exact neighbours among the vectors of the first files, streamed."""
     queries = np.load(Path(folder, "queries.npy"), allow_pickle=False)
     started = time.perf_counter()
-    row = index.search(queries, (vectors.read_file(file)[1] for file in _files(folder)[:num_files]), k)[1]
+    row = index.search(queries, _stream(_files(folder)[:num_files]), k)[1]
     seconds = time.perf_counter() - started
     np.save(output, row)
     return {"seconds": seconds}
@@ -204,12 +203,8 @@ def cluster(folder: str, output: str, num_clusters: int, num_iterations: int) ->
     """Spherical k-means over the vectors, read anew in each iteration."""
     files = _files(folder)
 
-    def blocks() -> Iterator[np.ndarray]:
-        for file in files:
-            yield vectors.read_file(file)[1]
-
     started = time.perf_counter()
-    fit = kmeans.fit(blocks, num_clusters, num_iterations=num_iterations, start="random", seed=0)
+    fit = kmeans.fit(lambda: _stream(files), num_clusters, num_iterations=num_iterations, start="random", seed=0)
     seconds = time.perf_counter() - started
     np.save(output, fit.centroids)
     return {"seconds": seconds}
@@ -348,6 +343,10 @@ def _memory(field: str) -> float:
 
 def _files(folder: str) -> list[str]:
     return [storage.join(folder, name) for name in storage.list_names(folder) if name.endswith(".parquet")]
+
+
+def _stream(files: Sequence[str]) -> Iterator[np.ndarray]:
+    return (matrix for _, matrix in storage.read_ahead(vectors.read_file, files))
 
 
 def _read_all(folder: str) -> np.ndarray:

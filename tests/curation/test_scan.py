@@ -90,6 +90,21 @@ def test_slack_is_small_where_no_entry_stands_out() -> None:
     assert (slack < 0.025).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("codes", ["own", "fine"])
+def test_the_floor_of_one_tile_is_reached_by_k_products_and_no_less_than_its_slack_below(codes: str, kind: str) -> None:
+    queries, vectors = of_kind("random", 1, 60, 10), of_kind(kind, 0, 60, count=200)
+    encode = scan.encode_finely if codes == "fine" else lambda matrix, device: scan.encode([matrix], device)
+    estimates = scan.estimate(encode(queries, "cpu"), encode(vectors, "cpu"))
+    products = np.sort(queries.astype(np.float64) @ vectors.astype(np.float64).T, axis=1)[:, ::-1]
+    for k in (1, 2, 40, 200, 201):
+        floor = estimates.floor(k)
+        if k > len(vectors):
+            assert (floor == -np.inf).all()
+        else:
+            assert (floor <= products[:, k - 1]).all() and (floor >= products[:, k - 1] - 2 * estimates.slack).all()
+
+
 @pytest.mark.parametrize("num_rows", [1, scan.LANES - 1, scan.LANES, scan.LANES + 1])
 @pytest.mark.parametrize("codes", ["own", "float32"])
 def test_rows_that_pad_a_tile_are_never_found(codes: str, num_rows: int) -> None:
@@ -163,7 +178,7 @@ def nearest_by_products(matrix: np.ndarray, cells: np.ndarray, k: int) -> np.nda
     codes = scan.whole_number_codes(cells, "cpu")
     right = codes.values[: codes.num_rows, : cells.shape[1]].numpy().astype(np.int64)
     peak = np.abs(matrix).max(axis=1, keepdims=True)
-    left = np.rint(matrix / np.where(peak > 0, peak, 1) * np.float32(127)).astype(np.int64)
+    left = np.rint(matrix * (np.float32(127) / np.where(peak > 0, peak, 127))).astype(np.int64)
     return np.argsort(-(left @ right.T), axis=1, kind="stable")[:, :k]
 
 
