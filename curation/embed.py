@@ -38,7 +38,7 @@ from pydantic import Field
 
 from curation import command, ingest, records, storage
 from curation.config import Settings, load, parse_section, resolved_toml
-from curation.embedders import EmbedderConfig, load_embedder
+from curation.embedders import Embedder, EmbedderConfig, load_embedder
 from curation.errors import ConfigError
 from curation.images import ImageLimits, decode_rgb
 from curation.ingest import IngestConfig
@@ -101,57 +101,34 @@ def run(
     )
 
 
-class _Prepared(NamedTuple):
-    """A picture as the model will see it."""
-
-    pixels: np.ndarray  # (3, H, W) uint8
-    thumbnail: bytes | None
-    seconds: float  # of processor time
-
-
 def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callable[[Shard], ShardRecord]:
     """A worker that loads the model once and embeds one shard after another."""
     torch.set_num_threads(config.threads_per_worker)
     embedder = load_embedder(config.embedder)
-    batch_size = config.embedder.batch_size
-
-    def prepare(read: tuple[dict[str, Any], bytes]) -> _Prepared:
-        row, data = read
-        started = time.thread_time()
-        shape = embedder.shape(row["width"], row["height"])
-        picture = decode_rgb(data, limits, target_side=max(min(shape), config.thumbnail_side))
-        pixels = embedder.preprocess(picture, shape)
-        thumbnail = encode_thumbnail(picture, config.thumbnail_side) if config.thumbnail_side else None
-        return _Prepared(pixels, thumbnail, time.thread_time() - started)
 
     def process(shard: Shard) -> ShardRecord:
         started = time.perf_counter()
-        columns = ["image_id", "uri", "offset", "length", "width", "height"]
-        table = storage.read_table(shard.work, records.IMAGES, columns)
-        rows = list({row["image_id"]: row for row in reversed(table.to_pylist())}.values())[::-1]
-        batches = _batches([embedder.shape(row["width"], row["height"]) for row in rows], batch_size)
-        ordered = [rows[place] for batch in batches for place in batch]
+        rows = rows_of(shard.work)
+        batches = _batches([embedder.shape(row["width"], row["height"]) for row in rows], config.embedder.batch_size)
         vectors = np.empty((len(rows), embedder.dimensions), np.float16)
         thumbnails: list[bytes | None] = [None] * len(rows)
         meter, decoding = Meter(), 0.0
-        ahead = 2 * batch_size + config.decode_threads
-        prepared = prefetch(prepare, _read(ordered), threads=config.decode_threads, ahead=ahead, meter=meter)
+        pictures = prepared(config, embedder, limits, [rows[place] for batch in batches for place in batch], meter)
 
         def stacked() -> Iterator[np.ndarray]:
             nonlocal decoding
             for batch in batches:
-                pictures = [next(prepared) for _ in batch]
-                for place, picture in zip(batch, pictures, strict=True):
+                own = [next(pictures) for _ in batch]
+                for place, picture in zip(batch, own, strict=True):
                     thumbnails[place] = picture.thumbnail
                     decoding += picture.seconds
-                yield np.stack([picture.pixels for picture in pictures])
+                yield np.stack([picture.pixels for picture in own])
 
         for batch, found in zip(batches, embedder.embed_batches(stacked()), strict=True):
             vectors[batch] = found
         image_ids = [row["image_id"] for row in rows]
-        files = [
-            storage.write_table(storage.join(output, f"vectors-{shard.name}.parquet"), make_table(image_ids, vectors))
-        ]
+        path = storage.join(output, f"vectors-{shard.name}.parquet")
+        files = [storage.write_table(path, make_table(image_ids, vectors))]
         if config.thumbnail_side:
             table = pa.table({"image_id": image_ids, "thumbnail": thumbnails}, schema=records.THUMBNAILS)
             files.append(storage.write_table(storage.join(output, f"thumbnails-{shard.name}.parquet"), table))
@@ -165,6 +142,38 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
         return ShardRecord(name=shard.name, files=tuple(files), totals={"embedded": len(rows)}, measured=measured)
 
     return process
+
+
+def rows_of(images: str) -> list[dict[str, Any]]:
+    """The rows of one images file that the model needs, each image once."""
+    table = storage.read_table(images, records.IMAGES, ["image_id", "uri", "offset", "length", "width", "height"])
+    return list({row["image_id"]: row for row in reversed(table.to_pylist())}.values())[::-1]
+
+
+class Prepared(NamedTuple):
+    """A picture as the model will see it."""
+
+    pixels: np.ndarray  # (3, H, W) uint8
+    thumbnail: bytes | None
+    seconds: float  # of processor time
+
+
+def prepared(
+    config: EmbedConfig, embedder: Embedder, limits: ImageLimits, rows: Sequence[dict[str, Any]], meter: Meter
+) -> Iterator[Prepared]:
+    """The pictures of `rows` in their order, read and decoded by threads ahead of who takes them: two batches."""
+
+    def prepare(read: tuple[dict[str, Any], bytes]) -> Prepared:
+        row, data = read
+        started = time.thread_time()
+        shape = embedder.shape(row["width"], row["height"])
+        picture = decode_rgb(data, limits, target_side=max(min(shape), config.thumbnail_side))
+        pixels = embedder.preprocess(picture, shape)
+        thumbnail = encode_thumbnail(picture, config.thumbnail_side) if config.thumbnail_side else None
+        return Prepared(pixels, thumbnail, time.thread_time() - started)
+
+    threads = config.decode_threads
+    return prefetch(prepare, _read(rows), threads=threads, ahead=2 * config.embedder.batch_size + threads, meter=meter)
 
 
 def _batches(shapes: Sequence[tuple[int, int]], size: int) -> list[list[int]]:

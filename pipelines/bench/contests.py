@@ -214,8 +214,8 @@ def cluster(folder: str, output: str, num_clusters: int, num_iterations: int) ->
     fit = kmeans.fit(lambda: read_blocks(part), num_clusters, num_iterations=num_iterations, start="random", seed=0)
     seconds = time.perf_counter() - started
     np.save(output, fit.centroids)
-    for file in points:
-        storage.delete(file.path)
+    for point in points:
+        storage.delete(point.path)
     return {"seconds": seconds}
 
 
@@ -327,9 +327,9 @@ def measure(name: str, arguments: dict[str, Any]) -> Measured:
     Pages of files that are mapped count as memory. Only Linux tells; elsewhere `peak` is not a number.
     """
     _warm_up()
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     measured = CONTESTS[name](**arguments)
-    return measured | {"peak": _memory("VmHWM") - before}
+    return measured | {"peak": memory("VmHWM") - before}
 
 
 def _warm_up() -> None:
@@ -341,7 +341,8 @@ def _warm_up() -> None:
     flat.search(matrix.astype(np.float32), 4)
 
 
-def _memory(field: str) -> float:
+def memory(field: str) -> float:
+    """A field of this process's memory in bytes, such as VmRSS; not a number where the system does not tell."""
     # Not resource.getrusage: a process's ru_maxrss begins with the peak of the one that started it.
     status = Path("/proc/self/status")
     if not status.exists():

@@ -98,7 +98,8 @@ def test_runners_and_decode_threads_give_the_same_bytes(weights: str, images: st
 
 
 def test_pictures_keep_their_aspect_ratio_by_the_stated_rule(weights: str) -> None:
-    embedder = embed.load_embedder(config(weights, resize="keep_aspect", image_size=224, weights_image_size=64).embedder)
+    settings = config(weights, resize="keep_aspect", image_size=224, weights_image_size=64)
+    embedder = embed.load_embedder(settings.embedder)
     for width, height in [*SIZES, (1, 4000), (4000, 1), (224, 224), (1000, 250)]:
         rows, columns = embedder.shape(width, height)
         assert rows % 16 == columns % 16 == 0
@@ -136,6 +137,7 @@ def test_a_folder_needs_no_config(weights: str, folder: str, images: str, tmp_pa
     found, staged = matrix_of(str(tmp_path / "out" / "embed")), matrix_of(str(tmp_path / "staged"))
     assert found.keys() == staged.keys()
     assert all((found[image_id] == staged[image_id]).all() for image_id in staged)
+    assert matrix_of(str(tmp_path / "out")).keys() == staged.keys(), "the run's folder stands for its vectors"
     again = run_command("--images", folder, *base, "--output", str(tmp_path / "out"))
     assert again.returncode == 0 and "already done" in again.stderr
     of_ingest = run_command("--images", images, *base, "--output", str(tmp_path / "of_ingest"))
@@ -219,3 +221,12 @@ def test_a_source_that_changed_is_an_error(weights: str, folder: str, images: st
     with pytest.raises(Exception, match=r"05\.jpg.*no longer those of image"):
         embed.run(config(weights), str(tmp_path / "ingest"), str(tmp_path / "out"), InlineRunner())
     assert storage.read_manifest(str(tmp_path / "out")) is None
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_vectors(weights: str) -> None:
+    """Of any number of pictures, though a batch that is not full is filled up."""
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 3, 64, 64), dtype=np.uint8)
+    plain, compiled = (embed.load_embedder(config(weights, compile=flag).embedder) for flag in (False, True))
+    np.testing.assert_allclose(compiled.embed(pixels), plain.embed(pixels), atol=1e-5)
+    np.testing.assert_allclose(compiled.embed(pixels[:1]), plain.embed(pixels[:1]), atol=1e-5)
