@@ -579,8 +579,10 @@ def _to_transformers(state: Mapping[str, Tensor], num_heads: int) -> tuple[dict[
             tensors[stem[module] + leaf] = value
         else:
             _, index, ours = module.split(".", 2)
-            for theirs, piece in zip(blocks[ours], value.chunk(len(blocks[ours])), strict=True):
-                tensors[f"encoder.layer.{index}.{theirs}{leaf}"] = piece.clone()  # safetensors writes no views
+            parts = blocks[ours]
+            pieces = [piece.clone() for piece in value.chunk(len(parts))] if len(parts) > 1 else [value]  # no views
+            for theirs, piece in zip(parts, pieces, strict=True):
+                tensors[f"encoder.layer.{index}.{theirs}{leaf}"] = piece
     return config, tensors
 
 

@@ -1,7 +1,8 @@
 """The backbone computes what the transformers library computes, and the two read each other's folders.
 
 All weights are random and none is at its starting value, so that LayerScale, registers, biases and the mask token
-matter. Two blocks of every size; full depth of every kind of model, at the width of vit_tiny or vit_small.
+matter. Two blocks of every size; full depth of every kind of model, at the width of vit_tiny or vit_small. What is not run
+here, and the differences found, are in docs/weights.md. Measured: 49 s on one core, most of it the large sizes.
 """
 
 from pathlib import Path
@@ -235,7 +236,7 @@ def test_ijepa_and_mae(kind: str, name: backbone.Name, depth: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["ijepa", "mae"])
-def test_their_default_epsilon_makes_no_difference(kind: str, tmp_path: Path) -> None:
+def test_their_default_epsilon_is_within_the_tolerance(kind: str, tmp_path: Path) -> None:
     theirs = vit(kind, "vit_tiny", epsilon=1e-12)
     theirs.save_pretrained(tmp_path / "theirs")
     assert_vit_parity(kind, ours(tmp_path / "theirs", "vit_tiny", "plain"), theirs, images(224, 224))
