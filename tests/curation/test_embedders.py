@@ -218,6 +218,98 @@ def test_vit_poolings_read_the_backbone(vit_weights: str) -> None:
         np.testing.assert_allclose(embedder.embed(batch), functional.normalize(expected), atol=1e-5)
 
 
+# --- what the checkpoint says, and what the name says ---------------------------------------------------------------
+
+
+def save_vit(path: Path, **options: object) -> backbone.VisionTransformer:
+    """Write weights that all matter, of a model for 64 pixels in patches of 16."""
+    options = {"name": "vit_tiny", "patch_size": 16, "image_size": 64, **options}
+    model = backbone.build(**options).eval().requires_grad_(False)  # type: ignore[arg-type]  # the options of `build`
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def readout(model: backbone.VisionTransformer, batch: np.ndarray, key: str) -> Tensor:
+    mean, deviation = (torch.tensor(of)[:, None, None] for of in embedders.IMAGENET_NORMALIZATION)
+    with torch.inference_mode():
+        tokens = model.forward_features((torch.from_numpy(batch).float() - mean) / deviation)[key]  # type: ignore[literal-required]
+    return functional.normalize(tokens if tokens.ndim == 2 else tokens.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "interpolation"),
+    [
+        ({}, "offset"),
+        ({"num_register_tokens": 2, "feed_forward": "swiglu"}, "antialias"),
+        ({"layer_scale": None, "image_size": 128}, "offset"),
+    ],
+)
+def test_a_checkpoint_alone_is_enough(options: dict[str, object], interpolation: str, tmp_path: Path) -> None:
+    model = save_vit(tmp_path / "vit.pth", **options)
+    config = EmbedderConfig(name="vit_tiny_patch16", weights=str(tmp_path / "vit.pth"), image_size=96)
+    assert config.pooling == "cls"
+    embedder = load_embedder(config)
+    batch = pixels(embedder, 2)
+    found = {}
+    for mode in ("offset", "plain", "antialias"):
+        model.position_interpolation = mode
+        found[mode] = readout(model, batch, "x_norm_clstoken")
+        chosen = load_embedder(config.model_copy(update={"position_interpolation": mode}))
+        np.testing.assert_allclose(chosen.embed(batch), found[mode], atol=1e-5)
+        assert mode == interpolation or np.abs(embedder.embed(batch) - found[mode].numpy()).max() > 1e-4
+    np.testing.assert_allclose(embedder.embed(batch), found[interpolation], atol=1e-5)
+
+
+def test_an_option_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    save_vit(tmp_path / "vit.pth", num_register_tokens=2)
+    config = EmbedderConfig(
+        name="vit_tiny_patch16",
+        weights=str(tmp_path / "vit.pth"),
+        weights_image_size=224,
+        num_register_tokens=0,
+    )
+    with pytest.raises(
+        WeightsError,
+        match=r"vit\.pth: weights_image_size is 224, and the checkpoint has 64; num_register_tokens is 0, .* has 2",
+    ):
+        load_embedder(config)
+    load_embedder(config.model_copy(update={"weights_image_size": 64, "num_register_tokens": 2}))
+
+
+# The real ViT-H is 2.5 GB: here its name stands for a small model.
+@pytest.mark.parametrize(
+    ("name", "options", "default", "key"),
+    [
+        ("mae_huge_patch14", {"layer_scale": None}, "cls", "x_norm_clstoken"),
+        ("ijepa_huge_patch14", {"layer_scale": None, "cls_token": False}, "patch_mean", "x_norm_patchtokens"),
+    ],
+)
+def test_the_models_in_place_of_the_recipes(
+    name: str, options: dict[str, object], default: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backbone.SIZES, "vit_huge", backbone.Size(160, 2, 2, "mlp"))
+    path = tmp_path / "weights.pth"
+    model = save_vit(path, name="vit_huge", patch_size=14, image_size=56, position_interpolation="plain", **options)
+    config = EmbedderConfig(name=name, weights=str(path), image_size=84)  # type: ignore[arg-type]  # a ModelName
+    assert config.pooling == default
+    embedder = load_embedder(config)
+    batch = pixels(embedder, 2)
+    np.testing.assert_allclose(embedder.embed(batch), readout(model, batch, key), atol=1e-5)
+
+    save_vit(path, name="vit_huge", patch_size=14, image_size=56)
+    with pytest.raises(WeightsError, match=r"unexpected: (cls_token, )?blocks.0.ls1.gamma"):
+        load_embedder(config)
+    torch.save(model.state_dict(), path)
+    if name == "ijepa_huge_patch14":
+        with pytest.raises(WeightsError, match="1 missing: cls_token"):
+            load_embedder(EmbedderConfig(name="vit_huge_patch14", weights=str(path)))
+        with pytest.raises(ValidationError, match=r"pooling 'cls' is not one of ijepa_huge_patch14: patch_mean"):
+            EmbedderConfig(name="ijepa_huge_patch14", weights=str(path), pooling="cls")
+
+
 def test_sscd_has_the_released_names() -> None:
     state = sscd.Sscd().state_dict()
     convolutions = {name: tuple(value.shape) for name, value in state.items() if value.ndim == 4}
@@ -262,6 +354,10 @@ def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
             ["pooling 'gem'", "image_size 225", "weights_image_size 519", "patch size 14"],
         ),
         ({"name": "efficientnet_lite0", "pooling": "gem", "num_register_tokens": 4}, ["num_register_tokens 4"]),
+        (
+            {"name": "efficientnet_lite0", "pooling": "gem", "position_interpolation": "plain"},
+            ["'plain' is for Vision"],
+        ),
         ({"name": "efficientnet_lite0", "pooling": "gem", "weights_sha256": "abc"}, ["weights_sha256"]),
         ({"name": "efficientnet_lite0", "pooling": "gem", "batch_size": 0}, ["batch_size"]),
         ({"name": "vit_medium_patch16", "pooling": "cls"}, ["name"]),
@@ -308,8 +404,8 @@ def test_weights_are_checked(vit_weights: str, tmp_path: Path) -> None:
         load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem", weights_sha256="0" * 64))
     with pytest.raises(WeightsError, match="do not fit the model"):
         load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem", weights=vit_weights))
-    with pytest.raises(WeightsError, match=r"pos_embed \(expected \(1, 26, 192\), found \(1, 17, 192\)\)"):
-        load_embedder(EmbedderConfig(name="vit_tiny_patch16", pooling="cls", weights=vit_weights, image_size=80))
+    with pytest.raises(WeightsError, match=r"cls_token \(expected \(1, 1, 384\), found \(1, 1, 192\)\)"):
+        load_embedder(EmbedderConfig(name="vit_small_patch16", weights=vit_weights, image_size=80))
     given = EmbedderConfig(name="efficientnet_lite0", pooling="gem", weights=LITE_WEIGHTS, image_size=64)
     packaged = EmbedderConfig(name="efficientnet_lite0", pooling="gem", image_size=64)
     first, second = load_embedder(given), load_embedder(packaged)
