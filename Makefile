@@ -11,7 +11,7 @@ EXTRAS ?= cpu,demo,dev
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup curate test test-demo check format bench clean
+.PHONY: help setup curate test test-slow test-demo check format bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -30,7 +30,10 @@ curate: setup  ## Build a corpus: CONFIG=... OUTPUT=... ARGS='--plan', '--replac
 	$(BIN)/python -m pipelines.curate --config $(CONFIG) --output $(OUTPUT) $(ARGS)
 
 test: setup  ## Run the tests, as CI runs them
-	$(BIN)/python -m pytest -m "not demo" $(ARGS)
+	$(BIN)/python -m pytest -m "not demo and not slow" $(ARGS)
+
+test-slow: setup  ## Run the tests that take minutes and need no data: compiled models, full depth
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-demo: curate  ## Check the figures of the demo's corpus, on real images
 	$(BIN)/python -m pytest -m demo $(ARGS)

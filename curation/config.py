@@ -50,13 +50,20 @@ def load(
         raise ConfigError(f"{path}: not valid TOML: {error}.") from None
     if section is None:
         return parse(model, values, overrides, origin=path)
+    return parse_section(model, values, overrides, section=section, origin=path)
+
+
+def parse_section(
+    model: type[SettingsType], values: dict[str, Any], overrides: Iterable[str], *, section: str, origin: str
+) -> SettingsType:
+    """As `load`, of `values` that are not in a file; `origin` names them in messages."""
     for override in overrides:
         values = _with_override(values, override)
     if not isinstance(values.get(section), dict):
         raise ConfigError(
-            f"{path}: no section [{section}], which this stage reads. Found: {', '.join(values) or 'none'}."
+            f"{origin}: no section [{section}], which this stage reads. Found: {', '.join(values) or 'none'}."
         )
-    return parse(model, profiles.fill(values)[section], origin=f"{path} [{section}]")
+    return parse(model, profiles.fill(values)[section], origin=f"{origin} [{section}]")
 
 
 def parse(

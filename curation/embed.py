@@ -9,16 +9,25 @@
       manifest.json
 
 One shard of images gives one shard of vectors, in the same order; an image that occurs twice in a shard is embedded
-once. Memory holds one batch of pictures and one shard of vectors.
+once. Reading, decoding and the model overlap: threads read and decode ahead of the model, a bounded number of pictures,
+and on a GPU the next batch is copied while one is computed. Memory holds those and one shard of vectors, however many
+images there are.
 
     python -m curation.embed --config CONFIG.toml --images ingest/ --output embed/
     python -m curation.embed --config CONFIG.toml --images ingest/ --output describe/ --stage describe
+    python -m curation.embed --images FOLDER --model vit_small_patch14 --weights dinov2_vits14.pth --output OUT/
+
+The last needs no config: FOLDER holds image files, tars or Parquet; OUT/ingest/ then lists them, OUT/embed/ has their
+vectors.
 """
 
 import functools
 import io
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+import posixpath
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,18 +36,26 @@ import typer
 from PIL import Image
 from pydantic import Field
 
-from curation import command, records, storage
-from curation.config import Settings, load, resolved_toml
-from curation.embedders import EmbedderConfig, load_embedder
+from curation import command, ingest, records, storage
+from curation.config import Settings, load, parse_section, resolved_toml
+from curation.embedders import Embedder, EmbedderConfig, load_embedder
+from curation.errors import ConfigError
 from curation.images import ImageLimits, decode_rgb
+from curation.ingest import IngestConfig
+from curation.prefetch import Meter, prefetch
 from curation.runner import Runner, Shard
-from curation.sources import ReferenceReader
+from curation.sources import Layout, ReferenceReader, SourceConfig
 from curation.stage import run_shards
 from curation.storage import Manifest, ShardRecord
 from curation.vectors import make_table
 
 # WebP keeps a 96-pixel drawing recognisable in 1-3 kB. Assumed enough for verification and for the report.
 THUMBNAIL_QUALITY = 90
+# Threads that read images which lie in files of their own; those of one tar are read one after the other. Assumed: an
+# object store answers in 50 to 200 ms.
+READERS = 8
+# What says how many pictures are decoded at a time and shapes no vector.
+NOT_IN_PLAN = frozenset({"decode_threads"})
 
 
 class EmbedConfig(Settings):
@@ -47,7 +64,10 @@ class EmbedConfig(Settings):
     embedder: EmbedderConfig
     """The model and how it reads a picture."""
     threads_per_worker: int = Field(default=1, ge=1)
-    """Threads of the model in each worker. Part of the plan: sums of another order round differently."""
+    """Threads of the model in each worker, on a CPU. Part of the plan: sums of another order round differently."""
+    decode_threads: int = Field(default=2, ge=1)
+    """Threads of each worker that decode pictures ahead of the model. A GPU wants as many as keep it fed: a core
+    decodes some hundred photographs a second."""
     thumbnail_side: int = Field(default=0, ge=0, le=1024)
     """Longest side in pixels of the thumbnails to write beside the vectors; 0 writes none."""
 
@@ -76,6 +96,8 @@ def run(
         shards=shards,
         make_worker=functools.partial(make_worker, config, limits, output),
         replace=replace,
+        note=_note,
+        not_in_plan=NOT_IN_PLAN,
     )
 
 
@@ -83,33 +105,115 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
     """A worker that loads the model once and embeds one shard after another."""
     torch.set_num_threads(config.threads_per_worker)
     embedder = load_embedder(config.embedder)
-    reader = ReferenceReader()
 
     def process(shard: Shard) -> ShardRecord:
-        table = storage.read_table(shard.work, records.IMAGES, ["image_id", "uri", "offset", "length"])
-        rows = list({row["image_id"]: row for row in reversed(table.to_pylist())}.values())[::-1]
-        vectors: list[np.ndarray] = [np.empty((0, embedder.dimensions), np.float16)]
-        thumbnails: list[bytes] = []
-        for batch in _batches(rows, config.embedder.batch_size):
-            pixels = []
-            for row in batch:
-                data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
-                side = max(config.embedder.image_size, config.thumbnail_side)
-                picture = decode_rgb(data, limits, target_side=side)
-                pixels.append(embedder.preprocess(picture))
-                if config.thumbnail_side:
-                    thumbnails.append(encode_thumbnail(picture, config.thumbnail_side))
-            vectors.append(embedder.embed(np.stack(pixels)).astype(np.float16))
-        reader.close()
+        started = time.perf_counter()
+        rows = rows_of(shard.work)
+        batches = _batches([embedder.shape(row["width"], row["height"]) for row in rows], config.embedder.batch_size)
+        vectors = np.empty((len(rows), embedder.dimensions), np.float16)
+        thumbnails: list[bytes | None] = [None] * len(rows)
+        meter, decoding = Meter(), 0.0
+        pictures = prepared(config, embedder, limits, [rows[place] for batch in batches for place in batch], meter)
+
+        def stacked() -> Iterator[np.ndarray]:
+            nonlocal decoding
+            for batch in batches:
+                own = [next(pictures) for _ in batch]
+                for place, picture in zip(batch, own, strict=True):
+                    thumbnails[place] = picture.thumbnail
+                    decoding += picture.seconds
+                yield np.stack([picture.pixels for picture in own])
+
+        for batch, found in zip(batches, embedder.embed_batches(stacked()), strict=True):
+            vectors[batch] = found
         image_ids = [row["image_id"] for row in rows]
         path = storage.join(output, f"vectors-{shard.name}.parquet")
-        files = [storage.write_table(path, make_table(image_ids, np.concatenate(vectors)))]
+        files = [storage.write_table(path, make_table(image_ids, vectors))]
         if config.thumbnail_side:
             table = pa.table({"image_id": image_ids, "thumbnail": thumbnails}, schema=records.THUMBNAILS)
             files.append(storage.write_table(storage.join(output, f"thumbnails-{shard.name}.parquet"), table))
-        return ShardRecord(name=shard.name, files=tuple(files), totals={"embedded": len(rows)})
+        measured = {
+            "seconds": time.perf_counter() - started,
+            "waited": meter.seconds_waited,
+            "decoding": decoding / config.decode_threads,
+            "ready": meter.ready,
+            "taken": meter.taken,
+        }
+        return ShardRecord(name=shard.name, files=tuple(files), totals={"embedded": len(rows)}, measured=measured)
 
     return process
+
+
+def rows_of(images: str) -> list[dict[str, Any]]:
+    """The rows of one images file that the model needs, each image once."""
+    table = storage.read_table(images, records.IMAGES, ["image_id", "uri", "offset", "length", "width", "height"])
+    return list({row["image_id"]: row for row in reversed(table.to_pylist())}.values())[::-1]
+
+
+class Prepared(NamedTuple):
+    """A picture as the model will see it."""
+
+    pixels: np.ndarray  # (3, H, W) uint8
+    thumbnail: bytes | None
+    seconds: float  # of processor time
+
+
+def prepared(
+    config: EmbedConfig, embedder: Embedder, limits: ImageLimits, rows: Sequence[dict[str, Any]], meter: Meter
+) -> Iterator[Prepared]:
+    """The pictures of `rows` in their order, read and decoded by threads ahead of who takes them: two batches."""
+
+    def prepare(read: tuple[dict[str, Any], bytes]) -> Prepared:
+        row, data = read
+        started = time.thread_time()
+        shape = embedder.shape(row["width"], row["height"])
+        picture = decode_rgb(data, limits, target_side=max(min(shape), config.thumbnail_side))
+        pixels = embedder.preprocess(picture, shape)
+        thumbnail = encode_thumbnail(picture, config.thumbnail_side) if config.thumbnail_side else None
+        return Prepared(pixels, thumbnail, time.thread_time() - started)
+
+    threads = config.decode_threads
+    return prefetch(prepare, _read(rows), threads=threads, ahead=2 * config.embedder.batch_size + threads, meter=meter)
+
+
+def _batches(shapes: Sequence[tuple[int, int]], size: int) -> list[list[int]]:
+    """The places of pictures of these shapes in batches of one shape, otherwise in order."""
+    batches: list[list[int]] = []
+    for _, places in groupby(sorted(range(len(shapes)), key=shapes.__getitem__), key=shapes.__getitem__):
+        alike = list(places)
+        batches.extend(alike[start : start + size] for start in range(0, len(alike), size))
+    return batches
+
+
+def _read(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Each row with the bytes of its image, read ahead."""
+    files = len({row["uri"] for row in rows})
+    readers = READERS if files > len(rows) / 2 else 1
+    idle = [ReferenceReader() for _ in range(readers)]
+
+    def read(row: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        reader = idle.pop()
+        try:
+            return row, reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
+        finally:
+            idle.append(reader)
+
+    try:
+        yield from prefetch(read, rows, threads=readers, ahead=readers)
+    finally:
+        for reader in idle:
+            reader.close()
+
+
+def _note(measured: Mapping[str, float]) -> str:
+    """Where the workers' time went, for who watches: a model that waits wants more threads that decode."""
+    if not measured.get("taken"):
+        return ""
+    waited, decoding = (measured[key] / measured["seconds"] for key in ("waited", "decoding"))
+    return (
+        f"model {1 - waited:.0%} of the time, waiting for pictures {waited:.0%}; threads decode {decoding:.0%} of it, "
+        f"{measured['ready'] / measured['taken']:.1f} pictures ready"
+    )
 
 
 def encode_thumbnail(picture: Image.Image, side: int) -> bytes:
@@ -121,28 +225,40 @@ def encode_thumbnail(picture: Image.Image, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def _batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
 def command_line(
-    config: command.ConfigOption,
-    images: Annotated[str, typer.Option("--images", help="Folder of the finished ingest.")],
+    images: Annotated[str, typer.Option("--images", help="Folder of the finished ingest, or of images.")],
     output: command.OutputOption,
+    config: Annotated[str | None, typer.Option("--config", help="TOML file; the stage reads its own section.")] = None,
     stage: Annotated[Literal["embed", "describe"], typer.Option("--stage", help="The section to use.")] = "embed",
+    model: Annotated[str | None, typer.Option("--model", help="Without --config: name of the model.")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="Without --config: its checkpoint.")] = None,
+    layout: Annotated[Layout, typer.Option("--layout", help="How a folder stores its images.")] = "folder",
     runner: command.RunnerOption = "ray",
     workers: command.WorkersOption = None,
     overrides: command.SetOption = None,
     plan: command.PlanOption = False,
     replace: command.ReplaceOption = False,
 ) -> None:
-    """Embed the images of a finished ingest."""
-    settings = load(EmbedConfig, config, overrides or (), section=stage)
+    """Embed the images of a finished ingest, or of a folder."""
+    if (config is None) == (model is None):
+        raise ConfigError("Give either --config, or --model with its --weights.")
+    if config is not None:
+        settings = load(EmbedConfig, config, overrides or (), section=stage)
+    else:
+        embedder = {"name": model} | ({} if weights is None else {"weights": weights})
+        settings = parse_section(
+            EmbedConfig, {stage: {"embedder": embedder}}, overrides or (), section=stage, origin="options"
+        )
     if plan:
         print(resolved_toml(settings), end="")
         return
     with command.open_runner(runner, workers, gpus_per_worker=settings.embedder.num_gpus) as chosen:
+        if storage.read_manifest(images) is None and config is None:
+            name = posixpath.basename(images.rstrip("/"))
+            source = SourceConfig(name=name, path=images, role="pool", layout=layout)
+            images = storage.join(output, "ingest")
+            ingest.run(IngestConfig(sources=(source,)), images, chosen, replace=replace)
+            output = storage.join(output, stage)
         run(settings, images, output, chosen, stage=stage, replace=replace)
 
 

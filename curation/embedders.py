@@ -1,15 +1,17 @@
 """What turns an RGB picture into a unit vector: a Vision Transformer, EfficientNet-Lite0, or a copy descriptor.
 
 An embedder has two halves, so that a stage can overlap them: `preprocess` resizes one picture on the CPU and gives
-bytes, `embed` runs the model on a batch of those. Vectors do not depend on the size or the order of the batches.
+bytes, `embed` runs the model on batches of those. Vectors do not depend on the size or the order of the batches.
 
-How a picture becomes a square of `image_size` pixels (bicubic, with antialiasing):
+How a picture becomes what the model sees (bicubic, with antialiasing):
 
-    squash         the whole picture, its aspect ratio lost
-    center_crop    the largest square in its middle
+    squash         a square of `image_size` pixels: the whole picture, its aspect ratio lost
+    center_crop    a square of `image_size` pixels: the largest square in its middle
+    keep_aspect    the whole picture at its own aspect ratio and about `image_size`^2 pixels: both sides the nearest
+                   multiples of the patch size; what is longer than MAX_ASPECT times its width is squashed to that
 
 Shapes:
-    B  images    S  image_size    D  dimensions of the vector
+    B  images    H, W  pixels that the model sees, both `image_size` but for keep_aspect    D  dimensions of the vector
 """
 
 # Calling a torch module is typed Any, and torch's stubs leave `memory_format` out of `Module.to`.
@@ -17,7 +19,8 @@ Shapes:
 
 import math
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
@@ -67,6 +70,10 @@ LITE_NORMALIZATION: Normalization = ((127.0,) * 3, (128.0,) * 3)  # cited: effic
 # Beyond three times the target Pillow first shrinks by plain averaging, which is faster. Measured on 3,286 pictures of
 # the demo data: no share of `pipelines.concepts` moved by one neighbour.
 REDUCING_GAP = 3.0
+# The longest pictures that keep their aspect ratio. Assumed: a line of text is longer, no photograph is.
+MAX_ASPECT = 4.0
+# Batches that are on the device at a time: one that is computed while the next is copied.
+BATCHES_IN_FLIGHT = 2
 
 _POOLINGS: dict[str, tuple[Pooling, ...]] = {
     "efficientnet_lite0": ("average", "gem", "gem_and_bottleneck"),
@@ -94,9 +101,9 @@ class EmbedderConfig(Settings):
     weights_sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
     """SHA-256 in hex that the checkpoint must have."""
     image_size: int = Field(default=224, ge=8, le=4096)
-    """Side in pixels of the square that the model sees."""
-    resize: Literal["squash", "center_crop"] = "squash"
-    """How a picture becomes that square: the whole of it, or its middle."""
+    """Side in pixels of the square that the model sees, or of one with as many pixels."""
+    resize: Literal["squash", "center_crop", "keep_aspect"] = "squash"
+    """How a picture becomes that: the whole of it, its middle, or (Vision Transformers) at its own aspect ratio."""
     pooling: Pooling
     """What of the last layers makes the vector.
     efficientnet_lite0: "average" or "gem" (p=3) of the 1280 channels of its head, or "gem_and_bottleneck": beside that
@@ -121,6 +128,9 @@ class EmbedderConfig(Settings):
     batch_size: int = Field(default=4, ge=1)
     """Images a forward pass. On a CPU a few are fastest: larger activations leave its caches, and the allocator then
     gives memory back to the system after every layer."""
+    compile: bool = False
+    """Whether torch compiles the model: a minute at the start, and on a CPU it needs a C++ compiler. Vectors differ by
+    rounding. Batches are then filled up to `batch_size`, so that one shape is compiled for each shape of pictures."""
 
     @property
     def num_gpus(self) -> int:
@@ -149,6 +159,8 @@ class EmbedderConfig(Settings):
                 if size is not None and size % vit[1]:
                     problems.append(f"{key} {size} is not a multiple of the patch size {vit[1]} of {self.name}")
         else:
+            if self.resize == "keep_aspect":
+                problems.append(f"resize 'keep_aspect' is for Vision Transformers, and {self.name} is none")
             for key in _ONLY_VIT:
                 if (value := getattr(self, key)) is not None:
                     problems.append(f"{key} {value!r} is for Vision Transformers, and {self.name} is none")
@@ -167,51 +179,91 @@ class Embedder:
     dimensions: int
     """Length D of the vectors."""
     network: Callable[[Tensor], Tensor]
-    """Normalised images (B, 3, S, S) to features (B, D) of any length."""
-    normalization: Normalization
+    """Normalised images (B, 3, H, W) to features (B, D) of any length."""
+    mean: Tensor
+    """(1, 3, 1, 1), of red, green and blue in units of 0..255."""
+    deviation: Tensor
+    """(1, 3, 1, 1), likewise."""
     device: torch.device
     dtype: torch.dtype
 
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """One RGB picture as the model will see it: uint8 (3, S, S)."""
+    def shape(self, width: int, height: int) -> tuple[int, int]:
+        """Height and width in pixels at which the model sees a picture of `width` x `height` pixels."""
+        side = self.config.image_size
+        if self.config.resize != "keep_aspect":
+            return side, side
+        _, patch = split_name(self.config.name) or ("", 1)
+        aspect = min(max(width / height, 1 / MAX_ASPECT), MAX_ASPECT)
+        rows, columns = (max(1, round(side / patch * root)) for root in (aspect**-0.5, aspect**0.5))
+        return rows * patch, columns * patch
+
+    def preprocess(self, image: Image.Image, shape: tuple[int, int] | None = None) -> np.ndarray:
+        """One RGB picture as the model will see it: uint8 (3, H, W). `shape`: (H, W); by default that of its size."""
         assert image.mode == "RGB", f"an embedder reads RGB, not {image.mode}"
+        height, width = shape or self.shape(*image.size)
         if self.config.resize == "center_crop":
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side))
-        size = (self.config.image_size, self.config.image_size)
-        square = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
-        return np.asarray(square).transpose(2, 0, 1)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
+        return np.asarray(resized).transpose(2, 0, 1)
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
-        """Vectors of preprocessed pictures: uint8 (B, 3, S, S) to float32 (B, D) of unit length.
+        """Vectors of preprocessed pictures of one shape: uint8 (N, 3, H, W) to float32 (N, D) of unit length.
 
         Runs `batch_size` pictures at a time. Raises InputError when the model gives numbers that are not finite.
         """
-        side = self.config.image_size
-        assert pixels.dtype == np.uint8 and pixels.shape[1:] == (3, side, side), (pixels.dtype, pixels.shape)
-        vectors = np.empty((len(pixels), self.dimensions), np.float32)
-        for start in range(0, len(pixels), self.config.batch_size):
-            batch = slice(start, start + self.config.batch_size)
-            vectors[batch] = self._embed_batch(torch.from_numpy(np.ascontiguousarray(pixels[batch])))
-        return vectors
+        size = self.config.batch_size
+        batches = (pixels[start : start + size] for start in range(0, len(pixels), size))
+        return np.concatenate([np.empty((0, self.dimensions), np.float32), *self.embed_batches(batches)])
+
+    def embed_batches(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The vectors (B, D) of each batch, uint8 (B, 3, H, W) of at most `batch_size` pictures; otherwise as `embed`.
+
+        On a GPU the next batch is taken and copied while the one before it is computed.
+        """
+        in_flight: deque[tuple[Tensor, int]] = deque()
+        for batch in batches:
+            in_flight.append((self._launch(batch), len(batch)))
+            if len(in_flight) == BATCHES_IN_FLIGHT or self.device.type == "cpu":
+                yield self._collect(*in_flight.popleft())
+        while in_flight:
+            yield self._collect(*in_flight.popleft())
 
     @torch.inference_mode()
-    def _embed_batch(self, pixels: Tensor) -> np.ndarray:
-        mean, deviation = (torch.tensor(of, device=self.device).view(1, 3, 1, 1) for of in self.normalization)
-        images = (pixels.to(self.device).float() - mean) / deviation
-        features = self.network(images.to(self.dtype, memory_format=torch.channels_last)).float()
+    def _launch(self, batch: np.ndarray) -> Tensor:
+        assert batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[1] == 3, (batch.dtype, batch.shape)
+        pixels = torch.from_numpy(np.ascontiguousarray(batch))
+        if self.config.compile and len(pixels) < self.config.batch_size:
+            missing = self.config.batch_size - len(pixels)
+            pixels = torch.cat([pixels, pixels.new_zeros((missing, *pixels.shape[1:]))])
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()  # or the copy would wait for the batch that is computed
+        images = (pixels.to(self.device, non_blocking=True).float() - self.mean) / self.deviation
+        return self.network(images.to(self.dtype, memory_format=torch.channels_last)).float()
+
+    @torch.inference_mode()
+    def _collect(self, features: Tensor, count: int) -> np.ndarray:
+        features = features[:count].cpu()
         if not features.isfinite().all():
             raise InputError(
                 f"{self.config.name} gave numbers that are not finite in {self.config.precision}. Take precision "
                 "'float32' or 'bfloat16', or check the weights."
             )
-        return functional.normalize(features, dim=1).cpu().numpy()
+        return functional.normalize(features, dim=1).numpy()
 
 
 def load_embedder(config: EmbedderConfig) -> Embedder:
     """The embedder of `config`, its weights loaded, on its device. Raises DeviceError and WeightsError."""
     device, dtype = require_device(config.device), getattr(torch, config.precision)
+    if (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise DeviceError(
+            f"{torch.cuda.get_device_name()} has no units for bfloat16. Take embedder.precision 'float16' or 'float32'."
+        )
     module: nn.Module
     match split_name(config.name):
         case None if config.name == "sscd_disc_mixup":
@@ -224,7 +276,10 @@ def load_embedder(config: EmbedderConfig) -> Embedder:
             module, normalization = _load_vit(config, name, patch_size), IMAGENET_NORMALIZATION
             network, dimensions = _vit_readout(module, config.pooling)
     module.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
-    return Embedder(config, dimensions, network, normalization, device, dtype)
+    if config.compile:
+        network = torch.compile(network, dynamic=False)
+    mean, deviation = (torch.tensor(of, device=device).view(1, 3, 1, 1) for of in normalization)
+    return Embedder(config, dimensions, network, mean, deviation, device, dtype)
 
 
 def split_name(name: str) -> tuple[backbone.Name, int] | None:
@@ -290,9 +345,9 @@ def _vit_readout(model: backbone.VisionTransformer, pooling: Pooling) -> tuple[C
         if pooling == "cls":
             return features["x_norm_clstoken"]
         patch_mean = features["x_norm_patchtokens"].mean(dim=1)
-        return (
-            torch.cat([features["x_norm_clstoken"], patch_mean], dim=1) if pooling == "cls_patch_mean" else patch_mean
-        )
+        if pooling == "patch_mean":
+            return patch_mean
+        return torch.cat([features["x_norm_clstoken"], patch_mean], dim=1)
 
     return read, model.embed_dim * (2 if pooling == "cls_patch_mean" else 1)
 

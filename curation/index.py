@@ -221,7 +221,7 @@ def search_cells(
     """
     kind = scan.device_kind(device)
     vector_codes = None
-    if floor == -np.inf:
+    if floor == -np.inf:  # candidates are then all that are about as near as the k-th: hundreds, by coarse codes
         query_codes = scan.encode_finely(queries, device)
     else:
         vector_codes = codes_of(vectors, device)

@@ -39,6 +39,7 @@ from curation.devices import require_device
 from curation.errors import InputError
 from curation.index import CellLists, SearchConfig
 from curation.parts import train_cells
+from curation.prefetch import prefetch
 from curation.records import id_bytes, id_column
 from curation.runner import Runner, Shard
 from curation.stage import PREPARED, run_shards
@@ -210,7 +211,7 @@ def _make_exact_worker(asked: Neighborhood, blocks: Sequence[Shard], output: str
 
         def stream() -> Iterator[np.ndarray]:
             parts = [part for block in blocks for part in block.work]
-            for part, images in zip(parts, storage.read_ahead(lambda part: _read([part], places), parts), strict=True):
+            for part, images in zip(parts, prefetch(lambda part: _read([part], places), parts), strict=True):
                 _same_width(own.vectors, images.vectors, part[0])
                 others.append(Images(images.ids, images.places, images.vectors[:0]))
                 yield images.vectors
@@ -395,7 +396,7 @@ def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callabl
         target = np.full(num_rows, -1)
         target[chosen] = np.arange(len(chosen))
         first = 0
-        for table in storage.read_ahead(lambda path: storage.read_row_groups(path, "part", group, only_vectors), paths):
+        for table in prefetch(lambda path: storage.read_row_groups(path, "part", group, only_vectors), paths):
             rows = np.flatnonzero(target[first : first + len(table)] >= 0)
             result[target[first + rows]] = _of_bytes(table.column("vector"), np.float16)[rows]
             first += len(table)

@@ -21,10 +21,13 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def bar(name: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A progress display of `total` items (0 when unknown); yields the function that counts further items."""
+def bar(name: str, *, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+    """A progress display of `total` items (0 when unknown).
+
+    Yields the function that counts further items, and sets the note behind them.
+    """
     started = time.monotonic()
-    count = 0
+    count, last_note = 0, ""
     if _console.is_terminal:
         columns = (
             TextColumn("{task.description:<10}"),
@@ -32,30 +35,37 @@ def bar(name: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
             MofNCompleteColumn(),
             _Rate(unit),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=_console, transient=True) as display:
-            task = display.add_task(name, total=total or None)
+            task = display.add_task(name, total=total or None, note="")
 
-            def advance(items: int) -> None:
-                nonlocal count
-                count += items
-                display.advance(task, items)
+            def advance(items: int, note: str) -> None:
+                nonlocal count, last_note
+                count, last_note = count + items, note
+                display.update(task, advance=items, note=note)
 
             yield advance
     else:
         last_line = started
 
-        def advance(items: int) -> None:
-            nonlocal count, last_line
-            count += items
+        def advance(items: int, note: str) -> None:
+            nonlocal count, last_note, last_line
+            count, last_note = count + items, note
             now = time.monotonic()
             if now - last_line >= SECONDS_BETWEEN_LINES:
                 last_line = now
-                say(_line(name, count, total, unit, now - started))
+                say(_line(name, count, total, unit, now - started) + _behind(note))
 
         yield advance
     seconds = time.monotonic() - started
-    say(f"{name}: {count:,} {unit} in {seconds:,.1f} s, {count / max(seconds, 1e-9):,.1f} {unit}/s")
+    say(
+        f"{name}: {count:,} {unit} in {seconds:,.1f} s, {count / max(seconds, 1e-9):,.1f} {unit}/s" + _behind(last_note)
+    )
+
+
+def _behind(note: str) -> str:
+    return f"; {note}" if note else ""
 
 
 def _line(name: str, count: int, total: int, unit: str, seconds: float) -> str:

@@ -49,6 +49,7 @@ from curation.dedup import KeptShard, kept_shards, read_kept
 from curation.errors import ConfigError, InputError
 from curation.index import SearchConfig
 from curation.parts import FOUND, PartSearch, found_table, merge, num_hits
+from curation.prefetch import prefetch
 from curation.runner import Runner, Shard
 from curation.stage import PREPARED, run_shards
 from curation.storage import FileRecord, Manifest, ShardRecord
@@ -303,7 +304,7 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
     """
 
     def process(shard: Shard) -> ShardRecord:
-        read = [own for own in storage.read_ahead(functools.partial(read_kept, role="pool"), shard.work) if own[0]]
+        read = [own for own in prefetch(functools.partial(read_kept, role="pool"), shard.work) if own[0]]
         ids = records.id_bytes([image_id for own, _ in read for image_id in own])
         part = PartSearch(config, [read.pop(0)[1] for _ in range(len(read))])
 

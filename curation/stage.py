@@ -5,7 +5,8 @@ and its command. `run` lists the shards and hands them to `run_shards` with a fu
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from curation import progress, storage
@@ -33,14 +34,16 @@ def run_shards(
     check: Callable[[Sequence[ShardRecord]], None] | None = None,
     finish: Finish | None = None,
     unit: str = "images",
+    note: Callable[[Mapping[str, float]], str] | None = None,
     not_in_plan: frozenset[str] = frozenset(),
 ) -> Manifest:
     """Do the shards that are not done yet and mark the stage done; return its manifest.
 
     `inputs` names what the stage reads, each with a content hash. `prepare` runs once before the shards and writes what
-    they all read; it is marked done like a shard. `check` sees the finished shards after each new one and
-    raises to stop early. `not_in_plan` names the config fields that guard the work without shaping its bytes
-    (`search.min_recall`: the field of a section).
+    they all read; it is marked done like a shard. `check` sees the finished shards after each new one and raises to
+    stop early; `note` makes of the sums of what they measured the text that progress shows behind their count.
+    `not_in_plan` names the config fields that guard the work without shaping its bytes (`search.min_recall`: the field
+    of a section).
     """
     plan = Plan(
         stage=stage,
@@ -65,13 +68,16 @@ def run_shards(
         progress.say(f"{stage}: {len(shards) - len(todo)} of {len(shards)} shards were done before, going on")
     if check is not None and done:
         check(list(done.values()))  # a stage that stopped at its last shard is not done because nothing is left to do
+    measured: Counter[str] = Counter()
     work = functools.partial(_make_marking_worker, make_worker, output)
     with progress.bar(stage, total=sum(shard.num_items for shard in todo), unit=unit) as advance:
         results = runner.map(stage, work, todo)
         try:
             for shard, record in zip(todo, results, strict=True):
                 done[shard.name] = record
-                advance(shard.num_items or sum(file.rows for file in record.files))
+                measured.update(record.measured)
+                num_items = shard.num_items or sum(file.rows for file in record.files)
+                advance(num_items, note(measured) if note else "")
                 if check is not None:
                     check(list(done.values()))
         finally:

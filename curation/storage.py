@@ -21,9 +21,7 @@ import os
 import posixpath
 import secrets
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -41,27 +39,6 @@ PROGRESS_NAME = ".progress"
 TEMPORARY_PREFIX = ".tmp-"
 # The version of everything that stages write. Outputs of another version are refused, not converted.
 FORMAT_VERSION = 1
-# Files that are read while those before them are worked on. Assumed: an object store answers in 50 to 200 ms, and each
-# file is memory.
-FILES_AHEAD = 2
-
-Item = TypeVar("Item")
-Read = TypeVar("Read")
-
-
-def read_ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Iterator[Read]:
-    """`read(item)` for each item, in order; up to FILES_AHEAD of them are read by threads while the caller works."""
-    threads = ThreadPoolExecutor(FILES_AHEAD)
-    waiting: deque[Future[Read]] = deque()
-    try:
-        for item in items:
-            waiting.append(threads.submit(read, item))
-            if len(waiting) > FILES_AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        threads.shutdown(cancel_futures=True)
 
 
 def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
@@ -307,6 +284,8 @@ class ShardRecord(_Record):
     files: tuple[FileRecord, ...] = ()
     totals: dict[str, int] = Field(default_factory=dict)
     rejects: dict[str, int] = Field(default_factory=dict)
+    measured: dict[str, float] = Field(default_factory=dict, exclude=True)
+    """What the worker measured, such as seconds, for who watches the run; never written down, for bytes to be equal."""
 
 
 class Plan(_Record):

@@ -65,10 +65,9 @@ def read_file(path: str) -> tuple[list[str], np.ndarray]:
 def read_all(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
     """Ids and unit vectors of every file at `path`, one Parquet file or NPY_ROWS rows of a matrix at a time.
 
-    `path` is a file, or a folder whose `.parquet` and `.npy` files are read.
-
-    In the folder of a stage these are the files that its manifest names. Raises InputError as `read_file` does, and
-    when there are no vectors or files differ in width.
+    `path` is a file, or a folder whose `.parquet` and `.npy` files are read; of a stage those that its manifest names,
+    of a run those of its `embed/`. Raises InputError as `read_file` does, and when there are no vectors or files differ
+    in width.
     """
     width: int | None = None
     for name in _files(path):
@@ -88,6 +87,8 @@ def _files(path: str) -> list[str]:
         raise InputError(f"No file or folder at '{path}'.")
     if not storage.is_folder(path):
         return [path]
+    if storage.exists(storage.join(path, "embed", storage.MANIFEST_NAME)):
+        path = storage.join(path, "embed")
     manifest = storage.read_manifest(path)
     names = manifest.files("vectors") if manifest else storage.list_names(path)
     found = [storage.join(path, name) for name in names if posixpath.splitext(name)[1] in (".parquet", ".npy")]

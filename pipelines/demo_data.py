@@ -333,7 +333,7 @@ def _plant(config: DemoDataConfig, tree: Path) -> tuple[storage.FileRecord, stor
                         "parameters": parameters,
                     }
                 )
-                advance(1)
+                advance(1, "")
     planted = storage.write_table(str(tree / "planted.parquet"), pa.Table.from_pylist(rows, PLANTED))
     return planted, _plant_odd_files(tree, pool)
 

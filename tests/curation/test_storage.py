@@ -497,20 +497,3 @@ def test_finish_that_dies_at_any_step_loses_no_shard(tmp_path: Path) -> None:
         assert storage.start_or_resume(folder, plan(), replace=False) in (done, manifest)
         storage.write_manifest(folder, manifest)
         assert storage.start_or_resume(folder, plan(), replace=False) == manifest
-
-
-def test_read_ahead_gives_results_in_order_and_the_first_error_in_its_place() -> None:
-    assert list(storage.read_ahead(str, range(20))) == [str(number) for number in range(20)]
-    assert list(storage.read_ahead(str, [])) == []
-    results = storage.read_ahead(lambda number: 12 // number, [4, 3, 0, 2])
-    assert [next(results), next(results)] == [3, 4]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-
-
-def test_read_ahead_reads_no_more_than_it_says() -> None:
-    begun: list[int] = []
-    for number, _ in enumerate(storage.read_ahead(begun.append, range(100))):
-        if number == 2:
-            break
-    assert len(begun) <= 3 + storage.FILES_AHEAD

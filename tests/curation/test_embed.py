@@ -1,0 +1,232 @@
+"""Embed: the same vectors for any batch, thread and worker; pictures at their own aspect ratio; a folder alone."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from curation import backbone, embed, ingest, progress, storage, vectors
+from curation.config import parse
+from curation.embed import EmbedConfig
+from curation.ingest import IngestConfig
+from curation.ray_runner import RayRunner
+from curation.runner import InlineRunner
+from curation.sources import SourceConfig
+from tests.curation.builders import bytes_in
+
+SIZES = [(90, 60), (60, 90), (64, 64), (300, 40), (33, 200), (128, 127), (640, 480), (48, 48)]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A vit_tiny of which every block does something."""
+    model = backbone.build("vit_tiny", patch_size=16, image_size=64, layer_scale=0.2)
+    path = tmp_path_factory.mktemp("weights") / "vit.pth"
+    torch.save(model.state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Thirty pictures of eight sizes, JPEG and PNG, one of them twice."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number in range(30):
+        width, height = SIZES[number % len(SIZES)]
+        coarse = np.random.default_rng(number % 29).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        picture.save(root / f"{number:02d}.{'jpg' if number % 3 else 'png'}")
+    (root / "again.png").write_bytes((root / "00.png").read_bytes())
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def images(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    output = str(tmp_path_factory.mktemp("run") / "ingest")
+    source = SourceConfig(name="pictures", path=folder, role="pool")
+    ingest.run(IngestConfig(sources=(source,), images_per_shard=12), output, InlineRunner())
+    return output
+
+
+def config(weights: str, *, stage: dict[str, Any] | None = None, **options: Any) -> EmbedConfig:
+    embedder = {"name": "vit_tiny_patch16", "weights": weights, "image_size": 64, "pooling": "cls_patch_mean"} | options
+    return parse(EmbedConfig, {"embedder": embedder, **(stage or {})}, origin="test")
+
+
+def matrix_of(output: str) -> dict[str, np.ndarray]:
+    return {
+        image_id: row for ids, matrix in vectors.read_all(output) for image_id, row in zip(ids, matrix, strict=True)
+    }
+
+
+@pytest.mark.parametrize("resize", ["squash", "keep_aspect"])
+def test_vectors_do_not_depend_on_batches_and_threads(resize: str, weights: str, images: str, tmp_path: Path) -> None:
+    def run(name: str, batch_size: int, **stage: int) -> dict[str, np.ndarray]:
+        settings = config(weights, stage=stage, resize=resize, batch_size=batch_size)
+        embed.run(settings, images, str(tmp_path / name), InlineRunner())
+        return matrix_of(str(tmp_path / name))
+
+    one = run("one", 1)
+    assert len(one) == 30  # of 31 files
+    for number, stage in enumerate(({"decode_threads": 1}, {"decode_threads": 7, "threads_per_worker": 2}, {})):
+        other = run(str(number), (4, 5, 64)[number], **stage)
+        assert list(other) == list(one)
+        for image_id, vector in one.items():
+            np.testing.assert_allclose(other[image_id].astype(np.float32), vector.astype(np.float32), atol=1e-3)
+    assert not np.allclose(*list(one.values())[:2], atol=0.05), "or any vectors would pass"
+
+
+def test_runners_and_decode_threads_give_the_same_bytes(weights: str, images: str, tmp_path: Path) -> None:
+    outputs = [str(tmp_path / name) for name in ("inline", "threads", "ray")]
+    embed.run(config(weights), images, outputs[0], InlineRunner())
+    embed.run(config(weights, stage={"decode_threads": 5}), images, outputs[1], InlineRunner())
+    runner = RayRunner(num_workers=2)
+    try:
+        embed.run(config(weights), images, outputs[2], runner)
+    finally:
+        runner.close()
+    assert bytes_in(outputs[0]) == bytes_in(outputs[1]) == bytes_in(outputs[2])
+
+
+def test_pictures_keep_their_aspect_ratio_by_the_stated_rule(weights: str) -> None:
+    settings = config(weights, resize="keep_aspect", image_size=224, weights_image_size=64)
+    embedder = embed.load_embedder(settings.embedder)
+    for width, height in [*SIZES, (1, 4000), (4000, 1), (224, 224), (1000, 250)]:
+        rows, columns = embedder.shape(width, height)
+        assert rows % 16 == columns % 16 == 0
+        assert rows * columns == pytest.approx(224**2, rel=0.1)
+        wanted = min(max(width / height, 0.25), 4)
+        assert columns / rows == pytest.approx(wanted, rel=0.12)
+    assert embedder.shape(500, 500) == (224, 224)
+    assert embedder.preprocess(Image.new("RGB", (300, 100))).shape == (3, *embedder.shape(300, 100))
+    square = embed.load_embedder(config(weights).embedder)
+    assert square.shape(300, 100) == (64, 64)
+
+
+def test_progress_tells_where_the_time_goes(
+    weights: str, images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich finds the standard error of the time when it was imported; the console of the test looks again."""
+    monkeypatch.setattr(progress, "_console", progress.Console(stderr=True, highlight=False, width=200))
+    embed.run(config(weights), images, str(tmp_path / "out"), InlineRunner())
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("embed: 31 images in ") and "images/s; model " in line and "pictures ready" in line
+    assert b"waited" not in b"".join(bytes_in(str(tmp_path / "out")).values())
+
+
+def run_command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "curation.embed", "--runner", "inline", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_folder_needs_no_config(weights: str, folder: str, images: str, tmp_path: Path) -> None:
+    size = ("--set", "embed.embedder.image_size=64", "--set", "embed.embedder.pooling=cls_patch_mean")
+    base = ("--model", "vit_tiny_patch16", "--weights", weights, *size)
+    done = run_command("--images", folder, *base, "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    embed.run(config(weights), images, str(tmp_path / "staged"), InlineRunner())
+    found, staged = matrix_of(str(tmp_path / "out" / "embed")), matrix_of(str(tmp_path / "staged"))
+    assert found.keys() == staged.keys()
+    assert all((found[image_id] == staged[image_id]).all() for image_id in staged)
+    assert matrix_of(str(tmp_path / "out")).keys() == staged.keys(), "the run's folder stands for its vectors"
+    again = run_command("--images", folder, *base, "--output", str(tmp_path / "out"))
+    assert again.returncode == 0 and "already done" in again.stderr
+    of_ingest = run_command("--images", images, *base, "--output", str(tmp_path / "of_ingest"))
+    assert of_ingest.returncode == 0
+    assert matrix_of(str(tmp_path / "of_ingest")).keys() == staged.keys()
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_tars_and_parquet_need_no_config_either(layout: str, weights: str, folder: str, tmp_path: Path) -> None:
+    files = sorted(os.listdir(folder))[:9]
+    data = [Path(folder, name).read_bytes() for name in files]
+    source = tmp_path / "source"
+    source.mkdir()
+    if layout == "parquet":
+        pq.write_table(pa.table({"image": [{"bytes": one, "path": None} for one in data]}), source / "train.parquet")
+    else:
+        with tarfile.open(source / "0.tar", "w") as tar:
+            for name, one in zip(files, data, strict=True):
+                header = tarfile.TarInfo(name)
+                header.size = len(one)
+                tar.addfile(header, io.BytesIO(one))
+    size = ("--set", "embed.embedder.image_size=64", "--set", "embed.embedder.pooling=cls")
+    command = ("--model", "vit_tiny_patch16", "--weights", weights, *size, "--layout", layout)
+    done = run_command("--images", str(source), *command, "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert len(matrix_of(str(tmp_path / "out" / "embed"))) == len(set(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        ({"device": "cuda"}, ["cuda", "GPU"]),
+        ({"name": "vit_small_patch16"}, ["do not fit the model", "expected"]),
+        ({"weights_sha256": "0" * 64}, ["SHA-256 is", "expected 000000"]),
+        ({"name": "vit_tiny_patch15"}, ["embedder.name"]),
+    ],
+)
+def test_what_cannot_be_is_one_message(
+    change: dict[str, str], messages: list[str], weights: str, folder: str, tmp_path: Path
+) -> None:
+    if "device" in change and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    chosen = {"weights": weights, "image_size": "64", "pooling": "cls"} | change
+    model = chosen.pop("name", "vit_tiny_patch16")
+    overrides = [text for key, value in chosen.items() for text in ("--set", f'embed.embedder.{key}="{value}"')]
+    overrides = [text.replace('"64"', "64") for text in overrides]
+    output = tmp_path / "out"
+    done = run_command("--images", folder, "--model", model, *overrides, "--output", str(output))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    message = done.stderr[done.stderr.index("error: ") :]
+    assert all(text in message for text in messages), message
+    assert not (output / "embed" / "manifest.json").exists()
+
+
+def test_a_truncated_checkpoint_is_one_message(weights: str, folder: str, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(Path(weights).read_bytes()[:-1000])
+    done = run_command(
+        *("--images", folder, "--model", "vit_tiny_patch16", "--weights", str(cut)),
+        *("--set", "embed.embedder.pooling=cls", "--output", str(tmp_path / "out")),
+    )
+    assert (
+        done.returncode == 2 and "cut.pth: cannot be read as weights" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
+def test_neither_and_both_of_config_and_model_are_refused(folder: str, tmp_path: Path) -> None:
+    for options in ((), ("--config", "a.toml", "--model", "vit_tiny_patch16")):
+        done = run_command("--images", folder, *options, "--output", str(tmp_path / "out"))
+        assert done.returncode == 2 and "Give either --config, or --model" in done.stderr
+
+
+def test_a_source_that_changed_is_an_error(weights: str, folder: str, images: str, tmp_path: Path) -> None:
+    copied = tmp_path / "pictures"
+    copied.mkdir()
+    for name in os.listdir(folder):
+        (copied / name).write_bytes(Path(folder, name).read_bytes())
+    source = SourceConfig(name="pictures", path=str(copied), role="pool")
+    ingest.run(IngestConfig(sources=(source,)), str(tmp_path / "ingest"), InlineRunner())
+    (copied / "05.jpg").write_bytes(Path(folder, "07.jpg").read_bytes())
+    with pytest.raises(Exception, match=r"05\.jpg.*no longer those of image"):
+        embed.run(config(weights), str(tmp_path / "ingest"), str(tmp_path / "out"), InlineRunner())
+    assert storage.read_manifest(str(tmp_path / "out")) is None
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_vectors(weights: str) -> None:
+    """Of any number of pictures, though a batch that is not full is filled up."""
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 3, 64, 64), dtype=np.uint8)
+    plain, compiled = (embed.load_embedder(config(weights, compile=flag).embedder) for flag in (False, True))
+    np.testing.assert_allclose(compiled.embed(pixels), plain.embed(pixels), atol=1e-5)
+    np.testing.assert_allclose(compiled.embed(pixels[:1]), plain.embed(pixels[:1]), atol=1e-5)
