@@ -345,9 +345,9 @@ def _vit_readout(model: backbone.VisionTransformer, pooling: Pooling) -> tuple[C
         if pooling == "cls":
             return features["x_norm_clstoken"]
         patch_mean = features["x_norm_patchtokens"].mean(dim=1)
-        return (
-            torch.cat([features["x_norm_clstoken"], patch_mean], dim=1) if pooling == "cls_patch_mean" else patch_mean
-        )
+        if pooling == "patch_mean":
+            return patch_mean
+        return torch.cat([features["x_norm_clstoken"], patch_mean], dim=1)
 
     return read, model.embed_dim * (2 if pooling == "cls_patch_mean" else 1)
 

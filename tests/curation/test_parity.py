@@ -1,8 +1,8 @@
 """The backbone computes what the transformers library computes, and the two read each other's folders.
 
 All weights are random and none is at its starting value, so that LayerScale, registers, biases and the mask token
-matter. Two blocks of every size; full depth of every kind of model, at the width of vit_tiny or vit_small. What is not run
-here, and the differences found, are in docs/weights.md. Measured: 49 s on one core, most of it the large sizes.
+matter. Two blocks of every size; full depth of every kind of model, at the width of vit_tiny or vit_small. What is not
+run here, and the differences found, are in docs/weights.md. Measured: 49 s on one core, most of it the large sizes.
 """
 
 from pathlib import Path

@@ -567,6 +567,14 @@ def test_a_folder_in_several_files(folder: Path) -> None:
         weights.load(model, str(folder))
 
 
+def test_an_older_folder(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    model = make()
+    assert weights.load(model, str(folder)) == ()
+    assert_holds(model, noisy().state_dict())
+
+
 def test_a_folder_that_is_none(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"Give their folder, with config.json"):
         weights.load(make(), str(folder / "model.safetensors"))
