@@ -37,9 +37,9 @@ SIDE = 224
 # Width, height, and the ratio to reach.
 SIZES = ((500, 400, 2.0), (2000, 1500, 5.0))
 NUM_IMAGES = 8
-QUALITY = 90
+QUALITY = 85
 # Standard deviation of the grain, of 255. With it the drawn JPEGs take ... Measured.
-GRAIN = 4.0
+GRAIN = 2.0
 LIMITS = images.ImageLimits()
 
 
@@ -140,8 +140,9 @@ def _photographs(width: int, height: int, num_images: int, folder: str | None) -
 
 def draw(width: int, height: int, generator: np.random.Generator) -> Image.Image:
     """A picture with the edges, textures and grain of a photograph; see the top of this module."""
-    num_discs = 4000
-    radius = 2 / np.sqrt(generator.uniform((2 / (0.4 * min(width, height))) ** 2, 1, num_discs))  # density ~ radius**-3
+    num_discs, shorter = 3000, min(width, height)
+    smallest, largest = shorter / 150, shorter * 0.4
+    radius = smallest / np.sqrt(generator.uniform((smallest / largest) ** 2, 1, num_discs))  # density ~ radius**-3
     centre = generator.uniform(-0.1, 1.1, (num_discs, 2)) * (width, height)
     canvas = Image.new("I", (width, height))
     pen = ImageDraw.Draw(canvas)
@@ -150,7 +151,7 @@ def draw(width: int, height: int, generator: np.random.Generator) -> Image.Image
     disc_at = np.asarray(canvas)
     grey = generator.uniform(20, 235, num_discs + 1)
     colour = grey[:, None] + generator.normal(0, 25, (num_discs + 1, 3))
-    contrast = generator.exponential(20, num_discs + 1)
+    contrast = generator.exponential(12, num_discs + 1)
     values = colour[disc_at] + (contrast[disc_at] * _pink_noise(width, height, generator))[..., None]
     seen = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
     grain = generator.normal(0, GRAIN, (height, width, 1)) + generator.normal(0, GRAIN / 2, (height, width, 3))

@@ -1,5 +1,6 @@
 """The decoder: every colour mode by its stated rule, orientation, limits, and no way out but an image or a reason."""
 
+import functools
 import io
 import struct
 import zlib
@@ -21,6 +22,7 @@ from curation.images import (
     decode_rgb,
     read_header,
     to_square,
+    upright,
 )
 
 # Pillow warns of damage before it raises, and of sizes that ImageLimits then refuses.
@@ -268,6 +270,7 @@ def test_exif_that_cannot_be_parsed_counts_as_absent() -> None:
 # --- reduced decoding
 
 
+@functools.cache
 def photograph(width: int = 500, height: int = 400, seed: int = 0) -> Image.Image:
     """Texture at every scale, hard edges, strong colours and grain."""
     generator = np.random.default_rng(seed)
@@ -351,9 +354,14 @@ JPEGS = {
 }
 
 
+@functools.cache
+def jpeg(kind: str) -> bytes:
+    return JPEGS[kind]()
+
+
 @pytest.mark.parametrize("kind", JPEGS)
 def test_a_scaled_jpeg_shows_the_same_picture_as_plain_pillow(kind: str) -> None:
-    data = JPEGS[kind]()
+    data = jpeg(kind)
     expected = plain(data)
     assert psnr(ours(data), expected) > MIN_PSNR
     # What a wrong decoder would give is told apart by that bound.
@@ -369,7 +377,7 @@ def test_a_scaled_jpeg_shows_the_same_picture_as_plain_pillow(kind: str) -> None
 
 @pytest.mark.parametrize("kind", JPEGS)
 def test_a_scaled_jpeg_has_the_header_and_at_least_the_target(kind: str) -> None:
-    data = JPEGS[kind]()
+    data = jpeg(kind)
     whole = decode(data, LIMITS)
     for target in (1, 47, 224, 300, 5000):
         header, image = decode(data, LIMITS, target_side=target)
@@ -389,6 +397,10 @@ def test_a_jpeg_that_cannot_become_smaller_is_the_same_with_a_target() -> None:
             scaled = decode_rgb(data, LIMITS, target_side=min(width, height))
             assert scaled.size == (width, height)
             assert np.abs(pixels(scaled) - pixels(decode_rgb(data, LIMITS))).max() <= 1
+    for kind in ("CMYK", "YCCK"):
+        assert np.array_equal(
+            pixels(decode_rgb(jpeg(kind), LIMITS, target_side=400)), pixels(decode_rgb(jpeg(kind), LIMITS))
+        )
 
 
 def test_a_large_jpeg_is_decoded_reduced_and_other_formats_whole() -> None:
@@ -413,6 +425,41 @@ def test_scaled_decoding_keeps_orientation(orientation: int) -> None:
     assert np.array_equal(pixels(image), pixels(ImageOps.exif_transpose(tagged)))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_square_is_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = encoded(photograph(1003, 759), "JPEG", exif=exif, quality=90)
+    whole = decode_rgb(data, LIMITS)
+    expected = np.asarray(whole.resize((100, 100), Image.Resampling.BICUBIC))
+    assert psnr(ours(data, 100), expected) > MIN_PSNR
+    picture = decode_picture(data, LIMITS, target_side=100)
+    assert np.array_equal(pixels(upright(picture)), pixels(decode_rgb(data, LIMITS, target_side=100)))
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("width", "height"), [(1000, 760), (760, 1000), (1117, 903), (300, 240), (100, 80), (80, 80)])
+def test_a_square_may_be_the_middle(image_format: str, width: int, height: int) -> None:
+    image = photograph(width, height)
+    data = encoded(image, image_format, **({"quality": 90} if image_format == "JPEG" else {}))
+    side, whole = min(width, height), Image.open(io.BytesIO(data))
+    box = ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2)
+    expected = np.asarray(whole.resize((96, 96), Image.Resampling.BICUBIC, box=box))
+    square = to_square(decode_picture(data, LIMITS, target_side=96), 96, crop=True)
+    assert (square.shape, square.dtype, square.flags.c_contiguous) == ((3, 96, 96), np.uint8, True)
+    assert psnr(square.transpose(1, 2, 0), expected) > 30  # up to one pixel aside
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (49, 103), (224, 224), (223, 225), (300, 900), (3000, 70)])
+def test_a_square_is_pillows_bicubic(size: tuple[int, int]) -> None:
+    image = photograph(*size)
+    for side in (8, 50, 224):
+        square = to_square(decode_picture(encoded(image, "PNG"), LIMITS, target_side=side), side).transpose(1, 2, 0)
+        error = square.astype(np.int64) - pixels(image.resize((side, side), Image.Resampling.BICUBIC))
+        assert np.mean(error**2) < 0.33  # 53 dB: rounding, and between the passes
+        assert np.abs(error).max() <= 8
+
+
 def test_a_jpeg_that_cannot_be_scaled_comes_whole() -> None:
     data = lossless_jpeg(600, 400)
     scaled, whole = decode_rgb(data, LIMITS, target_side=50), decode_rgb(data, LIMITS)
@@ -429,10 +476,10 @@ def outcome(data: bytes, target: int | None) -> str:
 
 @pytest.mark.parametrize("kind", ["4:4:4", "4:2:0", "progressive", "restarts", "grey", "CMYK", "MPO"])
 def test_a_target_changes_nothing_of_what_is_accepted_and_why_not(kind: str) -> None:
-    data = np.frombuffer(JPEGS[kind](), np.uint8)
+    data = np.frombuffer(jpeg(kind), np.uint8)
     header = sum(map(len, segments(data.tobytes())[:-1]))
     outcomes = []
-    for seed in range(60):
+    for seed in range(40):
         generator = np.random.default_rng(seed)
         damaged = data.copy()
         match seed % 4:
@@ -448,10 +495,9 @@ def test_a_target_changes_nothing_of_what_is_accepted_and_why_not(kind: str) -> 
                 damaged = np.delete(damaged, slice(start, start + generator.integers(1, 2000)))
         expected = outcome(damaged.tobytes(), None)
         outcomes.append(expected)
-        for target in (50, 224):
-            assert outcome(damaged.tobytes(), target) == expected, (seed, target)
+        assert outcome(damaged.tobytes(), 100) == expected, seed
     accepted = sum(text.startswith("ImageHeader") for text in outcomes)
-    assert 5 < accepted < 55
+    assert 3 < accepted < 40
 
 
 def test_a_target_does_not_decode_pixels_before_the_limits_hold() -> None:
@@ -470,7 +516,7 @@ def test_a_target_does_not_decode_pixels_before_the_limits_hold() -> None:
 
 
 def test_scaled_decoding_gives_the_same_pixels_from_any_thread() -> None:
-    data = [JPEGS[kind]() for kind in ("4:2:0", "progressive", "grey", "RGB")] * 16
+    data = [jpeg(kind) for kind in ("4:2:0", "progressive", "grey", "RGB")] * 16
     expected = [ours(one).tobytes() for one in data[:4]] * 16
     with ThreadPoolExecutor(4) as threads:
         assert [pixels.tobytes() for pixels in threads.map(ours, data)] == expected
