@@ -19,9 +19,14 @@ How each colour mode of Pillow becomes RGB:
 
 ICC profiles and gamma are ignored, as ImageFolder-style loaders do. Of an animation or of several pages the first frame
 counts. Orientation from EXIF (else from XMP) is applied; EXIF that cannot be parsed counts as absent.
+
+Pillow decides what is accepted. Who will scale the picture down anyhow gives a `target_side`; then a plain JPEG that
+Pillow's header parser and the limits have let pass goes to libjpeg-turbo through simplejpeg, which is faster, and comes
+back to Pillow at the first warning.
 """
 
 import io
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -32,6 +37,8 @@ from functools import partial
 from typing import cast
 
 import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import (  # importing a plugin registers its format; with all seven here Pillow never imports the others
     BmpImagePlugin,
     ExifTags,
@@ -188,31 +195,75 @@ def read_header(data: bytes, limits: ImageLimits) -> ImageHeader:
         return _upright_header(_stored_header(image), orientation)
 
 
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded image as an array, for `to_square` and `upright`."""
+
+    pixels: NDArray[np.uint8]
+    """(H, W, 3), RGB, rows as stored: not turned upright yet."""
+    width: float
+    """How much of W is picture. A JPEG of 1117 pixels has 279.25 at a quarter of its size, and W is 280."""
+    height: float
+    """The same of H."""
+    orientation: int
+    """By EXIF; 1 is upright."""
+
+
 def decode_rgb(data: bytes, limits: ImageLimits, *, target_side: int | None = None) -> Image.Image:
     """The image as RGB, upright, by the rules on top of this module, without its metadata.
 
     The same bytes always give the same pixels. `target_side`: the caller will scale the shorter side down to this many
     pixels, so a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides stay at or above that; other formats
-    come whole. Raises ImageRejected.
+    come whole. The same images are accepted with and without it. Raises ImageRejected.
     """
     return decode(data, limits, target_side=target_side)[1]
 
 
 def decode(data: bytes, limits: ImageLimits, *, target_side: int | None = None) -> tuple[ImageHeader, Image.Image]:
     """The header, always of the full size, and the pixels of `decode_rgb`, from one decode. Raises ImageRejected."""
-    with _rejections():
-        image = _open(data, limits)
-        header = _stored_header(image)
-        if target_side is not None:
-            image.draft(None, (target_side, target_side))
-        _scale_transparent_color(image)
-        image.load()
-        orientation = _orientation(image.getexif)
-        pixels = _to_rgb(image)
-        if orientation in _UPRIGHT:
-            pixels = pixels.transpose(_UPRIGHT[orientation])
-        pixels.info = {}
-        return _upright_header(header, orientation), pixels
+    decoded = _decode(data, limits, target_side)
+    image = decoded.pixels if isinstance(decoded.pixels, Image.Image) else Image.fromarray(decoded.pixels)
+    return _upright_header(decoded.header, decoded.orientation), _turned(image, decoded.orientation)
+
+
+def decode_picture(data: bytes, limits: ImageLimits, *, target_side: int) -> Picture:
+    """What `decode_rgb` decodes, in less time for a JPEG, since Pillow keeps pixels in a form of its own."""
+    decoded = _decode(data, limits, target_side)
+    pixels = np.array(decoded.pixels) if isinstance(decoded.pixels, Image.Image) else decoded.pixels
+    height, width = pixels.shape[:2]
+    if decoded.by > 1:
+        width, height = decoded.header.width / decoded.by, decoded.header.height / decoded.by
+    return Picture(pixels, width, height, decoded.orientation)
+
+
+def upright(picture: Picture) -> Image.Image:
+    """The picture as `decode_rgb` gives it."""
+    return _turned(Image.fromarray(picture.pixels), picture.orientation)
+
+
+def to_square(picture: Picture, side: int, *, crop: bool = False) -> NDArray[np.uint8]:
+    """The picture, upright, as the square that a model sees, (3, side, side): all of it, or with `crop` its middle.
+
+    Bicubic with antialiasing, as `Image.resize` does it, but in vector instructions: from a picture that was decoded
+    whole, 53 dB or more (PSNR) from Pillow's. From a JPEG that was scaled while it was decoded, on photographs of
+    2000 x 1500 at 224, 52 dB in the mean and 45 at worst (measured 2026-11); 42 where it comes out at 224 already.
+    """
+    # Not on top of the module: the processes that decode for ingest would spend a second and 200 MB on it.
+    import torch
+    from torch.nn import functional
+
+    pixels, width, height = picture.pixels, picture.width, picture.height
+    if crop:
+        shorter = min(width, height)
+        left, top = int(width - shorter) // 2, int(height - shorter) // 2
+        width = height = shorter
+        pixels = pixels[top : top + math.ceil(shorter), left : left + math.ceil(shorter)]
+    # The part of the last row and column that is no picture goes beyond the square. The millionth keeps the number of
+    # rows and columns from being rounded down below it.
+    scales = [side / length * (1 + 1e-6) for length in (height, width)]
+    whole = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    square = functional.interpolate(whole, scale_factor=scales, mode="bicubic", antialias=True)[0].numpy()
+    return _turned_square(square[:, :side, :side], picture.orientation)
 
 
 def check_length(data: bytes, limits: ImageLimits) -> None:
@@ -245,6 +296,53 @@ def _rejections() -> Iterator[None]:
         raise ImageRejected(RejectReason.CORRUPT, detail) from None
 
 
+@dataclass(frozen=True, eq=False)
+class _Decoded:
+    """An image as it is stored, not upright: its header, its pixels as they came, and by what they were scaled down."""
+
+    header: ImageHeader
+    pixels: Image.Image | NDArray[np.uint8]
+    orientation: int
+    by: int
+
+
+def _decode(data: bytes, limits: ImageLimits, target_side: int | None) -> _Decoded:
+    with _rejections():
+        image = _open(data, limits)
+        header = _stored_header(image)
+        by = 1
+        if target_side is not None and header.format == "JPEG" and _scalable_size(data) == image.size:
+            by = next(by for by in (8, 4, 2, 1) if by == 1 or min(image.size) >= by * target_side)
+            if image.mode in ("L", "RGB"):
+                scaled = _decode_scaled(data, -(-header.width // by), -(-header.height // by))
+                if scaled is not None:
+                    return _Decoded(header, scaled, _orientation(image.getexif), by)
+            image.draft(None, (target_side, target_side))  # Pillow scales by the same rule
+        _scale_transparent_color(image)
+        image.load()
+        orientation = _orientation(image.getexif)
+        return _Decoded(header, _to_rgb(image), orientation, by)
+
+
+def _turned(pixels: Image.Image, orientation: int) -> Image.Image:
+    """The stored image turned upright, without its metadata."""
+    if orientation in _UPRIGHT:
+        pixels = pixels.transpose(_UPRIGHT[orientation])
+    pixels.info = {}
+    return pixels
+
+
+def _turned_square(square: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """The same for a square (3, S, S)."""
+    if orientation in (5, 6, 7, 8):
+        square = square.transpose(0, 2, 1)
+    if orientation in (3, 4, 7, 8):
+        square = square[:, ::-1]
+    if orientation in (2, 3, 6, 7):
+        square = square[:, :, ::-1]
+    return np.ascontiguousarray(square)
+
+
 def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
     """The image with its header parsed and within limits, and no pixel decoded."""
     check_length(data, limits)
@@ -268,6 +366,32 @@ def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
         detail = f"{_num_frames(image)} frames; max_frames is {limits.max_frames}"
         raise ImageRejected(RejectReason.TOO_MANY_FRAMES, detail)
     return image
+
+
+def _decode_scaled(data: bytes, width: int, height: int) -> NDArray[np.uint8] | None:
+    """A JPEG at the size (H, W, 3), which is a 1/1, 1/2, 1/4 or 1/8 of its own; None where Pillow has to decode it.
+
+    libjpeg-turbo knows other fractions, but for these alone it has vector instructions.
+    """
+    buffer = np.empty((height, width, 3), np.uint8)  # decode_jpeg refuses a picture that is larger
+    try:
+        pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, buffer=buffer)
+    except ValueError:  # an error, or a mere warning of libjpeg: Pillow tells what is to be rejected, and why
+        return None
+    return pixels if pixels.shape == buffer.shape else None
+
+
+def _scalable_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a baseline, extended or progressive JPEG in Huffman code; None for anything less plain."""
+    position = 2
+    while len(segment := data[position : position + 9]) == 9 and segment[0] == 0xFF:
+        marker = segment[1]
+        if marker in (0xC0, 0xC1, 0xC2):  # a frame header; lossless and hierarchical ones do not scale
+            return int.from_bytes(segment[7:9]), int.from_bytes(segment[5:7])
+        if not (marker in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= marker <= 0xEF):  # tables, comments, application data
+            return None
+        position += 2 + int.from_bytes(segment[2:4])
+    return None
 
 
 def _num_frames(image: ImageFile.ImageFile) -> int:

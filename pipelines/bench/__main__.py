@@ -1,6 +1,7 @@
 """Every benchmark: python -m pipelines.bench --run runs/demo --data data/demo
 
-Two tables are of the demo that `make curate` wrote, the others of drawn vectors (similarity.py).
+Two tables are of the demo that `make curate` wrote, one of photographs (decoding.py), the others of drawn vectors
+(similarity.py).
 Each names what it measures against what, the machine and the date.
 """
 
@@ -15,10 +16,11 @@ from rich.table import Table
 
 from curation import command
 from curation.errors import InputError
-from pipelines.bench import copies, retrieval, similarity
+from pipelines.bench import copies, decoding, retrieval, similarity
 
 DEMO = ("concepts", "copies")
-NAMES = ", ".join([*DEMO, *similarity.WORKS])
+ALL = (*DEMO, decoding.NAME, *similarity.WORKS)
+NAMES = ", ".join(ALL)
 
 
 def command_line(
@@ -29,10 +31,13 @@ def command_line(
     repeats: Annotated[
         int | None, typer.Option("--repeats", min=1, help="Runs of which the median counts; default: 1 or 3.")
     ] = None,
+    photographs: Annotated[
+        str | None, typer.Option("--photographs", help="Folder of JPEGs for decode, in place of drawn ones.")
+    ] = None,
 ) -> None:
     """Measure everything, or what is named."""
-    names = only or [*DEMO, *similarity.WORKS]
-    if unknown := sorted(set(names) - {*DEMO, *similarity.WORKS}):
+    names = only or ALL
+    if unknown := sorted(set(names) - set(ALL)):
         raise InputError(f"--only {unknown[0]}: there is no such benchmark. Choose from {NAMES}.")
     console = Console(highlight=False, width=190)
     console.print(
@@ -42,6 +47,8 @@ def command_line(
         console.print(_retrieval(retrieval.shares(run)))
     if "copies" in names:
         console.print(_copies(copies.comparison(run, data)))
+    if decoding.NAME in names:
+        console.print(decoding.table(decoding.bench(scale=scale, repeats=repeats, folder=photographs)))
     asked = [name for name in similarity.WORKS if name in names]
     for table in similarity.tables(similarity.bench(asked, scale=scale, repeats=repeats)):
         console.print(table)

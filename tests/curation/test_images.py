@@ -1,8 +1,10 @@
 """The decoder: every colour mode by its stated rule, orientation, limits, and no way out but an image or a reason."""
 
+import functools
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -16,8 +18,11 @@ from curation.images import (
     ImageRejected,
     RejectReason,
     decode,
+    decode_picture,
     decode_rgb,
     read_header,
+    to_square,
+    upright,
 )
 
 # Pillow warns of damage before it raises, and of sizes that ImageLimits then refuses.
@@ -25,6 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Imag
 
 LIMITS = ImageLimits(min_side=1)
 ORIENTATION = 0x0112
+# Decibels between a JPEG scaled by `decode_rgb` and `to_square` and the same by plain Pillow.
+MIN_PSNR = 42.0
 
 
 def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
@@ -263,21 +270,256 @@ def test_exif_that_cannot_be_parsed_counts_as_absent() -> None:
 # --- reduced decoding
 
 
-def test_a_large_jpeg_is_decoded_reduced_and_never_below_the_target() -> None:
-    data = encoded(picture(1600, 1200), "JPEG")
-    for target in (100, 224, 300, 599, 601, 1300):
+@functools.cache
+def photograph(width: int = 500, height: int = 400, seed: int = 0) -> Image.Image:
+    """Texture at every scale, hard edges, strong colours and grain."""
+    generator = np.random.default_rng(seed)
+    values = np.zeros((height, width, 3))
+    cell = max(width, height)
+    while cell >= 2:
+        grid = generator.normal(0, 0.6 * cell**0.7, (height // cell + 2, width // cell + 2, 3)).astype(np.float32)
+        for channel in range(3):
+            smooth = Image.fromarray(grid[..., channel]).resize((width, height), Image.Resampling.BICUBIC)
+            values[..., channel] += np.asarray(smooth)
+        cell //= 2
+    values = 110 + values * 45 / max(values.std(), 1)
+    for _ in range(20):
+        left, top = generator.integers(0, (width, height))
+        right, bottom = generator.integers(0, (width, height)) // 4 + (left, top) + 1
+        values[top:bottom, left:right] += generator.normal(0, 45, 3)
+    values += generator.normal(0, 4, (height, width, 1))
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+
+
+def psnr(first: NDArray[np.generic], second: NDArray[np.generic]) -> float:
+    return float(10 * np.log10(255**2 / np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2)))
+
+
+def plain(data: bytes, side: int = 224) -> NDArray[np.uint8]:
+    """What most loaders do: (side, side, 3)."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+
+
+def ours(data: bytes, side: int = 224) -> NDArray[np.uint8]:
+    return to_square(decode_picture(data, LIMITS, target_side=side), side).transpose(1, 2, 0)
+
+
+def segments(data: bytes) -> list[bytes]:
+    """A JPEG's marker segments up to its first scan, and then all the rest."""
+    found, position = [data[:2]], 2
+    while data[position + 1] != 0xDA:
+        length = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        found.append(data[position : position + length])
+        position += length
+    return [*found, data[position:]]
+
+
+def rgb_jpeg() -> bytes:
+    """A JPEG whose components are red, green and blue."""
+    data = encoded(photograph(), "JPEG", quality=90, keep_rgb=True)
+    assert b"JFIF" not in data
+    return data
+
+
+def ycck_jpeg() -> bytes:
+    """CMYK of which Adobe's marker says that it is stored as YCCK; its colours are wrong, alike for all decoders."""
+    data = encoded(photograph().convert("CMYK"), "JPEG", quality=90)
+    adobe = next(segment for segment in segments(data) if segment.startswith(b"\xff\xee"))
+    return data.replace(adobe, adobe[:-1] + b"\2")
+
+
+def lossless_jpeg(width: int, height: int) -> bytes:
+    """A grey JPEG of process 14 (SOF3), which cannot be scaled: every difference is 0, so all of it is 128."""
+    frame = b"\xff\xc3" + struct.pack(">HBHHBBBB", 11, 8, height, width, 1, 1, 0x11, 0)
+    table = b"\xff\xc4" + struct.pack(">HB16sB", 20, 0, bytes([1, *[0] * 15]), 0)
+    scan = b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, 1, 0, 1, 0, 0)
+    return b"\xff\xd8" + frame + table + scan + bytes(-(-width * height // 8)) + b"\xff\xd9"
+
+
+JPEGS = {
+    "4:4:4": lambda: encoded(photograph(), "JPEG", quality=90, subsampling="4:4:4"),
+    "4:2:2": lambda: encoded(photograph(), "JPEG", quality=90, subsampling="4:2:2"),
+    "4:2:0": lambda: encoded(photograph(), "JPEG", quality=90, subsampling="4:2:0"),
+    "progressive": lambda: encoded(photograph(), "JPEG", quality=90, progressive=True),
+    "restarts": lambda: encoded(photograph(), "JPEG", quality=90, restart_marker_blocks=7),
+    "grey": lambda: encoded(photograph().convert("L"), "JPEG", quality=90),
+    "RGB": rgb_jpeg,
+    "CMYK": lambda: encoded(photograph().convert("CMYK"), "JPEG", quality=90),
+    "YCCK": ycck_jpeg,
+    "MPO": lambda: encoded(photograph(), "MPO", quality=90, save_all=True, append_images=[photograph(seed=1)]),
+    "large": lambda: encoded(photograph(2000, 1500), "JPEG", quality=90),
+    "upright": lambda: encoded(photograph(600, 1400), "JPEG", quality=90),
+    "odd sides": lambda: encoded(photograph(1117, 903), "JPEG", quality=90),
+    "small": lambda: encoded(photograph(200, 150), "JPEG", quality=90),
+}
+
+
+@functools.cache
+def jpeg(kind: str) -> bytes:
+    return JPEGS[kind]()
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_scaled_jpeg_shows_the_same_picture_as_plain_pillow(kind: str) -> None:
+    data = jpeg(kind)
+    expected = plain(data)
+    assert psnr(ours(data), expected) > MIN_PSNR
+    # What a wrong decoder would give is told apart by that bound.
+    assert kind == "grey" or psnr(expected[..., ::-1], expected) < MIN_PSNR
+    whole = Image.open(io.BytesIO(data)).convert("RGB")
+    nearest = whole.resize((224, 224), Image.Resampling.NEAREST)
+    assert psnr(np.asarray(nearest), expected) < MIN_PSNR
+    pitch = whole.width / 224
+    box = (0.5 * pitch, 0, 223.5 * pitch, whole.height)
+    shifted = whole.resize((223, 224), Image.Resampling.BICUBIC, box=box)
+    assert psnr(np.asarray(shifted), expected[:, :223]) < MIN_PSNR
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_scaled_jpeg_has_the_header_and_at_least_the_target(kind: str) -> None:
+    data = jpeg(kind)
+    whole = decode(data, LIMITS)
+    for target in (1, 47, 224, 300, 5000):
         header, image = decode(data, LIMITS, target_side=target)
-        assert (header.width, header.height) == (1600, 1200)
-        assert min(image.size) >= min(target, 1200)
+        assert header == whole[0]
+        assert (image.mode, image.info) == ("RGB", {})
+        assert any(image.size == tuple(-(-side // by) for side in whole[1].size) for by in (1, 2, 4, 8))
+        assert min(image.size) >= min(target, *whole[1].size)
+        # Of the sizes there are the smallest that is large enough. Pillow, to which CMYK is left, rounds down.
+        smaller = min(-(-side // 2) for side in image.size)
+        assert smaller < target or max(image.size) * 8 < max(whole[1].size) + 8 or kind in ("CMYK", "YCCK")
+
+
+def test_a_jpeg_that_cannot_become_smaller_is_the_same_with_a_target() -> None:
+    for width, height in [(500, 400), (17, 31), (8, 8), (9, 7), (5, 300), (2, 3), (1, 1), (1, 600)]:
+        for options in ({}, {"subsampling": "4:4:4"}, {"progressive": True}):
+            data = encoded(photograph(width, height), "JPEG", quality=90, **options)
+            scaled = decode_rgb(data, LIMITS, target_side=min(width, height))
+            assert scaled.size == (width, height)
+            assert np.abs(pixels(scaled) - pixels(decode_rgb(data, LIMITS))).max() <= 1
+    for kind in ("CMYK", "YCCK"):
+        assert np.array_equal(
+            pixels(decode_rgb(jpeg(kind), LIMITS, target_side=400)), pixels(decode_rgb(jpeg(kind), LIMITS))
+        )
+
+
+def test_a_large_jpeg_is_decoded_reduced_and_other_formats_whole() -> None:
+    data = encoded(picture(1600, 1200), "JPEG")
     assert decode_rgb(data, LIMITS, target_side=224).size == (400, 300)
     assert decode_rgb(encoded(picture(1600, 1200), "PNG"), LIMITS, target_side=224).size == (1600, 1200)
+    for image_format in sorted(set(EXTENSION_OF_FORMAT) - {"JPEG"}):
+        data = encoded(picture(), image_format)
+        assert np.array_equal(pixels(decode_rgb(data, LIMITS, target_side=8)), pixels(decode_rgb(data, LIMITS)))
 
 
-def test_reduced_decoding_keeps_orientation() -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_scaled_decoding_keeps_orientation(orientation: int) -> None:
     exif = Image.Exif()
-    exif[ORIENTATION] = 8
-    header, image = decode(encoded(picture(1600, 1200), "JPEG", exif=exif), LIMITS, target_side=300)
-    assert ((header.width, header.height), image.size) == ((1200, 1600), (300, 400))
+    exif[ORIENTATION] = orientation
+    stored = photograph(800, 600)
+    header, image = decode(encoded(stored, "JPEG", exif=exif, quality=90), LIMITS, target_side=100)
+    size = (800, 600) if orientation < 5 else (600, 800)
+    assert ((header.width, header.height), image.size) == (size, (size[0] // 4, size[1] // 4))
+    tagged = decode_rgb(encoded(stored, "JPEG", quality=90), LIMITS, target_side=100)
+    tagged.getexif()[ORIENTATION] = orientation
+    assert np.array_equal(pixels(image), pixels(ImageOps.exif_transpose(tagged)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_square_is_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = encoded(photograph(1003, 759), "JPEG", exif=exif, quality=90)
+    whole = decode_rgb(data, LIMITS)
+    expected = np.asarray(whole.resize((100, 100), Image.Resampling.BICUBIC))
+    assert psnr(ours(data, 100), expected) > MIN_PSNR
+    picture = decode_picture(data, LIMITS, target_side=100)
+    assert np.array_equal(pixels(upright(picture)), pixels(decode_rgb(data, LIMITS, target_side=100)))
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("width", "height"), [(1000, 760), (760, 1000), (1117, 903), (300, 240), (100, 80), (80, 80)])
+def test_a_square_may_be_the_middle(image_format: str, width: int, height: int) -> None:
+    image = photograph(width, height)
+    data = encoded(image, image_format, **({"quality": 90} if image_format == "JPEG" else {}))
+    side, whole = min(width, height), Image.open(io.BytesIO(data))
+    box = ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2)
+    expected = np.asarray(whole.resize((96, 96), Image.Resampling.BICUBIC, box=box))
+    square = to_square(decode_picture(data, LIMITS, target_side=96), 96, crop=True)
+    assert (square.shape, square.dtype, square.flags.c_contiguous) == ((3, 96, 96), np.uint8, True)
+    assert psnr(square.transpose(1, 2, 0), expected) > 30  # up to one pixel aside
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (49, 103), (224, 224), (223, 225), (300, 900), (3000, 70)])
+def test_a_square_is_pillows_bicubic(size: tuple[int, int]) -> None:
+    image = photograph(*size)
+    for side in (8, 50, 224):
+        square = to_square(decode_picture(encoded(image, "PNG"), LIMITS, target_side=side), side).transpose(1, 2, 0)
+        error = square.astype(np.int64) - pixels(image.resize((side, side), Image.Resampling.BICUBIC))
+        assert np.mean(error**2) < 0.33  # 53 dB: rounding, and between the passes
+        assert np.abs(error).max() <= 8
+
+
+def test_a_jpeg_that_cannot_be_scaled_comes_whole() -> None:
+    data = lossless_jpeg(600, 400)
+    scaled, whole = decode_rgb(data, LIMITS, target_side=50), decode_rgb(data, LIMITS)
+    assert scaled.getcolors() == whole.getcolors() == [(600 * 400, (128, 128, 128))]
+
+
+def outcome(data: bytes, target: int | None) -> str:
+    """The rejection, or the size of the image that is accepted."""
+    try:
+        return str(decode(data, LIMITS, target_side=target)[0])
+    except ImageRejected as rejected:
+        return str(rejected)
+
+
+@pytest.mark.parametrize("kind", ["4:4:4", "4:2:0", "progressive", "restarts", "grey", "CMYK", "MPO"])
+def test_a_target_changes_nothing_of_what_is_accepted_and_why_not(kind: str) -> None:
+    data = np.frombuffer(jpeg(kind), np.uint8)
+    header = sum(map(len, segments(data.tobytes())[:-1]))
+    outcomes = []
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        damaged = data.copy()
+        match seed % 4:
+            case 0:  # cut off anywhere, in one of three in the last bytes
+                length = generator.integers(3, len(data)) if seed % 3 else len(data) - generator.integers(1, 40)
+                damaged = damaged[:length]
+            case 1:  # bytes of the header
+                damaged[generator.integers(2, header, 2)] = generator.integers(0, 256, 2)
+            case 2:  # bytes of the pixels
+                damaged[generator.integers(header, len(data), 3)] = generator.integers(0, 256, 3)
+            case 3:  # a hole
+                start = generator.integers(2, len(data))
+                damaged = np.delete(damaged, slice(start, start + generator.integers(1, 2000)))
+        expected = outcome(damaged.tobytes(), None)
+        outcomes.append(expected)
+        assert outcome(damaged.tobytes(), 100) == expected, seed
+    accepted = sum(text.startswith("ImageHeader") for text in outcomes)
+    assert 3 < accepted < 40
+
+
+def test_a_target_does_not_decode_pixels_before_the_limits_hold() -> None:
+    data = encoded(picture(), "JPEG")
+    frame = data.index(b"\xff\xc0")
+    for width, height, reason in [
+        (65_000, 65_000, RejectReason.TOO_MANY_PIXELS),
+        (65_000, 1_000, RejectReason.TOO_MANY_PIXELS),
+        (5_000, 5_000, RejectReason.TRUNCATED),
+        (5, 5_000, RejectReason.TOO_SMALL),
+    ]:
+        claimed = data[: frame + 5] + struct.pack(">HH", height, width) + data[frame + 9 : -2]
+        with pytest.raises(ImageRejected) as caught:
+            decode_rgb(claimed, ImageLimits(min_side=16), target_side=8)
+        assert caught.value.reason == reason
+
+
+def test_scaled_decoding_gives_the_same_pixels_from_any_thread() -> None:
+    data = [jpeg(kind) for kind in ("4:2:0", "progressive", "grey", "RGB")] * 16
+    expected = [ours(one).tobytes() for one in data[:4]] * 16
+    with ThreadPoolExecutor(4) as threads:
+        assert [pixels.tobytes() for pixels in threads.map(ours, data)] == expected
 
 
 # --- limits and bad bytes

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.bench import contests, mixture, similarity
+from pipelines.bench import contests, decoding, mixture, similarity
 
 SCALE = 100
 
@@ -84,3 +84,16 @@ def test_a_mixture_has_its_copies_and_clusters() -> None:
     assert np.allclose(np.linalg.norm(matrix.astype(np.float32), axis=1), 1, atol=2e-3)
     nearest = (matrix.astype(np.float32) @ matrix.astype(np.float32).T - 2 * np.eye(3000)).max(axis=1)
     assert 0.05 < (nearest > 0.75).mean() < 0.3  # copies and their originals
+
+
+def test_decoding_is_measured_on_drawn_photographs_and_on_ones_own(tmp_path: Path) -> None:
+    drawn = decoding.draw(500, 400, np.random.default_rng(0))
+    assert drawn.size == (500, 400)
+    drawn.save(tmp_path / "mine.jpg", quality=decoding.QUALITY)
+    assert 40_000 < (tmp_path / "mine.jpg").stat().st_size < 90_000  # as a photograph of that size
+    for folder, size in ((None, (300, 240)), (str(tmp_path), (560, 480))):
+        (row,) = decoding.bench(scale=8, repeats=1, folder=folder, sizes=[size])
+        assert (row.width, row.height) == size
+        assert min(row.ours, row.plain, row.draft, row.bytes_per_image) > 0
+        assert (row.psnr_worst > 53) == (size == (300, 240))  # the other one is scaled while it is decoded
+        assert row.psnr_worst > 38
