@@ -40,7 +40,7 @@ from curation import command, ingest, records, storage
 from curation.config import Settings, load, parse_section, resolved_toml
 from curation.embedders import Embedder, EmbedderConfig, load_embedder
 from curation.errors import ConfigError
-from curation.images import ImageLimits, decode_rgb
+from curation.images import ImageLimits, decode_picture, upright
 from curation.ingest import IngestConfig
 from curation.prefetch import Meter, prefetch
 from curation.runner import Runner, Shard
@@ -167,9 +167,9 @@ def prepared(
         row, data = read
         started = time.thread_time()
         shape = embedder.shape(row["width"], row["height"])
-        picture = decode_rgb(data, limits, target_side=max(min(shape), config.thumbnail_side))
+        picture = decode_picture(data, limits, target_side=max(min(shape), config.thumbnail_side))
         pixels = embedder.preprocess(picture, shape)
-        thumbnail = encode_thumbnail(picture, config.thumbnail_side) if config.thumbnail_side else None
+        thumbnail = encode_thumbnail(upright(picture), config.thumbnail_side) if config.thumbnail_side else None
         return Prepared(pixels, thumbnail, time.thread_time() - started)
 
     threads = config.decode_threads

@@ -26,7 +26,6 @@ from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,6 +34,7 @@ from curation import backbone, efficientnet, sscd, weights
 from curation.config import Settings
 from curation.devices import require_device
 from curation.errors import DeviceError, InputError, WeightsError
+from curation.images import Picture, to_shape
 from curation.sscd import generalized_mean
 
 ModelName = Literal[
@@ -67,9 +67,6 @@ Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
 # Means and standard deviations of red, green and blue, in units of 0..255.
 IMAGENET_NORMALIZATION: Normalization = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # cited: DINOv2, SSCD
 LITE_NORMALIZATION: Normalization = ((127.0,) * 3, (128.0,) * 3)  # cited: efficientnet_lite_builder.py
-# Beyond three times the target Pillow first shrinks by plain averaging, which is faster. Measured on 3,286 pictures of
-# the demo data: no share of `pipelines.concepts` moved by one neighbour.
-REDUCING_GAP = 3.0
 # The longest pictures that keep their aspect ratio. Assumed: a line of text is longer, no photograph is.
 MAX_ASPECT = 4.0
 # Batches that are on the device at a time: one that is computed while the next is copied.
@@ -198,16 +195,9 @@ class Embedder:
         rows, columns = (max(1, round(side / patch * root)) for root in (aspect**-0.5, aspect**0.5))
         return rows * patch, columns * patch
 
-    def preprocess(self, image: Image.Image, shape: tuple[int, int] | None = None) -> np.ndarray:
-        """One RGB picture as the model will see it: uint8 (3, H, W). `shape`: (H, W); by default that of its size."""
-        assert image.mode == "RGB", f"an embedder reads RGB, not {image.mode}"
-        height, width = shape or self.shape(*image.size)
-        if self.config.resize == "center_crop":
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
-        resized = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
-        return np.asarray(resized).transpose(2, 0, 1)
+    def preprocess(self, picture: Picture, shape: tuple[int, int]) -> np.ndarray:
+        """One picture as the model will see it: uint8 (3, H, W). `shape`: (H, W), for most models that of its size."""
+        return to_shape(picture, shape, crop=self.config.resize == "center_crop")
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
         """Vectors of preprocessed pictures of one shape: uint8 (N, 3, H, W) to float32 (N, D) of unit length.
@@ -234,7 +224,7 @@ class Embedder:
     @torch.inference_mode()
     def _launch(self, batch: np.ndarray) -> Tensor:
         assert batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[1] == 3, (batch.dtype, batch.shape)
-        pixels = torch.from_numpy(np.ascontiguousarray(batch))
+        pixels = torch.from_numpy(batch.copy())  # whatever its strides
         if self.config.compile and len(pixels) < self.config.batch_size:
             missing = self.config.batch_size - len(pixels)
             pixels = torch.cat([pixels, pixels.new_zeros((missing, *pixels.shape[1:]))])

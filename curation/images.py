@@ -105,6 +105,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# The orientations whose width is the height of what is stored.
+_SIDEWAYS = frozenset({5, 6, 7, 8})
 
 
 class ImageLimits(Settings):
@@ -197,7 +199,7 @@ def read_header(data: bytes, limits: ImageLimits) -> ImageHeader:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A decoded image as an array, for `to_square` and `upright`."""
+    """A decoded image as an array, for `to_shape` and `upright`."""
 
     pixels: NDArray[np.uint8]
     """(H, W, 3), RGB, rows as stored: not turned upright yet."""
@@ -207,6 +209,12 @@ class Picture:
     """The same of H."""
     orientation: int
     """By EXIF; 1 is upright."""
+
+    @classmethod
+    def of(cls, image: Image.Image) -> "Picture":
+        """An RGB image that is upright."""
+        assert image.mode == "RGB", image.mode
+        return cls(np.array(image), *image.size, orientation=1)
 
 
 def decode_rgb(data: bytes, limits: ImageLimits, *, target_side: int | None = None) -> Image.Image:
@@ -241,8 +249,8 @@ def upright(picture: Picture) -> Image.Image:
     return _turned(Image.fromarray(picture.pixels), picture.orientation)
 
 
-def to_square(picture: Picture, side: int, *, crop: bool = False) -> NDArray[np.uint8]:
-    """The picture, upright, as the square that a model sees, (3, side, side): all of it, or with `crop` its middle.
+def to_shape(picture: Picture, shape: tuple[int, int], *, crop: bool = False) -> NDArray[np.uint8]:
+    """The picture, upright, at the `shape` (H, W) that a model sees, (3, H, W): all, or with `crop` its middle square.
 
     Bicubic with antialiasing, as `Image.resize` does it, but in vector instructions: from a picture that was decoded
     whole, 53 dB or more (PSNR) from Pillow's. From a JPEG that was scaled while it was decoded, on photographs of
@@ -258,12 +266,13 @@ def to_square(picture: Picture, side: int, *, crop: bool = False) -> NDArray[np.
         left, top = int(width - shorter) // 2, int(height - shorter) // 2
         width = height = shorter
         pixels = pixels[top : top + math.ceil(shorter), left : left + math.ceil(shorter)]
-    # The part of the last row and column that is no picture goes beyond the square. The millionth keeps the number of
+    rows, columns = shape[::-1] if picture.orientation in _SIDEWAYS else shape
+    # The part of the last row and column that is no picture goes beyond the shape. The millionth keeps the number of
     # rows and columns from being rounded down below it.
-    scales = [side / length * (1 + 1e-6) for length in (height, width)]
+    scales = [rows / height * (1 + 1e-6), columns / width * (1 + 1e-6)]
     whole = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    square = functional.interpolate(whole, scale_factor=scales, mode="bicubic", antialias=True)[0].numpy()
-    return _turned_square(square[:, :side, :side], picture.orientation)
+    shaped = functional.interpolate(whole, scale_factor=scales, mode="bicubic", antialias=True)[0].numpy()
+    return _turned_pixels(shaped[:, :rows, :columns], picture.orientation)
 
 
 def check_length(data: bytes, limits: ImageLimits) -> None:
@@ -332,15 +341,15 @@ def _turned(pixels: Image.Image, orientation: int) -> Image.Image:
     return pixels
 
 
-def _turned_square(square: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """The same for a square (3, S, S)."""
-    if orientation in (5, 6, 7, 8):
-        square = square.transpose(0, 2, 1)
+def _turned_pixels(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """The same for pixels (3, H, W)."""
+    if orientation in _SIDEWAYS:
+        pixels = pixels.transpose(0, 2, 1)
     if orientation in (3, 4, 7, 8):
-        square = square[:, ::-1]
+        pixels = pixels[:, ::-1]
     if orientation in (2, 3, 6, 7):
-        square = square[:, :, ::-1]
-    return np.ascontiguousarray(square)
+        pixels = pixels[:, :, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
@@ -405,7 +414,7 @@ def _stored_header(image: ImageFile.ImageFile) -> ImageHeader:
 
 
 def _upright_header(header: ImageHeader, orientation: int) -> ImageHeader:
-    return replace(header, width=header.height, height=header.width) if orientation in (5, 6, 7, 8) else header
+    return replace(header, width=header.height, height=header.width) if orientation in _SIDEWAYS else header
 
 
 def _orientation(read_exif: Callable[[], Image.Exif]) -> int:

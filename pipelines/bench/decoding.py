@@ -1,6 +1,6 @@
 """How fast is a photograph decoded and resized for a model, and is it the same picture?
 
-Ours is `images.decode_picture` and `images.to_square`; the peers are Pillow as most loaders use it, `open`,
+Ours is `images.decode_picture` and `images.to_shape`; the peers are Pillow as most loaders use it, `open`,
 `convert("RGB")`, `resize` with the bicubic filter, and the same after `draft`. Each runs in a process of its own, since
 what one leaves in the allocator changes how long the next takes, and on one thread; processor time counts.
 
@@ -112,7 +112,7 @@ def rate(name: str, folder: str) -> float:
 
 def ours(data: bytes) -> NDArray[np.uint8]:
     """One JPEG as a model sees it, (3, SIDE, SIDE)."""
-    return images.to_square(images.decode_picture(data, LIMITS, target_side=SIDE), SIDE)
+    return images.to_shape(images.decode_picture(data, LIMITS, target_side=SIDE), (SIDE, SIDE))
 
 
 def plain(data: bytes) -> NDArray[np.uint8]:

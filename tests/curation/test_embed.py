@@ -18,6 +18,7 @@ from PIL import Image
 from curation import backbone, embed, ingest, progress, storage, vectors
 from curation.config import parse
 from curation.embed import EmbedConfig
+from curation.images import Picture
 from curation.ingest import IngestConfig
 from curation.ray_runner import RayRunner
 from curation.runner import InlineRunner
@@ -107,7 +108,8 @@ def test_pictures_keep_their_aspect_ratio_by_the_stated_rule(weights: str) -> No
         wanted = min(max(width / height, 0.25), 4)
         assert columns / rows == pytest.approx(wanted, rel=0.12)
     assert embedder.shape(500, 500) == (224, 224)
-    assert embedder.preprocess(Image.new("RGB", (300, 100))).shape == (3, *embedder.shape(300, 100))
+    shape = embedder.shape(300, 100)
+    assert embedder.preprocess(Picture.of(Image.new("RGB", (300, 100))), shape).shape == (3, *shape)
     square = embed.load_embedder(config(weights).embedder)
     assert square.shape(300, 100) == (64, 64)
 

@@ -21,7 +21,7 @@ from curation.images import (
     decode_picture,
     decode_rgb,
     read_header,
-    to_square,
+    to_shape,
     upright,
 )
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Imag
 
 LIMITS = ImageLimits(min_side=1)
 ORIENTATION = 0x0112
-# Decibels between a JPEG scaled by `decode_rgb` and `to_square` and the same by plain Pillow.
+# Decibels between a JPEG scaled by `decode_rgb` and `to_shape` and the same by plain Pillow.
 MIN_PSNR = 42.0
 
 
@@ -301,7 +301,7 @@ def plain(data: bytes, side: int = 224) -> NDArray[np.uint8]:
 
 
 def ours(data: bytes, side: int = 224) -> NDArray[np.uint8]:
-    return to_square(decode_picture(data, LIMITS, target_side=side), side).transpose(1, 2, 0)
+    return to_shape(decode_picture(data, LIMITS, target_side=side), (side, side)).transpose(1, 2, 0)
 
 
 def segments(data: bytes) -> list[bytes]:
@@ -445,7 +445,7 @@ def test_a_square_may_be_the_middle(image_format: str, width: int, height: int) 
     side, whole = min(width, height), Image.open(io.BytesIO(data))
     box = ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2)
     expected = np.asarray(whole.resize((96, 96), Image.Resampling.BICUBIC, box=box))
-    square = to_square(decode_picture(data, LIMITS, target_side=96), 96, crop=True)
+    square = to_shape(decode_picture(data, LIMITS, target_side=96), (96, 96), crop=True)
     assert (square.shape, square.dtype, square.flags.c_contiguous) == ((3, 96, 96), np.uint8, True)
     assert psnr(square.transpose(1, 2, 0), expected) > 30  # up to one pixel aside
 
@@ -454,7 +454,8 @@ def test_a_square_may_be_the_middle(image_format: str, width: int, height: int) 
 def test_a_square_is_pillows_bicubic(size: tuple[int, int]) -> None:
     image = photograph(*size)
     for side in (8, 50, 224):
-        square = to_square(decode_picture(encoded(image, "PNG"), LIMITS, target_side=side), side).transpose(1, 2, 0)
+        picture = decode_picture(encoded(image, "PNG"), LIMITS, target_side=side)
+        square = to_shape(picture, (side, side)).transpose(1, 2, 0)
         error = square.astype(np.int64) - pixels(image.resize((side, side), Image.Resampling.BICUBIC))
         assert np.mean(error**2) < 0.33  # 53 dB: rounding, and between the passes
         assert np.abs(error).max() <= 8
