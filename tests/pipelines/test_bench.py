@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.bench import contests, decoding, mixture, similarity
+from curation import ingest
+from pipelines.bench import contests, decoding, embedding, mixture, similarity
 
 SCALE = 100
 
@@ -97,3 +99,16 @@ def test_decoding_is_measured_on_drawn_photographs_and_on_ones_own(tmp_path: Pat
         assert min(row.ours, row.plain, row.draft, row.bytes_per_image) > 0
         assert (row.psnr_worst > 53) == (size == (300, 240))  # the other one is scaled while it is decoded
         assert row.psnr_worst > 38
+
+
+def test_the_stage_is_held_against_its_halves(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    measured = embedding.rates("vit_tiny_patch16", 6, 1)
+    assert measured.keys() == {"stage", "decoding", "model"} and min(measured.values()) > 0
+    folder = str(tmp_path)
+    assert embedding.make(folder, 30, (64, 48))["images"] == 30
+    assert len(ingest.read_images(f"{folder}/ingest")) == 30, "all are different"
+    peak = embedding.memory(folder)["peak"]
+    torch.set_num_threads(threads)
+    text = shown(embedding.tables([embedding.Rates("vit", 8.0, 20.0, 10.0)], {30: peak}))
+    assert "0.80" in text and "30" in text

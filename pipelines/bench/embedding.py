@@ -1,0 +1,184 @@
+"""Is the embedding stage as fast as the slower of its halves, and is its memory flat?
+
+The pictures are drawn photographs (decoding.py), JPEGs in tars that ingest has listed. The stage takes them to vectors
+on disk; against it stand its halves alone, on the same pictures with the same threads: reading, decoding and resizing
+into pixels that nobody uses, and the model on pixels in memory. Loading the model counts nowhere. All run in one
+process, by turns. Memory is that of a process that embeds small pictures with a small model, a thousand and many.
+
+    python -m pipelines.bench.embedding rates '{"name": "vit_small_patch14", "num_images": 64, "repeats": 3}'
+
+prints as JSON what it measured.
+"""
+
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from curation import backbone, embed, ingest, storage
+from curation.config import parse
+from curation.embed import EmbedConfig
+from curation.embedders import load_embedder, split_name
+from curation.images import ImageLimits
+from curation.ingest import IngestConfig
+from curation.prefetch import Meter
+from curation.runner import InlineRunner, Shard
+from curation.sources import SourceConfig
+from pipelines.bench import contests, decoding
+
+NAME = "embed"
+# Model, pictures of 500 x 400.
+MODELS = (("efficientnet_lite0", 320), ("vit_small_patch14", 128))
+PHOTOGRAPH, SMALL = (500, 400), (64, 64)
+TO_REACH = 0.9
+THREADS = 2
+# Pictures that are drawn; the others are these at another quality.
+NUM_DRAWN = 16
+IMAGES_PER_TAR = 1000
+NUM_IMAGES = (1_000, 50_000)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Images per second of one model."""
+
+    name: str
+    stage: float
+    decoding: float
+    model: float
+
+    @property
+    def ratio(self) -> float:
+        """The stage by the slower of its halves."""
+        return self.stage / min(self.decoding, self.model)
+
+
+def bench(*, scale: int = 1, repeats: int | None = None) -> tuple[list[Rates], dict[int, float]]:
+    """The rates of MODELS, medians of `repeats` runs (default 3), and the peak of memory by the number of images.
+
+    Numbers of images are divided by `scale`.
+    """
+    rates = []
+    for name, num_images in MODELS:
+        found = _in_process("rates", name=name, num_images=max(1, num_images // scale), repeats=repeats or 3)
+        rates.append(Rates(name, found["stage"], found["decoding"], found["model"]))
+    peaks = {}
+    for num_images in NUM_IMAGES:
+        number = max(1, num_images // scale)
+        with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
+            _in_process("make", folder=folder, num_images=number, size=SMALL)
+            peaks[number] = _in_process("memory", folder=folder)["peak"]
+    return rates, peaks
+
+
+def tables(rates: list[Rates], peaks: dict[int, float]) -> list[Table]:
+    """What `bench` gave."""
+    speed = Table(
+        title=f"The embedding stage, photographs of {PHOTOGRAPH[0]} x {PHOTOGRAPH[1]} to vectors, images/s",
+        title_justify="left",
+    )
+    for column in ("model", "stage", "decoding alone", "model alone", "stage by the slower", "to reach"):
+        speed.add_column(column, justify="left" if column == "model" else "right")
+    for row in rates:
+        numbers = (f"{number:.1f}" for number in (row.stage, row.decoding, row.model))
+        speed.add_row(row.name, *numbers, f"{row.ratio:.2f}", f"{TO_REACH}")
+    memory = Table(title="Its memory, of which the model has a part", title_justify="left")
+    for column in ("images", "peak MB"):
+        memory.add_column(column, justify="right")
+    for number, peak in peaks.items():
+        memory.add_row(f"{number:,}", f"{peak / 1e6:,.0f}")
+    return [speed, memory]
+
+
+def rates(name: str, num_images: int, repeats: int) -> dict[str, float]:
+    """Images per second of the stage and of its halves."""
+    limits = ImageLimits()
+    with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
+        make(folder, num_images, PHOTOGRAPH)
+        config = _config(folder, name, image_size=224, pooling="gem" if name == "efficientnet_lite0" else "cls")
+        (images,) = storage.require_manifest(storage.join(folder, "ingest")).files("images")
+        shard = Shard("00000", storage.join(folder, "ingest", images), num_images)
+        work, embedder = embed.make_worker(config, limits, folder), load_embedder(config.embedder)
+        rows, size = embed.rows_of(shard.work), config.embedder.batch_size
+
+        def decode() -> list[np.ndarray]:
+            return [picture.pixels for picture in embed.prepared(config, embedder, limits, rows, Meter())]
+
+        pixels = decode()
+        batches = [np.stack(pixels[start : start + size]) for start in range(0, num_images, size)]
+        halves: dict[str, Callable[[], Any]] = {
+            "stage": lambda: work(shard),
+            "decoding": decode,
+            "model": lambda: list(embedder.embed_batches(batches)),
+        }
+        seconds: dict[str, list[float]] = {half: [] for half in halves}
+        for _ in range(repeats):
+            for half, run in halves.items():
+                started = time.perf_counter()
+                run()
+                seconds[half].append(time.perf_counter() - started)
+    return {half: num_images / statistics.median(runs) for half, runs in seconds.items()}
+
+
+def memory(folder: str) -> dict[str, float]:
+    """The peak of memory of embedding what `make` made, beyond what imports take."""
+    config = _config(folder, "vit_tiny_patch16", image_size=32, pooling="cls")
+    before = contests.memory("VmRSS")
+    embed.run(config, storage.join(folder, "ingest"), storage.join(folder, "embed"), InlineRunner())
+    return {"peak": contests.memory("VmHWM") - before}
+
+
+def make(folder: str, num_images: int, size: tuple[int, int]) -> dict[str, float]:
+    """JPEGs of that width and height in tars, all different, and their finished ingest in `ingest/`."""
+    generator = np.random.default_rng(0)
+    drawn = [decoding.draw(*size, generator) for _ in range(min(NUM_DRAWN, num_images))]
+    for first in range(0, num_images, IMAGES_PER_TAR):
+        with tarfile.open(Path(folder, f"{first:07d}.tar"), "w") as tar:
+            for number in range(first, min(first + IMAGES_PER_TAR, num_images)):
+                drawn[number % NUM_DRAWN].save(data := io.BytesIO(), "JPEG", quality=90, comment=f"picture {number}")
+                header = tarfile.TarInfo(f"{number:07d}.jpg")
+                header.size = data.tell()
+                data.seek(0)
+                tar.addfile(header, data)
+    source = SourceConfig(name="drawn", path=folder, role="pool", layout="webdataset")
+    ingest.run(IngestConfig(sources=(source,)), storage.join(folder, "ingest"), InlineRunner())
+    return {"images": float(num_images)}
+
+
+def _config(folder: str, name: str, **embedder: Any) -> EmbedConfig:
+    """Fresh weights of a Vision Transformer compute as long as any."""
+    chosen: dict[str, Any] = {"name": name, **embedder}
+    if vit := split_name(name):
+        chosen["weights"] = storage.join(folder, "weights.pth")
+        model = backbone.build(vit[0], patch_size=vit[1], image_size=embedder["image_size"])
+        torch.save(model.state_dict(), chosen["weights"])
+    values = {"embedder": chosen, "threads_per_worker": THREADS, "decode_threads": THREADS}
+    return parse(EmbedConfig, values, origin="benchmark")
+
+
+WORKS: dict[str, Callable[..., dict[str, float]]] = {work.__name__: work for work in (rates, memory, make)}
+
+
+def _in_process(work: str, **arguments: Any) -> dict[str, float]:
+    command = [sys.executable, "-m", "pipelines.bench.embedding", work, json.dumps(arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError(f"The benchmark's {work} ended with status {finished.returncode}:\n{finished.stderr}")
+    measured: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
+    return measured
+
+
+if __name__ == "__main__":
+    print(json.dumps(WORKS[sys.argv[1]](**json.loads(sys.argv[2]))))
