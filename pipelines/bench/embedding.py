@@ -1,9 +1,10 @@
 """Is the embedding stage as fast as the slower of its halves, and is its memory flat?
 
 The pictures are drawn photographs (decoding.py), JPEGs in tars that ingest has listed. The stage takes them to vectors
-on disk; against it stand its halves alone, on the same pictures with the same threads: reading, decoding and resizing
-into pixels that nobody uses, and the model on pixels in memory. Loading the model counts nowhere. All run in one
-process, by turns. Memory is that of a process that embeds small pictures with a small model, a thousand and many.
+on disk; against it stand its halves alone, on the same pictures by the same workers: reading, decoding and resizing
+into pixels that nobody uses, and the model on pixels in memory. Loading the model counts nowhere. All are run by turns,
+by one worker for each of two cores. Memory is that of a process that embeds small pictures with a small model, a
+thousand and many.
 
     python -m pipelines.bench.embedding rates '{"name": "vit_small_patch14", "num_images": 64, "repeats": 3}'
 
@@ -12,11 +13,13 @@ prints as JSON what it measured.
 
 import io
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,11 +42,12 @@ from curation.sources import SourceConfig
 from pipelines.bench import contests, decoding
 
 NAME = "embed"
-# Model, pictures of 500 x 400.
-MODELS = (("efficientnet_lite0", 320), ("vit_small_patch14", 128))
+# Model, and photographs for each worker.
+MODELS = (("efficientnet_lite0", 256), ("vit_small_patch14", 64))
 PHOTOGRAPH, SMALL = (500, 400), (64, 64)
 TO_REACH = 0.9
-THREADS = 2
+SMALL_MODEL = "vit_tiny_patch16"
+WORKERS = 2
 # Pictures that are drawn; the others are these at another quality.
 NUM_DRAWN = 16
 IMAGES_PER_TAR = 1000
@@ -103,38 +107,51 @@ def tables(rates: list[Rates], peaks: dict[int, float]) -> list[Table]:
 
 
 def rates(name: str, num_images: int, repeats: int) -> dict[str, float]:
-    """Images per second of the stage and of its halves."""
-    limits = ImageLimits()
+    """Images per second of the stage and of its halves: of WORKERS processes with one thread each, as Ray runs them."""
+    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
         make(folder, num_images, PHOTOGRAPH)
-        config = _config(folder, name, image_size=224, pooling="gem" if name == "efficientnet_lite0" else "cls")
-        (images,) = storage.require_manifest(storage.join(folder, "ingest")).files("images")
-        shard = Shard("00000", storage.join(folder, "ingest", images), num_images)
-        work, embedder = embed.make_worker(config, limits, folder), load_embedder(config.embedder)
-        rows, size = embed.rows_of(shard.work), config.embedder.batch_size
+        _config(folder, name)
+        with context.Manager() as manager, context.Pool(WORKERS) as pool:
+            together = manager.Barrier(WORKERS, timeout=600)
+            seconds = pool.starmap(_half_by_half, [(folder, name, repeats, together)] * WORKERS, chunksize=1)
+    # The slower worker of each run counts.
+    runs = {half: [max(both) for both in zip(*(own[half] for own in seconds), strict=True)] for half in seconds[0]}
+    return {half: WORKERS * num_images / statistics.median(own) for half, own in runs.items()}
 
-        def decode() -> list[np.ndarray]:
-            return [picture.pixels for picture in embed.prepared(config, embedder, limits, rows, Meter())]
 
-        pixels = decode()
-        batches = [np.stack(pixels[start : start + size]) for start in range(0, num_images, size)]
-        halves: dict[str, Callable[[], Any]] = {
-            "stage": lambda: work(shard),
-            "decoding": decode,
-            "model": lambda: list(embedder.embed_batches(batches)),
-        }
-        seconds: dict[str, list[float]] = {half: [] for half in halves}
-        for _ in range(repeats):
-            for half, run in halves.items():
-                started = time.perf_counter()
-                run()
-                seconds[half].append(time.perf_counter() - started)
-    return {half: num_images / statistics.median(runs) for half, runs in seconds.items()}
+def _half_by_half(folder: str, name: str, repeats: int, together: threading.Barrier) -> dict[str, list[float]]:
+    """Seconds of each run of the stage, of decoding and of the model, each begun by all workers together."""
+    limits, config = ImageLimits(), _config(folder, name)
+    (images,) = storage.require_manifest(storage.join(folder, "ingest")).files("images")
+    output = tempfile.mkdtemp(dir=folder)
+    work, embedder = embed.make_worker(config, limits, output), load_embedder(config.embedder)
+    rows, size = embed.rows_of(storage.join(folder, "ingest", images)), config.embedder.batch_size
+    shard = Shard("00000", storage.join(folder, "ingest", images), len(rows))
+
+    def decode() -> list[np.ndarray]:
+        return [picture.pixels for picture in embed.prepared(config, embedder, limits, rows, Meter())]
+
+    pixels = decode()
+    batches = [np.stack(pixels[start : start + size]) for start in range(0, len(rows), size)]
+    halves: dict[str, Callable[[], Any]] = {
+        "stage": lambda: work(shard),
+        "decoding": decode,
+        "model": lambda: list(embedder.embed_batches(batches)),
+    }
+    seconds: dict[str, list[float]] = {half: [] for half in halves}
+    for _ in range(repeats):
+        for half, run in halves.items():
+            together.wait()
+            started = time.perf_counter()
+            run()
+            seconds[half].append(time.perf_counter() - started)
+    return seconds
 
 
 def memory(folder: str) -> dict[str, float]:
     """The peak of memory of embedding what `make` made, beyond what imports take."""
-    config = _config(folder, "vit_tiny_patch16", image_size=32, pooling="cls")
+    config = _config(folder, SMALL_MODEL)
     before = contests.memory("VmRSS")
     embed.run(config, storage.join(folder, "ingest"), storage.join(folder, "embed"), InlineRunner())
     return {"peak": contests.memory("VmHWM") - before}
@@ -157,15 +174,17 @@ def make(folder: str, num_images: int, size: tuple[int, int]) -> dict[str, float
     return {"images": float(num_images)}
 
 
-def _config(folder: str, name: str, **embedder: Any) -> EmbedConfig:
-    """Fresh weights of a Vision Transformer compute as long as any."""
-    chosen: dict[str, Any] = {"name": name, **embedder}
+def _config(folder: str, name: str) -> EmbedConfig:
+    """The model `name` with fresh weights in `folder`, which compute as long as any."""
+    chosen: dict[str, Any] = {"name": name}
     if vit := split_name(name):
-        chosen["weights"] = storage.join(folder, "weights.pth")
-        model = backbone.build(vit[0], patch_size=vit[1], image_size=embedder["image_size"])
-        torch.save(model.state_dict(), chosen["weights"])
-    values = {"embedder": chosen, "threads_per_worker": THREADS, "decode_threads": THREADS}
-    return parse(EmbedConfig, values, origin="benchmark")
+        chosen |= {"weights": storage.join(folder, "weights.pth"), "image_size": 32 if name == SMALL_MODEL else 224}
+        if not storage.exists(chosen["weights"]):
+            model = backbone.build(vit[0], patch_size=vit[1], image_size=chosen["image_size"])
+            torch.save(model.state_dict(), chosen["weights"])
+    else:
+        chosen["pooling"] = "gem"
+    return parse(EmbedConfig, {"embedder": chosen}, origin="benchmark")
 
 
 WORKS: dict[str, Callable[..., dict[str, float]]] = {work.__name__: work for work in (rates, memory, make)}
