@@ -64,7 +64,9 @@ class EmbedConfig(Settings):
     embedder: EmbedderConfig
     """The model and how it reads a picture."""
     threads_per_worker: int = Field(default=1, ge=1)
-    """Threads of the model in each worker, on a CPU. Part of the plan: sums of another order round differently."""
+    """Threads of the model in each worker, on a CPU. Several workers of one thread are faster than one of several,
+    whose threads wait for the one that decoding holds up (measured: docs/benchmarks.md). Part of the plan: sums of
+    another order round differently."""
     decode_threads: int = Field(default=2, ge=1)
     """Threads of each worker that decode pictures ahead of the model. A GPU wants as many as keep it fed: a core
     decodes some hundred photographs a second."""
