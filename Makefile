@@ -32,7 +32,7 @@ curate: setup  ## Build a corpus: CONFIG=... OUTPUT=... ARGS='--plan', '--replac
 test: setup  ## Run the tests, as CI runs them
 	$(BIN)/python -m pytest -m "not demo and not slow" $(ARGS)
 
-test-slow: setup  ## Run the tests that take minutes and need no data: compiled models, full depth
+test-slow: setup  ## Run the tests that take minutes and need no data: compiled models
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-demo: curate  ## Check the figures of the demo's corpus, on real images

@@ -234,7 +234,9 @@ def command_line(
     stage: Annotated[Literal["embed", "describe"], typer.Option("--stage", help="The section to use.")] = "embed",
     model: Annotated[str | None, typer.Option("--model", help="Without --config: name of the model.")] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="Without --config: its checkpoint.")] = None,
-    layout: Annotated[Layout, typer.Option("--layout", help="How a folder stores its images.")] = "folder",
+    layout: Annotated[
+        Layout | None, typer.Option("--layout", help="Without --config: how a folder stores its images.")
+    ] = None,
     runner: command.RunnerOption = "ray",
     workers: command.WorkersOption = None,
     overrides: command.SetOption = None,
@@ -242,8 +244,8 @@ def command_line(
     replace: command.ReplaceOption = False,
 ) -> None:
     """Embed the images of a finished ingest, or of a folder."""
-    if (config is None) == (model is None):
-        raise ConfigError("Give either --config, or --model with its --weights.")
+    if (config is None) == (model is None) or (config is not None and (weights or layout)):
+        raise ConfigError("Give either --config alone, or --model with its --weights.")
     if config is not None:
         settings = load(EmbedConfig, config, overrides or (), section=stage)
     else:
@@ -257,7 +259,7 @@ def command_line(
     with command.open_runner(runner, workers, gpus_per_worker=settings.embedder.num_gpus) as chosen:
         if storage.read_manifest(images) is None and config is None:
             name = posixpath.basename(images.rstrip("/"))
-            source = SourceConfig(name=name, path=images, role="pool", layout=layout)
+            source = SourceConfig(name=name, path=images, role="pool", layout=layout or "folder")
             images = storage.join(output, "ingest")
             ingest.run(IngestConfig(sources=(source,)), images, chosen, replace=replace)
             output = storage.join(output, stage)

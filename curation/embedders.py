@@ -128,7 +128,7 @@ class EmbedderConfig(Settings):
     gives memory back to the system after every layer."""
     compile: bool = False
     """Whether torch compiles the model: a minute at the start, and on a CPU it needs a C++ compiler. Vectors differ by
-    rounding. Batches are then filled up to `batch_size`, so that one shape is compiled for each shape of pictures."""
+    rounding. Batches are then filled up to `batch_size`, so that one shape is compiled; keep_aspect has too many."""
 
     @property
     def num_gpus(self) -> int:
@@ -162,6 +162,10 @@ class EmbedderConfig(Settings):
             for key in _ONLY_VIT:
                 if (value := getattr(self, key)) is not None:
                     problems.append(f"{key} {value!r} is for Vision Transformers, and {self.name} is none")
+        if self.compile and self.resize == "keep_aspect":  # beyond eight shapes torch silently stops compiling
+            self.compile and self.resize == "keep_aspect"
+        ):  # torch runs what comes after eight shapes uncompiled, silently
+            problems.append("compile is for pictures of one shape, and resize 'keep_aspect' gives many")
         if self.name == "efficientnet_lite0" and self.image_size % efficientnet.STRIDE:
             problems.append(f"image_size {self.image_size} is not a multiple of {efficientnet.STRIDE}")
         if problems:
@@ -196,7 +200,7 @@ class Embedder:
         return rows * patch, columns * patch
 
     def preprocess(self, picture: Picture, shape: tuple[int, int]) -> np.ndarray:
-        """One picture as the model will see it: uint8 (3, H, W). `shape`: (H, W), for most models that of its size."""
+        """One picture as the model will see it: uint8 (3, H, W). `shape`: (H, W), see `shape`."""
         return to_shape(picture, shape, crop=self.config.resize == "center_crop")
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:

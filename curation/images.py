@@ -210,12 +210,6 @@ class Picture:
     orientation: int
     """By EXIF; 1 is upright."""
 
-    @classmethod
-    def of(cls, image: Image.Image) -> "Picture":
-        """An RGB image that is upright."""
-        assert image.mode == "RGB", image.mode
-        return cls(np.array(image), *image.size, orientation=1)
-
 
 def decode_rgb(data: bytes, limits: ImageLimits, *, target_side: int | None = None) -> Image.Image:
     """The image as RGB, upright, by the rules on top of this module, without its metadata.

