@@ -163,8 +163,6 @@ class EmbedderConfig(Settings):
                 if (value := getattr(self, key)) is not None:
                     problems.append(f"{key} {value!r} is for Vision Transformers, and {self.name} is none")
         if self.compile and self.resize == "keep_aspect":  # beyond eight shapes torch silently stops compiling
-            self.compile and self.resize == "keep_aspect"
-        ):  # torch runs what comes after eight shapes uncompiled, silently
             problems.append("compile is for pictures of one shape, and resize 'keep_aspect' gives many")
         if self.name == "efficientnet_lite0" and self.image_size % efficientnet.STRIDE:
             problems.append(f"image_size {self.image_size} is not a multiple of {efficientnet.STRIDE}")
