@@ -15,10 +15,11 @@ Source: Oquab et al., DINOv2 (arXiv 2304.07193); Darcet et al., Vision Transform
 # Calling a torch module is typed Any.
 # mypy: disable-error-code="no-any-return"
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict, overload
+from typing import Literal, NamedTuple, NotRequired, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from curation.errors import ConfigError, InputError
 Name = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"]
 FeedForward = Literal["mlp", "swiglu"]
 PositionInterpolation = Literal["offset", "plain", "antialias"]
+PackedAttention = Literal["grouped", "varlen"]
+Kept = tuple[Sequence[Tensor], Sequence[Tensor]]  # of the two branches of a block: the kept images of each batch
 
 
 @dataclass(frozen=True)
@@ -138,20 +141,67 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+class Packing(NamedTuple):
+    """How the tokens of several batches lie one after another in one matrix (S, D)."""
+
+    shapes: tuple[tuple[int, int], ...]
+    """(images, tokens an image) of each batch."""
+    lengths: tuple[int, ...]
+    """Rows of each batch; their sum is S."""
+
+
+def _pack(groups: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+    """Batches (B, T, D) as one matrix (S, D)."""
+    shapes = tuple((group.shape[0], group.shape[1]) for group in groups)
+    return torch.cat([group.flatten(0, 1) for group in groups]), Packing(shapes, tuple(b * t for b, t in shapes))
+
+
+def _unpack(tokens: Tensor, packing: Packing) -> list[Tensor]:
+    """The matrix (S, C) as batches (B, T, C) again."""
+    parts = torch.split(tokens, list(packing.lengths))
+    return [part.reshape(*shape, -1) for part, shape in zip(parts, packing.shapes, strict=True)]
+
+
 class Attention(nn.Module):
-    """Self-attention over (B, T, D) tokens."""
+    """Self-attention over (B, T, D) tokens; given a packing, over (S, D) tokens, each image's among themselves."""
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.packed: PackedAttention = "grouped"
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        queries, keys, values = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        qkv = self.qkv(x)
+        if packing is None:
+            return self.proj(self._attend(qkv))
+        if self.packed == "varlen":
+            return self.proj(self._attend_varlen(qkv, packing))
+        return self.proj(torch.cat([self._attend(part).flatten(0, 1) for part in _unpack(qkv, packing)]))
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """(B, T, 3D) to (B, T, D)."""
+        queries, keys, values = qkv.reshape(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(queries, keys, values)  # (B, A, T, D/A)
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        return attended.transpose(1, 2).flatten(2)
+
+    def _attend_varlen(self, qkv: Tensor, packing: Packing) -> Tensor:
+        """(S, 3D) to (S, D) in one call for images of any number of tokens."""
+        from torch.nn.attention.varlen import varlen_attn  # on import it looks for a GPU
+
+        queries, keys, values = qkv.reshape(len(qkv), 3, self.num_heads, -1).unbind(1)  # each (S, A, D/A)
+        starts, longest = _starts(packing.shapes, qkv.device), max(tokens for _, tokens in packing.shapes)
+        attended = varlen_attn(queries, keys, values, starts, starts, longest, longest)
+        assert isinstance(attended, Tensor)
+        return attended.flatten(1)
+
+
+@functools.lru_cache(maxsize=16)
+def _starts(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Where each image begins in the matrix, and its end: int32, (images + 1,). Every block asks for the same."""
+    tokens = torch.cat([torch.full((images,), tokens) for images, tokens in shapes])
+    return functional.pad(tokens.cumsum(0), (1, 0)).to(device, torch.int32)
 
 
 class Mlp(nn.Module):
@@ -203,9 +253,34 @@ class Block(nn.Module):
         self.mlp = Mlp(embed_dim) if feed_forward == "mlp" else SwiGlu(embed_dim)
         self.ls2 = LayerScale(embed_dim) if layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: list[Tensor], kept: Kept | None = None) -> list[Tensor]: ...
+    def forward(self, x, kept=None):  # type: ignore[no-untyped-def]  # typed by the overloads
+        if isinstance(x, Tensor):
+            x = x + self.ls1(self.attn(self.norm1(x)))
+            return x + self.ls2(self.mlp(self.norm2(x)))
+        x = _add_branch(x, kept and kept[0], lambda tokens, packing: self.ls1(self.attn(self.norm1(tokens), packing)))
+        return _add_branch(x, kept and kept[1], lambda tokens, packing: self.ls2(self.mlp(self.norm2(tokens))))
+
+
+def _add_branch(
+    groups: list[Tensor], kept: Sequence[Tensor] | None, branch: Callable[[Tensor, Packing], Tensor]
+) -> list[Tensor]:
+    """Add a residual branch to every batch, all of them computed as one matrix.
+
+    With `kept`, it is computed for those images alone and scaled up by how few they are.
+    """
+    chosen = groups if kept is None else [group[rows] for group, rows in zip(groups, kept, strict=True)]
+    tokens, packing = _pack(chosen)
+    parts = _unpack(branch(tokens, packing), packing)
+    if kept is None:
+        return [group + part for group, part in zip(groups, parts, strict=True)]
+    return [
+        group.index_add(0, rows, part.to(group.dtype), alpha=len(group) / len(rows))
+        for group, rows, part in zip(groups, kept, parts, strict=True)
+    ]
 
 
 class VisionTransformer(nn.Module):
@@ -257,10 +332,15 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor, *, is_training: Literal[True], masks: Tensor | None = None) -> Features: ...
     @overload
     def forward(
-        self, x: Sequence[Tensor], *, is_training: Literal[True], masks: Sequence[Tensor | None]
+        self,
+        x: Sequence[Tensor],
+        *,
+        is_training: Literal[True],
+        masks: Sequence[Tensor | None],
+        kept: Sequence[Kept] | None = None,
     ) -> list[Features]: ...
-    def forward(self, x, *, is_training=False, masks=None):  # type: ignore[no-untyped-def]  # typed by the overloads
-        features = self.forward_features(x, masks)
+    def forward(self, x, *, is_training=False, masks=None, kept=None):  # type: ignore[no-untyped-def]  # as above
+        features = self.forward_features(x, masks, kept)
         if is_training:
             return features
         if self.cls_token is None:
@@ -268,23 +348,36 @@ class VisionTransformer(nn.Module):
         return self.head(features["x_norm_clstoken"])
 
     @overload
-    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Features: ...
+    def forward_features(self, x: Tensor, masks: Tensor | None = None, kept: None = None) -> Features: ...
     @overload
-    def forward_features(self, x: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Features]: ...
     def forward_features(
-        self, x: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+        self, x: Sequence[Tensor], masks: Sequence[Tensor | None], kept: Sequence[Kept] | None = None
+    ) -> list[Features]: ...
+    def forward_features(
+        self,
+        x: Tensor | Sequence[Tensor],
+        masks: Tensor | Sequence[Tensor | None] | None = None,
+        kept: Sequence[Kept] | None = None,
     ) -> Features | list[Features]:
         """The tokens of (B, C, H, W) images; where `masks` (B, N) is True, the mask token stands for the patch.
 
-        Batches of several sizes may come as a list, with a list of masks or Nones, and give a list.
+        Batches of several sizes may come as a list, with a list of masks or Nones, and give a list. They go through
+        the blocks together, one matrix product for all. `kept` is stochastic depth: for each block and branch, which
+        images of each batch it is computed for; the rest pass it by.
         """
-        if not isinstance(x, Tensor):
-            assert masks is not None and not isinstance(masks, Tensor), "a list of batches comes with a list of masks"
-            return [self.forward_features(batch, mask) for batch, mask in zip(x, masks, strict=True)]
-        assert masks is None or isinstance(masks, Tensor)
-        tokens = self._embed(x, masks)
-        for block in self.blocks:
-            tokens = block(tokens)
+        if isinstance(x, Tensor):
+            assert (masks is None or isinstance(masks, Tensor)) and kept is None
+            tokens = self._embed(x, masks)
+            for block in self.blocks:
+                tokens = block(tokens)
+            return self._features(tokens, masks)
+        assert masks is not None and not isinstance(masks, Tensor), "a list of batches comes with a list of masks"
+        groups = [self._embed(batch, mask) for batch, mask in zip(x, masks, strict=True)]
+        for index, block in enumerate(self.blocks):
+            groups = block(groups, None if kept is None else kept[index])
+        return [self._features(tokens, mask) for tokens, mask in zip(groups, masks, strict=True)]
+
+    def _features(self, tokens: Tensor, masks: Tensor | None) -> Features:
         cls, registers, patches = self._split(self.norm(tokens))
         features: Features = {
             "x_norm_regtokens": registers,
