@@ -80,8 +80,8 @@ def neighbors(
 def vote(similarities: Tensor, labels: Tensor, num_classes: int, *, temperature: float = 0.07) -> Tensor:
     """Class probabilities (m, C) float32: each neighbour counts exp(cosine / temperature), and all sum to 1.
 
-    similarities, labels: (m, k), of the neighbours. Over fewer of them than were found, as DINOv2's evaluation takes
-    several k from one softmax, the sum is 1 as well; which class has most is the same.
+    similarities, labels: (m, k), of the neighbours. DINOv2's evaluation makes one softmax over the greatest k and sums
+    its first columns for each smaller one: then less than 1 in all, and the same class has most.
     """
     if not temperature > 0:
         raise InputError(f"The temperature is {temperature}; expected more than 0.")

@@ -13,7 +13,7 @@ Source: Oquab et al., DINOv2 (arXiv 2304.07193), and its published code and conf
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, cast
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import torch
 from pydantic import Field
@@ -25,6 +25,8 @@ from curation.errors import ConfigError
 
 HEADS = ("dino_head", "ibot_head")
 EMBEDDINGS = ("cls_token", "pos_embed", "mask_token", "register_tokens", "patch_embed")
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScheduleConfig(Settings):
@@ -67,7 +69,7 @@ class ScheduleConfig(Settings):
 class OptimizerConfig(Settings):
     """AdamW and how its parameters are grouped. The defaults are DINOv2's short recipe."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of the second; PyTorch's default."""

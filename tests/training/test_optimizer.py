@@ -142,8 +142,8 @@ def test_a_warmup_longer_than_the_run_is_refused() -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(ConfigError, match="2 problems"):
-        parse(OptimizerConfig, {"layer_decay": 1.1, "clip_norm": 0.0}, origin="optimizer")
+    with pytest.raises(ConfigError, match="3 problems"):
+        parse(OptimizerConfig, {"layer_decay": 1.1, "clip_norm": 0.0, "betas": [0.9, 1.0]}, origin="optimizer")
 
 
 HEAD = {  # of a ViT that is D wide: hidden 2,048, bottleneck 256, 65,536 prototypes
