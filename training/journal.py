@@ -8,6 +8,7 @@ last of them. After a crash the lines of steps that are done again are dropped, 
 
 import contextlib
 import json
+import math
 import resource
 import time
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Told:
     """What one step has to tell."""
 
     losses: dict[str, Tensor]
-    """`loss` and its parts, of this rank."""
+    """`loss` and its parts, of this rank; none of a step that was skipped."""
     lessons: Sequence[Lesson]
     """What the teacher said."""
     scalars: dict[str, float | Tensor]
@@ -67,10 +68,11 @@ class Journal:
         self._world, self._num_steps, self._log_every = world, num_steps, log_every
         self._batch_size, self._flops_per_image, self._peak_flops = batch_size, flops_per_image, peak_flops
         self._open = contextlib.ExitStack()
+        self._note = ""
         self._advance = None
         if world.is_first:
             _drop_lines_after(self._path, first_step)
-            board = SummaryWriter(str(Path(output, "tensorboard")), purge_step=first_step + 1 if first_step else None)  # type: ignore[no-untyped-call]  # torch's own is untyped
+            board = SummaryWriter(str(Path(output, "tensorboard")), purge_step=first_step + 1 if first_step else None)
             self._board = board
             self._open.callback(board.close)
             self._advance = self._open.enter_context(progress.bar("train", total=num_steps, unit="steps"))
@@ -93,13 +95,14 @@ class Journal:
         for name, value in told.losses.items():
             self._losses[name] = self._losses.get(name, 0) + value
         self._steps += 1
+        self._finite_steps += bool(told.losses)
         self._waited += told.seconds_waited
         write = step % self._log_every == 0 or step == self._num_steps
         line = self._line(told) if write else {}
         if self._advance is not None:
             if write:
                 self._write(step, line)
-                self._note = f"loss {line['loss']:.3f}, {line['images_per_second']:.1f} images/s"
+                self._note = f"loss {line.get('loss', math.nan):.3f}, {line['images_per_second']:.1f} images/s"
             self._advance(1, self._note)
         if write:
             self._start_again()
@@ -112,20 +115,24 @@ class Journal:
 
     def _start_again(self) -> None:
         self._losses: dict[str, Tensor | float] = {}
-        self._steps, self._waited, self._started = 0, 0.0, time.perf_counter()
+        self._steps, self._finite_steps, self._waited, self._started = 0, 0, 0.0, time.perf_counter()
 
     def _line(self, told: Told) -> dict[str, float]:
-        losses = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in self._losses.values()])
-        means = sum_over_ranks(losses) / (self._world.num_ranks * self._steps)
-        line = dict(zip(self._losses, means.tolist(), strict=True))
+        line: dict[str, float] = {}
+        if self._losses:
+            losses = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in self._losses.values()])
+            means = sum_over_ranks(losses) / (self._world.num_ranks * self._finite_steps)
+            line = dict(zip(self._losses, means.tolist(), strict=True))
         line |= {name: float(value) for name, value in told.scalars.items()}
-        line |= spread(told.lessons)
+        if told.losses:
+            line |= spread(told.lessons)
         seconds = time.perf_counter() - self._started
         rate = self._steps * self._batch_size / seconds
         line |= {"images_per_second": rate, "data_wait_share": self._waited / seconds}
         if self._peak_flops is not None:
             line["model_flops_utilization"] = rate * self._flops_per_image / (self._peak_flops * self._world.num_ranks)
-        return line | {"peak_memory_gb": _peak_memory(self._world.device) / 1e9}
+        line |= {"peak_memory_gb": _peak_memory(self._world.device) / 1e9}
+        return {name: value for name, value in line.items() if math.isfinite(value)}  # JSON has no other
 
     def _write(self, step: int, line: dict[str, float]) -> None:
         with self._path.open("a") as file:

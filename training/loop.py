@@ -27,8 +27,10 @@ from torch import Tensor
 
 from curation import progress, storage
 from curation.backbone import VisionTransformer
-from curation.config import Settings
+from curation.config import Settings, resolved_toml
 from curation.errors import ConfigError, InputError, TrainingError, UserError
+from curation.runner import InlineRunner
+from curation.weights import SavedLayout
 from training import checkpoint, data, distributed, export, masking, optimizer
 from training.augment import AugmentConfig
 from training.checkpoint import CheckpointConfig
@@ -110,12 +112,12 @@ class TrainConfig(Settings):
     """Steps between two lines of metrics."""
     export_every: int = Field(default=12_500, gt=0)
     """Steps between two exports; the last step is exported in any case."""
-    export_layouts: tuple[export.ExportLayout, ...] = ("released", "transformers")
+    export_layouts: tuple[SavedLayout, ...] = export.DEFAULT_LAYOUTS
     """What is exported."""
     evaluate_every: int = Field(default=12_500, gt=0)
     """Steps between two evaluations, where the pipeline hands one in; the first and last step have one."""
     peak_teraflops: float | None = Field(default=None, gt=0)
-    """Of one device in this precision, by its data sheet; with it, the share that the model makes use of is reported."""
+    """Of one device in this precision, by its data sheet; with it, the share that is made use of is reported."""
     model: ModelConfig
     """The networks and their objective."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -134,6 +136,11 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
+        if self.schedule.learning_rate_warmup_steps > self.num_steps:
+            problems.append(
+                f"schedule.learning_rate_warmup_steps {self.schedule.learning_rate_warmup_steps} is more than "
+                f"num_steps {self.num_steps}"
+            )
         objective, vit = self.model.objective, self.model.backbone
         if self.batch_size % self.images_per_pass:
             problems.append(f"batch_size {self.batch_size} is not a multiple of images_per_pass {self.images_per_pass}")
@@ -265,8 +272,13 @@ def train(config: TrainConfig, output: str, evaluate: Evaluate | None = None) ->
                 f"{config.images_per_pass}. Choose a multiple of {batch_of_rank}."
             )
         _check_memory(config, world)
-        trainer = _prepare(config, world)
+        if world.is_first:
+            data.prepare(config.data, output, InlineRunner())
+        distributed.barrier()
+        trainer = prepare(config, world)
         reached = _resume(trainer, output)
+        if world.is_first:
+            _write_config(config, output)
         if reached.step >= config.num_steps:
             if world.is_first:
                 progress.say(f"train: all {config.num_steps:,} steps are done already in {output}")
@@ -309,6 +321,7 @@ def _run(
         num_ranks=world.num_ranks,
         masks=_masks(config),
         rejects=reached.rejects,
+        pin_memory=config.device == "cuda",
     )
     with source as batches:
         for number in range(reached.step, config.num_steps):
@@ -357,7 +370,7 @@ def _told(config: TrainConfig, number: int, result: StepResult, reached: Progres
     now = _values(config, number)
     scalars: dict[str, float | Tensor] = {f"gradient_norm/{name}": norm for name, norm in result.norms.items()}
     scalars |= asdict(now) | {"skipped_steps": reached.skipped, "rejected_images": len(reached.rejects)}
-    return Told(result.losses, result.lessons, scalars, waited)
+    return Told(result.losses if result.finite else {}, result.lessons, scalars, waited)
 
 
 def step_flops(config: TrainConfig) -> float:
@@ -376,7 +389,14 @@ def step_flops(config: TrainConfig) -> float:
     return total
 
 
-def _prepare(config: TrainConfig, world: World) -> Trainer:
+def _write_config(config: TrainConfig, output: str) -> None:
+    """Save the resolved config, unless this very text is there already."""
+    path, text = storage.join(output, "train.toml"), resolved_toml(config).encode()
+    if not storage.exists(path) or storage.read_bytes(path) != text:
+        storage.write_bytes(path, text)
+
+
+def prepare(config: TrainConfig, world: World) -> Trainer:
     """The networks on the device, split over the ranks, and the optimizer of the student."""
     model = build_model(config.model, config.seed, config.packed_attention)
     for network in {id(each): each for each in (model.student, model.average, model.teacher)}.values():
@@ -478,7 +498,9 @@ def _export(trainer: Trainer, output: str, number: int) -> None:
     if trainer.world.is_first:
         backbone = whole_backbone(trainer.config.model.backbone, state)
         heads = {name: value for name, value in state.items() if not name.startswith("backbone.")}
-        export.export(backbone, heads, export.folder(output, number), trainer.config.export_layouts)
+        export.export(
+            backbone, heads, storage.join(output, "export", f"step-{number:07d}"), trainer.config.export_layouts
+        )
     distributed.barrier()
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from curation.config import Settings
-from curation.errors import ConfigError
 
 HEADS = ("dino_head", "ibot_head")
 EMBEDDINGS = ("cls_token", "pos_embed", "mask_token", "register_tokens", "patch_embed")
@@ -56,14 +55,6 @@ class ScheduleConfig(Settings):
     """After its warmup, and from there on."""
     teacher_temperature_warmup_steps: int = Field(default=37_500, ge=0)
     """Steps of its linear warmup; may be more than the run has."""
-
-    def require_fit(self, total_steps: int) -> None:
-        """Raise ConfigError where a run of so many steps has no room for the warmup of the learning rate."""
-        if self.learning_rate_warmup_steps > total_steps:
-            raise ConfigError(
-                f"learning_rate_warmup_steps is {self.learning_rate_warmup_steps:,}, but the run has {total_steps:,} "
-                "steps. Lower the first or raise the second."
-            )
 
 
 class OptimizerConfig(Settings):

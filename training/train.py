@@ -1,23 +1,17 @@
 """The trainer's command: one process, or as many as torchrun starts.
 
-    python -m training.train --config pipelines/configs/vitl16_short.toml --output runs/vitl16
+    python -m training.train --config pipelines/configs/train/vitl16_short.toml --output runs/vitl16
     torchrun --standalone --nproc-per-node 8 -m training.train --config ... --output ...
 
 The same command goes on where a stopped run stands. docs/launch.md has SLURM and Ray; pipelines/train.py adds the
 evaluation of the demo.
 """
 
-from curation import command, storage
+from curation import command
 from curation.config import load, resolved_toml
-from training.loop import Evaluate, TrainConfig, train
+from training.loop import TrainConfig, train
 
-DEFAULT_CONFIG = "pipelines/configs/single_gpu.toml"
-
-
-def main(config: TrainConfig, output: str, evaluate: Evaluate | None = None) -> None:
-    """Train, and keep the resolved config beside what comes of it."""
-    path = storage.join(output, "train.toml")
-    train(config, output, evaluate)
+DEFAULT_CONFIG = "pipelines/configs/train/single_gpu.toml"
 
 
 def command_line(

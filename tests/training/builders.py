@@ -1,27 +1,35 @@
 """Small real parts that several tests of the trainer use."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from curation.config import parse
+from tests.curation.builders import encoded_image
 from training.data import Batch
+from training.loop import TrainConfig
 from training.masking import MaskConfig, mask_token_weights, step_masks
 from training.model import ModelConfig
 
 GLOBAL, LOCAL, PATCH = 32, 16, 8
 
 
-def model_config(**changes: object) -> ModelConfig:
+def model_values() -> dict[str, Any]:
     """Two blocks of a ViT-Ti on 32-pixel crops, and two small heads."""
-    values = {
+    return {
         # LayerScale at 1: at 1e-5 all images start as one, where KoLeo's gradients are mostly rounding.
         "backbone": {"name": "vit_tiny", "depth": 2, "patch_size": PATCH, "image_size": GLOBAL, "layer_scale": 1.0},
         "dino_head": {"num_prototypes": 64, "bottleneck_dim": 16, "hidden_dim": 32},
         "ibot_head": {"num_prototypes": 48, "bottleneck_dim": 12, "hidden_dim": 32},
-        **changes,
     }
-    return ModelConfig.model_validate_json(json.dumps(values))
+
+
+def model_config(**changes: object) -> ModelConfig:
+    """`model_values`, with other sections in place of its own."""
+    return ModelConfig.model_validate_json(json.dumps(model_values() | changes))
 
 
 def random_batch(num_images: int, seed: int = 0, num_local: int = 4) -> Batch:
@@ -42,6 +50,7 @@ def random_batch(num_images: int, seed: int = 0, num_local: int = 4) -> Batch:
         patch_weights=mask_token_weights(masks),
         image_ids=[f"{seed:02}{image:030}" for image in range(num_images)],
         positions=torch.arange(num_images),
+        rejected={},
     )
 
 
@@ -64,6 +73,51 @@ def split(batch: Batch, num_parts: int) -> list[Batch]:
                 patch_weights=mask_token_weights(masks),
                 image_ids=batch.image_ids[start : start + size],
                 positions=batch.positions[start : start + size],
+                rejected={},
             )
         )
     return parts
+
+
+def train_config(images: str, **changes: Any) -> TrainConfig:
+    """Four steps of eight images in two passes, with every part of the recipe at work; `a__b=value` changes `a.b`."""
+    views = [{"blur": 0.0}, {"blur": 0.9, "solarize": 0.2}]
+    values: dict[str, Any] = {
+        "num_steps": 4,
+        "batch_size": 8,
+        "images_per_pass": 4,
+        "device": "cpu",
+        "precision": "float32",
+        "log_every": 1,
+        "model": model_values(),
+        "schedule": {
+            "learning_rate_warmup_steps": 1,
+            "frozen_last_layer_steps": 1,
+            "teacher_temperature_warmup_steps": 2,
+            "start_teacher_momentum": 0.9,
+        },
+        "augment": {
+            "crops": [
+                {"name": "global", "size": GLOBAL, "scale": [0.32, 1.0], "views": views},
+                {"name": "local", "size": LOCAL, "scale": [0.05, 0.32], "views": [{"num": 2, "blur": 0.5}]},
+            ]
+        },
+        "data": {"path": images, "layout": "folder"},
+        "checkpoint": {"every": 2, "keep": 4},
+    }
+    values["model"]["backbone"]["drop_path"] = 0.3
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        section = values
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return parse(TrainConfig, values, origin="test")
+
+
+def write_images(folder: Path, number: int = 12) -> str:
+    """A folder of small pictures of noise."""
+    folder.mkdir(parents=True)
+    for image in range(number):
+        (folder / f"{image:02}.png").write_bytes(encoded_image(image, size=(48, 40)))
+    return str(folder)

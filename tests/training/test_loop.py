@@ -1,0 +1,325 @@
+"""The whole loop on small pictures: resuming, ranks, steps that are skipped, what breaks on the way, what comes out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from curation import backbone, weights
+from curation.backbone import VisionTransformer
+from curation.config import resolved_toml
+from curation.errors import ConfigError, InputError, OutputMismatchError, RejectBudgetError, TrainingError
+from curation.runner import InlineRunner
+from tests.training.builders import random_batch, train_config, write_images
+from training import checkpoint, data, loop
+from training.distributed import World, max_over_ranks, sum_over_ranks
+from training.loop import TrainConfig, train
+from training.model import teach
+
+Ranks = Callable[..., list[Any]]
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> str:
+    return write_images(tmp_path / "images")
+
+
+def state(output: Path | str, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    return checkpoint.load_tensors(str(Path(output, "checkpoints", f"step-{step:07d}")), "")
+
+
+def lines(output: Path | str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+class Interrupted(BaseException):
+    """What stops a run from outside."""
+
+
+def stop_at(step: int) -> loop.Evaluate:
+    def evaluate(model: VisionTransformer, reached: int) -> dict[str, float]:
+        if reached == step:
+            raise Interrupted
+        return {"seen": float(reached)}
+
+    return evaluate
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "ema"])
+def test_stop_and_resume_equals_straight_through_bit_for_bit(images: str, tmp_path: Path, centering: str) -> None:
+    config = train_config(images, model__objective={"centering": centering}, evaluate_every=1)
+    train(config, str(tmp_path / "straight"), stop_at(-1))
+    with pytest.raises(Interrupted):
+        train(config, str(tmp_path / "stopped"), stop_at(3))  # a step after the checkpoint of step 2
+    assert checkpoint.steps(str(tmp_path / "stopped" / "checkpoints")) == [2]
+    train(config, str(tmp_path / "stopped"), stop_at(-1))
+    assert_equal(state(tmp_path / "stopped", 4), state(tmp_path / "straight", 4))
+
+    told = {"images_per_second", "data_wait_share", "peak_memory_gb"}
+    straight, stopped = ([line.items() for line in lines(tmp_path / run)] for run in ("straight", "stopped"))
+    for one, other in zip(straight, stopped, strict=True):  # step 3 was told twice and is there once
+        assert {item for item in one if item[0] not in told} == {item for item in other if item[0] not in told}
+
+
+def test_a_finished_run_does_no_work(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, output = train_config(images, num_steps=1), tmp_path / "run"
+    train(config, str(output))
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    train(config, str(output))
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
+    assert "done already" in capsys.readouterr().err
+
+
+def on_a_rank(config: str, output: str) -> None:
+    train(TrainConfig.model_validate_json(config), output)
+
+
+# What differs between ranks by nature: each drops other paths, and KoLeo sees what a pass sees.
+ALIKE = {"model__backbone__drop_path": 0.0, "images_per_pass": 4}
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "ema"])
+def test_one_step_on_two_ranks_is_that_on_one(images: str, tmp_path: Path, ranks: Ranks, centering: str) -> None:
+    config = train_config(images, num_steps=1, model__objective={"centering": centering}, **ALIKE)
+    train(config, str(tmp_path / "one"))
+    ranks(on_a_rank, config.model_dump_json(), str(tmp_path / "two"))
+    # An optimizer's first average is a tenth of the gradient, after clipping.
+    one, two = ({n: of for n, of in state(tmp_path / run, 1).items()} for run in ("one", "two"))
+    gradients = [name for name in one if name.endswith(".exp_avg")]
+    assert len(gradients) > 40
+    for name in gradients:
+        torch.testing.assert_close(two[name] * 10, one[name] * 10, rtol=1e-4, atol=1e-5, msg=name)
+    for name in ("centers.dino", "centers.ibot"):
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+    (first,), (second,) = lines(tmp_path / "one"), lines(tmp_path / "two")
+    for name in ("loss", "dino_global", "dino_local", "ibot", "koleo", "gradient_norm/backbone"):
+        assert second[name] == pytest.approx(first[name], rel=1e-5)
+
+
+def test_two_ranks_go_on_as_one(images: str, tmp_path: Path, ranks: Ranks) -> None:
+    config = train_config(images, schedule__base_learning_rate=1e-3, **ALIKE)
+    ranks(on_a_rank, config.model_dump_json(), str(tmp_path / "two"))
+    changed = tmp_path / "changed" / "checkpoints"
+    changed.mkdir(parents=True)
+    os.rename(tmp_path / "two" / "checkpoints" / "step-0000002", changed / "step-0000002")
+    train(config, str(tmp_path / "changed"))
+    found, expected = state(tmp_path / "changed", 4), state(tmp_path / "two", 4)
+    for name, tensor in expected.items():
+        if name.startswith(("student.", "teacher.")):
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def prepared(config: TrainConfig, output: Path) -> loop.Trainer:
+    data.prepare(config.data, str(output), InlineRunner())
+    return loop.prepare(config, World(0, 1, 0, torch.device("cpu")))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(images: str, tmp_path: Path) -> None:
+    trainer = prepared(train_config(images), tmp_path)
+    loop.step(trainer, [random_batch(4, num_local=2), random_batch(4, seed=1, num_local=2)], 0)
+    before = {name: of.clone() for name, of in checkpoint._flat(loop._parts(trainer)).items()}
+    bad = random_batch(4, seed=2, num_local=2)
+    bad.crops[1][3, 0, 5, 5] = float("nan")
+    result = loop.step(trainer, [random_batch(4, seed=3, num_local=2), bad], 1)
+    assert not result.finite
+    assert_equal(checkpoint._flat(loop._parts(trainer)), before)
+    assert all(parameter.grad is None for parameter in trainer.model.student.parameters())
+    assert loop.step(trainer, [random_batch(4, seed=3, num_local=2)] * 2, 1).finite
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run(images: str, tmp_path: Path) -> None:
+    config = train_config(images, num_steps=9, schedule__base_learning_rate=1e38, max_skipped_steps=2)
+    with pytest.raises(TrainingError, match=r"3th step in a row.*[0-9a-f]{32}, [0-9a-f]{32}"):
+        train(config, str(tmp_path / "run"))
+    found = lines(tmp_path / "run")
+    assert found[-1]["skipped_steps"] == 3
+    assert checkpoint.steps(str(tmp_path / "run" / "checkpoints"))[-1] == found[-1]["step"]
+
+
+def test_sigterm_saves_and_the_run_goes_on(images: str, tmp_path: Path) -> None:
+    config = train_config(images, num_steps=12, checkpoint__every=1000)
+    (tmp_path / "train.toml").write_text(resolved_toml(config))
+    command = [sys.executable, "-m", "training.train", "--config", str(tmp_path / "train.toml"), "--output"]
+    process = subprocess.Popen([*command, str(tmp_path / "run")], start_new_session=True, stderr=subprocess.PIPE)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 143 and b"Traceback" not in messages
+    (stopped,) = checkpoint.steps(str(tmp_path / "run" / "checkpoints"))
+    assert 2 <= stopped < 12
+    train(config, str(tmp_path / "run"))
+    train(config, str(tmp_path / "straight"))
+    assert_equal(state(tmp_path / "run", 12), state(tmp_path / "straight", 12))
+
+
+def test_a_shard_that_is_cut_off_ends_the_run_and_loses_nothing(tmp_path: Path) -> None:
+    import tarfile
+
+    write_images(tmp_path / "images")
+    tar = tmp_path / "images.tar"
+    with tarfile.open(tar, "w") as archive:
+        archive.add(tmp_path / "images", ".")
+    config = train_config(str(tar), num_steps=8, data__layout="webdataset", evaluate_every=1)
+    train(config, str(tmp_path / "straight"))
+    whole = tar.read_bytes()
+
+    def cut_at_two(model: VisionTransformer, reached: int) -> dict[str, float]:
+        if reached == 2:
+            os.truncate(tar, len(whole) // 3)
+        return {}
+
+    with pytest.raises(InputError, match=r"The shard .*images\.tar is cut off"):
+        train(config, str(tmp_path / "run"), cut_at_two)
+    stopped = checkpoint.steps(str(tmp_path / "run" / "checkpoints"))[-1]
+    assert stopped == lines(tmp_path / "run")[-1]["step"] < 8  # not a step is lost
+    tar.write_bytes(whole)
+    train(config, str(tmp_path / "run"))
+    assert_equal(state(tmp_path / "run", 8), state(tmp_path / "straight", 8))
+
+
+def test_an_image_that_no_longer_decodes_is_counted_and_replaced(images: str, tmp_path: Path) -> None:
+    def damage(name: str) -> None:
+        Path(images, name).write_bytes(bytes(Path(images, name).stat().st_size))
+
+    config = train_config(images, data__max_reject_fraction=0.1)
+    data.prepare(config.data, str(tmp_path / "run"), InlineRunner())
+    damage("03.png")
+    train(config, str(tmp_path / "run"))
+    assert lines(tmp_path / "run")[-1]["rejected_images"] == 1
+    config = train_config(images, data__max_reject_fraction=0.1, num_steps=6)
+    data.prepare(config.data, str(tmp_path / "longer"), InlineRunner())
+    damage("04.png")
+    damage("05.png")
+    with pytest.raises(RejectBudgetError, match=r"2 images could not be used, more than .*max_reject_fraction = 0.1"):
+        train(config, str(tmp_path / "longer"))
+
+
+def test_an_output_of_another_config_is_refused(images: str, tmp_path: Path) -> None:
+    train(train_config(images, num_steps=2), str(tmp_path / "run"))
+    before = (tmp_path / "run" / "train.toml").read_bytes()
+    with pytest.raises(OutputMismatchError, match=r"seed: 0 there, 1 now"):
+        train(train_config(images, num_steps=2, seed=1), str(tmp_path / "run"))
+    assert (tmp_path / "run" / "train.toml").read_bytes() == before
+    train(train_config(images, num_steps=2, log_every=7, checkpoint__keep=1), str(tmp_path / "run"))
+
+
+def test_what_cannot_work_is_refused_before_any_image(images: str, tmp_path: Path) -> None:
+    def refused(match: str, **changes: Any) -> None:
+        with pytest.raises(ConfigError, match=match):
+            train(train_config(images, **changes), str(tmp_path / "run"))
+
+    huge = {"num_prototypes": 10**9, "bottleneck_dim": 256, "hidden_dim": 2048}
+    refused(r"more memory than cpu has: [\d,]+\.\d GB of .*prototypes", model__dino_head=huge)
+    refused("batch_size 8 is not a multiple of images_per_pass 3", images_per_pass=3)
+    refused("KoLeo looks for neighbours among 3 of the 4", model__objective={"koleo_images": 3})
+    refused("KoLeo looks for neighbours among 1 of the 1", images_per_pass=1)
+    refused("global crops are 32 pixels and model.backbone.image_size is 64", model__backbone__image_size=64)
+    refused("crops of 16 pixels do not divide into patches of 12", model__backbone__patch_size=12)
+    refused("learning_rate_warmup_steps 9 is more than num_steps 4", schedule__learning_rate_warmup_steps=9)
+    refused("'varlen' needs cuda and bfloat16", packed_attention="varlen")
+    with pytest.raises(ConfigError, match="writes to a local folder"):
+        train(train_config(images), "memory://run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_exported_is_the_average(images: str, tmp_path: Path) -> None:
+    train(train_config(images, export_layouts=["released"]), str(tmp_path / "run"))
+    vit = backbone.build("vit_tiny", depth=2, patch_size=8, image_size=32, seed=None)
+    weights.load(vit, str(tmp_path / "run" / "export" / "step-0000004" / "teacher.pth"))
+    expected = state(tmp_path / "run", 4)
+    for name, tensor in vit.state_dict().items():
+        assert torch.equal(tensor, expected[f"teacher.backbone.{name}"])
+    assert not torch.equal(expected["teacher.backbone.norm.weight"], expected["student.backbone.norm.weight"])
+
+
+def test_distillation_and_higher_resolution_start_from_an_export(images: str, tmp_path: Path) -> None:
+    train(train_config(images, num_steps=2), str(tmp_path / "teacher"))
+    export = tmp_path / "teacher" / "export" / "step-0000002"
+    teacher = {
+        "name": "vit_tiny",
+        "depth": 2,
+        "patch_size": 8,
+        "image_size": 32,
+        "weights": str(export / "teacher.pth"),
+    }
+    student = {"name": "vit_tiny", "depth": 1, "patch_size": 8, "image_size": 32}
+    distilled = train_config(
+        images,
+        model__backbone=student,
+        model__distillation={"backbone": teacher, "heads": str(export / "heads.pth")},
+        masks__crop_share=0.0,
+    )
+    train(distilled, str(tmp_path / "distilled"))
+    found = state(tmp_path / "distilled", 4)
+    assert {name.partition(".")[0] for name in found} == {"student", "average", "optimizer", "centers"}
+    vit = backbone.build("vit_tiny", depth=1, patch_size=8, image_size=32, seed=None)
+    weights.load(vit, str(tmp_path / "distilled" / "export" / "step-0000004" / "teacher.pth"))
+    assert torch.equal(vit.cls_token, found["average.backbone.cls_token"])  # type: ignore[arg-type]
+    # All 16 patches of both global crops of 4 images are asked about.
+    trainer = prepared(distilled, tmp_path / "again")
+    (lesson,) = teach(trainer.model, [random_batch(4, num_local=2)], 0.05, sum_over_ranks, max_over_ranks)
+    assert len(lesson.places) == 2 * 4 * 16 and lesson.patch_weights.sum().item() == pytest.approx(8)
+
+    high = train_config(
+        images,
+        num_steps=2,
+        model__backbone={**teacher, "image_size": 48},
+        model__heads=str(export / "heads.pth"),
+        augment__crops=[
+            {"name": "global", "size": 48, "scale": [0.32, 1.0], "views": [{"num": 2, "blur": 0.5}]},
+        ],
+    )
+    train(high, str(tmp_path / "high"))
+    assert state(tmp_path / "high", 2)["teacher.backbone.pos_embed"].shape == (1, 37, 192)
+    begun = prepared(high, tmp_path / "high-again").model.student.state_dict()
+    taught = state(tmp_path / "teacher", 2)
+    for name in ("dino_head.last_layer.weight_v", "ibot_head.mlp.4.bias", "backbone.blocks.1.mlp.fc1.weight"):
+        assert torch.equal(begun[name], taught[f"teacher.{name}"])
+
+
+def test_teacher_and_student_must_have_as_many_prototypes(images: str, tmp_path: Path) -> None:
+    train(train_config(images, num_steps=1), str(tmp_path / "teacher"))
+    export = tmp_path / "teacher" / "export" / "step-0000001"
+    teacher = {
+        "name": "vit_tiny",
+        "depth": 2,
+        "patch_size": 8,
+        "image_size": 32,
+        "weights": str(export / "teacher.pth"),
+    }
+    config = train_config(
+        images,
+        model__backbone__drop_path=0.0,
+        model__dino_head={"num_prototypes": 65, "bottleneck_dim": 16, "hidden_dim": 32},
+        model__distillation={"backbone": teacher, "heads": str(export / "heads.pth")},
+    )
+    with pytest.raises(weights.WeightsError, match="64 prototypes, and the student's 65"):
+        train(config, str(tmp_path / "distilled"))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_changes_no_number(images: str, tmp_path: Path, recompute: str) -> None:
+    train(train_config(images, num_steps=2), str(tmp_path / "kept"))
+    train(train_config(images, num_steps=2, recompute=recompute), str(tmp_path / "again"))
+    for name, tensor in state(tmp_path / "kept", 2).items():
+        torch.testing.assert_close(state(tmp_path / "again", 2)[name], tensor, rtol=1e-5, atol=1e-6)
