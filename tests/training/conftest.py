@@ -23,9 +23,9 @@ def _as_rank(environment: dict[str, str], function: Callable[..., Any], argument
 def ranks() -> Iterator[Ranks]:
     """`ranks(function, *arguments)` calls a function of a module in two processes that torchrun could have started.
 
-    Gives what it returned, by rank, or raises what the first rank raised. What it returns travels between processes:
-    numbers and lists, not tensors. The two processes stay for the whole session, since importing torch takes seconds,
-    and each keeps its rank: torch remembers the slices of a mesh by the mesh alone.
+    Gives what it returned, by rank, or raises what the first rank raised. What it returns is numbers or NumPy arrays,
+    not tensors, since it travels between processes. The two processes stay for the whole session, since importing torch
+    takes seconds, and each keeps its rank: torch remembers the slices of a mesh by the mesh alone.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as first, ProcessPoolExecutor(1, mp_context=context) as second:
