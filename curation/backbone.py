@@ -423,6 +423,13 @@ class VisionTransformer(nn.Module):
                     class_tokens.append(cls)
         return tuple(zip(patch_tokens, class_tokens, strict=True)) if return_class_token else tuple(patch_tokens)
 
+    @torch.no_grad()
+    def resize_positions(self, grid_size: int) -> None:
+        """Make the positional embedding one for grid_size x grid_size patches, interpolated as images of that size
+        would have it. Training at another resolution starts so."""
+        positions = self._positions(grid_size, grid_size)
+        self.pos_embed = nn.Parameter(positions.to(self.pos_embed.dtype).clone(), self.pos_embed.requires_grad)
+
     def _embed(self, x: Tensor, masks: Tensor | None) -> Tensor:
         """The (B, T, D) tokens that enter the first block. Registers have no position: they join after it is added."""
         height, width = x.shape[-2:]

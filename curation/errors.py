@@ -8,6 +8,7 @@
     │   ├── RejectBudgetError   more images were rejected than `max_reject_fraction` allows
     │   ├── WeightsError        a checkpoint does not fit the model: keys, shapes, hash, or the file itself
     │   └── DeviceError         a device or package was asked for that is not here
+    ├── TrainingError           the numbers of a training run are not finite any more: exit status 1
     ├── ShardError              a worker failed on a shard; names the stage and the shard: exit status 1
     └── images.ImageRejected    one image cannot be used; ingest turns it into a row of the rejects
 
@@ -45,6 +46,10 @@ class WeightsError(UserError):
 
 class DeviceError(UserError):
     """A device or a package was asked for that this machine does not have."""
+
+
+class TrainingError(SeedbedError):
+    """Training cannot go on: its numbers are not finite any more."""
 
 
 class ShardError(SeedbedError):
