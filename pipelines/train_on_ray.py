@@ -68,9 +68,9 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def _train(arguments: dict[str, Any]) -> None:
-    from training import train  # type: ignore[attr-defined]
+    from training import loop, train  # takes seconds, and only workers need it
 
-    settings = config.parse(train.TrainConfig, arguments["config"], origin="the config of the run")
+    settings = config.parse(loop.TrainConfig, arguments["config"], origin="the config of the run")
     train.main(settings, arguments["output"])
 
 
@@ -97,9 +97,9 @@ def command_line(
     plan: command.PlanOption = False,
 ) -> None:
     """Train on a Ray cluster."""
-    from training import train  # type: ignore[attr-defined]
+    from training import loop
 
-    settings = config.load(train.TrainConfig, config_path, overrides or ())
+    settings = config.load(loop.TrainConfig, config_path, overrides or ())
     if plan:
         print(config.resolved_toml(settings), end="")
         return

@@ -25,6 +25,7 @@ import torch.nn.attention.varlen  # registers torch_attn
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from curation.devices import require_device
@@ -135,6 +136,22 @@ def _reduced(tensor: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tenso
     result = tensor.detach().clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(result, operation)
     return result
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of `tensor`: its slice of a sharded one, sharing memory with it, or all of a plain one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the whole state_dict on the CPU of the first rank, nothing on the others. Every rank calls it."""
+    is_first = not distributed.is_initialized() or distributed.get_rank() == 0
+    state = {}
+    for name, tensor in module.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if is_first:
+            state[name] = whole.detach().to("cpu", copy=True)
+    return state
 
 
 # --- what a model is wrapped in -----------------------------------------------------------------------------------

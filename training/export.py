@@ -28,9 +28,10 @@ from curation.backbone import VisionTransformer
 from curation.errors import ConfigError, InputError, WeightsError
 from training import checkpoint
 
-LAYOUTS: tuple[weights.SavedLayout, ...] = ("released", "transformers", "timm")
-DEFAULT_LAYOUTS: tuple[weights.SavedLayout, ...] = ("released", "transformers")
-FILES: dict[weights.SavedLayout, str] = {
+ExportLayout = weights.SavedLayout
+LAYOUTS: tuple[ExportLayout, ...] = ("released", "transformers", "timm")
+DEFAULT_LAYOUTS: tuple[ExportLayout, ...] = ("released", "transformers")
+FILES: dict[ExportLayout, str] = {
     "released": "teacher.pth",
     "transformers": "hf",
     "timm": "timm/model.safetensors",
@@ -38,8 +39,8 @@ FILES: dict[weights.SavedLayout, str] = {
 HEADS_FILE = "heads.pth"
 # Who is exported, first choice first: the parts of a checkpoint.
 EXPORTED = ("average", "teacher")
-# What a config says about its backbone; the last two may be left out, which means the released choice and none.
-REQUIRED = ("name", "patch_size", "image_size", "num_register_tokens", "position_interpolation", "in_channels")
+# What a run's config says about its backbone, in [model.backbone]. What is optional is None where it is left out.
+REQUIRED = ("name", "patch_size", "image_size", "num_register_tokens", "position_interpolation")
 OPTIONAL = ("feed_forward", "layer_scale", "depth")
 
 _HEAD_KEY = re.compile(r"(dino|ibot)_head\.(mlp\.[024]\.(weight|bias)|last_layer\.weight_[gv])")
@@ -52,27 +53,27 @@ _HEAD_KEYS = tuple(
 def export(
     model: VisionTransformer,
     heads: Mapping[str, Tensor],
-    folder: str,
-    layouts: Sequence[weights.SavedLayout] = DEFAULT_LAYOUTS,
+    output: str,
+    layouts: Sequence[ExportLayout] = DEFAULT_LAYOUTS,
 ) -> list[str]:
-    """Write a backbone and its heads to `folder`; gives the paths. Whole tensors, not slices.
+    """Write a backbone and its heads to the folder `output`; gives the paths. Whole tensors, not slices.
 
     heads: as in `heads.pth`. Raises WeightsError where a layout has no place for the backbone.
     """
     paths = []
     for layout in layouts:
-        paths.append(storage.join(folder, FILES[layout]))
+        paths.append(storage.join(output, FILES[layout]))
         weights.save(model, paths[-1], layout)
     _require_heads(heads, "the heads to export")
-    paths.append(storage.join(folder, HEADS_FILE))
+    paths.append(storage.join(output, HEADS_FILE))
     with storage.atomic_write(paths[-1]) as file:
         whole = {name: value.detach().cpu().contiguous() for name, value in heads.items()}
         torch.save(whole, cast(IO[bytes], file))  # all it needs of a file is `write`
     return paths
 
 
-def export_checkpoint(path: str, folder: str, layouts: Sequence[weights.SavedLayout] = DEFAULT_LAYOUTS) -> list[str]:
-    """Write what the checkpoint at `path` trained to `folder`, in this process alone; gives the paths.
+def export_checkpoint(path: str, output: str, layouts: Sequence[ExportLayout] = DEFAULT_LAYOUTS) -> list[str]:
+    """Write what the checkpoint at `path` trained to the folder `output`, in this process alone; gives the paths.
 
     Raises InputError, WeightsError.
     """
@@ -86,7 +87,7 @@ def export_checkpoint(path: str, folder: str, layouts: Sequence[weights.SavedLay
     own = {name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")}
     weights.fill(model, weights.Checkpoint(f"{path} ({part})", "released", own, (), None))
     heads = {name: value for name, value in tensors.items() if _HEAD_KEY.fullmatch(name)}
-    return export(model, heads, folder, layouts)
+    return export(model, heads, output, layouts)
 
 
 def read_heads(path: str, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -115,10 +116,9 @@ def read_heads(path: str, expected: Mapping[str, Tensor] | None = None) -> dict[
 
 def _build(config: Mapping[str, Any], path: str) -> VisionTransformer:
     """The backbone that the config of a checkpoint describes, not filled yet."""
-    section = config.get("backbone")
-    section = section if isinstance(section, Mapping) else {}
+    section: Mapping[str, Any] = config.get("model", {}).get("backbone", {})
     if absent := [key for key in REQUIRED if key not in section]:
-        raise InputError(f"{path}: its config does not say {', '.join(f'backbone.{key}' for key in absent)}.")
+        raise InputError(f"{path}: its config does not say {', '.join(f'model.backbone.{key}' for key in absent)}.")
     options: dict[str, Any] = {key: section[key] for key in REQUIRED} | {key: section.get(key) for key in OPTIONAL}
     return backbone.build(**options, seed=None)
 
@@ -161,12 +161,17 @@ def _require_equal_shapes(heads: Mapping[str, Tensor], expected: Mapping[str, Te
         )
 
 
+def folder(output: str, step: int) -> str:
+    """Where a run with that output exports the step."""
+    return storage.join(output, "export", f"{checkpoint.PREFIX}{step:07d}")
+
+
 def find_checkpoint(path: str) -> str:
     """The checkpoint at `path`, or the last one of the run there. Raises InputError."""
     if storage.exists(storage.join(path, checkpoint.RECORD_NAME)):
         return path
-    for folder in (storage.join(path, "checkpoints"), path):
-        if (found := checkpoint.latest(folder)) is not None:
+    for place in (storage.join(path, "checkpoints"), path):
+        if (found := checkpoint.latest(place)) is not None:
             return found
     raise InputError(f"No checkpoint at '{path}'. Give the folder of a run, or a '{checkpoint.PREFIX}...' in it.")
 

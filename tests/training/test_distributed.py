@@ -27,6 +27,8 @@ from training.distributed import (
     barrier,
     checkpoint_activations,
     compile_forward,
+    full_state,
+    local,
     max_over_ranks,
     open_world,
     shard,
@@ -173,6 +175,29 @@ def test_a_rank_keeps_its_slice_in_float32_and_computes_in_what_was_asked(ranks:
     assert first + second == total
     assert abs(first - second) <= 0.1 * total
     assert facts == others == [True, ["torch.float32"], ["torch.bfloat16"]]
+
+
+def gather() -> tuple[Arrays, list[int]]:
+    """The whole state on the first rank, and how many numbers this rank holds of each parameter."""
+    with open_world("cpu", timeout_seconds=TIMEOUT) as world:
+        model = Model()
+        shard(model, model.units(), world, param_dtype=None)
+        state = full_state(model)
+        return {name: value.numpy() for name, value in state.items()}, [local(p).numel() for p in model.parameters()]
+
+
+def test_the_first_rank_gathers_the_whole_state(ranks: Ranks) -> None:
+    (first, own), (second, other) = ranks(gather)
+    model = Model()
+    expected = full_state(model)
+    assert second == {}
+    assert first.keys() == expected.keys()
+    assert all(np.array_equal(first[name], value.numpy()) for name, value in expected.items())
+    assert [sum(both) for both in zip(own, other, strict=True)] == [local(p).numel() for p in model.parameters()]
+    with torch.no_grad():
+        local(next(model.parameters())).zero_()  # not a copy, and the state is one
+    assert not next(model.parameters()).any()
+    assert next(iter(expected.values())).any()
 
 
 def exchange() -> list[object]:

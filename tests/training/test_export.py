@@ -29,16 +29,24 @@ BACKBONE: dict[str, Any] = {
     "image_size": 56,
     "num_register_tokens": 4,
     "position_interpolation": "antialias",
-    "in_channels": 3,
+    "drop_path": 0.1,
     "layer_scale": 1e-5,
     "depth": 2,
 }
 HEAD = heads.HeadConfig(num_prototypes=7, bottleneck_dim=5, hidden_dim=6)
 
 
+def build(**options: Any) -> VisionTransformer:
+    return backbone.build(**without(BACKBONE | options, "drop_path"), seed=None)
+
+
+def without(state: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != name}
+
+
 def trained(seed: int = 0, **options: Any) -> nn.ModuleDict:
     """A backbone and its heads as a run has them."""
-    model = backbone.build(**(BACKBONE | options), seed=None)
+    model = build(**options)
     generator = torch.Generator().manual_seed(seed)
     built = {name: heads.build(192, HEAD, generator) for name in ("dino_head", "ibot_head")}
     parts = nn.ModuleDict({"backbone": model, **built})
@@ -48,7 +56,7 @@ def trained(seed: int = 0, **options: Any) -> nn.ModuleDict:
 
 def save(folder: Path, *, config: dict[str, Any] | None = None, **parts: nn.Module) -> str:
     states = {name: module.state_dict() for name, module in parts.items()}
-    config = {"backbone": BACKBONE} if config is None else config
+    config = {"model": {"backbone": BACKBONE}} if config is None else config
     return checkpoint.save(str(folder), 10, states, progress={}, config=config, keep=1, world=ALONE)
 
 
@@ -90,8 +98,8 @@ def images(size: int) -> Tensor:
 def test_the_released_file_loads_strictly_as_torch_hub_does(exported: Path, teacher: nn.ModuleDict) -> None:
     state = torch.load(exported / "teacher.pth", weights_only=True)
     assert_equal(state, teacher["backbone"].state_dict())
-    backbone.build(**BACKBONE, seed=None).load_state_dict(state, strict=True)
-    ours = backbone.build(**BACKBONE, seed=None)
+    build().load_state_dict(state, strict=True)
+    ours = build()
     assert weights.load(ours, str(exported / "teacher.pth")) == ()
     assert torch.equal(ours(images(56)), model_of(teacher)(images(56)))
 
@@ -113,7 +121,7 @@ def test_timm_has_its_names_and_comes_back(exported: Path, teacher: nn.ModuleDic
     state = load_file(exported / "timm" / "model.safetensors")
     assert {"reg_token", "cls_token", "pos_embed", "blocks.1.mlp.fc1.weight"} <= state.keys()
     assert not {"mask_token", "register_tokens"} & state.keys()
-    ours = backbone.build(**BACKBONE, seed=None)
+    ours = build()
     weights.load(ours, str(exported / "timm" / "model.safetensors"))
     torch.testing.assert_close(ours(images(56)), model_of(teacher)(images(56)))
 
@@ -141,10 +149,6 @@ def test_heads_of_dinov2s_trainer_are_read(teacher: nn.ModuleDict, tmp_path: Pat
     assert_equal(export.read_heads(str(tmp_path / "teacher_checkpoint.pth")), head_tensors(teacher))
 
 
-def without(state: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key != name}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -152,6 +156,7 @@ def without(state: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda state: {k: v for k, v in state.items() if k.startswith("ibot")}, r"dino_head lacks mlp\.0\.weight"),
         (lambda state: state | {"dino_head.mlp.6.weight": torch.ones(2)}, r"dino_head\.mlp\.6\.weight is no part"),
         (lambda state: state | {"ibot_head.last_layer.weight_g": torch.ones(6, 1)}, "ibot_head has layers that do not"),
+        (lambda state: state | {"dino_head.mlp.2.weight": torch.ones(6, 5)}, "dino_head has layers that do not"),
         (lambda state: state | {"ibot_head.mlp.0.bias": torch.ones(6, 1)}, "ibot_head has shapes of no linear layers"),
         (lambda state: state | {"step": 3}, "something else than named tensors"),
         (lambda state: [1, 2], "something else than named tensors"),
@@ -183,14 +188,14 @@ def test_files_that_are_no_heads_are_named(tmp_path: Path) -> None:
 
 
 def test_a_config_that_says_too_little_is_named(teacher: nn.ModuleDict, tmp_path: Path) -> None:
-    config = {"backbone": without(BACKBONE, "patch_size")}
+    config = {"model": {"backbone": without(BACKBONE, "patch_size")}}
     path = save(tmp_path, config=config, teacher=teacher)
-    with pytest.raises(InputError, match=r"does not say backbone\.patch_size"):
+    with pytest.raises(InputError, match=r"does not say model\.backbone\.patch_size"):
         export.export_checkpoint(path, str(tmp_path / "out"))
 
 
 def test_a_config_of_another_model_is_named(teacher: nn.ModuleDict, tmp_path: Path) -> None:
-    path = save(tmp_path, config={"backbone": BACKBONE | {"num_register_tokens": 0}}, teacher=teacher)
+    path = save(tmp_path, config={"model": {"backbone": BACKBONE | {"num_register_tokens": 0}}}, teacher=teacher)
     with pytest.raises(WeightsError, match="1 unexpected: register_tokens"):
         export.export_checkpoint(path, str(tmp_path / "out"))
 
