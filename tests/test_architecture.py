@@ -56,6 +56,28 @@ def test_modules_say_why_they_exist(path: Path) -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
 
 
+def names_process_groups(node: ast.AST) -> bool:
+    """Whether `node` imports torch.distributed, or reaches it through `torch`."""
+    match node:
+        case ast.Import():
+            return any(alias.name.startswith("torch.distributed") for alias in node.names)
+        case ast.ImportFrom():
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            return any(name.startswith("torch.distributed") for name in full)
+        case ast.Attribute():
+            return ast.unparse(node) == "torch.distributed"
+    return False
+
+
+def test_process_groups_have_one_door() -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if any(names_process_groups(node) for node in ast.walk(ast.parse(path.read_text())))
+    }
+    assert found == {"training/distributed.py", "training/checkpoint.py"}
+
+
 def test_loading_weights_never_unpickles() -> None:
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,0 +1,291 @@
+"""Two gloo processes and one process alone compute the same; what a block is wrapped in changes no number and no name.
+
+The backbone's blocks take and give a list of batches of different lengths, with lists of the images to compute.
+"""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from curation import backbone
+from curation.errors import ConfigError, DeviceError
+from tests.training.conftest import Ranks
+from training import heads
+from training.distributed import (
+    ENVIRONMENT,
+    Recompute,
+    barrier,
+    checkpoint_activations,
+    compile_forward,
+    full_state,
+    local,
+    max_over_ranks,
+    open_world,
+    shard,
+    sum_over_ranks,
+)
+
+TIMEOUT = 60.0
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+class Model(nn.Module):
+    """Two blocks and two heads; every second image goes through each branch of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = backbone.build("vit_tiny", patch_size=8, image_size=32, depth=2, seed=None)
+        config = heads.HeadConfig(num_prototypes=7, bottleneck_dim=5, hidden_dim=6)
+        generator = torch.Generator().manual_seed(0)
+        self.dino_head, self.ibot_head = (heads.build(192, config, generator) for _ in range(2))
+        for parameter in self.parameters():  # none at its starting value, so that LayerScale matters
+            nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.05, generator=generator)
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        """The loss of global and local crops, one mean over images."""
+        rows = [torch.arange(0, len(crop), 2) for crop in crops]
+        kept = [(rows, rows)] * len(self.backbone.blocks)
+        masks = torch.arange(16).expand(len(crops[0]), -1) % 3 == 0
+        features = self.backbone(crops, is_training=True, masks=[masks, None], kept=kept)
+        images = torch.cat([each["x_norm_clstoken"] for each in features])
+        patches = features[0]["x_norm_patchtokens"].mean(dim=1)
+        loss = torch.zeros(())
+        for head, tokens in ((self.dino_head, images), (self.ibot_head, patches)):
+            vectors, prototypes = head(tokens)
+            loss = loss - functional.log_softmax(vectors.float() @ prototypes.float().T, dim=-1)[:, 0].mean()
+        return loss
+
+    def units(self) -> list[nn.Module]:
+        return [*self.backbone.blocks, self.dino_head, self.ibot_head]
+
+
+def crops() -> list[Tensor]:
+    """Four global and four local crops; rank 0 has the first halves, rank 1 the second."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 3, size, size, generator=generator) for size in (32, 16)]
+
+
+def gradients(model: nn.Module) -> Arrays:
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        found[name] = gradient.numpy()
+    return found
+
+
+def step(rank: int | None, prepare: str) -> Arrays:
+    """The gradients of one step with each block prepared in some way, on all crops or on those of one rank."""
+    model = Model()
+    with open_world("cpu", timeout_seconds=TIMEOUT) as world:
+        for block in model.backbone.blocks:
+            if prepare in ("selective", "full"):
+                checkpoint_activations(block, prepare)  # type: ignore[arg-type]  # one of the policies
+            if prepare == "compiled":
+                checkpoint_activations(block, "selective")
+                compile_forward(block, backend="aot_eager")
+        shard(model, model.units(), world, param_dtype=None)
+        model([crop if rank is None else crop[2 * rank : 2 * rank + 2] for crop in crops()]).backward()
+        return gradients(model)
+
+
+def assert_close(found: Arrays, expected: Arrays) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-5 * np.abs(values).max(), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Arrays:
+    return step(None, "none")
+
+
+@pytest.mark.parametrize("prepare", ["selective", "full", "compiled"])
+def test_preparing_a_block_changes_neither_gradients_nor_names(prepare: str, plain: Arrays) -> None:
+    assert_close(step(None, prepare), plain)
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_what_is_not_kept_is_computed_again(policy: Recompute) -> None:
+    counts = {}
+    for recompute in ("none", policy):
+        model, names = Model(), []
+        checkpoint_activations(model.backbone.blocks[1], recompute)
+        with Counting(names):
+            model(crops()).backward()
+        counts[recompute] = Counter(names)
+    again = counts[policy] - counts["none"]
+    products = {name for name in again if name.startswith(("aten.addmm", "aten._scaled_dot_product"))}
+    # Full computes all again, and selective only what is cheap.
+    assert ("aten.native_layer_norm.default" in again) == (policy != "none")
+    assert bool(products) == (policy == "full")
+
+
+class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the name of every operation."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's own
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def sharded_step(prepare: str) -> Arrays:
+    return step(int(os.environ["RANK"]), prepare)
+
+
+@pytest.mark.parametrize("prepare", ["none", "selective", "compiled"])
+def test_two_ranks_have_the_gradients_of_one(prepare: str, ranks: Ranks, plain: Arrays) -> None:
+    first, second = ranks(sharded_step, prepare)
+    assert_close(first, plain)
+    assert_close(second, plain)
+
+
+def inspect_sharded() -> list[object]:
+    """How much this rank has, whether it still has slices after a forward pass alone, and the types of both."""
+    with open_world("cpu", timeout_seconds=TIMEOUT) as world:
+        model = Model()
+        computed: list[torch.dtype] = []
+        shard(model, model.units(), world, param_dtype=torch.bfloat16)
+        parameters = list(model.parameters())
+        local = sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor))
+        with torch.no_grad():
+            model.dino_head.register_forward_hook(lambda module, inputs, outputs: computed.append(outputs[0].dtype))
+            model(crops())
+        still = all(isinstance(p, DTensor) for p in model.parameters())
+        types = {str(p.dtype) for p in parameters}
+        return [local, sum(p.numel() for p in parameters), still, sorted(types), [str(kind) for kind in computed]]
+
+
+def test_a_rank_keeps_its_slice_in_float32_and_computes_in_what_was_asked(ranks: Ranks) -> None:
+    (first, total, *facts), (second, _, *others) = ranks(inspect_sharded)
+    assert first + second == total
+    assert abs(first - second) <= 0.1 * total
+    assert facts == others == [True, ["torch.float32"], ["torch.bfloat16"]]
+
+
+def gather() -> tuple[Arrays, list[int]]:
+    """The whole state on the first rank, and how many numbers this rank holds of each parameter."""
+    with open_world("cpu", timeout_seconds=TIMEOUT) as world:
+        model = Model()
+        shard(model, model.units(), world, param_dtype=None)
+        state = full_state(model)
+        return {name: value.numpy() for name, value in state.items()}, [local(p).numel() for p in model.parameters()]
+
+
+def test_the_first_rank_gathers_the_whole_state(ranks: Ranks) -> None:
+    (first, own), (second, other) = ranks(gather)
+    model = Model()
+    expected = full_state(model)
+    assert second == {}
+    assert first.keys() == expected.keys()
+    assert all(np.array_equal(first[name], value.numpy()) for name, value in expected.items())
+    assert [sum(both) for both in zip(own, other, strict=True)] == [local(p).numel() for p in model.parameters()]
+    with torch.no_grad():
+        local(next(model.parameters())).zero_()  # not a copy, and the state is one
+    assert not next(model.parameters()).any()
+    assert next(iter(expected.values())).any()
+
+
+def exchange() -> list[object]:
+    with open_world("cpu", timeout_seconds=TIMEOUT) as world:
+        own = torch.tensor([float(world.rank), 1.0], requires_grad=True)
+        summed, largest = sum_over_ranks(own), max_over_ranks(own)
+        barrier()
+        return [world.rank, world.num_ranks, world.is_first, summed.tolist(), largest.tolist(), own.tolist()]
+
+
+def test_sums_and_maxima_of_two_ranks(ranks: Ranks) -> None:
+    assert ranks(exchange) == [
+        [0, 2, True, [1.0, 2.0], [1.0, 1.0], [0.0, 1.0]],
+        [1, 2, False, [1.0, 2.0], [1.0, 1.0], [1.0, 1.0]],
+    ]
+
+
+def test_a_world_of_one_has_no_group() -> None:
+    with open_world("cpu") as world:
+        assert (world.rank, world.num_ranks, world.local_rank) == (0, 1, 0)
+        assert not torch.distributed.is_initialized()
+        tensor = torch.ones(2)
+        assert sum_over_ranks(tensor).tolist() == max_over_ranks(tensor).tolist() == [1.0, 1.0]
+        barrier()
+        model = Model()
+        shard(model, model.units(), world, param_dtype=torch.bfloat16)
+        assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def fail_on_one() -> str:
+    """One rank raises, and the other then waits for it in vain."""
+    try:
+        with open_world("cpu", timeout_seconds=TIMEOUT) as world:
+            if world.rank == 0:
+                raise InterruptedError("rank 0 has had enough")
+            sum_over_ranks(torch.ones(1))
+    except (InterruptedError, RuntimeError) as error:
+        assert not torch.distributed.is_initialized()
+        return type(error).__name__
+    return "no error"
+
+
+def test_an_error_of_one_rank_ends_the_group(ranks: Ranks) -> None:
+    assert ranks(fail_on_one) == ["InterruptedError", "RuntimeError"]
+    assert ranks(exchange)[1][3] == [1.0, 2.0]  # the same processes meet again
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "lacks LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "whole numbers.*'x'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, r"\[0, WORLD_SIZE\)"),
+    ],
+)
+def test_a_wrong_environment_is_refused(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    if "LOCAL_RANK" in environment:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message), open_world("cpu"):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_where_there_is_none_is_refused() -> None:
+    with pytest.raises(DeviceError, match="sees no GPU"), open_world("cuda"):
+        pass
+
+
+SCRIPT = """
+from training.distributed import open_world, sum_over_ranks
+import torch
+with open_world("cpu", timeout_seconds=60) as world:
+    total = sum_over_ranks(torch.tensor(world.rank + 1))
+    if world.is_first:
+        print("total", int(total), "of", world.num_ranks)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert "total 3 of 2" in result.stdout, result.stderr

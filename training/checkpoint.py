@@ -1,0 +1,315 @@
+"""Checkpoints of a run: saved by any number of ranks, resumed by any other, whole or not there at all.
+
+    <folder>/
+      step-0001000/
+        checkpoint.json      what is in it: step, progress, config, the names and shapes of all tensors, sizes of files
+        .metadata            torch.distributed.checkpoint's own: which slice of which tensor lies where
+        __0_0.distcp  ...    the slices, one file a rank
+      .tmp-step-0002000/     only while one is written, or after a kill; the next save removes it
+
+`.metadata` is a pickle, which runs whatever its writer put there when it is read. So a checkpoint is for the run that
+wrote it; what is handed to others is an export (export.py), which carries no code.
+
+Nothing random is stored: what a run draws follows from its seed and step.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+
+from curation import storage
+from curation.config import Settings
+from curation.errors import ConfigError, InputError, OutputMismatchError
+from training.distributed import World, barrier
+
+RECORD_NAME = "checkpoint.json"
+PREFIX = "step-"
+MAX_LISTED = 8  # assumed: as many differences as a person reads
+# The version of what this file writes. Checkpoints of another version are refused, not converted.
+FORMAT_VERSION = 1
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written, and how many stay."""
+
+    every: int = Field(default=1000, ge=1)
+    """Steps between two."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the last ones stay. With 1, a disk that damages the newest leaves nothing to go back to."""
+
+
+class Record(BaseModel):
+    """What `checkpoint.json` says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int = FORMAT_VERSION
+    step: int
+    """Optimizer steps that were done."""
+    num_ranks: int
+    """How many ranks wrote it."""
+    progress: dict[str, Any]
+    """The run's own counters."""
+    config: dict[str, Any]
+    """What the run's numbers depend on."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    """Type and full shape of each tensor, under `<part>.<name>`."""
+    files: dict[str, int]
+    """Size in bytes of each other file."""
+
+
+def save(
+    folder: str,
+    step: int,
+    parts: Parts,
+    *,
+    progress: Mapping[str, Any],
+    config: Mapping[str, Any],
+    keep: int,
+    world: World,
+) -> str:
+    """Write the checkpoint of `step` and drop all but the last `keep`. Every rank calls it; gives its path.
+
+    folder: on a filesystem that every rank sees.
+    parts: state_dicts by name, and of the optimizer what `optimizer_tensors` gives. Slices of a sharded model are
+        written by the ranks that have them; a plain tensor is taken to be equal on all of them.
+    progress, config: as JSON can hold them; equal on all ranks.
+    """
+    final, temporary = _path(folder, step), Path(_local(folder)) / f"{storage.TEMPORARY_PREFIX}{PREFIX}{step:07d}"
+    tensors = _flat(parts)
+    said = _as_json({"progress": dict(progress), "config": dict(config)})  # fails on all ranks, or on none
+    if world.is_first:
+        _remove_unfinished(folder)
+        temporary.mkdir(parents=True)
+    barrier()
+    with _without_warning():
+        state_dict_saver.save(tensors, storage_writer=FileSystemWriter(temporary), no_dist=world.num_ranks == 1)
+    if world.is_first:
+        record = Record(
+            step=step,
+            num_ranks=world.num_ranks,
+            **said,
+            tensors=_shapes(tensors),
+            files={file.name: file.stat().st_size for file in sorted(temporary.iterdir())},
+        )
+        storage.write_bytes(str(temporary / RECORD_NAME), (record.model_dump_json(indent=1) + "\n").encode())
+        _set_aside(final)  # a run that went back to an earlier step comes by again
+        os.rename(temporary, final)
+        _sync(final.parent)
+        for number in steps(folder)[:-keep]:
+            _set_aside(_path(folder, number))
+        _remove_unfinished(folder)
+    barrier()
+    return str(final)
+
+
+def load(path: str, parts: Parts, *, config: Mapping[str, Any], world: World) -> Record:
+    """Fill the tensors of `parts`, in place, with the checkpoint at `path`. Every rank calls it.
+
+    parts: as for `save`, of as many ranks as there are now. Raises OutputMismatchError where `config` is not the one
+    that the checkpoint was written with, and InputError where it is damaged or holds other tensors.
+    """
+    record = require(path)
+    require_config(path, record, config)
+    tensors = _flat(parts)
+    _require_tensors(path, record, _shapes(tensors))
+    _read(path, tensors, no_dist=world.num_ranks == 1)
+    return record
+
+
+def load_tensors(path: str, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it: whole, on the CPU, read by this process alone."""
+    record = require(path)
+    found = {
+        name: torch.empty(shape, dtype=getattr(torch, kind))
+        for name, (kind, shape) in record.tensors.items()
+        if name.startswith(prefix)
+    }
+    _read(path, found, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+
+def steps(folder: str) -> list[int]:
+    """The steps that `folder` has checkpoints of, in order."""
+    names = [name.removeprefix(PREFIX) for name in storage.list_names(folder) if name.startswith(PREFIX)]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def latest(folder: str) -> str | None:
+    """The path of the last checkpoint in `folder`, or None."""
+    found = steps(folder)
+    return str(_path(folder, found[-1])) if found else None
+
+
+def require(path: str) -> Record:
+    """What the checkpoint at `path` says about itself. Raises InputError where it is none, or not whole."""
+    record_path = Path(_local(path)) / RECORD_NAME
+    try:
+        record = Record.model_validate_json(record_path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"'{path}' is no checkpoint: it has no {RECORD_NAME}. Give a folder step-... of a run."
+        ) from None
+    except ValidationError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{record_path}: not a file that this version of Seedbed wrote ({reason}).") from None
+    if record.format_version != FORMAT_VERSION:
+        raise InputError(
+            f"{record_path}: written in format {record.format_version}, and this version of Seedbed reads "
+            f"{FORMAT_VERSION}. Resume with the version that wrote it, or start a run anew from its export."
+        )
+    for name, size in record.files.items():
+        file = record_path.with_name(name)
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            raise InputError(
+                f"{file}: {'it is missing' if found is None else f'it has {found:,} bytes'}, and the checkpoint was "
+                f"written with {size:,} there. Copy it again, or delete '{path}' to resume from the one before."
+            )
+    return record
+
+
+def require_config(path: str, record: Record, config: Mapping[str, Any]) -> None:
+    """Raises OutputMismatchError naming what differs between `config` and what the checkpoint was written with."""
+    before, after = _leaves(record.config), _leaves(_as_json(dict(config)))
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    if changed:
+        lines = [f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in changed[:MAX_LISTED]]
+        more = f"\n  and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
+        raise OutputMismatchError(
+            f"'{path}' is a checkpoint of another config:\n" + "\n".join(lines) + more + "\n"
+            "Nothing was changed. Resume with the config that it was written with, or give another --output."
+        )
+
+
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an AdamW over the parameters of `module`, by the parameters' names: the tensors that it works on.
+
+    A parameter without a step so far gets its state here, as the optimizer would make it, so that the names are the
+    same in every run. Learning rates and weight decays are no part of it: they follow from the step.
+    """
+    assert isinstance(optimizer, torch.optim.AdamW), type(optimizer)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    found: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        assert not group["amsgrad"], "amsgrad has one more state, which is not saved"
+        on_device = group["fused"] or group["capturable"]
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:  # cited: torch/optim/adam.py, _init_group, of torch 2.13
+                place = parameter.device if on_device else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=place)
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            found |= {f"{names[parameter]}.{kind}": tensor for kind, tensor in state.items()}
+    return found
+
+
+def _read(path: str, tensors: dict[str, Tensor], *, no_dist: bool) -> None:
+    """Fill `tensors` in place."""
+    with _without_warning():
+        state_dict_loader.load(tensors, storage_reader=FileSystemReader(_local(path)), no_dist=no_dist)
+
+
+def _flat(parts: Parts) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in tensors.items()}
+
+
+def _require_tensors(path: str, record: Record, wanted: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    problems = {
+        "missing": [name for name in wanted if name not in record.tensors],
+        "unexpected": [name for name in record.tensors if name not in wanted],
+        "of another type or shape": [
+            f"{name} (expected {wanted[name]}, found {found})"
+            for name, found in record.tensors.items()
+            if name in wanted and wanted[name] != found
+        ],
+    }
+    if any(problems.values()):
+        lines = [
+            f"  {len(names)} {kind}: {', '.join(names[:MAX_LISTED])}{', ...' if len(names) > MAX_LISTED else ''}"
+            for kind, names in problems.items()
+            if names
+        ]
+        raise InputError(
+            f"{path}: its tensors are not those of this model ({len(wanted)} expected, {len(record.tensors)} found):\n"
+            + "\n".join(lines)
+            + "\nIt was written by another version of Seedbed. Resume with that one, or start anew from its export."
+        )
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` as it comes back out of JSON, where a tuple is a list."""
+    return dict(json.loads(json.dumps(value, allow_nan=False)))
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": [1]}}` as `{"a.b.0": 1}`."""
+    if isinstance(value, list):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, item in value.items()
+        for key, leaf in _leaves(item, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _path(folder: str, step: int) -> Path:
+    return Path(_local(folder)) / f"{PREFIX}{step:07d}"
+
+
+def _local(folder: str) -> str:
+    if not storage.is_local(folder):
+        raise ConfigError(
+            f"'{folder}': checkpoints are written to a filesystem that is mounted, where a folder takes its name at "
+            "once. Give such an --output, shared by all machines of the run, and copy what is to be kept."
+        )
+    return storage.filesystem(folder)[1]
+
+
+def _set_aside(path: Path) -> None:
+    """Take the checkpoint at `path` out of sight at once; deleting it takes a while, and may be cut short."""
+    if path.exists():
+        os.rename(path, path.with_name(f"{storage.TEMPORARY_PREFIX}old-{path.name}"))
+
+
+def _remove_unfinished(folder: str) -> None:
+    for name in storage.list_names(folder):
+        if name.startswith((f"{storage.TEMPORARY_PREFIX}{PREFIX}", f"{storage.TEMPORARY_PREFIX}old-")):
+            shutil.rmtree(Path(_local(folder)) / name)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """torch warns of a single process, which is no mistake here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
