@@ -68,10 +68,10 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def _train(arguments: dict[str, Any]) -> None:
-    from training import loop, train  # takes seconds, and only workers need it
+    from training import loop  # takes seconds, and only workers need it
 
     settings = config.parse(loop.TrainConfig, arguments["config"], origin="the config of the run")
-    train.main(settings, arguments["output"])
+    loop.train(settings, arguments["output"])
 
 
 def _user_error(error: BaseException | None) -> UserError | None:

@@ -42,8 +42,8 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim))
 
     def forward(self) -> Tensor:
-        """(K, d)."""
-        return functional.normalize(self.weight_v, dim=-1) * self.weight_g
+        """(K, d), float32: gathered weights may be less."""
+        return functional.normalize(self.weight_v.float(), dim=-1) * self.weight_g
 
 
 class ProjectionHead(nn.Module):

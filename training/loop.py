@@ -30,7 +30,6 @@ from curation.backbone import VisionTransformer
 from curation.config import Settings, resolved_toml
 from curation.errors import ConfigError, InputError, TrainingError, UserError
 from curation.runner import InlineRunner
-from curation.weights import SavedLayout
 from training import checkpoint, data, distributed, export, masking, optimizer
 from training.augment import AugmentConfig
 from training.checkpoint import CheckpointConfig
@@ -112,7 +111,7 @@ class TrainConfig(Settings):
     """Steps between two lines of metrics."""
     export_every: int = Field(default=12_500, gt=0)
     """Steps between two exports; the last step is exported in any case."""
-    export_layouts: tuple[SavedLayout, ...] = export.DEFAULT_LAYOUTS
+    export_layouts: tuple[export.ExportLayout, ...] = export.DEFAULT_LAYOUTS
     """What is exported."""
     evaluate_every: int = Field(default=12_500, gt=0)
     """Steps between two evaluations, where the pipeline hands one in; the first and last step have one."""
@@ -498,9 +497,7 @@ def _export(trainer: Trainer, output: str, number: int) -> None:
     if trainer.world.is_first:
         backbone = whole_backbone(trainer.config.model.backbone, state)
         heads = {name: value for name, value in state.items() if not name.startswith("backbone.")}
-        export.export(
-            backbone, heads, storage.join(output, "export", f"step-{number:07d}"), trainer.config.export_layouts
-        )
+        export.export(backbone, heads, export.folder(output, number), trainer.config.export_layouts)
     distributed.barrier()
 
 

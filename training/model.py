@@ -307,20 +307,8 @@ def forward_flops(config: BackboneConfig, side: int) -> float:
 
 def _fill_heads(network: Network, path: str) -> None:
     """Copy a file of heads into a network: all of them, and no others. Raises WeightsError."""
-    found = read_heads(path)
-    wanted = {name: value for name, value in network.state_dict().items() if not name.startswith("backbone.")}
-    problems = [
-        *(f"{name} is missing" for name in wanted.keys() - found.keys()),
-        *(f"{name} is not expected" for name in found.keys() - wanted.keys()),
-        *(
-            f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-            for name in wanted.keys() & found.keys()
-            if wanted[name].shape != found[name].shape
-        ),
-    ]
-    if problems:
-        raise WeightsError(f"{path}: the heads do not fit the config: {'; '.join(sorted(problems))}.")
-    network.load_state_dict(found, strict=False)  # the backbone's keys are the only ones left out
+    own = {name: value for name, value in network.state_dict().items() if not name.startswith("backbone.")}
+    network.load_state_dict(read_heads(path, own), strict=False)  # the backbone's keys are the only ones left out
 
 
 def _head_configs(path: str, config: ModelConfig) -> tuple[HeadConfig, HeadConfig | None]:

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from curation import command
 from curation.errors import InputError
-from pipelines.bench import copies, decoding, embedding, retrieval, similarity
+from pipelines.bench import copies, decoding, embedding, retrieval, similarity, training
 
 DEMO = ("concepts", "copies")
-ALL = (*DEMO, decoding.NAME, embedding.NAME, *similarity.WORKS)
+ALL = (*DEMO, decoding.NAME, embedding.NAME, training.NAME, *similarity.WORKS)
 NAMES = ", ".join(ALL)
 
 
@@ -51,6 +51,9 @@ def command_line(
         console.print(decoding.table(decoding.bench(scale=scale, repeats=repeats, folder=photographs)))
     if embedding.NAME in names:
         for table in embedding.tables(*embedding.bench(scale=scale, repeats=repeats)):
+            console.print(table)
+    if training.NAME in names:
+        for table in training.tables(scale=scale, repeats=repeats):
             console.print(table)
     asked = [name for name in similarity.WORKS if name in names]
     for table in similarity.tables(similarity.bench(asked, scale=scale, repeats=repeats)):

@@ -13,23 +13,25 @@ of its own where its memory counts.
 prints as JSON what it measured.
 """
 
+# torch's modules and tensors have untyped methods.
+# mypy: disable-error-code="no-untyped-call, no-any-return"
+
+import functools
 import io
 import json
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from curation.backbone import VisionTransformer
@@ -37,13 +39,13 @@ from curation.config import parse
 from curation.errors import SeedbedError
 from curation.images import ImageLimits
 from pipelines.bench import decoding
-from training import loop, losses, optimizer
-from training.augment import AugmentConfig, make_crops
+from training import loop, losses
+from training.augment import make_crops
 from training.data import Batch
 from training.distributed import World
-from training.loop import Trainer, TrainConfig
+from training.loop import TrainConfig, Trainer
 from training.masking import mask_token_weights, step_masks
-from training.model import Outputs, crop_pairs, draw_kept, model_memory
+from training.model import Outputs, crop_pairs, draw_kept
 
 NAME = "train"
 DROP_PATH = 0.4
@@ -80,16 +82,14 @@ VARIANTS = (
 OURS = "training.loop.step (+ fused optimizer and average)"
 
 
-def bench(*, scale: int = 1, repeats: int | None = None) -> list[Table]:
+def tables(*, scale: int = 1, repeats: int | None = None) -> list[Table]:
     """The tables of this machine's device; sizes are divided by `scale`, medians are of `repeats` runs (default 3)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name, num_images = COMPARED[device]
-    found = _in_process(
-        "steps", name=name, num_images=max(2, num_images // scale), repeats=repeats or 3, device=device
-    )
-    tables = [_steps_table(found, name, num_images // scale, device)]
+    found = _in_process("steps", name=name, num_images=max(2, num_images // scale), repeats=repeats or 3, device=device)
+    found_tables = [_steps_table(found, name, num_images // scale, device)]
     prototypes, images, rows = MEMORY
-    tables.append(
+    found_tables.append(
         _memory_table(
             {
                 kind: _in_process(
@@ -101,7 +101,25 @@ def bench(*, scale: int = 1, repeats: int | None = None) -> list[Table]:
             images,
         )
     )
-    return tables
+    if device == "cuda":
+        asked = [
+            (of_size, count, packed, compiled)
+            for of_size, count in SHORT_RECIPE
+            for packed, compiled in (("grouped", False), ("varlen", False), ("grouped", True))
+        ]
+        found_tables.append(
+            _gpu_table(
+                {
+                    row: _in_process(
+                        "gpu",
+                        **dict(zip(("name", "num_images", "packed", "compile"), row, strict=True)),
+                        repeats=repeats or 5,
+                    )
+                    for row in asked
+                }
+            )
+        )
+    return found_tables
 
 
 # --- steps --------------------------------------------------------------------------------------------------------
@@ -114,8 +132,7 @@ def steps(name: str, num_images: int, repeats: int, device: str) -> dict[str, fl
     batch = make_batch(config).to(trainer.world.device)
     plain = torch.optim.AdamW(trainer.model.student.parameters(), lr=1e-5)  # one operation at a time
     works: dict[str, Callable[[int], Any]] = {
-        variant.name: lambda number, variant=variant: plain_step(trainer, plain, batch, number, variant)
-        for variant in VARIANTS
+        variant.name: functools.partial(plain_step, trainer, plain, batch, variant) for variant in VARIANTS
     }
     works[OURS] = lambda number: loop.step(trainer, [batch], number)
     seconds: dict[str, list[float]] = {row: [] for row in works}
@@ -144,9 +161,7 @@ def make_batch(config: TrainConfig) -> Batch:
     num_crops, side = 2 * config.batch_size, config.model.backbone.image_size // config.model.backbone.patch_size
     masks = step_masks(config.masks, (side, side), seed=0, step=0, num_crops=num_crops, crops=range(num_crops))
     return Batch(
-        crops=tuple(
-            torch.from_numpy(np.stack(group, axis=1)).flatten(0, 1) for group in zip(*cut, strict=True)
-        ),
+        crops=tuple(torch.from_numpy(np.stack(group, axis=1)).flatten(0, 1) for group in zip(*cut, strict=True)),
         masks=masks,
         places=masks.flatten().nonzero()[:, 0],
         patch_weights=mask_token_weights(masks),
@@ -157,7 +172,7 @@ def make_batch(config: TrainConfig) -> Batch:
 
 
 def plain_step(
-    trainer: Trainer, adam: torch.optim.Optimizer, batch: Batch, number: int, variant: Variant
+    trainer: Trainer, adam: torch.optim.Optimizer, batch: Batch, variant: Variant, number: int
 ) -> dict[str, float]:
     """One step with the ingredients of a variant; the arithmetic is that of loop.step, written out."""
     config, model = trainer.config, trainer.model
@@ -170,7 +185,11 @@ def plain_step(
         masks: list[Tensor | None] = [batch.masks, None]
         if variant.kept_only:
             kept = draw_kept(
-                config.model.backbone, backbone.n_blocks, [len(of) for of in batch.crops], generator, trainer.world.device
+                config.model.backbone,
+                backbone.n_blocks,
+                [len(of) for of in batch.crops],
+                generator,
+                trainer.world.device,
             )
             assert kept is not None
             if variant.packed:
@@ -298,3 +317,102 @@ def memory(chunked: bool, prototypes: int, num_images: int, rows: int) -> dict[s
         loss = torch.stack([losses.dino_loss(scores[a], probabilities[b]) for a, b in pairs]).mean()
     loss.backward()
     return {"peak": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024}
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+def gpu(name: str, num_images: int, repeats: int, packed: str, compile: bool) -> dict[str, float]:
+    """Images/s, share of the GPU's peak (cited: 989 TFLOP/s in bfloat16 of an H100 or H200, 312 of an A100), and peak
+    bytes, of training.loop.step at the short recipe."""
+    config = _config(name, num_images, "cuda", packed_attention=packed, compile=compile)
+    trainer = loop.prepare(config, World(0, 1, 0, torch.device("cuda")))
+    batch = make_batch(config).to(trainer.world.device)
+    seconds = []
+    for number in range(3 + repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        loop.step(trainer, [batch], number)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    rate = num_images / statistics.median(seconds[3:])
+    peak = 312e12 if "A100" in torch.cuda.get_device_name() else 989e12
+    return {
+        "rate": rate,
+        "utilization": rate * loop.step_flops(config) / peak,
+        "peak": float(torch.cuda.max_memory_allocated()),
+    }
+
+
+# --- around -------------------------------------------------------------------------------------------------------
+
+
+def _config(name: str, num_images: int, device: str, **changes: Any) -> TrainConfig:
+    """The short recipe with drop path 0.4 and Sinkhorn-Knopp on one device."""
+    values: dict[str, Any] = {
+        "num_steps": 1000,
+        "batch_size": num_images,
+        "images_per_pass": num_images,
+        "device": device,
+        "precision": "bfloat16" if device == "cuda" else "float32",
+        "model": {"backbone": {"name": name, "patch_size": 16, "image_size": 224, "drop_path": DROP_PATH}},
+        "schedule": {"learning_rate_warmup_steps": 100},
+        "data": {"path": "drawn"},
+        **changes,
+    }
+    return parse(TrainConfig, values, origin="bench")
+
+
+def _in_process(function: str, **arguments: Any) -> Any:
+    """What a function of this module gives in a process of its own."""
+    command = [sys.executable, "-m", "pipelines.bench.training", function, json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SeedbedError(f"The benchmark {function} {arguments} ended with status {done.returncode}.")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _steps_table(seconds: dict[str, float], name: str, num_images: int, device: str) -> Table:
+    table = Table(
+        title=f"A training step, {name}/16 on {device}, {num_images} images of 10 crops, drop path {DROP_PATH}",
+        title_justify="left",
+    )
+    for column in ("step", "seconds", "plain by it", "share of this ingredient", "to reach"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    before = plain = seconds[VARIANTS[0].name]
+    for row, value in seconds.items():
+        to_reach = f"{TO_REACH[device]}" if row == OURS else ""
+        table.add_row(row, f"{value:.2f}", f"{plain / value:.2f}", f"{before / value:.2f}", to_reach)
+        before = value
+    return table
+
+
+def _memory_table(peaks: dict[str, float], prototypes: int, num_images: int) -> Table:
+    table = Table(
+        title=f"Memory of the image-level loss, {prototypes:,} prototypes, {num_images} images of 10 crops",
+        title_justify="left",
+    )
+    for column in ("scores", "MB above the weights"):
+        table.add_column(column, justify="left" if column == "scores" else "right")
+    for kind, peak in peaks.items():
+        table.add_row(kind, f"{peak / 1e6:,.0f}")
+    return table
+
+
+def _gpu_table(rows: dict[tuple[str, int, str, bool], dict[str, float]]) -> Table:
+    table = Table(
+        title="The short recipe on one GPU; published: 93 images/s (ViT-L/16, A100), 112 to 159 (H100)",
+        title_justify="left",
+    )
+    for column in ("backbone", "images", "attention", "compiled", "images/s", "share of peak", "peak GB"):
+        table.add_column(column, justify="left" if column in ("backbone", "attention") else "right")
+    for (name, num_images, packed, compiled), row in rows.items():
+        numbers = (f"{row['rate']:.1f}", f"{row['utilization']:.2f}", f"{row['peak'] / 1e9:.1f}")
+        table.add_row(name, f"{num_images}", packed, str(compiled), *numbers)
+    return table
+
+
+if __name__ == "__main__":
+    from pipelines.bench import training as this  # by its real name
+
+    print(json.dumps(getattr(this, sys.argv[1])(**json.loads(sys.argv[2]))))
