@@ -31,7 +31,7 @@ from torch.nn import functional
 from curation.config import Settings
 from curation.images import ImageLimits, Picture, decode_picture, read_header, upright
 
-Pixels = NDArray[np.uint8]
+Pixels = NDArray[Any]  # of np.uint8, which OpenCV's annotations do not promise
 
 # Probabilities of blur of the first global crop, the second, and the local ones. DINOv2 states the nominal ones; its
 # code hands one minus them to RandomApply, and the released weights were trained that way (facebookresearch/dinov2
@@ -180,9 +180,7 @@ def draw_crops(
     )
 
 
-def _crop(
-    config: AugmentConfig, group: CropGroup, view: View, width: int, height: int, numbers: list[float]
-) -> Crop:
+def _crop(config: AugmentConfig, group: CropGroup, view: View, width: int, height: int, numbers: list[float]) -> Crop:
     across, down, flip, jitter, order, brightness, contrast, saturation, hue, gray, blur, sigma, solarize = numbers[:13]
     left, top, window_width, window_height = _window(config, group, width, height, across, down, numbers[13:])
     return Crop(

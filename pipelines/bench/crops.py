@@ -24,13 +24,12 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from rich.table import Table
 
-from curation import storage
 from curation.corpus import Sample, write_tar
 from curation.hashing import image_id
 from curation.images import ImageLimits, decode_picture, read_header
 from pipelines.bench import decoding
+from training import data
 from training.augment import AugmentConfig, Crop, Pixels, cut_crops, draw_crops, make_crops
 
 CROPS, READING = "crops", "reading"
@@ -70,7 +69,7 @@ def crops(num_images: int, runs: int) -> list[Row]:
     """A row with decoding and one without."""
     generator = np.random.default_rng(0)
     photographs = [decoding._jpeg(decoding.draw(*SIZE, generator)) for _ in range(num_images)]
-    pictures = [decode_picture(data, LIMITS, target_side=max(SIZE)).pixels for data in photographs]
+    pictures = [decode_picture(encoded, LIMITS, target_side=max(SIZE)).pixels for encoded in photographs]
     opened = [Image.fromarray(pixels) for pixels in pictures]
     config = AugmentConfig()
     drawn = [draw_crops(config, *SIZE, np.random.default_rng(n)) for n in range(num_images)]
@@ -79,14 +78,14 @@ def crops(num_images: int, runs: int) -> list[Row]:
     cv2.setNumThreads(1)
 
     def ours() -> None:
-        for n, data in enumerate(photographs):
-            make_crops(data, LIMITS, config, np.random.default_rng(n))
+        for n, encoded in enumerate(photographs):
+            make_crops(encoded, LIMITS, config, np.random.default_rng(n))
 
     def peer() -> None:
-        for n, data in enumerate(photographs):
-            header = read_header(data, LIMITS)
+        for n, encoded in enumerate(photographs):
+            header = read_header(encoded, LIMITS)
             own = draw_crops(config, header.width, header.height, np.random.default_rng(n))
-            pillow_crops(Image.open(io.BytesIO(data)).convert("RGB"), own, config)
+            pillow_crops(Image.open(io.BytesIO(encoded)).convert("RGB"), own, config)
 
     def ours_decoded() -> None:
         for pixels, own in zip(pictures, drawn, strict=True):
@@ -157,9 +156,7 @@ def _pillow_crop(picture: Image.Image, crop: Crop, size: int, config: AugmentCon
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def _in_turns(
-    contestants: Sequence[Callable[[], None]], runs: int, clock: Callable[[], float]
-) -> list[float]:
+def _in_turns(contestants: Sequence[Callable[[], None]], runs: int, clock: Callable[[], float]) -> list[float]:
     """The median seconds of each; the first round only warms up."""
     seconds: list[list[float]] = [[] for _ in contestants]
     for _ in range(1 + runs):
@@ -168,3 +165,35 @@ def _in_turns(
             contestant()
             own.append(clock() - started)
     return [statistics.median(own[1:]) for own in seconds]
+
+
+# Reading
+
+
+def reading(num_samples: int, runs: int) -> Row:
+    """Samples read by reference in random order, against webdataset's in the order of the tars."""
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
+        listed: list[data.Sample] = []
+        for start in range(0, num_samples, SAMPLES_PER_TAR):
+            images = [generator.bytes(SAMPLE_BYTES) for _ in range(min(SAMPLES_PER_TAR, num_samples - start))]
+            path = str(Path(folder, f"corpus-{start // SAMPLES_PER_TAR:06d}.tar"))
+            ids = [image_id(image) for image in images]
+            sidecar = {"source": "bench", "reasons": ["as_is:bench"]}
+            samples = (Sample(key, image, "JPEG", sidecar) for key, image in zip(ids, images, strict=True))
+            _, places = write_tar(path, samples)
+            listed += [data.Sample(key, path, *place) for key, place in zip(ids, places, strict=True)]
+        order = generator.permutation(num_samples).tolist()
+
+        def ours() -> None:
+            reader = data.Reader()
+            assert sum(len(reader.read(listed[row])) for row in order) == num_samples * SAMPLE_BYTES
+            reader.close()
+
+        def peer() -> None:
+            tars = sorted(str(path) for path in Path(folder).iterdir())
+            found = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
+            assert sum(len(sample["jpg"]) for sample in found) == num_samples * SAMPLE_BYTES
+
+        seconds = _in_turns((ours, peer), runs, time.perf_counter)
+    return Row("reading", num_samples / seconds[0], num_samples / seconds[1], TO_REACH[READING], "the same bytes")

@@ -1,0 +1,571 @@
+"""What to read, in which order: from a corpus (or any images) to the batches of every step, on any number of ranks.
+
+    <output>/
+      ingest/                 only where the data are raw images: a stage of its own, see curation/ingest.py
+      samples/
+        samples.arrow         one row per sample: which bytes it is. Memory-mapped by every rank and worker
+        cumulative.npy        the running sum of the samples' weights, where these differ and count. Memory-mapped too
+
+The order. Position p = step * batch_size + i counts all samples that training ever draws. Epoch e = p // N has as many
+positions as there are samples, N, in an order drawn from (seed, e); nothing is stored, so any step can be the first.
+With weights, an epoch has each sample either floor(x) or ceil(x) times, where x is N times its share of all weight: the
+shuffled place k of a position means the sample in whose stretch of the cumulative weight k + u falls (systematic
+sampling), and u, one number of an epoch, moves on by the golden ratio from epoch to epoch, so that over e epochs a
+sample comes e * x times, give or take one or two. Equal weights have each sample exactly once.
+
+An image that cannot be decoded, or whose bytes are no longer those of its id, is counted and listed, and the sample
+that the next epoch has at the same place takes its place, as often as needed. So a batch depends on the data, the
+config and its step alone.
+
+Crops travel as bytes; `on_device` makes normalised numbers of them where they are used.
+
+Legend: B images of a step (`batch_size`), n images of a pass, V crops of a group, N_p patches of a global crop.
+"""
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol, cast, final
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from curation import ingest, records, storage
+from curation.config import Settings
+from curation.embedders import IMAGENET_NORMALIZATION
+from curation.errors import ConfigError, InputError, OutputMismatchError, RejectBudgetError, UserError
+from curation.hashing import image_id
+from curation.images import ImageLimits, ImageRejected, RejectReason
+from curation.ingest import IngestConfig
+from curation.prefetch import Meter, prefetch
+from curation.runner import Runner
+from curation.sources import PARQUET_URI, ReferenceReader, SourceConfig
+from training.augment import AugmentConfig, make_crops
+
+SAMPLES = pa.schema(
+    [
+        records.CORPUS.field("image_id"),
+        records.IMAGES.field("uri"),
+        records.IMAGES.field("offset"),
+        records.IMAGES.field("length"),
+        records.CORPUS.field("weight"),
+    ]
+)
+# Rows of a record batch of samples.arrow; all but the last have as many. Assumed: some 10 MB.
+ROWS_PER_BATCH = 65_536
+# Shards that a worker holds open. Assumed: below the 256 files that macOS allows a process by default.
+OPEN_FILES = 128
+# Images that are tried for one position before training stops. Assumed: among images of which half are bad, one
+# position in 65,536 has as many.
+MAX_TRIES = 16
+# Passes that each worker has ready. Assumed: a slow shard is made up for, and two are memory.
+PASSES_AHEAD = 2
+# What a generator is for; any three numbers that differ.
+ORDER, SHIFT, CROPS = 0x6F72, 0x7368, 0x6372
+# Rounds of the Feistel network that shuffles. Cited: Luby and Rackoff (1988) prove four enough for good round
+# functions; eight make up for cheap ones on small sets (assumed).
+ROUNDS = 8
+GOLDEN_RATIO = 0.6180339887498949
+
+
+class DataConfig(Settings):
+    """What to train on."""
+
+    path: str
+    """Folder with the data, local or any fsspec URL; what it holds is the `layout`."""
+    layout: Literal["corpus", "images", "folder", "webdataset", "parquet"] = "corpus"
+    """`corpus`: what `make curate` packed. `images`: a finished ingest, without its holdout. The others are raw images,
+    which are ingested first: files in folders, tars, or Parquet. Of Parquet a whole row group is read for each sample:
+    pack what is large."""
+    image_column: str = "image.bytes"
+    """For Parquet: the column with the encoded image, dots leading into structs."""
+    limits: ImageLimits = ImageLimits()
+    """What an image may cost. Not below what ingest allowed, or what it accepted is rejected here."""
+    use_weights: bool = True
+    """Whether a sample comes as often as the corpus's weights say; else each once an epoch."""
+    max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
+    """The share of all samples that may turn out unusable on one rank before training stops."""
+    workers: int = Field(default=0, ge=0)
+    """Processes of each rank that read, decode and crop; 0 does it in a thread of the training process. A core makes
+    the crops of some hundred photographs a second."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An image that could not be used, and why."""
+
+    image_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pass of one rank sees. Crops and masks go by crop, then by image: all n images' first crop, ..."""
+
+    crops: tuple[Tensor, ...]
+    """One per group of crops: (V * n, 3, S, S), uint8 as loaded, normalised float32 from `on_device`."""
+    masks: Tensor
+    """(2 * n, N_p) bool, of the global crops: what the student does not see."""
+    image_ids: list[str]
+    """n."""
+    positions: Tensor
+    """(n,) int64."""
+    rejected: tuple[Rejected, ...] = ()
+    """The images in whose place others came."""
+
+    def pin_memory(self) -> "Batch":
+        """The same in memory that a GPU copies from while it computes; torch's DataLoader calls this."""
+        crops = tuple(crop.pin_memory() for crop in self.crops)
+        return replace(self, crops=crops, masks=self.masks.pin_memory())
+
+
+class MaskSource(Protocol):
+    """Makes the masks of some global crops of a step."""
+
+    def __call__(self, step: int, crops: range) -> Tensor:
+        """(len(crops), N_p) bool. Crop c * batch_size + i is crop c of image i of the step's batch."""
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device, its crops float32, normalised with ImageNet's mean and standard deviation."""
+    mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET_NORMALIZATION)
+    crops = tuple(crop.to(device, non_blocking=True).float().sub_(mean).div_(deviation) for crop in batch.crops)
+    return replace(batch, crops=crops, masks=batch.masks.to(device, non_blocking=True))
+
+
+# What to read
+
+
+def prepare(config: DataConfig, output: str, runner: Runner) -> str:
+    """List the samples of `config` in OUTPUT/samples, once, and return that folder. One process does this for all.
+
+    Raises InputError where there is no data, and OutputMismatchError where the output has other data's list.
+    """
+    if not storage.is_local(output):
+        raise InputError(
+            f"The output '{output}' is not local: its list of samples is mapped into memory. Give a folder."
+        )
+    if config.layout == "corpus":
+        folder, tables = config.path, _corpus_tables(config.path)
+    else:
+        folder = config.path if config.layout == "images" else storage.join(output, "ingest")
+        if config.layout != "images":
+            source = SourceConfig(
+                name="train", path=config.path, role="pool", layout=config.layout, image_column=config.image_column
+            )
+            # Each image is judged once, by ingest's own budget; what decays later spends this stage's.
+            asked = IngestConfig(
+                sources=(source,), limits=config.limits, max_reject_fraction=config.max_reject_fraction
+            )
+            ingest.run(asked, folder, runner)
+        tables = _ingested_tables(folder)
+    return _list_samples(config, folder, tables, storage.join(output, "samples"))
+
+
+def _corpus_tables(folder: str) -> Iterator[pa.Table]:
+    """SAMPLES of each tar of a finished corpus."""
+    names = [name for name in storage.require_manifest(folder).files("corpus") if name.endswith(".parquet")]
+    if not names:
+        raise InputError(f"'{folder}' holds no corpus: no corpus-*.parquet. Give the folder that pack wrote.")
+    with storage.open_read(storage.join(folder, names[0])) as file:
+        found = pq.ParquetFile(file).schema_arrow.names
+    if missing := [name for name in ("offset", "length") if name not in found]:
+        raise InputError(
+            f"'{folder}' was packed by an older version, which did not write down where in its tar an image lies (no "
+            f"column {' and '.join(missing)} in {names[0]}). Run pack again with --replace."
+        )
+    for name in names:
+        table = storage.read_table(storage.join(folder, name), records.CORPUS)
+        tars = table["shard"].combine_chunks().dictionary_encode()
+        paths = pa.array([storage.join(folder, tar) for tar in tars.dictionary.to_pylist()], pa.string())
+        columns = {column: table[column] for column in SAMPLES.names if column != "uri"}
+        yield pa.table({**columns, "uri": paths.take(tars.indices)}).select(SAMPLES.names).cast(SAMPLES)
+
+
+def _ingested_tables(folder: str) -> Iterator[pa.Table]:
+    """SAMPLES of each images file of a finished ingest, without its holdout, all of the same weight."""
+    names = storage.require_manifest(folder).files("images")
+    if not names:
+        raise InputError(f"'{folder}' holds no finished ingest: no images-*.parquet. Correct data.path or data.layout.")
+    columns = ["image_id", "uri", "offset", "length", "role"]
+    for name in names:
+        table = storage.read_table(storage.join(folder, name), records.IMAGES, columns)
+        table = table.filter(pc.not_equal(table["role"], "holdout")).drop_columns(["role"])
+        yield table.append_column("weight", pa.repeat(pa.scalar(1.0), table.num_rows)).cast(SAMPLES)
+
+
+def _list_samples(config: DataConfig, folder: str, tables: Iterator[pa.Table], output: str) -> str:
+    """Write samples.arrow and cumulative.npy into `output`, or keep those that are there and of the same data."""
+    content = storage.require_manifest(folder).content_hash
+    asked = {"content": content, "layout": config.layout, "use_weights": str(config.use_weights)}
+    path = storage.join(output, "samples.arrow")
+    found = _facts(path) if storage.exists(path) else {}
+    if found and (changed := [name for name in asked if found[name] != asked[name]]):
+        raise OutputMismatchError(
+            f"'{output}' lists the samples of other data than '{config.path}' ({', '.join(changed)} differ). The same "
+            "order needs the same data: give another --output, or restore the data that this run began with."
+        )
+    if found.get("path") == folder:
+        return output
+    weights = [np.empty(0)]
+
+    def noted() -> Iterator[pa.Table]:
+        for table in tables:
+            weights.append(table["weight"].to_numpy())
+            yield table
+
+    with storage.atomic_write(path + ".new") as file:
+        schema = SAMPLES.with_metadata(asked | {"path": folder})
+        with pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema) as writer:
+            for table in _in_batches(noted()):
+                writer.write_table(table.replace_schema_metadata(schema.metadata), ROWS_PER_BATCH)
+    _write_cumulative(config, np.concatenate(weights), output)
+    os.replace(storage.filesystem(path + ".new")[1], storage.filesystem(path)[1])  # last: it vouches for the other
+    return output
+
+
+def _in_batches(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The rows of `tables`, ROWS_PER_BATCH at a time."""
+    held, num_rows = [SAMPLES.empty_table()], 0
+    for table in tables:
+        held.append(table)
+        num_rows += table.num_rows
+        while num_rows >= ROWS_PER_BATCH:
+            whole = pa.concat_tables(held)
+            yield whole[:ROWS_PER_BATCH].combine_chunks()
+            held, num_rows = [whole[ROWS_PER_BATCH:]], num_rows - ROWS_PER_BATCH
+    if num_rows:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _write_cumulative(config: DataConfig, weights: NDArray[np.float64], output: str) -> None:
+    path = storage.join(output, "cumulative.npy")
+    if not len(weights):
+        raise InputError(f"'{config.path}' holds no image to train on.")
+    if not config.use_weights or ((weights == weights[0]).all() and weights[0] > 0):
+        storage.delete(path)
+        return
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.max() > 0):
+        worst = int(np.argmax(~np.isfinite(weights) | (weights < 0)))
+        raise InputError(
+            f"'{config.path}': row {worst} has the weight {weights[worst]}. Weights are finite, not negative, and not "
+            "all 0; set data.use_weights = false to go without."
+        )
+    with storage.atomic_write(path) as file:
+        np.save(file, np.cumsum(weights), allow_pickle=False)
+
+
+def _facts(path: str) -> dict[str, str]:
+    with pa.memory_map(storage.filesystem(path)[1]) as file:
+        metadata = pa.ipc.open_file(file).schema.metadata or {}
+    return {name.decode(): value.decode() for name, value in metadata.items()}
+
+
+class Sample(NamedTuple):
+    """Where the bytes of an image lie."""
+
+    image_id: str
+    uri: str
+    offset: int
+    length: int
+
+
+@final
+class Samples:
+    """The list that `prepare` wrote, mapped into memory."""
+
+    def __init__(self, folder: str) -> None:
+        place = storage.filesystem(folder)[1]
+        self._reader = pa.ipc.open_file(pa.memory_map(os.path.join(place, "samples.arrow")))
+        self._batches: dict[int, pa.RecordBatch] = {}
+        last = self._reader.num_record_batches - 1
+        self.num_samples = last * ROWS_PER_BATCH + int(self._reader.get_batch(last).num_rows)
+        cumulative = os.path.join(place, "cumulative.npy")
+        self.cumulative: NDArray[np.float64] | None = None
+        """(N,) running sum of the weights; None where all samples come equally often."""
+        if os.path.exists(cumulative):
+            self.cumulative = np.load(cumulative, mmap_mode="r", allow_pickle=False)
+
+    def __getitem__(self, row: int) -> Sample:
+        number, place = divmod(row, ROWS_PER_BATCH)
+        if number not in self._batches:
+            self._batches[number] = self._reader.get_batch(number)
+        batch = self._batches[number]
+        return Sample(*(batch.column(name)[place].as_py() for name in Sample._fields))
+
+
+# In which order
+
+
+@final
+class Order:
+    """Which sample a position has; see the top of this module."""
+
+    def __init__(self, seed: int, num_samples: int, cumulative: NDArray[np.float64] | None = None) -> None:
+        self._seed, self.num_samples, self._cumulative = seed, num_samples, cumulative
+        self._first_shift = float(np.random.default_rng([seed, SHIFT]).random())
+
+    def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows (P,) of the samples of some positions."""
+        epochs, places = np.divmod(positions, self.num_samples)
+        rows = np.empty(len(positions), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            own = epochs == epoch
+            keys = np.random.default_rng([self._seed, ORDER, epoch]).integers(2**64 - 1, size=ROUNDS, dtype=np.uint64)
+            rows[own] = self._weighted(shuffled(places[own], self.num_samples, keys), epoch)
+        return rows
+
+    def _weighted(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        if self._cumulative is None:
+            return places
+        total = float(self._cumulative[-1])
+        shift = (self._first_shift + epoch * GOLDEN_RATIO) % 1
+        # Rounding could reach the total itself, which belongs to no sample.
+        target = np.minimum((places + shift) * (total / self.num_samples), np.nextafter(total, 0))
+        rows: NDArray[np.int64] = np.searchsorted(self._cumulative, target, side="right")
+        return rows
+
+
+def shuffled(places: NDArray[np.int64], num_places: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where a permutation of range(num_places) takes `places` (P,), without holding it.
+
+    A Feistel network over the next power of four, walked along until it is back in range (Black and Rogaway 2002); the
+    round function is the mixer of SplitMix64 (Steele, Lea and Flood 2014). `keys` (ROUNDS,) choose the permutation.
+    """
+    half = np.uint64(max(1, ((num_places - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    values = places.astype(np.uint64)
+    walking = np.arange(len(values))
+    while len(walking):
+        left, right = values[walking] >> half, values[walking] & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+        values[walking] = (left << half) | right
+        walking = walking[values[walking] >= np.uint64(num_places)]
+    return values.astype(np.int64)
+
+
+# Reading
+
+
+@final
+class Reader:
+    """Reads images by reference, in any order: local files through `pread`, with the last ones kept open."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[str, int] = OrderedDict()
+        self._parquet = ReferenceReader()
+
+    def read(self, sample: Sample) -> bytes:
+        """The bytes of a sample. Raises ImageRejected when they have changed, InputError for a shard that is gone."""
+        uri, offset, length = sample.uri, sample.offset, sample.length
+        if PARQUET_URI.fullmatch(uri):
+            return self._parquet.read(uri, offset, length, sample.image_id)
+        try:
+            data = self._slice(uri, offset, length)
+        except OSError as error:
+            raise self._lost(sample, f"cannot be read any more ({error})") from None
+        if len(data) < length:
+            raise self._lost(sample, f"is cut off: it ends before byte {offset + length:,}, where an image of it does")
+        if image_id(data) != sample.image_id:
+            raise ImageRejected(RejectReason.CORRUPT, f"{uri}: the bytes at {offset} are no longer this image's")
+        return data
+
+    def _slice(self, uri: str, offset: int, length: int) -> bytes:
+        if uri in self._files:
+            self._files.move_to_end(uri)
+        else:
+            fs, inner = storage.filesystem(uri)
+            if not storage.is_local(uri):
+                return bytes(fs.cat_file(inner, start=offset, end=offset + length))
+            if len(self._files) >= OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[uri] = os.open(inner, os.O_RDONLY)
+        return os.pread(self._files[uri], length, offset)
+
+    @staticmethod
+    def _lost(sample: Sample, what: str) -> UserError | ImageRejected:
+        if sample.offset == 0:  # a file of its own; in a tar a header comes first
+            return ImageRejected(RejectReason.UNREADABLE, f"{sample.uri} {what}")
+        return InputError(
+            f"The shard {sample.uri} {what}. Restore it and go on from the last checkpoint; if it is lost, pack or "
+            "ingest again and train into another output."
+        )
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+        self._parquet.close()
+
+
+# Batches
+
+
+@dataclass(frozen=True)
+class Feed:
+    """All that decides what the batches of one rank hold."""
+
+    data: DataConfig
+    augment: AugmentConfig
+    samples: str
+    """The folder that `prepare` gave."""
+    seed: int
+    batch_size: int
+    """Images of a step, over all ranks and passes."""
+    images_per_pass: int
+    masks: MaskSource
+    rank: int = 0
+    num_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.num_ranks * self.images_per_pass):
+            raise ConfigError(
+                f"batch_size = {self.batch_size} is not a multiple of {self.num_ranks} ranks x images_per_pass = "
+                f"{self.images_per_pass}. Change one of them."
+            )
+
+    @property
+    def num_passes(self) -> int:
+        """Passes of a step on one rank."""
+        return self.batch_size // (self.num_ranks * self.images_per_pass)
+
+
+@final
+class Passes(Dataset[Batch | UserError]):
+    """The passes of a feed by (step, number of the pass), made in whatever process asks for them."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._open: tuple[Samples, Order, Reader] | None = None
+
+    def __getitem__(self, item: tuple[int, int]) -> Batch | UserError:
+        """One pass. An error of the user's is handed over, not raised: the message of a worker's has its traceback."""
+        try:
+            return self.load(*item)
+        except UserError as error:
+            return error
+
+    def load(self, step: int, number: int) -> Batch:
+        """One pass. Raises InputError for a shard that is gone, RejectBudgetError where image after image is bad."""
+        feed = self._feed
+        if self._open is None:
+            cv2.setNumThreads(1)
+            samples = Samples(feed.samples)
+            self._open = samples, Order(feed.seed, samples.num_samples, samples.cumulative), Reader()
+        first = feed.rank * feed.batch_size // feed.num_ranks + number * feed.images_per_pass
+        positions = step * feed.batch_size + np.arange(first, first + feed.images_per_pass)
+        rejected: list[Rejected] = []
+        images = [self._image(position, rejected) for position in positions.tolist()]
+        crops = tuple(
+            torch.from_numpy(
+                np.stack([own[group] for _, own in images], axis=1).reshape(-1, *images[0][1][group].shape[1:])
+            )
+            for group in range(len(feed.augment.crops))
+        )
+        masks = [
+            feed.masks(step, range(start, start + feed.images_per_pass)) for start in (first, feed.batch_size + first)
+        ]
+        ids = [image for image, _ in images]
+        return Batch(crops, torch.cat(masks), ids, torch.from_numpy(positions), tuple(rejected))
+
+    def _image(self, position: int, rejected: list[Rejected]) -> tuple[str, tuple[NDArray[np.uint8], ...]]:
+        """The id and the crops of the first usable sample for a position."""
+        feed = self._feed
+        assert self._open is not None
+        samples, order, reader = self._open
+        for attempt in range(MAX_TRIES):
+            (row,) = order.rows(np.array([position + attempt * samples.num_samples])).tolist()
+            sample = samples[row]
+            generator = np.random.default_rng([feed.seed, CROPS, position])
+            try:
+                data = reader.read(sample)
+                return sample.image_id, make_crops(data, feed.data.limits, feed.augment, generator)
+            except ImageRejected as refusal:
+                rejected.append(Rejected(sample.image_id, str(refusal)))
+        raise RejectBudgetError(
+            f"{MAX_TRIES} images in a row could not be used; the last was {rejected[-1].image_id}: "
+            f"{rejected[-1].reason}. Mend the data and go on from the last checkpoint."
+        )
+
+
+def batches(
+    feed: Feed, *, start_step: int = 0, pin_memory: bool = False, meter: Meter | None = None
+) -> Iterator[list[Batch]]:
+    """The passes of one step after another of one rank, without end. The same whatever the workers.
+
+    `meter` counts the passes and how long the caller waited for them. Raises InputError for a shard that is gone, and
+    RejectBudgetError when more than `max_reject_fraction` of all samples were bad since `start_step`.
+    """
+    meter = meter or Meter()
+    budget = feed.data.max_reject_fraction * Samples(feed.samples).num_samples
+    rejected: dict[str, str] = {}
+    loaded = _loaded(feed, start_step, pin_memory, meter)
+    try:
+        while True:
+            passes = list(itertools.islice(loaded, feed.num_passes))
+            for batch in passes:
+                rejected |= {image.image_id: image.reason for image in batch.rejected}
+            if len(rejected) > budget:
+                last, reason = next(reversed(rejected.items()))
+                raise RejectBudgetError(
+                    f"{len(rejected):,} images could not be used, more than data.max_reject_fraction = "
+                    f"{feed.data.max_reject_fraction:g} of all allows; the last was {last}: {reason}. Mend the data, "
+                    "or raise the budget, and go on from the last checkpoint."
+                )
+            yield passes
+    finally:
+        loaded.close()
+
+
+def _loaded(feed: Feed, start_step: int, pin_memory: bool, meter: Meter) -> Generator[Batch]:
+    """One pass after another, made ahead by worker processes or by a thread."""
+    passes = Passes(feed)
+    asked = ((step, number) for step in itertools.count(start_step) for number in range(feed.num_passes))
+    if feed.data.workers:
+        made = _from_processes(passes, asked, feed.data.workers, pin_memory, meter)
+    else:
+        made = prefetch(passes.__getitem__, asked, threads=1, ahead=PASSES_AHEAD, meter=meter)
+    for batch in made:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch.pin_memory() if pin_memory and not feed.data.workers else batch
+
+
+def _from_processes(
+    passes: Passes, asked: Iterator[tuple[int, int]], workers: int, pin_memory: bool, meter: Meter
+) -> Iterator[Batch | UserError]:
+    # Not by fork, which copies the locks of threads that do not live on in the copy. The server imports once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    loader = DataLoader(
+        passes,
+        batch_size=None,
+        sampler=cast(Iterable[Any], asked),
+        num_workers=workers,
+        prefetch_factor=PASSES_AHEAD,
+        pin_memory=pin_memory,
+        multiprocessing_context=context,
+        generator=torch.Generator(),  # else it takes a number from torch's global one
+    )
+    made = iter(loader)
+    while True:
+        started = time.perf_counter()
+        batch = next(made)
+        meter.seconds_waited += time.perf_counter() - started
+        meter.taken += 1
+        yield batch
