@@ -6,9 +6,9 @@
         samples.arrow         one row per sample: which bytes it is. Memory-mapped by every rank and worker
         cumulative.npy        the running sum of the samples' weights, where these differ and count. Memory-mapped too
 
-The order. Position p = step * batch_size + i counts all samples that training ever draws. Epoch e = p // N has as many
-positions as there are samples, N, in an order drawn from (seed, e); nothing is stored, so any step can be the first.
-With weights, an epoch has each sample either floor(x) or ceil(x) times, where x is N times its share of all weight: the
+The order. Position p = step * batch_size + i counts all samples that training ever draws. Epoch e = p // R has as many
+positions as there are samples, R, in an order drawn from (seed, e); nothing is stored, so any step can be the first.
+With weights, an epoch has each sample either floor(x) or ceil(x) times, where x is R times its share of all weight: the
 shuffled place k of a position means the sample in whose stretch of the cumulative weight k + u falls (systematic
 sampling), and u, one number of an epoch, moves on by the golden ratio from epoch to epoch, so that over e epochs a
 sample comes e * x times, give or take one or two. Equal weights have each sample exactly once.
@@ -17,19 +17,18 @@ An image that cannot be decoded, or whose bytes are no longer those of its id, i
 that the next epoch has at the same place takes its place, as often as needed. So a batch depends on the data, the
 config and its step alone.
 
-Crops travel as bytes; `on_device` makes normalised numbers of them where they are used.
+Crops travel as bytes; `Batch.to` makes normalised numbers of them where they are used.
 
-Legend: B images of a step (`batch_size`), n images of a pass, V crops of a group, N_p patches of a global crop.
+Legend: B images of a step (`batch_size`), n images of a pass, V crops of a group, N patches of a global crop.
 """
 
-import itertools
+import contextlib
 import multiprocessing
 import os
-import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, cast, final
+from typing import Any, Literal, NamedTuple, cast, final
 
 import cv2
 import numpy as np
@@ -49,10 +48,11 @@ from curation.errors import ConfigError, InputError, OutputMismatchError, Reject
 from curation.hashing import image_id
 from curation.images import ImageLimits, ImageRejected, RejectReason
 from curation.ingest import IngestConfig
-from curation.prefetch import Meter, prefetch
+from curation.prefetch import prefetch
 from curation.runner import Runner
 from curation.sources import PARQUET_URI, ReferenceReader, SourceConfig
-from training.augment import AugmentConfig, make_crops
+from training.augment import AugmentConfig, Pixels, make_crops
+from training.masking import mask_token_weights
 
 SAMPLES = pa.schema(
     [
@@ -63,6 +63,7 @@ SAMPLES = pa.schema(
         records.CORPUS.field("weight"),
     ]
 )
+SAMPLES_FOLDER = "samples"
 # Rows of a record batch of samples.arrow; all but the last have as many. Assumed: some 10 MB.
 ROWS_PER_BATCH = 65_536
 # Shards that a worker holds open. Assumed: below the 256 files that macOS allows a process by default.
@@ -102,54 +103,51 @@ class DataConfig(Settings):
     the crops of some hundred photographs a second."""
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """An image that could not be used, and why."""
-
-    image_id: str
-    reason: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """What one pass of one rank sees. Crops and masks go by crop, then by image: all n images' first crop, ..."""
 
     crops: tuple[Tensor, ...]
-    """One per group of crops: (V * n, 3, S, S), uint8 as loaded, normalised float32 from `on_device`."""
+    """One per group of crops: (V * n, 3, S, S), uint8 as loaded, and normalised float32 once `to` a device."""
     masks: Tensor
-    """(2 * n, N_p) bool, of the global crops: what the student does not see."""
+    """(2 * n, N) bool, of the global crops: what the student does not see."""
+    places: Tensor
+    """(M,) int64: where the masked patches are among those of all global crops, 2 * n * N."""
+    patch_weights: Tensor
+    """(M,) float32: what each counts."""
     image_ids: list[str]
     """n."""
     positions: Tensor
     """(n,) int64."""
-    rejected: tuple[Rejected, ...] = ()
-    """The images in whose place others came."""
+    rejected: dict[str, str]
+    """Why the images could not be used in whose place others came, by id."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on the device, its crops float32, normalised with ImageNet's mean and standard deviation."""
+        assert all(crop.dtype == torch.uint8 for crop in self.crops), "normalised already"
+        mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET_NORMALIZATION)
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, crops=tuple(crop.float().sub_(mean).div_(deviation) for crop in moved.crops))
 
     def pin_memory(self) -> "Batch":
-        """The same in memory that a GPU copies from while it computes; torch's DataLoader calls this."""
-        crops = tuple(crop.pin_memory() for crop in self.crops)
-        return replace(self, crops=crops, masks=self.masks.pin_memory())
+        """The batch in memory that a GPU copies from while it computes; torch's DataLoader calls this."""
+        return self._each(Tensor.pin_memory)
 
-
-class MaskSource(Protocol):
-    """Makes the masks of some global crops of a step."""
-
-    def __call__(self, step: int, crops: range) -> Tensor:
-        """(len(crops), N_p) bool. Crop c * batch_size + i is crop c of image i of the step's batch."""
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device, its crops float32, normalised with ImageNet's mean and standard deviation."""
-    mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET_NORMALIZATION)
-    crops = tuple(crop.to(device, non_blocking=True).float().sub_(mean).div_(deviation) for crop in batch.crops)
-    return replace(batch, crops=crops, masks=batch.masks.to(device, non_blocking=True))
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(
+            self,
+            crops=tuple(map(change, self.crops)),
+            masks=change(self.masks),
+            places=change(self.places),
+            patch_weights=change(self.patch_weights),
+        )
 
 
 # What to read
 
 
-def prepare(config: DataConfig, output: str, runner: Runner) -> str:
-    """List the samples of `config` in OUTPUT/samples, once, and return that folder. One process does this for all.
+def prepare(config: DataConfig, output: str, runner: Runner) -> int:
+    """List the samples of `config` in OUTPUT/samples, once; gives their number. One process does this for all ranks.
 
     Raises InputError where there is no data, and OutputMismatchError where the output has other data's list.
     """
@@ -171,7 +169,9 @@ def prepare(config: DataConfig, output: str, runner: Runner) -> str:
             )
             ingest.run(asked, folder, runner)
         tables = _ingested_tables(folder)
-    return _list_samples(config, folder, tables, storage.join(output, "samples"))
+    samples = storage.join(output, SAMPLES_FOLDER)
+    _list_samples(config, folder, tables, samples)
+    return Samples(samples).num_samples
 
 
 def _corpus_tables(folder: str) -> Iterator[pa.Table]:
@@ -206,7 +206,7 @@ def _ingested_tables(folder: str) -> Iterator[pa.Table]:
         yield table.append_column("weight", pa.repeat(pa.scalar(1.0), table.num_rows)).cast(SAMPLES)
 
 
-def _list_samples(config: DataConfig, folder: str, tables: Iterator[pa.Table], output: str) -> str:
+def _list_samples(config: DataConfig, folder: str, tables: Iterator[pa.Table], output: str) -> None:
     """Write samples.arrow and cumulative.npy into `output`, or keep those that are there and of the same data."""
     content = storage.require_manifest(folder).content_hash
     asked = {"content": content, "layout": config.layout, "use_weights": str(config.use_weights)}
@@ -218,7 +218,7 @@ def _list_samples(config: DataConfig, folder: str, tables: Iterator[pa.Table], o
             "order needs the same data: give another --output, or restore the data that this run began with."
         )
     if found.get("path") == folder:
-        return output
+        return
     weights = [np.empty(0)]
 
     def noted() -> Iterator[pa.Table]:
@@ -233,7 +233,6 @@ def _list_samples(config: DataConfig, folder: str, tables: Iterator[pa.Table], o
                 writer.write_table(table.replace_schema_metadata(schema.metadata), ROWS_PER_BATCH)
     _write_cumulative(config, np.concatenate(weights), output)
     os.replace(storage.filesystem(path + ".new")[1], storage.filesystem(path)[1])  # last: it vouches for the other
-    return output
 
 
 def _in_batches(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -291,10 +290,10 @@ class Samples:
         self._reader = pa.ipc.open_file(pa.memory_map(os.path.join(place, "samples.arrow")))
         self._batches: dict[int, pa.RecordBatch] = {}
         last = self._reader.num_record_batches - 1
-        self.num_samples = last * ROWS_PER_BATCH + int(self._reader.get_batch(last).num_rows)
+        self.num_samples: int = last * ROWS_PER_BATCH + int(self._reader.get_batch(last).num_rows)
         cumulative = os.path.join(place, "cumulative.npy")
         self.cumulative: NDArray[np.float64] | None = None
-        """(N,) running sum of the weights; None where all samples come equally often."""
+        """(R,) running sum of the weights; None where all samples come equally often."""
         if os.path.exists(cumulative):
             self.cumulative = np.load(cumulative, mmap_mode="r", allow_pickle=False)
 
@@ -417,20 +416,20 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Feed:
+class _Feed:
     """All that decides what the batches of one rank hold."""
 
     data: DataConfig
     augment: AugmentConfig
     samples: str
-    """The folder that `prepare` gave."""
+    """The folder of samples.arrow."""
     seed: int
     batch_size: int
     """Images of a step, over all ranks and passes."""
     images_per_pass: int
-    masks: MaskSource
-    rank: int = 0
-    num_ranks: int = 1
+    masks: Callable[[int, range], Tensor]
+    rank: int
+    num_ranks: int
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.num_ranks * self.images_per_pass):
@@ -446,22 +445,21 @@ class Feed:
 
 
 @final
-class Passes(Dataset[Batch | UserError]):
+class _Passes(Dataset[Batch | UserError]):
     """The passes of a feed by (step, number of the pass), made in whatever process asks for them."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: _Feed) -> None:
         self._feed = feed
         self._open: tuple[Samples, Order, Reader] | None = None
 
     def __getitem__(self, item: tuple[int, int]) -> Batch | UserError:
-        """One pass. An error of the user's is handed over, not raised: the message of a worker's has its traceback."""
+        """One pass. An error of the user's is handed over, not raised: a worker's would come with its traceback."""
         try:
-            return self.load(*item)
+            return self._load(*item)
         except UserError as error:
             return error
 
-    def load(self, step: int, number: int) -> Batch:
-        """One pass. Raises InputError for a shard that is gone, RejectBudgetError where image after image is bad."""
+    def _load(self, step: int, number: int) -> Batch:
         feed = self._feed
         if self._open is None:
             cv2.setNumThreads(1)
@@ -469,22 +467,26 @@ class Passes(Dataset[Batch | UserError]):
             self._open = samples, Order(feed.seed, samples.num_samples, samples.cumulative), Reader()
         first = feed.rank * feed.batch_size // feed.num_ranks + number * feed.images_per_pass
         positions = step * feed.batch_size + np.arange(first, first + feed.images_per_pass)
-        rejected: list[Rejected] = []
-        images = [self._image(position, rejected) for position in positions.tolist()]
-        crops = tuple(
-            torch.from_numpy(
-                np.stack([own[group] for _, own in images], axis=1).reshape(-1, *images[0][1][group].shape[1:])
-            )
-            for group in range(len(feed.augment.crops))
-        )
-        masks = [
+        rejected: dict[str, str] = {}
+        ids, crops = zip(*(self._image(position, rejected) for position in positions.tolist()), strict=True)
+        # The images of a crop beside each other: (V, n, 3, S, S), then (V * n, 3, S, S).
+        groups = [torch.from_numpy(np.stack(group, axis=1)).flatten(0, 1) for group in zip(*crops, strict=True)]
+        of_crops = [
             feed.masks(step, range(start, start + feed.images_per_pass)) for start in (first, feed.batch_size + first)
         ]
-        ids = [image for image, _ in images]
-        return Batch(crops, torch.cat(masks), ids, torch.from_numpy(positions), tuple(rejected))
+        masks = torch.cat(of_crops)
+        return Batch(
+            crops=tuple(groups),
+            masks=masks,
+            places=masks.flatten().nonzero()[:, 0],
+            patch_weights=mask_token_weights(masks),
+            image_ids=list(ids),
+            positions=torch.from_numpy(positions),
+            rejected=rejected,
+        )
 
-    def _image(self, position: int, rejected: list[Rejected]) -> tuple[str, tuple[NDArray[np.uint8], ...]]:
-        """The id and the crops of the first usable sample for a position."""
+    def _image(self, position: int, rejected: dict[str, str]) -> tuple[str, tuple[Pixels, ...]]:
+        """The id and the crops of the first usable sample for a position; those before it go to `rejected`."""
         feed = self._feed
         assert self._open is not None
         samples, order, reader = self._open
@@ -496,58 +498,77 @@ class Passes(Dataset[Batch | UserError]):
                 data = reader.read(sample)
                 return sample.image_id, make_crops(data, feed.data.limits, feed.augment, generator)
             except ImageRejected as refusal:
-                rejected.append(Rejected(sample.image_id, str(refusal)))
+                rejected[sample.image_id] = str(refusal)
+        last, reason = next(reversed(rejected.items()))
         raise RejectBudgetError(
-            f"{MAX_TRIES} images in a row could not be used; the last was {rejected[-1].image_id}: "
-            f"{rejected[-1].reason}. Mend the data and go on from the last checkpoint."
+            f"{MAX_TRIES} images in a row could not be used; the last was {last}: {reason}. Mend the data and go on "
+            "from the last checkpoint."
         )
 
 
-def batches(
-    feed: Feed, *, start_step: int = 0, pin_memory: bool = False, meter: Meter | None = None
-) -> Iterator[list[Batch]]:
-    """The passes of one step after another of one rank, without end. The same whatever the workers.
+@contextlib.contextmanager
+def open_batches(
+    config: DataConfig,
+    augment: AugmentConfig,
+    output: str,
+    *,
+    seed: int,
+    first_step: int,
+    num_steps: int,
+    batch_size: int,
+    images_per_pass: int,
+    rank: int,
+    num_ranks: int,
+    masks: Callable[[int, range], Tensor],
+    rejects: dict[str, str],
+    pin_memory: bool = False,
+) -> Iterator[Iterator[list[Batch]]]:
+    """The passes of this rank, a list for each step from `first_step` to `num_steps` - 1. The same whatever `workers`.
 
-    `meter` counts the passes and how long the caller waited for them. Raises InputError for a shard that is gone, and
-    RejectBudgetError when more than `max_reject_fraction` of all samples were bad since `start_step`.
+    output: where `prepare` has listed the samples.
+    batch_size: images of a step, over all ranks and passes.
+    masks: makes (len(crops), N) bool for a step and a range of its global crops, of which c * batch_size + i is crop c
+        of image i; it goes to worker processes.
+    rejects: images that could not be used, and why, by id; what is found is added when its batch is taken.
+
+    Raises InputError for a shard that is gone, and RejectBudgetError when `rejects` has more than
+    `max_reject_fraction` of all samples.
     """
-    meter = meter or Meter()
-    budget = feed.data.max_reject_fraction * Samples(feed.samples).num_samples
-    rejected: dict[str, str] = {}
-    loaded = _loaded(feed, start_step, pin_memory, meter)
-    try:
-        while True:
-            passes = list(itertools.islice(loaded, feed.num_passes))
-            for batch in passes:
-                rejected |= {image.image_id: image.reason for image in batch.rejected}
-            if len(rejected) > budget:
-                last, reason = next(reversed(rejected.items()))
-                raise RejectBudgetError(
-                    f"{len(rejected):,} images could not be used, more than data.max_reject_fraction = "
-                    f"{feed.data.max_reject_fraction:g} of all allows; the last was {last}: {reason}. Mend the data, "
-                    "or raise the budget, and go on from the last checkpoint."
-                )
-            yield passes
-    finally:
-        loaded.close()
-
-
-def _loaded(feed: Feed, start_step: int, pin_memory: bool, meter: Meter) -> Generator[Batch]:
-    """One pass after another, made ahead by worker processes or by a thread."""
-    passes = Passes(feed)
-    asked = ((step, number) for step in itertools.count(start_step) for number in range(feed.num_passes))
-    if feed.data.workers:
-        made = _from_processes(passes, asked, feed.data.workers, pin_memory, meter)
+    samples = storage.join(output, SAMPLES_FOLDER)
+    feed = _Feed(config, augment, samples, seed, batch_size, images_per_pass, masks, rank, num_ranks)
+    asked = ((step, number) for step in range(first_step, num_steps) for number in range(feed.num_passes))
+    passes = _Passes(feed)
+    if config.workers:
+        made = _from_processes(passes, asked, config.workers, pin_memory)
     else:
-        made = prefetch(passes.__getitem__, asked, threads=1, ahead=PASSES_AHEAD, meter=meter)
+        made = prefetch(passes.__getitem__, asked, threads=1, ahead=PASSES_AHEAD)
+    with contextlib.closing(cast(Generator[Batch | UserError], made)):
+        yield _steps(made, feed, Samples(samples).num_samples, rejects, pin_memory)
+
+
+def _steps(
+    made: Iterator[Batch | UserError], feed: _Feed, num_samples: int, rejects: dict[str, str], pin_memory: bool
+) -> Iterator[list[Batch]]:
+    passes = []
     for batch in made:
         if isinstance(batch, UserError):
             raise batch
-        yield batch.pin_memory() if pin_memory and not feed.data.workers else batch
+        rejects |= batch.rejected
+        if len(rejects) > feed.data.max_reject_fraction * num_samples:
+            last, reason = next(reversed(rejects.items()))
+            raise RejectBudgetError(
+                f"{len(rejects):,} images could not be used, more than data.max_reject_fraction = "
+                f"{feed.data.max_reject_fraction:g} of {num_samples:,} allows; the last was {last}: {reason}. Mend "
+                "the data, or raise the budget, and go on from the last checkpoint."
+            )
+        passes.append(batch.pin_memory() if pin_memory and not feed.data.workers else batch)
+        if len(passes) == feed.num_passes:
+            yield passes
+            passes = []
 
 
 def _from_processes(
-    passes: Passes, asked: Iterator[tuple[int, int]], workers: int, pin_memory: bool, meter: Meter
+    passes: _Passes, asked: Iterator[tuple[int, int]], workers: int, pin_memory: bool
 ) -> Iterator[Batch | UserError]:
     # Not by fork, which copies the locks of threads that do not live on in the copy. The server imports once.
     context = multiprocessing.get_context("forkserver")
@@ -562,10 +583,4 @@ def _from_processes(
         multiprocessing_context=context,
         generator=torch.Generator(),  # else it takes a number from torch's global one
     )
-    made = iter(loader)
-    while True:
-        started = time.perf_counter()
-        batch = next(made)
-        meter.seconds_waited += time.perf_counter() - started
-        meter.taken += 1
-        yield batch
+    yield from loader
