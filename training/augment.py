@@ -234,13 +234,13 @@ def make_crops(
     """
     header = read_header(data, limits)
     drawn = draw_crops(config, header.width, header.height, generator)
-    by = _reduction(config, drawn)
+    by = reduction(config, drawn)
     # The decoder takes the greatest reduction that leaves this many pixels.
     picture = decode_picture(data, limits, target_side=min(header.width, header.height) // by)
     return cut_crops(_upright_pixels(picture), drawn, config, full_width=header.width)
 
 
-def _reduction(config: AugmentConfig, drawn: tuple[tuple[Crop, ...], ...]) -> int:
+def reduction(config: AugmentConfig, drawn: tuple[tuple[Crop, ...], ...]) -> int:
     """By how much a picture may be scaled down so that no crop is enlarged for it."""
     spare = min(
         min(crop.width, crop.height) // group.size
@@ -270,8 +270,10 @@ def cut_crops(
 
 def _scaled(pixels: Pixels, crop: Crop, by: int, size: int) -> Pixels:
     """The crop's window, mirrored or not, (S, S, 3)."""
-    top, left = crop.top // by, crop.left // by
-    window = pixels[top : top + max(1, round(crop.height / by)), left : left + max(1, round(crop.width / by))]
+    top, left, bottom, right = (
+        round(edge / by) for edge in (crop.top, crop.left, crop.top + crop.height, crop.left + crop.width)
+    )
+    window = pixels[top:bottom, left:right]
     # One picture of a batch in channels_last is what torch's 8-bit filter is fast for; it gives the same form back.
     batch = torch.from_numpy(window).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
     scaled = functional.interpolate(batch, size=(size, size), mode="bicubic", antialias=True)
