@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from rich.table import Table
 
 from curation.corpus import Sample, write_tar
 from curation.hashing import image_id
@@ -186,7 +187,7 @@ def reading(num_samples: int, runs: int) -> Row:
         order = generator.permutation(num_samples).tolist()
 
         def ours() -> None:
-            reader = data.Reader()
+            reader = data.Reader(named=True, hashed=False)
             assert sum(len(reader.read(listed[row])) for row in order) == num_samples * SAMPLE_BYTES
             reader.close()
 
@@ -197,3 +198,14 @@ def reading(num_samples: int, runs: int) -> Row:
 
         seconds = _in_turns((ours, peer), runs, time.perf_counter)
     return Row("reading", num_samples / seconds[0], num_samples / seconds[1], TO_REACH[READING], "the same bytes")
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """What was measured, as a table."""
+    result = Table(title="Crops and reading, images per second of one core", title_justify="left")
+    for name in ("work", "ours", "peer", "ratio", "to reach", "agreement"):
+        result.add_column(name, justify="left" if name in ("work", "agreement") else "right")
+    for row in rows:
+        rates = (f"{row.ours:,.0f}", f"{row.peer:,.0f}", f"{row.ours / row.peer:.2f}", f"{row.to_reach:g}")
+        result.add_row(row.work, *rates, row.quality)
+    return result
