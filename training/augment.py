@@ -286,13 +286,12 @@ def _recolored(pixels: Pixels, crop: Crop) -> Pixels:
     for change in crop.order:
         match change:
             case "brightness":
-                pixels = cv2.transform(pixels, _linear(crop.brightness * np.eye(3)))
+                pixels = cv2.transform(pixels, _mix(crop.brightness))
             case "contrast":
                 grey = round(float(np.dot(cv2.mean(pixels)[:3], LUMA)))
-                pixels = cv2.transform(pixels, _linear(crop.contrast * np.eye(3), (1 - crop.contrast) * grey))
+                pixels = cv2.transform(pixels, _mix(crop.contrast, offset=(1 - crop.contrast) * grey))
             case "saturation":
-                matrix = crop.saturation * np.eye(3) + (1 - crop.saturation) * LUMA
-                pixels = cv2.transform(pixels, _linear(matrix))
+                pixels = cv2.transform(pixels, _mix(crop.saturation, grey=1 - crop.saturation))
             case "hue":
                 turned = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)  # the hue in 256 steps a turn
                 turned[..., 0] += np.uint8(round(crop.hue * 256) % 256)
@@ -300,9 +299,12 @@ def _recolored(pixels: Pixels, crop: Crop) -> Pixels:
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY) if crop.grayscale else pixels
 
 
-def _linear(matrix: NDArray[Any], offset: float = 0.0) -> NDArray[np.float32]:
-    """What `cv2.transform` multiplies a pixel by, (3, 4)."""
-    return np.concatenate([matrix, np.full((3, 1), offset)], axis=1).astype(np.float32)
+def _mix(own: float, *, grey: float = 0.0, offset: float = 0.0) -> NDArray[np.float32]:
+    """The matrix (3, 4) for `cv2.transform` that adds up shares of a value itself, of its pixel's grey, and of 1."""
+    matrix = np.empty((3, 4), np.float32)
+    matrix[:, :3], matrix[:, 3] = grey * LUMA, offset
+    matrix.flat[::5] += own
+    return matrix
 
 
 def _finish(pixels: Pixels, crop: Crop, config: AugmentConfig, out: Pixels) -> None:

@@ -494,6 +494,11 @@ class _Passes(Dataset[Batch | UserError]):
         except UserError as error:
             return error
 
+    def close(self) -> None:
+        """Close the files that were opened in this process."""
+        if self._open is not None:
+            self._open[2].close()
+
     def _load(self, step: int, number: int) -> Batch:
         feed = self._feed
         if self._open is None:
@@ -504,7 +509,9 @@ class _Passes(Dataset[Batch | UserError]):
         first = feed.rank * feed.batch_size // feed.num_ranks + number * feed.images_per_pass
         positions = step * feed.batch_size + np.arange(first, first + feed.images_per_pass)
         rejected: dict[str, str] = {}
-        ids, crops = zip(*(self._image(position, rejected) for position in positions.tolist()), strict=True)
+        rows = self._open[1].rows(positions)  # together: one by one they would take a thirtieth of the time
+        images = [self._image(*place, rejected) for place in zip(positions.tolist(), rows.tolist(), strict=True)]
+        ids, crops = zip(*images, strict=True)
         # The images of a crop beside each other: (V, n, 3, S, S), then (V * n, 3, S, S).
         groups = [torch.from_numpy(np.stack(group, axis=1)).flatten(0, 1) for group in zip(*crops, strict=True)]
         of_crops = [
@@ -521,13 +528,14 @@ class _Passes(Dataset[Batch | UserError]):
             rejected=rejected,
         )
 
-    def _image(self, position: int, rejected: dict[str, str]) -> tuple[str, tuple[Pixels, ...]]:
-        """The id and the crops of the first usable sample for a position; those before it go to `rejected`."""
+    def _image(self, position: int, row: int, rejected: dict[str, str]) -> tuple[str, tuple[Pixels, ...]]:
+        """Id and crops of the sample at `row`, or of the first usable one in its place; bad ones go to `rejected`."""
         feed = self._feed
         assert self._open is not None
         samples, order, reader = self._open
         for attempt in range(MAX_TRIES):
-            (row,) = order.rows(np.array([position + attempt * samples.num_samples])).tolist()
+            if attempt:
+                (row,) = order.rows(np.array([position + attempt * samples.num_samples])).tolist()
             sample = samples[row]
             generator = np.random.default_rng([feed.seed, CROPS, position])
             try:
@@ -578,7 +586,7 @@ def open_batches(
         made = _from_processes(passes, asked, config.workers, pin_memory)
     else:
         made = prefetch(passes.__getitem__, asked, threads=1, ahead=PASSES_AHEAD)
-    with contextlib.closing(cast(Generator[Batch | UserError], made)):
+    with contextlib.closing(passes), contextlib.closing(cast(Generator[Batch | UserError], made)):
         yield _steps(made, feed, Samples(samples).num_samples, rejects, pin_memory)
 
 

@@ -109,6 +109,8 @@ def test_windows_have_the_area_and_aspect_and_lie_anywhere() -> None:
             if group.name == "local" and width == 500:  # no window is too large for the picture: nothing is drawn twice
                 assert np.mean(area) == pytest.approx((low + high) / 2, rel=0.03)
                 assert np.mean(np.log(ratio)) == pytest.approx(0, abs=0.02)
+                assert np.std(area) == pytest.approx((high - low) / np.sqrt(12), rel=0.05)
+                assert np.std(np.log(ratio)) == pytest.approx(2 * np.log(4 / 3) / np.sqrt(12), rel=0.05)
                 assert min(c.left for c in windows) == 0 and max(c.left + c.width for c in windows) >= width - 1
 
 
