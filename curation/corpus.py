@@ -2,7 +2,8 @@
 
 A sample is `<key>.<ext>`, the original bytes, and `<key>.json`, where it came from and why it is here. Tars are plain
 USTAR with fixed headers (mtime 0, owner 0, mode 644), open with the webdataset library and with `tar`, and hold no
-pickle. Readers go by `corpus-*.parquet`, which names every sample of every tar.
+pickle. Readers go by `corpus-*.parquet`, which names every sample of every tar, and where in it the
+image lies.
 """
 
 import io
@@ -10,7 +11,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from curation import storage
 from curation.errors import InputError
@@ -27,17 +28,25 @@ class Sample:
     sidecar: dict[str, Any]
 
 
-def write_tar(path: str, samples: Iterator[Sample]) -> storage.FileRecord:
-    """Write the samples to a tar at `path`, atomically; one sample is in memory at a time."""
-    rows = 0
+class Place(NamedTuple):
+    """Where the bytes of an image lie in its tar."""
+
+    offset: int
+    length: int
+
+
+def write_tar(path: str, samples: Iterator[Sample]) -> tuple[storage.FileRecord, list[Place]]:
+    """Write the samples to a tar at `path`, atomically, one in memory at a time; also gives where each image lies."""
+    places = []
     with storage.atomic_write(path) as file:
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT, bufsize=1 << 20) as archive:
             for sample in samples:
                 sidecar = (json.dumps(sample.sidecar, sort_keys=True, ensure_ascii=False) + "\n").encode()
+                places.append(Place(archive.offset + tarfile.BLOCKSIZE, len(sample.data)))  # behind its header
                 _add(archive, f"{sample.key}.{EXTENSION_OF_FORMAT[sample.format]}", sample.data)
                 _add(archive, f"{sample.key}.json", sidecar)
-                rows += 1
-    return storage.FileRecord(name=path.rpartition("/")[2], sha256=file.sha256, bytes=file.size, rows=rows)
+    record = storage.FileRecord(name=path.rpartition("/")[2], sha256=file.sha256, bytes=file.size, rows=len(places))
+    return record, places
 
 
 def read_tar(path: str) -> Iterator[Sample]:

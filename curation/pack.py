@@ -167,9 +167,15 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
 
     def process(shard: Shard) -> ShardRecord:
         rows = read_plan(_plan_folder(output), shard.work)
-        tar = write_tar(storage.join(output, f"corpus-{shard.name}.tar"), samples(rows))
+        tar, places = write_tar(storage.join(output, f"corpus-{shard.name}.tar"), samples(rows))
         reader.close()
-        rows = rows.append_column("shard", pa.repeat(pa.scalar(tar.name), rows.num_rows))
+        rows = rows.drop_columns(["offset", "length"])  # those in the source
+        for name, column in (
+            ("shard", pa.repeat(pa.scalar(tar.name), rows.num_rows)),
+            ("offset", pa.array([place.offset for place in places], pa.int64())),
+            ("length", pa.array([place.length for place in places], pa.int64())),
+        ):
+            rows = rows.append_column(name, column)
         table = rows.select(records.CORPUS.names).cast(records.CORPUS).combine_chunks()
         index = storage.write_table(storage.join(output, f"corpus-{int(shard.name):05d}.parquet"), table)
         return ShardRecord(name=shard.name, files=(tar, index), totals={"rows": tar.rows, "bytes": tar.bytes})

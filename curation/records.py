@@ -75,6 +75,8 @@ CORPUS = pa.schema(
     [
         ("key", pa.string()),  # name of the sample in its tar
         ("shard", pa.string()),  # name of the tar
+        ("offset", pa.int64()),  # where the image lies in it, in bytes
+        ("length", pa.int64()),
         ("image_id", pa.string()),
         ("source", pa.string()),
         ("role", pa.string()),

@@ -1,7 +1,7 @@
 """Every benchmark: python -m pipelines.bench --run runs/demo --data data/demo
 
-Two tables are of the demo that `make curate` wrote, three of photographs (decoding.py, embedding.py), the others
-of drawn vectors (similarity.py).
+Two tables are of the demo that `make curate` wrote, five or six of photographs (decoding.py, embedding.py, crops.py,
+training.py), the others of drawn vectors (similarity.py).
 Each names what it measures against what, the machine and the date.
 """
 
@@ -16,10 +16,10 @@ from rich.table import Table
 
 from curation import command
 from curation.errors import InputError
-from pipelines.bench import copies, decoding, embedding, retrieval, similarity, training
+from pipelines.bench import copies, crops, decoding, embedding, retrieval, similarity, training
 
 DEMO = ("concepts", "copies")
-ALL = (*DEMO, decoding.NAME, embedding.NAME, training.NAME, *similarity.WORKS)
+ALL = (*DEMO, decoding.NAME, embedding.NAME, *crops.TO_REACH, training.NAME, *similarity.WORKS)
 NAMES = ", ".join(ALL)
 
 
@@ -52,6 +52,8 @@ def command_line(
     if embedding.NAME in names:
         for table in embedding.tables(*embedding.bench(scale=scale, repeats=repeats)):
             console.print(table)
+    if asked := [name for name in crops.TO_REACH if name in names]:
+        console.print(crops.table(crops.bench(asked, scale=scale, repeats=repeats)))
     if training.NAME in names:
         for table in training.tables(scale=scale, repeats=repeats):
             console.print(table)

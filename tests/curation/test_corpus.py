@@ -41,14 +41,14 @@ def samples(count: int) -> list[Sample]:
 def test_round_trip_and_the_same_bytes_twice(tmp_path: Path, count: int) -> None:
     written = samples(count)
     path = str(tmp_path / "deep/corpus-000000.tar")
-    record = write_tar(path, iter(written))
+    record, _ = write_tar(path, iter(written))
     assert list(read_tar(path)) == written
     data = storage.read_bytes(path)
     assert record.name == "corpus-000000.tar" and record.rows == count
     assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
     turned = [Sample(s.key, s.data, s.format, dict(reversed(s.sidecar.items()))) for s in written]
-    again = write_tar(f"memory://{tmp_path.name}/corpus-000000.tar", iter(turned))
+    again, _ = write_tar(f"memory://{tmp_path.name}/corpus-000000.tar", iter(turned))
     assert again == record, "the order of a dictionary or the filesystem changed the bytes"
     assert list(read_tar(f"memory://{tmp_path.name}/corpus-000000.tar")) == written
     storage.delete(f"memory://{tmp_path.name}")

@@ -408,6 +408,8 @@ def test_corpus_holds_the_original_bytes_and_its_tables_agree(tmp_path: Path, re
     by_id = {row["image_id"]: row for rows in ingested for row in rows}
     for row, (_, sample) in zip(table, samples, strict=True):
         image = by_id[row["image_id"]]
+        tar = bytes_in(run.output)["/" + row["shard"]]
+        assert tar[row["offset"] : row["offset"] + row["length"]] == sample.data
         assert image_id(sample.data) == row["image_id"] == sample.key.partition("_")[0]
         assert sample.format == image["format"]
         assert sample.sidecar.pop("reasons") == row["reasons"]

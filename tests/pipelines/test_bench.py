@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from curation import ingest
-from pipelines.bench import contests, decoding, embedding, mixture, similarity
+from pipelines.bench import contests, crops, decoding, embedding, mixture, similarity
 
 SCALE = 100
 
@@ -112,3 +112,13 @@ def test_the_stage_is_held_against_its_halves(tmp_path: Path) -> None:
     torch.set_num_threads(threads)
     text = shown(embedding.tables([embedding.Rates("vit", 8.0, 20.0, 10.0)], {30: peak}))
     assert "0.80" in text and "30" in text
+
+
+def test_crops_and_reading_are_measured() -> None:
+    threads = torch.get_num_threads()
+    rows = crops.bench(scale=SCALE, repeats=1)
+    assert torch.get_num_threads() == threads
+    assert [row.work for row in rows] == ["10 crops, with decoding", "10 crops, decoded before", "reading"]
+    assert all(row.ours > 0 and row.peer > 0 for row in rows)
+    text = shown([crops.table(rows)])
+    assert all(row.work in text and row.quality in text for row in rows)
