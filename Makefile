@@ -3,6 +3,8 @@
 PYTHON ?= python3
 CONFIG ?= pipelines/configs/demo.toml
 OUTPUT ?= runs/demo
+TRAIN_CONFIG ?= pipelines/configs/train/demo.toml
+TRAIN_OUTPUT ?= runs/train
 ARGS ?=
 
 # faiss and torch differ between machines with and without an NVIDIA GPU: make setup EXTRAS=gpu,demo,dev
@@ -11,7 +13,7 @@ EXTRAS ?= cpu,demo,dev
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup curate test test-slow test-demo check format bench clean
+.PHONY: help setup curate train test test-slow test-demo check format bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -27,7 +29,11 @@ setup: .venv/ready  ## Make .venv and install everything, from nothing
 	@touch $@
 
 curate: setup  ## Build a corpus: CONFIG=... OUTPUT=... ARGS='--plan', '--replace', '--runner inline', ...
-	$(BIN)/python -m pipelines.curate --config $(CONFIG) --output $(OUTPUT) $(ARGS)
+	$(BIN)/python -m pipelines.curate --config $(CONFIG) --output $(OUTPUT) $(if $(filter curate,$(MAKECMDGOALS)),$(ARGS))
+
+train: curate  ## Train on the corpus that make curate wrote: TRAIN_CONFIG=... TRAIN_OUTPUT=... ARGS=...
+	$(BIN)/python -m pipelines.train --config $(TRAIN_CONFIG) --output $(TRAIN_OUTPUT) --images $(OUTPUT)/ingest \
+		--set data.path=$(OUTPUT)/corpus $(ARGS)
 
 test: setup  ## Run the tests, as CI runs them
 	$(BIN)/python -m pytest -m "not demo and not slow" $(ARGS)

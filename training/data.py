@@ -198,7 +198,7 @@ def _corpus_tables(folder: str) -> Iterator[pa.Table]:
     if missing := [name for name in ("offset", "length") if name not in found]:
         raise InputError(
             f"'{folder}' was packed by an older version, which did not write down where in its tar an image lies (no "
-            f"column {' and '.join(missing)} in {names[0]}). Run pack again with --replace."
+            f"column {' and '.join(missing)} in {names[0]}). Delete the folder and run pack again."
         )
     for name in names:
         table = storage.read_table(storage.join(folder, name), records.CORPUS)

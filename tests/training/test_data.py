@@ -371,7 +371,7 @@ def test_a_corpus_without_places_is_to_be_packed_again(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path)
     old = records.CORPUS.empty_table().drop_columns(["offset", "length"])
     write_stage(corpus.path, [{"corpus": old}])
-    with pytest.raises(InputError, match=r"no column offset and length in corpus-00000\.parquet\)\. Run pack again"):
+    with pytest.raises(InputError, match=r"no column offset and length in corpus-00000\.parquet\)\. Delete the folder"):
         prepare(corpus.config(), corpus.output, InlineRunner())
 
 

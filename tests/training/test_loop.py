@@ -321,5 +321,6 @@ def test_teacher_and_student_must_have_as_many_prototypes(images: str, tmp_path:
 def test_recomputing_changes_no_number(images: str, tmp_path: Path, recompute: str) -> None:
     train(train_config(images, num_steps=2), str(tmp_path / "kept"))
     train(train_config(images, num_steps=2, recompute=recompute), str(tmp_path / "again"))
+    found = state(tmp_path / "again", 2)
     for name, tensor in state(tmp_path / "kept", 2).items():
-        torch.testing.assert_close(state(tmp_path / "again", 2)[name], tensor, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
