@@ -25,6 +25,7 @@ Legend: B images of a step (`batch_size`), n images of a pass, V crops of a grou
 import contextlib
 import multiprocessing
 import os
+import signal
 import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -626,5 +627,12 @@ def _from_processes(
         pin_memory=pin_memory,
         multiprocessing_context=context,
         generator=torch.Generator(),  # else it takes a number from torch's global one
+        worker_init_fn=_ignore_signals,
     )
     yield from loader
+
+
+def _ignore_signals(worker: int) -> None:
+    """torchrun and terminals signal whole groups of processes; the trainer still wants batches until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

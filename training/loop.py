@@ -16,6 +16,7 @@ import contextlib
 import functools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -258,12 +259,13 @@ def train(config: TrainConfig, output: str, evaluate: Evaluate | None = None) ->
     """Train into the local folder `output`, or go on where the last checkpoint there stands.
 
     evaluate: called on the first rank before the first step, every `evaluate_every` steps, and after the last.
-    Raises ConfigError and InputError before the first step; DataError, RejectBudgetError and TrainingError later, with
-    the steps done saved. SIGTERM saves too, and leaves with status 143.
+    Raises ConfigError, DeviceError, WeightsError and OutputMismatchError before the first step; InputError,
+    RejectBudgetError and TrainingError later too, with the steps done saved. SIGTERM and SIGINT save as well, and leave
+    with status 143 and 130.
     """
     if not storage.is_local(output):
         raise ConfigError(f"--output {output}: training writes to a local folder. Copy it afterwards.")
-    with distributed.open_world(config.device) as world, _sigterm_noted() as stopped:
+    with distributed.open_world(config.device) as world, _signals_noted() as stopped:
         batch_of_rank = config.images_per_pass * world.num_ranks
         if config.batch_size % batch_of_rank:
             raise ConfigError(
@@ -333,14 +335,15 @@ def _run(
                 failure = error
             waited = time.perf_counter() - started
             # Every rank stops at the same step, whichever of them has the reason.
-            reason = max_over_ranks(torch.tensor([float(failure is not None), float(bool(stopped))]))
-            if reason.any():
+            reasons = torch.tensor([float(failure is not None), float(max(stopped, default=0))], device=world.device)
+            failed, signalled = max_over_ranks(reasons).tolist()
+            if failed or signalled:
                 _save(trainer, output, reached)
                 if failure is not None:
                     raise failure
-                if reason[0]:
+                if failed:
                     raise InputError("Another rank could not read its data; its message says why.")
-                raise SystemExit(128 + signal.SIGTERM)
+                raise SystemExit(128 + int(signalled))
 
             result = step(trainer, passes, number)
             reached.step = number + 1
@@ -351,8 +354,8 @@ def _run(
                 _save(trainer, output, reached)
                 ids = [image_id for batch in passes for image_id in batch.image_ids]
                 raise TrainingError(
-                    f"Step {number}: the loss or a gradient is not finite, for the {reached.skipped_in_a_row}th step "
-                    f"in a row (max_skipped_steps is {config.max_skipped_steps}). Losses: "
+                    f"Step {number}: the loss or a gradient is not finite, now for {reached.skipped_in_a_row} steps in "
+                    f"a row (max_skipped_steps is {config.max_skipped_steps}). Losses: "
                     f"{ {name: value.item() for name, value in result.losses.items()} }. Lower the learning rate, or "
                     f"look at the images of this rank's batch: {', '.join(ids)}."
                 )
@@ -512,11 +515,21 @@ def _evaluate(trainer: Trainer, evaluate: Evaluate | None, number: int, journal:
 
 
 @contextlib.contextmanager
-def _sigterm_noted() -> Iterator[list[int]]:
-    """A list that is no longer empty once SIGTERM came. The step that is under way is finished first."""
+def _signals_noted() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT are appended to; the step that is under way is finished first.
+
+    Outside of a process's main thread, where Ray Train calls a worker, Python lets no one listen.
+    """
     received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
