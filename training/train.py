@@ -7,25 +7,49 @@ The same command goes on where a stopped run stands. docs/launch.md has SLURM an
 evaluation of the demo.
 """
 
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
 from curation import command
 from curation.config import load, resolved_toml
-from training.loop import TrainConfig, train
+from training.loop import TrainConfig, step_flops, train
+from training.model import model_memory
+from training.optimizer import learning_rate
 
-DEFAULT_CONFIG = "pipelines/configs/train/single_gpu.toml"
+ConfigOption = Annotated[str, typer.Option("--config", help="TOML file of a training run.")]
 
 
 def command_line(
-    config: command.ConfigOption = DEFAULT_CONFIG,
+    config: ConfigOption,
     output: command.OutputOption = "runs/train",
     overrides: command.SetOption = None,
     plan: command.PlanOption = False,
 ) -> None:
     """Train a Vision Transformer on a corpus, as DINOv2 is trained."""
     settings = load(TrainConfig, config, overrides or ())
-    if plan:
-        print(resolved_toml(settings), end="")
+    if not plan:
+        train(settings, output)
         return
-    train(settings, output)
+    print(resolved_toml(settings))
+    for line in derived(settings):
+        print(f"# {line}")
+
+
+def derived(config: TrainConfig) -> Iterator[str]:
+    """What follows from a config, in lines."""
+    crops = ", ".join(f"{group.num} {group.name} of {group.size}" for group in config.augment.crops)
+    yield f"{config.num_steps:,} steps of {config.batch_size:,} images: {config.num_steps * config.batch_size:,} in all"
+    yield f"crops of an image: {crops} pixels"
+    warmup = config.schedule.learning_rate_warmup_steps
+    peak = learning_rate(config.schedule, step=warmup, total_steps=config.num_steps + 1, batch_size=config.batch_size)
+    yield f"greatest learning rate: {peak:.3g}, after {warmup:,} steps"
+    flops = step_flops(config)
+    yield f"backbones, forward and backward: {flops / 1e9:,.1f} GFLOP an image"
+    needed = model_memory(config.model, num_ranks=1)
+    parts = ", ".join(f"{name} {count / 1e9:,.2f}" for name, count in needed.items())
+    yield f"memory of one rank before any image: {sum(needed.values()) / 1e9:,.1f} GB ({parts})"
 
 
 if __name__ == "__main__":
