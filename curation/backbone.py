@@ -272,7 +272,7 @@ def _add_branch(
 
     With `kept`, it is computed for those images alone and scaled up by how few they are.
     """
-    chosen = groups if kept is None else [group[rows] for group, rows in zip(groups, kept, strict=True)]
+    chosen = groups if kept is None else [of.index_select(0, rows) for of, rows in zip(groups, kept, strict=True)]
     tokens, packing = _pack(chosen)
     parts = _unpack(branch(tokens, packing), packing)
     if kept is None:

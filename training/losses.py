@@ -124,10 +124,12 @@ def sinkhorn_bias(
 ) -> Tensor:
     """The bias (K,) that makes a softmax give what Sinkhorn-Knopp gives, over the features (n, d) of all ranks.
 
-    Scores are made anew in each iteration, `rows_per_chunk` rows at a time. A rank may have no rows.
+    Scores are made anew in each iteration, `rows_per_chunk` rows at a time; where there are no more rows than that,
+    once. A rank may have no rows.
     """
+    held = [(features @ prototypes.T).float()] if len(features) <= rows_per_chunk else None
     return _sinkhorn(
-        lambda: ((chunk @ prototypes.T).float() for chunk in torch.split(features, rows_per_chunk)),
+        lambda: iter(held or ((chunk @ prototypes.T).float() for chunk in torch.split(features, rows_per_chunk))),
         len(prototypes),
         features.device,
         temperature,
@@ -220,21 +222,23 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         losses = torch.zeros(len(features), device=features.device)
         to_features = torch.zeros_like(features, dtype=torch.float32)
         to_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
-        sums, weight_of = pairs.sum(1).tolist(), pairs.tolist()
+        of_crops = pairs.tolist()
         for start in range(0, features.shape[1], rows_per_chunk):
             rows = slice(start, start + rows_per_chunk)
-            probabilities = targets.probabilities(rows)
-            weights = row_weights[rows, None]
-            for crop, (own, weight_of_crop) in enumerate(zip(features[:, rows], weight_of, strict=True)):
-                target = _weighted_sum(probabilities, weight_of_crop)
-                scores = (own @ prototypes.T).float().div_(temperature)
+            probabilities, weights = targets.probabilities(rows), row_weights[rows, None]
+            for crop, own in enumerate(features[:, rows]):
+                if crop == 0 or of_crops[crop] != of_crops[crop - 1]:
+                    target = _weighted_sum(probabilities, of_crops[crop])
+                # Targets sum to `total` in each row, so the cross-entropy needs no matrix of logarithms, and the
+                # gradient of the scores is total * softmax - target. Factors of a row wait for the smaller matrices.
+                total = sum(of_crops[crop])
+                scores = (own / temperature @ prototypes.T).float()
                 log_sum = torch.logsumexp(scores, dim=-1, keepdim=True)
-                # Targets sum to sums[crop] in each row, so the cross-entropy needs no matrix of logarithms.
-                losses[crop] += (weights[:, 0] * (sums[crop] * log_sum[:, 0] - _row_products(target, scores))).sum()
-                gradient = scores.sub_(log_sum).exp_().mul_(sums[crop]).sub_(target).mul_(weights / temperature)
-                gradient = gradient.to(torch.promote_types(own.dtype, prototypes.dtype))
-                to_features[crop, rows] = (gradient @ prototypes).float()
-                to_prototypes += gradient.T @ own
+                losses[crop] += (weights * (total * log_sum - (target * scores).sum(-1, keepdim=True))).sum()
+                gradient = scores.sub_(log_sum - math.log(total)).exp_().sub_(target).to(own.dtype)
+                scale = weights / temperature
+                to_features[crop, rows] = (gradient @ prototypes).float() * scale
+                to_prototypes += gradient.T @ (own * scale).to(own.dtype)
         ctx.save_for_backward(to_features.to(features.dtype), to_prototypes.to(prototypes.dtype))
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -255,7 +259,7 @@ def entropies(targets: Targets, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _probabilities(scores: Tensor, temperature: float, bias: Tensor) -> Tensor:
-    return functional.softmax(scores.float() / temperature + bias, dim=-1)
+    return functional.softmax(torch.add(bias, scores.float(), alpha=1 / temperature), dim=-1)
 
 
 def _weighted_sum(probabilities: Tensor, weights: list[float]) -> Tensor:
@@ -266,8 +270,3 @@ def _weighted_sum(probabilities: Tensor, weights: list[float]) -> Tensor:
             total = of_crop * weight if total is None else total.add_(of_crop, alpha=weight)
     assert total is not None, "a student crop without a teacher crop"
     return total
-
-
-def _row_products(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each row of two (n, K) matrices, (n,)."""
-    return (a * b).sum(-1)
