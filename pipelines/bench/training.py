@@ -57,7 +57,7 @@ COMPARED = {"cpu": ("vit_small", 10), "cuda": ("vit_large", 64)}
 # On a GPU: the short recipe in three sizes, and images of a step.
 SHORT_RECIPE = (("vit_small", 128), ("vit_base", 96), ("vit_large", 64))
 # Prototypes of the memory's rows, images of whose heads, and rows of scores at once.
-MEMORY = (131_072, 32, 256)
+MEMORY = (131_072, 128, 16)
 
 
 @dataclass(frozen=True)
