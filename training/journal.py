@@ -148,14 +148,14 @@ def spread(lessons: Sequence[Lesson]) -> dict[str, float]:
     teacher_entropy      nats, mean over images: 0 when each is one prototype for certain
     prototype_entropy    nats, of the mean over images: 0 when all are the same prototype, at most ln K
     rank_me              effective number of dimensions of the CLS tokens (Garrido et al., arXiv 2210.02885, equation 1)
-    mean_cosine          between the CLS tokens of different images: 1 when all are the same
+    mean_cosine          between the CLS tokens of different images: 1 when all are the same (0 of a single image)
     """
     of_images, of_mean = entropies(lessons[0].images, ENTROPY_ROWS)
     tokens = lessons[0].cls_tokens[0].float()
     singular = torch.linalg.svdvals(tokens)
     shares = singular / singular.sum() + 1e-7  # cited: RankMe's epsilon
     unit = functional.normalize(tokens, dim=-1)
-    cosine = (unit.sum(0).square().sum() - len(unit)) / (len(unit) * (len(unit) - 1))
+    cosine = (unit.sum(0).square().sum() - len(unit)) / max(len(unit) * (len(unit) - 1), 1)
     return {
         "teacher_entropy": of_images.item(),
         "prototype_entropy": of_mean.item(),

@@ -245,6 +245,42 @@ def test_called_as_dinov2_is_called() -> None:
     assert [getattr(model, name) for name in facts] == [192, 192, 14, 2, 3, 1] and len(model.blocks) == 2
 
 
+def test_batches_together_have_the_gradients_of_batches_alone() -> None:
+    model = small(num_register_tokens=1).requires_grad_(True)
+    x, y, masks = images(2, 3, 42, 42), images(3, 3, 28, 28), torch.arange(18).reshape(2, 9) % 2 == 0
+
+    def gradients(features: list[backbone.Features]) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        sum(of["x_norm_clstoken"].sin().sum() + of["x_norm_patchtokens"].cos().sum() for of in features).backward()  # type: ignore[union-attr]
+        return {name: of.grad.clone() for name, of in model.named_parameters() if of.grad is not None}
+
+    together = gradients(model.forward_features([x, y], [masks, None]))
+    alone = gradients([model.forward_features(x, masks), model.forward_features(y)])
+    assert together.keys() == alone.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in alone.items():
+        torch.testing.assert_close(
+            together[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name
+        )
+
+
+def test_a_branch_is_added_to_the_kept_images_alone_and_scaled() -> None:
+    block = small().blocks[0]
+    x, y = (torch.randn(count, 5, 192, generator=torch.Generator().manual_seed(count)) for count in (4, 3))
+    kept = (torch.tensor([3, 1]), torch.tensor([2])), (torch.tensor([0, 1]), torch.tensor([0]))
+    found = block([x, y], kept)
+    for group, first, second, result in zip((x, y), *kept, found, strict=True):
+        expected = group.clone()
+        for image in first.tolist():
+            branch = block.ls1(block.attn(block.norm1(group[image : image + 1])))
+            expected[image] += branch[0] * len(group) / len(first)
+        middle = expected.clone()
+        for image in second.tolist():
+            expected[image] += (
+                block.ls2(block.mlp(block.norm2(middle[image : image + 1])))[0] * len(group) / len(second)
+            )
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("patch_size", [8, 14, 16])
 @pytest.mark.parametrize("name", backbone.SIZES)
 def test_every_size_at_every_patch_size(name: backbone.Name, patch_size: int) -> None:

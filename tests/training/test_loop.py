@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing import event_accumulator
 
 from curation import backbone, weights
 from curation.backbone import VisionTransformer
@@ -85,6 +86,18 @@ def test_a_finished_run_does_no_work(images: str, tmp_path: Path, capsys: pytest
     train(config, str(output))
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
     assert "done already" in capsys.readouterr().err
+
+
+def test_tensorboard_shows_what_the_metrics_say(images: str, tmp_path: Path) -> None:
+    train(train_config(images, num_steps=2, peak_teraflops=0.1), str(tmp_path / "run"), stop_at(-1))
+    board = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    for name, values in {
+        name: [line[name] for line in lines(tmp_path / "run") if name in line]
+        for name in ("loss", "gradient_norm/backbone", "learning_rate", "rank_me", "model_flops_utilization", "seen")
+    }.items():
+        assert [event.value for event in board.Scalars(name)] == pytest.approx(values, rel=1e-6), name
+        assert len(values) == 2
 
 
 def on_a_rank(config: str, output: str) -> None:
