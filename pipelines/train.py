@@ -2,8 +2,8 @@
 
     python -m pipelines.train --config pipelines/configs/train/demo.toml --images runs/demo/ingest --output runs/train
 
-The images are those that ingest listed: the seeds, with their labels, classify the holdout, of which nothing like it
-was allowed into the corpus. Accuracy is measured before the first step, every `evaluate_every` steps and at the end.
+The images are those that ingest listed: labelled seeds, and a holdout of which nothing like it was allowed into the
+corpus. Accuracy is measured before the first step, every `evaluate_every` steps and at the end.
 """
 
 import json
@@ -34,49 +34,64 @@ BATCH_SIZE = 64
 
 
 def knn_of_holdout(images: str, side: int) -> Callable[[VisionTransformer, int], dict[str, float]]:
-    """What classifies the holdout of a finished ingest by its seeds, both as squares of `side` pixels.
+    """What classifies the holdout of a finished ingest by its labelled images, all as squares of `side` pixels.
 
-    An image's class is the first folder of its label; those of the holdout that no seed has are left out. Gives
-    `knn`, the share of holdout images that are classified rightly, and `knn_balanced`, its mean over the classes.
+    An image's class is the first folder of its label. Each holdout image is classified by the seeds and the other
+    images of the holdout, where its class has another image at all. Gives `knn`, the share that is classified rightly,
+    `knn_of_classes`, its mean over the classes, and `knn_by_seeds`, the share among the classes that the seeds have,
+    classified by the seeds alone.
     """
-    references, reference_labels = _labelled(images, "seed", side)
-    tested, tested_labels = _labelled(images, "holdout", side)
-    names = sorted(set(reference_labels) & set(tested_labels))
-    if len(names) < 2:
-        raise InputError(f"'{images}': seeds and holdout share {len(names)} classes of labels; k-NN needs two or more.")
-    kept = [place for place, label in enumerate(tested_labels) if label in names]
-    kept_references = [place for place, label in enumerate(reference_labels) if label in names]
-    classes = torch.tensor([names.index(reference_labels[place]) for place in kept_references])
-    truth = torch.tensor([names.index(tested_labels[place]) for place in kept])
+    pixels, labels, is_test = _labelled(images, side)
+    names = sorted(set(labels))
+    classes = torch.tensor([names.index(label) for label in labels])
+    counts = classes.bincount(minlength=len(names))
+    of_seeds = classes[~is_test].bincount(minlength=len(names))
+    tested = (is_test & (counts[classes] > 1)).nonzero()[:, 0]
+    by_seeds = (is_test & (of_seeds[classes] > 0)).nonzero()[:, 0]
+    if len(torch.unique(classes[tested])) < 2 or len(by_seeds) == 0:
+        raise InputError(
+            f"'{images}': of {len(names)} classes of labels, the holdout needs two with several images, and one that "
+            "the seeds have, to be classified by k-NN."
+        )
 
     def evaluate(backbone: VisionTransformer, step: int) -> dict[str, float]:
-        features = [_features(backbone, pixels) for pixels in (references[kept_references], tested[kept])]
-        probabilities = knn.classify(features[0], classes, features[1], k=NEIGHBORS)
-        right = probabilities.argmax(1) == truth
-        of_each = [right[truth == label].float().mean().item() for label in range(len(names))]
-        return {"knn": right.float().mean().item(), "knn_balanced": sum(of_each) / len(of_each)}
+        features = _features(backbone, pixels)
+        near, rows = knn.neighbors([features], features[tested], k=min(NEIGHBORS + 1, len(features)))
+        other = rows != tested[:, None]
+        other[other.all(1), -1] = False  # an image that is not among its own neighbours, being one of many equal ones
+        near, rows = (of[other].reshape(len(tested), -1) for of in (near, rows))
+        right = knn.vote(near, classes[rows], len(names)).argmax(1) == classes[tested]
+        of_each = [right[classes[tested] == label].float().mean().item() for label in torch.unique(classes[tested])]
+        probabilities = knn.classify(features[~is_test], classes[~is_test], features[by_seeds], k=NEIGHBORS)
+        return {
+            "knn": right.float().mean().item(),
+            "knn_of_classes": sum(of_each) / len(of_each),
+            "knn_by_seeds": knn.accuracy(probabilities, classes[by_seeds]),
+        }
 
     return evaluate
 
 
-def _labelled(images: str, role: str, side: int) -> tuple[Tensor, list[str]]:
-    """The images (n, 3, side, side) uint8 of a role that have a label, and the first folder of each label."""
+def _labelled(images: str, side: int) -> tuple[Tensor, list[str], Tensor]:
+    """The images (n, 3, side, side) uint8 of seeds and holdout that have a label, the first folder of each label, and
+    which are of the holdout (n,)."""
     columns = ["image_id", "uri", "offset", "length", "role", "label"]
     tables = [
         storage.read_table(storage.join(images, name), records.IMAGES, columns)
         for name in storage.require_manifest(images).files("images")
     ]
     table = pa.concat_tables(tables)
-    table = table.filter(pc.and_(pc.equal(table["role"], role), pc.is_valid(table["label"])))
+    table = table.filter(pc.and_(pc.not_equal(table["role"], "pool"), pc.is_valid(table["label"])))
     if not table.num_rows:
-        raise InputError(f"'{images}' has no labelled image of role '{role}'.")
+        raise InputError(f"'{images}' has no labelled image of role 'seed' or 'holdout'.")
     reader, pixels = ReferenceReader(), []
     for row in table.to_pylist():
         data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
         picture = decode_picture(data, ImageLimits(), target_side=side)
         pixels.append(torch.from_numpy(to_shape(picture, (side, side), crop=True)))
     reader.close()
-    return torch.stack(pixels), [label.partition("/")[0] for label in table["label"].to_pylist()]
+    labels = [label.partition("/")[0] for label in table["label"].to_pylist()]
+    return torch.stack(pixels), labels, torch.tensor([role == "holdout" for role in table["role"].to_pylist()])
 
 
 @torch.inference_mode()
@@ -113,12 +128,13 @@ def print_curve(output: str, num_rows: int = 20) -> None:
     for line in losses[every - 1 :: every]:
         table.add_row(f"{line['step']:,}", *(f"{line[column]:.3f}" for column in columns[1:] if column in line))
     console.print(table)
-    found = Table(title=f"{NEIGHBORS}-NN of the holdout, by the seeds", title_justify="left")
-    for column in ("steps", "accuracy", "mean over classes"):
+    found = Table(title=f"{NEIGHBORS}-NN of the holdout", title_justify="left")
+    names = {"knn": "accuracy", "knn_of_classes": "mean of classes", "knn_by_seeds": "by the seeds alone"}
+    for column in ("steps", *names.values()):
         found.add_column(column, justify="right")
     for line in lines:
         if "knn" in line:
-            found.add_row(f"{line['step']:,}", f"{line['knn']:.3f}", f"{line['knn_balanced']:.3f}")
+            found.add_row(f"{line['step']:,}", *(f"{line[name]:.3f}" for name in names))
     console.print(found)
 
 
