@@ -266,7 +266,7 @@ def read_sample(sample: Sample, data: DepthDataConfig) -> tuple[Tensor, Tensor]:
         left = (columns - KITTI_COLUMNS) // 2
         inside = (slice(rows - KITTI_ROWS, None), slice(left, left + KITTI_COLUMNS))
         image, depth = image[:, *inside], depth[inside]
-    return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(np.ascontiguousarray(depth))
+    return torch.from_numpy(image.copy()), torch.from_numpy(depth.copy())
 
 
 def _read_image(sample: Sample) -> NDArray[np.uint8]:
