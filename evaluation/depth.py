@@ -141,7 +141,7 @@ class DepthConfig(Settings):
     """Height and width in pixels of a training crop. Left out, 416 x 544, for KITTI 352 x 704."""
     steps: int = Field(default=38_400, ge=1)
     """Optimizer steps. Cited: DINOv2 and DINOv3."""
-    warmup_steps: int = Field(default=12_800, ge=1)
+    warmup_steps: int = Field(default=12_800, ge=2)
     """Of them, those in which the learning rate rises. Cited: the same."""
     batch_size: int = Field(default=16, ge=1)
     """Crops a step. Cited: 2 on each of 8 GPUs."""

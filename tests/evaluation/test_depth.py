@@ -368,8 +368,8 @@ def test_dpt_trains_to_numbers(tmp_path: Path, model: features.Model) -> None:
         tests=(data(tmp_path),),
         heads=("dpt",),
         crop_size=(24, 24),
-        steps=2,
-        warmup_steps=1,
+        steps=3,
+        warmup_steps=2,
         batch_size=2,
     )
     results = depth.run(config, model, str(tmp_path))
@@ -380,7 +380,7 @@ def test_every_picture_is_seen_before_one_comes_again(tmp_path: Path) -> None:
     scene(tmp_path, 6, seed=0)
     settings = data(tmp_path)
     config = DepthConfig(
-        train=settings, tests=(settings,), steps=3, warmup_steps=1, batch_size=4, crop_size=(40, 48), augment=False
+        train=settings, tests=(settings,), steps=3, warmup_steps=2, batch_size=4, crop_size=(40, 48), augment=False
     )
     seen = torch.cat([truth for _, truth in depth.training_batches(depth.find_samples(settings, "train"), config)])
     for epoch in (seen[:6], seen[6:]):
