@@ -52,7 +52,7 @@ SAME, OTHER, QUERY = (46, 139, 98), (181, 56, 46), (32, 38, 43)  # colours of fr
 class Picture(Settings):
     """One PNG of the report."""
 
-    file: str
+    file: str = Field(pattern=r"^[A-Za-z0-9-]+\.png$")
     """Its name in the folder of pictures."""
     kind: Kind
     model: str
@@ -340,14 +340,14 @@ def run(config: PicturesConfig, model: Model, output: str) -> list[Picture]:
         caption = f"The {len(pairs)} pairs of foreground patches most alike that are each other's nearest."
         drawn.append(save(output, "matches", model, pixels, caption, part=f"{one}-{other}"))
     if config.attention:
-        rows: list[list[Pixels | None]] = []
+        columns = []
         for square, picture in zip(squares, shown, strict=True):
             (shares,) = attention(network, _normalized(model, square[None])).mean(dim=1)  # over the heads
-            rows.append([picture, *(enlarge(heat(one), patch_size) for one in shares)])
+            columns.append([picture, *(enlarge(heat(one), patch_size) for one in shares)])
         what = ["the CLS token"] if network.cls_token is not None else []
         what += [f"register {number}" for number in range(1, network.num_register_tokens + 1)]
         caption = f"Attention in the last block, the mean of its heads: {', '.join(what)}."
-        drawn.append(save(output, "attention", model, sheet(rows), caption))
+        drawn.append(save(output, "attention", model, sheet(list(zip(*columns, strict=True))), caption))
     return drawn
 
 
