@@ -129,7 +129,8 @@ def _evaluation(name: str, found: Sequence[Result]) -> "Markup":
 def _dataset(found: Sequence[Result]) -> list["Markup"]:
     """The heading, and one table, or one a protocol where one would be too wide."""
     columns = list(dict.fromkeys((one.protocol, one.metric) for one in found))
-    columns.sort(key=lambda column: _natural(column[0]))  # a stable sort: metrics keep their order
+    if all(_number(protocol) is not None for protocol, _ in columns):
+        columns.sort(key=lambda column: (_stem(column[0]), _number(column[0])))  # metrics keep their order
     groups = [columns]
     if len(columns) > MAX_COLUMNS:
         protocols = dict.fromkeys(protocol for protocol, _ in columns)
@@ -223,7 +224,7 @@ def _sources(rows: Sequence[Row]) -> list["Markup"]:
     remarks = list(dict.fromkeys(cell.remark for cell in cells if cell.remark))
     if not lines:
         return []
-    text = f"Published: {'; '.join(lines)}." + "".join(f" Not the same: {remark}." for remark in remarks)
+    text = f"Published: {'; '.join(lines)}." + "".join(f" But {remark}." for remark in remarks)
     return [tag("p", text, class_="note")]
 
 
@@ -252,7 +253,8 @@ def _details(found: Sequence[Result]) -> "Markup":
 
 
 def _plots(columns: Sequence[tuple[str, str]], rows: Sequence[Row]) -> list["Markup"]:
-    """Lines over a number that the protocols name, such as k; else bars of the first column. Of the first metric."""
+    """Lines of the first metric over a number that the protocols name, such as k; else bars of one column: the first
+    for which there are published numbers, or simply the first."""
     metric = columns[0][1]
     chosen = [index for index, (_, of) in enumerate(columns) if of == metric]
     numbers = [_number(columns[index][0]) for index in chosen]
@@ -261,8 +263,11 @@ def _plots(columns: Sequence[tuple[str, str]], rows: Sequence[Row]) -> list["Mar
     if len(set(labelled)) == len(chosen) > 2:
         series = [(row.model, [cell.value if (cell := row.cells[index]) else None for index in chosen]) for row in own]
         return [line_plot([columns[index][0] for index in chosen], series, metric)]
-    bars = [(row.model, cell.value, row.published) for row in rows if (cell := row.cells[0]) is not None]
-    return [bar_plot(bars, f"{_metric_title(metric)}, {columns[0][0]}", metric)] if len(bars) > 1 else []
+    compared = (index for row in rows if row.published for index, cell in enumerate(row.cells) if cell is not None)
+    column = min(compared, default=0)
+    protocol, metric = columns[column]
+    bars = [(row.model, cell.value, row.published) for row in rows if (cell := row.cells[column]) is not None]
+    return [bar_plot(bars, f"{_metric_title(metric)}, {protocol}", metric)] if len(bars) > 1 else []
 
 
 def line_plot(ticks: Sequence[str], series: Sequence[tuple[str, Sequence[float | None]]], metric: str) -> "Markup":
@@ -332,12 +337,6 @@ def _number(protocol: str) -> float | None:
 
 def _stem(protocol: str) -> str:
     return protocol.partition("=")[0].strip()
-
-
-def _natural(text: str) -> list[tuple[int, float, str]]:
-    """A key that sorts k=20 before k=100."""
-    parts = re.split(r"(\d+)", text)
-    return [(0, float(part), "") if part.isdecimal() else (1, 0.0, part) for part in parts]
 
 
 # ---- pictures
@@ -448,6 +447,7 @@ tbody th { font-weight: 400; max-width: 340px; overflow-wrap: anywhere }
   overflow-wrap: anywhere }
 summary { cursor: pointer; margin-top: 20px; color: var(--quiet); font-size: 14px }
 figure { margin: 16px 0 0 }
+figure + .scroll { margin-top: 32px }
 .plot { max-width: 640px }
 svg { display: block; width: 100%; height: auto; font-size: 12px; fill: var(--quiet) }
 .grid { stroke: var(--line) }
