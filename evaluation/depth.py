@@ -548,7 +548,10 @@ def predict_for_score(
 
 
 def train_head(model: Model, name: HeadName, config: DepthConfig, samples: Sequence[Sample]) -> LinearHead | DptHead:
-    """A head trained on `samples`. Raises InputError, and TrainingError where the loss is not finite."""
+    """A head trained on `samples`: on a CPU the same every time, on a GPU but for rounding.
+
+    Raises InputError, and TrainingError where the loss is not finite.
+    """
     assert model.num_blocks is not None
     blocks = blocks_of(name, model.num_blocks)
     head = make_head(name, model.embed_dim, config.cap, config.seed).to(model.device)

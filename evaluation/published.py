@@ -40,15 +40,17 @@ class Published:
 
 _IMAGENET = ("imagenet", "imagenet1k", "in1k", "ilsvrc2012")
 _KNN = Column("knn", _IMAGENET, r"k=20", "top-1", remark="the source does not say for which k")
-_LINEAR = Column("linear", _IMAGENET, r".*", "top-1")
+_LINEAR = Column("linear", _IMAGENET, r"52 heads, grid of the (paper|code), 12,500 steps", "top-1")
 _V2 = Column("robustness", ("imagenetv2", "v2"), r".*", "top-1")
 _REAL = Column("robustness", ("imagenetreal", "real"), r".*", "top-1")
 _A = Column("robustness", ("imageneta",), r".*", "top-1")
 _R = Column("robustness", ("imagenetr",), r".*", "top-1")
 _C = Column("robustness", ("imagenetc",), r".*", "mCE")
 _SKETCH = Column("robustness", ("imagenetsketch",), r".*", "top-1")
-_INAT18 = Column("linear", ("inaturalist2018", "inat2018", "inat18"), r".*", "top-1")
-_INAT21 = Column("linear", ("inaturalist2021", "inat2021", "inat21"), r".*", "top-1")
+_ANY_LENGTH = r"52 heads, grid of the (paper|code), .*"
+_LENGTH_REMARK = "the source does not say how many steps"
+_INAT18 = Column("linear", ("inaturalist2018", "inat2018", "inat18"), _ANY_LENGTH, "top-1", remark=_LENGTH_REMARK)
+_INAT21 = Column("linear", ("inaturalist2021", "inat2021", "inat21"), _ANY_LENGTH, "top-1", remark=_LENGTH_REMARK)
 _OXFORD = ("roxford", "roxford5k", "oxford", "oxford5k", "revisitedoxford")
 _PARIS = ("rparis", "rparis6k", "paris", "paris6k", "revisitedparis")
 _OXFORD_M = Column("retrieval", _OXFORD, r"medium\b.*", "mAP")

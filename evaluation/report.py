@@ -127,14 +127,15 @@ def _evaluation(name: str, found: Sequence[Result]) -> "Markup":
 
 
 def _dataset(found: Sequence[Result]) -> list["Markup"]:
-    """The heading, and one table, or one a protocol where one would be too wide."""
+    """The heading, and one table, or where it would be too wide one for k=10 and k=20 and so on, or one a protocol."""
     columns = list(dict.fromkeys((one.protocol, one.metric) for one in found))
     if all(_number(protocol) is not None for protocol, _ in columns):
-        columns.sort(key=lambda column: (_stem(column[0]), _number(column[0])))  # metrics keep their order
+        columns.sort(key=lambda column: (_family(column[0]), _number(column[0])))  # metrics keep their order
     groups = [columns]
-    if len(columns) > MAX_COLUMNS:
-        protocols = dict.fromkeys(protocol for protocol, _ in columns)
-        groups = [[column for column in columns if column[0] == protocol] for protocol in protocols]
+    for key in (_family, str):
+        if any(len(group) > MAX_COLUMNS for group in groups):
+            keys = dict.fromkeys(key(protocol) for protocol, _ in columns)
+            groups = [[column for column in columns if key(column[0]) == one] for one in keys]
     parts = [tag("h3", found[0].dataset)]
     for group in groups:
         rows = table_rows([one for one in found if (one.protocol, one.metric) in group], group)
@@ -256,7 +257,8 @@ def _plots(columns: Sequence[tuple[str, str]], rows: Sequence[Row]) -> list["Mar
     """Lines of the first metric over a number that the protocols name, such as k; else bars of one column: the first
     for which there are published numbers, or simply the first."""
     metric = columns[0][1]
-    chosen = [index for index, (_, of) in enumerate(columns) if of == metric]
+    family = _family(columns[0][0])
+    chosen = [index for index, (protocol, of) in enumerate(columns) if of == metric and _family(protocol) == family]
     numbers = [_number(columns[index][0]) for index in chosen]
     labelled = [number for number in numbers if number is not None]
     own = [row for row in rows if not row.published]
@@ -308,7 +310,7 @@ def line_plot(ticks: Sequence[str], series: Sequence[tuple[str, Sequence[float |
         ),
         class_="legend",
     )
-    caption = tag("figcaption", f"{_metric_title(metric)} over {_stem(ticks[0])}")
+    caption = tag("figcaption", f"{_metric_title(metric)} over {_family(ticks[0])}")
     plot = tag("svg", *drawn, viewBox=f"0 0 {width} {height + 30}", role="img", aria_label=f"{metric} of every model")
     return tag("figure", plot, legend, caption, class_="plot")
 
@@ -335,8 +337,9 @@ def _number(protocol: str) -> float | None:
     return float(found[0]) if len(found) == 1 else None
 
 
-def _stem(protocol: str) -> str:
-    return protocol.partition("=")[0].strip()
+def _family(protocol: str) -> str:
+    """What protocols have in common that differ in their number alone: "k" of "k=20"."""
+    return re.sub(r"=\s*[0-9.]+", "", protocol)
 
 
 # ---- pictures

@@ -60,7 +60,7 @@ class Picture(Settings):
     caption: str
 
 
-class PicturesConfig(Settings):
+class VisualizeConfig(Settings):
     """What is drawn of a few pictures."""
 
     images: tuple[str, ...] = Field(min_length=1)
@@ -311,7 +311,7 @@ def read_pictures(output: str) -> list[Picture]:
     return list(found.values())
 
 
-def run(config: PicturesConfig, model: Model, output: str) -> list[Picture]:
+def run(config: VisualizeConfig, model: Model, output: str) -> list[Picture]:
     """Draw the principal components, the matches and the attention of `config`'s pictures below `output`."""
     network, patch_size = model.backbone, model.patch_size
     if network is None or patch_size is None or model.num_blocks is None:

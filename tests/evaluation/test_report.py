@@ -105,6 +105,20 @@ def test_wide_tables_are_divided_by_protocol() -> None:
     assert [row for row in rows if row[0] == "Model"] == [["Model", "linear 1"], ["Model", "linear 4"]]
 
 
+def test_few_shot_results_have_a_table_of_their_own() -> None:
+    found = [
+        result(protocol=f"k={k}{suffix}", metric=metric)
+        for suffix in ("", ", 5 per class")
+        for k in (20, 10, 200)
+        for metric in ("top-1", "top-5")
+    ]
+    rows = Reader(report.page(found, [])).rows
+    assert [row for row in rows if row[0] == "Model"] == [
+        ["Model", "k=10", "k=20", "k=200"],
+        ["Model", "k=10, 5 per class", "k=20, 5 per class", "k=200, 5 per class"],
+    ]
+
+
 def test_one_name_with_two_weights_is_two_rows() -> None:
     rows = Reader(report.page([result(), result(model_hash="c" * 64, value=0.75)], [])).rows
     assert ["teacher (aaaaaaaa on bbbbbbbb)", "50.0"] in rows and ["teacher (cccccccc on bbbbbbbb)", "75.0"] in rows
@@ -126,6 +140,9 @@ def test_published_numbers_stand_beside_the_same_protocol_only() -> None:
         "DINOv2 ViT-g/14": 0.279,
     }
     assert published.beside(result(protocol="dpt, 100 steps of 16", **depth)) == []
+    heads = {"evaluation": "linear", "dataset": "imagenet", "protocol": "52 heads, grid of the paper, 12,500 steps"}
+    assert len(published.beside(result(**heads))) == 10
+    assert published.beside(result(**heads | {"protocol": "52 heads, grid of the paper, 100 steps"})) == []
     hard = published.beside(result(evaluation="retrieval", dataset="rparis6k", protocol="hard, 224 px", metric="mAP"))
     assert [one.value for one in hard] == pytest.approx([0.685, 0.786, 0.835, 0.826])
     last = published.beside(

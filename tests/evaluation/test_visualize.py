@@ -11,7 +11,7 @@ from torch import Tensor
 from curation import backbone, weights
 from curation.errors import InputError
 from evaluation import features, visualize
-from evaluation.visualize import PicturesConfig
+from evaluation.visualize import VisualizeConfig
 
 RED, GREEN = (200, 30, 30), (30, 160, 60)
 
@@ -158,7 +158,7 @@ def test_draws_everything_twice_the_same(tmp_path: Path, model: features.Model) 
     paths = [tmp_path / "red.png", tmp_path / "green.png"]
     blob(paths[0], RED, (32, 32))
     blob(paths[1], GREEN, (30, 36))
-    config = PicturesConfig(images=tuple(map(str, paths)), image_size=64, match=((0, 1),))
+    config = VisualizeConfig(images=tuple(map(str, paths)), image_size=64, match=((0, 1),))
     drawn = visualize.run(config, model, str(tmp_path / "one"))
     assert [record.kind for record in drawn] == ["pca", "matches", "attention"]
     visualize.run(config, model, str(tmp_path / "other"))
@@ -178,14 +178,14 @@ def test_says_what_is_wrong(tmp_path: Path, model: features.Model) -> None:
     blob(tmp_path / "a.png", RED, (32, 32))
     good = {"images": (str(tmp_path / "a.png"),), "image_size": 64}
     with pytest.raises(InputError, match=r"image_size 60 is not a multiple.*Take 56"):
-        visualize.run(PicturesConfig(**good | {"image_size": 60}), model, str(tmp_path))
+        visualize.run(VisualizeConfig(**good | {"image_size": 60}), model, str(tmp_path))
     with pytest.raises(InputError, match=r"match = \[0, 1\], and there are 1 pictures"):
-        visualize.run(PicturesConfig(**good, match=((0, 1),)), model, str(tmp_path))
+        visualize.run(VisualizeConfig(**good, match=((0, 1),)), model, str(tmp_path))
     with pytest.raises(InputError, match="Cannot read the picture"):
-        visualize.run(PicturesConfig(**good | {"images": (str(tmp_path / "none.png"),)}), model, str(tmp_path))
+        visualize.run(VisualizeConfig(**good | {"images": (str(tmp_path / "none.png"),)}), model, str(tmp_path))
     pixels = features.load_model(features.ModelConfig(name="pixels"))
     with pytest.raises(InputError, match="no patch tokens"):
-        visualize.run(PicturesConfig(**good), pixels, str(tmp_path))
+        visualize.run(VisualizeConfig(**good), pixels, str(tmp_path))
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/pictures.jsonl").write_text(
         '{"file": "../../secret.png", "kind": "pca", "model": "a", "caption": "b"}\n'
