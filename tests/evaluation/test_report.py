@@ -143,6 +143,8 @@ def test_published_numbers_stand_beside_the_same_protocol_only() -> None:
     heads = {"evaluation": "linear", "dataset": "imagenet", "protocol": "52 heads, grid of the paper, 12,500 steps"}
     assert len(published.beside(result(**heads))) == 10
     assert published.beside(result(**heads | {"protocol": "52 heads, grid of the paper, 100 steps"})) == []
+    single = published.beside(result(protocol="linear 1, 38,400 steps of 16", **depth))
+    assert [one.value for one in single] == [0.449, 0.399, 0.384, 0.344]
     hard = published.beside(result(evaluation="retrieval", dataset="rparis6k", protocol="hard, 224 px", metric="mAP"))
     assert [one.value for one in hard] == pytest.approx([0.685, 0.786, 0.835, 0.826])
     last = published.beside(
