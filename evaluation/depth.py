@@ -1,0 +1,733 @@
+"""How far away things are, read off frozen patch tokens: what features know of the geometry of a scene.
+
+A small head is trained on the tokens of a frozen backbone to say the depth of every pixel, and is scored by ten
+numbers. The heads, the loss and the crops are those of DINOv2; three things differ from what made its published
+numbers, and every result says so in its settings: the learning rate and its schedule are DINOv3's, the loss has no
+gradient term, and padding is cut off the prediction where DINOv2 stretched it over the picture.
+
+What is read (`layout`), every depth map as large as its picture:
+
+    nyu          NYU Depth v2 as BTS hands it out: a list of "/<scene>/rgb_00045.jpg /<scene>/sync_depth_00045.png
+                 518.8579", 480 x 640, PNG of 16 bits in millimetres
+    nyu_arrays   the test set as DenseDepth hands it out: eigen_test_rgb.npy (n, 480, 640, 3) uint8 and
+                 eigen_test_depth.npy (n, 480, 640) in metres
+    kitti        KITTI's Eigen split: a list of "<date>/<drive>/image_02/data/<frame>.png
+                 <drive>/proj_depth/groundtruth/image_02/<frame>.png focal", pictures below input/, depths below
+                 gt_depth/, PNG of 16 bits in metres / 256; lines whose depth is None are left out
+    sun_rgbd     SUN RGB-D: a list of "SUNRGBD/<sensor>/.../image/<name>.jpg SUNRGBD/<sensor>/.../depth/<name>.png",
+                 PNG of 16 bits, millimetres turned left by 3 bits, cut off at 8 m
+    folder       <folder>/rgb/<name>.<any> and <folder>/depth/<name>.png of 16 bits, or .npy in metres
+
+Depth 0 is unknown everywhere.
+
+Shapes:
+    B  pictures    H, W  pixels    h, w  patches    D  width of a token    L  blocks that are read    K  depth bins
+
+Sources: Oquab et al., DINOv2 (arXiv 2304.07193), 7.4, and its released heads; Li et al., BinsFormer (arXiv 2204.00987),
+whose toolbox has the lists and crops; Eigen et al. (arXiv 1406.2283) for the loss and the metrics; Ranftl et al., DPT
+(arXiv 2103.13413).
+"""
+
+# Calling a torch module is typed Any.
+# mypy: disable-error-code="no-any-return"
+
+import functools
+import hashlib
+import io
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from curation import storage
+from curation.config import Settings
+from curation.errors import InputError, TrainingError
+from curation.images import ImageLimits, ImageRejected, decode_rgb
+from evaluation.features import Model
+from evaluation.results import Result
+
+LayoutName = Literal["nyu", "nyu_arrays", "kitti", "sun_rgbd", "folder"]
+HeadName = Literal["linear_1", "linear_4", "dpt"]
+Crop = Literal["none", "eigen", "garg"]
+Tokens = Sequence[tuple[Tensor, Tensor]]  # of each block: patch tokens (B, D, h, w) and CLS (B, D)
+
+METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3", "mae")
+NUM_BINS = 256  # cited: DINOv2, hub/depthers.py
+MIN_DEPTH = 1e-3  # metres; cited: the same
+BIN_FLOOR = 0.1  # added to every bin before they are normalised; cited: AdaBins and DINOv2's decode_head.py
+UPSAMPLING = 4  # of the patch grid before the head; cited: DINOv2, hub/depthers.py
+LOSS_EPSILON = 1e-3  # metres; cited: DINOv2's sigloss.py
+LOSS_MEAN_WEIGHT = 0.15  # of the squared mean; cited: the same, where Eigen et al. have a half
+DPT_CHANNELS = 256  # cited: DINOv2, hub/depthers.py
+MAX_ROTATION = 2.5  # degrees; cited: BinsFormer's toolbox, as all of `augment`
+# The picture inside the white border of NYU's frames: rows, then columns. Cited: BTS and BinsFormer's toolbox.
+NYU_INSIDE = (slice(45, 472), slice(43, 608))
+KITTI_ROWS, KITTI_COLUMNS = 352, 1216  # the bottom rows and the middle columns; cited: the same ("KB crop")
+# What the padding is filled with: ImageNet's mean, which is 0 once normalised. Cited: DINOv2 pads with 0.
+PADDING_COLOR = (124, 116, 104)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is particular to one published data set."""
+
+    train_list: str | None
+    test_list: str | None
+    units_per_metre: float
+    max_depth: float
+    """Metres. Beyond it nothing is trained on or scored."""
+    crop: Crop
+    """The part of a test picture that is scored."""
+
+
+LAYOUTS: dict[LayoutName, Layout] = {
+    "nyu": Layout("nyu_train.txt", "nyu_test.txt", 1000, 10, "eigen"),
+    "nyu_arrays": Layout(None, None, 1, 10, "eigen"),
+    "kitti": Layout("kitti_eigen_train.txt", "kitti_eigen_test.txt", 256, 80, "garg"),
+    "sun_rgbd": Layout(None, "SUNRGBD_val_splits.txt", 1000, 8, "eigen"),
+    "folder": Layout(None, None, 1000, 10, "none"),
+}
+
+
+class DepthDataConfig(Settings):
+    """Pictures with their depths."""
+
+    name: str
+    """What results call it. "nyu", "kitti" and "sun_rgbd" have published numbers to stand beside."""
+    layout: LayoutName
+    """How the files lie; see the top of this module."""
+    folder: str
+    """Where they lie."""
+    list_file: str | None = None
+    """The list of pairs in `folder`. Left out, that of the published split: nyu_train.txt or nyu_test.txt,
+    kitti_eigen_train.txt or kitti_eigen_test.txt, SUNRGBD_val_splits.txt."""
+    images: str = Field(default="rgb")
+    """Layout "folder": where the pictures lie in it."""
+    depths: str = Field(default="depth")
+    """Layout "folder": where the depths lie in it."""
+    units_per_metre: float = Field(default=1000, gt=0)
+    """Layout "folder": what a PNG says for one metre."""
+    crop: Crop | None = None
+    """The part of a test picture that is scored. "eigen": rows 45 to 470 and columns 41 to 600, made for 480 x 640.
+    "garg": shares of the sides, made for KITTI. Left out, that of the layout: eigen for NYU and SUN RGB-D, garg for
+    KITTI, none for folders."""
+
+
+class DepthConfig(Settings):
+    """A head on frozen tokens that says how far away every pixel is."""
+
+    train: DepthDataConfig
+    """What the head is trained on."""
+    tests: tuple[DepthDataConfig, ...] = Field(min_length=1)
+    """What it is scored on."""
+    heads: tuple[HeadName, ...] = ("linear_1", "linear_4")
+    """The last block alone, four blocks, or DPT on the same four."""
+    final_norm: bool = False
+    """Whether tokens pass the backbone's last norm. Off, as for DINOv2's released heads; DINOv3 has it on."""
+    max_depth: float | None = Field(default=None, gt=MIN_DEPTH)
+    """Metres: the last bin, and the cap of what is trained on and scored. Left out, 80 where KITTI is trained on, 10
+    elsewhere."""
+    crop_size: tuple[int, int] | None = None
+    """Height and width in pixels of a training crop. Left out, 416 x 544, for KITTI 352 x 704."""
+    steps: int = Field(default=38_400, ge=1)
+    """Optimizer steps. Cited: DINOv2 and DINOv3."""
+    warmup_steps: int = Field(default=12_800, ge=2)
+    """Of them, those in which the learning rate rises. Cited: the same."""
+    batch_size: int = Field(default=16, ge=1)
+    """Crops a step. Cited: 2 on each of 8 GPUs."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """The highest. Cited: DINOv3's NYU config."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Of AdamW. Cited: the same."""
+    gradient_clip: float = Field(default=35.0, gt=0)
+    """Greatest norm of the gradient. Cited: the same."""
+    loss_warmup_steps: int = Field(default=100, ge=0)
+    """First steps in which the loss is the mean error alone. Cited: DINOv2's sigloss.py."""
+    augment: bool = True
+    """Whether training crops are turned by up to 2.5 degrees, flipped, and changed in brightness and colour."""
+    flip_average: bool = True
+    """Whether a prediction is the mean of those for the picture and its mirror image."""
+    seed: int = Field(default=0, ge=0)
+    """Of the head's first weights, the order of the pictures and the crops."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; expected less than steps, {self.steps}")
+        if self.train.layout in ("nyu_arrays", "sun_rgbd") and self.train.list_file is None:
+            raise ValueError(f"train: layout {self.train.layout} has a test split only")
+        return self
+
+    @property
+    def cap(self) -> float:
+        """Metres."""
+        return self.max_depth or LAYOUTS[self.train.layout].max_depth
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where a picture and its depth lie."""
+
+    image: str
+    depth: str
+    row: int | None = None
+    """Where both are arrays of many."""
+
+
+def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list[Sample]:
+    """The pairs of a data set, in the order of the pictures' names. Raises InputError where there are none."""
+    if data.layout == "folder":
+        samples = _pairs_of_folder(data)
+    elif data.layout == "nyu_arrays":
+        paths = [storage.join(data.folder, f"eigen_test_{kind}.npy") for kind in ("rgb", "depth")]
+        samples = [Sample(paths[0], paths[1], row) for row in range(len(_array(paths[0])))]
+    else:
+        samples = _pairs_of_list(data, split)
+    if not samples:
+        raise InputError(f"{data.folder}: no picture with a depth in layout '{data.layout}'. Check the folder.")
+    return samples
+
+
+def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> list[Sample]:
+    layout = LAYOUTS[data.layout]
+    name = data.list_file or (layout.train_list if split == "train" else layout.test_list)
+    assert name is not None
+    path = storage.join(data.folder, name)
+    try:
+        lines = storage.read_bytes(path).decode().splitlines()
+    except FileNotFoundError:
+        raise InputError(
+            f"No list of pairs at '{path}'. Layout '{data.layout}' needs it for its {split} split."
+        ) from None
+    below = ("input", "gt_depth") if data.layout == "kitti" else ("", "")
+    samples = []
+    for number, line in enumerate(lines, 1):
+        parts = line.split()
+        if not parts or parts[1:2] == ["None"]:  # KITTI: 45 frames of the test have no ground truth
+            continue
+        if len(parts) < 2:
+            raise InputError(f"{path}, line {number}: expected a picture and its depth. Found: {line!r}.")
+        image, depth = (
+            storage.join(data.folder, folder, part.lstrip("/")) for folder, part in zip(below, parts[:2], strict=True)
+        )
+        samples.append(Sample(image, depth))
+    return sorted(samples, key=lambda sample: sample.image)
+
+
+def _pairs_of_folder(data: DepthDataConfig) -> list[Sample]:
+    found: list[dict[str, str]] = []
+    for folder in (data.images, data.depths):
+        place = storage.join(data.folder, folder)
+        names = [name for name in storage.list_names(place) if not name.startswith(".")]
+        if not names:
+            raise InputError(f"No files in '{place}'. Layout 'folder' has {data.images}/ and {data.depths}/.")
+        found.append({PurePosixPath(name).stem: storage.join(place, name) for name in names})
+    images, depths = found
+    if alone := sorted(images.keys() ^ depths.keys()):
+        raise InputError(
+            f"{data.folder}: {len(alone)} of the pictures and depths have no partner of the same name, such as "
+            f"'{alone[0]}'. Remove them."
+        )
+    return [Sample(images[name], depths[name]) for name in sorted(images)]
+
+
+def read_sample(sample: Sample, data: DepthDataConfig) -> tuple[Tensor, Tensor]:
+    """A picture (3, H, W) uint8 and its depth (H, W) float32 in metres, 0 where unknown; KITTI's without its border.
+
+    Raises InputError.
+    """
+    image, depth = _read_image(sample), _read_depth(sample, data)
+    if image.shape[1:] != depth.shape:
+        raise InputError(
+            f"{sample.depth} has {depth.shape[0]} x {depth.shape[1]} pixels, its picture {sample.image} has "
+            f"{image.shape[1]} x {image.shape[2]}. They must be as large."
+        )
+    if not np.isfinite(depth).all() or depth.min() < 0:
+        raise InputError(f"{sample.depth}: depths that are negative or not finite. Write 0 where it is unknown.")
+    if data.layout.startswith("nyu") and depth.shape != (480, 640):
+        raise InputError(f"{sample.image} has {depth.shape[0]} x {depth.shape[1]} pixels; NYU's have 480 x 640.")
+    if data.layout == "kitti":
+        rows, columns = depth.shape
+        if rows < KITTI_ROWS or columns < KITTI_COLUMNS:
+            raise InputError(f"{sample.image} has {rows} x {columns} pixels; KITTI's have at least 352 x 1216.")
+        left = (columns - KITTI_COLUMNS) // 2
+        inside = (slice(rows - KITTI_ROWS, None), slice(left, left + KITTI_COLUMNS))
+        image, depth = image[:, *inside], depth[inside]
+    return torch.from_numpy(image.copy()), torch.from_numpy(depth.copy())
+
+
+def _read_image(sample: Sample) -> NDArray[np.uint8]:
+    if sample.row is not None:
+        return np.asarray(_array(sample.image)[sample.row], np.uint8).transpose(2, 0, 1)
+    try:
+        return np.asarray(decode_rgb(storage.read_bytes(sample.image), ImageLimits())).transpose(2, 0, 1)
+    except (ImageRejected, FileNotFoundError) as error:
+        raise InputError(f"Cannot read the picture '{sample.image}': {error}.") from None
+
+
+def _read_depth(sample: Sample, data: DepthDataConfig) -> NDArray[np.float32]:
+    if sample.row is not None:
+        return np.asarray(_array(sample.depth)[sample.row], np.float32)
+    try:
+        content = storage.read_bytes(sample.depth)
+    except FileNotFoundError:
+        raise InputError(f"No depth at '{sample.depth}', which belongs to '{sample.image}'.") from None
+    if sample.depth.endswith(".npy"):
+        return np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+        if not picture.mode.startswith("I"):  # I;16, or I where Pillow is older
+            raise InputError(f"{sample.depth} is a PNG of mode {picture.mode}; a depth has one channel of 16 bits.")
+        values = np.asarray(picture).astype(np.uint16)
+    if data.layout == "sun_rgbd":
+        metres = (values >> 3 | values << 13).astype(np.float32) / 1000
+        return np.minimum(metres, np.float32(LAYOUTS["sun_rgbd"].max_depth))
+    unit = data.units_per_metre if data.layout == "folder" else LAYOUTS[data.layout].units_per_metre
+    return values.astype(np.float32) / np.float32(unit)
+
+
+def _array(path: str) -> NDArray[np.generic]:
+    if not Path(path).is_file():
+        raise InputError(f"No array at '{path}'. Layout 'nyu_arrays' has eigen_test_rgb.npy and eigen_test_depth.npy.")
+    array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
+def hash_samples(samples: Sequence[Sample]) -> str:
+    """64 hex digits of the bytes of all files, in order."""
+    hashed = hashlib.sha256()
+    for path in dict.fromkeys(path for sample in samples for path in (sample.image, sample.depth)):
+        with storage.open_read(path) as file:
+            while block := file.read(1 << 20):
+                hashed.update(block)
+    return hashed.hexdigest()
+
+
+# ---- scoring
+
+
+def valid_mask(truth: Tensor, *, max_depth: float, crop: Crop = "none") -> Tensor:
+    """Which pixels of `truth` (H, W) count: between a millimetre and `max_depth`, and inside the crop."""
+    inside = torch.zeros_like(truth, dtype=torch.bool)
+    rows, columns = truth.shape
+    match crop:
+        case "none":
+            inside[:] = True
+        case "eigen":
+            inside[45:471, 41:601] = True
+        case "garg":
+            top, bottom = int(0.40810811 * rows), int(0.99189189 * rows)
+            left, right = int(0.03594771 * columns), int(0.96405229 * columns)
+            inside[top:bottom, left:right] = True
+    return inside & (truth > MIN_DEPTH) & (truth < max_depth)
+
+
+def measure(prediction: Tensor, truth: Tensor, mask: Tensor) -> dict[str, float]:
+    """The ten metrics over the pixels of `mask`, all (H, W), depths in metres. NaN where no pixel counts.
+
+    abs_rel, sq_rel: mean error and squared error by true depth. rmse, mae: metres. rmse_log: of natural logarithms.
+    log10: mean error of decimal ones. silog: the standard deviation of the errors of natural logarithms, times 100.
+    d1, d2, d3: the share of pixels off by a factor less than 1.25, its square, its cube.
+    """
+    found, true = prediction[mask].double(), truth[mask].double()
+    error, log_error = found - true, found.log() - true.log()
+    ratio = torch.maximum(found / true, true / found)
+    values = {
+        "abs_rel": (error.abs() / true).mean(),
+        "sq_rel": (error.square() / true).mean(),
+        "rmse": error.square().mean().sqrt(),
+        "rmse_log": log_error.square().mean().sqrt(),
+        "log10": log_error.abs().mean() / math.log(10),
+        "silog": 100 * (log_error - log_error.mean()).square().mean().sqrt(),
+        "d1": (ratio < 1.25).double().mean(),
+        "d2": (ratio < 1.25**2).double().mean(),
+        "d3": (ratio < 1.25**3).double().mean(),
+        "mae": error.abs().mean(),
+    }
+    return {name: float(values[name]) for name in METRICS}
+
+
+def mean_over_pictures(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the pictures in which a pixel counts. Raises InputError where there are none."""
+    counted = [one for one in measured if not math.isnan(one["mae"])]
+    if not counted:
+        raise InputError("No pixel of any test picture has a depth that counts. Check the units and max_depth.")
+    return {name: math.fsum(one[name] for one in counted) / len(counted) for name in METRICS}
+
+
+def sig_loss(prediction: Tensor, truth: Tensor, *, max_depth: float, mean_alone: bool = False) -> Tensor:
+    """The scale-invariant loss of Eigen et al. over all pixels with 0 < truth <= max_depth: a scalar.
+
+    The root of the variance (n - 1) of the logarithmic errors plus 0.15 of their squared mean; with `mean_alone` the
+    root of the latter. 0 where fewer than two pixels count.
+    """
+    mask = (truth > 0) & (truth <= max_depth)
+    error = (prediction[mask] + LOSS_EPSILON).log() - (truth[mask] + LOSS_EPSILON).log()
+    if len(error) < 2:
+        return prediction.sum() * 0
+    square = LOSS_MEAN_WEIGHT * error.mean().square()
+    if not mean_alone:
+        square = square + error.var()
+    return square.clamp(min=1e-12).sqrt()  # the root has no gradient at 0
+
+
+# ---- heads
+
+
+def depth_of_bins(logits: Tensor, max_depth: float) -> Tensor:
+    """(B, K, h, w) to metres (B, h, w): the mean of K depths from a millimetre to `max_depth`, evenly spaced."""
+    weights = functional.relu(logits) + BIN_FLOOR
+    bins = torch.linspace(MIN_DEPTH, max_depth, logits.shape[1], device=logits.device, dtype=logits.dtype)
+    return torch.einsum("bkhw,k->bhw", weights / weights.sum(dim=1, keepdim=True), bins)
+
+
+class LinearHead(nn.Module):
+    """One linear layer on the patch and CLS tokens of L blocks, four times as fine as the patches, to K depths."""
+
+    def __init__(self, embed_dim: int, num_blocks: int, max_depth: float) -> None:
+        super().__init__()
+        self.max_depth = max_depth
+        self.depth_bins = nn.Conv2d(2 * embed_dim * num_blocks, NUM_BINS, kernel_size=1)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Metres (B, 4h, 4w)."""
+        joined = [part for patches, cls in tokens for part in (patches, cls[:, :, None, None].expand_as(patches))]
+        # A linear layer and bilinear interpolation may change places, and on the patches the layer costs a sixteenth.
+        logits = self.depth_bins(torch.cat(joined, dim=1))
+        fine = functional.interpolate(logits, scale_factor=UPSAMPLING, mode="bilinear")
+        return depth_of_bins(fine, self.max_depth)
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions, each behind a ReLU, beside the identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (_convolution(DPT_CHANNELS, DPT_CHANNELS, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(functional.relu(self.conv1(functional.relu(x))))
+
+
+class Fusion(nn.Module):
+    """Adds what a finer block says to what coarser ones said, and doubles the resolution."""
+
+    def __init__(self, *, first: bool) -> None:
+        super().__init__()
+        self.incoming = None if first else Residual()
+        self.together = Residual()
+        self.project = nn.Conv2d(DPT_CHANNELS, DPT_CHANNELS, kernel_size=1)
+
+    def forward(self, x: Tensor, finer: Tensor | None = None) -> Tensor:
+        if finer is not None:
+            assert self.incoming is not None
+            if finer.shape != x.shape:
+                finer = functional.interpolate(finer, size=x.shape[-2:], mode="bilinear")
+            x = x + self.incoming(finer)
+        x = functional.interpolate(self.together(x), scale_factor=2, mode="bilinear", align_corners=True)
+        return self.project(x)
+
+
+class DptHead(nn.Module):
+    """Dense Prediction Transformer: four blocks as maps of four resolutions, fused from the coarsest to the finest.
+
+    As DINOv2's: CLS tokens joined to the patches by a linear layer, 256 channels, no batch norm; one depth, no bins.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        widths = [embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim]
+        self.readouts = nn.ModuleList(nn.Linear(2 * embed_dim, embed_dim) for _ in widths)
+        self.projects = nn.ModuleList(nn.Conv2d(embed_dim, width, kernel_size=1) for width in widths)
+        self.resizes = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(widths[0], widths[0], kernel_size=4, stride=4),
+                nn.ConvTranspose2d(widths[1], widths[1], kernel_size=2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(widths[3], widths[3], kernel_size=3, stride=2, padding=1),
+            ]
+        )
+        self.convs = nn.ModuleList(_convolution(width, DPT_CHANNELS, bias=False) for width in widths)
+        self.fusions = nn.ModuleList(Fusion(first=index == 0) for index in range(4))
+        self.project = _convolution(DPT_CHANNELS, DPT_CHANNELS)
+        self.depth = nn.ModuleList(
+            [_convolution(DPT_CHANNELS, DPT_CHANNELS // 2), _convolution(DPT_CHANNELS // 2, 32), nn.Conv2d(32, 1, 1)]
+        )
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Metres (B, 32h', 32w'); h' and w' are half of the patch grid, rounded up."""
+        maps = []
+        for level, (patches, cls) in enumerate(tokens):
+            flat = patches.flatten(2).transpose(1, 2)
+            both = torch.cat([flat, cls[:, None].expand_as(flat)], dim=2)
+            read = functional.gelu(self.readouts[level](both)).transpose(1, 2).reshape(patches.shape)
+            maps.append(self.convs[level](self.resizes[level](self.projects[level](read))))
+        fused = self.fusions[0](maps[3])
+        for fusion, finer in zip(list(self.fusions)[1:], reversed(maps[:3]), strict=True):
+            fused = fusion(fused, finer)
+        first, second, last = self.depth
+        wide = functional.interpolate(
+            first(functional.relu(self.project(fused))), scale_factor=2, mode="bilinear", align_corners=True
+        )
+        return functional.relu(last(functional.relu(second(wide))))[:, 0] + MIN_DEPTH
+
+
+def _convolution(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=bias)
+
+
+def make_head(name: HeadName, embed_dim: int, max_depth: float, seed: int) -> LinearHead | DptHead:
+    """The head with fresh weights, a pure function of the arguments: PyTorch's own distributions for its layers."""
+    head: LinearHead | DptHead
+    with torch.device("meta"):  # allocates nothing and draws from no global generator
+        match name:
+            case "dpt":
+                head = DptHead(embed_dim)
+            case _:
+                head = LinearHead(embed_dim, 1 if name == "linear_1" else 4, max_depth)
+    head.to_empty(device="cpu")
+    random = torch.Generator().manual_seed(seed)
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=random)
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                nn.init.uniform_(module.bias, -bound, bound, generator=random)
+    if isinstance(head, DptHead):
+        last = head.depth[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        # A head that starts below 0 everywhere gets no gradient through its last ReLU. Assumed: a metre is enough.
+        nn.init.ones_(last.bias)
+    return head
+
+
+def blocks_of(head: HeadName, num_blocks: int) -> tuple[int, ...]:
+    """The blocks that a head reads, counted from 0. Cited: DINOv2, hub/depthers.py, whose 24 blocks are no fourths."""
+    if head == "linear_1":
+        return (num_blocks - 1,)
+    if num_blocks < 4:
+        raise InputError(f"Head '{head}' reads four blocks, and the backbone has {num_blocks}. Take 'linear_1'.")
+    return (4, 11, 17, 23) if num_blocks == 24 else tuple(num_blocks * part // 4 - 1 for part in (1, 2, 3, 4))
+
+
+# ---- training and prediction
+
+
+def predict(model: Model, head: nn.Module, pixels: Tensor, blocks: Sequence[int], *, final_norm: bool) -> Tensor:
+    """Metres (B, H, W) float32 on the model's device for pictures (B, 3, H, W) uint8 of any size."""
+    assert model.patch_size is not None
+    height, width = pixels.shape[-2:]
+    padded, top, left = _pad(pixels, model.patch_size)
+    found = head(_tokens(model, padded, blocks, final_norm=final_norm))
+    whole = functional.interpolate(found[:, None], size=padded.shape[-2:], mode="bilinear")[:, 0]
+    return whole[:, top : top + height, left : left + width]
+
+
+@torch.no_grad()
+def predict_for_score(
+    model: Model, head: nn.Module, pixels: Tensor, blocks: Sequence[int], *, final_norm: bool, flip: bool, cap: float
+) -> Tensor:
+    """As `predict`, on the CPU, cut to what can be scored, and with `flip` the mean with that of the mirror image."""
+    found = predict(model, head, pixels, blocks, final_norm=final_norm).clamp(MIN_DEPTH, cap)
+    if flip:
+        mirrored = predict(model, head, pixels.flip(-1), blocks, final_norm=final_norm).clamp(MIN_DEPTH, cap)
+        found = (found + mirrored.flip(-1)) / 2
+    return found.cpu()
+
+
+def train_head(model: Model, name: HeadName, config: DepthConfig, samples: Sequence[Sample]) -> LinearHead | DptHead:
+    """A head trained on `samples`: on a CPU the same every time, on a GPU but for rounding.
+
+    Raises InputError, and TrainingError where the loss is not finite.
+    """
+    assert model.num_blocks is not None
+    blocks = blocks_of(name, model.num_blocks)
+    head = make_head(name, model.embed_dim, config.cap, config.seed).to(model.device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    # Cited: OneCycle, whose other defaults (from 1/25 of the highest rate, down to 1/250,000 of it) are PyTorch's.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        config.learning_rate,
+        total_steps=config.steps,
+        pct_start=config.warmup_steps / config.steps,
+        cycle_momentum=False,
+    )
+    for step, (pixels, truth) in enumerate(training_batches(samples, config)):
+        found = predict(model, head, pixels, blocks, final_norm=config.final_norm)
+        loss = sig_loss(found, truth.to(model.device), max_depth=config.cap, mean_alone=step < config.loss_warmup_steps)
+        if not loss.isfinite():
+            raise TrainingError(f"The loss of the depth head '{name}' is {loss.item()} at step {step}.")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(head.parameters(), config.gradient_clip)
+        optimizer.step()
+        schedule.step()
+    return head.eval()
+
+
+def training_batches(samples: Sequence[Sample], config: DepthConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """Crops (B, 3, H, W) uint8 and their depths (B, H, W) for every step, a pure function of the seed and the step."""
+    size = config.crop_size or ((352, 704) if config.train.layout == "kitti" else (416, 544))
+    for step in range(config.steps):
+        crops = []
+        for position in range(step * config.batch_size, (step + 1) * config.batch_size):
+            epoch, place = divmod(position, len(samples))
+            sample = samples[_order(config.seed, epoch, len(samples))[place]]
+            image, depth = read_sample(sample, config.train)
+            if config.train.layout == "nyu":
+                image, depth = image[:, *NYU_INSIDE], depth[NYU_INSIDE]
+            if depth.shape[0] < size[0] or depth.shape[1] < size[1]:
+                raise InputError(
+                    f"{sample.image} has {depth.shape[0]} x {depth.shape[1]} pixels, less than crop_size "
+                    f"{size[0]} x {size[1]}. Set a smaller crop_size."
+                )
+            random = np.random.default_rng([config.seed, 1, position])
+            if config.augment:
+                brightness = 0.1 if config.train.layout == "kitti" else 0.25
+                image, depth = augment(image, depth, random, brightness=brightness)
+            crops.append(_random_crop(image, depth, size, random))
+        yield torch.stack([image for image, _ in crops]), torch.stack([depth for _, depth in crops])
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, 0, epoch]).permutation(count)
+
+
+def augment(image: Tensor, depth: Tensor, random: np.random.Generator, *, brightness: float) -> tuple[Tensor, Tensor]:
+    """A picture and its depth turned by up to 2.5 degrees, mirrored, and changed in colour, each at even odds.
+
+    Depth is taken from the nearest pixel, and unknown where the turned picture has none. `brightness`: the factor
+    changes by up to this much. Cited: BinsFormer's toolbox; the changes of colour as in BTS, on values of 0..1.
+    """
+    turned, mirrored, changed = random.random(3) < 0.5
+    angle = math.radians(random.uniform(-MAX_ROTATION, MAX_ROTATION))
+    gamma, bright = random.uniform(0.9, 1.1), random.uniform(1 - brightness, 1 + brightness)
+    colors = random.uniform(0.9, 1.1, 3)
+    values = image.float()
+    if turned:
+        rows, columns = depth.shape
+        cosine, sine = math.cos(angle), math.sin(angle)
+        turn = torch.tensor([[[cosine, -sine * rows / columns, 0], [sine * columns / rows, cosine, 0]]])
+        grid = functional.affine_grid(turn, [1, 1, rows, columns], align_corners=False)
+        values = functional.grid_sample(values[None], grid, mode="bilinear", align_corners=False)[0]
+        depth = functional.grid_sample(depth[None, None], grid, mode="nearest", align_corners=False)[0, 0]
+    if mirrored:
+        values, depth = values.flip(-1), depth.flip(-1)
+    if changed:
+        factors = torch.from_numpy(bright * colors).float()[:, None, None]
+        values = 255 * ((values / 255) ** gamma * factors).clamp(max=1)
+    return values.round().to(torch.uint8), depth
+
+
+def _random_crop(
+    image: Tensor, depth: Tensor, size: tuple[int, int], random: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    top, left = (int(random.integers(have - want + 1)) for have, want in zip(depth.shape, size, strict=True))
+    rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
+    return image[:, rows, columns], depth[rows, columns]
+
+
+def _pad(pixels: Tensor, multiple: int) -> tuple[Tensor, int, int]:
+    """`pixels` in the middle of a picture whose sides are multiples, and the rows above and the columns left of it."""
+    (above, below), (left, right) = (
+        (-side % multiple // 2, -side % multiple - -side % multiple // 2) for side in pixels.shape[-2:]
+    )
+    height, width = pixels.shape[-2] + above + below, pixels.shape[-1] + left + right
+    padded = torch.tensor(PADDING_COLOR, dtype=torch.uint8)[:, None, None].repeat(len(pixels), 1, height, width)
+    padded[:, :, above : height - below, left : width - right] = pixels
+    return padded, above, left
+
+
+@torch.no_grad()
+def _tokens(model: Model, pixels: Tensor, blocks: Sequence[int], *, final_norm: bool) -> Tokens:
+    if final_norm:
+        return model.intermediate(pixels, blocks)
+    assert model.backbone is not None
+    images = ((pixels.to(model.device).float() - model.mean) / model.deviation).to(model.dtype)
+    found = model.backbone.get_intermediate_layers(
+        images, list(blocks), reshape=True, return_class_token=True, norm=False
+    )
+    return tuple((patches.float(), cls.float()) for patches, cls in found)
+
+
+# ---- the evaluation
+
+
+def run(config: DepthConfig, model: Model, output: str) -> list[Result]:
+    """Train every head, score it on every test set. One result a metric. `output` is not written to."""
+    if model.backbone is None or model.num_blocks is None or model.backbone.cls_token is None:
+        raise InputError(
+            f"{model.name} has no patch tokens with a CLS token. Depth needs a Vision Transformer that has."
+        )
+    train = find_samples(config.train, "train")
+    tests = [find_samples(data, "test") for data in config.tests]
+    trained_on = hash_samples(train)
+    results = []
+    for name in config.heads:
+        start = time.monotonic()
+        head = train_head(model, name, config, train)
+        training_seconds = time.monotonic() - start
+        for data, samples in zip(config.tests, tests, strict=True):
+            start = time.monotonic()
+            values = _score(model, head, blocks_of(name, model.num_blocks), config, data, samples)
+            seconds = training_seconds + time.monotonic() - start
+            data_hash = hashlib.sha256((trained_on + hash_samples(samples)).encode()).hexdigest()
+            results += [
+                Result(
+                    evaluation="depth",
+                    dataset=data.name,
+                    model=model.name,
+                    model_hash=model.hash,
+                    data_hash=data_hash,
+                    protocol=_protocol(name, config, data),
+                    settings={"head": name, "num_train": len(train), "num_test": len(samples)}
+                    | config.model_dump(mode="json"),
+                    metric=metric,
+                    value=value,
+                    seconds=seconds,
+                )
+                for metric, value in values.items()
+            ]
+    return results
+
+
+def _protocol(head: HeadName, config: DepthConfig, data: DepthDataConfig) -> str:
+    parts = [head.replace("_", " "), f"{config.steps:,} steps of {config.batch_size}"]
+    if config.final_norm:
+        parts.append("last norm")
+    if data.name != config.train.name:
+        parts.append(f"trained on {config.train.name}")
+    return ", ".join(parts)
+
+
+def _score(
+    model: Model,
+    head: nn.Module,
+    blocks: Sequence[int],
+    config: DepthConfig,
+    data: DepthDataConfig,
+    samples: Sequence[Sample],
+) -> dict[str, float]:
+    cap = min(config.cap, LAYOUTS[data.layout].max_depth) if data.layout == "sun_rgbd" else config.cap
+    crop = data.crop or LAYOUTS[data.layout].crop
+    measured = []
+    for sample in samples:
+        image, truth = read_sample(sample, data)
+        (found,) = predict_for_score(
+            model, head, image[None], blocks, final_norm=config.final_norm, flip=config.flip_average, cap=cap
+        )
+        measured.append(measure(found, truth, valid_mask(truth, max_depth=config.cap, crop=crop)))
+    return mean_over_pictures(measured)
