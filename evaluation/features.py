@@ -1,0 +1,271 @@
+"""A frozen model, and what it sees in pictures: what every evaluation starts from.
+
+Any backbone that `curation.weights` reads, by its path alone; any embedder of the curation, by its name; the same
+backbone with fresh weights, and plain pixels, which say what a score is worth.
+
+Shapes:
+    B  pictures    H, W  pixels, multiples of the patch size    h, w  patches    D  embed_dim    F  num_features
+"""
+
+# Calling a torch module is typed Any, and torch's stubs leave `memory_format` out of `Module.to`.
+# mypy: disable-error-code="no-any-return, call-overload"
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from curation import backbone, embedders, weights
+from curation.backbone import VisionTransformer
+from curation.config import Settings
+from curation.devices import require_device
+from curation.embedders import EmbedderConfig, ModelName, Normalization
+from curation.errors import InputError, WeightsError
+
+Pooling = Literal["cls", "patch_mean", "cls_patch_mean"]
+
+# Side in pixels of what "pixels" reads of a picture. Assumed: as CIFAR's, at which photographs can still be told apart.
+PIXELS_SIDE = 32
+
+
+class ModelConfig(Settings):
+    """Which frozen model. Everything but `label` and `device` changes what it computes."""
+
+    name: ModelName | Literal["pixels"] | None = None
+    """An embedder of the curation, or "pixels": the picture itself, scaled to 32 x 32. Left out, the checkpoint says
+    which Vision Transformer it is; given, it must be that."""
+    weights: str | None = None
+    """Local path of a checkpoint in a layout of `curation.weights`: a file, or a folder of transformers. Left out,
+    efficientnet_lite0 takes the weights of its package."""
+    weights_sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
+    """SHA-256 in hex that the checkpoint must have; of a folder, that of its weight files one after another."""
+    label: str | None = None
+    """What results call the model. Left out, its name and the name of the checkpoint."""
+    untrained_seed: int | None = None
+    """Vision Transformers: take the checkpoint's architecture alone, and fresh weights drawn from this seed."""
+    pooling: Pooling | None = None
+    """Vision Transformers: what stands for the whole picture. Left out, the CLS token, or the mean of the patches where
+    there is none."""
+    position_interpolation: backbone.PositionInterpolation | None = None
+    """Vision Transformers: how the positional embedding is resized. Left out, as its authors do it: "antialias"
+    with registers, "plain" for MAE and I-JEPA, else "offset"."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs. Asking for "cuda" where there is none is an error."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the model's weights and activations; what it gives is float32 in any case."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        is_vit = self.name is None or embedders.split_name(self.name) is not None
+        if self.name == "pixels" and self.weights is not None:
+            problems.append("pixels have no weights")
+        if self.weights is None and self.name not in ("pixels", "efficientnet_lite0"):
+            problems.append(f"{self.name or 'a Vision Transformer'} needs weights: give the path of a checkpoint")
+        if not is_vit:
+            for key in ("untrained_seed", "pooling", "position_interpolation"):
+                if (value := getattr(self, key)) is not None:
+                    problems.append(f"{key} {value!r} is for Vision Transformers, and {self.name} is none")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+@dataclass(frozen=True)
+class Model:
+    """A frozen model on its device. `load_model` makes one."""
+
+    name: str
+    """What results call it."""
+    hash: str
+    """64 hex digits: of the weights and of all else that its features depend on, the name and the device apart."""
+    embed_dim: int
+    """Width D of a token; where there are none, of the features of a picture."""
+    num_features: int
+    """Length F of the features of a picture."""
+    patch_size: int | None
+    """Pixels; None for a model without patch tokens."""
+    num_blocks: int | None
+    """None for a model without patch tokens."""
+    device: torch.device
+    dtype: torch.dtype = field(repr=False)
+    mean: Tensor = field(repr=False)
+    """(1, 3, 1, 1), of red, green and blue in units of 0..255."""
+    deviation: Tensor = field(repr=False)
+    """(1, 3, 1, 1), likewise."""
+    read: Callable[[Tensor], Tensor] = field(repr=False)
+    """Normalised pictures (B, 3, H, W) to features (B, F)."""
+    backbone: VisionTransformer | None = field(repr=False)
+    """Where the patch tokens come from."""
+
+    @torch.no_grad()
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """One vector a picture, of any length: (B, 3, H, W) uint8 to (B, F) float32 on the CPU.
+
+        Raises InputError where a number is not finite.
+        """
+        return _finite(self.read(self._normalized(pixels)).float().cpu(), self.name)
+
+    @torch.no_grad()
+    def intermediate(self, pixels: Tensor, blocks: Sequence[int]) -> tuple[tuple[Tensor, Tensor], ...]:
+        """After each of `blocks` (counted from 0, ascending) and the last norm: patch tokens (B, D, h, w), CLS (B, D).
+
+        float32 on the model's device. Raises InputError for a model without a CLS token or without patch tokens.
+        """
+        if self.backbone is None:
+            raise InputError(f"{self.name} has no patch tokens. This evaluation needs a Vision Transformer.")
+        found = self.backbone.get_intermediate_layers(
+            self._normalized(pixels), list(blocks), reshape=True, return_class_token=True
+        )
+        return tuple((_finite(patches.float(), self.name), cls.float()) for patches, cls in found)
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and pixels.shape[1] == 3, (pixels.dtype, pixels.shape)
+        images = (pixels.to(self.device).float() - self.mean) / self.deviation
+        return images.to(self.dtype, memory_format=torch.channels_last)
+
+
+def load_model(config: ModelConfig) -> Model:
+    """The model of `config` on its device, frozen. Raises DeviceError and WeightsError."""
+    device, dtype = require_device(config.device), getattr(torch, config.precision)
+    if config.name is None or embedders.split_name(config.name):
+        return _load_vit(config, device, dtype)
+    if config.name == "pixels":
+        name, path, facts = "pixels", None, [f"pixels {PIXELS_SIDE}"]
+        read: Callable[[Tensor], Tensor] = _pixels
+        num_features = 3 * PIXELS_SIDE**2
+        mean, deviation = _normalization(embedders.IMAGENET_NORMALIZATION, device)
+    else:
+        assert config.name in ("efficientnet_lite0", "sscd_disc_mixup")
+        name, path = config.name, config.weights or embedders.packaged_efficientnet_weights()
+        embedder = embedders.load_embedder(
+            EmbedderConfig(
+                name=config.name,
+                weights=path,
+                weights_sha256=config.weights_sha256,
+                pooling="average" if config.name == "efficientnet_lite0" else "gem",
+                device=config.device,
+                precision=config.precision,
+            )
+        )
+        read, num_features, mean, deviation = embedder.network, embedder.dimensions, embedder.mean, embedder.deviation
+        facts = [name, hashlib.sha256(Path(path).read_bytes()).hexdigest(), config.precision]
+    return Model(
+        name=config.label or name,
+        hash=_hash({}, facts),
+        embed_dim=num_features,
+        num_features=num_features,
+        patch_size=None,
+        num_blocks=None,
+        device=device,
+        dtype=dtype,
+        mean=mean,
+        deviation=deviation,
+        read=read,
+        backbone=None,
+    )
+
+
+def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
+    assert config.weights is not None
+    checkpoint = weights.read(config.weights, sha256=config.weights_sha256)
+    found = weights.architecture(checkpoint.tensors, checkpoint.path)
+    size = next((name for name, size in backbone.SIZES.items() if size.embed_dim == found.embed_dim), None)
+    if size is None:
+        known = ", ".join(f"{one.embed_dim} ({name})" for name, one in backbone.SIZES.items())
+        raise WeightsError(f"{config.weights}: its tokens are {found.embed_dim} wide. Known widths: {known}.")
+    name = f"{size}_patch{found.patch_size}"
+    if config.name is not None and embedders.split_name(config.name) != (size, found.patch_size):
+        raise WeightsError(f"{config.weights} holds a {name}; the config says {config.name}. Leave the name out.")
+    pooling = config.pooling or ("cls" if found.has_cls_token else "patch_mean")
+    if pooling != "patch_mean" and not found.has_cls_token:
+        raise WeightsError(f"{config.weights} has no CLS token. Set model.pooling = 'patch_mean'.")
+    interpolation = config.position_interpolation or _interpolation(config.name, checkpoint.layout, found)
+    fresh = config.untrained_seed is not None
+    network = backbone.build(
+        size,
+        patch_size=found.patch_size,
+        image_size=found.grid_size * found.patch_size,
+        num_register_tokens=found.num_register_tokens,
+        cls_token=found.has_cls_token,
+        in_channels=found.in_channels,
+        feed_forward=found.feed_forward,
+        layer_scale=1e-5 if found.has_layer_scale else None,
+        position_interpolation=interpolation,
+        depth=found.depth,
+        seed=config.untrained_seed,
+    )
+    if not fresh:
+        weights.fill(network, checkpoint)
+    network.eval().requires_grad_(False)
+    own = _hash(network.state_dict(), [name, interpolation, pooling, config.precision])
+    network.to(device, dtype, memory_format=torch.channels_last)
+    mean, deviation = _normalization(embedders.IMAGENET_NORMALIZATION, device)
+    place = Path(config.weights)
+    label = f"{name} untrained" if fresh else f"{name} {place.parent.name}/{place.name}"
+    return Model(
+        name=config.label or label,
+        hash=own,
+        embed_dim=found.embed_dim,
+        num_features=found.embed_dim * (2 if pooling == "cls_patch_mean" else 1),
+        patch_size=found.patch_size,
+        num_blocks=found.depth,
+        device=device,
+        dtype=dtype,
+        mean=mean,
+        deviation=deviation,
+        read=_pooled(network, pooling),
+        backbone=network,
+    )
+
+
+def _interpolation(
+    name: str | None, layout: weights.Layout, found: weights.Architecture
+) -> backbone.PositionInterpolation:
+    """As the weights' authors do it; `curation.embedders` has the sources."""
+    if layout in ("mae", "ijepa") or not found.has_cls_token or (name or "").startswith("mae"):
+        return "plain"
+    return "antialias" if found.num_register_tokens else "offset"
+
+
+def _pooled(network: VisionTransformer, pooling: Pooling) -> Callable[[Tensor], Tensor]:
+    def read(images: Tensor) -> Tensor:
+        features = network.forward_features(images)
+        if pooling == "cls":
+            return features["x_norm_clstoken"]
+        patch_mean = features["x_norm_patchtokens"].mean(dim=1)
+        return patch_mean if pooling == "patch_mean" else torch.cat([features["x_norm_clstoken"], patch_mean], dim=1)
+
+    return read
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return functional.interpolate(images.float(), size=(PIXELS_SIDE, PIXELS_SIDE), mode="area").flatten(1)
+
+
+def _normalization(values: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, deviation = (torch.tensor(of, device=device).view(1, 3, 1, 1) for of in values)
+    return mean, deviation
+
+
+def _finite(features: Tensor, name: str) -> Tensor:
+    if not features.isfinite().all():
+        raise InputError(
+            f"{name} gave numbers that are not finite. Take model.precision 'float32' or 'bfloat16', or check the "
+            "weights."
+        )
+    return features
+
+
+def _hash(state: Mapping[str, Tensor], facts: Sequence[str]) -> str:
+    hashed = hashlib.sha256("\n".join(facts).encode())
+    for name, value in sorted(state.items()):
+        hashed.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        hashed.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
