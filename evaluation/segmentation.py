@@ -507,7 +507,7 @@ def _distorted(image: Tensor, random: np.random.Generator) -> Tensor:
     saturate, turn = now(), now()
     if saturate or turn:
         picture = Image.fromarray(pixels.astype(np.uint8).transpose(1, 2, 0)).convert("HSV")
-        hue, saturation, value = (np.asarray(band).astype(np.float32) for band in picture.split())
+        hue, saturation, value = (np.asarray(band, np.float64) for band in picture.split())
         if saturate:
             saturation = np.clip(saturation * random.uniform(0.5, 1.5), 0, 255)
         if turn:
