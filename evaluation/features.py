@@ -3,6 +3,14 @@
 Any backbone that `curation.weights` reads, by its path alone; any embedder of the curation, by its name; the same
 backbone with fresh weights, and plain pixels, which say what a score is worth.
 
+Features are computed once. They are a stage over shards of images, in a folder that is named after the hashes of the
+model, of the images and of how the pictures were read, and whose manifest repeats them; so what another model saw is
+never taken for this one's.
+
+    <cache>/features/<hash>/
+      features-00000.npy  ...     (n, F) float32, in the order of the split, read memory-mapped
+      manifest.json
+
 Shapes:
     B  pictures    H, W  pixels, multiples of the patch size    h, w  patches    D  embed_dim    F  num_features
 """
@@ -10,28 +18,42 @@ Shapes:
 # Calling a torch module is typed Any, and torch's stubs leave `memory_format` out of `Module.to`.
 # mypy: disable-error-code="no-any-return, call-overload"
 
+import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from curation import backbone, embedders, weights
+from curation import backbone, embedders, storage, weights
 from curation.backbone import VisionTransformer
 from curation.config import Settings
 from curation.devices import require_device
 from curation.embedders import EmbedderConfig, ModelName, Normalization
 from curation.errors import InputError, WeightsError
+from curation.images import Picture, to_shape
+from curation.runner import InlineRunner, Runner, Shard
+from curation.stage import run_shards
+from curation.storage import ShardRecord
+from evaluation import datasets
+from evaluation.datasets import Split
 
 Pooling = Literal["cls", "patch_mean", "cls_patch_mean"]
 
 # Side in pixels of what "pixels" reads of a picture. Assumed: as CIFAR's, at which photographs can still be told apart.
 PIXELS_SIDE = 32
+# Images of one file of features: 17 MB at F 1,024. Assumed.
+SHARD_IMAGES = 4096
+# What says how features are computed and shapes none of them, rounding apart.
+NOT_IN_PLAN = frozenset({"batch_size", "decode_threads"})
 
 
 class ModelConfig(Settings):
@@ -103,6 +125,8 @@ class Model:
     """Normalised pictures (B, 3, H, W) to features (B, F)."""
     backbone: VisionTransformer | None = field(repr=False)
     """Where the patch tokens come from."""
+    config: ModelConfig = field(repr=False)
+    """What it was loaded from."""
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -169,6 +193,7 @@ def load_model(config: ModelConfig) -> Model:
         deviation=deviation,
         read=read,
         backbone=None,
+        config=config,
     )
 
 
@@ -222,6 +247,7 @@ def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         deviation=deviation,
         read=_pooled(network, pooling),
         backbone=network,
+        config=config,
     )
 
 
@@ -269,3 +295,126 @@ def _hash(state: Mapping[str, Tensor], facts: Sequence[str]) -> str:
         hashed.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
         hashed.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
+
+
+class PicturesConfig(Settings):
+    """How a picture becomes what the model sees: its middle square, scaled, and of that the middle."""
+
+    resize_size: int = Field(default=256, ge=8, le=4096)
+    """Side in pixels to which the middle square is scaled, bicubic with antialiasing. Cited: DINOv2's k-NN and linear
+    evaluation, which scales the whole picture so that its shorter side has this length; the same within a pixel."""
+    image_size: int = Field(default=224, ge=8, le=4096)
+    """Side in pixels of the square in the middle of that, which the model sees. Cited: as above."""
+    batch_size: int = Field(default=32, ge=1)
+    """Pictures a forward pass; changes the speed alone, but for rounding."""
+    decode_threads: int = Field(default=2, ge=1)
+    """Threads that decode pictures ahead of the model."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image_size > self.resize_size:
+            raise ValueError(f"image_size {self.image_size} is greater than resize_size {self.resize_size}")
+        return self
+
+
+def preprocess(picture: Picture, config: PicturesConfig) -> Tensor:
+    """One picture as the model sees it, (3, image_size, image_size) uint8."""
+    square = to_shape(picture, (config.resize_size, config.resize_size), crop=True)
+    start = (config.resize_size - config.image_size) // 2
+    middle = slice(start, start + config.image_size)
+    return torch.from_numpy(np.ascontiguousarray(square[:, middle, middle]))
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """The features of a split, on disk, in its order."""
+
+    parts: tuple[np.ndarray, ...]
+    """Each (., F) float32, memory-mapped where the cache is a local folder."""
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The features part by part, (., F); nothing is held but what the caller keeps."""
+        return (torch.from_numpy(part) for part in self.parts)
+
+    def matrix(self) -> Tensor:
+        """All features (n, F) in memory."""
+        return torch.from_numpy(np.concatenate(self.parts))
+
+
+def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runner: Runner | None = None) -> Features:
+    """The features of the images of `split`, from the cache where they are there.
+
+    `runner` may spread the images over workers, each of which loads the model. Raises InputError for features that are
+    not finite or a cache that is damaged.
+    """
+    inputs = {"model": model.hash, "images": split.images_hash}
+    plan = config.model_dump(mode="json", exclude=set(NOT_IN_PLAN))
+    folder = storage.join(cache, "features", storage.hash_json([inputs, plan])[:32])
+    runner = runner or InlineRunner()
+    starts = range(0, len(split), SHARD_IMAGES)
+    ranges = [range(start, min(start + SHARD_IMAGES, len(split))) for start in starts]
+    shards = [Shard(f"{number:05d}", rows, len(rows)) for number, rows in enumerate(ranges)]
+    here = functools.partial(_identity, model) if isinstance(runner, InlineRunner) else None
+    manifest = run_shards(
+        "features",
+        config=config,
+        inputs=inputs,
+        output=folder,
+        runner=runner,
+        shards=shards,
+        make_worker=functools.partial(
+            _make_worker, here or functools.partial(load_model, model.config), model.hash, split, config, folder
+        ),
+        not_in_plan=NOT_IN_PLAN,
+    )
+    parts = tuple(_read_part(storage.join(folder, name)) for name in manifest.files("features"))
+    shapes = [part.shape for part in parts]
+    if shapes != [(shard.num_items, model.num_features) for shard in shards]:
+        raise InputError(f"{folder} is damaged: its files hold features of the shapes {shapes}. Delete it.")
+    return Features(parts)
+
+
+def _make_worker(
+    load: Callable[[], Model], model_hash: str, split: Split, config: PicturesConfig, output: str
+) -> Callable[[Shard], ShardRecord]:
+    model = load()
+    if model.hash != model_hash:
+        raise InputError(f"{model.config.weights} has changed since the evaluation began. Start it again.")
+
+    def process(shard: Shard) -> ShardRecord:
+        pixels = (
+            own
+            for _, own in datasets.pictures(
+                split,
+                shard.work,
+                lambda picture: preprocess(picture, config),
+                target_side=config.resize_size,
+                threads=config.decode_threads,
+                ahead=2 * config.batch_size,
+            )
+        )
+        found = []
+        while batch := list(islice(pixels, config.batch_size)):
+            found.append(model.image_features(torch.stack(batch)))
+        features = torch.cat(found)
+        buffer = io.BytesIO()
+        np.save(buffer, features.numpy(), allow_pickle=False)
+        record = storage.write_bytes(storage.join(output, f"features-{shard.name}.npy"), buffer.getvalue())
+        return ShardRecord(name=shard.name, files=(record,), totals={"images": len(features)})
+
+    return process
+
+
+def _identity(model: Model) -> Model:
+    return model
+
+
+def _read_part(path: str) -> np.ndarray:
+    try:
+        if storage.is_local(path):
+            found: np.ndarray = np.load(storage.filesystem(path)[1], mmap_mode="c", allow_pickle=False)
+        else:
+            found = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({error}). Delete its folder, and it is computed again.") from None
+    return found
