@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 from typing import Any
 
