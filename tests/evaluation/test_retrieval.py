@@ -210,7 +210,7 @@ def write(path: Path, image: Image.Image) -> None:
 
 
 def revisited(root: Path, **change: Any) -> Path:
-    """Six pictures of three buildings, as published, and three queries that show one in a corner of a strange picture."""
+    """Six pictures of three buildings, as published, and queries that show one in a corner of another."""
     for number in range(6):
         write(root / "jpg" / f"all_souls_00000{number}.jpg", picture(number % 3, (40, 30 + number)))
     truths = []
