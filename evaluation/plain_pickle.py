@@ -38,7 +38,8 @@ def loads(data: bytes, origin: str) -> Any:
 class Array:
     """A numpy array of a pickle: its `values` are there once the pickle is read."""
 
-    values: np.ndarray
+    def __init__(self) -> None:
+        self.values: np.ndarray = np.empty(0)
 
     def __setstate__(self, state: Any) -> None:
         """As numpy writes an array's state: version (not always), shape, type, Fortran's order, bytes."""

@@ -317,7 +317,7 @@ def read_revisited(data: RevisitedData) -> Revisited:
             raise ValueError(f"{len(queries)} queries and {len(truths)} truths")
         rows = [{key: _rows(truth[key], len(images)) for key in ("easy", "hard", "junk")} for truth in truths]
         boxes = [_box(truth["bbx"]) if data.query == "box" else None for truth in truths]
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{place}: not the ground truth of Revisited Oxford or Paris ({type(error).__name__}: {error}). Take the "
             "published file."
@@ -387,7 +387,10 @@ def read_amstertime(data: AmsterTimeData) -> tuple[list[Photo], list[Photo]]:
         if not storage.is_folder(folder):
             raise InputError(f"No folder '{folder}'. Give the folder that holds old/ and new/.")
         files = list_files(SourceConfig(name="amstertime", path=folder, role="holdout"))
-        sides.append({file.path.rpartition(".")[0]: Photo(storage.join(folder, file.path)) for file in files})
+        own = {file.path.rpartition(".")[0]: Photo(storage.join(folder, file.path)) for file in files}
+        if len(own) < len(files):
+            raise InputError(f"{folder}: {len(files)} files have {len(own)} names but for their extensions.")
+        sides.append(own)
     old, new = sides
     alone = sorted(old.keys() ^ new.keys())
     if alone or not old:

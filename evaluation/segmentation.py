@@ -1,7 +1,7 @@
 """What a frozen model's patches say of every pixel: a linear head on patch tokens, and its mean IoU.
 
-Two protocols have names, "linear" and "multiscale": those of DINOv2's published configs, with which its published
-numbers were made. Two things differ: pictures are scaled with antialiasing, and logits are laid over the padded picture
+Two protocols have names, "linear" and "multiscale": those of DINOv2's published configs for ADE20K and
+VOC 2012. Two things differ: pictures are scaled with antialiasing, and logits are laid over the padded picture
 that the model saw, not stretched over the one without its padding.
 
 Legend: B pictures, C classes, D channels of a head, H W pixels, h w patches.
@@ -426,4 +426,5 @@ def _protocol_name(protocol: Protocol) -> str:
             return name
     many = f", {len(protocol.test_scales)} scales" if len(protocol.test_scales) > 1 else ""
     flip = ", flip" if protocol.flip else ""
-    return f"{protocol.blocks} blocks, {protocol.image_side} px{many}{flip}, {protocol.steps} steps"
+    blocks = "last block" if protocol.blocks == 1 else f"last {protocol.blocks} blocks"
+    return f"{blocks}, {protocol.image_side} px{many}{flip}, {protocol.steps} steps"

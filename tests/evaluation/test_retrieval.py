@@ -273,6 +273,7 @@ def test_revisited_oxford_is_read_and_scored(tmp_path: Path) -> None:
         ({"gnd": [{"bbx": [1, 2, 3], "easy": [], "hard": [], "junk": []}] * 3}, "ValueError"),
         ({"gnd": [{"bbx": [1, 2, 3, 4], "easy": [0.5], "hard": [], "junk": []}] * 3}, "rows of type float64"),
         ({"gnd": [{"bbx": [1, 2, 3, 4], "easy": "text", "hard": [], "junk": []}] * 3}, "found str"),
+        ({"gnd": [{"bbx": [1, 2, 3, math.inf], "easy": [], "hard": [], "junk": []}] * 3}, "OverflowError"),
         ({"gnd": print}, "names .*print"),
     ],
 )
@@ -356,6 +357,9 @@ def test_amstertime_is_read_and_scored(tmp_path: Path) -> None:
     assert found["both ways", "mAP"] == pytest.approx(sum(ways) / 2) and min(ways) > 0.4
     write(tmp_path / "old" / "0007.jpg", picture(7))
     with pytest.raises(InputError, match="1 names are in one of them alone: 0007"):
+        read_amstertime(data)
+    write(tmp_path / "old" / "0007.png", picture(7))
+    with pytest.raises(InputError, match="old: 5 files have 4 names"):
         read_amstertime(data)
 
 
