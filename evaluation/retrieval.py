@@ -172,13 +172,14 @@ def revisited_score(
     """One query by the rules of Revisited Oxford and Paris; None where it has no positives: it then does not count.
 
     ranking: (N,) rows of the database, the nearest first. positives, junk: rows. Junk is as if it were not in the
-    ranking. The precision at k is that at the last positive where all come before k.
+    ranking; what is both is a positive. The precision at k is that at the last positive where all come before k.
     """
     if not len(positives):
         return None
-    is_junk = torch.isin(ranking, junk)
-    places = torch.nonzero(torch.isin(ranking, positives))[:, 0]
-    places = (places - (is_junk.cumsum(0) - is_junk.long())[places]).double()
+    is_positive = torch.isin(ranking, positives)
+    places = torch.nonzero(is_positive)[:, 0]
+    junk_before = (torch.isin(ranking, junk) & ~is_positive).cumsum(0)
+    places = (places - junk_before[places]).double()
     found = torch.arange(len(places), dtype=torch.float64)
     before = torch.where(places > 0, found / places.clamp(min=1), 1.0)
     after = (found + 1) / (places + 1)
@@ -207,7 +208,7 @@ def classify_instances(similarities: Tensor, labels: Tensor, num_classes: int, *
     lower label.
     """
     by_label = labels.argsort(dim=1, stable=True)
-    ordered, cosines = labels.gather(1, by_label), similarities.double().gather(1, by_label).clamp(min=0)
+    ordered, cosines = labels.gather(1, by_label), similarities.double().gather(1, by_label)
     is_first = torch.ones_like(ordered, dtype=torch.bool)
     is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     group = is_first.cumsum(1) - 1

@@ -81,6 +81,8 @@ def test_junk_is_as_if_it_were_not_there() -> None:
     behind = revisited_score(rows(1, 5, 3, 7), rows(1, 3), rows(7))
     assert behind is not None and behind.average_precision == score.average_precision
     assert revisited_score(ranking, rows(), rows(7)) is None
+    both = revisited_score(ranking, rows(1, 3), rows(7, 1))
+    assert both is not None and both.average_precision == score.average_precision
 
 
 @pytest.mark.parametrize("seed", range(8))
