@@ -27,8 +27,10 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 # Rows that are held as float32 and as codes at a time: 25 MB and 6 MB at D 384. Assumed.
 BLOCK_ROWS = 16_384
-# Tiles whose products are held until the floor of their candidates is known. Assumed.
+# Tiles whose products are held until the floor of their candidates is known, at least: 8 MB each on a CPU. Assumed.
 HELD_TILES = 8
+# The most rows of a block where k is large, and a floor rests on many groups. Assumed: 100 MB at D 384.
+MAX_BLOCK_ROWS = 65_536
 # Cells that vectors are compared with at a time. Assumed.
 CELLS_PER_TILE = 8192
 # Pairs that are scored at a time: if all rows differ and are float16, 16,384 x 1,280 float32 twice is 168 MB.
@@ -113,8 +115,9 @@ def search(
     """The `k` vectors nearest to each query among all `blocks` whose similarity is at least `floor`, exactly.
 
     `queries` (Q, D) and each block (n, D) are float16 or float32; blocks may be streamed, only BLOCK_ROWS rows are held
-    at a time. Returns similarities (Q, k) float32 and rows (Q, k) int64, counted through the blocks in order;
-    descending by similarity, ties by row. Where there are fewer than `k` vectors, similarity is -inf and row is -1.
+    at a time, for a large `k` up to MAX_BLOCK_ROWS. Returns similarities (Q, k) float32 and rows (Q, k) int64, counted
+    through the blocks in order; descending by similarity, ties by row. Where there are fewer than `k` vectors,
+    similarity is -inf and row is -1.
     """
     queries = scan.to_float32(queries)
     best_similarity = np.full((len(queries), k), -np.inf, np.float32)
@@ -123,7 +126,9 @@ def search(
     parts = [slice(start, min(start + step, len(queries))) for start in range(0, len(queries), step)]
     codes = [scan.encode_rows(queries[part], device) for part in parts]
     first_row = 0
-    for block in _regroup(blocks, BLOCK_ROWS):
+    # Without a floor every pair of the first block is scored, so a block has the groups that a good one takes.
+    block_rows = min(max(BLOCK_ROWS, 2 * k * scan.LANES), MAX_BLOCK_ROWS)
+    for block in _regroup(blocks, block_rows):
         tiles = _tiles(block, device)
         for part, own in zip(parts, codes, strict=True):
             least = np.maximum(best_similarity[part, -1].astype(np.float64), floor)
@@ -428,8 +433,9 @@ def _scan_block(
     for number, (first_row, tile) in enumerate(tiles, start=1):
         held.append((first_row, scan.estimate(queries, tile)))
         best.add(held[-1][1])
-        # A floor from few groups is low, so the first tiles wait for a better one; not too many, each is 8 MB.
-        if best.num_groups < 2 * k and len(held) < HELD_TILES and number < len(tiles):
+        # A floor from few groups is low, and from fewer than k there is none: the first tiles wait for a better one.
+        waits = len(held) < HELD_TILES or not np.isfinite(floor).all()
+        if best.num_groups < 2 * k and waits and number < len(tiles):
             continue
         floor = np.maximum(floor, best.floor())
         for start, estimates in held:

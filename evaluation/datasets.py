@@ -132,6 +132,16 @@ def load(config: SplitConfig, cache: str, runner: Runner) -> Split:
     return Split(config.path, table, classes, numbers, ImageLimits.model_validate(limits, strict=False))
 
 
+def load_pair(
+    train: SplitConfig, test: SplitConfig, cache: str, runner: Runner, *, subset: bool = False
+) -> tuple[Split, Split]:
+    """Two splits with the same classes; with `subset` the second may lack some. Raises as `load`, `with_classes`."""
+    first = load(train, cache, runner)
+    if len(first.classes) < 2:
+        raise InputError(f"{train.path} has one class, {first.classes[0]}; there is nothing to tell apart.")
+    return first, with_classes(load(test, cache, runner), first, subset=subset)
+
+
 def with_classes(split: Split, train: Split, *, subset: bool = False) -> Split:
     """`split` with its labels as places in the classes of `train`. With `subset` it may lack some of them.
 

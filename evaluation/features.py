@@ -340,6 +340,15 @@ class Features:
         """All features (n, F) in memory."""
         return torch.from_numpy(np.concatenate(self.parts))
 
+    def take(self, rows: Tensor) -> Tensor:
+        """The features of some rows, (m,) int64: (m, F) in memory."""
+        starts = np.cumsum([0, *(len(part) for part in self.parts)])
+        found = torch.empty(len(rows), self.parts[0].shape[1])
+        for start, part in zip(starts, self.parts, strict=False):
+            own = (rows >= start) & (rows < start + len(part))
+            found[own] = torch.from_numpy(part[(rows[own] - start).numpy()])
+        return found
+
 
 def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runner: Runner | None = None) -> Features:
     """The features of the images of `split`, from the cache where they are there.

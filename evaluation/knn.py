@@ -10,16 +10,26 @@ Source: Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Dis
 DINOv2's published evaluation, which takes T = 0.07 and k of 10, 20, 100 and 200.
 """
 
+import time
 from collections.abc import Iterable, Iterator
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from curation import index
+from curation import index, storage
+from curation.config import Settings
 from curation.devices import require_device
 from curation.errors import InputError
+from curation.runner import InlineRunner, Runner
+from evaluation import datasets, features
+from evaluation.datasets import SplitConfig
+from evaluation.features import Model, PicturesConfig
+from evaluation.results import Result
+from evaluation.scores import class_mean
 
 BLOCK_ROWS = 16_384  # training images that are float32 at a time: 100 MB at D 1,536. Assumed.
 
@@ -107,6 +117,98 @@ def accuracy(probabilities: Tensor, labels: Tensor, *, top: int = 1) -> float:
         (probabilities == score) & (torch.arange(num_classes, device=labels.device) < own)
     )
     return float((known & (before.sum(1) < top)).double().mean())
+
+
+class KnnConfig(Settings):
+    """k-NN of one dataset. The defaults are those of DINOv2's published evaluation."""
+
+    name: str
+    """What results call the dataset."""
+    train: SplitConfig
+    """The images that vote."""
+    test: SplitConfig
+    """The images that are classified."""
+    pictures: PicturesConfig = PicturesConfig()
+    """What the model sees of them."""
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(10, 20, 100, 200), min_length=1)
+    """How many neighbours vote; each gives a result."""
+    temperature: float = Field(default=0.07, gt=0)
+    """Of the weights exp(cosine / temperature)."""
+    per_class: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Few-shot variants: how many images of each class vote. Of `k`, those apply that are at most all of these."""
+    tries: int = Field(default=5, ge=1)
+    """Draws of each few-shot variant; the mean is the result, the standard deviation its spread."""
+    seed: int = 0
+    """Of the draws."""
+    allow_missing_classes: bool = False
+    """Whether the test images may lack classes of the training images."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where neighbours are searched."""
+
+
+def run(
+    config: KnnConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+) -> list[Result]:
+    """Classify one dataset; features are kept in `cache`, <output>/cache when None. Raises UserError kin."""
+    started, cache = time.perf_counter(), cache or storage.join(output, "cache")
+    train, test = datasets.load_pair(
+        config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
+    )
+    own = features.extract(model, train, config.pictures, cache, runner)
+    asked = features.extract(model, test, config.pictures, cache, runner).matrix()
+    if max(config.k) > len(train):
+        raise InputError(
+            f"k is {max(config.k)}, and {train.path} has only {len(train)} images. Take smaller values of k."
+        )
+    found: list[tuple[str, str, float, float | None]] = []
+    for k, scores in _scores(config, own.blocks(), train.labels, asked, test.labels).items():
+        found += [(f"k={k}", metric, value, None) for metric, value in scores.items()]
+    for per_class in config.per_class:
+        draws = [datasets.few_shot(train.labels, per_class, config.seed + number) for number in range(config.tries)]
+        tried = [_scores(config, [own.take(rows)], train.labels[rows], asked, test.labels) for rows in draws]
+        if not tried[0]:
+            raise InputError(
+                f"{per_class} images a class are {len(draws[0])}, fewer than every k of {list(config.k)}. Take a "
+                "smaller k too."
+            )
+        for k in tried[0]:
+            for metric in tried[0][k]:
+                values = [scores[k][metric] for scores in tried]
+                spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                found.append((f"k={k}, {per_class} per class", metric, float(np.mean(values)), spread))
+    seconds = time.perf_counter() - started
+    return [
+        Result(
+            evaluation="knn",
+            dataset=config.name,
+            model=model.name,
+            model_hash=model.hash,
+            data_hash=storage.hash_json([train.data_hash, test.data_hash]),
+            protocol=protocol,
+            settings=config.model_dump(mode="json"),
+            metric=metric,
+            value=value,
+            spread=spread,
+            seconds=seconds,
+        )
+        for protocol, metric, value, spread in found
+    ]
+
+
+def _scores(
+    config: KnnConfig, blocks: Iterable[Tensor], labels: Tensor, asked: Tensor, truth: Tensor
+) -> dict[int, dict[str, float]]:
+    """By k, of those that the training images suffice for, what the vote of that many scores."""
+    wanted = [k for k in config.k if k <= len(labels)]
+    if not wanted:
+        return {}
+    similarities, rows = neighbors(blocks, asked, k=max(wanted), device=config.device)
+    num_classes = int(labels.max()) + 1
+    scores = {}
+    for k in wanted:
+        votes = vote(similarities[:, :k], labels[rows[:, :k]], num_classes, temperature=config.temperature)
+        scores[k] = {"top-1": accuracy(votes, truth), "mean per class": class_mean(votes.argmax(1), truth)}
+    return scores
 
 
 def _units(blocks: Iterable[Tensor], width: int) -> Iterator[np.ndarray]:

@@ -20,6 +20,8 @@ DOORS = {
     "cv2": {"curation/verify.py"},
 }
 NOWHERE = {"torchvision", "pickle", "dill", "joblib"}
+# Reads published ground truth, and calls nothing that a pickle names.
+READS_PICKLES = "evaluation/plain_pickle.py"
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -45,7 +47,7 @@ def test_imports_keep_their_direction(path: Path) -> None:
         top = module.partition(".")[0]
         if top in PACKAGES:
             assert top in MAY_IMPORT[package], f"{name} imports {module}"
-        assert top not in NOWHERE, f"{name} imports {module}"
+        assert top not in NOWHERE or (top, name) == ("pickle", READS_PICKLES), f"{name} imports {module}"
         if top in DOORS and package == "curation":
             assert name in DOORS[top], f"{name} imports {module}; its door is {DOORS[top]}"
 

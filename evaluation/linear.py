@@ -1,0 +1,378 @@
+"""A linear probe with augmentation: many heads at once on one frozen backbone, and the best of them.
+
+What a linear classifier reads in a model hangs on its learning rate and on which tokens it is given. So every pair of
+both is trained, all heads on the same features of the same crops, which costs little beside the backbone; the best on a
+held-out part of the training images is the result. The test images choose nothing.
+
+    <cache>/linear/<hash>/head.safetensors      weight (C, F), bias (C,) of the chosen head
+                          head.json             which one it is, and what it was chosen by
+
+Crops, order and fresh heads are pure functions of the seed and of the position, so a run is repeated exactly.
+
+Legend: B images of a step, L learning rates, C classes, D width of a token, F width of what a head reads.
+
+Source: DINOv2's published evaluation (eval/linear.py): 13 learning rates, 1 and 4 blocks, with and without the mean of
+the patch tokens, SGD with momentum 0.9 and no weight decay, cosine to 0 over 12,500 steps of 1,024 images.
+"""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+import safetensors.torch
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from curation import storage
+from curation.config import Settings
+from curation.errors import InputError
+from curation.images import Picture, decode_picture, upright
+from curation.prefetch import prefetch
+from curation.progress import bar
+from curation.runner import InlineRunner, Runner
+from curation.sources import ReferenceReader
+from evaluation import datasets
+from evaluation.datasets import Split, SplitConfig
+from evaluation.features import Model, PicturesConfig, preprocess
+from evaluation.results import Result
+from evaluation.scores import class_mean
+
+Grid = Literal["paper", "code"]
+
+# Cited: the paper's appendix (arXiv 2304.07193), and the defaults of eval/linear.py. For a batch of 256 images.
+LEARNING_RATES: dict[Grid, tuple[float, ...]] = {
+    "paper": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
+    "code": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
+}
+REFERENCE_BATCH = 256
+MOMENTUM = 0.9  # cited: as above
+INITIAL_DEVIATION = 0.01  # cited: as above
+CROP_AREA, CROP_ASPECT, CROP_ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # cited: the usual crop of ImageNet training
+
+
+class LinearConfig(Settings):
+    """A linear probe of one dataset. The defaults are those of DINOv2's published evaluation."""
+
+    name: str
+    """What results call the dataset."""
+    train: SplitConfig
+    """The images to train and to choose by."""
+    test: SplitConfig
+    """The images that are classified."""
+    pictures: PicturesConfig = PicturesConfig()
+    """What the model sees of images that are not trained on, and the size of the crops of those that are."""
+    grid: Grid = "code"
+    """Learning rates for a batch of 256: the paper's list, or that of the published code."""
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Learning rates in place of the grid's."""
+    blocks: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 4), min_length=1)
+    """Of how many last blocks a head reads the CLS tokens; each is tried."""
+    average: tuple[bool, ...] = Field(default=(False, True), min_length=1)
+    """Whether a head also reads the mean of the last block's patch tokens; each is tried."""
+    batch_size: int = Field(default=1024, ge=1)
+    """Images of a step. Learning rates are scaled by it over 256."""
+    images_per_pass: int = Field(default=128, ge=1)
+    """Images that go through the model at once; changes the speed alone."""
+    steps: int = Field(default=12_500, ge=1)
+    """Steps of training."""
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """Share of each class's training images to choose the head by."""
+    seed: int = 0
+    """Of the held-out share, of the order of the images, of the crops, and of the fresh heads."""
+    allow_missing_classes: bool = False
+    """Whether the test images may lack classes of the training images."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "LinearConfig":
+        for name in ("learning_rates", "blocks", "average"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has a value twice: {list(values)}")
+        return self
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates for a batch of 256."""
+        return self.learning_rates or LEARNING_RATES[self.grid]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a head is given of a picture."""
+
+    blocks: int
+    """The CLS tokens of so many last blocks; 0: the features of a model without blocks."""
+    average: bool
+    """Whether the mean of the last block's patch tokens stands beside them."""
+
+    def of(self, tokens: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """(B, F) from the patch tokens (B, D, h, w) and CLS tokens (B, D) of the last blocks."""
+        parts = [cls for _, cls in tokens[-self.blocks :]]
+        if self.average:
+            parts.append(tokens[-1][0].mean((2, 3)))
+        return torch.cat(parts, dim=1)
+
+
+class Heads:
+    """Linear heads that read the same and learn at different rates, as one matrix product."""
+
+    def __init__(self, rates: Sequence[float], num_classes: int, width: int, *, seed: Sequence[int]) -> None:
+        """Fresh heads on the CPU, each drawn alike whatever others there are."""
+        random = torch.Generator().manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
+        first = torch.empty(num_classes, width).normal_(0, INITIAL_DEVIATION, generator=random)
+        self.rates = torch.tensor(rates)
+        self.weight = first.expand(len(rates), -1, -1).clone().requires_grad_()  # (L, C, F)
+        self.bias = torch.zeros(len(rates), num_classes, requires_grad=True)  # (L, C)
+        self._momentum = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+
+    def to(self, device: torch.device) -> "Heads":
+        """Themselves, moved."""
+        self.weight = self.weight.detach().to(device).requires_grad_()
+        self.bias = self.bias.detach().to(device).requires_grad_()
+        self._momentum = [value.to(device) for value in self._momentum]
+        self.rates = self.rates.to(device)
+        return self
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(B, F) to (L, B, C)."""
+        num_rates, num_classes, _ = self.weight.shape
+        product = inputs @ self.weight.flatten(0, 1).T + self.bias.flatten()
+        return product.view(len(inputs), num_rates, num_classes).transpose(0, 1)
+
+    def learn(self, inputs: Tensor, labels: Tensor, factor: float) -> Tensor:
+        """One step of SGD at `factor` times each head's rate; the losses (L,) before it. inputs (B, F), labels (B,)."""
+        logits = self.logits(inputs)
+        repeated = labels.expand(len(logits), -1)
+        losses = functional.cross_entropy(logits.transpose(1, 2), repeated, reduction="none").mean(1)
+        gradients = torch.autograd.grad(losses.sum(), [self.weight, self.bias])
+        with torch.no_grad():
+            for value, momentum, gradient in zip((self.weight, self.bias), self._momentum, gradients, strict=True):
+                momentum.mul_(MOMENTUM).add_(gradient)
+                value.sub_(momentum * (factor * self.rates).view(-1, *[1] * (value.ndim - 1)))
+        return losses.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The chosen one. `fitted` gives it."""
+
+    reading: Reading
+    rate: float
+    held_out_top_1: float
+    classes: tuple[str, ...]
+    weight: Tensor
+    """(C, F)."""
+    bias: Tensor
+    """(C,)."""
+
+    def logits(self, model: Model, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 to (B, C) on the CPU."""
+        inputs = read(model, pixels, [self.reading])[0]
+        return (inputs @ self.weight.to(inputs.device).T + self.bias.to(inputs.device)).cpu()
+
+
+def read(model: Model, pixels: Tensor, readings: Sequence[Reading]) -> list[Tensor]:
+    """What each of `readings` gives (B, F), from one pass of (B, 3, H, W) uint8, on the model's device."""
+    if model.num_blocks is None:
+        return [model.image_features(pixels).to(model.device)] * len(readings)
+    most = max(reading.blocks for reading in readings)
+    if most > model.num_blocks:
+        raise InputError(f"{model.name} has {model.num_blocks} blocks, and heads of {most} were asked for.")
+    tokens = model.intermediate(pixels, range(model.num_blocks - most, model.num_blocks))
+    return [reading.of(tokens) for reading in readings]
+
+
+def readings_of(config: LinearConfig, model: Model) -> list[Reading]:
+    """What heads of `model` are given; a model without blocks has one feature, and nothing to choose."""
+    if model.num_blocks is None:
+        return [Reading(0, False)]
+    return [Reading(blocks, average) for blocks in config.blocks for average in config.average]
+
+
+def random_crop(picture: Picture, side: int, random: np.random.Generator) -> Tensor:
+    """A random part of the picture, (3, side, side) uint8, mirrored half of the time."""
+    whole = torch.from_numpy(np.array(upright(picture))).permute(2, 0, 1)
+    height, width = whole.shape[1:]
+    top, left, rows, columns = _crop_box(height, width, random)
+    part = whole[:, top : top + rows, left : left + columns]
+    scaled = functional.interpolate(part[None], size=(side, side), mode="bicubic", antialias=True)[0]
+    return scaled.flip(2) if random.random() < 0.5 else scaled
+
+
+def _crop_box(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, rows and columns of 8% to 100% of the picture; its middle where none of ten draws fits."""
+    for _ in range(CROP_ATTEMPTS):
+        area = height * width * random.uniform(*CROP_AREA)
+        aspect = math.exp(random.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
+        columns, rows = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < columns <= width and 0 < rows <= height:
+            return int(random.integers(height - rows + 1)), int(random.integers(width - columns + 1)), rows, columns
+    aspect = min(max(width / height, CROP_ASPECT[0]), CROP_ASPECT[1])
+    rows, columns = min(height, round(width / aspect)), min(width, round(height * aspect))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head:
+    """The best head for `train`, from the cache where it is there."""
+    inputs = [model.hash, train.data_hash]
+    plan = config.model_dump(mode="json", exclude={"name", "train", "test", "images_per_pass", "allow_missing_classes"})
+    folder = storage.join(cache, "linear", storage.hash_json([inputs, plan])[:32])
+    facts_path, tensors_path = storage.join(folder, "head.json"), storage.join(folder, "head.safetensors")
+    if storage.exists(facts_path):  # written last
+        facts = json.loads(storage.read_bytes(facts_path))
+        tensors = safetensors.torch.load(storage.read_bytes(tensors_path))
+        return Head(
+            Reading(facts["blocks"], facts["average"]),
+            facts["rate"],
+            facts["held_out_top_1"],
+            tuple(facts["classes"]),
+            tensors["weight"],
+            tensors["bias"],
+        )
+    head = _train(config, model, train)
+    tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
+    storage.write_bytes(tensors_path, safetensors.torch.save(tensors))
+    facts = {
+        "blocks": head.reading.blocks,
+        "average": head.reading.average,
+        "rate": head.rate,
+        "held_out_top_1": head.held_out_top_1,
+        "classes": head.classes,
+    }
+    storage.write_bytes(facts_path, json.dumps(facts, indent=1).encode())
+    return head
+
+
+def _train(config: LinearConfig, model: Model, train: Split) -> Head:
+    own, held = (train.take(rows) for rows in datasets.hold_out(train.labels, config.held_out, config.seed))
+    readings, num_classes = readings_of(config, model), len(train.classes)
+    scaled = [rate * config.batch_size / REFERENCE_BATCH for rate in config.rates]
+    heads: list[Heads] = []
+    with bar("linear", total=config.steps, unit="steps") as advance:
+        for step, (pixels, labels) in enumerate(_crops(config, own)):
+            passes = [read(model, part, readings) for part in torch.split(pixels, config.images_per_pass)]
+            inputs = [torch.cat(parts) for parts in zip(*passes, strict=True)]
+            if not heads:
+                heads = [
+                    Heads(scaled, num_classes, one.shape[1], seed=[config.seed, place]).to(model.device)
+                    for place, one in enumerate(inputs)
+                ]
+            factor = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            losses = [
+                several.learn(one, labels.to(model.device), factor) for several, one in zip(heads, inputs, strict=True)
+            ]
+            advance(1, f"least loss {min(float(own_losses.min()) for own_losses in losses):.3f}")
+    right = torch.zeros(len(heads), len(scaled), dtype=torch.int64)
+    for pixels, labels in middles(held, config.pictures, config.images_per_pass):
+        for place, (several, one) in enumerate(zip(heads, read(model, pixels, readings), strict=True)):
+            right[place] += (several.logits(one).argmax(2).cpu() == labels).sum(1)
+    best = int(right.argmax())
+    place, rate = divmod(best, len(scaled))
+    chosen = heads[place]
+    if not (chosen.weight.isfinite().all() and chosen.bias.isfinite().all()):
+        raise InputError("The best linear head is not finite: every learning rate is too great. Take smaller ones.")
+    return Head(
+        readings[place],
+        config.rates[rate],
+        int(right.flatten()[best]) / len(held),
+        train.classes,
+        chosen.weight[rate].detach().cpu(),
+        chosen.bias[rate].detach().cpu(),
+    )
+
+
+def _crops(config: LinearConfig, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """The random crops (B, 3, side, side) and labels (B,) of each step; threads make them ahead, a step each."""
+    side = config.pictures.image_size
+    # The smallest crop of a picture that is scaled down to this still has `side` pixels.
+    target_side = math.ceil(side / math.sqrt(CROP_AREA[0]))
+
+    def make(item: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
+        first, own = item
+        reader, crops = ReferenceReader(), []
+        for place, row in enumerate(split.table.take(pa.array(own)).to_pylist()):
+            data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
+            picture = decode_picture(data, split.limits, target_side=target_side)
+            crops.append(random_crop(picture, side, np.random.default_rng([config.seed, 1, first + place])))
+        reader.close()
+        return torch.stack(crops), split.labels[torch.tensor(own)]
+
+    rows = _order(len(split), config.seed)
+    starts = range(0, config.steps * config.batch_size, config.batch_size)
+    items = ((start, list(islice(rows, config.batch_size))) for start in starts)
+    threads = config.pictures.decode_threads
+    return prefetch(make, items, threads=threads, ahead=threads)
+
+
+def _order(num_images: int, seed: int) -> Iterator[int]:
+    """Rows without end, every image once before any comes again."""
+    for epoch in itertools.count():
+        yield from np.random.default_rng([seed, 0, epoch]).permutation(num_images).tolist()
+
+
+def middles(split: Split, config: PicturesConfig, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The middles of all pictures (B, 3, side, side) and their labels (B,), `size` at a time."""
+    found = datasets.pictures(
+        split,
+        range(len(split)),
+        lambda picture: preprocess(picture, config),
+        target_side=config.resize_size,
+        threads=config.decode_threads,
+    )
+    start = 0
+    while batch := [pixels for _, pixels in islice(found, size)]:
+        yield torch.stack(batch), split.labels[start : start + len(batch)]
+        start += len(batch)
+
+
+def run(
+    config: LinearConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+) -> list[Result]:
+    """Train, choose and classify one dataset; the head is kept in `cache`, <output>/cache when None.
+
+    The pictures are read in this process, whatever the runner, which ingests. Raises UserError kin.
+    """
+    started, cache = time.perf_counter(), cache or storage.join(output, "cache")
+    train, test = datasets.load_pair(
+        config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
+    )
+    head = fitted(config, model, train, cache)
+    predicted = torch.cat(
+        [head.logits(model, pixels).argmax(1) for pixels, _ in middles(test, config.pictures, config.images_per_pass)]
+    )
+    seconds = time.perf_counter() - started
+    grid = "own grid" if config.learning_rates else f"grid of the {config.grid}"
+    chosen = {
+        "chosen_rate": head.rate,
+        "chosen_blocks": head.reading.blocks,
+        "chosen_average": head.reading.average,
+        "held_out_top_1": head.held_out_top_1,
+    }
+    scores = {
+        "top-1": float((predicted == test.labels).double().mean()),
+        "mean per class": class_mean(predicted, test.labels),
+    }
+    return [
+        Result(
+            evaluation="linear",
+            dataset=config.name,
+            model=model.name,
+            model_hash=model.hash,
+            data_hash=storage.hash_json([train.data_hash, test.data_hash]),
+            protocol=f"{len(readings_of(config, model)) * len(config.rates)} heads, {grid}, {config.steps:,} steps",
+            settings=config.model_dump(mode="json") | chosen,
+            metric=metric,
+            value=value,
+            seconds=seconds,
+        )
+        for metric, value in scores.items()
+    ]

@@ -1,0 +1,648 @@
+"""Whether the nearest images show the same thing: rankings by cosine, and the scores of the published benchmarks.
+
+    revisited    Revisited Oxford and Paris: mAP and mP@k, easy, medium and hard, with the junk rule.
+                 <path>/gnd_*.pkl  <path>/jpg/*.jpg
+    met          The Met dataset: GAP, GAP- (without distractors), accuracy. Its classifier's two numbers are chosen on
+                 its validation set; features are not whitened.
+                 <path>/ground_truth/{MET_database,testset,valset}.json  <path>/images/
+    amstertime   AmsterTime: mAP, from archive to street view, back, and both together.
+                 <path>/old/0000.jpg ...  <path>/new/0000.png ...
+    labelled     any labelled set, each image a query among the others: mAP, recall@k
+
+Legend: Q queries, N images of the database, D dimensions, K neighbours.
+
+Two average precisions are in use. The benchmarks of Oxford and Paris take the area of trapezoids under the curve of
+precision over recall; all others the mean of the precision at each relevant image, as scikit-learn does.
+
+Sources: Radenovic et al., Revisiting Oxford and Paris (arXiv 1803.11285) and its published evaluation; Ypsilantis et
+al., The Met Dataset (arXiv 2202.01747) and its published evaluation; Yildiz et al., AmsterTime (arXiv 2203.16291).
+"""
+
+import hashlib
+import io
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from curation import efficientnet, storage
+from curation.config import Settings
+from curation.devices import require_device
+from curation.embedders import MAX_ASPECT
+from curation.errors import InputError
+from curation.images import ImageLimits, ImageRejected, Picture, decode_picture, decode_rgb, to_shape
+from curation.prefetch import prefetch
+from curation.runner import InlineRunner, Runner
+from curation.sources import SourceConfig, list_files
+from evaluation import datasets, features, knn, plain_pickle
+from evaluation.datasets import SplitConfig
+from evaluation.features import Model, PicturesConfig
+from evaluation.results import Result
+
+CUTOFFS = (1, 5, 10)  # cited: what the evaluation of Revisited Oxford and Paris gives
+DIFFICULTIES = ("easy", "medium", "hard")
+READERS = 2  # threads that read and decode ahead of the model. Assumed.
+MAX_LISTED = 5  # assumed: as many names as a person reads
+# Queries that are ranked at a time: with a million images 0.5 GB of products. Assumed.
+QUERY_ROWS = 64
+
+
+class ViewConfig(Settings):
+    """How a picture becomes what the model sees."""
+
+    resize: Literal["keep_aspect", "squash", "center_crop"] = "keep_aspect"
+    """The whole picture at its own aspect ratio, both sides multiples of the patch; the whole of it, or its middle, as
+    a square."""
+    image_size: int = Field(default=448, ge=8, le=4096)
+    """Side in pixels of the square, or of one with as many pixels. Assumed: DINOv2's is not published."""
+    batch_size: int = Field(default=8, ge=1)
+    """Pictures a forward pass; changes the speed alone, but for rounding."""
+
+
+class RevisitedData(Settings):
+    """Revisited Oxford or Paris."""
+
+    layout: Literal["revisited"]
+    path: str
+    """Folder with jpg/ and gnd_roxford5k.pkl or gnd_rparis6k.pkl, local or any fsspec URL."""
+    query: Literal["box", "whole"] = "box"
+    """What of a query's picture is asked with: the box around the building, as the benchmark defines it, or all of it.
+    Scores differ by points; every result says which it was."""
+    view: ViewConfig = ViewConfig()
+
+
+class MetData(Settings):
+    """The Met dataset."""
+
+    layout: Literal["met"]
+    path: str
+    """Folder with ground_truth/ and images/, local or any fsspec URL."""
+    database: str = "MET_database.json"
+    """Which list of the database; mini_MET_database.json is a part of it."""
+    neighbors: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 15, 20, 50)
+    """How many neighbours may vote: what has the best GAP on the validation set does. Cited: its published grid."""
+    scales: tuple[float, ...] = (0.01, 0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 50.0, 100.0, 500.0)
+    """By what cosines are multiplied before their softmax, chosen likewise. Cited: its published grid."""
+    view: ViewConfig = ViewConfig()
+
+
+class AmsterTimeData(Settings):
+    """AmsterTime."""
+
+    layout: Literal["amstertime"]
+    path: str
+    """Folder with old/ and new/, local or any fsspec URL."""
+    view: ViewConfig = ViewConfig()
+
+
+class LabelledData(Settings):
+    """Any labelled images."""
+
+    layout: Literal["labelled"]
+    split: SplitConfig
+    """Where they are."""
+    pictures: PicturesConfig = PicturesConfig()
+    """How the model sees them."""
+
+
+class RetrievalConfig(Settings):
+    """One dataset."""
+
+    name: str
+    """What results call it."""
+    data: Annotated[RevisitedData | MetData | AmsterTimeData | LabelledData, Field(discriminator="layout")]
+    """Where it is."""
+    cutoffs: tuple[Annotated[int, Field(ge=1)], ...] = CUTOFFS
+    """The k of mP@k and recall@k."""
+
+
+# ------------------------------------------------------------------------------------------------------------ scores
+
+
+def rank(queries: Tensor, database: Tensor, *, device: str = "cpu") -> Iterator[tuple[slice, Tensor]]:
+    """All images of the database, the nearest in cosine first: queries (Q, D) and (N, D) to blocks of rankings (q, N).
+
+    Each block comes with the place of its queries, on the CPU, int64. Equally near images come by row: products are
+    rounded from float64 to float32, so that equal images are equally near, however many queries come together.
+    Raises InputError.
+    """
+    require_device(device)
+    if queries.ndim != 2 or database.ndim != 2 or queries.shape[1] != database.shape[1]:
+        raise InputError(
+            f"Expected features (Q, D) and (N, D). Found: {list(queries.shape)} and {list(database.shape)}."
+        )
+    columns = _unit(database, "database", device).T
+    for start in range(0, len(queries), QUERY_ROWS):
+        place = slice(start, min(start + QUERY_ROWS, len(queries)))
+        cosines = (_unit(queries[place], "queries", device) @ columns).float()
+        yield place, cosines.argsort(dim=1, descending=True, stable=True).cpu()
+
+
+def average_precision(relevant: Tensor, num_relevant: int | None = None) -> float:
+    """The mean of the precision at each relevant image of a ranking. relevant: (N,) bool, the nearest first.
+
+    num_relevant: those there are in all, where the ranking does not hold them all. NaN where there are none.
+    """
+    places = torch.nonzero(relevant)[:, 0].double()
+    found = torch.arange(1, len(places) + 1, dtype=torch.float64)
+    count = len(places) if num_relevant is None else num_relevant
+    return float((found / (places + 1)).sum() / count) if count else float("nan")
+
+
+class RevisitedScore(NamedTuple):
+    """Of one query."""
+
+    average_precision: float
+    precisions: tuple[float, ...]
+    """One for each of the asked numbers of images."""
+
+
+def revisited_score(
+    ranking: Tensor, positives: Tensor, junk: Tensor, cutoffs: Sequence[int] = CUTOFFS
+) -> RevisitedScore | None:
+    """One query by the rules of Revisited Oxford and Paris; None where it has no positives: it then does not count.
+
+    ranking: (N,) rows of the database, the nearest first. positives, junk: rows. Junk is as if it were not in the
+    ranking; what is both is a positive. The precision at k is that at the last positive where all come before k.
+    """
+    if not len(positives):
+        return None
+    is_positive = torch.isin(ranking, positives)
+    places = torch.nonzero(is_positive)[:, 0]
+    junk_before = (torch.isin(ranking, junk) & ~is_positive).cumsum(0)
+    places = (places - junk_before[places]).double()
+    found = torch.arange(len(places), dtype=torch.float64)
+    before = torch.where(places > 0, found / places.clamp(min=1), 1.0)
+    after = (found + 1) / (places + 1)
+    precisions = []
+    for cutoff in cutoffs:
+        last = min(float(places.max()) + 1, cutoff)
+        precisions.append(float((places < last).sum() / last))
+    return RevisitedScore(float(((before + after) / 2).sum() / len(positives)), tuple(precisions))
+
+
+@dataclass(frozen=True)
+class Instances:
+    """What the k nearest images say of each query, by the Met dataset's classifier."""
+
+    predicted: Tensor
+    """(Q,) the label."""
+    confidence: Tensor
+    """(Q,) float64."""
+
+
+def classify_instances(similarities: Tensor, labels: Tensor, num_classes: int, *, scale: float) -> Instances:
+    """The label of each query, and how sure it is, from its neighbours' cosines (Q, K) and labels (Q, K) integers.
+
+    Each class among the neighbours scores its greatest cosine, or 0 where that is negative; each other of the
+    `num_classes` scores 0. The confidence is the softmax of the scores times `scale`. Of equal classes the one with the
+    lower label.
+    """
+    by_label = labels.argsort(dim=1, stable=True)
+    ordered, cosines = labels.gather(1, by_label), similarities.double().gather(1, by_label)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    group = is_first.cumsum(1) - 1
+    scores = torch.zeros_like(cosines).scatter_reduce_(1, group, cosines, "amax")
+    present = torch.arange(scores.shape[1]) <= group[:, -1:]
+    best = torch.where(present, scores, -1.0).max(dim=1)
+    logits = torch.where(present, scores * scale, -torch.inf)
+    absent = (num_classes - present.sum(1)).double().log()  # of that many classes, each e^0
+    total = torch.logsumexp(torch.cat([logits, absent[:, None]], dim=1), dim=1)
+    which = (group == best.indices[:, None]).long().argmax(dim=1)
+    predicted = ordered.gather(1, which[:, None])[:, 0]
+    return Instances(predicted, (best.values * scale - total).exp())
+
+
+def global_average_precision(correct: Tensor, confidence: Tensor, num_objects: int) -> float:
+    """GAP: the precision at each correct prediction, the surest first, summed over `num_objects`.
+
+    correct: (Q,) bool, False for a distractor; num_objects: queries that are none. Of equally sure ones the earlier
+    query first.
+    """
+    if num_objects < 1:
+        raise InputError("GAP needs a query that shows an object of the database.")
+    order = confidence.argsort(descending=True, stable=True)
+    return average_precision(correct[order], num_objects)
+
+
+class LabelledScore(NamedTuple):
+    """Of each image of a labelled set as a query among the others."""
+
+    mean_average_precision: float
+    recalls: dict[int, float]
+    """By k: the share of queries with an image of their label among the k nearest."""
+    num_queries: int
+    """Images whose label another image has; the others are only found, not asked."""
+
+
+def labelled_score(
+    features: Tensor, labels: Tensor, *, cutoffs: Sequence[int] = CUTOFFS, device: str = "cpu"
+) -> LabelledScore:
+    """mAP and recall@k of (N, D) features with integer labels (N,). Raises InputError where no label occurs twice."""
+    if labels.shape != features.shape[:1]:
+        raise InputError(f"Expected a label for each image. Found: {list(labels.shape)} for {list(features.shape)}.")
+    precisions, hits = [], dict.fromkeys(cutoffs, 0)
+    for place, rankings in rank(features, features, device=device):
+        for row, ranking in zip(range(place.start, place.stop), rankings, strict=True):
+            relevant = labels[ranking[ranking != row]] == labels[row]
+            if relevant.any():
+                precisions.append(average_precision(relevant))
+                for cutoff in cutoffs:
+                    hits[cutoff] += bool(relevant[:cutoff].any())
+    if not precisions:
+        raise InputError(f"Retrieval needs a label that two images have. Found {len(labels)} images, all different.")
+    count = len(precisions)
+    return LabelledScore(sum(precisions) / count, {k: found / count for k, found in hits.items()}, count)
+
+
+def paired_precisions(queries: Tensor, database: Tensor, *, device: str = "cpu") -> list[float]:
+    """For each of (Q, D) queries the average precision of the one image of the same row among (Q, D): 1 / its rank."""
+    found = []
+    for place, rankings in rank(queries, database, device=device):
+        own = torch.arange(place.start, place.stop)[:, None]
+        found.extend((1 / ((rankings == own).long().argmax(dim=1) + 1).double()).tolist())
+    return found
+
+
+def _unit(features: Tensor, what: str, device: str) -> Tensor:
+    units = functional.normalize(features.to(device, torch.float64), dim=1)
+    wrong = torch.nonzero(~units.isfinite().all(1))
+    if len(wrong):
+        raise InputError(f"The features of the {what} hold a value that is not finite, in row {int(wrong[0])}.")
+    return units
+
+
+# ------------------------------------------------------------------------------------------------- published layouts
+
+
+class Photo(NamedTuple):
+    """An image file, and the part of it that counts."""
+
+    path: str
+    box: tuple[int, int, int, int] | None = None
+    """Left, upper, right, lower in pixels; all of it when None."""
+
+
+class Revisited(NamedTuple):
+    """Revisited Oxford or Paris, as published."""
+
+    queries: list[Photo]
+    database: list[Photo]
+    rows: list[dict[str, Tensor]]
+    """Of each query its "easy", "hard" and "junk" rows of the database."""
+
+
+def read_revisited(data: RevisitedData) -> Revisited:
+    """The lists and the ground truth. Raises InputError for a file that is not there or not as published."""
+    names = [name for name in storage.list_names(data.path) if name.startswith("gnd_") and name.endswith(".pkl")]
+    if len(names) != 1:
+        raise InputError(
+            f"{data.path}: expected one ground truth, gnd_roxford5k.pkl or gnd_rparis6k.pkl, beside jpg/. Found: "
+            f"{', '.join(names) or 'none'}."
+        )
+    place = storage.join(data.path, names[0])
+    content = plain_pickle.loads(storage.read_bytes(place), place)
+    try:
+        images, queries, truths = ([*content[key]] for key in ("imlist", "qimlist", "gnd"))
+        if not queries or len(queries) != len(truths) or not all(isinstance(one, str) for one in (*images, *queries)):
+            raise ValueError(f"{len(queries)} queries and {len(truths)} truths")
+        rows = [{key: _rows(truth[key], len(images)) for key in ("easy", "hard", "junk")} for truth in truths]
+        boxes = [_box(truth["bbx"]) if data.query == "box" else None for truth in truths]
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{place}: not the ground truth of Revisited Oxford or Paris ({type(error).__name__}: {error}). Take the "
+            "published file."
+        ) from None
+
+    def path_of(name: str) -> str:
+        return storage.join(data.path, "jpg", f"{name}.jpg")
+
+    asked = [Photo(path_of(name), box) for name, box in zip(queries, boxes, strict=True)]
+    return Revisited(asked, [Photo(path_of(name)) for name in images], rows)
+
+
+def _rows(value: Any, num_images: int) -> Tensor:
+    rows = _numbers(value)
+    if rows.size and not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"rows of type {rows.dtype}")
+    found = torch.from_numpy(rows.astype(np.int64).reshape(-1))
+    if len(found) and not (int(found.min()) >= 0 and int(found.max()) < num_images):
+        raise ValueError(f"row {int(found.max())} of {num_images} images")
+    return found
+
+
+def _box(value: Any) -> tuple[int, int, int, int]:
+    left, upper, right, lower = (round(float(side)) for side in _numbers(value).reshape(-1))
+    return left, upper, right, lower
+
+
+def _numbers(value: Any) -> np.ndarray:
+    if isinstance(value, plain_pickle.Array):
+        return value.values
+    if isinstance(value, (list, tuple)) and all(isinstance(one, (int, float, np.number)) for one in value):
+        return np.asarray(value)
+    raise ValueError(f"expected numbers, found {type(value).__name__}")
+
+
+class Met(NamedTuple):
+    """Images of the Met dataset with their labels, -1 for a distractor."""
+
+    photos: list[Photo]
+    labels: Tensor
+
+
+def read_met(data: MetData, name: str) -> Met:
+    """One list of the ground truth, "MET_database.json", "testset.json" or "valset.json". Raises InputError."""
+    place = storage.join(data.path, "ground_truth", name)
+    try:
+        entries = json.loads(storage.read_bytes(place))
+        key = "id" if name == data.database else "MET_id"
+        labels = [int(entry[key]) if key in entry or name == data.database else -1 for entry in entries]
+        photos = [Photo(storage.join(data.path, "images", str(entry["path"]))) for entry in entries]
+        if not photos:
+            raise ValueError("no images")
+    except FileNotFoundError:
+        raise InputError(
+            f"No ground truth at '{place}'. Give the folder that holds ground_truth/ and images/."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{place}: not a list of the Met dataset ({type(error).__name__}: {error}).") from None
+    return Met(photos, torch.tensor(labels))
+
+
+def read_amstertime(data: AmsterTimeData) -> tuple[list[Photo], list[Photo]]:
+    """The archive's images, and those of the streets in the same order. Raises InputError where one has no other."""
+    sides = []
+    for side in ("old", "new"):
+        folder = storage.join(data.path, side)
+        if not storage.is_folder(folder):
+            raise InputError(f"No folder '{folder}'. Give the folder that holds old/ and new/.")
+        files = list_files(SourceConfig(name="amstertime", path=folder, role="holdout"))
+        own = {file.path.rpartition(".")[0]: Photo(storage.join(folder, file.path)) for file in files}
+        if len(own) < len(files):
+            raise InputError(f"{folder}: {len(files)} files have {len(own)} names but for their extensions.")
+        sides.append(own)
+    old, new = sides
+    alone = sorted(old.keys() ^ new.keys())
+    if alone or not old:
+        raise InputError(
+            f"{data.path}: old/ and new/ hold {len(old)} and {len(new)} images, and {len(alone)} names are in one of "
+            f"them alone: {', '.join(alone[:MAX_LISTED])}."
+        )
+    return [old[name] for name in sorted(old)], [new[name] for name in sorted(old)]
+
+
+# ---------------------------------------------------------------------------------------------------------- features
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What the model saw of some photos."""
+
+    features: Tensor
+    """(n, F) float32."""
+    hash: str
+    """Of the bytes of the images, their boxes, and their order."""
+
+
+def _look(model: Model, photos: Sequence[Photo], view: ViewConfig, cache: str) -> _Seen:
+    """The features of `photos`, from `<cache>/retrieval/` where the same model has seen the same bytes the same way."""
+    hashes = prefetch(lambda photo: hashlib.sha256(_read(photo.path)).hexdigest(), photos, threads=READERS)
+    content = storage.hash_json([[own, photo.box] for own, photo in zip(hashes, photos, strict=True)])
+    key = storage.hash_json([model.hash, content, view.resize, view.image_size])
+    place = storage.join(cache, "retrieval", f"{key[:32]}.npy")
+    if storage.exists(place):
+        found = torch.from_numpy(np.load(io.BytesIO(storage.read_bytes(place)), allow_pickle=False))
+    else:
+        found = _compute(model, photos, view)
+        buffer = io.BytesIO()
+        np.save(buffer, found.numpy(), allow_pickle=False)
+        storage.write_bytes(place, buffer.getvalue())
+    return _Seen(found, content)
+
+
+def _compute(model: Model, photos: Sequence[Photo], view: ViewConfig) -> Tensor:
+    result = torch.empty(len(photos), model.num_features)
+    multiple = model.patch_size or efficientnet.STRIDE
+    pictures = prefetch(
+        lambda item: (item[0], see(item[1], view, multiple)),
+        enumerate(photos),
+        threads=READERS,
+        ahead=2 * view.batch_size,
+    )
+    while batch := list(islice(pictures, view.batch_size)):
+        by_shape: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+        for row, pixels in batch:
+            by_shape.setdefault(pixels.shape, []).append((row, pixels))
+        for alike in by_shape.values():
+            rows, stacked = zip(*alike, strict=True)
+            result[list(rows)] = model.image_features(torch.stack(stacked))
+    return result
+
+
+def see(photo: Photo, view: ViewConfig, multiple: int) -> Tensor:
+    """The photo as the model sees it, (3, H, W) uint8. Raises InputError that names the file."""
+    data = _read(photo.path)
+    limits = ImageLimits(min_side=1)
+    try:
+        if photo.box is None:
+            picture = decode_picture(data, limits, target_side=view.image_size)
+        else:
+            whole = decode_rgb(data, limits)
+            left, upper, right, lower = photo.box
+            box = (max(left, 0), max(upper, 0), min(right, whole.width), min(lower, whole.height))
+            if box[0] >= box[2] or box[1] >= box[3]:
+                raise InputError(
+                    f"{photo.path}: the box {photo.box} has nothing of its {whole.width} x {whole.height}."
+                )
+            part = whole.crop(box)
+            picture = Picture(np.array(part), *part.size, orientation=1)
+    except ImageRejected as error:
+        raise InputError(f"{photo.path}: the image cannot be used: {error}.") from None
+    side = view.image_size
+    shape = (side, side)
+    if view.resize == "keep_aspect":
+        width, height = picture.width, picture.height
+        if picture.orientation >= 5:  # EXIF: stored sideways
+            width, height = height, width
+        aspect = min(max(width / height, 1 / MAX_ASPECT), MAX_ASPECT)
+        rows, columns = (max(1, round(side / multiple * root)) for root in (aspect**-0.5, aspect**0.5))
+        shape = (rows * multiple, columns * multiple)
+    return torch.from_numpy(to_shape(picture, shape, crop=view.resize == "center_crop"))
+
+
+def _read(path: str) -> bytes:
+    try:
+        return storage.read_bytes(path)
+    except FileNotFoundError:
+        raise InputError(
+            f"No image at '{path}'. The dataset is not complete, or not in its published layout."
+        ) from None
+    except OSError as error:
+        raise InputError(f"Cannot read '{path}': {error}.") from None
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+class Found(NamedTuple):
+    """What one dataset gave."""
+
+    values: dict[tuple[str, str], float]
+    """By protocol and metric."""
+    data_hash: str
+    facts: dict[str, Any]
+    """What goes into the settings of the results beside the config."""
+
+
+def run(
+    config: RetrievalConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+) -> list[Result]:
+    """Retrieve in one dataset; features are kept in `cache`, <output>/cache when None.
+
+    `runner` reads and embeds "labelled" sets. Raises InputError for data that is missing or not as published.
+    """
+    started = time.perf_counter()
+    cache = cache or storage.join(output, "cache")
+    match config.data:
+        case RevisitedData():
+            found = _run_revisited(config.data, config.cutoffs, model, cache)
+        case MetData():
+            found = _run_met(config.data, model, cache)
+        case AmsterTimeData():
+            found = _run_amstertime(config.data, model, cache)
+        case LabelledData():
+            found = _run_labelled(config.data, config.cutoffs, model, cache, runner)
+    seconds = time.perf_counter() - started
+    return [
+        Result(
+            evaluation="retrieval",
+            dataset=config.name,
+            model=model.name,
+            model_hash=model.hash,
+            data_hash=found.data_hash,
+            protocol=protocol,
+            settings=config.model_dump(mode="json") | found.facts,
+            metric=metric,
+            value=value,
+            seconds=seconds,
+        )
+        for (protocol, metric), value in found.values.items()
+    ]
+
+
+def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: Model, cache: str) -> Found:
+    published = read_revisited(data)
+    queries = _look(model, published.queries, data.view, cache)
+    database = _look(model, published.database, data.view, cache)
+    scores: dict[str, list[RevisitedScore]] = {difficulty: [] for difficulty in DIFFICULTIES}
+    for place, rankings in rank(queries.features, database.features, device=str(model.device)):
+        for rows, ranking in zip(published.rows[place], rankings, strict=True):
+            for difficulty in DIFFICULTIES:
+                positives, junk = revisited_rows(rows, difficulty)
+                score = revisited_score(ranking, positives, junk, cutoffs)
+                if score is not None:
+                    scores[difficulty].append(score)
+    asked = "queries cropped" if data.query == "box" else "whole queries"
+    values = {}
+    for difficulty, own in scores.items():
+        if own:
+            protocol = f"{difficulty}, {asked}, {_view_name(data.view)}"
+            values[protocol, "mAP"] = _mean([score.average_precision for score in own])
+            for number, cutoff in enumerate(cutoffs):
+                values[protocol, f"mP@{cutoff}"] = _mean([score.precisions[number] for score in own])
+    truth = [[rows[key].tolist() for key in sorted(rows)] for rows in published.rows]
+    return Found(
+        values,
+        storage.hash_json([queries.hash, database.hash, truth]),
+        {"queries": {difficulty: len(own) for difficulty, own in scores.items()}},
+    )
+
+
+def revisited_rows(rows: dict[str, Tensor], difficulty: str) -> tuple[Tensor, Tensor]:
+    """The positives and the junk of a query. Easy: hard ones are junk; hard: easy ones; medium: both are positives."""
+    easy, hard, junk = rows["easy"], rows["hard"], rows["junk"]
+    match difficulty:
+        case "easy":
+            return easy, torch.cat([junk, hard])
+        case "medium":
+            return torch.cat([easy, hard]), junk
+        case _:
+            return hard, torch.cat([junk, easy])
+
+
+def _run_met(data: MetData, model: Model, cache: str) -> Found:
+    database, test = read_met(data, data.database), read_met(data, "testset.json")
+    num_classes = len(set(database.labels.tolist()))
+    seen = _look(model, database.photos, data.view, cache)
+    most = max(data.neighbors)
+
+    def search(queries: _Seen) -> tuple[Tensor, Tensor]:
+        cosines, rows = knn.neighbors([seen.features], queries.features, k=most, device=str(model.device))
+        return cosines, database.labels[rows]
+
+    def score(found: tuple[Tensor, Tensor], labels: Tensor, k: int, scale: float) -> dict[str, float]:
+        said = classify_instances(found[0][:, :k], found[1][:, :k], num_classes, scale=scale)
+        correct, is_object = said.predicted == labels, labels >= 0
+        count = int(is_object.sum())
+        return {
+            "GAP": global_average_precision(correct & is_object, said.confidence, count),
+            "GAP-": global_average_precision(correct[is_object], said.confidence[is_object], count),
+            "accuracy": float(correct[is_object].double().mean()),
+        }
+
+    asked = _look(model, test.photos, data.view, cache)
+    hashes = [seen.hash, database.labels.tolist(), asked.hash, test.labels.tolist()]
+    choices = [(k, scale) for k in data.neighbors for scale in data.scales]
+    chosen = choices[0]
+    if len(choices) > 1:
+        tried = read_met(data, "valset.json")
+        looked = _look(model, tried.photos, data.view, cache)
+        hashes += [looked.hash, tried.labels.tolist()]
+        near = search(looked)
+        chosen = max(choices, key=lambda choice: score(near, tried.labels, *choice)["GAP"])  # the first of equal ones
+    values = score(search(asked), test.labels, *chosen)
+    protocol = f"{data.database.removesuffix('.json')}, {_view_name(data.view)}"
+    return Found(
+        {(protocol, metric): value for metric, value in values.items()},
+        storage.hash_json(hashes),
+        {"chosen": {"neighbors": chosen[0], "scale": chosen[1]}},
+    )
+
+
+def _run_amstertime(data: AmsterTimeData, model: Model, cache: str) -> Found:
+    old, new = (_look(model, photos, data.view, cache) for photos in read_amstertime(data))
+    device = str(model.device)
+    there = paired_precisions(old.features, new.features, device=device)
+    back = paired_precisions(new.features, old.features, device=device)
+    protocols = {"both ways": there + back, "archive to street": there, "street to archive": back}
+    values = {(f"{name}, {_view_name(data.view)}", "mAP"): _mean(found) for name, found in protocols.items()}
+    return Found(values, storage.hash_json([old.hash, new.hash]), {"pairs": len(there)})
+
+
+def _run_labelled(data: LabelledData, cutoffs: Sequence[int], model: Model, cache: str, runner: Runner | None) -> Found:
+    split = datasets.load(data.split, cache, runner or InlineRunner())
+    own = features.extract(model, split, data.pictures, cache, runner)
+    score = labelled_score(own.matrix(), split.labels, cutoffs=cutoffs, device=str(model.device))
+    protocol = f"each among the others, {data.pictures.image_size} px"
+    values = {(protocol, "mAP"): score.mean_average_precision}
+    values |= {(protocol, f"recall@{k}"): value for k, value in score.recalls.items()}
+    return Found(values, split.data_hash, {"images": len(split), "queries": score.num_queries})
+
+
+def _view_name(view: ViewConfig) -> str:
+    return f"{view.resize} {view.image_size} px"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,145 @@
+"""The command: a model and a config in, results out.
+
+    python -m evaluation.run --model PATH --config EVAL.toml --output DIR
+
+    DIR/
+      results.jsonl     one line a number, see results.py; further runs, of other models too, add to it
+      cache/            ingested splits, features and heads; may be deleted
+
+The config is TOML: [model] says more of the model, and each evaluation is a list of tables, one a dataset:
+
+    [[knn]]
+    name = "flowers"
+    train = { path = "flowers/train" }
+    test = { path = "flowers/test" }
+
+Exit status 2, with one message, for whatever the user can mend: a split that is missing, classes that differ between
+splits, features that are not finite. What was found until then stays.
+"""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from curation import command, storage
+from curation.config import Settings, load, resolved_toml
+from curation.errors import ConfigError
+from curation.runner import Runner
+from evaluation import knn, linear, logistic, results
+from evaluation.features import Model, ModelConfig, load_model
+from evaluation.knn import KnnConfig
+from evaluation.linear import LinearConfig
+from evaluation.logistic import LogisticConfig
+from evaluation.results import Result
+
+# What --model may name in place of a path.
+WITHOUT_WEIGHTS = ("efficientnet_lite0", "pixels")
+
+
+class EvaluationConfig(Settings):
+    """Which model, and what to find out about it."""
+
+    model: ModelConfig
+    """The frozen model. The option --model sets its weights or its name."""
+    knn: tuple[KnnConfig, ...] = ()
+    """The vote of the nearest neighbours."""
+    logistic: tuple[LogisticConfig, ...] = ()
+    """Logistic regression."""
+    linear: tuple[LinearConfig, ...] = ()
+    """Linear probes with augmentation."""
+
+
+def evaluate(
+    config: EvaluationConfig,
+    model: Model,
+    output: str,
+    *,
+    cache: str | None = None,
+    runner: Runner | None = None,
+    only: tuple[str, ...] = (),
+) -> list[Result]:
+    """Run every evaluation of the config, or those named; each one's results are written when it is done."""
+    found: list[Result] = []
+    for name, settings in _listed(config):
+        if only and name not in only:
+            continue
+        match settings:
+            case KnnConfig():
+                own = knn.run(settings, model, output, cache=cache, runner=runner)
+            case LogisticConfig():
+                own = logistic.run(settings, model, output, cache=cache, runner=runner)
+            case LinearConfig():
+                own = linear.run(settings, model, output, cache=cache, runner=runner)
+            case _:
+                raise AssertionError(name)
+        for result in own:
+            results.append(output, result)
+        found += own
+    return found
+
+
+def _listed(config: EvaluationConfig) -> list[tuple[str, Settings]]:
+    """Every evaluation with its name, in the order of the fields."""
+    return [
+        (name, settings)
+        for name in EvaluationConfig.model_fields
+        if name != "model"
+        for settings in getattr(config, name)
+    ]
+
+
+def command_line(
+    config: command.ConfigOption,
+    output: command.OutputOption,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Checkpoint, or the name of a model that needs none.")
+    ] = None,
+    cache: Annotated[str | None, typer.Option("--cache", help="Folder of the cache; default: OUTPUT/cache.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Run one evaluation of the config.")] = None,
+    runner: command.RunnerOption = "inline",
+    workers: command.WorkersOption = None,
+    overrides: command.SetOption = None,
+    plan: command.PlanOption = False,
+) -> None:
+    """Evaluate a frozen model."""
+    own = list(overrides or ())
+    if model is not None:
+        own.append(f"model.{'name' if model in WITHOUT_WEIGHTS else 'weights'}={json.dumps(model)}")
+    settings = load(EvaluationConfig, config, own)
+    names = [name for name, _ in _listed(settings)]
+    if absent := sorted(set(only or ()) - set(names)):
+        raise ConfigError(
+            f"--only {absent[0]}: the config has no such evaluation. It has: {', '.join(names) or 'none'}."
+        )
+    if not names:
+        raise ConfigError(f"{config}: no evaluation. Add a table such as [[knn]] with name, train and test.")
+    if plan:
+        print(resolved_toml(settings), end="")
+        return
+    loaded = load_model(settings.model)
+    gpus = int(settings.model.device == "cuda")
+    with command.open_runner(runner, workers, gpus_per_worker=gpus) as chosen:
+        found = evaluate(settings, loaded, output, cache=cache, runner=chosen, only=tuple(only or ()))
+    Console(highlight=False).print(table(found))
+    print(f"Written to {storage.join(output, results.RESULTS_FILE)}")
+
+
+def table(found: list[Result]) -> Table:
+    """The results as a table for the terminal."""
+    shown = Table(title=found[0].model if found else None, title_justify="left")
+    for column in ("evaluation", "dataset", "protocol", "metric", "value", "spread", "seconds"):
+        shown.add_column(column, justify="right" if column in ("value", "spread", "seconds") else "left")
+    for result in found:
+        spread = "" if result.spread is None else f"{result.spread:.4f}"
+        own = (f"{result.value:.4f}", spread, f"{result.seconds:,.1f}")
+        shown.add_row(result.evaluation, result.dataset, result.protocol, result.metric, *own)
+    return shown
+
+
+if __name__ == "__main__":
+    from evaluation import run as this  # by its real name, or its classes would exist twice
+
+    command.main(this.command_line)

@@ -1,0 +1,350 @@
+"""Pictures with a class for every pixel: what segmentation is trained and scored on.
+
+ade20k       <path>/images/{training,validation}/  <path>/annotations/{training,validation}/; 0 is no class
+cityscapes   <path>/leftImg8bit/{train,val}/<city>/  <path>/gtFine/{train,val}/<city>/*_labelIds.png; 19 classes
+voc2012      <path>/JPEGImages/  SegmentationClass/  ImageSets/Segmentation/{train,val}.txt; 255 is no class
+folders      folders of images and of masks with the same names
+stamps       cut-out pictures pasted on others: the alpha channel is the mask
+"""
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from curation import storage
+from curation.config import Settings
+from curation.errors import InputError
+from curation.images import ImageLimits, ImageRejected, decode_rgb
+from curation.sources import SourceConfig, list_files
+
+IGNORED = 255  # a pixel without a class, in every target here
+MAX_LISTED = 5  # assumed: as many names as a person reads
+
+# Cited: cityscapesScripts, labels.py: the 19 classes that are evaluated, in the order of their train ids.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+ADE20K_CLASSES, VOC_CLASSES = 150, 21
+
+
+class PublishedData(Settings):
+    """A dataset in its published layout."""
+
+    layout: Literal["ade20k", "cityscapes", "voc2012"]
+    """Which one. ADE20K is the ADEChallengeData2016 of its scene parsing benchmark."""
+    path: str
+    """Its folder, local or any fsspec URL: ADEChallengeData2016, VOCdevkit/VOC2012, or that with leftImg8bit/."""
+
+
+class FolderData(Settings):
+    """Images, and masks with the same names: one grey (or palette) value a pixel, the number of its class."""
+
+    layout: Literal["folders"]
+    train_images: str
+    """Folder, local or any fsspec URL, searched through."""
+    train_masks: str
+    """Folder with a mask for each of these, of the same path but for the extension."""
+    test_images: str
+    """The same of the images that are scored."""
+    test_masks: str
+    num_classes: int = Field(ge=2, le=IGNORED)
+    """Classes have the numbers from 0 below this."""
+    ignored: int | None = Field(default=IGNORED, ge=0, le=255)
+    """The number of pixels that do not count; none when null."""
+
+
+class StampData(Settings):
+    """Pictures made of cut-out ones on others. Those for training and those for scoring share neither."""
+
+    layout: Literal["stamps"]
+    stamps: str
+    """Folder of PNGs with an alpha channel, searched through; those that are opaque throughout are left out."""
+    backgrounds: tuple[str, ...] = Field(min_length=1)
+    """Folders of images of any kind, searched through. What they show counts as background: no animals behind stamps
+    of animals."""
+    classes: Literal["foreground", "folder"] = "folder"
+    """Whether all stamps are one class, or those in each first folder below `stamps` are. The background is another."""
+    side: int = Field(default=224, ge=16)
+    """Of the pictures, in pixels."""
+    train_pictures: int = Field(default=400, ge=1)
+    """Pictures to train on."""
+    test_pictures: int = Field(default=100, ge=1)
+    """Pictures to score."""
+    test_share: float = Field(default=0.25, gt=0, lt=1)
+    """Share of the stamps of each class, and of the backgrounds, that only scored pictures are made of."""
+    max_stamps: int = Field(default=3, ge=1)
+    """Each picture has one to so many."""
+    stamp_sides: tuple[float, float] = (0.3, 0.7)
+    """Least and greatest longer side of a stamp, in sides of the picture."""
+    seed: int = 0
+    """Of which stamps go where."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        least, greatest = self.stamp_sides
+        if not 0 < least <= greatest <= 1:
+            raise ValueError(f"stamp_sides {self.stamp_sides}: expected 0 < least <= greatest <= 1")
+        return self
+
+
+SceneData = PublishedData | FolderData | StampData
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A picture, and the class of each of its pixels."""
+
+    image: Tensor
+    """(3, H, W) uint8."""
+    target: Tensor
+    """(H, W) uint8: the class, or IGNORED."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scenes:
+    """The pictures of one split."""
+
+    names: tuple[str, ...]
+    """For messages."""
+    num_classes: int
+    read: Callable[[int], Scene]
+    """The picture of that place. Raises InputError that names the file."""
+    hash: str
+    """64 hex digits: of all bytes that the pictures and targets are made of."""
+
+
+def load_scenes(data: SceneData) -> tuple[Scenes, Scenes]:
+    """The pictures to train on, and those to score. Raises InputError for a folder or a mask that is missing."""
+    if isinstance(data, StampData):
+        return _stamp_scenes(data)
+    if isinstance(data, FolderData):
+        lookup = _lookup(dict(zip(range(data.num_classes), range(data.num_classes), strict=True)), data.ignored)
+        train, test = (data.train_images, data.train_masks), (data.test_images, data.test_masks)
+        splits = [_same_names(_by_stem(images), _by_stem(masks), masks) for images, masks in (train, test)]
+        num_classes = data.num_classes
+    else:
+        match data.layout:
+            case "ade20k":
+                num_classes, names = ADE20K_CLASSES, ("training", "validation")
+                lookup = _lookup({value + 1: value for value in range(num_classes)}, 0)
+                splits = [_ade20k(data.path, name) for name in names]
+            case "cityscapes":
+                num_classes, names = len(CITYSCAPES_IDS), ("train", "val")
+                lookup = np.full(256, IGNORED, np.int16)
+                lookup[list(CITYSCAPES_IDS)] = range(num_classes)
+                splits = [_cityscapes(data.path, name) for name in names]
+            case "voc2012":
+                num_classes, names = VOC_CLASSES, ("train", "val")
+                lookup = _lookup({value: value for value in range(num_classes)}, IGNORED)
+                splits = [_voc2012(data.path, name) for name in names]
+    train_scenes, test_scenes = (_file_scenes(pairs, lookup, num_classes) for pairs in splits)
+    return train_scenes, test_scenes
+
+
+Pair = tuple[str, str]  # an image and its mask
+
+
+def _ade20k(path: str, split: str) -> list[Pair]:
+    masks = storage.join(path, "annotations", split)
+    return _same_names(_by_stem(storage.join(path, "images", split)), _by_stem(masks), masks)
+
+
+def _cityscapes(path: str, split: str) -> list[Pair]:
+    masks = storage.join(path, "gtFine", split)
+    images = _by_stem(storage.join(path, "leftImg8bit", split), "_leftImg8bit")
+    return _same_names(images, _by_stem(masks, "_gtFine_labelIds"), masks)
+
+
+def _voc2012(path: str, split: str) -> list[Pair]:
+    listing = storage.join(path, "ImageSets", "Segmentation", f"{split}.txt")
+    try:
+        names = storage.read_bytes(listing).decode().split()
+    except FileNotFoundError:
+        raise InputError(f"No list of images at '{listing}'. Give the folder VOCdevkit/VOC2012.") from None
+    if not names:
+        raise InputError(f"{listing}: names no image.")
+    return [
+        (storage.join(path, "JPEGImages", f"{name}.jpg"), storage.join(path, "SegmentationClass", f"{name}.png"))
+        for name in names
+    ]
+
+
+def _by_stem(folder: str, suffix: str = "") -> dict[str, str]:
+    """Paths by what they are called below `folder`, without the extension and the suffix, which they must have."""
+    if not storage.is_folder(folder):
+        raise InputError(f"No folder '{folder}'. Check the path of the dataset.")
+    found: dict[str, str] = {}
+    for file in list_files(SourceConfig(name="segmentation", path=folder, role="holdout")):
+        stem = file.path.rpartition(".")[0]
+        if stem.endswith(suffix):
+            name = stem.removesuffix(suffix)
+            if name in found:
+                raise InputError(f"{folder}: two files are called '{name}' but for their extension. Remove one.")
+            found[name] = storage.join(folder, file.path)
+    if not found:
+        raise InputError(f"{folder}: no image files{f' that end in {suffix}' if suffix else ''}.")
+    return found
+
+
+def _same_names(images: dict[str, str], masks: dict[str, str], where: str) -> list[Pair]:
+    missing = sorted(images.keys() - masks.keys())
+    if missing:
+        more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
+        raise InputError(f"{where}: no mask for {', '.join(missing[:MAX_LISTED])}{more}.")
+    return [(path, masks[name]) for name, path in sorted(images.items())]
+
+
+def _lookup(classes: dict[int, int], ignored: int | None) -> np.ndarray:
+    """What each value of a mask means, (256,): a class, IGNORED, or -1 where it means nothing."""
+    lookup = np.full(256, -1, np.int16)
+    lookup[list(classes)] = list(classes.values())
+    if ignored is not None:
+        lookup[ignored] = IGNORED
+    return lookup
+
+
+def _file_scenes(pairs: Sequence[Pair], lookup: np.ndarray, num_classes: int) -> Scenes:
+    def read(place: int) -> Scene:
+        image_path, mask_path = pairs[place]
+        image, target = _read_image(image_path), read_mask(mask_path, lookup)
+        if image.shape[1:] != target.shape:
+            raise InputError(
+                f"{mask_path}: the mask has {target.shape[1]} x {target.shape[0]} pixels, and its image {image_path} "
+                f"{image.shape[2]} x {image.shape[1]}. Give each image the mask that was made for it."
+            )
+        return Scene(image, target)
+
+    hashed = storage.hash_json([_hash_of(path) for pair in pairs for path in pair])
+    return Scenes(tuple(image for image, _ in pairs), num_classes, read, hashed)
+
+
+def read_mask(path: str, lookup: np.ndarray) -> Tensor:
+    """(H, W) uint8 classes of a mask's values through `lookup` (256,). Raises InputError that names the file."""
+    picture = _open_picture(path)
+    if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        raise InputError(f"{path}: a mask holds one class a pixel; this is a picture of mode {picture.mode}.")
+    values = np.asarray(picture).astype(np.int64)
+    known = (values >= 0) & (values < 256)
+    classes = np.where(known, lookup[np.where(known, values, 0)], -1)
+    if (classes < 0).any():
+        raise InputError(f"{path}: the mask holds the value {int(values[classes < 0][0])}, which is no class here.")
+    return torch.from_numpy(classes.astype(np.uint8))
+
+
+def _open_picture(path: str) -> Image.Image:
+    """A picture with its values as stored: no class is a colour."""
+    try:
+        picture = Image.open(io.BytesIO(_read_bytes(path)), formats=("PNG", "BMP", "TIFF", "GIF"))
+        picture.load()
+    # Pillow's parsers raise a dozen kinds on malformed bytes and promise no list.
+    except Exception as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a readable PNG, BMP, TIFF or GIF ({type(error).__name__}: {error}).") from None
+    return picture
+
+
+def _read_image(path: str) -> Tensor:
+    """(3, H, W) uint8."""
+    try:
+        picture = decode_rgb(_read_bytes(path), ImageLimits(min_side=1))
+    except ImageRejected as error:
+        raise InputError(f"{path}: the image cannot be used: {error}.") from None
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _read_bytes(path: str) -> bytes:
+    try:
+        return storage.read_bytes(path)
+    except FileNotFoundError:
+        raise InputError(f"No file at '{path}'.") from None
+    except OSError as error:
+        raise InputError(f"Cannot read '{path}': {error}.") from None
+
+
+def _hash_of(path: str) -> str:
+    return hashlib.sha256(_read_bytes(path)).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ stamps on pictures
+
+
+def _stamp_scenes(data: StampData) -> tuple[Scenes, Scenes]:
+    """Scenes that are made when they are read: of the config and their place alone."""
+    stamps: dict[str, tuple[str, str]] = {}  # by the hash of the bytes, so that none is in both splits: class and path
+    for name, path in _by_stem(data.stamps).items():
+        alpha = np.asarray(_open_picture(path).convert("RGBA"))[..., 3]
+        if alpha.min() < 128 <= alpha.max():
+            folder = name.partition("/")[0] if data.classes == "folder" and "/" in name else "stamp"
+            stamps.setdefault(_hash_of(path), (folder, path))
+    behind_all = [path for folder in data.backgrounds for path in _by_stem(folder).values()]
+    backgrounds = {_hash_of(path): path for path in behind_all}
+    classes = sorted({folder for folder, _ in stamps.values()})
+    if not classes:
+        raise InputError(f"{data.stamps}: no PNG with an alpha channel that is partly transparent.")
+    if len(classes) >= IGNORED:
+        raise InputError(
+            f"{data.stamps}: {len(classes)} folders; at most {IGNORED - 1} classes of stamps are possible."
+        )
+    own = [[key for key, (folder, _) in stamps.items() if folder == one] for one in classes]
+    halves = [_divide(keys, data) for keys in (*own, list(backgrounds))]
+    split: list[Scenes] = []
+    for number, count in enumerate((data.train_pictures, data.test_pictures)):
+        *of_class, behind = [half[number] for half in halves]
+        chosen = [(stamps[key][1], label) for label, keys in enumerate(of_class, 1) for key in keys]
+        if not chosen or not behind:
+            raise InputError(
+                f"{data.stamps}: {len(stamps)} stamps and {len(backgrounds)} backgrounds are too few to divide; a "
+                "class needs two, and so do the backgrounds."
+            )
+        facts = [data.model_dump(mode="json"), number, [*of_class, behind]]
+        paths = [backgrounds[key] for key in behind]
+        split.append(_pasted_scenes(data, number, count, chosen, paths, len(classes) + 1, storage.hash_json(facts)))
+    return split[0], split[1]
+
+
+def _divide(keys: list[str], data: StampData) -> tuple[list[str], list[str]]:
+    """Those to train on and those to score, in an order of the seed."""
+    ordered = sorted(keys, key=lambda key: hashlib.sha256(f"{data.seed} {key}".encode()).digest())
+    num_test = max(1, round(data.test_share * len(ordered))) if len(ordered) > 1 else 0
+    return ordered[num_test:], ordered[:num_test]
+
+
+def _pasted_scenes(
+    data: StampData,
+    split: int,
+    count: int,
+    stamps: list[tuple[str, int]],
+    backgrounds: list[str],
+    num_classes: int,
+    content_hash: str,
+) -> Scenes:
+    side = data.side
+
+    def read(place: int) -> Scene:
+        random = np.random.default_rng([data.seed, split, place])
+        behind = Image.fromarray(_read_image(backgrounds[random.integers(len(backgrounds))]).permute(1, 2, 0).numpy())
+        canvas = ImageOps.fit(behind, (side, side), Image.Resampling.BICUBIC)
+        target = np.zeros((side, side), np.uint8)
+        for _ in range(random.integers(1, data.max_stamps + 1)):
+            path, label = stamps[random.integers(len(stamps))]
+            stamp = _open_picture(path).convert("RGBA")
+            if random.random() < 0.5:
+                stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            factor = random.uniform(*data.stamp_sides) * side / max(stamp.size)
+            width, height = (max(1, round(length * factor)) for length in stamp.size)
+            stamp = stamp.resize((width, height), Image.Resampling.BICUBIC)
+            left, top = int(random.integers(side - width + 1)), int(random.integers(side - height + 1))
+            canvas.paste(stamp, (left, top), stamp)
+            covered = np.asarray(stamp)[..., 3] >= 128
+            target[top : top + height, left : left + width][covered] = label
+        return Scene(torch.from_numpy(np.array(canvas)).permute(2, 0, 1), torch.from_numpy(target))
+
+    names = tuple(f"picture {place} of {data.stamps}" for place in range(count))
+    return Scenes(names, num_classes, read, content_hash)

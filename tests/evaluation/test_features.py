@@ -1,0 +1,126 @@
+"""Models load by what they are, and the cache gives back what this model saw of these images, and nothing else."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from curation import backbone, weights
+from curation.errors import InputError, WeightsError
+from curation.runner import InlineRunner
+from evaluation import datasets
+from evaluation.datasets import Split, SplitConfig
+from evaluation.features import Features, ModelConfig, PicturesConfig, extract, load_model
+from tests.evaluation.builders import checkpoint, image_folder, model_config
+
+SMALL = PicturesConfig(resize_size=40, image_size=32)
+
+
+def split_of(tmp_path: Path) -> Split:
+    return datasets.load(
+        SplitConfig(path=image_folder(tmp_path / "images", 4)), str(tmp_path / "cache"), InlineRunner()
+    )
+
+
+def pixels(count: int = 3, side: int = 32) -> torch.Tensor:
+    return torch.randint(256, (count, 3, side, side), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def test_a_backbone_loads_by_its_path_alone(tmp_path: Path) -> None:
+    for layout, name in (("released", "one.pth"), ("transformers", "folder"), ("timm", "one.safetensors")):
+        network = backbone.build("vit_tiny", patch_size=8, image_size=32, depth=3, layer_scale=1.0)
+        weights.save(network, str(tmp_path / name), layout)  # type: ignore[arg-type]
+        model = load_model(ModelConfig(weights=str(tmp_path / name)))
+        assert (model.embed_dim, model.patch_size, model.num_blocks) == (192, 8, 3)
+        normal = (pixels().float() - model.mean) / model.deviation
+        torch.testing.assert_close(model.image_features(pixels()), network(normal).detach())
+        (first, _), (last, cls) = model.intermediate(pixels(), [0, 2])
+        assert first.shape == last.shape == (3, 192, 4, 4)
+        torch.testing.assert_close(cls, model.image_features(pixels()))
+
+
+def test_hashes_are_of_what_changes_features(tmp_path: Path) -> None:
+    one, other = checkpoint(tmp_path / "one.pth", 0), checkpoint(tmp_path / "other.pth", 1)
+    config = ModelConfig(weights=one)
+    changed = [
+        ModelConfig(weights=other),
+        ModelConfig(weights=one, pooling="patch_mean"),
+        ModelConfig(weights=one, precision="bfloat16"),
+        ModelConfig(weights=one, untrained_seed=5),
+        ModelConfig(weights=one, position_interpolation="plain"),
+        ModelConfig(name="pixels"),
+    ]
+    hashes = [load_model(one).hash for one in (config, *changed)]
+    assert len(set(hashes)) == len(hashes)
+    assert load_model(ModelConfig(weights=one, label="another name")).hash == hashes[0]
+
+
+def test_fresh_weights_are_of_the_same_architecture(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "one.pth", 3, registers=2)
+    model = load_model(ModelConfig(weights=path, untrained_seed=3))
+    assert model.backbone is not None and model.backbone.num_register_tokens == 2 and "untrained" in model.name
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"holds a vit_tiny_patch8; the config says vit_small_patch16"):
+        load_model(ModelConfig(name="vit_small_patch16", weights=checkpoint(tmp_path / "one.pth")))
+    with pytest.raises(ValueError, match="needs weights"):
+        ModelConfig()
+    with pytest.raises(ValueError, match="untrained_seed 1 is for Vision Transformers"):
+        ModelConfig(name="pixels", untrained_seed=1)
+    with pytest.raises(InputError, match="pixels has no patch tokens"):
+        load_model(ModelConfig(name="pixels")).intermediate(pixels(), [0])
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    network = backbone.build("vit_tiny", patch_size=8, image_size=32, depth=1)
+    network.norm.weight.data[3] = torch.nan
+    weights.save(network, str(tmp_path / "broken.pth"))
+    with pytest.raises(InputError, match="not finite"):
+        load_model(ModelConfig(weights=str(tmp_path / "broken.pth"))).image_features(pixels())
+
+
+def test_features_are_those_of_the_model_whatever_the_batch_and_the_cache(tmp_path: Path) -> None:
+    split, model = split_of(tmp_path), load_model(model_config(tmp_path))
+    found = [
+        extract(model, split, SMALL.model_copy(update={"batch_size": size}), str(tmp_path / f"cache-{size}")).matrix()
+        for size in (1, 5, 64)
+    ]
+    for one in found:
+        torch.testing.assert_close(one, found[0], atol=1e-4, rtol=1e-4)
+    assert found[0].shape == (12, 192) and len(torch.unique(found[0], dim=0)) == 12
+    again = extract(model, split, SMALL.model_copy(update={"batch_size": 7}), str(tmp_path / "cache-64"))
+    assert torch.equal(again.matrix(), found[2]), "read, not computed"
+
+
+def test_a_cached_feature_of_another_model_or_view_is_never_used(tmp_path: Path) -> None:
+    split, cache = split_of(tmp_path), str(tmp_path / "cache")
+    models = [load_model(model_config(tmp_path, seed)) for seed in (0, 1)]
+    first, second = (extract(model, split, SMALL, cache).matrix() for model in models)
+    assert not torch.allclose(first, second)
+    # The same path, other weights.
+    (tmp_path / "vit-0.pth").write_bytes((tmp_path / "vit-1.pth").read_bytes())
+    assert torch.equal(extract(load_model(models[0].config), split, SMALL, cache).matrix(), second)
+    other = extract(models[1], split, PicturesConfig(resize_size=32, image_size=32), cache).matrix()
+    assert not torch.allclose(other, second)
+    reversed_rows = torch.arange(len(split)).flip(0)
+    turned = extract(models[1], split.take(reversed_rows), SMALL, cache).matrix()
+    torch.testing.assert_close(turned, second[reversed_rows], atol=1e-4, rtol=1e-4)
+
+
+def test_a_damaged_cache_is_told(tmp_path: Path) -> None:
+    split, model, cache = split_of(tmp_path), load_model(ModelConfig(name="pixels")), tmp_path / "cache"
+    extract(model, split, SMALL, str(cache))
+    (part,) = cache.glob("features/*/features-00000.npy")
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be read"):
+        extract(model, split, SMALL, str(cache))
+
+
+def test_rows_are_taken_across_parts() -> None:
+    whole = np.arange(24, dtype=np.float32).reshape(8, 3)
+    features = Features((whole[:3], whole[3:4], whole[4:]))
+    rows = torch.tensor([7, 0, 3, 3, 4])
+    assert np.array_equal(features.take(rows), whole[rows])
+    assert np.array_equal(features.matrix(), whole) and len(list(features.blocks())) == 3
