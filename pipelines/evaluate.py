@@ -1,0 +1,88 @@
+"""Evaluate several models in the same way, and report them side by side.
+
+    python -m pipelines.evaluate --config pipelines/configs/evaluate/demo.toml --output runs/evaluate
+
+    runs/evaluate/
+      results.jsonl     one line a number, of every model
+      pictures/         what the models see
+      report.html       tables, plots and pictures
+      cache/            features; may be deleted
+
+A model without patch tokens is left out of what needs them: segmentation, depth and the pictures.
+"""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from curation import command, config, storage
+from curation.config import Settings
+from evaluation import report, run
+from evaluation.features import ModelConfig, load_model
+from evaluation.run import EvaluationConfig
+
+# Evaluations whose pictures are all of one size, and those that need patch tokens.
+WITH_PICTURES = ("knn", "logistic")
+OF_PATCHES = ("segmentation", "depth", "visualize")
+
+
+class EvaluateConfig(Settings):
+    """Which models, and what to find out about each."""
+
+    models: tuple[dict[str, Any], ...] = Field(min_length=1)
+    """A table each: the settings of evaluation.features.ModelConfig, and `image_size`, the side in pixels of what the
+    model sees of a labelled picture."""
+    evaluations: dict[str, Any]
+    """The evaluations, as `python -m evaluation.run` reads them."""
+
+    @model_validator(mode="after")
+    def _every_model_has_a_size(self) -> "EvaluateConfig":
+        for place, model in enumerate(self.models):
+            if not isinstance(model.get("image_size"), int):
+                raise ValueError(f"models.{place} has no image_size")
+        return self
+
+    def of_model(self, place: int) -> EvaluationConfig:
+        """The evaluations of one model. Raises ConfigError."""
+        model = dict(self.models[place])
+        size = model.pop("image_size")
+        pictures = {"resize_size": size, "image_size": size}
+        evaluations = dict(self.evaluations)
+        for name in WITH_PICTURES:
+            evaluations[name] = [{"pictures": pictures, **table} for table in evaluations.get(name, [])]
+        evaluations["retrieval"] = [
+            {**table, "data": {"pictures": pictures, **table["data"]}} if _is_labelled(table) else table
+            for table in evaluations.get("retrieval", [])
+        ]
+        return config.parse(EvaluationConfig, {"model": model, **evaluations}, origin=f"models.{place}")
+
+
+def _is_labelled(table: dict[str, Any]) -> bool:
+    return isinstance(table.get("data"), dict) and table["data"].get("layout") == "labelled"
+
+
+def evaluate(settings: EvaluateConfig, output: str) -> str:
+    """Run everything, and give the path of the report."""
+    configs = [settings.of_model(place) for place in range(len(settings.models))]  # all mistakes before any work
+    for own in configs:
+        model = load_model(own.model)
+        if model.patch_size is None:
+            own = own.model_copy(update=dict.fromkeys(OF_PATCHES, ()))
+        found = run.evaluate(own, model, output)
+        run.print_table(found)
+    return report.write(output)
+
+
+def command_line(
+    config_path: command.ConfigOption = "pipelines/configs/evaluate/demo.toml",
+    output: command.OutputOption = "runs/evaluate",
+    overrides: command.SetOption = None,
+) -> None:
+    """Evaluate models side by side."""
+    print(f"The report is {evaluate(config.load(EvaluateConfig, config_path, overrides or ()), output)}")
+
+
+if __name__ == "__main__":
+    from pipelines import evaluate as this  # by its real name
+
+    command.main(this.command_line)
