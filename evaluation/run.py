@@ -28,12 +28,13 @@ from curation import command, storage
 from curation.config import Settings, load, resolved_toml
 from curation.errors import ConfigError
 from curation.runner import Runner
-from evaluation import knn, linear, logistic, results
+from evaluation import knn, linear, logistic, results, robustness
 from evaluation.features import Model, ModelConfig, load_model
 from evaluation.knn import KnnConfig
 from evaluation.linear import LinearConfig
 from evaluation.logistic import LogisticConfig
 from evaluation.results import Result
+from evaluation.robustness import RobustnessConfig
 
 # What --model may name in place of a path.
 WITHOUT_WEIGHTS = ("efficientnet_lite0", "pixels")
@@ -50,6 +51,8 @@ class EvaluationConfig(Settings):
     """Logistic regression."""
     linear: tuple[LinearConfig, ...] = ()
     """Linear probes with augmentation."""
+    robustness: tuple[RobustnessConfig, ...] = ()
+    """A linear head on images that differ from those it was trained on."""
 
 
 def evaluate(
@@ -73,6 +76,8 @@ def evaluate(
                 own = logistic.run(settings, model, output, cache=cache, runner=runner)
             case LinearConfig():
                 own = linear.run(settings, model, output, cache=cache, runner=runner)
+            case RobustnessConfig():
+                own = robustness.run(settings, model, output, cache=cache, runner=runner)
             case _:
                 raise AssertionError(name)
         for result in own:
