@@ -5,6 +5,8 @@ CONFIG ?= pipelines/configs/demo.toml
 OUTPUT ?= runs/demo
 TRAIN_CONFIG ?= pipelines/configs/train/demo.toml
 TRAIN_OUTPUT ?= runs/train
+EVALUATE_CONFIG ?= pipelines/configs/evaluate/demo.toml
+EVALUATE_OUTPUT ?= runs/evaluate
 ARGS ?=
 
 # faiss and torch differ between machines with and without an NVIDIA GPU: make setup EXTRAS=gpu,demo,dev
@@ -13,7 +15,7 @@ EXTRAS ?= cpu,demo,dev
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup curate train test test-slow test-demo check format bench clean
+.PHONY: help setup curate train evaluate test test-slow test-demo check format bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -33,7 +35,10 @@ curate: setup  ## Build a corpus: CONFIG=... OUTPUT=... ARGS='--plan', '--replac
 
 train: curate  ## Train on the corpus that make curate wrote: TRAIN_CONFIG=... TRAIN_OUTPUT=... ARGS=...
 	$(BIN)/python -m pipelines.train --config $(TRAIN_CONFIG) --output $(TRAIN_OUTPUT) --images $(OUTPUT)/ingest \
-		--set data.path=$(OUTPUT)/corpus $(ARGS)
+		--set data.path=$(OUTPUT)/corpus $(if $(filter train,$(MAKECMDGOALS)),$(ARGS))
+
+evaluate: train  ## Evaluate what make train trained beside others: EVALUATE_CONFIG=... EVALUATE_OUTPUT=...
+	$(BIN)/python -m pipelines.evaluate --config $(EVALUATE_CONFIG) --output $(EVALUATE_OUTPUT)
 
 test: setup  ## Run the tests, as CI runs them
 	$(BIN)/python -m pytest -m "not demo and not slow" $(ARGS)

@@ -4,6 +4,8 @@
 
     DIR/
       results.jsonl     one line a number, see results.py; further runs, of other models too, add to it
+      pictures/         what visualize draws
+      report.html       all of it, with the published numbers beside ours where the protocol is the same
       cache/            ingested splits, features and heads; may be deleted
 
 The config is TOML: [model] says more of the model, and each evaluation is a list of tables, one a dataset:
@@ -28,13 +30,17 @@ from curation import command, storage
 from curation.config import Settings, load, resolved_toml
 from curation.errors import ConfigError
 from curation.runner import Runner
-from evaluation import knn, linear, logistic, results, robustness
+from evaluation import depth, knn, linear, logistic, report, results, retrieval, robustness, segmentation, visualize
+from evaluation.depth import DepthConfig
 from evaluation.features import Model, ModelConfig, load_model
 from evaluation.knn import KnnConfig
 from evaluation.linear import LinearConfig
 from evaluation.logistic import LogisticConfig
 from evaluation.results import Result
+from evaluation.retrieval import RetrievalConfig
 from evaluation.robustness import RobustnessConfig
+from evaluation.segmentation import SegmentationConfig
+from evaluation.visualize import VisualizeConfig
 
 # What --model may name in place of a path.
 WITHOUT_WEIGHTS = ("efficientnet_lite0", "pixels")
@@ -53,6 +59,14 @@ class EvaluationConfig(Settings):
     """Linear probes with augmentation."""
     robustness: tuple[RobustnessConfig, ...] = ()
     """A linear head on images that differ from those it was trained on."""
+    retrieval: tuple[RetrievalConfig, ...] = ()
+    """Ranking images of the same thing."""
+    segmentation: tuple[SegmentationConfig, ...] = ()
+    """A linear head that names every pixel's class."""
+    depth: tuple[DepthConfig, ...] = ()
+    """Heads that tell how far away every pixel is."""
+    visualize: tuple[VisualizeConfig, ...] = ()
+    """Pictures of what the model sees."""
 
 
 def evaluate(
@@ -78,6 +92,15 @@ def evaluate(
                 own = linear.run(settings, model, output, cache=cache, runner=runner)
             case RobustnessConfig():
                 own = robustness.run(settings, model, output, cache=cache, runner=runner)
+            case RetrievalConfig():
+                own = retrieval.run(settings, model, output, cache=cache, runner=runner)
+            case SegmentationConfig():
+                own = segmentation.run(settings, model, output)
+            case DepthConfig():
+                own = depth.run(settings, model, output)
+            case VisualizeConfig():
+                visualize.run(settings, model, output)
+                own = []
             case _:
                 raise AssertionError(name)
         for result in own:
@@ -128,8 +151,13 @@ def command_line(
     gpus = int(settings.model.device == "cuda")
     with command.open_runner(runner, workers, gpus_per_worker=gpus) as chosen:
         found = evaluate(settings, loaded, output, cache=cache, runner=chosen, only=tuple(only or ()))
-    Console(highlight=False).print(table(found))
-    print(f"Written to {storage.join(output, results.RESULTS_FILE)}")
+    print_table(found)
+    print(f"Written to {storage.join(output, results.RESULTS_FILE)} and {report.write(output)}")
+
+
+def print_table(found: list[Result]) -> None:
+    """Print the results for a person."""
+    Console(highlight=False, width=150).print(table(found))
 
 
 def table(found: list[Result]) -> Table:

@@ -15,10 +15,10 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from curation import command, config, storage
+from curation import command, config
 from curation.config import Settings
 from evaluation import report, run
-from evaluation.features import ModelConfig, load_model
+from evaluation.features import load_model
 from evaluation.run import EvaluationConfig
 
 # Evaluations whose pictures are all of one size, and those that need patch tokens.
