@@ -11,7 +11,7 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -55,8 +55,8 @@ class FolderData(Settings):
     test_masks: str
     num_classes: int = Field(ge=2, le=IGNORED)
     """Classes have the numbers from 0 below this."""
-    ignored: int | None = Field(default=IGNORED, ge=0, le=255)
-    """The number of pixels that do not count; none when null."""
+    ignored: tuple[Annotated[int, Field(ge=0, le=255)], ...] = (IGNORED,)
+    """Numbers of pixels that do not count."""
 
 
 class StampData(Settings):
@@ -132,7 +132,7 @@ def load_scenes(data: SceneData) -> tuple[Scenes, Scenes]:
         match data.layout:
             case "ade20k":
                 num_classes, names = ADE20K_CLASSES, ("training", "validation")
-                lookup = _lookup({value + 1: value for value in range(num_classes)}, 0)
+                lookup = _lookup({value + 1: value for value in range(num_classes)}, (0,))
                 splits = [_ade20k(data.path, name) for name in names]
             case "cityscapes":
                 num_classes, names = len(CITYSCAPES_IDS), ("train", "val")
@@ -141,7 +141,7 @@ def load_scenes(data: SceneData) -> tuple[Scenes, Scenes]:
                 splits = [_cityscapes(data.path, name) for name in names]
             case "voc2012":
                 num_classes, names = VOC_CLASSES, ("train", "val")
-                lookup = _lookup({value: value for value in range(num_classes)}, IGNORED)
+                lookup = _lookup({value: value for value in range(num_classes)}, (IGNORED,))
                 splits = [_voc2012(data.path, name) for name in names]
     train_scenes, test_scenes = (_file_scenes(pairs, lookup, num_classes) for pairs in splits)
     return train_scenes, test_scenes
@@ -200,12 +200,11 @@ def _same_names(images: dict[str, str], masks: dict[str, str], where: str) -> li
     return [(path, masks[name]) for name, path in sorted(images.items())]
 
 
-def _lookup(classes: dict[int, int], ignored: int | None) -> np.ndarray:
+def _lookup(classes: dict[int, int], ignored: Sequence[int]) -> np.ndarray:
     """What each value of a mask means, (256,): a class, IGNORED, or -1 where it means nothing."""
     lookup = np.full(256, -1, np.int16)
     lookup[list(classes)] = list(classes.values())
-    if ignored is not None:
-        lookup[ignored] = IGNORED
+    lookup[list(ignored)] = IGNORED
     return lookup
 
 

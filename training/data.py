@@ -27,9 +27,11 @@ import multiprocessing
 import os
 import signal
 import tarfile
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from typing import Any, Literal, NamedTuple, cast, final
 
 import cv2
@@ -618,6 +620,7 @@ def _from_processes(
     # Not by fork, which copies the locks of threads that do not live on in the copy. The server imports once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    _start_server()
     loader = DataLoader(
         passes,
         batch_size=None,
@@ -630,6 +633,21 @@ def _from_processes(
         worker_init_fn=_ignore_signals,
     )
     yield from loader
+
+
+def _start_server() -> None:
+    """Start the process that workers are forked from, deaf to SIGTERM: were it to die, its workers would count as dead.
+
+    What is ignored when a process starts is ignored by it; SIGINT it ignores by itself.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where Python sets no signals
+        forkserver.ensure_running()
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _ignore_signals(worker: int) -> None:

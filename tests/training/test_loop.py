@@ -171,14 +171,17 @@ def test_a_signal_saves_and_the_run_goes_on(images: str, tmp_path: Path, sent: i
     config = train_config(images, num_steps=12, checkpoint__every=1000, data__workers=1)
     (tmp_path / "train.toml").write_text(resolved_toml(config))
     command = [sys.executable, "-m", "training.train", "--config", str(tmp_path / "train.toml"), "--output"]
-    process = subprocess.Popen([*command, str(tmp_path / "run")], start_new_session=True, stderr=subprocess.PIPE)
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # or sums would be cut elsewhere
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "run")], start_new_session=True, stderr=subprocess.PIPE, env=environment
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None, process.communicate()[1].decode()
         time.sleep(0.02)
     os.killpg(process.pid, sent)  # as torchrun and a terminal do: the loader's processes get it too
     _, messages = process.communicate(timeout=60)
-    assert process.returncode == status and b"Traceback" not in messages
+    assert process.returncode == status and b"Traceback" not in messages, messages.decode()
     (stopped,) = checkpoint.steps(str(tmp_path / "run" / "checkpoints"))
     assert 2 <= stopped < 12
     config = train_config(images, num_steps=12, checkpoint__every=1000)  # the loader's processes may differ
