@@ -570,7 +570,7 @@ def train_head(model: Model, name: HeadName, config: DepthConfig, samples: Seque
         if not loss.isfinite():
             raise TrainingError(f"The loss of the depth head '{name}' is {loss.item()} at step {step}.")
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own is untyped
         nn.utils.clip_grad_norm_(head.parameters(), config.gradient_clip)
         optimizer.step()
         schedule.step()

@@ -7,9 +7,10 @@
       checkpoints/step-0001000/   resumes exactly, on any number of ranks         checkpoint.py
       export/step-0001000/        teacher.pth, heads.pth, hf/                      export.py
 
-A step is a function of what the last one left and of its number: its images, crops, masks and dropped paths are drawn
-from (seed, step). So a checkpoint holds no state of a generator, a run that was stopped goes on as if it had not been,
-and one that goes on with another number of ranks sees the same images.
+A step is a function of what the last one left and of its number: its images, crops and masks are drawn from (seed,
+step); which images stochastic depth leaves out, from these and the rank and pass. So a checkpoint holds no state of a
+generator, a run that was stopped goes on as if it had not been, and one that goes on with another number of ranks sees
+the same images.
 """
 
 import contextlib

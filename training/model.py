@@ -274,10 +274,10 @@ def whole_backbone(config: BackboneConfig, state: Mapping[str, Tensor]) -> Visio
 
 
 def model_memory(config: ModelConfig, num_ranks: int) -> dict[str, int]:
-    """Bytes that a rank needs before any image, by what for: the least there can be.
+    """Bytes that a rank needs before any image, by what for.
 
-    Weights, gradients and two moments of the student, the weights of its average, and of a frozen teacher; the whole
-    prototypes of student and teacher with their gradients, and the scores over them that are there at once.
+    Weights, gradients and two moments of the student, and the weights of its average; the whole prototypes of student
+    and teacher with their gradients, and the scores of a chunk over them. A frozen teacher's weights are not counted.
     """
     with torch.device("meta"):
         dimensions = backbone.SIZES[config.backbone.name].embed_dim

@@ -251,7 +251,8 @@ def test_batches_together_have_the_gradients_of_batches_alone() -> None:
 
     def gradients(features: list[backbone.Features]) -> dict[str, torch.Tensor]:
         model.zero_grad()
-        sum(of["x_norm_clstoken"].sin().sum() + of["x_norm_patchtokens"].cos().sum() for of in features).backward()  # type: ignore[union-attr]
+        for of in features:
+            (of["x_norm_clstoken"].sin().sum() + of["x_norm_patchtokens"].cos().sum()).backward(retain_graph=True)
         return {name: of.grad.clone() for name, of in model.named_parameters() if of.grad is not None}
 
     together = gradients(model.forward_features([x, y], [masks, None]))

@@ -30,7 +30,7 @@ def pixels(count: int = 3, side: int = 32) -> torch.Tensor:
 def test_a_backbone_loads_by_its_path_alone(tmp_path: Path) -> None:
     for layout, name in (("released", "one.pth"), ("transformers", "folder"), ("timm", "one.safetensors")):
         network = backbone.build("vit_tiny", patch_size=8, image_size=32, depth=3, layer_scale=1.0)
-        weights.save(network, str(tmp_path / name), layout)  # type: ignore[arg-type]
+        weights.save(network, str(tmp_path / name), layout)  # type: ignore[arg-type]  # a SavedLayout
         model = load_model(ModelConfig(weights=str(tmp_path / name)))
         assert (model.embed_dim, model.patch_size, model.num_blocks) == (192, 8, 3)
         normal = (pixels().float() - model.mean) / model.deviation

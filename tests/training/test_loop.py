@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -191,8 +192,6 @@ def test_a_signal_saves_and_the_run_goes_on(images: str, tmp_path: Path, sent: i
 
 
 def test_a_shard_that_is_cut_off_ends_the_run_and_loses_nothing(tmp_path: Path) -> None:
-    import tarfile
-
     write_images(tmp_path / "images")
     tar = tmp_path / "images.tar"
     with tarfile.open(tar, "w") as archive:
