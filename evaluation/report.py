@@ -6,15 +6,14 @@ and every text from outside is escaped: names of data sets and models are strang
 """
 
 import base64
-import html
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import final
 
 from curation import storage
 from curation.errors import InputError
+from curation.markup import Markup, tag
 from evaluation import results, visualize
 from evaluation.published import Published, beside
 from evaluation.results import Result
@@ -48,9 +47,6 @@ COLORS = ("#2f6690", "#b5382e", "#2e8b62", "#b07d2b", "#6a4c93", "#4a5a63", "#c2
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-# Control characters, and the surrogates that stand for bytes which are no UTF-8.
-_FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_VOID = frozenset({"img", "meta", "line", "rect", "circle", "polyline"})
 
 
 def write(output: str) -> str:
@@ -120,13 +116,13 @@ class Row:
     published: bool
 
 
-def _evaluation(name: str, found: Sequence[Result]) -> "Markup":
+def _evaluation(name: str, found: Sequence[Result]) -> Markup:
     datasets = list(dict.fromkeys(one.dataset for one in found))
     body = [part for dataset in datasets for part in _dataset([one for one in found if one.dataset == dataset])]
     return _section(name, TITLES.get(name, name), *body, _details(found))
 
 
-def _dataset(found: Sequence[Result]) -> list["Markup"]:
+def _dataset(found: Sequence[Result]) -> list[Markup]:
     """The heading, and one table, or where it would be too wide one for k=10 and k=20 and so on, or one a protocol."""
     columns = list(dict.fromkeys((one.protocol, one.metric) for one in found))
     if all(_number(protocol) is not None for protocol, _ in columns):
@@ -167,7 +163,7 @@ def table_rows(found: Sequence[Result], columns: Sequence[tuple[str, str]]) -> l
     return rows + [Row(model, tuple(map(cells.get, columns)), published=True) for model, cells in others.items()]
 
 
-def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Row]) -> "Markup":
+def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Row]) -> Markup:
     best = [
         (min if metric in LESS_IS_BETTER else max)(
             (cell.value for row in rows if not row.published and (cell := row.cells[index]) is not None), default=None
@@ -219,7 +215,7 @@ def _metric_title(metric: str) -> str:
     return f"{metric} ({UNITS[metric]})" if metric in UNITS else metric
 
 
-def _sources(rows: Sequence[Row]) -> list["Markup"]:
+def _sources(rows: Sequence[Row]) -> list[Markup]:
     cells = [cell for row in rows for cell in row.cells if isinstance(cell, Published)]
     lines = list(dict.fromkeys(cell.source for cell in cells))
     remarks = list(dict.fromkeys(cell.remark for cell in cells if cell.remark))
@@ -229,7 +225,7 @@ def _sources(rows: Sequence[Row]) -> list["Markup"]:
     return [tag("p", text, class_="note")]
 
 
-def _details(found: Sequence[Result]) -> "Markup":
+def _details(found: Sequence[Result]) -> Markup:
     """Settings, hashes and times: one line a run."""
     seen: dict[tuple[str, ...], Result] = {}
     for one in found:
@@ -253,7 +249,7 @@ def _details(found: Sequence[Result]) -> "Markup":
 # ---- plots
 
 
-def _plots(columns: Sequence[tuple[str, str]], rows: Sequence[Row]) -> list["Markup"]:
+def _plots(columns: Sequence[tuple[str, str]], rows: Sequence[Row]) -> list[Markup]:
     """Lines of the first metric over a number that the protocols name, such as k; else bars of one column: the first
     for which there are published numbers, or simply the first."""
     metric = columns[0][1]
@@ -272,7 +268,7 @@ def _plots(columns: Sequence[tuple[str, str]], rows: Sequence[Row]) -> list["Mar
     return [bar_plot(bars, f"{_metric_title(metric)}, {protocol}", metric)] if len(bars) > 1 else []
 
 
-def line_plot(ticks: Sequence[str], series: Sequence[tuple[str, Sequence[float | None]]], metric: str) -> "Markup":
+def line_plot(ticks: Sequence[str], series: Sequence[tuple[str, Sequence[float | None]]], metric: str) -> Markup:
     """Values over evenly spaced ticks, a line a model, as SVG. None leaves a gap out."""
     width, height, left, top = 640, 260, 56, 14
     values = [value for _, line in series for value in line if value is not None]
@@ -315,7 +311,7 @@ def line_plot(ticks: Sequence[str], series: Sequence[tuple[str, Sequence[float |
     return tag("figure", plot, legend, caption, class_="plot")
 
 
-def bar_plot(bars: Sequence[tuple[str, float, bool]], title: str, metric: str) -> "Markup":
+def bar_plot(bars: Sequence[tuple[str, float, bool]], title: str, metric: str) -> Markup:
     """A bar a model from 0, published ones pale, as SVG."""
     width, left, step = 640, 250, 24
     highest = max(max(value for _, value, _ in bars), 1e-9)
@@ -345,7 +341,7 @@ def _family(protocol: str) -> str:
 # ---- pictures
 
 
-def _pictures(kind: Kind, title: str, pictures: Sequence[tuple[Picture, bytes]]) -> "Markup":
+def _pictures(kind: Kind, title: str, pictures: Sequence[tuple[Picture, bytes]]) -> Markup:
     figures = [
         tag(
             "figure",
@@ -367,28 +363,7 @@ def _read_png(path: str) -> bytes:
     return data
 
 
-# ---- markup: no line above writes a `<` by hand, so none can forget to escape
-
-
-@final
-class Markup(str):
-    """Finished HTML or SVG. `tag` makes it."""
-
-
-def tag(name: str, *children: object, **attributes: object) -> Markup:
-    """An element. Children that are not Markup are escaped; attributes that are None are left out.
-
-    An underscore behind an attribute's name is dropped (`class_`), one inside becomes a hyphen.
-    """
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{_escape(value)}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
-    inside = "".join(child if isinstance(child, Markup) else _escape(child) for child in children)
-    if name in _VOID and not inside:
-        return Markup(f"<{name}{written}>" if name in ("img", "meta") else f"<{name}{written}/>")
-    return Markup(f"<{name}{written}>{inside}</{name}>")
+# ---- parts of the page
 
 
 def _section(identifier: str, title: str, *body: object) -> Markup:
@@ -414,10 +389,6 @@ def _clip(text: str, limit: int) -> str:
 def _place(evaluation: str) -> tuple[int, str]:
     known = list(TITLES)
     return (known.index(evaluation) if evaluation in known else len(known), evaluation)
-
-
-def _escape(value: object) -> str:
-    return html.escape(_FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", str(value)), quote=True)
 
 
 _STYLE = """

@@ -17,11 +17,11 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from curation import progress, storage
+from curation import markup, progress, storage
 from curation.config import Settings, load
 from curation.errors import ConfigError
-from pipelines import markup, report_facts
-from pipelines.markup import Markup, clip, join, quoted, tag
+from curation.markup import Markup, clip, join, quoted, tag
+from pipelines import report_facts
 from pipelines.report_facts import (
     OTHER,
     SAME,

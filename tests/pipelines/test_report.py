@@ -15,7 +15,7 @@ import pytest
 import tomli_w
 from PIL import Image
 
-from curation import cluster, dedup, ingest, pack, records, retrieve, storage, vectors
+from curation import cluster, dedup, ingest, markup, pack, records, retrieve, storage, vectors
 from curation.cluster import ClusterConfig, LevelConfig
 from curation.dedup import DedupConfig, FamilyConfig
 from curation.errors import ConfigError, InputError
@@ -26,7 +26,7 @@ from curation.retrieve import DatasetConfig, RetrieveConfig
 from curation.runner import InlineRunner
 from curation.sources import Role, SourceConfig
 from curation.storage import Manifest, Plan, ShardRecord
-from pipelines import markup, report, report_facts
+from pipelines import report, report_facts
 from pipelines.report import ReportConfig
 from pipelines.report_facts import Concepts
 

@@ -1,6 +1,6 @@
 """HTML in which nothing can be injected: every text is escaped unless it is an element that `tag` made.
 
-The report shows file names, labels and uris of strangers. No line of it writes a `<` by hand, so none can forget to
+Reports show file names, labels and uris of strangers. No line of it writes a `<` by hand, so none can forget to
 escape. The page holds no script, loads nothing, and its content policy tells the browser to refuse both.
 """
 
@@ -19,7 +19,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 @final
 class Markup(str):
-    """Finished HTML. Only this module makes one."""
+    """Finished HTML. `tag` and `join` make it, and of text of ours, such as a style, the pages themselves."""
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
