@@ -40,8 +40,8 @@ HEADS_FILE = "heads.pth"
 # Who is exported, first choice first: the parts of a checkpoint.
 EXPORTED = ("average", "teacher")
 # What a run's config says about its backbone, in [model.backbone]. What is optional is None where it is left out.
-REQUIRED = ("name", "patch_size", "image_size", "num_register_tokens", "position_interpolation")
-OPTIONAL = ("feed_forward", "layer_scale", "depth")
+REQUIRED = ("name", "patch_size", "image_size", "num_register_tokens", "position_interpolation", "layer_scale")
+OPTIONAL = ("feed_forward", "depth")
 
 _HEAD_KEY = re.compile(r"(dino|ibot)_head\.(mlp\.[024]\.(weight|bias)|last_layer\.weight_[gv])")
 _HEAD_KEYS = tuple(
@@ -120,6 +120,7 @@ def _build(config: Mapping[str, Any], path: str) -> VisionTransformer:
     if absent := [key for key in REQUIRED if key not in section]:
         raise InputError(f"{path}: its config does not say {', '.join(f'model.backbone.{key}' for key in absent)}.")
     options: dict[str, Any] = {key: section[key] for key in REQUIRED} | {key: section.get(key) for key in OPTIONAL}
+    options["layer_scale"] = options["layer_scale"] or None
     return backbone.build(**options, seed=None)
 
 

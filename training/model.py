@@ -60,8 +60,8 @@ class BackboneConfig(Settings):
     """Registers. Cited: none in the published training, 4 in the later releases."""
     feed_forward: FeedForward | None = None
     """`mlp` or `swiglu`; None takes the released choice for the name."""
-    layer_scale: float | None = Field(default=1e-5, gt=0)
-    """The starting value of LayerScale. Cited: DINOv2."""
+    layer_scale: float = Field(default=1e-5, ge=0)
+    """The starting value of LayerScale; 0 leaves it out, as in MAE and I-JEPA. Cited: DINOv2."""
     position_interpolation: PositionInterpolation = "plain"
     """How the positional embedding is fitted to crops of another size."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
@@ -251,7 +251,7 @@ def build_backbone(config: BackboneConfig, seed: int) -> VisionTransformer:
         image_size=config.image_size,
         num_register_tokens=config.num_register_tokens,
         feed_forward=config.feed_forward,
-        layer_scale=config.layer_scale,
+        layer_scale=config.layer_scale or None,
         position_interpolation=config.position_interpolation,
         depth=config.depth,
         seed=seed,

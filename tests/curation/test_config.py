@@ -1,6 +1,8 @@
 """The config: closed, frozen, complete in its messages, and equal after a round trip through TOML."""
 
+import importlib
 import math
+import pkgutil
 import types
 import typing
 from pathlib import Path
@@ -10,6 +12,10 @@ import numpy as np
 import pytest
 from pydantic import Field, ValidationError
 
+import curation
+import evaluation
+import pipelines
+import training
 from curation import config, storage
 from curation.config import Settings
 from curation.errors import ConfigError, InputError
@@ -203,6 +209,11 @@ def all_settings(model: type[Settings] = Settings) -> list[type[Settings]]:
 
 def test_no_setting_means_something_else_when_it_is_left_out_than_none() -> None:
     """TOML has no null, so a value of None is written by leaving it out: it must be the default."""
+    for package in (curation, training, evaluation, pipelines):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    names = {model.__name__ for model in all_settings()}
+    assert names >= {"PackConfig", "BackboneConfig", "KnnConfig"}
     for model in all_settings():
         for name, field in model.model_fields.items():
             union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
