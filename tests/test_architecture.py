@@ -71,13 +71,13 @@ def names_process_groups(node: ast.AST) -> bool:
     return False
 
 
-def test_process_groups_have_one_door() -> None:
+def test_process_groups_have_few_doors() -> None:
     found = {
         str(path.relative_to(ROOT))
         for path in sources()
         if any(names_process_groups(node) for node in ast.walk(ast.parse(path.read_text())))
     }
-    assert found == {"training/distributed.py", "training/checkpoint.py"}
+    assert found == {"curation/world.py", "training/distributed.py", "training/checkpoint.py"}
 
 
 def test_loading_weights_never_unpickles() -> None:

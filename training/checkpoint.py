@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from curation import storage
 from curation.config import Settings
 from curation.errors import ConfigError, InputError, OutputMismatchError
-from training.distributed import World, barrier
+from curation.world import World, barrier
 
 RECORD_NAME = "checkpoint.json"
 PREFIX = "step-"

@@ -1,8 +1,4 @@
-"""Many processes as one world: the one door to process groups, and to what splits a model over them.
-
-A process is a *rank*. torchrun starts the ranks and tells each its number by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
-and MASTER_PORT; Ray Train does, and opens the process group as well. Without either, one process is the whole world and
-there is no group at all: every function here then returns at once.
+"""What splits a model over the ranks of a world (curation/world.py), and what it is wrapped in.
 
 A model is prepared in this order, block by block, and the names of its parameters stay what they are:
 
@@ -11,13 +7,9 @@ A model is prepared in this order, block by block, and the names of its paramete
     shard(model, ...)                FSDP2: each rank keeps a slice of every parameter, of its gradient, of its averages
 """
 
-import contextlib
-import datetime
 import functools
 import itertools
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,114 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from curation.devices import require_device
-from curation.errors import ConfigError, DeviceError
+from curation.world import World
 
-Device = Literal["cpu", "cuda"]
 Recompute = Literal["none", "selective", "full"]
-
-ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # cited: torchrun's documentation
-# How long a rank waits for the others before it gives up. Assumed: longer than the slowest of them writes a checkpoint.
-TIMEOUT_SECONDS = 1800.0
-
-
-@dataclass(frozen=True)
-class World:
-    """The ranks that train together, and which of them this process is."""
-
-    rank: int
-    num_ranks: int
-    local_rank: int
-    """The number of this process on its machine, and of its GPU there."""
-    device: torch.device
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank writes what is written once."""
-        return self.rank == 0
-
-
-@contextlib.contextmanager
-def open_world(device: Device, *, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
-    """The world that torchrun describes in the environment, or this process alone.
-
-    A process group that is already open (Ray Train's) is joined and left open. One opened here is closed at the end,
-    after an error too: the other ranks' next exchange then fails instead of waiting.
-
-    timeout_seconds: how long a rank waits for the others before it fails. Raises DeviceError, ConfigError.
-    """
-    rank, num_ranks, local_rank = _numbers()
-    chosen = require_device(device)
-    if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise DeviceError(
-                f"Local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}. Start at most "
-                "one process for each (torchrun --nproc-per-node)."
-            )
-        chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
-    world = World(rank, num_ranks, local_rank, chosen)
-    if num_ranks == 1 or distributed.is_initialized():
-        yield world
-        return
-    distributed.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        rank=rank,
-        world_size=num_ranks,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-        device_id=chosen if device == "cuda" else None,
-    )
-    try:
-        yield world
-    finally:
-        distributed.destroy_process_group()
-
-
-def _numbers() -> tuple[int, int, int]:
-    """Rank, number of ranks and local rank, as the environment says."""
-    found = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    # The address alone says nothing: clusters set it for every process.
-    if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
-        return 0, 1, 0
-    if absent := [name for name in ENVIRONMENT if name not in found]:
-        raise ConfigError(
-            f"The environment has {', '.join(found)} and lacks {', '.join(absent)}. Start with torchrun, which sets "
-            "all of them, or unset them to train in one process."
-        )
-    try:
-        rank, num_ranks, local_rank = (int(found[name]) for name in ENVIRONMENT[:3])
-    except ValueError:
-        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers. Found: {found}.") from None
-    if not 0 <= rank < num_ranks or local_rank < 0:
-        raise ConfigError(f"RANK must lie in [0, WORLD_SIZE), and LOCAL_RANK be 0 or more. Found: {found}.")
-    return rank, num_ranks, local_rank
-
-
-# --- exchange -----------------------------------------------------------------------------------------------------
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of every rank's `tensor`, equal on all of them. Same shape everywhere; no gradient flows through."""
-    return _reduced(tensor, distributed.ReduceOp.SUM)
-
-
-def max_over_ranks(tensor: Tensor) -> Tensor:
-    """The elementwise largest of every rank's `tensor`. Same shape everywhere; no gradient flows through."""
-    return _reduced(tensor, distributed.ReduceOp.MAX)
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
-def _reduced(tensor: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tensor:
-    if not distributed.is_initialized():
-        return tensor.detach()
-    result = tensor.detach().clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(result, operation)
-    return result
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 
 from curation import progress, storage
-from training.distributed import World, sum_over_ranks
+from curation.world import World, sum_over_ranks
 from training.losses import entropies
 from training.model import Lesson
 

@@ -32,11 +32,11 @@ from curation.backbone import VisionTransformer
 from curation.config import Settings, resolved_toml
 from curation.errors import ConfigError, InputError, TrainingError, UserError
 from curation.runner import InlineRunner
+from curation.world import World, barrier, max_over_ranks, open_world, sum_over_ranks
 from training import checkpoint, data, distributed, export, masking, optimizer
 from training.augment import AugmentConfig
 from training.checkpoint import CheckpointConfig
 from training.data import Batch, DataConfig
-from training.distributed import World, max_over_ranks, sum_over_ranks
 from training.journal import Journal, Told
 from training.masking import MaskConfig
 from training.model import (
@@ -266,7 +266,7 @@ def train(config: TrainConfig, output: str, evaluate: Evaluate | None = None) ->
     """
     if not storage.is_local(output):
         raise ConfigError(f"--output {output}: training writes to a local folder. Copy it afterwards.")
-    with distributed.open_world(config.device) as world, _signals_noted() as stopped:
+    with open_world(config.device) as world, _signals_noted() as stopped:
         batch_of_rank = config.images_per_pass * world.num_ranks
         if config.batch_size % batch_of_rank:
             raise ConfigError(
@@ -276,7 +276,7 @@ def train(config: TrainConfig, output: str, evaluate: Evaluate | None = None) ->
         _check_memory(config, world)
         if world.is_first:
             data.prepare(config.data, output, InlineRunner())
-        distributed.barrier()
+        barrier()
         trainer = prepare(config, world)
         reached = _resume(trainer, output)
         if world.is_first:
@@ -502,7 +502,7 @@ def _export(trainer: Trainer, output: str, number: int) -> None:
         backbone = whole_backbone(trainer.config.model.backbone, state)
         heads = {name: value for name, value in state.items() if not name.startswith("backbone.")}
         export.export(backbone, heads, export.folder(output, number), trainer.config.export_layouts)
-    distributed.barrier()
+    barrier()
 
 
 def _evaluate(trainer: Trainer, evaluate: Evaluate | None, number: int, journal: Journal) -> None:
@@ -512,7 +512,7 @@ def _evaluate(trainer: Trainer, evaluate: Evaluate | None, number: int, journal:
     if trainer.world.is_first:
         backbone = whole_backbone(trainer.config.model.backbone, state)
         journal.evaluated(number, evaluate(backbone.to(trainer.world.device).eval(), number))
-    distributed.barrier()
+    barrier()
 
 
 @contextlib.contextmanager

@@ -38,11 +38,11 @@ from curation.backbone import VisionTransformer
 from curation.config import parse
 from curation.errors import SeedbedError
 from curation.images import ImageLimits
+from curation.world import World
 from pipelines.bench import decoding
 from training import loop, losses
 from training.augment import make_crops
 from training.data import Batch
-from training.distributed import World
 from training.loop import TrainConfig, Trainer
 from training.masking import mask_token_weights, step_masks
 from training.model import Outputs, crop_pairs, draw_kept

@@ -15,9 +15,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from curation.errors import ConfigError, InputError, OutputMismatchError
-from tests.training.conftest import Ranks
+from curation.world import World, open_world
+from tests.conftest import Ranks
 from training import checkpoint
-from training.distributed import World, open_world, shard
+from training.distributed import shard
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 CONFIG: dict[str, Any] = {"seed": 0, "crops": {"sizes": (224, 96)}, "rates": [{"base": 0.1}], "name": None}

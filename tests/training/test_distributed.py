@@ -4,10 +4,7 @@ The backbone's blocks take and give a list of batches of different lengths, with
 """
 
 import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,22 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from curation import backbone
-from curation.errors import ConfigError, DeviceError
-from tests.training.conftest import Ranks
+from curation.world import open_world
+from tests.conftest import Ranks
 from training import heads
-from training.distributed import (
-    ENVIRONMENT,
-    Recompute,
-    barrier,
-    checkpoint_activations,
-    compile_forward,
-    full_state,
-    local,
-    max_over_ranks,
-    open_world,
-    shard,
-    sum_over_ranks,
-)
+from training.distributed import Recompute, checkpoint_activations, compile_forward, full_state, local, shard
 
 TIMEOUT = 60.0
 Arrays = dict[str, npt.NDArray[np.float32]]
@@ -200,92 +185,8 @@ def test_the_first_rank_gathers_the_whole_state(ranks: Ranks) -> None:
     assert next(iter(expected.values())).any()
 
 
-def exchange() -> list[object]:
-    with open_world("cpu", timeout_seconds=TIMEOUT) as world:
-        own = torch.tensor([float(world.rank), 1.0], requires_grad=True)
-        summed, largest = sum_over_ranks(own), max_over_ranks(own)
-        barrier()
-        return [world.rank, world.num_ranks, world.is_first, summed.tolist(), largest.tolist(), own.tolist()]
-
-
-def test_sums_and_maxima_of_two_ranks(ranks: Ranks) -> None:
-    assert ranks(exchange) == [
-        [0, 2, True, [1.0, 2.0], [1.0, 1.0], [0.0, 1.0]],
-        [1, 2, False, [1.0, 2.0], [1.0, 1.0], [1.0, 1.0]],
-    ]
-
-
-def test_a_world_of_one_has_no_group() -> None:
+def test_a_world_of_one_is_not_sharded() -> None:
     with open_world("cpu") as world:
-        assert (world.rank, world.num_ranks, world.local_rank) == (0, 1, 0)
-        assert not torch.distributed.is_initialized()
-        tensor = torch.ones(2)
-        assert sum_over_ranks(tensor).tolist() == max_over_ranks(tensor).tolist() == [1.0, 1.0]
-        barrier()
         model = Model()
         shard(model, model.units(), world, param_dtype=torch.bfloat16)
         assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def fail_on_one() -> str:
-    """One rank raises, and the other then waits for it in vain."""
-    try:
-        with open_world("cpu", timeout_seconds=TIMEOUT) as world:
-            if world.rank == 0:
-                raise InterruptedError("rank 0 has had enough")
-            sum_over_ranks(torch.ones(1))
-    except (InterruptedError, RuntimeError) as error:
-        assert not torch.distributed.is_initialized()
-        return type(error).__name__
-    return "no error"
-
-
-def test_an_error_of_one_rank_ends_the_group(ranks: Ranks) -> None:
-    assert ranks(fail_on_one) == ["InterruptedError", "RuntimeError"]
-    assert ranks(exchange)[1][3] == [1.0, 2.0]  # the same processes meet again
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "lacks LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
-        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "whole numbers.*'x'"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, r"\[0, WORLD_SIZE\)"),
-    ],
-)
-def test_a_wrong_environment_is_refused(
-    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
-    if "LOCAL_RANK" in environment:
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message), open_world("cpu"):
-        pass
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_where_there_is_none_is_refused() -> None:
-    with pytest.raises(DeviceError, match="sees no GPU"), open_world("cuda"):
-        pass
-
-
-SCRIPT = """
-from training.distributed import open_world, sum_over_ranks
-import torch
-with open_world("cpu", timeout_seconds=60) as world:
-    total = sum_over_ranks(torch.tensor(world.rank + 1))
-    if world.is_first:
-        print("total", int(total), "of", world.num_ranks)
-"""
-
-
-@pytest.mark.slow
-def test_torchrun(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
-    assert "total 3 of 2" in result.stdout, result.stderr

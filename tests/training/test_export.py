@@ -18,9 +18,9 @@ from transformers import AutoModel
 from curation import backbone, weights
 from curation.backbone import VisionTransformer
 from curation.errors import ConfigError, InputError, WeightsError
+from curation.world import World
 from tests.curation.test_parity import randomize
 from training import checkpoint, export, heads
-from training.distributed import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 BACKBONE: dict[str, Any] = {

@@ -21,9 +21,9 @@ from curation.backbone import VisionTransformer
 from curation.config import resolved_toml
 from curation.errors import ConfigError, InputError, OutputMismatchError, RejectBudgetError, TrainingError
 from curation.runner import InlineRunner
+from curation.world import World, max_over_ranks, sum_over_ranks
 from tests.training.builders import random_batch, train_config, write_images
 from training import checkpoint, data, loop
-from training.distributed import World, max_over_ranks, sum_over_ranks
 from training.loop import TrainConfig, train
 from training.model import teach
 
