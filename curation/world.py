@@ -121,13 +121,19 @@ def barrier() -> None:
 
 
 @contextlib.contextmanager
-def first_alone(world: World) -> Iterator[None]:
+def first_alone() -> Iterator[None]:
     """The first rank goes through the block alone, the others after it: for what is written once and read by all."""
-    if not world.is_first:
+    is_first = not distributed.is_initialized() or distributed.get_rank() == 0
+    if not is_first:
         barrier()
     yield
-    if world.is_first:
+    if is_first:
         barrier()
+
+
+def all_ranks(condition: bool) -> bool:
+    """Whether it holds on every rank; all are told the same."""
+    return not max_over_ranks(torch.tensor(int(not condition), device=_device_of_group()))
 
 
 def gather_rows(world: World, own: Tensor, count: int) -> Tensor:
@@ -138,7 +144,7 @@ def gather_rows(world: World, own: Tensor, count: int) -> Tensor:
     if world.num_ranks == 1:
         return own.detach()
     sizes = [len(_share(rank, world.num_ranks, count)) for rank in range(world.num_ranks)]
-    padded = torch.zeros(max(sizes), *own.shape[1:], dtype=own.dtype, device=world.device)
+    padded = torch.zeros(max(sizes), *own.shape[1:], dtype=own.dtype, device=_device_of_group())
     padded[: len(own)] = own.detach()
     found = [torch.empty_like(padded) for _ in sizes]
     distributed.all_gather(found, padded)
@@ -155,6 +161,12 @@ def texts_of_ranks(world: World, own: str) -> list[str]:
     padded[0, : len(data)] = data
     rows = gather_rows(world, padded, world.num_ranks)
     return [bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def _device_of_group() -> torch.device:
+    """Where tensors must lie to be exchanged."""
+    nccl = distributed.is_initialized() and distributed.get_backend() == "nccl"
+    return torch.device("cuda") if nccl else torch.device("cpu")
 
 
 def _share(rank: int, num_ranks: int, count: int) -> range:

@@ -26,6 +26,7 @@ from curation.ingest import IngestConfig
 from curation.prefetch import prefetch
 from curation.runner import Runner
 from curation.sources import Layout, ReferenceReader, Role, SourceConfig
+from curation.world import first_alone
 
 Prepared = TypeVar("Prepared")
 
@@ -234,7 +235,8 @@ def _ingested(config: SplitConfig, cache: str, runner: Runner) -> str:
     listing = sources.listing_hash(sources.list_files(source))
     name = storage.hash_json([settings.model_dump(mode="json"), listing])[:32]
     folder = storage.join(cache, "ingest", name)
-    ingest.run(settings, folder, runner)
+    with first_alone():
+        ingest.run(settings, folder, runner)
     return folder
 
 

@@ -38,6 +38,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
@@ -53,6 +54,8 @@ from curation import storage
 from curation.config import Settings
 from curation.errors import InputError, TrainingError
 from curation.images import ImageLimits, ImageRejected, decode_rgb
+from curation.prefetch import prefetch
+from curation.world import ALONE, World, gather_rows
 from evaluation.features import Model
 from evaluation.results import Result
 
@@ -62,6 +65,7 @@ Crop = Literal["none", "eigen", "garg"]
 Tokens = Sequence[tuple[Tensor, Tensor]]  # of each block: patch tokens (B, D, h, w) and CLS (B, D)
 
 METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3", "mae")
+READERS = 2  # threads that read and crop ahead of the model. Assumed.
 NUM_BINS = 256  # cited: DINOv2, hub/depthers.py
 MIN_DEPTH = 1e-3  # metres; cited: the same
 BIN_FLOOR = 0.1  # added to every bin before they are normalised; cited: AdaBins and DINOv2's decode_head.py
@@ -525,12 +529,27 @@ def blocks_of(head: HeadName, num_blocks: int) -> tuple[int, ...]:
 # ---- training and prediction
 
 
-def predict(model: Model, head: nn.Module, pixels: Tensor, blocks: Sequence[int], *, final_norm: bool) -> Tensor:
-    """Metres (B, H, W) float32 on the model's device for pictures (B, 3, H, W) uint8 of any size."""
+def predict(
+    model: Model,
+    head: nn.Module,
+    pixels: Tensor,
+    blocks: Sequence[int],
+    *,
+    final_norm: bool,
+    all_rows: int | None = None,
+) -> Tensor:
+    """Metres (B, H, W) float32 on the model's device for pictures (B, 3, H, W) uint8 of any size.
+
+    all_rows: `pixels` are this rank's share of so many pictures, and the metres are those of all of them.
+    """
     assert model.patch_size is not None
     height, width = pixels.shape[-2:]
     padded, top, left = _pad(pixels, model.patch_size)
-    found = head(_tokens(model, padded, blocks, final_norm=final_norm))
+    tokens = _tokens(model, padded, blocks, final_norm=final_norm)
+    if all_rows is not None:
+        gathered = [[gather_rows(model.world, part, all_rows) for part in block] for block in tokens]
+        tokens = tuple((patches, cls) for patches, cls in gathered)
+    found = head(tokens)
     whole = functional.interpolate(found[:, None], size=padded.shape[-2:], mode="bilinear")[:, 0]
     return whole[:, top : top + height, left : left + width]
 
@@ -564,8 +583,10 @@ def train_head(model: Model, name: HeadName, config: DepthConfig, samples: Seque
         pct_start=config.warmup_steps / config.steps,
         cycle_momentum=False,
     )
-    for step, (pixels, truth) in enumerate(training_batches(samples, config)):
-        found = predict(model, head, pixels, blocks, final_norm=config.final_norm)
+    if config.batch_size < model.world.num_ranks:
+        raise InputError(f"batch_size is {config.batch_size}: fewer pictures than the {model.world.num_ranks} ranks.")
+    for step, (pixels, truth) in enumerate(training_batches(samples, config, model.world)):
+        found = predict(model, head, pixels, blocks, final_norm=config.final_norm, all_rows=config.batch_size)
         loss = sig_loss(found, truth.to(model.device), max_depth=config.cap, mean_alone=step < config.loss_warmup_steps)
         if not loss.isfinite():
             raise TrainingError(f"The loss of the depth head '{name}' is {loss.item()} at step {step}.")
@@ -577,28 +598,38 @@ def train_head(model: Model, name: HeadName, config: DepthConfig, samples: Seque
     return head.eval()
 
 
-def training_batches(samples: Sequence[Sample], config: DepthConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Crops (B, 3, H, W) uint8 and their depths (B, H, W) for every step, a pure function of the seed and the step."""
+def training_batches(
+    samples: Sequence[Sample], config: DepthConfig, world: World = ALONE
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the crops (., 3, H, W) uint8 of every step, and the depths (B, H, W) of all of them.
+
+    A pure function of the seed and the step; threads read ahead.
+    """
     size = config.crop_size or ((352, 704) if config.train.layout == "kitti" else (416, 544))
-    for step in range(config.steps):
-        crops = []
-        for position in range(step * config.batch_size, (step + 1) * config.batch_size):
-            epoch, place = divmod(position, len(samples))
-            sample = samples[_order(config.seed, epoch, len(samples))[place]]
-            image, depth = read_sample(sample, config.train)
-            if config.train.layout == "nyu":
-                image, depth = image[:, *NYU_INSIDE], depth[NYU_INSIDE]
-            if depth.shape[0] < size[0] or depth.shape[1] < size[1]:
-                raise InputError(
-                    f"{sample.image} has {depth.shape[0]} x {depth.shape[1]} pixels, less than crop_size "
-                    f"{size[0]} x {size[1]}. Set a smaller crop_size."
-                )
-            random = np.random.default_rng([config.seed, 1, position])
-            if config.augment:
-                brightness = 0.1 if config.train.layout == "kitti" else 0.25
-                image, depth = augment(image, depth, random, brightness=brightness)
-            crops.append(_random_crop(image, depth, size, random))
-        yield torch.stack([image for image, _ in crops]), torch.stack([depth for _, depth in crops])
+    share = world.share(config.batch_size)
+
+    def make(position: int) -> tuple[Tensor, Tensor]:
+        epoch, place = divmod(position, len(samples))
+        sample = samples[_order(config.seed, epoch, len(samples))[place]]
+        image, depth = read_sample(sample, config.train)
+        if config.train.layout == "nyu":
+            image, depth = image[:, *NYU_INSIDE], depth[NYU_INSIDE]
+        if depth.shape[0] < size[0] or depth.shape[1] < size[1]:
+            raise InputError(
+                f"{sample.image} has {depth.shape[0]} x {depth.shape[1]} pixels, less than crop_size "
+                f"{size[0]} x {size[1]}. Set a smaller crop_size."
+            )
+        random = np.random.default_rng([config.seed, 1, position])
+        if config.augment:
+            brightness = 0.1 if config.train.layout == "kitti" else 0.25
+            image, depth = augment(image, depth, random, brightness=brightness)
+        return _random_crop(image, depth, size, random)
+
+    positions = (step * config.batch_size + place for step in range(config.steps) for place in share)
+    crops = prefetch(make, positions, threads=READERS, ahead=2 * len(share))
+    while batch := list(islice(crops, len(share))):
+        depths = torch.stack([depth for _, depth in batch])
+        yield torch.stack([image for image, _ in batch]), gather_rows(world, depths, config.batch_size)
 
 
 @functools.lru_cache(maxsize=2)
@@ -723,11 +754,19 @@ def _score(
 ) -> dict[str, float]:
     cap = min(config.cap, LAYOUTS[data.layout].max_depth) if data.layout == "sun_rgbd" else config.cap
     crop = data.crop or LAYOUTS[data.layout].crop
-    measured = []
-    for sample in samples:
-        image, truth = read_sample(sample, data)
+    share = model.world.share(len(samples))
+    rows = [torch.empty(0, len(METRICS), dtype=torch.float64)]
+    for image, truth in prefetch(lambda place: read_sample(samples[place], data), share, threads=READERS):
         (found,) = predict_for_score(
             model, head, image[None], blocks, final_norm=config.final_norm, flip=config.flip_average, cap=cap
         )
-        measured.append(measure(found, truth, valid_mask(truth, max_depth=config.cap, crop=crop)))
-    return mean_over_pictures(measured)
+        own = measure(found, truth, valid_mask(truth, max_depth=config.cap, crop=crop))
+        rows.append(torch.tensor([[own[metric] for metric in METRICS]], dtype=torch.float64))
+    every = gather_rows(model.world, torch.cat(rows), len(samples)).tolist()
+    return mean_over_pictures([dict(zip(METRICS, row, strict=True)) for row in every])
+
+
+if __name__ == "__main__":
+    from evaluation.run import main
+
+    main("depth")

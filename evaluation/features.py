@@ -40,9 +40,11 @@ from curation.devices import require_device
 from curation.embedders import EmbedderConfig, ModelName, Normalization
 from curation.errors import InputError, WeightsError
 from curation.images import Picture, to_shape
-from curation.runner import InlineRunner, Runner, Shard
+from curation.rank_runner import RankRunner, follow
+from curation.runner import InlineRunner, Runner, Shard, Worker
 from curation.stage import run_shards
-from curation.storage import ShardRecord
+from curation.storage import Manifest, ShardRecord
+from curation.world import ALONE, World
 from evaluation import datasets
 from evaluation.datasets import Split
 
@@ -50,8 +52,8 @@ Pooling = Literal["cls", "patch_mean", "cls_patch_mean"]
 
 # Side in pixels of what "pixels" reads of a picture. Assumed: as CIFAR's, at which photographs can still be told apart.
 PIXELS_SIDE = 32
-# Images of one file of features: 17 MB at F 1,024. Assumed.
-SHARD_IMAGES = 4096
+# Images of one file of features, which one worker or rank computes: 4 MB at F 1,024. Assumed.
+SHARD_IMAGES = 1024
 # What says how features are computed and shapes none of them, rounding apart.
 NOT_IN_PLAN = frozenset({"batch_size", "decode_threads"})
 
@@ -127,6 +129,8 @@ class Model:
     """Where the patch tokens come from."""
     config: ModelConfig = field(repr=False)
     """What it was loaded from."""
+    world: World = field(repr=False)
+    """The ranks that hold it: what goes through it is shared out among them."""
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -155,11 +159,11 @@ class Model:
         return images.to(self.dtype, memory_format=torch.channels_last)
 
 
-def load_model(config: ModelConfig) -> Model:
-    """The model of `config` on its device, frozen. Raises DeviceError and WeightsError."""
+def load_model(config: ModelConfig, world: World = ALONE) -> Model:
+    """The model of `config` on its device, frozen; on each rank of `world`. Raises DeviceError and WeightsError."""
     device, dtype = require_device(config.device), getattr(torch, config.precision)
     if config.name is None or embedders.split_name(config.name):
-        return _load_vit(config, device, dtype)
+        return _load_vit(config, device, dtype, world)
     if config.name == "pixels":
         name, path, facts = "pixels", None, [f"pixels {PIXELS_SIDE}"]
         read: Callable[[Tensor], Tensor] = _pixels
@@ -194,10 +198,11 @@ def load_model(config: ModelConfig) -> Model:
         read=read,
         backbone=None,
         config=config,
+        world=world,
     )
 
 
-def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
+def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype, world: World) -> Model:
     assert config.weights is not None
     checkpoint = weights.read(config.weights, sha256=config.weights_sha256)
     found = weights.architecture(checkpoint.tensors, checkpoint.path)
@@ -248,6 +253,7 @@ def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         read=_pooled(network, pooling),
         backbone=network,
         config=config,
+        world=world,
     )
 
 
@@ -353,7 +359,8 @@ class Features:
 def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runner: Runner | None = None) -> Features:
     """The features of the images of `split`, from the cache where they are there.
 
-    `runner` may spread the images over workers, each of which loads the model. Raises InputError for features that are
+    `runner` may spread the images over workers, each of which loads the model; the ranks of the model's world, which
+    all call this, share them instead. Raises InputError for features that are
     not finite or a cache that is damaged.
     """
     inputs = {"model": model.hash, "images": split.images_hash}
@@ -363,19 +370,32 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     starts = range(0, len(split), SHARD_IMAGES)
     ranges = [range(start, min(start + SHARD_IMAGES, len(split))) for start in starts]
     shards = [Shard(f"{number:05d}", rows, len(rows)) for number, rows in enumerate(ranges)]
-    here = functools.partial(_identity, model) if isinstance(runner, InlineRunner) else None
-    manifest = run_shards(
-        "features",
-        config=config,
-        inputs=inputs,
-        output=folder,
-        runner=runner,
-        shards=shards,
-        make_worker=functools.partial(
-            _make_worker, here or functools.partial(load_model, model.config), model.hash, split, config, folder
-        ),
-        not_in_plan=NOT_IN_PLAN,
-    )
+    load = functools.partial(_identity, model)
+    if not isinstance(runner, InlineRunner):
+        load = functools.partial(load_model, model.config)
+    make_worker: Callable[[], Worker] = functools.partial(_make_worker, load, model.hash, split, config, folder)
+
+    def lead(chosen: Runner) -> Manifest:
+        return run_shards(
+            "features",
+            config=config,
+            inputs=inputs,
+            output=folder,
+            runner=chosen,
+            shards=shards,
+            make_worker=make_worker,
+            not_in_plan=NOT_IN_PLAN,
+        )
+
+    if model.world.num_ranks == 1:
+        manifest = lead(runner)
+    elif model.world.is_first:
+        leading = RankRunner(model.world)
+        manifest = lead(leading)
+        leading.dismiss()
+    else:
+        follow(model.world, "features", make_worker, shards, folder)
+        manifest = storage.require_manifest(folder)
     parts = tuple(_read_part(storage.join(folder, name)) for name in manifest.files("features"))
     shapes = [part.shape for part in parts]
     if shapes != [(shard.num_items, model.num_features) for shard in shards]:

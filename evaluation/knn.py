@@ -25,6 +25,7 @@ from curation.config import Settings
 from curation.devices import require_device
 from curation.errors import InputError
 from curation.runner import InlineRunner, Runner
+from curation.world import World, gather_rows
 from evaluation import datasets, features
 from evaluation.datasets import SplitConfig
 from evaluation.features import Model, PicturesConfig
@@ -161,11 +162,13 @@ def run(
             f"k is {max(config.k)}, and {train.path} has only {len(train)} images. Take smaller values of k."
         )
     found: list[tuple[str, str, float, float | None]] = []
-    for k, scores in _scores(config, own.blocks(), train.labels, asked, test.labels).items():
+    for k, scores in _scores(config, model.world, own.blocks(), train.labels, asked, test.labels).items():
         found += [(f"k={k}", metric, value, None) for metric, value in scores.items()]
     for per_class in config.per_class:
         draws = [datasets.few_shot(train.labels, per_class, config.seed + number) for number in range(config.tries)]
-        tried = [_scores(config, [own.take(rows)], train.labels[rows], asked, test.labels) for rows in draws]
+        tried = [
+            _scores(config, model.world, [own.take(rows)], train.labels[rows], asked, test.labels) for rows in draws
+        ]
         if not tried[0]:
             raise InputError(
                 f"{per_class} images a class are {len(draws[0])}, fewer than every k of {list(config.k)}. Take a "
@@ -196,13 +199,20 @@ def run(
 
 
 def _scores(
-    config: KnnConfig, blocks: Iterable[Tensor], labels: Tensor, asked: Tensor, truth: Tensor
+    config: KnnConfig, world: World, blocks: Iterable[Tensor], labels: Tensor, asked: Tensor, truth: Tensor
 ) -> dict[int, dict[str, float]]:
-    """By k, of those that the training images suffice for, what the vote of that many scores."""
+    """By k, of those that the training images suffice for, what the vote of that many scores.
+
+    Ranks share the test images.
+    """
     wanted = [k for k in config.k if k <= len(labels)]
     if not wanted:
         return {}
-    similarities, rows = neighbors(blocks, asked, k=max(wanted), device=config.device)
+    share = world.share(len(asked))
+    similarities, rows = (
+        gather_rows(world, own, len(asked))
+        for own in neighbors(blocks, asked[share.start : share.stop], k=max(wanted), device=config.device)
+    )
     num_classes = int(labels.max()) + 1
     scores = {}
     for k in wanted:
@@ -230,3 +240,9 @@ def _unit(features: Tensor, what: str, first_row: int) -> np.ndarray:
         )
     result: np.ndarray = units.cpu().numpy()
     return result
+
+
+if __name__ == "__main__":
+    from evaluation.run import main
+
+    main("knn")

@@ -40,6 +40,7 @@ from curation.prefetch import prefetch
 from curation.progress import bar
 from curation.runner import InlineRunner, Runner
 from curation.sources import ReferenceReader
+from curation.world import World, all_ranks, gather_rows, sum_over_ranks
 from evaluation import datasets
 from evaluation.datasets import Split, SplitConfig
 from evaluation.features import Model, PicturesConfig, preprocess
@@ -222,12 +223,12 @@ def _crop_box(height: int, width: int, random: np.random.Generator) -> tuple[int
 
 
 def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head:
-    """The best head for `train`, from the cache where it is there."""
+    """The best head for `train`, from the cache where it is there; all ranks call this and have the same."""
     inputs = [model.hash, train.data_hash]
     plan = config.model_dump(mode="json", exclude={"name", "train", "test", "images_per_pass", "allow_missing_classes"})
     folder = storage.join(cache, "linear", storage.hash_json([inputs, plan])[:32])
     facts_path, tensors_path = storage.join(folder, "head.json"), storage.join(folder, "head.safetensors")
-    if storage.exists(facts_path):  # written last
+    if all_ranks(storage.exists(facts_path)):  # written last
         facts = json.loads(storage.read_bytes(facts_path))
         tensors = safetensors.torch.load(storage.read_bytes(tensors_path))
         return Head(
@@ -239,6 +240,8 @@ def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head
             tensors["bias"],
         )
     head = _train(config, model, train)
+    if not model.world.is_first:
+        return head
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
     storage.write_bytes(tensors_path, safetensors.torch.save(tensors))
     facts = {
@@ -254,13 +257,15 @@ def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head
 
 def _train(config: LinearConfig, model: Model, train: Split) -> Head:
     own, held = (train.take(rows) for rows in datasets.hold_out(train.labels, config.held_out, config.seed))
-    readings, num_classes = readings_of(config, model), len(train.classes)
+    readings, num_classes, world = readings_of(config, model), len(train.classes), model.world
+    if config.batch_size < world.num_ranks:
+        raise InputError(f"batch_size is {config.batch_size}: fewer images than the {world.num_ranks} ranks.")
     scaled = [rate * config.batch_size / REFERENCE_BATCH for rate in config.rates]
     heads: list[Heads] = []
     with bar("linear", total=config.steps, unit="steps") as advance:
-        for step, (pixels, labels) in enumerate(_crops(config, own)):
+        for step, (pixels, labels) in enumerate(_crops(config, own, world)):
             passes = [read(model, part, readings) for part in torch.split(pixels, config.images_per_pass)]
-            inputs = [torch.cat(parts) for parts in zip(*passes, strict=True)]
+            inputs = [gather_rows(world, torch.cat(parts), len(labels)) for parts in zip(*passes, strict=True)]
             if not heads:
                 heads = [
                     Heads(scaled, num_classes, one.shape[1], seed=[config.seed, place]).to(model.device)
@@ -272,9 +277,10 @@ def _train(config: LinearConfig, model: Model, train: Split) -> Head:
             ]
             advance(1, f"least loss {min(float(own_losses.min()) for own_losses in losses):.3f}")
     right = torch.zeros(len(heads), len(scaled), dtype=torch.int64)
-    for pixels, labels in middles(held, config.pictures, config.images_per_pass):
+    for pixels, labels in middles(held, world, config.pictures, config.images_per_pass):
         for place, (several, one) in enumerate(zip(heads, read(model, pixels, readings), strict=True)):
             right[place] += (several.logits(one).argmax(2).cpu() == labels).sum(1)
+    right = sum_over_ranks(right.to(world.device)).cpu()
     best = int(right.argmax())
     place, rate = divmod(best, len(scaled))
     chosen = heads[place]
@@ -290,16 +296,19 @@ def _train(config: LinearConfig, model: Model, train: Split) -> Head:
     )
 
 
-def _crops(config: LinearConfig, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """The random crops (B, 3, side, side) and labels (B,) of each step; threads make them ahead, a step each."""
+def _crops(config: LinearConfig, split: Split, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the random crops (., 3, side, side) of each step, and the labels (B,) of all of them.
+
+    Threads make them ahead, a step each.
+    """
     side = config.pictures.image_size
     # The smallest crop of a picture that is scaled down to this still has `side` pixels.
     target_side = math.ceil(side / math.sqrt(CROP_AREA[0]))
 
     def make(item: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
         first, own = item
-        reader, crops = ReferenceReader(), []
-        for place, row in enumerate(split.table.take(pa.array(own)).to_pylist()):
+        reader, crops, share = ReferenceReader(), [], world.share(len(own))
+        for place, row in zip(share, split.table.take(pa.array([own[one] for one in share])).to_pylist(), strict=True):
             data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
             picture = decode_picture(data, split.limits, target_side=target_side)
             crops.append(random_crop(picture, side, np.random.default_rng([config.seed, 1, first + place])))
@@ -319,19 +328,31 @@ def _order(num_images: int, seed: int) -> Iterator[int]:
         yield from np.random.default_rng([seed, 0, epoch]).permutation(num_images).tolist()
 
 
-def middles(split: Split, config: PicturesConfig, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The middles of all pictures (B, 3, side, side) and their labels (B,), `size` at a time."""
+def middles(split: Split, world: World, config: PicturesConfig, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The middles of this rank's share of the pictures (B, 3, side, side) and their labels (B,), `size` at a time."""
+    share = world.share(len(split))
     found = datasets.pictures(
         split,
-        range(len(split)),
+        share,
         lambda picture: preprocess(picture, config),
         target_side=config.resize_size,
         threads=config.decode_threads,
     )
-    start = 0
+    start = share.start
     while batch := [pixels for _, pixels in islice(found, size)]:
         yield torch.stack(batch), split.labels[start : start + len(batch)]
         start += len(batch)
+
+
+def predict(head: Head, model: Model, split: Split, pictures: PicturesConfig, size: int, among: Tensor) -> Tensor:
+    """The class (m,) int64 of each picture, the likeliest of the classes `among` (c,); all ranks are told all.
+
+    size: pictures that go through the model at once.
+    """
+    found = [torch.empty(0, dtype=torch.int64)]
+    for pixels, _ in middles(split, model.world, pictures, size):
+        found.append(among[head.logits(model, pixels)[:, among].argmax(1)])
+    return gather_rows(model.world, torch.cat(found), len(split))
 
 
 def run(
@@ -339,16 +360,16 @@ def run(
 ) -> list[Result]:
     """Train, choose and classify one dataset; the head is kept in `cache`, <output>/cache when None.
 
-    The pictures are read in this process, whatever the runner, which ingests. Raises UserError kin.
+    The pictures are read in this process, and shared by the ranks of the model's world; `runner` ingests. Raises
+    UserError kin.
     """
     started, cache = time.perf_counter(), cache or storage.join(output, "cache")
     train, test = datasets.load_pair(
         config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
     )
     head = fitted(config, model, train, cache)
-    predicted = torch.cat(
-        [head.logits(model, pixels).argmax(1) for pixels, _ in middles(test, config.pictures, config.images_per_pass)]
-    )
+    every_class = torch.arange(len(train.classes))
+    predicted = predict(head, model, test, config.pictures, config.images_per_pass, every_class)
     seconds = time.perf_counter() - started
     grid = "own grid" if config.learning_rates else f"grid of the {config.grid}"
     chosen = {
@@ -376,3 +397,9 @@ def run(
         )
         for metric, value in scores.items()
     ]
+
+
+if __name__ == "__main__":
+    from evaluation.run import main
+
+    main("linear")

@@ -110,13 +110,18 @@ def predict(
 def run(
     config: LogisticConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
-    """Fit and classify one dataset; features are kept in `cache`, <output>/cache when None. Raises UserError kin."""
+    """Fit and classify one dataset; features are kept in `cache`, <output>/cache when None. Raises UserError kin.
+
+    Of several ranks the first one fits; the others find nothing.
+    """
     started, cache = time.perf_counter(), cache or storage.join(output, "cache")
     train, test = datasets.load_pair(
         config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
     )
     own = features.extract(model, train, config.pictures, cache, runner).matrix()
     asked = features.extract(model, test, config.pictures, cache, runner).matrix()
+    if not model.world.is_first:
+        return []
     c, share = choose(
         own,
         train.labels,
@@ -167,3 +172,9 @@ def _check(own: Tensor, what: str) -> None:
     wrong = torch.nonzero(~own.isfinite().all(1))
     if len(wrong):
         raise InputError(f"The {what} features hold a value that is not finite in row {int(wrong[0])}.")
+
+
+if __name__ == "__main__":
+    from evaluation.run import main
+
+    main("logistic")

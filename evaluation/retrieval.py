@@ -43,6 +43,7 @@ from curation.images import ImageLimits, ImageRejected, Picture, decode_picture,
 from curation.prefetch import prefetch
 from curation.runner import InlineRunner, Runner
 from curation.sources import SourceConfig, list_files
+from curation.world import all_ranks, gather_rows
 from evaluation import datasets, features, knn, plain_pickle
 from evaluation.datasets import SplitConfig
 from evaluation.features import Model, PicturesConfig
@@ -421,13 +422,16 @@ def _look(model: Model, photos: Sequence[Photo], view: ViewConfig, cache: str) -
     content = storage.hash_json([[own, photo.box] for own, photo in zip(hashes, photos, strict=True)])
     key = storage.hash_json([model.hash, content, view.resize, view.image_size])
     place = storage.join(cache, "retrieval", f"{key[:32]}.npy")
-    if storage.exists(place):
+    if all_ranks(storage.exists(place)):
         found = torch.from_numpy(np.load(io.BytesIO(storage.read_bytes(place)), allow_pickle=False))
     else:
-        found = _compute(model, photos, view)
-        buffer = io.BytesIO()
-        np.save(buffer, found.numpy(), allow_pickle=False)
-        storage.write_bytes(place, buffer.getvalue())
+        share = model.world.share(len(photos))
+        own = _compute(model, photos[share.start : share.stop], view)
+        found = gather_rows(model.world, own, len(photos))
+        if model.world.is_first:
+            buffer = io.BytesIO()
+            np.save(buffer, found.numpy(), allow_pickle=False)
+            storage.write_bytes(place, buffer.getvalue())
     return _Seen(found, content)
 
 
@@ -649,3 +653,9 @@ def _view_name(view: ViewConfig) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+if __name__ == "__main__":
+    from evaluation.run import main
+
+    main("retrieval")

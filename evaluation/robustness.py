@@ -145,9 +145,8 @@ def _load(path: str, train: Split, cache: str, runner: Runner, *, places: bool =
 
 def _predicted(config: RobustnessConfig, head: Head, model: Model, split: Split) -> Tensor:
     """The class (m,) of each image, among those that occur in `split`."""
-    own = torch.unique(split.labels)
-    batches = linear.middles(split, config.linear.pictures, config.linear.images_per_pass)
-    return torch.cat([own[head.logits(model, pixels)[:, own].argmax(1)] for pixels, _ in batches])
+    settings = config.linear
+    return linear.predict(head, model, split, settings.pictures, settings.images_per_pass, torch.unique(split.labels))
 
 
 def _allowed(split: Split, labels: list[list[int]], path: str) -> list[list[int]]:
@@ -162,3 +161,9 @@ def _allowed(split: Split, labels: list[list[int]], path: str) -> list[list[int]
             )
         found.append(labels[int(number[1]) - 1])
     return found
+
+
+if __name__ == "__main__":
+    from evaluation.run import main
+
+    main("robustness")

@@ -1,6 +1,8 @@
 """The command: a model and a config in, results out.
 
     python -m evaluation.run --model PATH --config EVAL.toml --output DIR
+    python -m evaluation.knn ...                       its [[knn]] alone; so for every other evaluation
+    torchrun --nproc-per-node 8 -m evaluation.run ...  on eight devices, which share what goes through the model
 
     DIR/
       results.jsonl     one line a number, see results.py; further runs, of other models too, add to it
@@ -30,6 +32,7 @@ from curation import command, storage
 from curation.config import Settings, load, resolved_toml
 from curation.errors import ConfigError
 from curation.runner import Runner
+from curation.world import open_world
 from evaluation import depth, knn, linear, logistic, report, results, retrieval, robustness, segmentation, visualize
 from evaluation.depth import DepthConfig
 from evaluation.features import Model, ModelConfig, load_model
@@ -44,6 +47,8 @@ from evaluation.visualize import VisualizeConfig
 
 # What --model may name in place of a path.
 WITHOUT_WEIGHTS = ("efficientnet_lite0", "pixels")
+# How long ranks wait for one that fits or scores alone. Assumed: a day.
+TIMEOUT_SECONDS = 86_400.0
 
 
 class EvaluationConfig(Settings):
@@ -78,7 +83,10 @@ def evaluate(
     runner: Runner | None = None,
     only: tuple[str, ...] = (),
 ) -> list[Result]:
-    """Run every evaluation of the config, or those named; each one's results are written when it is done."""
+    """Run every evaluation of the config, or those named; each one's results are written when it is done.
+
+    All ranks of the model's world call this; the first one writes, and alone has every result.
+    """
     found: list[Result] = []
     for name, settings in _listed(config):
         if only and name not in only:
@@ -99,12 +107,14 @@ def evaluate(
             case DepthConfig():
                 own = depth.run(settings, model, output)
             case VisualizeConfig():
-                visualize.run(settings, model, output)
+                if model.world.is_first:
+                    visualize.run(settings, model, output)
                 own = []
             case _:
                 raise AssertionError(name)
-        for result in own:
-            results.append(output, result)
+        if model.world.is_first:
+            for result in own:
+                results.append(output, result)
         found += own
     return found
 
@@ -119,40 +129,55 @@ def _listed(config: EvaluationConfig) -> list[tuple[str, Settings]]:
     ]
 
 
-def command_line(
-    config: command.ConfigOption,
-    output: command.OutputOption,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Checkpoint, or the name of a model that needs none.")
-    ] = None,
-    cache: Annotated[str | None, typer.Option("--cache", help="Folder of the cache; default: OUTPUT/cache.")] = None,
-    only: Annotated[list[str] | None, typer.Option("--only", help="Run one evaluation of the config.")] = None,
-    runner: command.RunnerOption = "inline",
-    workers: command.WorkersOption = None,
-    overrides: command.SetOption = None,
-    plan: command.PlanOption = False,
-) -> None:
-    """Evaluate a frozen model."""
-    own = list(overrides or ())
-    if model is not None:
-        own.append(f"model.{'name' if model in WITHOUT_WEIGHTS else 'weights'}={json.dumps(model)}")
-    settings = load(EvaluationConfig, config, own)
-    names = [name for name, _ in _listed(settings)]
-    if absent := sorted(set(only or ()) - set(names)):
-        raise ConfigError(
-            f"--only {absent[0]}: the config has no such evaluation. It has: {', '.join(names) or 'none'}."
-        )
+def main(kind: str | None = None) -> None:
+    """The command: of every evaluation, or of those of one kind, as `python -m evaluation.knn`."""
+
+    def command_line(
+        config: command.ConfigOption,
+        output: command.OutputOption,
+        model: Annotated[
+            str | None, typer.Option("--model", help="Checkpoint, or the name of a model that needs none.")
+        ] = None,
+        cache: Annotated[
+            str | None, typer.Option("--cache", help="Folder of the cache; default: OUTPUT/cache.")
+        ] = None,
+        only: Annotated[list[str] | None, typer.Option("--only", help="Run the evaluations of this kind.")] = None,
+        runner: command.RunnerOption = "inline",
+        workers: command.WorkersOption = None,
+        overrides: command.SetOption = None,
+        plan: command.PlanOption = False,
+    ) -> None:
+        """Evaluate a frozen model; under torchrun, on all its ranks."""
+        own = list(overrides or ())
+        if model is not None:
+            own.append(f"model.{'name' if model in WITHOUT_WEIGHTS else 'weights'}={json.dumps(model)}")
+        settings = load(EvaluationConfig, config, own)
+        kinds = tuple(only or ()) if kind is None else (kind,)
+        _require(config, settings, kinds)
+        if plan:
+            print(resolved_toml(settings), end="")
+            return
+        with open_world(settings.model.device, timeout_seconds=TIMEOUT_SECONDS) as world:
+            if world.num_ranks > 1 and runner != "inline":
+                raise ConfigError(f"--runner {runner} under torchrun: its ranks share the work. Leave --runner out.")
+            loaded = load_model(settings.model, world)
+            gpus = int(settings.model.device == "cuda")
+            with command.open_runner(runner, workers, gpus_per_worker=gpus) as chosen:
+                found = evaluate(settings, loaded, output, cache=cache, runner=chosen, only=kinds)
+            if world.is_first:
+                print_table(found)
+                print(f"Written to {storage.join(output, results.RESULTS_FILE)} and {report.write(output)}")
+
+    command.main(command_line)
+
+
+def _require(path: str, config: EvaluationConfig, kinds: tuple[str, ...]) -> None:
+    """Raise ConfigError unless there is something to do, of each of `kinds`."""
+    names = [name for name, _ in _listed(config)]
     if not names:
-        raise ConfigError(f"{config}: no evaluation. Add a table such as [[knn]] with name, train and test.")
-    if plan:
-        print(resolved_toml(settings), end="")
-        return
-    loaded = load_model(settings.model)
-    gpus = int(settings.model.device == "cuda")
-    with command.open_runner(runner, workers, gpus_per_worker=gpus) as chosen:
-        found = evaluate(settings, loaded, output, cache=cache, runner=chosen, only=tuple(only or ()))
-    print_table(found)
-    print(f"Written to {storage.join(output, results.RESULTS_FILE)} and {report.write(output)}")
+        raise ConfigError(f"{path}: no evaluation. Add a table such as [[knn]] with name, train and test.")
+    if absent := sorted(set(kinds) - set(names)):
+        raise ConfigError(f"{path} has no [[{absent[0]}]]. It has: {', '.join(dict.fromkeys(names))}.")
 
 
 def print_table(found: list[Result]) -> None:
@@ -175,4 +200,4 @@ def table(found: list[Result]) -> Table:
 if __name__ == "__main__":
     from evaluation import run as this  # by its real name, or its classes would exist twice
 
-    command.main(this.command_line)
+    this.main()

@@ -14,6 +14,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Annotated, Literal, Self, final
 
 import numpy as np
@@ -27,6 +28,7 @@ from curation import storage
 from curation.config import Settings
 from curation.errors import InputError
 from curation.prefetch import prefetch
+from curation.world import World, gather_rows, sum_over_ranks
 from evaluation.features import Model
 from evaluation.results import Result
 from evaluation.scenes import IGNORED, Scene, SceneData, Scenes, load_scenes
@@ -223,9 +225,12 @@ class LinearHead(nn.Module):
         return self.classify(self.norm(tokens))
 
 
-def pixel_logits(model: Model, head: LinearHead, pixels: Tensor, num_blocks: int) -> Tensor:
+def pixel_logits(
+    model: Model, head: LinearHead, pixels: Tensor, num_blocks: int, *, all_rows: int | None = None
+) -> Tensor:
     """Logits of every pixel: (B, 3, H, W) uint8 to (B, C, H, W) float32 on the model's device.
 
+    all_rows: `pixels` are this rank's share of so many pictures, and the logits are those of all of them.
     Sides that are no multiple of the patch are padded on both sides; the padding's logits are cut off again.
     """
     assert model.patch_size is not None and model.num_blocks is not None
@@ -234,6 +239,8 @@ def pixel_logits(model: Model, head: LinearHead, pixels: Tensor, num_blocks: int
     padded = _pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2))
     blocks = range(model.num_blocks - num_blocks, model.num_blocks)
     tokens = torch.cat([patches for patches, _ in model.intermediate(padded, blocks)], dim=1)
+    if all_rows is not None:
+        tokens = gather_rows(model.world, tokens, all_rows)
     logits = functional.interpolate(head(tokens), size=padded.shape[-2:], mode="bilinear", align_corners=False)
     return logits[..., down // 2 : down // 2 + height, across // 2 : across // 2 + width]
 
@@ -249,10 +256,12 @@ def train_head(model: Model, scenes: Scenes, protocol: Protocol, *, seed: int = 
     but for rounding."""
     head = LinearHead(model.embed_dim * protocol.blocks, scenes.num_classes, seed).to(model.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=protocol.weight_decay)
-    for step, (pixels, targets) in enumerate(_batches(scenes, protocol, seed)):
+    if protocol.batch_size < model.world.num_ranks:
+        raise InputError(f"batch_size is {protocol.batch_size}: fewer crops than the {model.world.num_ranks} ranks.")
+    for step, (pixels, targets) in enumerate(_batches(scenes, protocol, seed, model.world)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, protocol)
-        logits = pixel_logits(model, head, pixels.to(model.device), protocol.blocks)
+        logits = pixel_logits(model, head, pixels.to(model.device), protocol.blocks, all_rows=protocol.batch_size)
         targets = targets.to(model.device).long()
         loss = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         # All pixels count in the mean, those without a class as 0. Cited: mmsegmentation's avg_non_ignore, off.
@@ -262,18 +271,20 @@ def train_head(model: Model, scenes: Scenes, protocol: Protocol, *, seed: int = 
     return head.eval()
 
 
-def _batches(scenes: Scenes, protocol: Protocol, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(scenes: Scenes, protocol: Protocol, seed: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the crops (., 3, H, W) of each step, and the targets (B, H, W) of all of them."""
     size = protocol.batch_size
+    share = world.share(size)
 
     def make(item: tuple[int, int]) -> Scene:
         position, place = item
         return crop_of(scenes.read(place), protocol, np.random.default_rng([seed, 1, position]))
 
     places = zip(range(protocol.steps * size), _order(len(scenes.names), seed), strict=False)
-    crops = prefetch(make, places, threads=READERS, ahead=2 * size)
-    for _ in range(protocol.steps):
-        batch = [next(crops) for _ in range(size)]
-        yield torch.stack([crop.image for crop in batch]), torch.stack([crop.target for crop in batch])
+    crops = prefetch(make, (item for item in places if item[0] % size in share), threads=READERS, ahead=2 * len(share))
+    while batch := list(islice(crops, len(share))):
+        targets = torch.stack([crop.target for crop in batch])
+        yield torch.stack([crop.image for crop in batch]), gather_rows(world, targets, size)
 
 
 # ------------------------------------------------------------------------------------------------------------- scores
@@ -368,12 +379,12 @@ def scores_of(counts: Tensor) -> Scores:
 
 
 def score(model: Model, head: LinearHead, scenes: Scenes, protocol: Protocol, *, windows_per_pass: int = 4) -> Scores:
-    """The scores of `head` on `scenes`, one picture at a time."""
+    """The scores of `head` on `scenes`, one picture at a time; ranks share the pictures."""
     counts = torch.zeros(scenes.num_classes, scenes.num_classes, dtype=torch.int64)
-    for scene in prefetch(scenes.read, range(len(scenes.names)), threads=READERS, ahead=READERS):
+    for scene in prefetch(scenes.read, model.world.share(len(scenes.names)), threads=READERS, ahead=READERS):
         predicted = predict(model, head, scene.image, protocol, windows_per_pass=windows_per_pass)
         counts += confusion(predicted, scene.target, scenes.num_classes)
-    return scores_of(counts)
+    return scores_of(sum_over_ranks(counts.to(model.world.device)).cpu())
 
 
 def run(config: SegmentationConfig, model: Model, output: str) -> list[Result]:
@@ -428,3 +439,9 @@ def _protocol_name(protocol: Protocol) -> str:
     flip = ", flip" if protocol.flip else ""
     blocks = "last block" if protocol.blocks == 1 else f"last {protocol.blocks} blocks"
     return f"{blocks}, {protocol.image_side} px{many}{flip}, {protocol.steps} steps"
+
+
+if __name__ == "__main__":
+    from evaluation.run import main
+
+    main("segmentation")

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from curation.runner import InlineRunner
+from curation.world import ALONE
 from evaluation import datasets, linear
 from evaluation.datasets import SplitConfig
 from evaluation.features import ModelConfig, PicturesConfig, load_model
@@ -47,7 +48,7 @@ def test_all_heads_at_once_are_each_trained_alone(tmp_path: Path) -> None:
     assert readings == [Reading(1, False), Reading(1, True), Reading(2, False), Reading(2, True)]
     steps = [
         ([one.clone() for one in read(model, pixels, readings)], labels)
-        for pixels, labels in linear._crops(config, split)
+        for pixels, labels in linear._crops(config, split, ALONE)
     ]
     factors = [1.0, 0.8, 0.5, 0.2]
     for place, width in enumerate((192, 384, 384, 576)):
