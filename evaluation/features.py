@@ -73,6 +73,8 @@ class ModelConfig(Settings):
     """What results call the model. Left out, its name and the name of the checkpoint."""
     untrained_seed: int | None = None
     """Vision Transformers: take the checkpoint's architecture alone, and fresh weights drawn from this seed."""
+    untrained_layer_scale: float = Field(default=1e-5, gt=0)
+    """With untrained_seed: what LayerScale starts from, where the checkpoint has it. Cited: DINOv2."""
     pooling: Pooling | None = None
     """Vision Transformers: what stands for the whole picture. Left out, the CLS token, or the mean of the patches where
     there is none."""
@@ -226,7 +228,7 @@ def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype, wor
         cls_token=found.has_cls_token,
         in_channels=found.in_channels,
         feed_forward=found.feed_forward,
-        layer_scale=1e-5 if found.has_layer_scale else None,
+        layer_scale=config.untrained_layer_scale if found.has_layer_scale else None,
         position_interpolation=interpolation,
         depth=found.depth,
         seed=config.untrained_seed,

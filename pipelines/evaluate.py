@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from curation import command, config
 from curation.config import Settings
+from curation.world import Device, open_world
 from evaluation import report, run
 from evaluation.features import load_model
 from evaluation.run import EvaluationConfig
@@ -61,16 +62,19 @@ def _is_labelled(table: dict[str, Any]) -> bool:
     return isinstance(table.get("data"), dict) and table["data"].get("layout") == "labelled"
 
 
-def evaluate(settings: EvaluateConfig, output: str) -> str:
-    """Run everything, and give the path of the report."""
+def evaluate(settings: EvaluateConfig, output: str) -> str | None:
+    """Run everything, on all ranks where torchrun started several; the first of them gives the path of the report."""
     configs = [settings.of_model(place) for place in range(len(settings.models))]  # all mistakes before any work
-    for own in configs:
-        model = load_model(own.model)
-        if model.patch_size is None:
-            own = own.model_copy(update=dict.fromkeys(OF_PATCHES, ()))
-        found = run.evaluate(own, model, output)
-        run.print_table(found)
-    return report.write(output)
+    device: Device = "cuda" if any(own.model.device == "cuda" for own in configs) else "cpu"
+    with open_world(device, timeout_seconds=run.TIMEOUT_SECONDS) as world:
+        for own in configs:
+            model = load_model(own.model, world)
+            if model.patch_size is None:
+                own = own.model_copy(update=dict.fromkeys(OF_PATCHES, ()))
+            found = run.evaluate(own, model, output)
+            if world.is_first:
+                run.print_table(found)
+        return report.write(output) if world.is_first else None
 
 
 def command_line(
@@ -79,7 +83,9 @@ def command_line(
     overrides: command.SetOption = None,
 ) -> None:
     """Evaluate models side by side."""
-    print(f"The report is {evaluate(config.load(EvaluateConfig, config_path, overrides or ()), output)}")
+    page = evaluate(config.load(EvaluateConfig, config_path, overrides or ()), output)
+    if page is not None:
+        print(f"The report is {page}")
 
 
 if __name__ == "__main__":

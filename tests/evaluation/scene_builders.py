@@ -1,4 +1,4 @@
-"""Small pictures with masks that the tests draw."""
+"""Small pictures with masks or depths that the tests draw."""
 
 from pathlib import Path
 from typing import Any
@@ -42,3 +42,14 @@ def stamps(root: Path) -> StampData:
         train_pictures=12,
         test_pictures=6,
     )
+
+
+def depth_scene(folder: Path, count: int, seed: int) -> None:
+    """Pictures whose brightness is their depth."""
+    (folder / "rgb").mkdir(parents=True)
+    (folder / "depth").mkdir()
+    for number in range(count):
+        coarse = np.random.default_rng([seed, number]).uniform(1, 8, (3, 3)).astype(np.float32)
+        metres = np.asarray(Image.fromarray(coarse).resize((48, 40), Image.Resampling.BILINEAR))
+        Image.fromarray((metres * 30).astype(np.uint8)).convert("RGB").save(folder / f"rgb/{number}.png")
+        np.save(folder / f"depth/{number}.npy", metres)

@@ -15,6 +15,7 @@ from curation import backbone, weights
 from curation.errors import ConfigError, InputError
 from evaluation import depth, features
 from evaluation.depth import DepthConfig, DepthDataConfig
+from tests.evaluation.scene_builders import depth_scene
 
 
 def write_picture(path: Path, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -320,20 +321,9 @@ def test_prediction_knows_no_padding_and_no_mirror(model: features.Model) -> Non
     assert odd.shape == (2, 21, 37) and odd.std() > 0
 
 
-def scene(folder: Path, count: int, seed: int) -> None:
-    """Pictures whose brightness is their depth."""
-    (folder / "rgb").mkdir(parents=True)
-    (folder / "depth").mkdir()
-    for number in range(count):
-        coarse = np.random.default_rng([seed, number]).uniform(1, 8, (3, 3)).astype(np.float32)
-        metres = np.asarray(Image.fromarray(coarse).resize((48, 40), Image.Resampling.BILINEAR))
-        Image.fromarray((metres * 30).astype(np.uint8)).convert("RGB").save(folder / f"rgb/{number}.png")
-        np.save(folder / f"depth/{number}.npy", metres)
-
-
 def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path, model: features.Model) -> None:
-    scene(tmp_path / "train", 12, seed=0)
-    scene(tmp_path / "test", 3, seed=1)
+    depth_scene(tmp_path / "train", 12, seed=0)
+    depth_scene(tmp_path / "test", 3, seed=1)
     settings = {
         "train": data(tmp_path / "train", name="scene"),
         "tests": (data(tmp_path / "test", name="scene"), data(tmp_path / "train", name="other")),
@@ -362,7 +352,7 @@ def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path,
 
 
 def test_dpt_trains_to_numbers(tmp_path: Path, model: features.Model) -> None:
-    scene(tmp_path, 2, seed=0)
+    depth_scene(tmp_path, 2, seed=0)
     config = DepthConfig(
         train=data(tmp_path),
         tests=(data(tmp_path),),
@@ -377,7 +367,7 @@ def test_dpt_trains_to_numbers(tmp_path: Path, model: features.Model) -> None:
 
 
 def test_every_picture_is_seen_before_one_comes_again(tmp_path: Path) -> None:
-    scene(tmp_path, 6, seed=0)
+    depth_scene(tmp_path, 6, seed=0)
     settings = data(tmp_path)
     config = DepthConfig(
         train=settings, tests=(settings,), steps=3, warmup_steps=2, batch_size=4, crop_size=(40, 48), augment=False

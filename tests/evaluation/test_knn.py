@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from curation.errors import DeviceError, InputError
@@ -45,6 +46,19 @@ def test_agrees_with_brute_force(k: int, temperature: float, dtype: torch.dtype)
     share = float((expected.argmax(1) == test_labels).double().mean())
     assert accuracy(found, test_labels) == pytest.approx(share)
     assert share > 0.6  # the classes can be told apart, so that the comparison means something
+
+
+@pytest.mark.parametrize("k", [1, 10, 20])
+def test_agrees_with_scikit_learn(k: int) -> None:
+    train, labels = clustered(0, 300, 7, 12)
+    test, _ = clustered(1, 80, 7, 12)
+    weighted = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distances: np.exp((1 - distances) / 0.07)
+    )
+    weighted.fit(train.double().numpy(), labels.numpy())
+    expected = weighted.predict_proba(test.double().numpy())
+    found = classify(train, labels, test, k=k)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
 def test_a_vote_by_hand() -> None:

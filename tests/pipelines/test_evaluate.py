@@ -49,6 +49,7 @@ def test_every_model_has_its_rows_and_one_report_shows_them(tmp_path: Path) -> N
         (model, evaluation) for model in ("trained", "pixels") for evaluation in ("knn", "retrieval")
     }
     assert len({result.model_hash for result in found}) == 2
+    assert report is not None
     page = Path(report).read_text()
     assert "trained" in page and "pixels" in page
     # Pixels have no patches to draw.

@@ -1,0 +1,123 @@
+"""Every evaluation finds the same in one process, on two ranks, and on Ray workers; the first rank alone writes."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from curation.config import parse
+from curation.ray_runner import RayRunner
+from curation.runner import Runner
+from curation.world import open_world
+from evaluation import features, results, run
+from evaluation.features import load_model
+from evaluation.run import EvaluationConfig
+from tests.conftest import Ranks
+from tests.evaluation.builders import CLASSES, drawn, image_folder, model_config
+from tests.evaluation.scene_builders import depth_scene, stamps, write
+
+Found = dict[tuple[str, str, str], float]
+
+
+def write_config(folder: Path) -> str:
+    """A config of every evaluation, on data in `folder`."""
+    train, test = image_folder(folder / "train", 5), image_folder(folder / "test", 3, first=50)
+    pairs = folder / "pairs"
+    for number, label in enumerate((*CLASSES, *CLASSES[:2])):
+        for era, seed in (("old", 0), ("new", 1)):
+            write(pairs / era / f"{number:04d}.png", drawn(label, seed + 2 * number))
+    for name, seed in (("near", 0), ("far", 1)):
+        depth_scene(folder / name, 5, seed)
+    pictures = {"resize_size": 40, "image_size": 32, "batch_size": 4}
+    labelled: dict[str, Any] = {
+        "name": "toy",
+        "train": {"path": train},
+        "test": {"path": test},
+        "pictures": pictures,
+    }
+    probe = {**labelled, "blocks": [1, 2], "batch_size": 6, "steps": 5, "held_out": 0.25}
+    protocol = {"image_side": 32, "window": 32, "stride": 24, "train_scales": [1.0, 1.5]}
+    scenes = {
+        layout: {"name": layout, "layout": "folder", "folder": str(folder / layout)} for layout in ("near", "far")
+    }
+    values = {
+        "model": model_config(folder).model_dump(exclude_none=True),
+        "knn": [{**labelled, "k": [1, 5], "per_class": [2], "tries": 2}],
+        "logistic": [{**labelled, "c": [0.01, 1.0], "max_iterations": 50, "held_out": 0.25}],
+        "linear": [probe],
+        "robustness": [{"name": "again", "path": test, "linear": probe}],
+        "retrieval": [
+            {"name": "labelled", "data": {"layout": "labelled", "split": {"path": test}, "pictures": pictures}},
+            {"name": "pairs", "data": {"layout": "amstertime", "path": str(pairs), "view": {"image_size": 32}}},
+        ],
+        "segmentation": [
+            {
+                "name": "discs",
+                "data": stamps(folder / "stamps").model_dump(),
+                "protocol": {**protocol, "batch_size": 5, "steps": 6, "warmup_steps": 2},
+            }
+        ],
+        "depth": [
+            {
+                "train": scenes["near"],
+                "tests": [scenes["far"]],
+                "heads": ["linear_1"],
+                "crop_size": [32, 32],
+                "steps": 5,
+                "warmup_steps": 2,
+                "batch_size": 3,
+            }
+        ],
+    }
+    path = folder / "eval.toml"
+    path.write_text(tomli_w.dumps(values))
+    return str(path)
+
+
+def values_of(found: list[results.Result]) -> Found:
+    return {(one.evaluation + " " + one.dataset, one.protocol, one.metric): one.value for one in found}
+
+
+def evaluate(path: str, output: str, runner: Runner | None = None) -> Found:
+    """On this process, or as one rank of several, with two images a shard of features."""
+    features.SHARD_IMAGES = 2  # so that there are shards for all; each rank is a process of its own
+    config = parse(EvaluationConfig, tomllib.loads(Path(path).read_text()), origin=path)
+    with open_world("cpu", timeout_seconds=120) as world:
+        return values_of(run.evaluate(config, load_model(config.model, world), output, runner=runner))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_config(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def alone(config: str, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    original = features.SHARD_IMAGES
+    try:
+        return evaluate(config, str(tmp_path_factory.mktemp("alone")))
+    finally:
+        features.SHARD_IMAGES = original
+
+
+def test_two_ranks_find_what_one_process_does(config: str, alone: Found, ranks: Ranks, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    first, second = ranks(evaluate, config, output)
+    assert len({evaluation for evaluation, _, _ in alone}) == 8
+    assert first == pytest.approx(alone, abs=1e-6)
+    written = results.read(output)
+    assert values_of(written) == first and len(written) == len(first)
+    # The second rank knows the same of what ranks share; logistic regression is fitted by the first alone.
+    assert second == {key: value for key, value in first.items() if not key[0].startswith("logistic")}
+    # Now all is in the cache, and the ranks agree that it is.
+    assert ranks(evaluate, config, output)[0] == first
+
+
+def test_ray_workers_find_what_one_process_does(config: str, alone: Found, tmp_path: Path) -> None:
+    runner = RayRunner(num_workers=2)
+    try:
+        assert evaluate(config, str(tmp_path), runner) == alone
+    finally:
+        runner.close()
