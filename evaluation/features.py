@@ -335,26 +335,28 @@ def preprocess(picture: Picture, config: PicturesConfig) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """The features of a split, on disk, in its order."""
+    """The features of a split, on disk, in its order. Raises InputError where a file cannot be read."""
 
-    parts: tuple[np.ndarray, ...]
-    """Each (., F) float32, memory-mapped where the cache is a local folder."""
+    files: tuple[str, ...]
+    """Each holds (., F) float32."""
 
     def blocks(self) -> Iterator[Tensor]:
-        """The features part by part, (., F); nothing is held but what the caller keeps."""
-        return (torch.from_numpy(part) for part in self.parts)
+        """The features file by file, (., F), memory-mapped where they are local; none is held but by the caller."""
+        return (torch.from_numpy(_read_part(file)) for file in self.files)
 
     def matrix(self) -> Tensor:
         """All features (n, F) in memory."""
-        return torch.from_numpy(np.concatenate(self.parts))
+        return torch.cat(list(self.blocks()))
 
     def take(self, rows: Tensor) -> Tensor:
         """The features of some rows, (m,) int64: (m, F) in memory."""
-        starts = np.cumsum([0, *(len(part) for part in self.parts)])
-        found = torch.empty(len(rows), self.parts[0].shape[1])
-        for start, part in zip(starts, self.parts, strict=False):
-            own = (rows >= start) & (rows < start + len(part))
-            found[own] = torch.from_numpy(part[(rows[own] - start).numpy()])
+        found, start = torch.empty(len(rows), 0), 0
+        for block in self.blocks():
+            if start == 0:
+                found = block.new_empty(len(rows), block.shape[1])
+            own = (rows >= start) & (rows < start + len(block))
+            found[own] = block[rows[own] - start]
+            start += len(block)
         return found
 
 
@@ -398,11 +400,11 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     else:
         follow(model.world, "features", make_worker, shards, folder)
         manifest = storage.require_manifest(folder)
-    parts = tuple(_read_part(storage.join(folder, name)) for name in manifest.files("features"))
-    shapes = [part.shape for part in parts]
+    found = Features(tuple(storage.join(folder, name) for name in manifest.files("features")))
+    shapes = [tuple(block.shape) for block in found.blocks()]
     if shapes != [(shard.num_items, model.num_features) for shard in shards]:
         raise InputError(f"{folder} is damaged: its files hold features of the shapes {shapes}. Delete it.")
-    return Features(parts)
+    return found
 
 
 def _make_worker(

@@ -20,6 +20,7 @@ from typing import Any
 import faiss
 import numpy as np
 import scipy.sparse
+import torch
 
 from curation import graph, index, join, kmeans, scratch, storage, vectors
 from curation.cluster import PointFile, cut, read_blocks
@@ -28,6 +29,8 @@ from curation.join import Neighborhood
 from curation.parts import PartSearch
 from curation.prefetch import prefetch
 from curation.runner import InlineRunner
+from evaluation import knn
+from evaluation.features import SHARD_IMAGES, Features
 from pipelines.bench import mixture
 
 Measured = dict[str, float]
@@ -37,6 +40,8 @@ ROWS_PER_FILE = 16_384
 JOIN_NEIGHBORS, JOIN_FLOOR = 64, 0.6
 # Exhaustive search takes each query as long as the next: the peer of the join is timed on every so many blocks.
 TIMED_BLOCKS, QUERIES_PER_BLOCK = 10, 2000
+# Queries and vectors of a block of torch.cdist. Measured (2026-11, two cores): the fastest of five pairs of sizes.
+CDIST_QUERIES, CDIST_ROWS = 1000, 81_920
 # Edges that are read at a time.
 EDGES_PER_BLOCK = scratch.BLOCK
 
@@ -192,6 +197,47 @@ def peer_neighbors(folder: str, output: str, k: int) -> Measured:
     return {"seconds": seconds}
 
 
+def make_features(folder: str, vectors_folder: str) -> Measured:
+    """The vectors as the evaluations keep features: files of float32."""
+    Path(folder).mkdir()
+    matrix = _read_all(vectors_folder)
+    for number, start in enumerate(range(0, len(matrix), SHARD_IMAGES)):
+        np.save(storage.join(folder, f"features-{number:05d}.npy"), matrix[start : start + SHARD_IMAGES])
+    return {"bytes": float(matrix.nbytes)}
+
+
+def classify_neighbors(folder: str, vectors_folder: str, output: str, k: int, num_files: int) -> Measured:
+    """The neighbours that vote in k-NN evaluation, among the features of the first files, streamed."""
+    names = [name for name in storage.list_names(folder) if name.endswith(".npy")][:num_files]
+    own = Features(tuple(storage.join(folder, name) for name in names))
+    queries = torch.from_numpy(np.load(Path(vectors_folder, "queries.npy"), allow_pickle=False))
+    started = time.perf_counter()
+    rows = knn.neighbors(own.blocks(), queries, k=k)[1]
+    seconds = time.perf_counter() - started
+    np.save(output, rows.numpy())
+    return {"seconds": seconds}
+
+
+def peer_classify_neighbors(vectors_folder: str, output: str, k: int) -> Measured:
+    """torch.cdist and topk in blocks, of features that are in memory and have length 1 before the time begins."""
+    normalize = torch.nn.functional.normalize
+    matrix = normalize(torch.from_numpy(_read_all(vectors_folder)))
+    queries = np.load(Path(vectors_folder, "queries.npy"), allow_pickle=False).astype(np.float32)
+    found = []
+    started = time.perf_counter()
+    for asked in torch.split(normalize(torch.from_numpy(queries)), CDIST_QUERIES):
+        distances, rows = torch.full((len(asked), k), torch.inf), torch.zeros(len(asked), k, dtype=torch.int64)
+        for first in range(0, len(matrix), CDIST_ROWS):
+            own = torch.cdist(asked, matrix[first : first + CDIST_ROWS])
+            near, places = own.topk(min(k, own.shape[1]), largest=False)
+            distances, order = torch.cat([distances, near], 1).topk(k, largest=False)
+            rows = torch.cat([rows, places + first], 1).gather(1, order)
+        found.append(rows)
+    seconds = time.perf_counter() - started
+    np.save(output, torch.cat(found).numpy())
+    return {"seconds": seconds}
+
+
 def judge_neighbors(true: str, found: str) -> Measured:
     """Recall: the share of the true neighbours that were found."""
     wanted, got = (np.load(path, allow_pickle=False) for path in (true, found))
@@ -310,6 +356,9 @@ CONTESTS: dict[str, Callable[..., Measured]] = {
         neighbors,
         exact_neighbors,
         peer_neighbors,
+        make_features,
+        classify_neighbors,
+        peer_classify_neighbors,
         judge_neighbors,
         cluster,
         peer_cluster,

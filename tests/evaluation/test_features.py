@@ -118,9 +118,12 @@ def test_a_damaged_cache_is_told(tmp_path: Path) -> None:
         extract(model, split, SMALL, str(cache))
 
 
-def test_rows_are_taken_across_parts() -> None:
+def test_rows_are_taken_across_files(tmp_path: Path) -> None:
     whole = np.arange(24, dtype=np.float32).reshape(8, 3)
-    features = Features((whole[:3], whole[3:4], whole[4:]))
+    files = [str(tmp_path / f"{place}.npy") for place in range(3)]
+    for file, part in zip(files, (whole[:3], whole[3:4], whole[4:]), strict=True):
+        np.save(file, part)
+    features = Features(tuple(files))
     rows = torch.tensor([7, 0, 3, 3, 4])
     assert np.array_equal(features.take(rows), whole[rows])
     assert np.array_equal(features.matrix(), whole) and len(list(features.blocks())) == 3
