@@ -22,7 +22,8 @@ from torch import Tensor
 from curation import storage
 from curation.config import Settings
 from curation.errors import InputError
-from curation.images import ImageLimits, ImageRejected, decode_rgb
+from curation.images import ImageLimits, ImageRejected, decode_rgb, read_header
+from curation.prefetch import prefetch
 from curation.sources import SourceConfig, list_files
 
 IGNORED = 255  # a pixel without a class, in every target here
@@ -212,20 +213,39 @@ def _file_scenes(pairs: Sequence[Pair], lookup: np.ndarray, num_classes: int) ->
     def read(place: int) -> Scene:
         image_path, mask_path = pairs[place]
         image, target = _read_image(image_path), read_mask(mask_path, lookup)
-        if image.shape[1:] != target.shape:
-            raise InputError(
-                f"{mask_path}: the mask has {target.shape[1]} x {target.shape[0]} pixels, and its image {image_path} "
-                f"{image.shape[2]} x {image.shape[1]}. Give each image the mask that was made for it."
-            )
+        _require_same(pairs[place], (image.shape[2], image.shape[1]), (target.shape[1], target.shape[0]))
         return Scene(image, target)
 
-    hashed = storage.hash_json([_hash_of(path) for pair in pairs for path in pair])
+    hashes = prefetch(_checked_hashes, pairs)
+    hashed = storage.hash_json([own for pair in hashes for own in pair])
     return Scenes(tuple(image for image, _ in pairs), num_classes, read, hashed)
+
+
+def _checked_hashes(pair: Pair) -> list[str]:
+    """The hashes of an image and its mask. Raises InputError where their headers do not fit, before any training."""
+    image, mask = (_read_bytes(path) for path in pair)
+    try:
+        header = read_header(image, ImageLimits(min_side=1))
+    except ImageRejected as error:
+        raise InputError(f"{pair[0]}: the image cannot be used: {error}.") from None
+    mask_size = _open_picture(pair[1], mask).size
+    # A PNG may say behind its pixels that it lies on its side: only who reads them knows.
+    if {header.width, header.height} != set(mask_size):
+        _require_same(pair, (header.width, header.height), mask_size)
+    return [hashlib.sha256(data).hexdigest() for data in (image, mask)]
+
+
+def _require_same(pair: Pair, image_size: tuple[int, int], mask_size: tuple[int, int]) -> None:
+    if image_size != mask_size:
+        raise InputError(
+            f"{pair[1]}: the mask has {mask_size[0]} x {mask_size[1]} pixels, and its image {pair[0]} "
+            f"{image_size[0]} x {image_size[1]}. Give each image the mask that was made for it."
+        )
 
 
 def read_mask(path: str, lookup: np.ndarray) -> Tensor:
     """(H, W) uint8 classes of a mask's values through `lookup` (256,). Raises InputError that names the file."""
-    picture = _open_picture(path)
+    picture = _loaded(path)
     if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         raise InputError(f"{path}: a mask holds one class a pixel; this is a picture of mode {picture.mode}.")
     values = np.asarray(picture).astype(np.int64)
@@ -236,15 +256,18 @@ def read_mask(path: str, lookup: np.ndarray) -> Tensor:
     return torch.from_numpy(classes.astype(np.uint8))
 
 
-def _open_picture(path: str) -> Image.Image:
+def _loaded(path: str) -> Image.Image:
     """A picture with its values as stored: no class is a colour."""
+    return _open_picture(path, _read_bytes(path), load=True)
+
+
+def _open_picture(path: str, data: bytes, *, load: bool = False) -> Image.Image:
     try:
-        picture = Image.open(io.BytesIO(_read_bytes(path)), formats=("PNG", "BMP", "TIFF", "GIF"))
-        picture.load()
+        picture = Image.open(io.BytesIO(data), formats=("PNG", "BMP", "TIFF", "GIF"))
+        if load:
+            picture.load()
     # Pillow's parsers raise a dozen kinds on malformed bytes and promise no list.
     except Exception as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: not a readable PNG, BMP, TIFF or GIF ({type(error).__name__}: {error}).") from None
     return picture
 
@@ -278,7 +301,7 @@ def _stamp_scenes(data: StampData) -> tuple[Scenes, Scenes]:
     """Scenes that are made when they are read: of the config and their place alone."""
     stamps: dict[str, tuple[str, str]] = {}  # by the hash of the bytes, so that none is in both splits: class and path
     for name, path in _by_stem(data.stamps).items():
-        alpha = np.asarray(_open_picture(path).convert("RGBA"))[..., 3]
+        alpha = np.asarray(_loaded(path).convert("RGBA"))[..., 3]
         if alpha.min() < 128 <= alpha.max():
             folder = name.partition("/")[0] if data.classes == "folder" and "/" in name else "stamp"
             stamps.setdefault(_hash_of(path), (folder, path))
@@ -333,7 +356,7 @@ def _pasted_scenes(
         target = np.zeros((side, side), np.uint8)
         for _ in range(random.integers(1, data.max_stamps + 1)):
             path, label = stamps[random.integers(len(stamps))]
-            stamp = _open_picture(path).convert("RGBA")
+            stamp = _loaded(path).convert("RGBA")
             if random.random() < 0.5:
                 stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             factor = random.uniform(*data.stamp_sides) * side / max(stamp.size)

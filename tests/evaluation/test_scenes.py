@@ -92,7 +92,9 @@ def test_folders_are_read_by_name(tmp_path: Path) -> None:
 
 
 def test_a_mask_of_another_size_is_named(tmp_path: Path) -> None:
-    _, test = load_scenes(folders(tmp_path, size=(18, 20)))
+    with pytest.raises(InputError, match=r"test/masks/a/1\.png: the mask has 9 x 20 pixels, .*1\.jpg 20 x 18"):
+        load_scenes(folders(tmp_path / "small", size=(9, 20)))  # before any training
+    _, test = load_scenes(folders(tmp_path / "turned", size=(18, 20)))
     test.read(0)
     with pytest.raises(InputError, match=r"test/masks/a/1\.png: the mask has 18 x 20 pixels, .*1\.jpg 20 x 18"):
         test.read(1)
