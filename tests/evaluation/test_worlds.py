@@ -115,6 +115,19 @@ def test_two_ranks_find_what_one_process_does(config: str, alone: Found, ranks: 
     assert ranks(evaluate, config, output)[0] == first
 
 
+def test_how_many_go_through_at_once_changes_nothing(config: str, alone: Found, tmp_path: Path) -> None:
+    values = tomllib.loads(Path(config).read_text())
+    for table in (*values["knn"], *values["logistic"], values["retrieval"][0]["data"]):
+        table["pictures"]["batch_size"] = 3
+    values["retrieval"][1]["data"]["view"]["batch_size"] = 1
+    for probe in (values["linear"][0], values["robustness"][0]["linear"]):
+        probe["images_per_pass"] = 2
+    values["segmentation"][0]["windows_per_pass"] = 1
+    other = tmp_path / "other.toml"
+    other.write_text(tomli_w.dumps(values))
+    assert evaluate(str(other), str(tmp_path / "out")) == pytest.approx(alone, abs=1e-6)
+
+
 def test_ray_workers_find_what_one_process_does(config: str, alone: Found, tmp_path: Path) -> None:
     runner = RayRunner(num_workers=2)
     try:
