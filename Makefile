@@ -46,7 +46,7 @@ test: setup  ## Run the tests, as CI runs them
 test-slow: setup  ## Run the tests that take minutes and need no data: compiled models
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-demo: curate  ## Check the figures of the demo's corpus, on real images
+test-demo: evaluate  ## Check the figures of the demo: corpus, training, evaluations
 	$(BIN)/python -m pytest -m demo $(ARGS)
 
 check: setup  ## Lint, types, architecture; never writes
