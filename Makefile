@@ -8,6 +8,8 @@ TRAIN_OUTPUT ?= runs/train
 EVALUATE_CONFIG ?= pipelines/configs/evaluate/demo.toml
 EVALUATE_OUTPUT ?= runs/evaluate
 ARGS ?=
+# Files of tests that run at once. Each may start processes of its own, and takes up to 6 GB.
+TEST_PROCESSES ?= 2
 
 # faiss and torch differ between machines with and without an NVIDIA GPU: make setup EXTRAS=gpu,demo,dev
 EXTRAS ?= cpu,demo,dev
@@ -41,7 +43,7 @@ evaluate: train  ## Evaluate what make train trained beside others: EVALUATE_CON
 	$(BIN)/python -m pipelines.evaluate --config $(EVALUATE_CONFIG) --output $(EVALUATE_OUTPUT)
 
 test: setup  ## Run the tests, as CI runs them
-	$(BIN)/python -m pytest -m "not demo and not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not demo and not slow" $(ARGS)
 
 test-slow: setup  ## Run the tests that take minutes and need no data: compiled models
 	$(BIN)/python -m pytest -m slow $(ARGS)
