@@ -364,8 +364,7 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     """The features of the images of `split`, from the cache where they are there.
 
     `runner` may spread the images over workers, each of which loads the model; the ranks of the model's world, which
-    all call this, share them instead. Raises InputError for features that are
-    not finite or a cache that is damaged.
+    all call this, share them instead. Raises InputError for features that are not finite or a cache that is damaged.
     """
     inputs = {"model": model.hash, "images": split.images_hash}
     plan = config.model_dump(mode="json", exclude=set(NOT_IN_PLAN))
