@@ -33,12 +33,25 @@ from curation.config import Settings, load, resolved_toml
 from curation.errors import ConfigError
 from curation.runner import Runner
 from curation.world import open_world
-from evaluation import depth, knn, linear, logistic, report, results, retrieval, robustness, segmentation, visualize
+from evaluation import (
+    depth,
+    knn,
+    linear,
+    logistic,
+    neighbours,
+    report,
+    results,
+    retrieval,
+    robustness,
+    segmentation,
+    visualize,
+)
 from evaluation.depth import DepthConfig
 from evaluation.features import Model, ModelConfig, load_model
 from evaluation.knn import KnnConfig
 from evaluation.linear import LinearConfig
 from evaluation.logistic import LogisticConfig
+from evaluation.neighbours import NeighboursConfig
 from evaluation.results import Result
 from evaluation.retrieval import RetrievalConfig
 from evaluation.robustness import RobustnessConfig
@@ -70,6 +83,8 @@ class EvaluationConfig(Settings):
     """A linear head that names every pixel's class."""
     depth: tuple[DepthConfig, ...] = ()
     """Heads that tell how far away every pixel is."""
+    neighbours: tuple[NeighboursConfig, ...] = ()
+    """Sheets of pictures with their nearest neighbours."""
     visualize: tuple[VisualizeConfig, ...] = ()
     """Pictures of what the model sees."""
 
@@ -106,6 +121,9 @@ def evaluate(
                 own = segmentation.run(settings, model, output)
             case DepthConfig():
                 own = depth.run(settings, model, output)
+            case NeighboursConfig():
+                neighbours.run(settings, model, output, cache=cache, runner=runner)
+                own = []
             case VisualizeConfig():
                 if model.world.is_first:
                     visualize.run(settings, model, output)

@@ -360,9 +360,11 @@ def draw_neighbours(
     *,
     queries: Sequence[int],
     k: int = 8,
+    name: str = "",
 ) -> Picture:
     """A sheet of the `k` pictures nearest in cosine to each of `queries`, the picture itself apart.
 
+    name: of the data, for the caption.
     features: (n, D), of all pictures. read: gives a picture by its row, all of one size. queries: rows. A neighbour has
     a frame where both labels are known.
     """
@@ -377,8 +379,9 @@ def draw_neighbours(
     pixels = neighbour_sheet(
         [read(query) for query in queries], [[read(row) for row in found] for found in nearest], same
     )
-    caption = f"Left the query, behind it its {k} nearest pictures: green frames have its label, red ones another."
-    return save(output, "neighbours", model, pixels, caption)
+    of_data = f" in {name}" if name else ""
+    caption = f"Left the query, behind it the {k} nearest{of_data}: green frames have its label, red ones another."
+    return save(output, "neighbours", model, pixels, caption, part=name)
 
 
 def _normalized(model: Model, pixels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from evaluation.features import load_model
 from evaluation.run import EvaluationConfig
 
 # Evaluations whose pictures are all of one size, and those that need patch tokens.
-WITH_PICTURES = ("knn", "logistic")
+WITH_PICTURES = ("knn", "logistic", "neighbours")
 OF_PATCHES = ("segmentation", "depth", "visualize")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from PIL import Image
 
 from curation.config import parse
 from curation.ray_runner import RayRunner
@@ -14,6 +15,7 @@ from curation.world import open_world
 from evaluation import features, results, run
 from evaluation.features import load_model
 from evaluation.run import EvaluationConfig
+from evaluation.visualize import GAP
 from tests.conftest import Ranks
 from tests.evaluation.builders import CLASSES, drawn, image_folder, model_config
 from tests.evaluation.scene_builders import depth_scene, stamps, write
@@ -52,6 +54,7 @@ def write_config(folder: Path) -> str:
             {"name": "labelled", "data": {"layout": "labelled", "split": {"path": test}, "pictures": pictures}},
             {"name": "pairs", "data": {"layout": "amstertime", "path": str(pairs), "view": {"image_size": 32}}},
         ],
+        "neighbours": [{"name": "sheet", "split": {"path": test}, "pictures": pictures, "queries": 4, "k": 3}],
         "segmentation": [
             {
                 "name": "discs",
@@ -111,6 +114,8 @@ def test_two_ranks_find_what_one_process_does(config: str, alone: Found, ranks: 
     assert values_of(written) == first and len(written) == len(first)
     # The second rank knows the same of what ranks share; logistic regression is fitted by the first alone.
     assert second == {key: value for key, value in first.items() if not key[0].startswith("logistic")}
+    (sheet,) = (tmp_path / "out" / "pictures").glob("neighbours-sheet-*.png")
+    assert Image.open(sheet).size == (4 * 96 + 3 * GAP, 4 * 96 + 3 * GAP)
     # Now all is in the cache, and the ranks agree that it is.
     assert ranks(evaluate, config, output)[0] == first
 
