@@ -8,7 +8,7 @@ import torch
 
 from curation.errors import InputError
 from pipelines import train_on_ray
-from training.distributed import open_world, sum_over_ranks
+from curation.world import open_world, sum_over_ranks
 
 pytest.importorskip("ray.train", reason="needs the packages of ray[train]", exc_type=ImportError)
 pytestmark = pytest.mark.slow
