@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from curation.errors import InputError
-from pipelines import train_on_ray
 from curation.world import open_world, sum_over_ranks
+from pipelines import train_on_ray
 
 pytest.importorskip("ray.train", reason="needs the packages of ray[train]", exc_type=ImportError)
 pytestmark = pytest.mark.slow
