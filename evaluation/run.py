@@ -28,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from curation import command, storage
+from curation import command
 from curation.config import Settings, load, resolved_toml
 from curation.errors import ConfigError
 from curation.runner import Runner
@@ -183,8 +183,9 @@ def main(kind: str | None = None) -> None:
             with command.open_runner(runner, workers, gpus_per_worker=gpus) as chosen:
                 found = evaluate(settings, loaded, output, cache=cache, runner=chosen, only=kinds)
             if world.is_first:
-                print_table(found)
-                print(f"Written to {storage.join(output, results.RESULTS_FILE)} and {report.write(output)}")
+                if found:
+                    print_table(found)
+                print(f"The report is {report.write(output)}")
 
     command.main(command_line)
 
