@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Literal, final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import field_validator
 
 from curation import storage
 from curation.config import Settings
@@ -72,6 +73,13 @@ class SourceConfig(Settings):
     """For Parquet: the column with the encoded image, dots leading into structs."""
     label_column: str | None = None
     """For Parquet: a text or integer column that becomes the label."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_can_be_shown(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ValueError(f"a name of characters that can be printed is wanted. Found: {value!r}")
+        return value
 
 
 @dataclass(frozen=True)
