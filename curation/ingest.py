@@ -145,13 +145,11 @@ def _check_budget(
 
     Where the number of images is not known beforehand (tars, Parquet), the shards so far stand for the others.
     """
-    damaged = [record for record in done if RejectReason.DAMAGED_ARCHIVE in record.rejects]
-    if len(damaged) > max_fraction * num_archives:
-        table = storage.read_table(storage.join(output, f"rejects-{damaged[0].name}.parquet"), records.REJECTS)
-        first = next(row for row in table.to_pylist() if row["reason"] == RejectReason.DAMAGED_ARCHIVE)
+    damaged = sum(record.rejects.get(RejectReason.DAMAGED_ARCHIVE, 0) for record in done)
+    if damaged > max_fraction * num_archives:
         raise RejectBudgetError(
-            f"ingest: {len(damaged):,} of {num_archives:,} tars and Parquet files cannot be read to their end, more "
-            f"than max_reject_fraction = {max_fraction:g} allows. The first: {first['detail']} The list is in "
+            f"ingest: {damaged:,} of {num_archives:,} tars and Parquet files cannot be read to their end, more than "
+            f"max_reject_fraction = {max_fraction:g} allows. The first: {_first_damage(output)} The list is in "
             f"{output}/rejects-*.parquet. Mend the sources, or raise ingest.max_reject_fraction; what was read so far "
             "is kept."
         )
@@ -168,6 +166,16 @@ def _check_budget(
             f"allows: {listed}. The list is in {output}/rejects-*.parquet. Mend the sources, or raise "
             "ingest.max_reject_fraction; what was read so far is kept."
         )
+
+
+def _first_damage(output: str) -> str:
+    """What is wrong with the first archive among the rejects."""
+    for name in storage.list_names(output):
+        if name.startswith("rejects-"):
+            for row in storage.read_table(storage.join(output, name), records.REJECTS).to_pylist():
+                if row["reason"] == RejectReason.DAMAGED_ARCHIVE:
+                    return str(row["detail"])
+    raise AssertionError(f"no damaged archive in {output}")
 
 
 def read_images(folder: str, columns: list[str] | None = None) -> pa.Table:
