@@ -7,10 +7,12 @@ import bz2
 import gzip
 import io
 import os
+import resource
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +352,25 @@ def test_a_damaged_parquet_file_is_one_reject(tmp_path: Path, monkeypatch: pytes
     for kind, (accepted, rejected) in found.items():
         assert reasons(rejected) == ["damaged_archive"] and accepted == [], kind
     assert "10000000 at most are read" in found["swells"][1][0]["detail"]
+
+
+@pytest.mark.parametrize("repeated", ["image", "label"])
+def test_a_value_that_stands_for_a_million_rows_takes_its_own_memory(tmp_path: Path, repeated: str) -> None:
+    """A file of some kilobytes that would unpack to more memory than there is: 2,000 rows of 20 MB."""
+    path = tmp_path / "a.parquet"
+    huge = pa.DictionaryArray.from_arrays(pa.array([0] * 2_000, pa.int32()), pa.array([" " * 20_000_000]))
+    huge = huge.cast(pa.dictionary(pa.int32(), pa.binary())) if repeated == "image" else huge
+    columns = {"image": pa.array([GOOD] * 2_000), "label": pa.array(["x"] * 2_000)} | {repeated: huge}
+    options = {"compression": "zstd", "store_schema": False, "dictionary_pagesize_limit": 1 << 28}
+    pq.write_table(pa.table(columns), path, **options)
+    assert path.stat().st_size < 10_000
+    source = SourceConfig(
+        name="evil", path=str(path), role="pool", layout="parquet", image_column="image", label_column="label"
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = [len(item.data or b"") for item in islice(sources.read_source(source, ("",), max_bytes=200_000), 20)]
+    assert found == [20_000_000 if repeated == "image" else len(GOOD)] * 20
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 500_000_000
 
 
 def test_labels_that_are_no_text_are_mended_or_left_out(tmp_path: Path) -> None:
