@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from curation import progress
 from curation.errors import SeedbedError, UserError
 from curation.runner import InlineRunner, Runner
 
@@ -41,13 +42,13 @@ def main(function: Callable[..., Any]) -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {progress.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except SeedbedError as error:
         # The cause's traceback helps whoever mends the code; the message in front of it helps everyone.
         if error.__cause__ is not None:
             sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {progress.printable(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -4,6 +4,7 @@
     ├── UserError               the user's input or config is wrong: exit status 2, one message, no traceback
     │   ├── ConfigError         a config file or an option: unknown key, wrong type, impossible combination
     │   ├── InputError          data that is missing, empty, unreadable or of the wrong kind
+    │   ├── DamagedFileError    a tar or Parquet file that cannot be read to its end; ingest rejects it
     │   ├── OutputMismatchError the output folder holds the work of another config or of other inputs
     │   ├── RejectBudgetError   more images were rejected than `max_reject_fraction` allows
     │   ├── WeightsError        a checkpoint does not fit the model: keys, shapes, hash, or the file itself
@@ -30,6 +31,10 @@ class ConfigError(UserError):
 
 class InputError(UserError):
     """Input data is missing, empty, unreadable or of the wrong kind."""
+
+
+class DamagedFileError(UserError):
+    """A tar or Parquet file cannot be read to its end. Ingest turns it into a row of the rejects table."""
 
 
 class OutputMismatchError(UserError):

@@ -95,6 +95,9 @@ _SIGNATURES = re.compile(
 # Pillow refuses more on its own, through a global that this module leaves alone (twice PIL.Image.MAX_IMAGE_PIXELS).
 _PILLOW_MAX_PIXELS = 178_956_970
 
+# Characters of a decoder's message.
+_MAX_DETAIL = 500
+
 # What turns stored pixels upright, by EXIF orientation (CIPA DC-008, tag 0x0112); 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -134,6 +137,9 @@ class RejectReason(StrEnum):
 
     UNREADABLE = "unreadable"
     """The bytes could not be read: no such file, no permission, a damaged archive member."""
+    DAMAGED_ARCHIVE = "damaged_archive"
+    """A tar or Parquet file that is cut off, damaged, compressed, or larger unpacked than its reader takes. What
+    follows the damage is lost, so these count against the budget among such files, too."""
     LINK_OUTSIDE_SOURCE = "link_outside_source"
     """A link that leads out of its source's folder."""
     EMPTY = "empty"
@@ -291,7 +297,8 @@ def _rejections() -> Iterator[None]:
     # Pillow's parsers raise a dozen kinds on malformed bytes (OSError, SyntaxError, ValueError, KeyError, struct.error,
     # ...) and promise no list. Each becomes a counted row with its text, and rows spend the reject budget.
     except Exception as error:
-        detail = f"{type(error).__name__}: {error}"
+        # What it quotes of the file may be long, and no text that can be written.
+        detail = f"{type(error).__name__}: {error}"[:_MAX_DETAIL].encode(errors="backslashreplace").decode()
         if "truncated" in detail.lower():
             raise ImageRejected(RejectReason.TRUNCATED, detail) from None
         if "out of memory" in detail.lower():

@@ -6,7 +6,8 @@
       manifest.json
 
 Every image is decoded once here, in a process of its own that may crash or hang; later stages decode the same bytes
-with the same code. Links inside a source are images of their own (exact copies); links that lead out are rejected.
+with the same code. Links inside a source are images of their own (exact copies); links that lead out are rejected. A
+tar or Parquet file that cannot be read to its end is one reject, beside the images that came whole before that.
 
     python -m curation.ingest --config CONFIG.toml --output ingest/
 """
@@ -37,7 +38,7 @@ class IngestConfig(Settings):
     limits: ImageLimits = ImageLimits()
     """What an image may cost."""
     max_reject_fraction: float = Field(default=0.05, ge=0, le=1)
-    """The share of all images that may be rejected before the stage stops."""
+    """The share of all images, and of all tars and Parquet files, that may be rejected before the stage stops."""
     images_per_shard: int = Field(default=1000, ge=1)
     """Images of a folder per shard; a tar or a Parquet file is always one shard."""
 
@@ -54,8 +55,8 @@ class IngestConfig(Settings):
 def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = False) -> Manifest:
     """Read every source; returns the manifest of the stage.
 
-    Raises InputError for a source that is missing, empty or unreadable as a whole, RejectBudgetError past the budget;
-    what was finished until then stays, and the stage goes on from there.
+    Raises InputError for a source that is missing or empty, RejectBudgetError past the budget; what was finished until
+    then stays, and the stage goes on from there.
     """
     listings = {source.name: sources.list_files(source) for source in config.sources}
     shards: list[Shard] = []
@@ -66,6 +67,7 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
             paths = tuple(file.path for file in files[start : start + step])
             num_items = len(paths) if source.layout == "folder" else 0
             shards.append(Shard(f"{len(shards):05d}", (source, paths), num_items))
+    num_archives = sum(len(listings[source.name]) for source in config.sources if source.layout != "folder")
     expected = sum(shard.num_items for shard in shards) if all(shard.num_items for shard in shards) else None
     return run_shards(
         "ingest",
@@ -76,7 +78,7 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
         shards=shards,
         make_worker=functools.partial(make_worker, config.limits, output),
         replace=replace,
-        check=functools.partial(_check_budget, config.max_reject_fraction, expected, len(shards), output),
+        check=functools.partial(_check_budget, config.max_reject_fraction, expected, len(shards), num_archives, output),
         not_in_plan=frozenset({"max_reject_fraction"}),
     )
 
@@ -89,7 +91,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
         source, paths = shard.work
         accepted: list[dict[str, object]] = []
         rejects: list[dict[str, object]] = []
-        for found in sources.read_source(source, paths):
+        for found in sources.read_source(source, paths, max_bytes=limits.max_bytes):
             if found.problem is not None or found.data is None:
                 reason, detail = found.problem or (RejectReason.UNREADABLE, "")
                 rejects.append({"uri": found.uri, "source": source.name, "reason": str(reason), "detail": detail})
@@ -132,12 +134,25 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
 
 
 def _check_budget(
-    max_fraction: float, expected: int | None, num_shards: int, output: str, done: Sequence[ShardRecord]
+    max_fraction: float,
+    expected: int | None,
+    num_shards: int,
+    num_archives: int,
+    output: str,
+    done: Sequence[ShardRecord],
 ) -> None:
     """Stop as soon as the rejects so far would pass the budget even if no further image were rejected.
 
     Where the number of images is not known beforehand (tars, Parquet), the shards so far stand for the others.
     """
+    damaged = sum(record.rejects.get(RejectReason.DAMAGED_ARCHIVE, 0) for record in done)
+    if damaged > max_fraction * num_archives:
+        raise RejectBudgetError(
+            f"ingest: {damaged:,} of {num_archives:,} tars and Parquet files cannot be read to their end, more than "
+            f"max_reject_fraction = {max_fraction:g} allows. The first: {_first_damage(output)} The list is in "
+            f"{output}/rejects-*.parquet. Mend the sources, or raise ingest.max_reject_fraction; what was read so far "
+            "is kept."
+        )
     seen = sum(record.totals["images"] for record in done)
     total = expected if expected is not None else seen * num_shards // len(done)
     rejected = sum(record.totals["rejected"] for record in done)
@@ -151,6 +166,16 @@ def _check_budget(
             f"allows: {listed}. The list is in {output}/rejects-*.parquet. Mend the sources, or raise "
             "ingest.max_reject_fraction; what was read so far is kept."
         )
+
+
+def _first_damage(output: str) -> str:
+    """What is wrong with the first archive among the rejects."""
+    for name in storage.list_names(output):
+        if name.startswith("rejects-"):
+            for row in storage.read_table(storage.join(output, name), records.REJECTS).to_pylist():
+                if row["reason"] == RejectReason.DAMAGED_ARCHIVE:
+                    return str(row["detail"])
+    raise AssertionError(f"no damaged archive in {output}")
 
 
 def read_images(folder: str, columns: list[str] | None = None) -> pa.Table:

@@ -1,6 +1,7 @@
 """What a person sees while a stage runs: a bar with count, rate and time left; plain lines when it is no terminal."""
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +13,21 @@ from rich.text import Text
 # Between two plain lines. Assumed: often enough to see life, seldom enough for a log of hours.
 SECONDS_BETWEEN_LINES = 10.0
 
+# Control characters, what turns the direction of writing, and halves of characters.
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 _console = Console(stderr=True, highlight=False)
 
 
 def say(line: str) -> None:
     """Print one line on standard error, above a running bar."""
-    _console.print(line, markup=False, soft_wrap=True)
+    _console.print(printable(line), markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """`text` with every control character but the line's end escaped: file names of strangers may hold any, and a
+    terminal obeys them."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 @contextlib.contextmanager

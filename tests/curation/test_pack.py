@@ -359,7 +359,8 @@ class Run:
             source = SourceConfig.model_validate(
                 {"name": name, "path": f"{folder}/{name}", "role": role, "layout": layout}
             )
-            found = sources.read_source(source, tuple(file.path for file in sources.list_files(source)))
+            paths = tuple(file.path for file in sources.list_files(source))
+            found = sources.read_source(source, paths, max_bytes=1_000_000)
             shards.append([self.row(item, name, role, pictures) for item in found])
         self.ids = [image_id(picture) for picture in pictures]
         self.pictures = dict(zip(self.ids, pictures, strict=True))

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import tarfile
 from collections.abc import Sequence
@@ -30,7 +31,15 @@ def source(path: str | Path, layout: str = "folder", **columns: str) -> SourceCo
 
 
 def read(where: SourceConfig) -> list[Found]:
-    return list(sources.read_source(where, tuple(file.path for file in sources.list_files(where))))
+    paths = tuple(file.path for file in sources.list_files(where))
+    return list(sources.read_source(where, paths, max_bytes=10_000_000))
+
+
+def damage(found: Sequence[Found]) -> str | None:
+    """What is wrong with the one archive of a source; None where it could be read to its end."""
+    problems = [item.problem[1] for item in found if item.problem and item.problem[0] == RejectReason.DAMAGED_ARCHIVE]
+    assert len(problems) <= 1
+    return problems[0] if problems else None
 
 
 def read_tar(path: Path, data: bytes) -> list[Found]:
@@ -78,7 +87,7 @@ def test_folder_is_listed_by_path_with_its_folders_as_labels(tmp_path: Path, roo
 def test_part_of_a_listing_reads_that_part_in_its_order(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.png").write_bytes(b"%d" % number)
-    found = sources.read_source(source(tmp_path), ("3.png", "1.png"))
+    found = sources.read_source(source(tmp_path), ("3.png", "1.png"), max_bytes=1)
     assert [item.data for item in found] == [b"3", b"1"]
 
 
@@ -137,7 +146,7 @@ def test_what_cannot_be_read_is_one_reject(tmp_path: Path) -> None:
     assert latin.uri == f"{tmp_path}/caf\\xe9.png", "the name can be written to a table"
     assert pipe.problem == (RejectReason.UNREADABLE, "not a regular file")
     (tmp_path / "a.png").unlink()
-    gone = next(iter(sources.read_source(where, ("a.png",))))
+    gone = next(iter(sources.read_source(where, ("a.png",), max_bytes=1)))
     assert gone.data is None and gone.problem is not None and gone.problem[0] == RejectReason.UNREADABLE
 
 
@@ -300,11 +309,11 @@ def test_cut_tar_is_refused_or_reads_the_same(tmp_path: Path, step: int) -> None
     whole = read_tar(path, TWO_SAMPLES)
     assert len(whole) == 4 - 1 and len(TWO_SAMPLES) == 10240
     for cut in {*range(step, len(TWO_SAMPLES), 8 * 13), *range(512 * step, len(TWO_SAMPLES), 512 * 8)}:
-        try:
-            found = read_tar(path, TWO_SAMPLES[:cut])
-        except InputError as error:
+        found = read_tar(path, TWO_SAMPLES[:cut])
+        if message := damage(found):
             assert cut < END + 512
-            assert str(path) in str(error) and "not a readable plain tar" in str(error)
+            assert str(path) in message and "not a readable plain tar" in message
+            assert found[:-1] == whole[: len(found) - 1]
         else:
             assert cut >= END + 512 and found == whole
 
@@ -317,11 +326,9 @@ def test_damaged_tar_never_loses_a_member_in_silence(tmp_path: Path, seed: int) 
     for _ in range(80):
         damaged = bytearray(TWO_SAMPLES)
         damaged[int(rng.integers(END))] ^= 1 << int(rng.integers(8))
-        try:
-            found = read_tar(path, bytes(damaged))
-        except InputError:
-            continue
-        assert [(item.offset, item.length) for item in found] == names
+        found = read_tar(path, bytes(damaged))
+        if damage(found) is None:
+            assert [(item.offset, item.length) for item in found] == names
 
 
 def header(name: str, size: int, kind: bytes) -> bytes:
@@ -339,16 +346,17 @@ def header(name: str, size: int, kind: bytes) -> bytes:
 @pytest.mark.parametrize("size", [-1, -2, -512, -513, -5000, 2**33, 2**62, 2**70])
 def test_impossible_sizes_are_refused(tmp_path: Path, size: int, name: str) -> None:
     start = tar_of([("a.png", b"good")])[:1024]
-    for kind in (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE) if size < -2 else (tarfile.REGTYPE,):
-        with pytest.raises(InputError, match=r"a\.tar: not a readable plain tar"):
-            read_tar(tmp_path / "a.tar", start + header(name, size, kind) + tar_of([("c.png", b"more")]))
+    for kind in (
+        (tarfile.REGTYPE,) if size in (-1, -2) else (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)
+    ):
+        found = read_tar(tmp_path / "a.tar", start + header(name, size, kind) + tar_of([("c.png", b"more")]))
+        assert "a.tar: not a readable plain tar" in (damage(found) or "")
 
 
 def test_compressed_empty_and_foreign_tars(tmp_path: Path) -> None:
     plain = tar_of([("a.png", b"a")])
     for data in (gzip.compress(plain), b"", b"\0" * 100, b"text " * 1000, encoded_image(0)):
-        with pytest.raises(InputError, match=r"not a readable plain tar.*uncompressed"):
-            read_tar(tmp_path / "a.tar", data)
+        assert re.search("not a readable plain tar.*uncompressed", damage(read_tar(tmp_path / "a.tar", data)) or "")
     assert read_tar(tmp_path / "a.tar", tar_of([])) == []
     assert read_tar(tmp_path / "a.tar", tar_of([("notes.txt", b"x")])) == []
 
@@ -449,10 +457,8 @@ def test_damaged_parquet_is_refused_or_reads(tmp_path: Path, seed: int) -> None:
     for _ in range(60):
         place = int(rng.integers(len(whole)))
         path.write_bytes(whole[:place] if rng.random() < 0.3 else whole[:-900] + flipped(whole[-900:], place % 900))
-        try:
-            read(source(path, "parquet", image_column="image"))
-        except InputError as error:
-            assert str(path) in str(error)
+        message = damage(read(source(path, "parquet", image_column="image")))
+        assert message is None or str(path) in message
 
 
 def flipped(data: bytes, place: int) -> bytes:

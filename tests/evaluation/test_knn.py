@@ -105,7 +105,7 @@ def test_features_may_lie_in_a_file(tmp_path: Path) -> None:
     train, labels = clustered(0, 100, 5, 9)
     test, _ = clustered(1, 10, 5, 9)
     np.save(tmp_path / "train.npy", train.half().numpy())
-    mapped = torch.from_numpy(np.load(tmp_path / "train.npy", mmap_mode="c"))
+    mapped = torch.from_numpy(np.load(tmp_path / "train.npy", mmap_mode="c", allow_pickle=False))
     assert torch.equal(classify(mapped, labels, test, k=7), classify(train.half(), labels, test, k=7))
 
 

@@ -1,0 +1,393 @@
+"""Tars and Parquet files made to do harm, through the real ingest: each costs itself, and is told why.
+
+The good tar beside each shows that ingest goes on; the folder around them, that nothing was written elsewhere.
+"""
+
+import bz2
+import gzip
+import io
+import os
+import resource
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curation import ingest, records, sources, storage
+from curation.errors import InputError, RejectBudgetError
+from curation.hashing import image_id
+from curation.images import ImageLimits, RejectReason
+from curation.ingest import IngestConfig
+from curation.runner import InlineRunner
+from curation.sources import Layout, SourceConfig
+from tests.curation.builders import encoded_image
+
+GOOD = encoded_image(1)
+LIMITS = ImageLimits(max_bytes=200_000)
+EVIL_NAMES = [
+    "/etc/cron.d/absolute.png",
+    "../../../../tmp/escape.png",
+    "a/../../b.png",
+    "..\\windows.png",
+    "C:\\autoexec.png",
+    "n" * 300 + ".png",
+    "deep/" * 2000 + "x.png",
+    "new\nline.png",
+    "\x1b[2J\x1b]0;title\x07.png",
+    "<script>alert(1)</script>.png",
+    "-rf.png",
+    "half\udc80.png",
+    "\u202egnp.exe.png",
+    " .png",
+]
+
+
+def member(name: str, data: bytes, kind: bytes = tarfile.REGTYPE, **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = len(data), kind
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, data
+
+
+def tar_of(members: Iterable[tuple[tarfile.TarInfo, bytes]], format: int = tarfile.PAX_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        for info, data in members:
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def raw_header(name: str, size: int, kind: bytes = tarfile.REGTYPE, **fields: bytes) -> bytes:
+    """A header with a valid checksum and any size; `fields`: bytes from a place on, by `at_PLACE`."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    block[124:136] = b"\x80" + size.to_bytes(11, "big")
+    for place, value in fields.items():
+        start = int(place.removeprefix("at_"))
+        block[start : start + len(value)] = value
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def pax(record: bytes) -> bytes:
+    """An extended header with one record, whose length is written in front of it."""
+    length = len(record) + 2
+    while len(str(length)) + len(record) + 2 != length:
+        length += 1
+    text = b"%d %s\n" % (length, record)
+    return raw_header("pax", len(text), tarfile.XHDTYPE) + padded(text)
+
+
+START = tar_of([member("first.png", encoded_image(2))])[: 512 + len(padded(encoded_image(2)))]
+END = bytes(1024)
+REAL = tar_of([member("real.png", encoded_image(3))])
+
+
+Rows = list[dict[str, Any]]
+
+
+def run_ingest(
+    folder: Path, archives: dict[str, bytes], layout: Layout = "webdataset", **columns: str
+) -> dict[str, tuple[Rows, Rows]]:
+    """What one ingest accepts and rejects of each archive, by its name; a good one lies between them."""
+    inner, output = folder / "sources", str(folder / "out")
+    extension = "tar" if layout == "webdataset" else "parquet"
+    good = tar_of([member("good.png", GOOD)]) if layout == "webdataset" else parquet_of(pa.table({"image": [GOOD]}))
+    inner.mkdir()
+    for name, data in {**archives, "good": good}.items():
+        (inner / f"{name}.{extension}").write_bytes(data)
+    source = SourceConfig.model_validate(
+        {"name": "evil", "path": str(inner), "role": "pool", "layout": layout} | columns
+    )
+    before = listing(folder.parent)
+    config = IngestConfig(sources=(source,), limits=LIMITS, max_reject_fraction=1)
+    manifest = ingest.run(config, output, InlineRunner())
+    assert all(path.startswith(output) for path in listing(folder.parent) - before), "written elsewhere"
+    accepted, rejected = (
+        [
+            row
+            for name in manifest.files(kind)
+            for row in storage.read_table(storage.join(output, name), schema).to_pylist()
+        ]
+        for kind, schema in (("images", records.IMAGES), ("rejects", records.REJECTS))
+    )
+    assert {row["reason"] for row in rejected} <= {str(reason) for reason in RejectReason}
+    counts = len(accepted) + len(rejected), len(accepted), len(rejected)
+    assert manifest.totals == dict(zip(("images", "accepted", "rejected"), counts, strict=True))
+    found: dict[str, tuple[Rows, Rows]] = {name: ([], []) for name in (*archives, "good")}
+    for kind, rows in enumerate((accepted, rejected)):
+        for row in rows:
+            found[Path(row["uri"].partition("#")[0]).stem][kind].append(row)
+    good_rows, good_rejects = found.pop("good")
+    assert ids(good_rows) == [image_id(GOOD)] and good_rejects == []
+    return found
+
+
+def listing(folder: Path) -> set[str]:
+    return {os.path.join(place, name) for place, _, names in os.walk(folder) for name in names}
+
+
+def ids(accepted: list[dict[str, Any]]) -> list[str]:
+    return [row["image_id"] for row in accepted]
+
+
+def test_members_of_every_kind(tmp_path: Path) -> None:
+    """Names that lead elsewhere, links, devices, the same name again, archives within: none is followed or opened."""
+    (tmp_path / "secret.png").write_bytes(encoded_image(66))
+    named = [member(name, encoded_image(number)) for number, name in enumerate(EVIL_NAMES)]
+    targets = [
+        (tarfile.SYMTYPE, str(tmp_path / "secret.png")),
+        (tarfile.SYMTYPE, "../secret.png"),
+        (tarfile.LNKTYPE, "real.png"),
+        (tarfile.LNKTYPE, "/etc/passwd"),
+        (tarfile.CHRTYPE, ""),
+        (tarfile.BLKTYPE, ""),
+        (tarfile.FIFOTYPE, ""),
+        (tarfile.DIRTYPE, ""),
+    ]
+    linked = [
+        member(f"{number}.png", b"", kind, linkname=target, devmajor=1, devminor=5)
+        for number, (kind, target) in enumerate(targets)
+    ]
+    inner = [REAL, gzip.compress(REAL), gzip.compress(bytes(20_000_000)), bz2.compress(bytes(20_000_000)), zip_of(GOOD)]
+    nested = [
+        member(name, data)
+        for number, data in enumerate(inner)
+        for name in (f"{number}.tar", f"{number}.gz", f"{number}.png")
+    ]
+    found = run_ingest(
+        tmp_path,
+        {
+            "names": tar_of(named),
+            "nul": pax(b"path=nul\0byte.png") + REAL,
+            "links": tar_of([*linked, member("real.png", encoded_image(3))]),
+            "same": tar_of([member("same.png", encoded_image(number)) for number in range(4)]),
+            "nested": tar_of(nested),
+            "sizes": tar_of([member("huge.png", bytes(200_001)), member("a.png", GOOD[:50]), member("b.png", b"")]),
+            "holes": START
+            + b"".join(map(sparse_member, ("a.png", "half\udc80.png", "esc\x1b[2J.png", "s.json")))
+            + REAL,
+            "deep label": tar_of([member("a.png", GOOD), member("a.json", b"[" * 100_000)]),
+            "huge label": tar_of([member("a.cls", b"x" * 2_000_000), member("a.png", GOOD)]),
+            "long label": tar_of([member("a.png", GOOD), member("a.json", b'{"label": "%s"}' % (b"y" * 1001))]),
+        },
+    )
+    assert ids(found["names"][0]) == [image_id(data) for _, data in named] and found["names"][1] == []
+    for kind in ("nul", "links"):
+        assert ids(found[kind][0]) == [image_id(encoded_image(3))] and found[kind][1] == [], kind
+    assert ids(found["same"][0]) == [image_id(encoded_image(number)) for number in range(4)]
+    assert len({row["offset"] for row in found["same"][0]}) == 4
+    assert found["nested"][0] == [] and reasons(found["nested"][1]) == ["not_an_image"] * 5
+    assert found["sizes"][0] == [] and reasons(found["sizes"][1]) == ["too_many_bytes", "truncated", "empty"]
+    assert ids(found["holes"][0]) == [image_id(encoded_image(2)), image_id(encoded_image(3))]
+    assert reasons(found["holes"][1]) == ["unreadable"] * 3
+    assert all("stored sparse" in row["detail"] and row["detail"].isprintable() for row in found["holes"][1])
+    for kind in ("deep label", "huge label", "long label"):
+        assert [row["label"] for row in found[kind][0]] == [None], kind
+
+
+def reasons(rejected: Rows) -> list[str]:
+    return [row["reason"] for row in rejected]
+
+
+def sparse_member(name: str, size: int = 1 << 60) -> bytes:
+    """A member that claims to be `size` bytes of holes, in GNU's format 1.0."""
+    text = padded(b"1\n0\n0\n")
+    fields = (b"GNU.sparse.major=1", b"GNU.sparse.minor=0", b"GNU.sparse.name=" + name.encode(errors="surrogateescape"))
+    lines = b"".join(b"%d %s\n" % (len(field) + 4, field) for field in (*fields, b"GNU.sparse.realsize=%d" % size))
+    return raw_header("pax", len(lines), tarfile.XHDTYPE) + padded(lines) + raw_header("x", len(text)) + text
+
+
+def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "holes.png").touch()
+    os.truncate(tmp_path / "holes.png", 1 << 40)
+    source = SourceConfig(name="evil", path=str(tmp_path), role="pool")
+    (found,) = sources.read_source(source, ("holes.png",), max_bytes=200_000)
+    assert found.problem == (RejectReason.TOO_MANY_BYTES, f"{1 << 40} bytes; max_bytes is 200000")
+
+
+def zip_of(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.png", data)
+    return buffer.getvalue()
+
+
+DAMAGED = {
+    "gzip": gzip.compress(REAL),
+    "gzip bomb": gzip.compress(bytes(20_000_000)),
+    "bzip2 bomb": bz2.compress(bytes(20_000_000)),
+    "zlib": zlib.compress(REAL),
+    "zip": zip_of(GOOD),
+    "empty": b"",
+    "no tar": b"GIF89a" + bytes(2000),
+    "cut in a header": START + REAL[:300],
+    "cut in a member": START + REAL[:700],
+    "cut before the end": START,
+    "a member of 2^60 bytes": START + raw_header("a.png", 1 << 60) + REAL,
+    "a text of 2^60 bytes": START + raw_header("a.txt", 1 << 60) + REAL,
+    "a name of 2^60 bytes": START + raw_header("a", 1 << 60, tarfile.GNUTYPE_LONGNAME) + REAL,
+    "a link of 2^33 bytes": START + raw_header("a", 1 << 33, tarfile.GNUTYPE_LONGLINK) + REAL,
+    "attributes of 2^60 bytes": START + raw_header("a", 1 << 60, tarfile.XHDTYPE) + REAL,
+    "attributes for all of 2^40 bytes": START + raw_header("a", 1 << 40, tarfile.XGLTYPE) + REAL,
+    "a size of 2^60 by attribute": START + pax(b"size=%d" % (1 << 60)) + REAL,
+    "a size below zero by attribute": START + pax(b"size=-512") + REAL,
+    "a size that is no number": START + pax(b"size=abc") + REAL,
+    "attributes of two megabytes": START + pax(b"comment=" + b"x" * 2_000_000) + REAL,
+    "a megabyte of digits": START + raw_header("a", 1_000_000, tarfile.XHDTYPE) + padded(b"1" * 1_000_000) + REAL,
+    "names of names": START + raw_header("a", 0, tarfile.GNUTYPE_LONGNAME) * 2_000 + REAL,
+    "attributes of attributes": START + raw_header("a", 0, tarfile.XHDTYPE) * 2_000 + REAL,
+    "holes that are cut off": START + raw_header("a.png", 0, tarfile.GNUTYPE_SPARSE, at_482=b"\1"),
+    "holes without end": START + raw_header("a.png", 0, tarfile.GNUTYPE_SPARSE, at_482=b"\1") + (b"1" * 512) * 10_000,
+    "a map of holes without end": START
+    + pax(b"GNU.sparse.major=1\n22 GNU.sparse.minor=0")
+    + raw_header("a.png", 2_000_000)
+    + b"999999999\n"
+    + b"0\n" * 1_000_000,
+    "a wrong checksum": START + REAL[:148] + b"0000000\0" + REAL[156:],
+}
+
+
+def test_a_damaged_tar_is_one_reject(tmp_path: Path) -> None:
+    for kind, (accepted, rejected) in run_ingest(tmp_path, DAMAGED).items():
+        assert reasons(rejected) == ["damaged_archive"], kind
+        assert rejected[0]["uri"] == f"{tmp_path}/sources/{kind}.tar"
+        assert "not a readable plain tar" in rejected[0]["detail"]
+        # What came whole before the damage is kept; its sample may have had more members.
+        assert ids(accepted) in ([], [image_id(encoded_image(2))]), kind
+
+
+def mutated_tar(seed: int) -> bytes:
+    """Headers of all kinds with random bytes, and checksums that are right."""
+    rng = np.random.default_rng(seed)
+    kinds = [bytes([kind]) for kind in b"01234567LKSxgXDNV\0"]
+    data = START
+    for _ in range(int(rng.integers(1, 5))):
+        changed = {f"at_{rng.integers(500)}": rng.bytes(int(rng.integers(1, 12)))}
+        size = int(rng.choice([0, 5, 512, 700, 1 << 40]))
+        data += raw_header("m.png", size, kinds[rng.integers(len(kinds))], **changed)
+        data += rng.bytes(512 * int(rng.integers(0, 3)))
+    return data + (REAL if rng.random() < 0.5 else END)
+
+
+def test_mutated_headers_are_read_or_refused(tmp_path: Path) -> None:
+    found = run_ingest(tmp_path, {f"{seed:04d}": mutated_tar(seed) for seed in range(100)})
+    seen = {reason for _, rejected in found.values() for reason in reasons(rejected)}
+    assert {"damaged_archive", "not_an_image"} <= seen <= {"damaged_archive", "not_an_image", "empty", "unreadable"}
+
+
+def test_a_sample_without_end_is_read_in_parts(tmp_path: Path) -> None:
+    count = sources.MAX_IMAGES_IN_SAMPLE + 2
+    path = tmp_path / "many.tar"
+    empty = raw_header("same.png", 0)
+    path.write_bytes(empty * count + tar_of([member("same.cls", b"7")]))
+    source = SourceConfig(name="evil", path=str(path), role="pool", layout="webdataset")
+    found = list(sources.read_source(source, ("",), max_bytes=10))
+    assert [item.label for item in found] == [None] * (count - 2) + ["7"] * 2
+    assert all(item.data == b"" for item in found)
+
+
+def test_damaged_archives_spend_a_budget_of_their_own(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02d}.tar").write_bytes(tar_of([member("a.png", encoded_image(number))]))
+    (tmp_path / "03.tar").write_bytes(b"")
+    source = SourceConfig(name="web", path=str(tmp_path), role="pool", layout="webdataset")
+    config = IngestConfig(sources=(source,), max_reject_fraction=0.05)
+    manifest = ingest.run(config, str(tmp_path / "out"), InlineRunner())
+    assert manifest.rejects == {"damaged_archive": 1} and manifest.totals["accepted"] == 19
+    (tmp_path / "17.tar").write_bytes(START)
+    with pytest.raises(
+        RejectBudgetError, match=r"2 of 20 tars and Parquet files.*The first: .*03\.tar: not a readable"
+    ):
+        ingest.run(config, str(tmp_path / "out"), InlineRunner(), replace=True)
+
+
+# Parquet
+
+
+def parquet_of(table: pa.Table, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, **options)
+    return buffer.getvalue()
+
+
+WHOLE = parquet_of(pa.table({"image": [encoded_image(number) for number in range(4)]}))
+DAMAGED_PARQUET = {
+    "empty": b"",
+    "no Parquet": b"PAR1" + bytes(100) + b"PAR1",
+    "without its footer": WHOLE[:-500],
+    "cut in its footer": WHOLE[:-20],
+    "a footer longer than the file": WHOLE[:-8] + b"\xff\xff\xff\x7fPAR1",
+    "pages overwritten": WHOLE[:20] + b"\xff" * 300 + WHOLE[320:],
+}
+
+
+def labelled(*labels: bytes) -> pa.Table:
+    """Images with labels that nothing has checked to be UTF-8."""
+    values = pa.array(labels, pa.binary())
+    text = pa.StringArray.from_buffers(len(labels), values.buffers()[1], values.buffers()[2])
+    return pa.table({"image": [encoded_image(number) for number in range(len(labels))], "label": text})
+
+
+def test_a_damaged_parquet_file_is_one_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_ROW_GROUP_BYTES", 10_000_000)  # of four thousand million
+    swollen = parquet_of(pa.table({"image": [bytes(3_000_000)] * 4}), compression="zstd", use_dictionary=False)
+    assert len(swollen) < 10_000
+    found = run_ingest(tmp_path, {**DAMAGED_PARQUET, "swells": swollen}, "parquet", image_column="image")
+    for kind, (accepted, rejected) in found.items():
+        assert reasons(rejected) == ["damaged_archive"] and accepted == [], kind
+    assert "10000000 at most are read" in found["swells"][1][0]["detail"]
+
+
+@pytest.mark.parametrize("repeated", ["image", "label"])
+def test_a_value_that_stands_for_a_million_rows_takes_its_own_memory(tmp_path: Path, repeated: str) -> None:
+    """A file of some kilobytes that would unpack to more memory than there is: 2,000 rows of 20 MB."""
+    path = tmp_path / "a.parquet"
+    huge = pa.DictionaryArray.from_arrays(pa.array([0] * 2_000, pa.int32()), pa.array([" " * 20_000_000]))
+    huge = huge.cast(pa.dictionary(pa.int32(), pa.binary())) if repeated == "image" else huge
+    columns = {"image": pa.array([GOOD] * 2_000), "label": pa.array(["x"] * 2_000)} | {repeated: huge}
+    options = {"compression": "zstd", "store_schema": False, "dictionary_pagesize_limit": 1 << 28}
+    pq.write_table(pa.table(columns), path, **options)
+    assert path.stat().st_size < 10_000
+    source = SourceConfig(
+        name="evil", path=str(path), role="pool", layout="parquet", image_column="image", label_column="label"
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = [len(item.data or b"") for item in islice(sources.read_source(source, ("",), max_bytes=200_000), 20)]
+    assert found == [20_000_000 if repeated == "image" else len(GOOD)] * 20
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 500_000_000
+
+
+def test_labels_that_are_no_text_are_mended_or_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(labelled(b"good", b"\xff\xfe", b"z" * 5_000, b"esc\x1b"), path)
+    columns = {"image_column": "image", "label_column": "label"}
+    source = SourceConfig.model_validate(
+        {"name": "evil", "path": str(path), "role": "pool", "layout": "parquet"} | columns
+    )
+    found = list(sources.read_source(source, ("",), max_bytes=200_000))
+    assert [item.label for item in found] == ["good", "\ufffd\ufffd", None, "esc\x1b"]
+
+
+def test_columns_of_the_wrong_type_are_the_configs_fault(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    source = SourceConfig(name="evil", path=str(path), role="pool", layout="parquet", image_column="image")
+    for column in ([1, 2], ["text"] * 2, [[b"x"]] * 2, [1.5, None]):
+        pq.write_table(pa.table({"image": column}), path)
+        with pytest.raises(InputError, match=r"Set image_column|lies inside a list"):
+            list(sources.read_source(source, ("",), max_bytes=200_000))
