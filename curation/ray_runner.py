@@ -19,9 +19,11 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -114,7 +116,9 @@ class RayRunner(Runner):
                         try:
                             ray.get(reference)
                             free.append(actor)
-                        except ray.exceptions.RayError:  # it died once more
+                        except ray.exceptions.ActorDiedError as error:  # for good: Ray does not start it again
+                            raise ShardError(f"{stage}: a worker could not be started: {error}") from error
+                        except ray.exceptions.RayError:  # it died once more, or its machine is not there
                             absent[actor.wake.remote()] = actor
                         continue
                     index, actor = running.pop(reference)
@@ -193,6 +197,7 @@ def _connected(num_cpus: float) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would else hide all GPUs from actors that ask for none by clearing CUDA_VISIBLE_DEVICES, with a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS")
     if address:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # for a local Ray that is the default, here it would be none
@@ -213,6 +218,8 @@ def _connected(num_cpus: float) -> Iterator[Any]:
                 logging_level=logging.ERROR,
                 _temp_dir=folder,
             )
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends with status 15
         yield ray
 
 

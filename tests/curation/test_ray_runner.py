@@ -138,6 +138,17 @@ def test_a_stage_names_what_it_set_aside_and_tries_it_again_when_asked(runner: R
     assert bytes_in(str(tmp_path / "fresh/out")) == bytes_in(str(tmp_path / "out"))
 
 
+@pytest.mark.slow
+def test_worker_that_cannot_be_started_is_an_error(runner: RayRunner, worker: Callable[[], Worker]) -> None:
+    results = runner.map("stage", worker, shards_of(["lives"] * 100))
+    next(results)
+    for actor in runner._actors:
+        ray.kill(actor)  # and is not started again
+    with pytest.raises(ShardError, match="stage: a worker could not be started"):
+        list(results)
+    assert len(list(runner.map("stage", worker, shards_of(["lives"] * 2)))) == 2, "the next map starts others"
+
+
 def test_two_workers_are_two_processes(runner: RayRunner, worker: Callable[[], Worker]) -> None:
     results = list(runner.map("stage", worker, shards_of(["meets"] * 2)))
     assert len({record.totals["process"] for record in results} - {os.getpid()}) == 2
