@@ -110,10 +110,15 @@ class Run:
     def num_shards(self) -> int:
         return len({path.name.rpartition(",")[0] for path in (self.diary / "begun").iterdir()})
 
-    def seconds_to_next(self, moment: float) -> float | None:
-        """From a moment to the end of the next shard."""
-        after = [path.stat().st_mtime - moment for path in (self.diary / "done").iterdir()]
-        return min((seconds for seconds in after if seconds >= 0), default=None)
+    def seconds_to_recover(self, moment: float) -> float | None:
+        """From a moment until all shards that were begun again after it were done; None where none was."""
+        begun = Counter(path.name.rpartition(",")[0] for path in (self.diary / "begun").iterdir())
+        after = [
+            path.stat().st_mtime - moment
+            for path in (self.diary / "done").iterdir()
+            if begun[path.name.rpartition(",")[0]] > 1
+        ]
+        return max((seconds for seconds in after if seconds >= 0), default=None)
 
     def check(self, fault: str, moment: float, *, twice: int = NUM_HOSTS) -> None:
         """Everything that must hold after a fault and a resume; notes the row of the fault table."""
@@ -124,7 +129,7 @@ class Run:
             survived=same,
             shards=self.num_shards(),
             twice=self.begun_again(),
-            seconds=self.seconds_to_next(moment),
+            seconds=self.seconds_to_recover(moment),
         )
         assert same, "the bytes differ from those of a run without faults"
         left = [path for path in self.output.rglob(".*")]
