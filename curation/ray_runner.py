@@ -81,8 +81,7 @@ class RayRunner(Runner):
             return
         ray = self._ray
         worker_class = ray.remote(**self._options)(_WorkerActor)
-        num_workers = min(self._num_workers, len(shards))
-        while len(self._actors) < num_workers:
+        while len(self._actors) < min(self._num_workers, len(shards)):
             self._actors.append(worker_class.remote())
         self._num_maps += 1
         job = self._num_maps, ray.put((make_worker, os.getcwd()))
@@ -91,15 +90,15 @@ class RayRunner(Runner):
         running: dict[Any, tuple[int, Any]] = {}  # reference -> shard index, actor
         # Ray starts a dead actor again when there is room, which is never where its machine stays away: an actor gets
         # work only once it has answered.
-        absent = {actor.wake.remote(): actor for actor in self._actors[:num_workers]}
+        absent = {actor.wake.remote(): actor for actor in self._actors}
         finished: dict[int, ShardRecord | None] = {}
         poison: list[str] = []
         # What may be finished ahead of the oldest unfinished shard; bounds `finished` when one shard is slow.
-        window = 32 * num_workers
+        window = 32 * len(self._actors)
         # One shard per worker: it takes seconds, a result returns in a millisecond, and a death has one suspect.
         free: deque[Any] = deque()
         next_index = 0
-        alone_since = time.monotonic()
+        alone_since = told = time.monotonic()
         try:
             while next_index < len(shards):
                 while waiting and free and waiting[0] < next_index + window:
@@ -107,10 +106,12 @@ class RayRunner(Runner):
                     attempts[index] += 1
                     running[actor.process.remote(*job, shards[index])] = (index, actor)
                 done, _ = ray.wait([*running, *absent], num_returns=1, timeout=SECONDS_BETWEEN_REMINDERS)
+                now = time.monotonic()
                 if running or free:
-                    alone_since = time.monotonic()
-                elif not done:
-                    _wait_for_machines(stage, num_workers, time.monotonic() - alone_since)
+                    alone_since = told = now
+                elif now - told >= SECONDS_BETWEEN_REMINDERS:
+                    told = now
+                    _wait_for_machines(stage, len(self._actors), now - alone_since)
                 for reference in done:
                     if (actor := absent.pop(reference, None)) is not None:
                         try:

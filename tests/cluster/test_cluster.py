@@ -140,6 +140,11 @@ class Run:
         assert strays == []
 
 
+def kill_driver(process: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it is over already
+        os.kill(child_of(process.pid), signal.SIGKILL)
+
+
 def finish(process: "subprocess.Popen[str]", status: int | None = None) -> str:
     """Wait for a run to end; returns what it said."""
     try:
@@ -174,7 +179,7 @@ def test_kill_at_a_random_moment(hosts: Hosts, home: Path, seed: int) -> None:
     run = Run(hosts, home, "whole" if seed % 5 == 4 else "ingest", f"kill-{seed}")
     victim = ("worker", "node", "driver")[seed % 3]
     process = run.start(driver := generator.choice([1, 2]))
-    run.wait_for_shards(generator.randrange(1, 25), process)
+    run.wait_for_shards(generator.randrange(1, 20), process)
     time.sleep(generator.uniform(0, 0.5))
     moment = time.time()
     match victim:
@@ -189,26 +194,26 @@ def test_kill_at_a_random_moment(hosts: Hosts, home: Path, seed: int) -> None:
             finish(process, 0)
             hosts.start(lost)
         case "driver":
-            os.kill(child_of(process.pid), signal.SIGKILL)
+            kill_driver(process)
             finish(process)
             run.resume(driver)
     run.check(f"kill -9 of a {victim}", moment, twice=NUM_HOSTS if victim == "driver" else 1)
 
 
 def test_head_node_dies(hosts: Hosts, home: Path) -> None:
+    """The workers that are left may finish what there is; else the run ends and goes on with the next cluster."""
     run = Run(hosts, home, "ingest", "head")
     process = run.start(host=2)
     run.wait_for_shards(5, process)
     hosts.kill(1)
     finish(process)
-    assert process.returncode not in (0, None)
     for host in range(2, NUM_HOSTS + 1):
         hosts.kill(host)
     for host in range(1, NUM_HOSTS + 1):
         hosts.start(host)
     moment = time.time()
     run.resume()
-    run.check("kill -9 of the head node; the cluster started anew", moment)
+    run.check("kill -9 of the head node; the cluster started anew, run again", moment)
 
 
 @pytest.mark.parametrize(("seconds", "fault"), [(5, "link of a host cut for 5 s"), (None, "link of a host cut")])
@@ -353,7 +358,7 @@ def test_outputs_on_s3(hosts: Hosts, home: Path) -> None:
     run.diary, run.output = home / "s3-diary", home / "s3-copied"
     process = run.start(host=2)
     run.wait_for_shards(12, process)
-    os.kill(child_of(process.pid), signal.SIGKILL)
+    kill_driver(process)
     finish(process)
     moment = time.time()
     run.resume(host=2)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from curation import storage
+from curation import ray_runner, storage
 from curation.config import Settings
 from curation.errors import ConfigError, ShardError
 from curation.ray_runner import RayRunner
@@ -147,6 +147,35 @@ def test_worker_that_cannot_be_started_is_an_error(runner: RayRunner, worker: Ca
     with pytest.raises(ShardError, match="stage: a worker could not be started"):
         list(results)
     assert len(list(runner.map("stage", worker, shards_of(["lives"] * 2)))) == 2, "the next map starts others"
+
+
+class Squatter:
+    """Takes all processors of the cluster, as another job might."""
+
+    def is_there(self) -> bool:
+        return True
+
+
+@pytest.mark.slow
+def test_run_that_gets_no_worker_says_so_and_gives_up(
+    runner: RayRunner,
+    worker: Callable[[], Worker],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ray_runner, "SECONDS_BETWEEN_REMINDERS", 0.5)
+    monkeypatch.setattr(ray_runner, "SECONDS_WITHOUT_WORKERS", 3.0)
+    results = runner.map("stage", worker, shards_of(["lives"] * 100))
+    next(results)
+    results.close()  # stops the workers, which hold the processors
+    squatter = ray.remote(num_cpus=2)(Squatter).remote()
+    assert ray.get(squatter.is_there.remote())
+    with pytest.raises(ShardError, match=r"stage: none of 2 workers was there for \d+ s"):
+        list(runner.map("stage", worker, shards_of(["lives"] * 3)))
+    assert "none of 2 workers is there, waiting for machines" in capsys.readouterr().err
+    ray.kill(squatter)
+    monkeypatch.undo()
+    assert len(list(runner.map("stage", worker, shards_of(["lives"] * 3)))) == 3
 
 
 def test_two_workers_are_two_processes(runner: RayRunner, worker: Callable[[], Worker]) -> None:
