@@ -17,7 +17,7 @@ EXTRAS ?= cpu,demo,dev
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup curate train evaluate test test-slow test-demo check format bench clean
+.PHONY: help setup curate train evaluate test test-slow test-cluster test-demo check format bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -43,10 +43,15 @@ evaluate: train  ## Evaluate what make train trained beside others: EVALUATE_CON
 	$(BIN)/python -m pipelines.evaluate --config $(EVALUATE_CONFIG) --output $(EVALUATE_OUTPUT)
 
 test: setup  ## Run the tests, as CI runs them
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not demo and not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not demo and not slow and not cluster" $(ARGS)
 
 test-slow: setup  ## Run the tests that take minutes and need no data: compiled models
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-cluster: setup  ## Break a cluster of three hosts on this machine in many ways (root, 30 minutes); fills the fault table
+	rm -f runs/faults.jsonl
+	$(BIN)/python -m pytest -m cluster $(ARGS)
+	$(BIN)/python -m tests.cluster.fault_table
 
 test-demo: evaluate  ## Check the figures of the demo: corpus, training, evaluations
 	$(BIN)/python -m pytest -m demo $(ARGS)

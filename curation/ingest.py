@@ -39,6 +39,9 @@ class IngestConfig(Settings):
     """What an image may cost."""
     max_reject_fraction: float = Field(default=0.05, ge=0, le=1)
     """The share of all images, and of all tars and Parquet files, that may be rejected before the stage stops."""
+    max_poison_shards: int = Field(default=0, ge=0)
+    """Shards that may be left out because they kill their worker every time. The manifest names them (`set_aside`), and
+    a run that allows fewer tries them again."""
     images_per_shard: int = Field(default=1000, ge=1)
     """Images of a folder per shard; a tar or a Parquet file is always one shard."""
 
@@ -79,7 +82,8 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
         make_worker=functools.partial(make_worker, config.limits, output),
         replace=replace,
         check=functools.partial(_check_budget, config.max_reject_fraction, expected, len(shards), num_archives, output),
-        not_in_plan=frozenset({"max_reject_fraction"}),
+        not_in_plan=frozenset({"max_reject_fraction", "max_poison_shards"}),
+        max_poison_shards=config.max_poison_shards,
     )
 
 

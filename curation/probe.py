@@ -6,10 +6,10 @@
     facts or reason  <-- socket --        (pixels never travel)
 
 The decoding process has its own limits on memory and processor time. When it dies or hangs, a fresh one takes its
-place. An image is rejected for a crash or for memory only when a fresh process fails on it too, so the verdict on an
-image does not depend on the images before it. The process is started by a command line of its own, not by
-multiprocessing: it inherits no locks, threads or libraries and never imports the caller's main module. It ends with its
-parent, because its socket then ends.
+place. An image is rejected for a crash, for memory or for taking too long only when a fresh process fails on it too, so
+the verdict on an image does not depend on the images before it, nor on a moment at which the machine stood still. The
+process is started by a command line of its own, not by multiprocessing: it inherits no locks, threads or libraries and
+never imports the caller's main module. It ends with its parent, because its socket then ends.
 """
 
 import json
@@ -39,6 +39,7 @@ START_TIMEOUT_SECONDS = 300.0
 _COMMAND = "from curation import probe; probe.serve()"
 _LENGTH = struct.Struct("<Q")
 _READY = b"ready"
+_TRIED_AGAIN = (RejectReason.DECODER_CRASHED, RejectReason.DECODER_TIMEOUT, RejectReason.OUT_OF_MEMORY)
 
 
 class ImageFacts(NamedTuple):
@@ -73,7 +74,7 @@ class Prober:
         try:
             return self._ask(data)
         except ImageRejected as rejected:
-            if rejected.reason not in (RejectReason.DECODER_CRASHED, RejectReason.OUT_OF_MEMORY):
+            if rejected.reason not in _TRIED_AGAIN:
                 raise
         self.close()
         return self._ask(data)

@@ -10,8 +10,9 @@
 4.  Results come in the order of the shards. At most a fixed number of shards is under way at once.
 5.  When a worker raises, or cannot be made, the run stops and the error names the stage and the shard: a UserError
     stays one (status 2), anything else becomes a ShardError. Shards that were finished by then stay finished.
-6.  When a worker process dies, it is started again and its shard is given out again, up to `MAX_ATTEMPTS` times; then
-    a ShardError names the shard.
+6.  When a worker process or its machine dies, its shard is given out again, up to `MAX_ATTEMPTS` times, and work goes
+    on with the workers that are left until it is back. A shard that loses its worker every time is poison: its result
+    is None, as long as no more than `max_poison_shards` are; else a ShardError names it.
 7.  Closing the iterator early stops the workers.
 """
 
@@ -46,17 +47,17 @@ class Runner(ABC):
 
     @abstractmethod
     def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
-    ) -> Generator[ShardRecord, None, None]:
+        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
+    ) -> Generator[ShardRecord | None, None, None]:
         """Yield the result of every shard, in order."""
 
 
 class InlineRunner(Runner):
-    """Runs everything in this process, one shard after another."""
+    """Runs everything in this process, one shard after another; poison ends the process."""
 
     def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
-    ) -> Generator[ShardRecord, None, None]:
+        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
+    ) -> Generator[ShardRecord | None, None, None]:
         worker: Worker | None = None
         for shard in shards:
             try:

@@ -16,6 +16,8 @@ from curation.storage import Manifest, Plan, ShardRecord
 
 # The name of the record that `prepare` returns.
 PREPARED = "prepared"
+# The fact in a manifest that names the shards which killed their worker every time and are missing.
+SET_ASIDE = "set_aside"
 # Called by the driver when all shards are done: facts for the manifest, and a record of the files it wrote itself.
 Finish = Callable[[Sequence[ShardRecord]], tuple[dict[str, Any], ShardRecord | None]]
 
@@ -36,6 +38,7 @@ def run_shards(
     unit: str = "images",
     note: Callable[[Mapping[str, float]], str] | None = None,
     not_in_plan: frozenset[str] = frozenset(),
+    max_poison_shards: int = 0,
 ) -> Manifest:
     """Do the shards that are not done yet and mark the stage done; return its manifest.
 
@@ -43,7 +46,8 @@ def run_shards(
     they all read; it is marked done like a shard. `check` sees the finished shards after each new one and raises to
     stop early; `note` makes of the sums of what they measured the text that progress shows behind their count.
     `not_in_plan` names the config fields that guard the work without shaping its bytes (`search.min_recall`: the field
-    of a section).
+    of a section). Up to `max_poison_shards` shards that kill their worker every time are set aside, and tried again by
+    a run that allows fewer; a stage that allows any has neither `prepare` nor `finish`.
     """
     plan = Plan(
         stage=stage,
@@ -52,9 +56,14 @@ def run_shards(
         num_shards=len(shards),
     )
     done = storage.start_or_resume(output, plan, replace=replace)
+    set_aside: list[str] = []
     if isinstance(done, Manifest):
-        progress.say(f"{stage}: already done, nothing to do")
-        return done
+        missing = done.facts.get(SET_ASIDE, [])
+        if len(missing) <= max_poison_shards:
+            named = f"; set aside: {', '.join(missing)}" if missing else ""
+            progress.say(f"{stage}: already done, nothing to do{named}")
+            return done
+        done = {record.name: record for record in done.shards}
     prepared = []
     if prepare is not None:
         if PREPARED not in done:
@@ -71,10 +80,14 @@ def run_shards(
     measured: Counter[str] = Counter()
     work = functools.partial(_make_marking_worker, make_worker, output)
     with progress.bar(stage, total=sum(shard.num_items for shard in todo), unit=unit) as advance:
-        results = runner.map(stage, work, todo)
+        results = runner.map(stage, work, todo, max_poison_shards=max_poison_shards)
         try:
-            for shard, record in zip(todo, results, strict=True):
-                done[shard.name] = record
+            for shard, result in zip(todo, results, strict=True):
+                if result is None:
+                    set_aside.append(shard.name)
+                    progress.say(f"{stage}: shard {shard.name} killed its worker every time and is set aside")
+                    continue
+                done[shard.name] = record = result
                 measured.update(record.measured)
                 num_items = shard.num_items or sum(file.rows for file in record.files)
                 advance(num_items, note(measured) if note else "")
@@ -82,8 +95,10 @@ def run_shards(
                     check(list(done.values()))
         finally:
             results.close()
-    records = prepared + [done[shard.name] for shard in shards]
+    records = prepared + [done[shard.name] for shard in shards if shard.name not in set_aside]
     facts, own_record = finish(records) if finish else ({}, None)
+    if set_aside:
+        facts[SET_ASIDE] = set_aside
     if own_record is not None:
         records.append(own_record)
     manifest = Manifest(

@@ -156,8 +156,8 @@ class MortalRunner(Runner):
         self.left, self._behind = lives_for, behind
 
     def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
-    ) -> Generator[ShardRecord, None, None]:
+        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
+    ) -> Generator[ShardRecord | None, None, None]:
         def make_mortal_worker() -> Worker:
             worker = make_worker()
 

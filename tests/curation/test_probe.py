@@ -111,10 +111,19 @@ def test_an_image_that_takes_too_long_is_rejected() -> None:
         assert prober.probe(SMALL).width == 60
 
 
-def test_a_decoder_that_waits_forever_is_replaced() -> None:
-    with Prober(ImageLimits(decode_timeout_seconds=0.2)) as prober:
+@pytest.mark.slow
+def test_a_decoder_that_waits_forever_is_replaced_and_its_image_tried_again() -> None:
+    with Prober(ImageLimits(decode_timeout_seconds=3)) as prober:
         prober.probe(SMALL)
         with killing(prober, 1, signal.SIGSTOP):
+            assert prober.probe(SLOW).width == 7000
+        assert prober.probe(SMALL).width == 60
+
+
+def test_an_image_on_which_every_decoder_waits_is_rejected() -> None:
+    with Prober(ImageLimits(decode_timeout_seconds=0.2)) as prober:
+        prober.probe(SMALL)
+        with killing(prober, 2, signal.SIGSTOP):
             rejected = rejection(prober, SLOW)
         assert (rejected.reason, rejected.detail) == (RejectReason.DECODER_TIMEOUT, "no answer after 2 s")
         assert prober.probe(SMALL).width == 60

@@ -1,0 +1,82 @@
+"""`pipelines.curate` with a diary of when each shard was begun and done, and with workers that fail on command.
+
+DIARY/begun/<stage>,<shard>,<random>     one for every time that a worker took the shard
+DIARY/done/<stage>,<shard>,<random>      one for every time that it was finished
+DIARY/faults/<stage>,<shard>             written by a test: what befalls the worker, `poison` every time, others once
+"""
+
+import functools
+import os
+import resource
+import signal
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+
+from curation import command, ingest
+from curation.config import load
+from curation.ingest import IngestConfig
+from curation.runner import Runner, Shard, Worker
+from curation.storage import ShardRecord
+
+
+class CountingRunner(Runner):
+    """Another runner, with the diary around every shard."""
+
+    def __init__(self, runner: Runner, diary: Path) -> None:
+        self._runner, self._diary = runner, diary
+
+    def map(
+        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
+    ) -> Generator[ShardRecord | None, None, None]:
+        work = functools.partial(make_counting_worker, make_worker, self._diary, stage)
+        yield from self._runner.map(stage, work, shards, max_poison_shards=max_poison_shards)
+
+
+def make_counting_worker(make_worker: Callable[[], Worker], diary: Path, stage: str) -> Worker:
+    worker = make_worker()
+
+    def process(shard: Shard) -> ShardRecord:
+        name = f"{stage},{shard.name}"
+        (diary / "begun" / f"{name},{os.urandom(4).hex()}").touch()
+        fault = diary / "faults" / name
+        if fault.exists():
+            suffer(fault)
+        record = worker(shard)
+        (diary / "done" / f"{name},{os.urandom(4).hex()}").touch()
+        return record
+
+    return process
+
+
+def suffer(fault: Path) -> None:
+    """Let this process have its fault."""
+    kind = fault.read_text()
+    if kind != "poison":
+        fault.unlink()
+    if kind == "memory":
+        present = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (present + 2**26, present + 2**26))
+        bytearray(2**28)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def command_line(
+    config: str, output: str, diary: str, runner: command.RunnerName = "ray", only_ingest: bool = False
+) -> None:
+    """Run the pipeline, or its first stage, with three workers."""
+    for folder in ("begun", "done", "faults"):
+        Path(diary, folder).mkdir(parents=True, exist_ok=True)
+    with command.open_runner(runner, 3) as chosen:
+        counting = CountingRunner(chosen, Path(diary).resolve())
+        if only_ingest:
+            ingest.run(load(IngestConfig, config, section="ingest"), output, counting)
+        else:
+            from pipelines import curate  # and torch: ingest does without, and its workers start in a third of the time
+
+            curate.run(load(curate.CurateConfig, config), output, counting)
+
+
+if __name__ == "__main__":
+    from tests.cluster import counted_curate
+
+    command.main(counted_curate.command_line)

@@ -1,0 +1,368 @@
+"""The pipeline on three hosts, broken in every way that happens: the bytes stay the same, and little is done twice."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.fault_table import add
+from tests.cluster.hosts import NUM_HOSTS, PATIENCE, PORT, S3_PORT, Hosts, address, child_of, wait_until
+from tests.pipelines.test_curate import CONFIG, drawing, save
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and ip"),
+]
+
+# Pictures large enough that a shard takes a moment: a kill must be able to hit one.
+INGEST = """
+[ingest]
+images_per_shard = 4
+[ingest.limits]
+decode_timeout_seconds = 1
+[[ingest.sources]]
+name = "web"
+role = "pool"
+path = "photos"
+"""
+NUM_PHOTOS = 120
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with Hosts() as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def home(hosts: Hosts) -> Path:
+    """The folder that all hosts see: images, configs, and the outputs of runs without faults."""
+    home = hosts.home
+    for number in range(10):
+        save(drawing("discs", number), home / f"seeds/discs/{number}.png")
+        save(drawing("stripes", number), home / f"seeds/stripes/{number}.png")
+        for kind in ("discs", "stripes", "scribbles"):
+            save(drawing(kind, 20 + number), home / f"pool/{kind}/{number}.png")
+    for number in range(100, 104):
+        save(drawing("scribbles", number), home / f"holdout/{number}.png")
+    for number in range(NUM_PHOTOS):
+        save(drawing("scribbles", 1000 + number).resize((2000, 1500)), home / f"photos/{number:03d}.jpg", quality=95)
+    (home / "whole.toml").write_text(CONFIG)
+    (home / "ingest.toml").write_text(INGEST)
+    for config in ("whole", "ingest"):
+        Run(hosts, home, config, f"{config}-inline").inline()
+    return home
+
+
+class Run:
+    """One output folder, and the commands that fill it, on host 1 unless told otherwise."""
+
+    def __init__(self, hosts: Hosts, home: Path, config: str, name: str) -> None:
+        self._hosts, self._home, self._config, self.name = hosts, home, config, name
+        self.output, self.diary = home / name, home / f"{name}-diary"
+
+    def _command(self, *options: str) -> list[str]:
+        only = ["--only-ingest"] if self._config == "ingest" else []
+        paths = [f"{self._config}.toml", self.name, str(self.diary)]
+        return [sys.executable, "-m", "tests.cluster.counted_curate", *paths, *only, *options]
+
+    def start(self, host: int = 1) -> "subprocess.Popen[str]":
+        environment = {**self._hosts.environment_of(host), "RAY_ADDRESS": f"{address(1)}:{PORT}"}
+        return subprocess.Popen(
+            self._hosts.on(host, self._command(), self._home),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def inline(self) -> None:
+        environment = self._hosts.environment_of(1)
+        command = self._command("--runner", "inline")
+        done = subprocess.run(command, cwd=self._home, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def resume(self, host: int = 1) -> None:
+        """Run to the end."""
+        finish(self.start(host), 0)
+
+    def num_done(self) -> int:
+        return len(list((self.diary / "done").glob("*")))
+
+    def wait_for_shards(self, number: int, process: "subprocess.Popen[str]") -> None:
+        """Wait until so many shards are done, or the run is over."""
+        wait_until(lambda: self.num_done() >= number or process.poll() is not None, f"{number} shards are done")
+
+    def begun_again(self) -> int:
+        """How many shards were taken by a worker once more than needed, counted each time."""
+        names = Counter(path.name.rpartition(",")[0] for path in (self.diary / "begun").iterdir())
+        return sum(count - 1 for count in names.values())
+
+    def num_shards(self) -> int:
+        return len({path.name.rpartition(",")[0] for path in (self.diary / "begun").iterdir()})
+
+    def seconds_to_recover(self, moment: float) -> float | None:
+        """From a moment until all shards that were begun again after it were done; None where none was."""
+        begun = Counter(path.name.rpartition(",")[0] for path in (self.diary / "begun").iterdir())
+        after = [
+            path.stat().st_mtime - moment
+            for path in (self.diary / "done").iterdir()
+            if begun[path.name.rpartition(",")[0]] > 1
+        ]
+        return max((seconds for seconds in after if seconds >= 0), default=None)
+
+    def check(self, fault: str, moment: float, *, twice: int = NUM_HOSTS) -> None:
+        """Everything that must hold after a fault and a resume; notes the row of the fault table."""
+        reference = self._home / f"{self._config}-inline"
+        same = bytes_in(self.output) == bytes_in(reference)
+        add(
+            fault,
+            survived=same,
+            shards=self.num_shards(),
+            twice=self.begun_again(),
+            seconds=self.seconds_to_recover(moment),
+        )
+        assert same, "the bytes differ from those of a run without faults"
+        left = [path for path in self.output.rglob(".*")]
+        assert left == [], "temporary files or progress stayed"
+        assert self.begun_again() <= twice
+        wait_until(lambda: not self._hosts.workers() and not self._hosts.decoders(), "the workers are gone")
+        strays = [path for host in range(1, NUM_HOSTS + 1) for path in (self._hosts.folder / f"tmp{host}").glob("*")]
+        assert strays == []
+
+
+def kill_driver(process: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it is over already
+        os.kill(child_of(process.pid), signal.SIGKILL)
+
+
+def finish(process: "subprocess.Popen[str]", status: int | None = None) -> str:
+    """Wait for a run to end; returns what it said."""
+    try:
+        said = process.communicate(timeout=PATIENCE * 2)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"the run hangs: {process.communicate()[1]}") from None
+    assert status is None or process.returncode == status, said
+    return said
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_make_curate_gives_the_same_bytes_on_three_hosts(hosts: Hosts, home: Path) -> None:
+    command = ["-m", "pipelines.curate", "--config", "whole.toml", "--output", "by-hand", "--workers", "3"]
+    environment = {**hosts.environment_of(2), "RAY_ADDRESS": f"{address(1)}:{PORT}"}
+    place = hosts.on(2, [sys.executable, *command], home)
+    done = subprocess.run(place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert bytes_in(home / "by-hand") == bytes_in(home / "whole-inline")
+    run = Run(hosts, home, "whole", "healthy")
+    run.resume(host=2)
+    run.check("none", time.time(), twice=0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_kill_at_a_random_moment(hosts: Hosts, home: Path, seed: int) -> None:
+    """Every fifth run is the whole pipeline, the others are ingest."""
+    generator = random.Random(seed)
+    run = Run(hosts, home, "whole" if seed % 5 == 4 else "ingest", f"kill-{seed}")
+    victim = ("worker", "node", "driver")[seed % 3]
+    process = run.start(driver := generator.choice([1, 2]))
+    run.wait_for_shards(generator.randrange(1, 20), process)
+    time.sleep(generator.uniform(0, 0.5))
+    moment = time.time()
+    match victim:
+        case "worker":
+            if workers := sorted(hosts.workers()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(generator.choice(workers), signal.SIGKILL)
+            finish(process, 0)
+        case "node":
+            lost = 3 if driver == 2 else generator.choice([2, 3])
+            hosts.kill(lost)
+            finish(process, 0)
+            hosts.start(lost)
+        case "driver":
+            kill_driver(process)
+            finish(process)
+            run.resume(driver)
+    run.check(f"kill -9 of a {victim}", moment, twice=NUM_HOSTS if victim == "driver" else 1)
+
+
+def test_head_node_dies(hosts: Hosts, home: Path) -> None:
+    """The workers that are left may finish what there is; else the run ends and goes on with the next cluster."""
+    run = Run(hosts, home, "ingest", "head")
+    process = run.start(host=2)
+    run.wait_for_shards(5, process)
+    hosts.kill(1)
+    finish(process)
+    for host in range(2, NUM_HOSTS + 1):
+        hosts.kill(host)
+    for host in range(1, NUM_HOSTS + 1):
+        hosts.start(host)
+    moment = time.time()
+    run.resume()
+    run.check("kill -9 of the head node; the cluster started anew, run again", moment)
+
+
+@pytest.mark.parametrize(("seconds", "fault"), [(5, "link of a host cut for 5 s"), (None, "link of a host cut")])
+def test_link_is_cut_and_restored(hosts: Hosts, home: Path, seconds: float | None, fault: str) -> None:
+    run = Run(hosts, home, "ingest", f"link-{seconds}")
+    process = run.start()
+    run.wait_for_shards(4, process)
+    hosts.set_link(3, "down")
+    moment = time.time()
+    if seconds is not None:
+        time.sleep(seconds)
+        hosts.set_link(3, "up")
+        finish(process, 0)
+    else:
+        finish(process, 0)
+        hosts.set_link(3, "up")
+        hosts.kill(3)  # Ray has given the host up; it must be started anew
+        hosts.start(3)
+    run.check(fault, moment)
+
+
+def test_disk_is_full(hosts: Hosts, home: Path) -> None:
+    run = Run(hosts, home, "ingest", "small/out")
+    run.diary = home / "full-disk-diary"
+    said = finish(run.start(), 1)
+    assert "No space left on device" in said
+    partly = [path for path in (home / "small").rglob("*.parquet") if not path.name.startswith(".")]
+    reference = bytes_in(home / "ingest-inline")
+    assert all(path.read_bytes() == reference[path.name] for path in partly), "a half-written file has a final name"
+    subprocess.run(["mount", "-o", "remount,size=64m", home / "small"], check=True)
+    moment = time.time()
+    run.resume()
+    run.check("full disk; room made, run again", moment)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [("memory", "a worker past its memory limit (MemoryError); run again"), ("kill", "a worker killed in a shard")],
+)
+def test_worker_fails_in_a_shard(hosts: Hosts, home: Path, kind: str, fault: str) -> None:
+    run = Run(hosts, home, "ingest", f"worker-{kind}")
+    (run.diary / "faults").mkdir(parents=True)
+    (run.diary / "faults/ingest,00009").write_text(kind)
+    process = run.start()
+    wait_until(lambda: not (run.diary / "faults/ingest,00009").exists(), "the fault has struck")
+    moment = time.time()
+    if kind == "memory":
+        assert "ingest, shard 00009: MemoryError" in finish(process, 1)
+        run.resume()
+    else:
+        finish(process, 0)
+    run.check(fault, moment)
+
+
+def test_poison_shard_is_set_aside_and_comes_back(hosts: Hosts, home: Path) -> None:
+    run = Run(hosts, home, "ingest", "poison")
+    (run.diary / "faults").mkdir(parents=True)
+    (run.diary / "faults/ingest,00011").write_text("poison")
+    assert "ingest, shard 00011: its worker died 3 times" in finish(run.start(), 1)
+    config = (home / "ingest.toml").read_text()
+    (home / "ingest.toml").write_text(config.replace("[ingest]\n", "[ingest]\nmax_poison_shards = 1\n", 1))
+    assert "shard 00011 killed its worker every time and is set aside" in finish(run.start(), 0)
+    assert '"set_aside": [\n   "00011"\n  ]' in (run.output / "manifest.json").read_text()
+    (run.diary / "faults/ingest,00011").unlink()
+    (home / "ingest.toml").write_text(config)
+    moment = time.time()
+    run.resume()
+    run.check("poison shard; set aside, tried again when mended", moment, twice=6 + 2 * NUM_HOSTS)
+
+
+@pytest.mark.parametrize(
+    ("number", "fault"), [(signal.SIGKILL, "a decoder crashes"), (signal.SIGSTOP, "a decoder hangs")]
+)
+def test_decoder_fails(hosts: Hosts, home: Path, number: int, fault: str) -> None:
+    run = Run(hosts, home, "ingest", f"decoder-{number}")
+    process = run.start()
+    run.wait_for_shards(4, process)
+    wait_until(lambda: bool(hosts.decoders()), "there is a decoder")
+    moment = time.time()
+    os.kill(hosts.decoders()[0], number)
+    finish(process, 0)
+    run.check(fault, moment, twice=0)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_stops_the_run_and_it_goes_on(hosts: Hosts, home: Path, number: int, status: int) -> None:
+    run = Run(hosts, home, "ingest", f"signal-{number}")
+    process = run.start()
+    run.wait_for_shards(7, process)
+    os.kill(child_of(process.pid), number)
+    said = finish(process, status)
+    assert "Traceback" not in said
+    wait_until(lambda: not hosts.workers() and not hosts.decoders(), "the workers are gone")
+    assert not (run.output / "manifest.json").exists()
+    moment = time.time()
+    run.resume()
+    run.check(f"{signal.Signals(number).name} to the driver; run again", moment)
+
+
+LIBRARY = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="needs Debian's package faketime")
+def test_clock_jumps(hosts: Hosts, home: Path) -> None:
+    """A run a year ahead, killed, resumed a year behind; the files' times are of the future by then."""
+    run = Run(hosts, home, "ingest", "clock")
+    command = run._command("--runner", "inline")
+    ahead, behind = ({**hosts.environment_of(1), "LD_PRELOAD": str(LIBRARY), "FAKETIME": f"{d}365d"} for d in "+-")
+    process = subprocess.Popen(command, cwd=home, env=ahead, stderr=subprocess.PIPE, text=True)
+    run.wait_for_shards(5, process)
+    process.kill()
+    finish(process)
+    for path in run.output.rglob("*"):
+        os.utime(path, (time.time() + 4e7, time.time() + 4e7))
+    done = subprocess.run(command, cwd=home, env=behind, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run.check("clock a year ahead, then a year behind (inline)", time.time(), twice=1)
+
+
+SERVE = "from moto.server import main; main()"
+COPY = """
+import sys, fsspec
+fs = fsspec.filesystem("s3")
+if sys.argv[1] == "make":
+    fs.mkdir("bucket")
+else:
+    fs.get("bucket/run/", sys.argv[1] + "/", recursive=True)
+"""
+
+
+def test_outputs_on_s3(hosts: Hosts, home: Path) -> None:
+    """A server on host 1 takes the outputs of a run that is killed on its way."""
+    server_command = hosts.on(1, [sys.executable, "-c", SERVE, "-H", address(1), "-p", str(S3_PORT)])
+    server = subprocess.Popen(server_command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def copy(what: str) -> bool:
+        command = hosts.on(1, [sys.executable, "-c", COPY, what])
+        return subprocess.run(command, env=hosts.environment_of(1), capture_output=True).returncode == 0
+
+    wait_until(lambda: copy("make"), "the S3 server answers")
+    run = Run(hosts, home, "whole", "s3://bucket/run")
+    run.diary, run.output = home / "s3-diary", home / "s3-copied"
+    process = run.start(host=2)
+    run.wait_for_shards(12, process)
+    kill_driver(process)
+    finish(process)
+    moment = time.time()
+    run.resume(host=2)
+    assert copy(str(run.output))
+    run.check("kill -9 of the driver, outputs on S3", moment)
+    server.kill()
+    server.wait()
