@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from curation import progress
 from curation.errors import SeedbedError, UserError
 from curation.runner import InlineRunner, Runner
 
@@ -61,6 +62,8 @@ def open_runner(name: RunnerName, workers: int | None = None, *, gpus_per_worker
 
     runner = RayRunner(num_workers=workers or os.cpu_count() or 1, gpus_per_worker=gpus_per_worker)
     try:
+        for line in runner.where_to_look():
+            progress.say(line)
         yield runner
     finally:
         runner.close()

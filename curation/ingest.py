@@ -12,7 +12,7 @@ with the same code. Links inside a source are images of their own (exact copies)
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pyarrow as pa
 from pydantic import Field, field_validator
@@ -25,7 +25,7 @@ from curation.images import ImageLimits, ImageRejected, RejectReason
 from curation.probe import Prober
 from curation.runner import Runner, Shard
 from curation.sources import SourceConfig
-from curation.stage import run_shards
+from curation.stage import Tally, run_shards
 from curation.storage import Manifest, ShardRecord
 
 
@@ -131,21 +131,15 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
     return process
 
 
-def _check_budget(
-    max_fraction: float, expected: int | None, num_shards: int, output: str, done: Sequence[ShardRecord]
-) -> None:
+def _check_budget(max_fraction: float, expected: int | None, num_shards: int, output: str, done: Tally) -> None:
     """Stop as soon as the rejects so far would pass the budget even if no further image were rejected.
 
     Where the number of images is not known beforehand (tars, Parquet), the shards so far stand for the others.
     """
-    seen = sum(record.totals["images"] for record in done)
-    total = expected if expected is not None else seen * num_shards // len(done)
-    rejected = sum(record.totals["rejected"] for record in done)
+    total = expected if expected is not None else done.totals["images"] * num_shards // done.num_shards
+    rejected = done.totals["rejected"]
     if rejected > max_fraction * total:
-        reasons = storage.sum_counts(record.rejects for record in done)
-        listed = ", ".join(
-            f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
-        )
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in done.rejects.most_common())
         raise RejectBudgetError(
             f"ingest: {rejected:,} of {total:,} images were rejected, more than max_reject_fraction = {max_fraction:g} "
             f"allows: {listed}. The list is in {output}/rejects-*.parquet. Mend the sources, or raise "

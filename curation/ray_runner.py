@@ -31,9 +31,9 @@ class RayRunner(Runner):
     def __init__(self, *, num_workers: int, cpus_per_worker: float = 1, gpus_per_worker: float = 0) -> None:
         if num_workers < 1:
             raise ConfigError(f"num_workers must be at least 1. Found: {num_workers}")
-        self._num_workers = num_workers
+        self.num_workers = num_workers
         self._options = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": -1}
-        self._ray = _connect(num_cpus=max(num_workers * cpus_per_worker, 1))
+        self._ray, self._dashboard = _connect(num_cpus=max(num_workers * cpus_per_worker, 1))
         self._actors: list[Any] = []
         self._num_maps = 0
         total = self._ray.cluster_resources()
@@ -44,6 +44,16 @@ class RayRunner(Runner):
                     f"{num_workers} workers need {wanted:g} {resource}; this Ray has {total.get(resource, 0):g}. "
                     "Ask for fewer workers (runner.num_workers), or join a larger cluster (RAY_ADDRESS)."
                 )
+
+    def where_to_look(self) -> list[str]:
+        """Where this Ray's dashboard is and where Prometheus finds its metrics, or that there are none; two lines."""
+        ports = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in self._ray.nodes() if node["Alive"]]
+        pages = [f"http://{address}:{port}/metrics" for address, port in ports if port > 0]
+        more = f" and on {len(pages) - 1} more machines" if len(pages) > 1 else ""
+        return [
+            "Ray's dashboard: " + (f"http://{self._dashboard}" if self._dashboard else "none (docs/operations.md)"),
+            "Ray's metrics: " + (pages[0] + more if pages else "none (docs/operations.md)"),
+        ]
 
     def close(self) -> None:
         """Leave Ray, and stop it if this runner started it."""
@@ -56,7 +66,7 @@ class RayRunner(Runner):
             return
         ray = self._ray
         worker_class = ray.remote(**self._options)(_WorkerActor)
-        num_workers = min(self._num_workers, len(shards))
+        num_workers = min(self.num_workers, len(shards))
         while len(self._actors) < num_workers:
             self._actors.append(worker_class.remote())
         actors = self._actors[:num_workers]
@@ -123,7 +133,8 @@ class _WorkerActor:
         return self._worker(shard)
 
 
-def _connect(num_cpus: float) -> Any:
+def _connect(num_cpus: float) -> tuple[Any, str]:
+    """The module ray, connected, and the address of the dashboard; empty where there is none."""
     address = os.environ.get("RAY_ADDRESS")
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         raise UserError(
@@ -139,13 +150,13 @@ def _connect(num_cpus: float) -> Any:
     import ray  # reads the environment when it is imported
 
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        return ray
+        joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        return ray, joined.dashboard_url or ""
     ray.init(
         num_cpus=math.ceil(num_cpus),
-        include_dashboard=False,
+        include_dashboard=False,  # ten processes and a gigabyte, for one run
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    return ray
+    return ray, ""

@@ -5,19 +5,36 @@ and its command. `run` lists the shards and hands them to `run_shards` with a fu
 """
 
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from curation import progress, storage
+from curation import journal, progress, storage
 from curation.config import Settings
 from curation.runner import Runner, Shard, Worker
-from curation.storage import Manifest, Plan, ShardRecord
+from curation.storage import Effort, Manifest, Plan, ShardRecord
 
 # The name of the record that `prepare` returns.
 PREPARED = "prepared"
 # Called by the driver when all shards are done: facts for the manifest, and a record of the files it wrote itself.
 Finish = Callable[[Sequence[ShardRecord]], tuple[dict[str, Any], ShardRecord | None]]
+
+
+@dataclass
+class Tally:
+    """What the shards that are done count together."""
+
+    num_shards: int = 0
+    totals: Counter[str] = field(default_factory=Counter)
+    rejects: Counter[str] = field(default_factory=Counter)
+
+    def add(self, record: ShardRecord) -> None:
+        """Count one more shard."""
+        self.num_shards += 1
+        self.totals.update(record.totals)
+        self.rejects.update(record.rejects)
 
 
 def run_shards(
@@ -31,7 +48,7 @@ def run_shards(
     make_worker: Callable[[], Worker],
     replace: bool = False,
     prepare: Callable[[], ShardRecord] | None = None,
-    check: Callable[[Sequence[ShardRecord]], None] | None = None,
+    check: Callable[[Tally], None] | None = None,
     finish: Finish | None = None,
     unit: str = "images",
     note: Callable[[Mapping[str, float]], str] | None = None,
@@ -40,10 +57,10 @@ def run_shards(
     """Do the shards that are not done yet and mark the stage done; return its manifest.
 
     `inputs` names what the stage reads, each with a content hash. `prepare` runs once before the shards and writes what
-    they all read; it is marked done like a shard. `check` sees the finished shards after each new one and raises to
-    stop early; `note` makes of the sums of what they measured the text that progress shows behind their count.
-    `not_in_plan` names the config fields that guard the work without shaping its bytes (`search.min_recall`: the field
-    of a section).
+    they all read; it is marked done like a shard. `check` sees what the finished shards count after each new one and
+    raises to stop early; `note` makes of the sums of what they measured the text that progress shows behind their
+    count. `not_in_plan` names the config fields that guard the work without shaping its bytes (`search.min_recall`: the
+    field of a section).
     """
     plan = Plan(
         stage=stage,
@@ -55,6 +72,9 @@ def run_shards(
     if isinstance(done, Manifest):
         progress.say(f"{stage}: already done, nothing to do")
         return done
+    started, log = time.monotonic(), journal.of_stage(output)
+    if log is not None:
+        log.begin(plan, num_done=len(done), num_workers=runner.num_workers)
     prepared = []
     if prepare is not None:
         if PREPARED not in done:
@@ -66,20 +86,33 @@ def run_shards(
     todo = [shard for shard in shards if shard.name not in done]
     if len(todo) < len(shards):
         progress.say(f"{stage}: {len(shards) - len(todo)} of {len(shards)} shards were done before, going on")
+    tally = Tally()
+    for record in done.values():
+        tally.add(record)
     if check is not None and done:
-        check(list(done.values()))  # a stage that stopped at its last shard is not done because nothing is left to do
+        check(tally)  # a stage that stopped at its last shard is not done because nothing is left to do
     measured: Counter[str] = Counter()
-    work = functools.partial(_make_marking_worker, make_worker, output)
+    place = None if log is None else (log.notes, log.name)
+    work = functools.partial(_make_marking_worker, make_worker, output, place)
+    ungathered: list[ShardRecord] = []
     with progress.bar(stage, total=sum(shard.num_items for shard in todo), unit=unit) as advance:
         results = runner.map(stage, work, todo)
         try:
             for shard, record in zip(todo, results, strict=True):
-                done[shard.name] = record
                 measured.update(record.measured)
+                tally.add(record)
                 num_items = shard.num_items or sum(file.rows for file in record.files)
+                if log is not None:
+                    log.shard(record, num_items)
+                record = record.model_copy(update={"measured": {}, "effort": None})
+                done[shard.name] = record
+                ungathered.append(record)
+                if len(ungathered) == storage.MARKERS_PER_FILE:
+                    storage.gather_markers(output, ungathered)
+                    ungathered.clear()
                 advance(num_items, note(measured) if note else "")
                 if check is not None:
-                    check(list(done.values()))
+                    check(tally)
         finally:
             results.close()
     records = prepared + [done[shard.name] for shard in shards]
@@ -94,6 +127,8 @@ def run_shards(
         facts=facts,
     )
     storage.write_manifest(output, manifest)
+    if log is not None:
+        log.end(time.monotonic() - started)
     return manifest
 
 
@@ -109,12 +144,19 @@ def _nested(names: Iterable[str]) -> dict[str, Any]:
     return nested
 
 
-def _make_marking_worker(make_worker: Callable[[], Worker], output: str) -> Worker:
+def _make_marking_worker(
+    make_worker: Callable[[], Worker], output: str, notes: tuple[str, str] | None
+) -> Callable[[Shard], ShardRecord]:
+    """A worker that marks its shards done, and keeps `notes` (folder, stage) of what it is at."""
     worker = make_worker()
 
     def process(shard: Shard) -> ShardRecord:
+        if notes is not None:
+            journal.note_start(*notes, shard.name)
+        now, started = time.time(), time.perf_counter()
         record = worker(shard)
         storage.mark_shard_done(output, record)  # by the worker: a driver that dies now costs nothing
-        return record
+        effort = Effort(worker=journal.worker_name(), started=now, seconds=time.perf_counter() - started)
+        return record.model_copy(update={"effort": effort})
 
     return process

@@ -10,7 +10,7 @@ from curation import storage
 from curation.config import Settings
 from curation.errors import RejectBudgetError
 from curation.runner import InlineRunner, Shard
-from curation.stage import run_shards
+from curation.stage import Tally, run_shards
 from curation.storage import Manifest, ShardRecord
 
 
@@ -28,8 +28,8 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
 
 
 def run(folder: Path, config: CountConfig, works: Sequence[int]) -> Manifest:
-    def check(done: Sequence[ShardRecord]) -> None:
-        if (total := sum(record.totals["count"] for record in done)) > config.limit:
+    def check(done: Tally) -> None:
+        if (total := done.totals["count"]) > config.limit:
             raise RejectBudgetError(f"{total} is above {config.limit}")
 
     return run_shards(
