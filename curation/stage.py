@@ -31,8 +31,8 @@ class Tally:
     rejects: Counter[str] = field(default_factory=Counter)
 
     def add(self, record: ShardRecord) -> None:
-        """Count one more shard."""
-        self.num_shards += 1
+        """Count one more shard; what was prepared for the shards is none."""
+        self.num_shards += record.name != PREPARED
         self.totals.update(record.totals)
         self.rejects.update(record.rejects)
 
@@ -68,28 +68,27 @@ def run_shards(
         inputs=inputs,
         num_shards=len(shards),
     )
-    done = storage.start_or_resume(output, plan, replace=replace)
-    if isinstance(done, Manifest):
+    finished = storage.claim(output, plan, replace=replace)
+    if finished is not None:
         progress.say(f"{stage}: already done, nothing to do")
-        return done
+        return finished
+    # The records of finished shards stay on disk until the manifest takes them all: a driver holds their names.
+    done, tally = set(), Tally()
+    for record in storage.read_done(output):
+        if record.name not in done:
+            done.add(record.name)
+            tally.add(record)
     started, log = time.monotonic(), journal.of_stage(output)
     if log is not None:
         log.begin(plan, num_done=len(done), num_workers=runner.num_workers)
-    prepared = []
-    if prepare is not None:
-        if PREPARED not in done:
-            record = prepare()
-            assert record.name == PREPARED, record.name
-            storage.mark_shard_done(output, record)
-            done[PREPARED] = record
-        prepared = [done.pop(PREPARED)]
+    if prepare is not None and PREPARED not in done:
+        record = prepare()
+        assert record.name == PREPARED, record.name
+        storage.mark_shard_done(output, record)
     todo = [shard for shard in shards if shard.name not in done]
     if len(todo) < len(shards):
         progress.say(f"{stage}: {len(shards) - len(todo)} of {len(shards)} shards were done before, going on")
-    tally = Tally()
-    for record in done.values():
-        tally.add(record)
-    if check is not None and done:
+    if check is not None and tally.num_shards:
         check(tally)  # a stage that stopped at its last shard is not done because nothing is left to do
     measured: Counter[str] = Counter()
     place = None if log is None else (log.notes, log.name)
@@ -104,8 +103,6 @@ def run_shards(
                 num_items = shard.num_items or sum(file.rows for file in record.files)
                 if log is not None:
                     log.shard(record, num_items)
-                record = record.model_copy(update={"measured": {}, "effort": None})
-                done[shard.name] = record
                 ungathered.append(record)
                 if len(ungathered) == storage.MARKERS_PER_FILE:
                     storage.gather_markers(output, ungathered)
@@ -115,7 +112,9 @@ def run_shards(
                     check(tally)
         finally:
             results.close()
-    records = prepared + [done[shard.name] for shard in shards]
+    by_name = {record.name: record for record in storage.read_done(output)}
+    records = [by_name[name] for name in ([PREPARED] if prepare else []) + [shard.name for shard in shards]]
+    del by_name
     facts, own_record = finish(records) if finish else ({}, None)
     if own_record is not None:
         records.append(own_record)

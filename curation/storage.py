@@ -365,8 +365,8 @@ def _tidy(folder: str) -> None:
             delete(join(folder, name))
 
 
-def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, ShardRecord] | Manifest:
-    """Claim `folder` for `plan`: the shards done so far, or the manifest if all are.
+def claim(folder: str, plan: Plan, *, replace: bool) -> Manifest | None:
+    """Claim `folder` for `plan`: the manifest if all is done; else `read_done` gives the shards that are.
 
     A folder that holds the work of another plan is refused with OutputMismatchError, or emptied when `replace` is set.
     A folder with files of someone else's and no plan is never emptied.
@@ -395,18 +395,20 @@ def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, Shar
                 f"{', ...' if len(strangers) > 3 else ''}). Give an empty folder with --output."
             )
         write_bytes(join(progress, "plan.json"), _dump(plan))
-        return {}
+    return None
+
+
+def read_done(folder: str) -> Iterator[ShardRecord]:
+    """The finished shards of an unfinished stage, in no order; one that was marked twice comes twice."""
+    progress = join(folder, PROGRESS_NAME)
     names = list_names(progress)
-    gathered, markers = _gathered(names), _markers(names)
-
-    def read(name: str) -> list[ShardRecord]:
-        path = join(progress, name)
-        data = read_bytes(path)
-        return [_parse(ShardRecord, line, path) for line in (data.splitlines() if name in gathered else [data])]
-
+    paths = [join(progress, name) for name in _gathered(names) + _markers(names)]
     with ThreadPoolExecutor(READERS) as readers:  # an object store takes its time for each
-        records = [record for some in readers.map(read, gathered + markers) for record in some]
-    return {record.name: record for record in records}
+        for start in range(0, len(paths), READERS):
+            few = paths[start : start + READERS]
+            for path, data in zip(few, readers.map(read_bytes, few), strict=True):
+                for line in data.splitlines() if path.endswith(".jsonl") else [data]:
+                    yield _parse(ShardRecord, line, path)
 
 
 def _empty(folder: str, found: Plan) -> None:

@@ -38,6 +38,7 @@ from curation.runner import Runner
 from pipelines import demo_data, report, status
 from pipelines.demo_data import DemoDataConfig
 from pipelines.plan import print_plan
+from pipelines.price import RatesConfig
 from pipelines.report import ReportConfig
 from pipelines.report_facts import STAGES
 
@@ -71,6 +72,8 @@ class CurateConfig(Settings):
     """For --plan: images per source, where the images themselves are not at hand."""
     stated_clusters: dict[str, int] = Field(default_factory=dict)
     """For --plan: clusters with enough seeds, per dataset."""
+    rates: RatesConfig = RatesConfig()
+    """For --plan: what machines do in a second."""
 
     @model_validator(mode="before")
     @classmethod
