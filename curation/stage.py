@@ -30,11 +30,11 @@ class Tally:
     totals: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
 
-    def add(self, record: ShardRecord) -> None:
-        """Count one more shard; what was prepared for the shards is none."""
-        self.num_shards += record.name != PREPARED
-        self.totals.update(record.totals)
-        self.rejects.update(record.rejects)
+    def add(self, num_shards: int, totals: Mapping[str, int], rejects: Mapping[str, int]) -> None:
+        """Count more shards."""
+        self.num_shards += num_shards
+        self.totals.update(totals)
+        self.rejects.update(rejects)
 
 
 def run_shards(
@@ -73,11 +73,12 @@ def run_shards(
         progress.say(f"{stage}: already done, nothing to do")
         return finished
     # The records of finished shards stay on disk until the manifest takes them all: a driver holds their names.
-    done, tally = set(), Tally()
-    for record in storage.read_done(output):
-        if record.name not in done:
-            done.add(record.name)
-            tally.add(record)
+    done: set[str] = set()
+    tally = Tally()
+    for counts in storage.read_counts(output):
+        if done.isdisjoint(counts.names):  # a kill may leave a shard marked twice
+            done.update(counts.names)
+            tally.add(sum(name != PREPARED for name in counts.names), counts.totals, counts.rejects)
     started, log = time.monotonic(), journal.of_stage(output)
     if log is not None:
         log.begin(plan, num_done=len(done), num_workers=runner.num_workers)
@@ -99,7 +100,7 @@ def run_shards(
         try:
             for shard, record in zip(todo, results, strict=True):
                 measured.update(record.measured)
-                tally.add(record)
+                tally.add(1, record.totals, record.rejects)
                 num_items = shard.num_items or sum(file.rows for file in record.files)
                 if log is not None:
                     log.shard(record, num_items)

@@ -9,7 +9,7 @@ all. What a stage leaves behind:
       .progress/                    only while the stage is unfinished
         plan.json                   what is being made: stage, config, inputs, number of shards
         <shard>.json                one per finished shard: its files, their hashes, its totals
-        done-00000.jsonl            a thousand of these, gathered by the driver, one a line
+        done-00000.jsonl            a thousand of these, gathered by the driver: their counts, then one a line
         <step>/                     what an earlier step of this stage left for a later one; a stage of its own
 """
 
@@ -306,6 +306,14 @@ class ShardRecord(_Record):
     """For the log of the run; never written down here, for the same reason."""
 
 
+class Counts(_Record):
+    """What some finished shards count together."""
+
+    names: tuple[str, ...]
+    totals: dict[str, int]
+    rejects: dict[str, int]
+
+
 class Plan(_Record):
     """What a stage is asked to make. Equal plans give equal bytes."""
 
@@ -400,15 +408,36 @@ def claim(folder: str, plan: Plan, *, replace: bool) -> Manifest | None:
 
 def read_done(folder: str) -> Iterator[ShardRecord]:
     """The finished shards of an unfinished stage, in no order; one that was marked twice comes twice."""
-    progress = join(folder, PROGRESS_NAME)
-    names = list_names(progress)
+    for path, data in _read_markers(folder):
+        for line in data.splitlines()[1:] if path.endswith(".jsonl") else [data]:
+            yield _parse(ShardRecord, line, path)
+
+
+def read_counts(folder: str) -> Iterator[Counts]:
+    """The names and counts of these shards, of many at once where their markers were gathered, and these first."""
+    for path, data in _read_markers(folder):
+        if path.endswith(".jsonl"):
+            yield _parse(Counts, data.partition(b"\n")[0], path)
+        else:
+            yield _count([_parse(ShardRecord, data, path)])
+
+
+def _read_markers(folder: str) -> Iterator[tuple[str, bytes]]:
+    """Path and content of every file that marks shards done; those that mark many first."""
+    names = list_names(progress := join(folder, PROGRESS_NAME))
     paths = [join(progress, name) for name in _gathered(names) + _markers(names)]
     with ThreadPoolExecutor(READERS) as readers:  # an object store takes its time for each
         for start in range(0, len(paths), READERS):
             few = paths[start : start + READERS]
-            for path, data in zip(few, readers.map(read_bytes, few), strict=True):
-                for line in data.splitlines() if path.endswith(".jsonl") else [data]:
-                    yield _parse(ShardRecord, line, path)
+            yield from zip(few, readers.map(read_bytes, few), strict=True)
+
+
+def _count(records: Sequence[ShardRecord]) -> Counts:
+    return Counts(
+        names=tuple(record.name for record in records),
+        totals=sum_counts(record.totals for record in records),
+        rejects=sum_counts(record.rejects for record in records),
+    )
 
 
 def _empty(folder: str, found: Plan) -> None:
@@ -438,7 +467,7 @@ def gather_markers(folder: str, records: Sequence[ShardRecord]) -> None:
     """
     progress = join(folder, PROGRESS_NAME)
     number = len(_gathered(list_names(progress)))
-    lines = b"".join(record.model_dump_json().encode() + b"\n" for record in records)
+    lines = b"".join(line.model_dump_json().encode() + b"\n" for line in (_count(records), *records))
     write_bytes(join(progress, f"done-{number:05d}.jsonl"), lines)
     fs, _ = filesystem(progress)
     fs.rm([filesystem(join(progress, f"{record.name}.json"))[1] for record in records])
@@ -450,7 +479,8 @@ def done_shards(folder: str) -> set[str]:
     names = list_names(progress)
     done = {name.removesuffix(".json") for name in _markers(names)}
     for name in _gathered(names):
-        done.update(json.loads(line)["name"] for line in read_bytes(join(progress, name)).splitlines())
+        path = join(progress, name)
+        done.update(_parse(Counts, read_bytes(path).partition(b"\n")[0], path).names)
     return done
 
 

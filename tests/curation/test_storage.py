@@ -444,7 +444,7 @@ for step in range(1, 200):
 
         sys.addaudithook(die)
         if action == "replace":
-            start_or_resume(folder, changed, replace=True)
+            storage.claim(folder, changed, replace=True)
         else:
             storage.write_manifest(folder, finished)
         os._exit(0)
