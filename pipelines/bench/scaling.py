@@ -201,6 +201,8 @@ class Shards:
     """With the manifest."""
     resume: float
     """Until a resume over all but one of them begins with that one."""
+    resume_cpu: float
+    """Of processor time: what it takes where nothing else runs."""
 
 
 def bench_shards(*, scale: int = 1) -> list[Shards]:
@@ -221,6 +223,7 @@ def bench_shards(*, scale: int = 1) -> list[Shards]:
                         second["finishing"],
                         second["peak"],
                         second["first"],
+                        second["first_cpu"],
                     )
                 )
     return rows
@@ -239,7 +242,7 @@ def shards(folder: str, num_shards: int, runner: str) -> dict[str, float]:
         chosen = RayRunner(num_workers=os.cpu_count() or 1)
         list(chosen.map("warm", _tiny, [Shard(f"{number}", None) for number in range(chosen.num_workers)]))
     watch = _Watch(chosen, num_shards - 1)
-    before, began = contests.memory("VmRSS"), time.perf_counter()
+    before, began, began_cpu = contests.memory("VmRSS"), time.perf_counter(), time.process_time()
     try:
         run_shards(
             "tiny",
@@ -258,6 +261,7 @@ def shards(folder: str, num_shards: int, runner: str) -> dict[str, float]:
             chosen.close()  # type: ignore[attr-defined]  # it is a RayRunner
     return {
         "first": watch.first - began,
+        "first_cpu": watch.first_cpu - began_cpu,
         "seconds": watch.last - watch.first,
         "finishing": time.perf_counter() - watch.last,
         "memory": watch.memory - before,
@@ -272,12 +276,12 @@ class _Watch(Runner):
         self._runner = runner
         self._stop_at = stop_at
         self.num_workers = runner.num_workers
-        self.first = self.last = self.memory = 0.0
+        self.first = self.first_cpu = self.last = self.memory = 0.0
 
     def map(
         self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
     ) -> Generator[ShardRecord, None, None]:
-        self.first = time.perf_counter()
+        self.first, self.first_cpu = time.perf_counter(), time.process_time()
         todo = [shard for shard in shards if int(shard.name) < self._stop_at] or shards
         yield from self._runner.map(stage, make_worker, todo)
         self.last, self.memory = time.perf_counter(), contests.memory("VmRSS")
@@ -330,7 +334,17 @@ def packing_table(rows: Sequence[Packing]) -> Table:
 
 
 def shards_table(rows: Sequence[Shards]) -> Table:
-    columns = ("runner", "shards", "ms a shard", "driver, MB", "manifest, s", "peak, MB", "resume, s", "to reach")
+    columns = (
+        "runner",
+        "shards",
+        "ms a shard",
+        "driver, MB",
+        "manifest, s",
+        "peak, MB",
+        "resume, s",
+        "of processor",
+        "to reach",
+    )
     table = _table("Tiny shards: what each costs, and a resume over all but one", columns)
     for row in rows:
         table.add_row(
@@ -341,6 +355,7 @@ def shards_table(rows: Sequence[Shards]) -> Table:
             f"{row.finishing:.1f}",
             f"{row.peak / 1e6:,.0f}",
             f"{row.resume:.2f}",
+            f"{row.resume_cpu:.2f}",
             f"{RESUME_TO_REACH:g}",
         )
     return table

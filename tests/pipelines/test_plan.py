@@ -102,7 +102,7 @@ def test_page_says_all_of_it(capsys: pytest.CaptureFixture[str], monkeypatch: py
         assert words in page
     assert len(page.splitlines()) < 30
     assert "1,242" in page  # GPU-hours of embed at half the rate
-    (line,) = [line for line in text.splitlines() if line.strip().startswith("gpu_tflops_vit")]
+    line = next(line for line in text.splitlines() if line.strip().startswith("gpu_tflops_vit"))
     assert "75" in line and "your config" in line
 
 
