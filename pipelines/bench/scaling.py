@@ -1,7 +1,9 @@
 """What do more workers gain, what does a shard cost, and how fast is a tar written?
 
 `workers`   ingest and pack of drawn photographs in tars, by 1, 2, ... Ray workers up to the processors there are,
-            against as many times the rate of one. Starting Ray and its processes counts nowhere.
+            against as many times the rate of one. Starting Ray and its processes counts nowhere. Where other work has
+            the processors, the clock says little: processor time an image (workers, decoders and Ray itself) then says
+            whether more workers cost more.
 `packing`   the samples of one tar, from memory to disk, against webdataset's TarWriter: the same images and sidecars.
             Ours also hashes every byte and waits until the disk has them, so the peer is measured twice: as it is, and
             writing through our file, which does both.
@@ -127,6 +129,8 @@ class Workers:
     workers: int
     rate: float
     ideal: float
+    processor: float
+    """Seconds an image, of all processes."""
 
 
 def bench_workers(*, scale: int = 1, repeats: int | None = None) -> list[Workers]:
@@ -134,13 +138,17 @@ def bench_workers(*, scale: int = 1, repeats: int | None = None) -> list[Workers
     counts = [number for number in (1, 2, 4, 8, 16) if number <= (os.cpu_count() or 1)]
     num_images = max(counts[-1] * 2, PHOTOGRAPHS // scale)
     rates: dict[tuple[str, int], float] = {}
+    spent: dict[tuple[str, int], float] = {}
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
         _in_process("make", folder=folder, num_images=num_images)
         for _ in range(repeats or 3):
             for number in counts:
-                for stage, seconds in _in_process("stages", folder=folder, num_workers=number).items():
-                    rates[stage, number] = max(rates.get((stage, number), 0.0), num_images / seconds)
-    return [Workers(stage, n, rate, n * rates[stage, 1]) for (stage, n), rate in sorted(rates.items())]
+                found = _in_process("stages", folder=folder, num_workers=number)
+                for stage in ("ingest", "pack"):
+                    key = stage, number
+                    rates[key] = max(rates.get(key, 0.0), num_images / found[stage])
+                    spent[key] = min(spent.get(key, float("inf")), found[f"{stage} processor"] / num_images)
+    return [Workers(*key, rate, key[1] * rates[key[0], 1], spent[key]) for key, rate in sorted(rates.items())]
 
 
 def make(folder: str, num_images: int) -> dict[str, float]:
@@ -150,13 +158,20 @@ def make(folder: str, num_images: int) -> dict[str, float]:
 
 
 def stages(folder: str, num_workers: int) -> dict[str, float]:
-    """Seconds that ingest and pack of the photographs in `folder` take on so many Ray workers that are warm."""
+    """Seconds, and seconds of all processors, that ingest and pack of the photographs in `folder` take on so many Ray
+    workers that are warm."""
     from curation.ray_runner import RayRunner
 
     source = SourceConfig(name="drawn", path=folder, role="seed", layout="webdataset")
     config = IngestConfig(sources=(source,))
     tars = sorted(Path(folder).glob("*.tar"))
-    seconds = {}
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, work: Callable[[], Any]) -> None:
+        began, spent = time.perf_counter(), _processor_seconds()
+        work()
+        seconds[stage], seconds[f"{stage} processor"] = time.perf_counter() - began, _processor_seconds() - spent
+
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as output:
         runner = RayRunner(num_workers=num_workers)
         try:
@@ -165,17 +180,30 @@ def stages(folder: str, num_workers: int) -> dict[str, float]:
                 for n in range(num_workers)
             )
             ingest.run(IngestConfig(sources=warm, max_reject_fraction=1), f"{output}/warm", runner)
-            started = time.perf_counter()
-            ingest.run(config, f"{output}/ingest", runner)
-            seconds["ingest"] = time.perf_counter() - started
+            timed("ingest", lambda: ingest.run(config, f"{output}/ingest", runner))
             _pretend(output)
-            started = time.perf_counter()
             images, kept, found, corpus = (f"{output}/{name}" for name in ("ingest", "dedup", "retrieve", "corpus"))
-            pack.run(PackConfig(images_per_shard=PER_TAR), images, kept, found, corpus, runner)
-            seconds["pack"] = time.perf_counter() - started
+            packing = PackConfig(images_per_shard=PER_TAR)
+            timed("pack", lambda: pack.run(packing, images, kept, found, corpus, runner))
         finally:
             runner.close()
     return seconds
+
+
+def _processor_seconds() -> float:
+    """What this process and all that it started, directly or not, have taken. From /proc, so on Linux only."""
+    parents, ticks = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        number = int(path.parent.name)
+        parents[number], ticks[number] = int(fields[1]), sum(map(int, fields[11:15]))  # its own and its dead children's
+    family = {os.getpid()}
+    while more := {number for number, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(ticks[number] for number in family) / os.sysconf("SC_CLK_TCK")
 
 
 def _pretend(output: str) -> None:
@@ -325,10 +353,13 @@ def tables(names: Sequence[str], *, scale: int = 1, repeats: int | None = None) 
 
 
 def workers_table(rows: Sequence[Workers]) -> Table:
-    table = _table("Photographs of 500 x 400 by Ray workers, images/s", ("stage", "workers", "rate", "ideal", "of it"))
+    columns = ("stage", "workers", "images/s", "ideal", "of it", "processor, ms an image", "of that of 1")
+    table = _table("Photographs of 500 x 400 by Ray workers", columns)
+    alone = {row.stage: row.processor for row in rows if row.workers == 1}
     for row in rows:
-        share = f"{row.rate / row.ideal:.2f}"
-        table.add_row(row.stage, str(row.workers), f"{row.rate:,.0f}", f"{row.ideal:,.0f}", share)
+        share, cost = f"{row.rate / row.ideal:.2f}", f"{row.processor / alone[row.stage]:.2f}"
+        rates = (f"{row.rate:,.0f}", f"{row.ideal:,.0f}", share, f"{row.processor * 1000:.2f}", cost)
+        table.add_row(row.stage, str(row.workers), *rates)
     return table
 
 
