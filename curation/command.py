@@ -62,6 +62,8 @@ def open_runner(name: RunnerName, workers: int | None = None, *, gpus_per_worker
 
     runner = RayRunner(num_workers=workers or os.cpu_count() or 1, gpus_per_worker=gpus_per_worker)
     try:
+        for line in runner.where_to_look():
+            progress.say(line)
         yield runner
     finally:
         runner.close()

@@ -6,7 +6,6 @@ pickle. Readers go by `corpus-*.parquet`, which names every sample of every tar,
 image lies.
 """
 
-import io
 import json
 import tarfile
 from collections.abc import Iterator
@@ -39,12 +38,13 @@ def write_tar(path: str, samples: Iterator[Sample]) -> tuple[storage.FileRecord,
     """Write the samples to a tar at `path`, atomically, one in memory at a time; also gives where each image lies."""
     places = []
     with storage.atomic_write(path) as file:
-        with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT, bufsize=1 << 20) as archive:
-            for sample in samples:
-                sidecar = (json.dumps(sample.sidecar, sort_keys=True, ensure_ascii=False) + "\n").encode()
-                places.append(Place(archive.offset + tarfile.BLOCKSIZE, len(sample.data)))  # behind its header
-                _add(archive, f"{sample.key}.{EXTENSION_OF_FORMAT[sample.format]}", sample.data)
-                _add(archive, f"{sample.key}.json", sidecar)
+        for sample in samples:
+            sidecar = (json.dumps(sample.sidecar, sort_keys=True, ensure_ascii=False) + "\n").encode()
+            places.append(Place(file.size + tarfile.BLOCKSIZE, len(sample.data)))  # behind its header
+            image = _member(f"{sample.key}.{EXTENSION_OF_FORMAT[sample.format]}", sample.data)
+            file.write(b"".join((*image, *_member(f"{sample.key}.json", sidecar))))
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+        file.write(bytes(-file.size % tarfile.RECORDSIZE))
     record = storage.FileRecord(name=path.rpartition("/")[2], sha256=file.sha256, bytes=file.size, rows=len(places))
     return record, places
 
@@ -77,7 +77,24 @@ def _read_samples(archive: tarfile.TarFile) -> Iterator[Sample]:
         yield Sample(key, data, format_of[extension], json.loads(content.read() if content else b"{}"))
 
 
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # its defaults are fixed: mtime 0, owner 0 without names, mode 644
-    info.size = len(data)
-    archive.addfile(info, io.BytesIO(data))
+def _member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
+    """A file in a tar: header, content, and zeros up to the next block.
+
+    The header is the one that Python's tarfile makes of a TarInfo of this name, whose defaults are fixed: mtime 0,
+    owner 0 without names, mode 644. Of all its fields only name, size and checksum differ between members; tarfile,
+    which formats and encodes each anew, took three quarters of the time of packing (measured 2026-11-21).
+    """
+    field, size = name.encode("ascii"), b"%011o" % len(data)
+    assert len(field) <= tarfile.LENGTH_NAME and len(size) == 11, name
+    checksum = b"%06o\0 " % (_SUM + sum(field) + sum(size))
+    return (
+        b"".join((field, _ZEROS[len(field) :], _OWNER, size, _NO_TIME, checksum, _REST)),
+        data,
+        bytes(-len(data) % tarfile.BLOCKSIZE),
+    )
+
+
+# A header without name, size and checksum. The checksum is the sum of all bytes, its own field counted as spaces.
+_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_ZEROS, _OWNER, _NO_TIME, _REST = _HEADER[:100], _HEADER[100:124], _HEADER[135:148], _HEADER[156:]
+_SUM = sum(_OWNER) + sum(_NO_TIME) + sum(b" " * 8) + sum(_REST)

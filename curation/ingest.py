@@ -13,7 +13,7 @@ tar or Parquet file that cannot be read to its end is one reject, beside the ima
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pyarrow as pa
 from pydantic import Field, field_validator
@@ -26,7 +26,7 @@ from curation.images import ImageLimits, ImageRejected, RejectReason
 from curation.probe import Prober
 from curation.runner import Runner, Shard
 from curation.sources import SourceConfig
-from curation.stage import run_shards
+from curation.stage import Tally, run_shards
 from curation.storage import Manifest, ShardRecord
 
 
@@ -143,13 +143,13 @@ def _check_budget(
     num_shards: int,
     num_archives: int,
     output: str,
-    done: Sequence[ShardRecord],
+    done: Tally,
 ) -> None:
     """Stop as soon as the rejects so far would pass the budget even if no further image were rejected.
 
     Where the number of images is not known beforehand (tars, Parquet), the shards so far stand for the others.
     """
-    damaged = sum(record.rejects.get(RejectReason.DAMAGED_ARCHIVE, 0) for record in done)
+    damaged = done.rejects[RejectReason.DAMAGED_ARCHIVE]
     if damaged > max_fraction * num_archives:
         raise RejectBudgetError(
             f"ingest: {damaged:,} of {num_archives:,} tars and Parquet files cannot be read to their end, more than "
@@ -157,14 +157,10 @@ def _check_budget(
             f"{output}/rejects-*.parquet. Mend the sources, or raise ingest.max_reject_fraction; what was read so far "
             "is kept."
         )
-    seen = sum(record.totals["images"] for record in done)
-    total = expected if expected is not None else seen * num_shards // len(done)
-    rejected = sum(record.totals["rejected"] for record in done)
+    total = expected if expected is not None else done.totals["images"] * num_shards // done.num_shards
+    rejected = done.totals["rejected"]
     if rejected > max_fraction * total:
-        reasons = storage.sum_counts(record.rejects for record in done)
-        listed = ", ".join(
-            f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
-        )
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in done.rejects.most_common())
         raise RejectBudgetError(
             f"ingest: {rejected:,} of {total:,} images were rejected, more than max_reject_fraction = {max_fraction:g} "
             f"allows: {listed}. The list is in {output}/rejects-*.parquet. Mend the sources, or raise "

@@ -24,9 +24,10 @@ class RankRunner(Runner):
     def __init__(self, world: World) -> None:
         assert world.is_first
         self._world = world
+        self.num_workers = world.num_ranks
 
     def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
+        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
     ) -> Generator[ShardRecord, None, None]:
         texts_of_ranks(self._world, json.dumps([shard.name for shard in shards]))
         yield from _exchanged(self._world, stage, make_worker, shards)

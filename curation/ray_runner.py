@@ -55,10 +55,12 @@ class RayRunner(Runner):
     def __init__(self, *, num_workers: int, cpus_per_worker: float = 1, gpus_per_worker: float = 0) -> None:
         if num_workers < 1:
             raise ConfigError(f"num_workers must be at least 1. Found: {num_workers}")
-        self._num_workers = num_workers
+        self.num_workers = num_workers
         self._options = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": -1}
         self._connection = contextlib.ExitStack()
-        self._ray = self._connection.enter_context(_connected(num_cpus=max(num_workers * cpus_per_worker, 1)))
+        self._ray, self._dashboard = self._connection.enter_context(
+            _connected(num_cpus=max(num_workers * cpus_per_worker, 1))
+        )
         self._actors: list[Any] = []
         self._num_maps = 0
         total = self._ray.cluster_resources()
@@ -69,6 +71,16 @@ class RayRunner(Runner):
                     f"{num_workers} workers need {wanted:g} {resource}; this Ray has {total.get(resource, 0):g}. "
                     "Ask for fewer workers (runner.num_workers), or join a larger cluster (RAY_ADDRESS)."
                 )
+
+    def where_to_look(self) -> list[str]:
+        """Where this Ray's dashboard is and where Prometheus finds its metrics, or that there are none; two lines."""
+        ports = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in self._ray.nodes() if node["Alive"]]
+        pages = [f"http://{address}:{port}/metrics" for address, port in ports if port > 0]
+        more = f" and on {len(pages) - 1} more machines" if len(pages) > 1 else ""
+        return [
+            "Ray's dashboard: " + (f"http://{self._dashboard}" if self._dashboard else "none (docs/operations.md)"),
+            "Ray's metrics: " + (pages[0] + more if pages else "none (docs/operations.md)"),
+        ]
 
     def close(self) -> None:
         """Leave Ray, and stop it if this runner started it."""
@@ -81,7 +93,7 @@ class RayRunner(Runner):
             return
         ray = self._ray
         worker_class = ray.remote(**self._options)(_WorkerActor)
-        while len(self._actors) < min(self._num_workers, len(shards)):
+        while len(self._actors) < min(self.num_workers, len(shards)):
             self._actors.append(worker_class.remote())
         self._num_maps += 1
         job = self._num_maps, ray.put((make_worker, os.getcwd()))
@@ -188,8 +200,11 @@ class _WorkerActor:
 
 
 @contextlib.contextmanager
-def _connected(num_cpus: float) -> Iterator[Any]:
-    """The module ray, connected to the cluster that RAY_ADDRESS names or to a local Ray that ends with the block."""
+def _connected(num_cpus: float) -> Iterator[tuple[Any, str]]:
+    """The module ray, connected to the cluster that RAY_ADDRESS names or to a local Ray that ends with the block.
+
+    Beside it, the address of the dashboard; empty where there is none.
+    """
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         raise UserError(
             "RAY_AUTH_MODE is 'disabled': Ray listens on all addresses of a machine, and anyone who reaches it could "
@@ -208,12 +223,13 @@ def _connected(num_cpus: float) -> Iterator[Any]:
 
         stack.callback(ray.shutdown)
         if address:
-            _join(ray, address)
+            dashboard = _join(ray, address)
         else:
+            dashboard = ""
             ray.init(
                 address="local",  # and not a Ray that someone else started on this machine
                 num_cpus=math.ceil(num_cpus),
-                include_dashboard=False,
+                include_dashboard=False,  # ten processes and a gigabyte, for one run
                 object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -221,11 +237,14 @@ def _connected(num_cpus: float) -> Iterator[Any]:
             )
         if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends with status 15
-        yield ray
+        yield ray, dashboard
 
 
-def _join(ray: Any, address: str) -> None:
-    """Connect to a running cluster. Raises UserError when it is not there, or asks for another token or for none."""
+def _join(ray: Any, address: str) -> str:
+    """Connect to a running cluster; gives the address of its dashboard.
+
+    Raises UserError when it is not there, or asks for another token or for none.
+    """
     if _lets_in(address, {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
         raise UserError(
             f"The Ray cluster at RAY_ADDRESS={address} let in a stranger with a token made up just now: it was started "
@@ -237,7 +256,8 @@ def _join(ray: Any, address: str) -> None:
             f"The Ray cluster at RAY_ADDRESS={address} does not take this token, or there is none here. Give the "
             "cluster's own: RAY_AUTH_TOKEN, or a file of it in RAY_AUTH_TOKEN_PATH."
         )
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    return joined.dashboard_url or ""
 
 
 def _lets_in(address: str, environment: dict[str, str]) -> bool:

@@ -45,6 +45,9 @@ Worker = Callable[[Shard], ShardRecord]
 class Runner(ABC):
     """Maps a worker over shards as the contract above says."""
 
+    num_workers: int
+    """How many shards it works on at once, at most."""
+
     @abstractmethod
     def map(
         self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
@@ -54,6 +57,8 @@ class Runner(ABC):
 
 class InlineRunner(Runner):
     """Runs everything in this process, one shard after another; poison ends the process."""
+
+    num_workers = 1
 
     def map(
         self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0

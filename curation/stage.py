@@ -5,14 +5,16 @@ and its command. `run` lists the shards and hands them to `run_shards` with a fu
 """
 
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from curation import progress, storage
+from curation import journal, progress, storage
 from curation.config import Settings
 from curation.runner import Runner, Shard, Worker
-from curation.storage import Manifest, Plan, ShardRecord
+from curation.storage import Effort, Manifest, Plan, ShardRecord
 
 # The name of the record that `prepare` returns.
 PREPARED = "prepared"
@@ -20,6 +22,21 @@ PREPARED = "prepared"
 SET_ASIDE = "set_aside"
 # Called by the driver when all shards are done: facts for the manifest, and a record of the files it wrote itself.
 Finish = Callable[[Sequence[ShardRecord]], tuple[dict[str, Any], ShardRecord | None]]
+
+
+@dataclass
+class Tally:
+    """What the shards that are done count together."""
+
+    num_shards: int = 0
+    totals: Counter[str] = field(default_factory=Counter)
+    rejects: Counter[str] = field(default_factory=Counter)
+
+    def add(self, num_shards: int, totals: Mapping[str, int], rejects: Mapping[str, int]) -> None:
+        """Count more shards."""
+        self.num_shards += num_shards
+        self.totals.update(totals)
+        self.rejects.update(rejects)
 
 
 def run_shards(
@@ -33,7 +50,7 @@ def run_shards(
     make_worker: Callable[[], Worker],
     replace: bool = False,
     prepare: Callable[[], ShardRecord] | None = None,
-    check: Callable[[Sequence[ShardRecord]], None] | None = None,
+    check: Callable[[Tally], None] | None = None,
     finish: Finish | None = None,
     unit: str = "images",
     note: Callable[[Mapping[str, float]], str] | None = None,
@@ -43,11 +60,11 @@ def run_shards(
     """Do the shards that are not done yet and mark the stage done; return its manifest.
 
     `inputs` names what the stage reads, each with a content hash. `prepare` runs once before the shards and writes what
-    they all read; it is marked done like a shard. `check` sees the finished shards after each new one and raises to
-    stop early; `note` makes of the sums of what they measured the text that progress shows behind their count.
-    `not_in_plan` names the config fields that guard the work without shaping its bytes (`search.min_recall`: the field
-    of a section). Up to `max_poison_shards` shards that kill their worker every time are set aside, and tried again by
-    a run that allows fewer; a stage that allows any has neither `prepare` nor `finish`.
+    they all read; it is marked done like a shard. `check` sees what the finished shards count after each new one and
+    raises to stop early; `note` makes of the sums of what they measured the text that progress shows behind their
+    count. `not_in_plan` names the config fields that guard the work without shaping its bytes (`search.min_recall`: the
+    field of a section). Up to `max_poison_shards` shards that kill their worker every time are set aside, and tried
+    again by a run that allows fewer; a stage that allows any has neither `prepare` nor `finish`.
     """
     plan = Plan(
         stage=stage,
@@ -55,30 +72,42 @@ def run_shards(
         inputs=inputs,
         num_shards=len(shards),
     )
-    done = storage.start_or_resume(output, plan, replace=replace)
+    finished = storage.claim(output, plan, replace=replace)
     set_aside: list[str] = []
-    if isinstance(done, Manifest):
-        missing = done.facts.get(SET_ASIDE, [])
+    before: tuple[ShardRecord, ...] = ()
+    if finished is not None:
+        missing = finished.facts.get(SET_ASIDE, [])
         if len(missing) <= max_poison_shards:
             named = f"; set aside: {', '.join(missing)}" if missing else ""
             progress.say(f"{stage}: already done, nothing to do{named}")
-            return done
-        done = {record.name: record for record in done.shards}
-    prepared = []
-    if prepare is not None:
-        if PREPARED not in done:
-            record = prepare()
-            assert record.name == PREPARED, record.name
-            storage.mark_shard_done(output, record)
-            done[PREPARED] = record
-        prepared = [done.pop(PREPARED)]
+            return finished
+        before = finished.shards
+    # The records of finished shards stay on disk until the manifest takes them all: a driver holds their names.
+    done: set[str] = set()
+    tally = Tally()
+    for record in before:
+        done.add(record.name)
+        tally.add(1, record.totals, record.rejects)
+    for counts in storage.read_counts(output):
+        if done.isdisjoint(counts.names):  # a kill may leave a shard marked twice
+            done.update(counts.names)
+            tally.add(sum(name != PREPARED for name in counts.names), counts.totals, counts.rejects)
+    started, log = time.monotonic(), journal.of_stage(output)
+    if log is not None:
+        log.begin(plan, num_done=len(done), num_workers=runner.num_workers)
+    if prepare is not None and PREPARED not in done:
+        record = prepare()
+        assert record.name == PREPARED, record.name
+        storage.mark_shard_done(output, record)
     todo = [shard for shard in shards if shard.name not in done]
     if len(todo) < len(shards):
         progress.say(f"{stage}: {len(shards) - len(todo)} of {len(shards)} shards were done before, going on")
-    if check is not None and done:
-        check(list(done.values()))  # a stage that stopped at its last shard is not done because nothing is left to do
+    if check is not None and tally.num_shards:
+        check(tally)  # a stage that stopped at its last shard is not done because nothing is left to do
     measured: Counter[str] = Counter()
-    work = functools.partial(_make_marking_worker, make_worker, output)
+    place = None if log is None else (log.notes, log.name)
+    work = functools.partial(_make_marking_worker, make_worker, output, place)
+    ungathered: list[ShardRecord] = []
     with progress.bar(stage, total=sum(shard.num_items for shard in todo), unit=unit) as advance:
         results = runner.map(stage, work, todo, max_poison_shards=max_poison_shards)
         try:
@@ -87,15 +116,25 @@ def run_shards(
                     set_aside.append(shard.name)
                     progress.say(f"{stage}: shard {shard.name} killed its worker every time and is set aside")
                     continue
-                done[shard.name] = record = result
+                record = result
                 measured.update(record.measured)
+                tally.add(1, record.totals, record.rejects)
                 num_items = shard.num_items or sum(file.rows for file in record.files)
+                if log is not None:
+                    log.shard(record, num_items)
+                ungathered.append(record)
+                if len(ungathered) == storage.MARKERS_PER_FILE:
+                    storage.gather_markers(output, ungathered)
+                    ungathered.clear()
                 advance(num_items, note(measured) if note else "")
                 if check is not None:
-                    check(list(done.values()))
+                    check(tally)
         finally:
             results.close()
-    records = prepared + [done[shard.name] for shard in shards if shard.name not in set_aside]
+    by_name = {record.name: record for record in (*before, *storage.read_done(output))}
+    names = ([PREPARED] if prepare else []) + [shard.name for shard in shards]
+    records = [by_name[name] for name in names if name not in set_aside]
+    del by_name
     facts, own_record = finish(records) if finish else ({}, None)
     if set_aside:
         facts[SET_ASIDE] = set_aside
@@ -109,6 +148,8 @@ def run_shards(
         facts=facts,
     )
     storage.write_manifest(output, manifest)
+    if log is not None:
+        log.end(time.monotonic() - started)
     return manifest
 
 
@@ -124,12 +165,19 @@ def _nested(names: Iterable[str]) -> dict[str, Any]:
     return nested
 
 
-def _make_marking_worker(make_worker: Callable[[], Worker], output: str) -> Worker:
+def _make_marking_worker(
+    make_worker: Callable[[], Worker], output: str, notes: tuple[str, str] | None
+) -> Callable[[Shard], ShardRecord]:
+    """A worker that marks its shards done, and keeps `notes` (folder, stage) of what it is at."""
     worker = make_worker()
 
     def process(shard: Shard) -> ShardRecord:
+        if notes is not None:
+            journal.note_start(*notes, shard.name)
+        now, started = time.time(), time.perf_counter()
         record = worker(shard)
         storage.mark_shard_done(output, record)  # by the worker: a driver that dies now costs nothing
-        return record
+        effort = Effort(worker=journal.worker_name(), started=now, seconds=time.perf_counter() - started)
+        return record.model_copy(update={"effort": effort})
 
     return process

@@ -9,6 +9,7 @@ all. What a stage leaves behind:
       .progress/                    only while the stage is unfinished
         plan.json                   what is being made: stage, config, inputs, number of shards
         <shard>.json                one per finished shard: its files, their hashes, its totals
+        done-00000.jsonl            a thousand of these, gathered by the driver: their counts, then one a line
         <step>/                     what an earlier step of this stage left for a later one; a stage of its own
 """
 
@@ -21,7 +22,8 @@ import os
 import posixpath
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -39,6 +41,10 @@ PROGRESS_NAME = ".progress"
 TEMPORARY_PREFIX = ".tmp-"
 # The version of everything that stages write. Outputs of another version are refused, not converted.
 FORMAT_VERSION = 1
+# Markers that are gathered into one file, and how many files a resume reads at once. Assumed: of an object store that
+# answers in 20 ms, 100,000 finished shards are then read in two seconds.
+MARKERS_PER_FILE = 1000
+READERS = 16
 
 
 def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
@@ -133,11 +139,12 @@ class HashingFile(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def atomic_write(path: str) -> Iterator[HashingFile]:
+def atomic_write(path: str, *, durable: bool = True) -> Iterator[HashingFile]:
     """A file to write that takes the name `path` only when the block ends without an error.
 
-    Local files are synced and renamed; elsewhere the finished file is uploaded in one piece. After an error, or a kill,
-    nothing is at `path` that was not there before.
+    Local files are synced (unless `durable` is false: a machine that loses its power may then lose them) and renamed;
+    elsewhere the finished file is uploaded in one piece. After an error, or a kill, nothing is at `path` that was not
+    there before.
     """
     fs, inner = filesystem(path)
     local = isinstance(fs, LocalFileSystem)
@@ -149,7 +156,8 @@ def atomic_write(path: str) -> Iterator[HashingFile]:
             yield (writer := HashingFile(file))
             writer.flush()
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         if local:
             os.replace(temporary, inner)
         else:
@@ -159,9 +167,9 @@ def atomic_write(path: str) -> Iterator[HashingFile]:
             os.unlink(temporary)
 
 
-def write_bytes(path: str, data: bytes) -> "FileRecord":
+def write_bytes(path: str, data: bytes, *, durable: bool = True) -> "FileRecord":
     """Write `data` to `path` atomically and return what was written."""
-    with atomic_write(path) as file:
+    with atomic_write(path, durable=durable) as file:
         file.write(data)
     return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=0)
 
@@ -277,6 +285,14 @@ class FileRecord(_Record):
     rows: int
 
 
+class Effort(_Record):
+    """Who did a shard, when (seconds since 1970) and in how many seconds."""
+
+    worker: str
+    started: float
+    seconds: float
+
+
 class ShardRecord(_Record):
     """One finished shard: its files and its counts."""
 
@@ -286,6 +302,16 @@ class ShardRecord(_Record):
     rejects: dict[str, int] = Field(default_factory=dict)
     measured: dict[str, float] = Field(default_factory=dict, exclude=True)
     """What the worker measured, such as seconds, for who watches the run; never written down, for bytes to be equal."""
+    effort: Effort | None = Field(default=None, exclude=True)
+    """For the log of the run; never written down here, for the same reason."""
+
+
+class Counts(_Record):
+    """What some finished shards count together."""
+
+    names: tuple[str, ...]
+    totals: dict[str, int]
+    rejects: dict[str, int]
 
 
 class Plan(_Record):
@@ -347,8 +373,8 @@ def _tidy(folder: str) -> None:
             delete(join(folder, name))
 
 
-def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, ShardRecord] | Manifest:
-    """Claim `folder` for `plan`: the shards done so far, or the manifest if all are.
+def claim(folder: str, plan: Plan, *, replace: bool) -> Manifest | None:
+    """Claim `folder` for `plan`: the manifest if all is done; else `read_done` gives the shards that are.
 
     A folder that holds the work of another plan is refused with OutputMismatchError, or emptied when `replace` is set.
     A folder with files of someone else's and no plan is never emptied.
@@ -356,7 +382,7 @@ def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, Shar
     progress = join(folder, PROGRESS_NAME)
     if exists(folder) and not is_folder(folder):
         raise OutputMismatchError(f"'{folder}' is a file. Give an empty folder with --output.")
-    manifest, found = read_manifest(folder), _plan_in(folder)
+    manifest, found = read_manifest(folder), plan_in(folder)
     if found is not None and found != plan:
         # A plan without any work is nobody's: correcting a config that failed at once needs no --replace.
         begun = manifest or set(list_names(folder)) - {PROGRESS_NAME} or set(list_names(progress)) - {"plan.json"}
@@ -377,14 +403,41 @@ def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, Shar
                 f"{', ...' if len(strangers) > 3 else ''}). Give an empty folder with --output."
             )
         write_bytes(join(progress, "plan.json"), _dump(plan))
-        return {}
-    names = [
-        name
-        for name in list_names(progress)
-        if name.endswith(".json") and name != "plan.json" and not name.startswith(TEMPORARY_PREFIX)
-    ]
-    records = [_parse(ShardRecord, read_bytes(join(progress, name)), join(progress, name)) for name in names]
-    return {record.name: record for record in records}
+    return None
+
+
+def read_done(folder: str) -> Iterator[ShardRecord]:
+    """The finished shards of an unfinished stage, in no order; one that was marked twice comes twice."""
+    for path, data in _read_markers(folder):
+        for line in data.splitlines()[1:] if path.endswith(".jsonl") else [data]:
+            yield _parse(ShardRecord, line, path)
+
+
+def read_counts(folder: str) -> Iterator[Counts]:
+    """The names and counts of these shards, of many at once where their markers were gathered, and these first."""
+    for path, data in _read_markers(folder):
+        if path.endswith(".jsonl"):
+            yield _parse(Counts, data.partition(b"\n")[0], path)
+        else:
+            yield _count([_parse(ShardRecord, data, path)])
+
+
+def _read_markers(folder: str) -> Iterator[tuple[str, bytes]]:
+    """Path and content of every file that marks shards done; those that mark many first."""
+    names = list_names(progress := join(folder, PROGRESS_NAME))
+    paths = [join(progress, name) for name in _gathered(names) + _markers(names)]
+    with ThreadPoolExecutor(READERS) as readers:  # an object store takes its time for each
+        for start in range(0, len(paths), READERS):
+            few = paths[start : start + READERS]
+            yield from zip(few, readers.map(read_bytes, few), strict=True)
+
+
+def _count(records: Sequence[ShardRecord]) -> Counts:
+    return Counts(
+        names=tuple(record.name for record in records),
+        totals=sum_counts(record.totals for record in records),
+        rejects=sum_counts(record.rejects for record in records),
+    )
 
 
 def _empty(folder: str, found: Plan) -> None:
@@ -397,7 +450,7 @@ def _empty(folder: str, found: Plan) -> None:
             if name == last:
                 continue
             path = join(place, name)
-            if is_folder(path) and (nested := _plan_in(path)) is not None:
+            if is_folder(path) and (nested := plan_in(path)) is not None:
                 _empty(path, nested)
             delete(path)
 
@@ -405,6 +458,44 @@ def _empty(folder: str, found: Plan) -> None:
 def mark_shard_done(folder: str, record: ShardRecord) -> None:
     """Write the marker of one finished shard; its files are already under their final names."""
     write_bytes(join(folder, PROGRESS_NAME, f"{record.name}.json"), _dump(record))
+
+
+def gather_markers(folder: str, records: Sequence[ShardRecord]) -> None:
+    """Put one file in the place of the markers of these finished shards, for a resume over many of them to be quick.
+
+    A kill in between leaves shards marked twice and alike. Only the driver calls this.
+    """
+    progress = join(folder, PROGRESS_NAME)
+    number = len(_gathered(list_names(progress)))
+    lines = b"".join(line.model_dump_json().encode() + b"\n" for line in (_count(records), *records))
+    write_bytes(join(progress, f"done-{number:05d}.jsonl"), lines)
+    fs, _ = filesystem(progress)
+    fs.rm([filesystem(join(progress, f"{record.name}.json"))[1] for record in records])
+
+
+def done_shards(folder: str) -> set[str]:
+    """The names of the shards that are marked done in an unfinished stage, which may be running."""
+    progress = join(folder, PROGRESS_NAME)
+    names = list_names(progress)
+    done = {name.removesuffix(".json") for name in _markers(names)}
+    for name in _gathered(names):
+        path = join(progress, name)
+        done.update(_parse(Counts, read_bytes(path).partition(b"\n")[0], path).names)
+    return done
+
+
+def _markers(names: Iterable[str]) -> list[str]:
+    """Which of the names in a progress folder are markers of one shard."""
+    return [
+        name
+        for name in names
+        if name.endswith(".json") and name != "plan.json" and not name.startswith(TEMPORARY_PREFIX)
+    ]
+
+
+def _gathered(names: Iterable[str]) -> list[str]:
+    """Which of them hold the markers of many."""
+    return [name for name in names if name.startswith("done-") and name.endswith(".jsonl")]
 
 
 def step_folder(folder: str, step: str) -> str:
@@ -421,7 +512,7 @@ def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _plan_in(folder: str) -> Plan | None:
+def plan_in(folder: str) -> Plan | None:
     """The plan of the finished or unfinished stage in `folder`."""
     if (manifest := read_manifest(folder)) is not None:
         return manifest.plan

@@ -31,6 +31,7 @@ from rich.table import Table
 from curation import command
 from curation.config import Settings, load, resolved_toml
 from curation.errors import ConfigError
+from curation.progress import printable
 from curation.runner import Runner
 from curation.world import open_world
 from evaluation import (
@@ -201,18 +202,18 @@ def _require(path: str, config: EvaluationConfig, kinds: tuple[str, ...]) -> Non
 
 def print_table(found: list[Result]) -> None:
     """Print the results for a person."""
-    Console(highlight=False, width=150).print(table(found))
+    Console(highlight=False, markup=False, emoji=False, width=150).print(table(found))
 
 
 def table(found: list[Result]) -> Table:
     """The results as a table for the terminal."""
-    shown = Table(title=found[0].model if found else None, title_justify="left")
+    shown = Table(title=printable(found[0].model) if found else None, title_justify="left")
     for column in ("evaluation", "dataset", "protocol", "metric", "value", "spread", "seconds"):
         shown.add_column(column, justify="right" if column in ("value", "spread", "seconds") else "left")
     for result in found:
         spread = "" if result.spread is None else f"{result.spread:.4f}"
         own = (f"{result.value:.4f}", spread, f"{result.seconds:,.1f}")
-        shown.add_row(result.evaluation, result.dataset, result.protocol, result.metric, *own)
+        shown.add_row(*map(printable, (result.evaluation, result.dataset, result.protocol, result.metric)), *own)
     return shown
 
 

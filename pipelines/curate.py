@@ -13,6 +13,7 @@
       retrieve/      what resembles the seeds                             curation/retrieve.py
       corpus/        the corpus and its composition                       curation/pack.py
       report.html    what happened, in pictures                           pipelines/report.py
+      log/           a line for each finished shard, with times           curation/journal.py
 
 A finished stage is not done again. A stage whose config or inputs have changed is refused, or redone with --replace,
 and with it only the stages that read what came out different.
@@ -23,7 +24,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from curation import cluster, command, dedup, embed, ingest, pack, pairs, profiles, retrieve, storage
+from curation import cluster, command, dedup, embed, ingest, journal, pack, pairs, profiles, retrieve, storage
 from curation.cluster import ClusterConfig
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import DedupConfig
@@ -34,12 +35,12 @@ from curation.pairs import PairsConfig
 from curation.profiles import Profile
 from curation.retrieve import RetrieveConfig
 from curation.runner import Runner
-from pipelines import demo_data, report
+from pipelines import demo_data, report, status
 from pipelines.demo_data import DemoDataConfig
 from pipelines.plan import print_plan
+from pipelines.price import RatesConfig
 from pipelines.report import ReportConfig
-
-STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus")
+from pipelines.report_facts import STAGES
 
 
 class CurateConfig(Settings):
@@ -71,6 +72,8 @@ class CurateConfig(Settings):
     """For --plan: images per source, where the images themselves are not at hand."""
     stated_clusters: dict[str, int] = Field(default_factory=dict)
     """For --plan: clusters with enough seeds, per dataset."""
+    rates: RatesConfig = RatesConfig()
+    """For --plan: what machines do in a second."""
 
     @model_validator(mode="before")
     @classmethod
@@ -154,8 +157,13 @@ def command_line(
     models, searches = (settings.embed, settings.describe), (settings.pairs.search, settings.retrieve.search)
     num_gpus = max(*(model.embedder.num_gpus for model in models), *(search.num_gpus for search in searches))
     with command.open_runner(runner, workers, gpus_per_worker=num_gpus) as chosen:
-        run(settings, output, chosen, replace=replace)
+        with journal.keeping(output) as log:
+            if not all(storage.exists(storage.join(output, stage, storage.MANIFEST_NAME)) for stage in STAGES):
+                log.start()
+            run(settings, output, chosen, replace=replace)
     report.print_summary(output)
+    if log.started:
+        status.print_times(output)
 
 
 def _with_tuples(value: Any) -> Any:

@@ -1,7 +1,8 @@
-"""What a run would do, on one page, before any image is read: `--plan`."""
+"""What a run would do, and what it would take, on one page, before any image is read: `--plan`."""
 
 from typing import TYPE_CHECKING, Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -10,29 +11,142 @@ from curation.config import resolved_toml
 from curation.embedders import EmbedderConfig
 from curation.index import SearchConfig
 from curation.retrieve import DatasetConfig
+from pipelines.price import Price, RatesConfig, count_images, price
+from pipelines.status import duration
 
 if TYPE_CHECKING:
     from pipelines.curate import CurateConfig
 
 
 def print_plan(config: "CurateConfig") -> None:
-    """Print the sources, what each seed dataset will bring, the stages with their numbers, and the whole config."""
+    """Print the sources, what each seed dataset brings, the stages with their numbers and their price, and the config.
+
+    Images that are at hand and not stated are counted.
+    """
     console = Console(highlight=False)
+    counts, _ = count_images(config)
+    rows = _total_rows(stated := config.model_copy(update={"stated_counts": counts}))
+    print_price(console, price(config, rows))
     console.print(f"Profile: {config.profile}")
-    console.print(_sources(config))
-    console.print(_datasets(config))
+    console.print(_sources(stated))
+    console.print(_datasets(stated))
     for doubt in doubts(config):
         console.print(doubt)
     console.print(_stages(config))
+    console.print(_rates(config.rates))
     console.print("The resolved config:\n")
     console.print(resolved_toml(config), markup=False, soft_wrap=True)
+
+
+def print_price(console: Console, found: Price) -> None:
+    """Print what every stage takes, the machines it wants and what they are to have."""
+    rates, machines = found.rates, found.machines
+    table = Table(title="What it takes", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("stage", no_wrap=True)
+    for column in (
+        "images",
+        "reads",
+        "writes",
+        "shards",
+        "GPU-hours",
+        "core-hours",
+        "a worker",
+        "the driver",
+        f"on {machines}",
+        "limited by",
+    ):
+        table.add_column(column, justify="right")
+    for stage in found.stages:
+        if not stage.images:
+            table.add_row(stage.stage, "unknown")
+            continue
+        table.add_row(
+            stage.stage,
+            _rounded(stage.images),
+            *map(_bytes, (stage.reads, stage.writes)),
+            f"{stage.shards:,}",
+            _hours(stage.gpu_seconds),
+            _hours(stage.core_seconds + stage.driver_core_seconds + stage.driver_seconds),
+            *map(_bytes, (stage.worker_bytes, stage.driver_bytes)),
+            duration(stage.total_seconds(rates, machines)),
+            stage.limit(rates, machines),
+        )
+    table.add_section()
+    gpu, cores, reads, writes = (
+        sum(values)
+        for values in zip(
+            *((one.gpu_seconds, one.core_seconds, one.reads, one.writes) for one in found.stages), strict=True
+        )
+    )
+    table.add_row(
+        "all", "", _bytes(reads), _bytes(writes), "", _hours(gpu), _hours(cores), "", "", duration(found.hours * 3600)
+    )
+    console.print(table)
+    workers = rates.machine_gpus or rates.machine_cores
+    memory = max(
+        stage.worker_bytes * (rates.machine_gpus if stage.gpu_seconds else rates.machine_cores)
+        for stage in found.stages
+    )
+    has_gpus = f"{rates.machine_gpus} GPUs, " if rates.machine_gpus else ""
+    console.print(
+        f"To be done within {rates.hours_wanted:g} hours it wants {machines:,} machine{'s' * (machines > 1)} of "
+        f"{has_gpus}{rates.machine_cores} cores and {rates.machine_bytes_per_second / 1e9:g} GB/s, with "
+        f"{_bytes(memory)} of memory where every {'GPU' if rates.machine_gpus else 'core'} has a worker; --workers "
+        f"{machines * workers}. The driver's machine: {_bytes(max(stage.driver_bytes for stage in found.stages))}."
+        + (f" They are held for {machines * found.hours:,.0f} machine-hours." if found.hours else "")
+    )
+    if found.without:
+        console.print(
+            f"Without {', '.join(found.without)}: no count is stated (stated_counts) and no files are at hand."
+        )
+    console.print()
+
+
+def _rates(rates: RatesConfig) -> Table:
+    table = Table(title="Rates ([rates])", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("rate", no_wrap=True)
+    table.add_column("value", justify="right")
+    table.add_column("from")
+    for name, field in RatesConfig.model_fields.items():
+        value = getattr(rates, name)
+        table.add_row(name, f"{value:,g}", str(field.description) if value == field.default else "your config")
+    return table
+
+
+def _total_rows(config: "CurateConfig") -> int | None:
+    """The rows of all datasets at most, and what is drawn by clustering; None where a count is missing."""
+    total = 0 if config.retrieve.clustering is None else config.retrieve.clustering.num_images
+    for dataset in config.retrieve.datasets:
+        rows = dataset_rows(config, dataset)
+        if rows is None:
+            return None
+        total += rows.rows
+    return total
+
+
+def _rounded(number: float) -> str:
+    return f"{round(number):,}"
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return "" if not number else "< 1 MB"
+
+
+def _hours(seconds: float) -> str:
+    if not seconds:
+        return ""
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}" if hours >= 0.1 else "< 0.1"
 
 
 def _sources(config: "CurateConfig") -> Table:
     table = Table(title="Sources", title_justify="left")
     for column in ("source", "role", "layout", "path"):
         table.add_column(column)
-    table.add_column("images stated", justify="right")
+    table.add_column("images", justify="right")
     for source in config.ingest.sources:
         stated = _count(config.stated_counts.get(source.name))
         table.add_row(source.name, source.role, source.layout, source.path, stated)
@@ -78,7 +192,7 @@ def doubts(config: "CurateConfig") -> list[str]:
 def _datasets(config: "CurateConfig") -> Table:
     table = Table(title="What each seed dataset brings", title_justify="left")
     table.add_column("dataset")
-    for column in ("seeds stated", "as is", "retrieval", "clusters stated", "retrieved at most", "rows at most"):
+    for column in ("seeds", "as is", "retrieval", "clusters stated", "retrieved at most", "rows at most"):
         table.add_column(column, justify="right")
     total: int | None = 0
     for dataset in config.retrieve.datasets:

@@ -1,7 +1,7 @@
 """Every benchmark: python -m pipelines.bench --run runs/demo --data data/demo
 
 Two tables are of the demo that `make curate` wrote, five or six of photographs (decoding.py, embedding.py, crops.py,
-training.py), the others of drawn vectors (similarity.py).
+training.py), three of shards and workers (scaling.py), the others of drawn vectors (similarity.py).
 Each names what it measures against what, the machine and the date.
 """
 
@@ -16,10 +16,10 @@ from rich.table import Table
 
 from curation import command
 from curation.errors import InputError
-from pipelines.bench import copies, crops, decoding, embedding, retrieval, similarity, training
+from pipelines.bench import copies, crops, decoding, embedding, retrieval, scaling, similarity, training
 
 DEMO = ("concepts", "copies")
-ALL = (*DEMO, decoding.NAME, embedding.NAME, *crops.TO_REACH, training.NAME, *similarity.WORKS)
+ALL = (*DEMO, decoding.NAME, embedding.NAME, *crops.TO_REACH, training.NAME, *scaling.NAMES, *similarity.WORKS)
 NAMES = ", ".join(ALL)
 
 
@@ -57,6 +57,8 @@ def command_line(
     if training.NAME in names:
         for table in training.tables(scale=scale, repeats=repeats):
             console.print(table)
+    for table in scaling.tables([name for name in scaling.NAMES if name in names], scale=scale, repeats=repeats):
+        console.print(table)
     asked = [name for name in similarity.WORKS if name in names]
     for table in similarity.tables(similarity.bench(asked, scale=scale, repeats=repeats)):
         console.print(table)

@@ -159,19 +159,24 @@ def memory(folder: str) -> dict[str, float]:
 
 def make(folder: str, num_images: int, size: tuple[int, int]) -> dict[str, float]:
     """JPEGs of that width and height in tars, all different, and their finished ingest in `ingest/`."""
+    draw_tars(folder, num_images, size, IMAGES_PER_TAR)
+    source = SourceConfig(name="drawn", path=folder, role="pool", layout="webdataset")
+    ingest.run(IngestConfig(sources=(source,)), storage.join(folder, "ingest"), InlineRunner())
+    return {"images": float(num_images)}
+
+
+def draw_tars(folder: str, num_images: int, size: tuple[int, int], images_per_tar: int) -> None:
+    """JPEGs of that width and height in tars, all different."""
     generator = np.random.default_rng(0)
     drawn = [decoding.draw(*size, generator) for _ in range(min(NUM_DRAWN, num_images))]
-    for first in range(0, num_images, IMAGES_PER_TAR):
+    for first in range(0, num_images, images_per_tar):
         with tarfile.open(Path(folder, f"{first:07d}.tar"), "w") as tar:
-            for number in range(first, min(first + IMAGES_PER_TAR, num_images)):
+            for number in range(first, min(first + images_per_tar, num_images)):
                 drawn[number % NUM_DRAWN].save(data := io.BytesIO(), "JPEG", quality=90, comment=f"picture {number}")
                 header = tarfile.TarInfo(f"{number:07d}.jpg")
                 header.size = data.tell()
                 data.seek(0)
                 tar.addfile(header, data)
-    source = SourceConfig(name="drawn", path=folder, role="pool", layout="webdataset")
-    ingest.run(IngestConfig(sources=(source,)), storage.join(folder, "ingest"), InlineRunner())
-    return {"images": float(num_images)}
 
 
 def _config(folder: str, name: str) -> EmbedConfig:

@@ -1,7 +1,9 @@
 """The corpus on disk: the same bytes twice, open to other tools, and back again."""
 
 import hashlib
+import io
 import json
+import os
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -123,3 +125,24 @@ def test_any_other_tar_is_refused(tmp_path: Path) -> None:
         (tmp_path / "x.tar").write_bytes(data)
         with pytest.raises(InputError, match=r"x\.tar: this is no whole tar"):
             list(read_tar(str(tmp_path / "x.tar")))
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [1], [511, 512, 513], [100_000] * 3, [9_000, 200] * 5])
+def test_bytes_are_those_that_tarfile_writes(tmp_path: Path, sizes: list[int]) -> None:
+    samples = [
+        Sample(f"{number:032x}_{number}", os.urandom(size), "PNG", {"uri": "ü" * number})
+        for number, size in enumerate(sizes)
+    ]
+    expected = io.BytesIO()
+    with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for sample in samples:
+            sidecar = json.dumps(sample.sidecar, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+            for name, data in ((f"{sample.key}.png", sample.data), (f"{sample.key}.json", sidecar)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    record, places = write_tar(str(tmp_path / "own.tar"), iter(samples))
+    written = (tmp_path / "own.tar").read_bytes()
+    assert written == expected.getvalue()
+    assert record.bytes == len(written) and record.sha256 == hashlib.sha256(written).hexdigest()
+    assert [written[place.offset : place.offset + place.length] for place in places] == [s.data for s in samples]

@@ -754,7 +754,7 @@ def test_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, num_done: int) ->
     images, pairs = small_run(tmp_path)
     straight, output = str(tmp_path / "straight"), str(tmp_path / "dedup")
     manifest = dedup.run(DedupConfig(), images, pairs, straight, InlineRunner())
-    storage.start_or_resume(output, manifest.plan, replace=False)
+    storage.claim(output, manifest.plan, replace=False)
     for record in manifest.shards[:num_done]:
         for file in record.files:
             storage.write_bytes(f"{output}/{file.name}", storage.read_bytes(f"{straight}/{file.name}"))

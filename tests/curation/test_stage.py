@@ -8,9 +8,9 @@ import pytest
 
 from curation import storage
 from curation.config import Settings
-from curation.errors import RejectBudgetError
+from curation.errors import InputError, RejectBudgetError
 from curation.runner import InlineRunner, Shard
-from curation.stage import run_shards
+from curation.stage import Tally, run_shards
 from curation.storage import Manifest, ShardRecord
 
 
@@ -28,8 +28,8 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
 
 
 def run(folder: Path, config: CountConfig, works: Sequence[int]) -> Manifest:
-    def check(done: Sequence[ShardRecord]) -> None:
-        if (total := sum(record.totals["count"] for record in done)) > config.limit:
+    def check(done: Tally) -> None:
+        if (total := done.totals["count"]) > config.limit:
             raise RejectBudgetError(f"{total} is above {config.limit}")
 
     return run_shards(
@@ -55,3 +55,54 @@ def test_check_that_failed_fails_again_until_what_it_guards_is_changed(tmp_path:
     assert manifest.totals == {"count": sum(works)}
     assert "limit" not in manifest.plan.config
     assert run(tmp_path, CountConfig(limit=0), works) == manifest, "what is done is done"
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+@pytest.mark.parametrize("stop", [0, 1, 3, 4, 7, 9, 10])
+def test_markers_that_were_gathered_are_markers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, stop: int
+) -> None:
+    monkeypatch.setattr(storage, "MARKERS_PER_FILE", 3)
+    output = f"memory://{tmp_path.name}/{stop}" if place == "memory" else str(tmp_path / "out")
+    calls: list[str] = []
+    seen: list[tuple[int, int]] = []
+
+    def make() -> Callable[[Shard], ShardRecord]:
+        worker = make_worker(output)
+
+        def process(shard: Shard) -> ShardRecord:
+            if len(calls) == stop:
+                raise InputError("stop")
+            calls.append(shard.name)
+            return worker(shard)
+
+        return process
+
+    def attempt() -> Manifest:
+        return run_shards(
+            "count",
+            config=CountConfig(),
+            inputs={},
+            output=output,
+            runner=InlineRunner(),
+            shards=[Shard(f"{number:05d}", number) for number in range(10)],
+            make_worker=make,
+            check=lambda done: seen.append((done.num_shards, done.totals["count"])),
+        )
+
+    if stop < 10:
+        with pytest.raises(InputError, match="stop"):
+            attempt()
+        assert storage.done_shards(output) == {f"{number:05d}" for number in range(stop)}
+        names = storage.list_names(storage.join(output, storage.PROGRESS_NAME))
+        assert len(names) == 1 + stop // 3 + stop % 3
+        if stop >= 3:  # as a kill may leave it, before the gathered markers were deleted
+            storage.mark_shard_done(output, next(storage.read_done(output)))
+        stop = -1
+    manifest = attempt()
+    assert seen[-1] == (10, 45) and manifest.totals == {"count": 45}
+    assert [record.name for record in manifest.shards] == [f"{number:05d}" for number in range(10)]
+    assert len(set(calls)) == len(calls), "no shard is done twice"
+    assert storage.PROGRESS_NAME not in storage.list_names(output)
+    again = str(tmp_path / "straight")
+    assert run(Path(again), CountConfig(limit=100), list(range(10))).shards == manifest.shards

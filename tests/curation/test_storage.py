@@ -18,6 +18,11 @@ from curation.storage import FileRecord, Manifest, Plan, ShardRecord
 from tests.curation.builders import bytes_in
 
 
+def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, ShardRecord] | Manifest:
+    manifest = storage.claim(folder, plan, replace=replace)
+    return {record.name: record for record in storage.read_done(folder)} if manifest is None else manifest
+
+
 @pytest.fixture(params=["local", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "local":
@@ -146,7 +151,7 @@ def kill_in_the_middle_of_writing(path: str) -> None:
 
 def test_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path) -> None:
     folder = str(tmp_path / "out")
-    storage.start_or_resume(folder, plan(), replace=False)
+    start_or_resume(folder, plan(), replace=False)
     storage.mark_shard_done(folder, shard(0, folder))
     before = bytes_in(folder)
 
@@ -161,7 +166,7 @@ def test_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path) -> 
     assert all(storage.TEMPORARY_PREFIX in name for name in left_behind)
 
     # The next run goes on, and once it is done nothing of the dead writers is left.
-    done = storage.start_or_resume(folder, plan(), replace=False)
+    done = start_or_resume(folder, plan(), replace=False)
     assert isinstance(done, dict) and list(done) == ["00000"]
     finish(folder, plan())
     names = {"/manifest.json", "/square-00000.bin", "/square-00001.bin", "/square-00002.bin"}
@@ -293,7 +298,7 @@ def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
         storage.require_manifest(str(tmp_path / "file"))
     for replace in (False, True):
         with pytest.raises(OutputMismatchError, match=r"'.*file' is a file"):
-            storage.start_or_resume(str(tmp_path / "file"), plan(), replace=replace)
+            start_or_resume(str(tmp_path / "file"), plan(), replace=replace)
     assert (tmp_path / "file").read_bytes() == b"precious"
 
 
@@ -321,34 +326,34 @@ def test_sum_counts_is_a_sum_in_any_order(seed: int) -> None:
 
 def test_fresh_then_resumed_then_done(root: str) -> None:
     folder = storage.join(root, "square")
-    assert storage.start_or_resume(folder, plan(), replace=False) == {}
-    assert storage.start_or_resume(folder, plan(), replace=False) == {}
+    assert start_or_resume(folder, plan(), replace=False) == {}
+    assert start_or_resume(folder, plan(), replace=False) == {}
     expected = {}
     for number in (2, 0):
         record = shard(number, folder)
         storage.mark_shard_done(folder, record)
         expected[record.name] = record
-        assert storage.start_or_resume(folder, plan(), replace=False) == expected
-        assert storage.start_or_resume(folder, plan(), replace=True) == expected
+        assert start_or_resume(folder, plan(), replace=False) == expected
+        assert start_or_resume(folder, plan(), replace=True) == expected
     manifest = finish(folder, plan())
-    assert storage.start_or_resume(folder, plan(), replace=False) == manifest
-    assert storage.start_or_resume(folder, plan(), replace=True) == manifest
+    assert start_or_resume(folder, plan(), replace=False) == manifest
+    assert start_or_resume(folder, plan(), replace=True) == manifest
     assert storage.PROGRESS_NAME not in storage.list_names(folder)
 
 
 def test_replaced_stage_takes_its_steps_along(root: str) -> None:
     folder = storage.join(root, "square")
-    assert storage.start_or_resume(folder, plan(), replace=False) == {}
+    assert start_or_resume(folder, plan(), replace=False) == {}
     for step, is_done in (("first", True), ("second", False)):
         inner = storage.step_folder(folder, step)
-        assert storage.start_or_resume(inner, plan(stage=step), replace=False) == {}
+        assert start_or_resume(inner, plan(stage=step), replace=False) == {}
         storage.mark_shard_done(inner, shard(0, inner))
         if is_done:
             finish(inner, plan(stage=step))
-    assert storage.start_or_resume(folder, plan(), replace=False) == {}
+    assert start_or_resume(folder, plan(), replace=False) == {}
     with pytest.raises(OutputMismatchError):
-        storage.start_or_resume(folder, plan(inputs={"images": "other"}), replace=False)
-    assert storage.start_or_resume(folder, plan(inputs={"images": "other"}), replace=True) == {}
+        start_or_resume(folder, plan(inputs={"images": "other"}), replace=False)
+    assert start_or_resume(folder, plan(inputs={"images": "other"}), replace=True) == {}
     assert storage.list_names(storage.join(folder, storage.PROGRESS_NAME)) == ["plan.json"]
 
 
@@ -357,7 +362,7 @@ def test_kill_right_behind_the_manifest_leaves_nothing(root: str) -> None:
     manifest = finish(folder, plan())
     storage.mark_shard_done(folder, shard(0, folder))
     storage.write_bytes(storage.join(folder, storage.TEMPORARY_PREFIX + "x"), b"half a file")
-    assert storage.start_or_resume(folder, plan(), replace=False) == manifest
+    assert start_or_resume(folder, plan(), replace=False) == manifest
     assert set(storage.list_names(folder)) == {file.name for s in manifest.shards for file in s.files} | {
         storage.MANIFEST_NAME
     }
@@ -377,29 +382,29 @@ OTHER_PLANS = [
 @pytest.mark.parametrize(("other", "lines"), OTHER_PLANS)
 def test_work_of_another_plan_is_refused_untouched(root: str, finished: bool, other: Plan, lines: list[str]) -> None:
     folder = storage.join(root, "square")
-    storage.start_or_resume(folder, plan(), replace=False)
+    start_or_resume(folder, plan(), replace=False)
     storage.mark_shard_done(folder, shard(0, folder))
     if finished:
         finish(folder, plan())
     before = bytes_in(folder)
     with pytest.raises(OutputMismatchError) as caught:
-        storage.start_or_resume(folder, other, replace=False)
+        start_or_resume(folder, other, replace=False)
     first, *differences, last = str(caught.value).splitlines()
     assert first == f"'{folder}' holds the work of another config or of other inputs:"
     assert differences == [f"  {line}" for line in lines]
     assert "Nothing was changed" in last and "--replace" in last
     assert bytes_in(folder) == before
 
-    assert storage.start_or_resume(folder, other, replace=True) == {}
+    assert start_or_resume(folder, other, replace=True) == {}
     assert set(bytes_in(folder)) == {"/.progress/plan.json"}
     assert finish(folder, other).plan == other
 
 
 def test_long_list_of_differences_is_cut(root: str) -> None:
-    storage.start_or_resume(root, plan(config={str(key): 1 for key in range(50)}), replace=False)
+    start_or_resume(root, plan(config={str(key): 1 for key in range(50)}), replace=False)
     storage.mark_shard_done(root, shard(0, root))
     with pytest.raises(OutputMismatchError, match="and 42 more"):
-        storage.start_or_resume(root, plan(config={str(key): 2 for key in range(50)}), replace=False)
+        start_or_resume(root, plan(config={str(key): 2 for key in range(50)}), replace=False)
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -408,7 +413,7 @@ def test_files_of_a_stranger_are_refused_and_never_deleted(root: str, replace: b
     storage.write_bytes(storage.join(root, "deeper/more.txt"), b"too")
     before = bytes_in(root)
     with pytest.raises(OutputMismatchError, match=r"no run of this stage wrote \(deeper, thesis\.txt\)"):
-        storage.start_or_resume(root, plan(), replace=replace)
+        start_or_resume(root, plan(), replace=replace)
     assert bytes_in(root) == before
 
 
@@ -439,7 +444,7 @@ for step in range(1, 200):
 
         sys.addaudithook(die)
         if action == "replace":
-            storage.start_or_resume(folder, changed, replace=True)
+            storage.claim(folder, changed, replace=True)
         else:
             storage.write_manifest(folder, finished)
         os._exit(0)
@@ -461,7 +466,7 @@ def die_at_every_step(template: str, copies: Path, action: str, wanted: Plan) ->
 @pytest.mark.parametrize("finished", [False, True], ids=["half done", "done"])
 def test_replace_that_dies_at_any_step_can_go_on_either_way(tmp_path: Path, finished: bool) -> None:
     template, other = str(tmp_path / "template"), plan(config={"power": 3})
-    storage.start_or_resume(template, plan(), replace=False)
+    start_or_resume(template, plan(), replace=False)
     for number in range(3):
         storage.mark_shard_done(template, shard(number, template))
     if finished:
@@ -471,7 +476,7 @@ def test_replace_that_dies_at_any_step_can_go_on_either_way(tmp_path: Path, fini
         if claimed.exists() and Plan.model_validate_json(claimed.read_bytes()) == other:
             continue  # it died after its last step
         # With the old plan: what counts as done is there.
-        found = storage.start_or_resume(folder, plan(), replace=False)
+        found = start_or_resume(folder, plan(), replace=False)
         records_ = found.shards if isinstance(found, Manifest) else found.values()
         for record in records_:
             for file in record.files:
@@ -480,20 +485,20 @@ def test_replace_that_dies_at_any_step_can_go_on_either_way(tmp_path: Path, fini
         # With the new plan: refused without --replace, begun afresh with it.
         if set(bytes_in(folder)) != {"/.progress/plan.json"}:
             with pytest.raises(OutputMismatchError):
-                storage.start_or_resume(folder, other, replace=False)
-        assert storage.start_or_resume(folder, other, replace=True) == {}
+                start_or_resume(folder, other, replace=False)
+        assert start_or_resume(folder, other, replace=True) == {}
         assert set(bytes_in(folder)) == {"/.progress/plan.json"}
 
 
 def test_finish_that_dies_at_any_step_loses_no_shard(tmp_path: Path) -> None:
     template = str(tmp_path / "template")
-    storage.start_or_resume(template, plan(), replace=False)
+    start_or_resume(template, plan(), replace=False)
     done = {record.name: record for record in (shard(number, template) for number in range(3))}
     for record in done.values():
         storage.mark_shard_done(template, record)
     manifest = Manifest(plan=plan(), shards=tuple(done.values()), totals={}, rejects={})
     Path(f"{template}.json").write_text(manifest.model_dump_json())
     for folder in die_at_every_step(template, tmp_path / "copies", "finish", plan()):
-        assert storage.start_or_resume(folder, plan(), replace=False) in (done, manifest)
+        assert start_or_resume(folder, plan(), replace=False) in (done, manifest)
         storage.write_manifest(folder, manifest)
-        assert storage.start_or_resume(folder, plan(), replace=False) == manifest
+        assert start_or_resume(folder, plan(), replace=False) == manifest

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from curation import storage
 from curation.config import load
 from curation.errors import ConfigError
 from pipelines.curate import CurateConfig
+from pipelines.report_facts import STAGES
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -130,7 +132,9 @@ def inline(home: Path, *arguments: str, output: str = "out") -> subprocess.Compl
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """What a run made: every file but its log, which holds times."""
+    made = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent != folder / "log"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in made}
 
 
 def written_at(folder: Path) -> dict[str, int]:
@@ -145,6 +149,15 @@ def test_same_bytes_inline_and_on_ray_with_one_worker_and_two(home: Path) -> Non
         on_ray = curate(home, "--workers", workers, output=f"ray{workers}")
         assert on_ray.returncode == 0, on_ray.stderr
         assert bytes_in(home / f"ray{workers}") == bytes_in(home / "out")
+        assert "Ray's dashboard: none" in on_ray.stderr
+        (log,) = (home / f"ray{workers}/log").iterdir()
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        finished = {(line["stage"], line["shard"]) for line in lines if line["event"] == "shard"}
+        for stage in STAGES:
+            for record in storage.require_manifest(str(home / f"ray{workers}" / stage)).shards:
+                assert (stage, record.name) in finished or record.name in ("prepared", "composition")
+        assert {line["stage"] for line in lines if line["event"] == "end"} >= set(STAGES)
+        assert "What each stage took" in on_ray.stdout
 
 
 def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depends_on_it(home: Path) -> None:

@@ -1,0 +1,335 @@
+"""What a run writes about itself while it works: a line for each finished shard, and signs of life.
+
+    <run>/log/
+      shards-<when>-<process>.jsonl         one line for each stage begun, shard finished and stage done
+      shards-<when>-<process>-0000.jsonl    the same on an object store, to which nothing can be appended: in pieces
+      driver.json                           while a driver is at work: who, and when it last gave a sign of life
+      workers/<machine>-<process>.json      which shard each worker is at, and since when
+
+The log is no part of what a run makes: it holds times, which no two runs share, and no stage reads it. It lies outside
+the stages' folders, whose bytes are the same for equal inputs. Nothing here is decided by a clock: a wrong one spoils
+what a person reads, not the run. The table of stages (`times`) and pipelines/status.py are made of these files alone.
+"""
+
+import contextlib
+import json
+import os
+import posixpath
+import threading
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from curation import progress, storage
+from curation.errors import SeedbedError
+from curation.storage import Plan, ShardRecord
+
+FOLDER = "log"
+DRIVER = "driver.json"
+WORKERS = "workers"
+# Between two signs of life of a driver, and how old the last may be before it counts as lost. Assumed: six in a row do
+# not fail to reach a store that works; clocks of two machines differ by less.
+SECONDS_BETWEEN_BEATS = 5.0
+SECONDS_UNTIL_LOST = 30.0
+# Between two pieces of the log on an object store. Assumed: a run of two days leaves 3,000, and a driver that dies
+# loses a minute of lines, not of work.
+SECONDS_BETWEEN_PIECES = 60.0
+
+
+class Journal:
+    """The log of one driver over one run. Nothing is written before the first stage that has work begins."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run.rstrip("/")
+        self.folder = storage.join(run, FOLDER)
+        self._name = f"shards-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}"
+        self._lock = threading.Lock()
+        self._file: BinaryIO | None = None
+        self._waiting: list[str] = []
+        self._num_pieces = 0
+        self._last_piece = time.monotonic()
+        self._started = time.time()
+        self._ended = threading.Event()
+        self._heart: threading.Thread | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether there was anything to do."""
+        return self._heart is not None
+
+    def start(self) -> None:
+        """Give signs of life from now on."""
+        if self._heart is None:
+            for name in storage.list_names(self.folder):  # of a driver that was killed
+                if name == WORKERS or name.startswith(storage.TEMPORARY_PREFIX):
+                    storage.delete(storage.join(self.folder, name))
+            self._beat()
+            self._heart = threading.Thread(target=self._live, name="signs of life", daemon=True)
+            self._heart.start()
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Add one line."""
+        self.start()
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}, ensure_ascii=False)
+        with self._lock:
+            if storage.is_local(self.folder):
+                if self._file is None:
+                    path = posixpath.join(storage.filesystem(self.folder)[1], f"{self._name}.jsonl")
+                    self._file = open(path, "ab", buffering=0)
+                self._file.write(line.encode() + b"\n")
+            else:
+                self._waiting.append(line)
+                if time.monotonic() - self._last_piece > SECONDS_BETWEEN_PIECES:
+                    self._write_piece()
+
+    def close(self) -> None:
+        """Write what is left, and take the signs of life away."""
+        with self._lock:
+            self._write_piece()
+            if self._file is not None:
+                self._file.close()
+        if self._heart is not None:
+            self._ended.set()
+            self._heart.join()
+            storage.delete(storage.join(self.folder, WORKERS))
+            storage.delete(storage.join(self.folder, DRIVER))
+
+    def _write_piece(self) -> None:
+        if self._waiting:
+            path = storage.join(self.folder, f"{self._name}-{self._num_pieces:04d}.jsonl")
+            storage.write_bytes(path, "".join(line + "\n" for line in self._waiting).encode())
+            self._waiting.clear()
+            self._num_pieces += 1
+        self._last_piece = time.monotonic()
+
+    def _live(self) -> None:
+        while not self._ended.wait(SECONDS_BETWEEN_BEATS):
+            try:
+                self._beat()
+            except OSError as error:  # a full disk will stop the run where it hurts; a missed beat need not
+                progress.say(f"log: no sign of life could be written: {error}")
+
+    def _beat(self) -> None:
+        now = {"machine": os.uname().nodename, "process": os.getpid(), "started": self._started, "beat": time.time()}
+        storage.write_bytes(storage.join(self.folder, DRIVER), json.dumps(now).encode(), durable=False)
+
+
+_journal: ContextVar[Journal | None] = ContextVar("journal", default=None)
+
+
+@contextlib.contextmanager
+def keeping(run: str) -> Iterator[Journal]:
+    """Stages that run inside this block write into the log of the run in the folder `run`."""
+    journal = Journal(run)
+    if read_driver(run) is not None:  # it was killed: what it left goes when this one ends
+        journal.start()
+    token = _journal.set(journal)
+    try:
+        yield journal
+    except BaseException as error:
+        if journal.started:
+            what = str(error) if isinstance(error, SeedbedError) else f"{type(error).__name__}: {error}"
+            journal.write("stopped", why=what)
+        raise
+    finally:
+        _journal.reset(token)
+        journal.close()
+
+
+class StageLog:
+    """What one stage writes into the log of the run."""
+
+    def __init__(self, journal: Journal, name: str) -> None:
+        self._journal = journal
+        self.name = name
+        self.notes = storage.join(journal.folder, WORKERS)
+        """Folder for the notes of workers."""
+
+    def begin(self, plan: Plan, *, num_done: int, num_workers: int) -> None:
+        """Say that the stage has work to do."""
+        named = {"plan": storage.hash_json(plan.model_dump(mode="json"))[:16], "shards": plan.num_shards}
+        self._journal.write("begin", stage=self.name, **named, done_before=num_done, workers=num_workers)
+
+    def shard(self, record: ShardRecord, num_items: int) -> None:
+        """Say that a shard is done."""
+        effort = record.effort
+        assert effort is not None, record.name
+        when = {"worker": effort.worker, "started": round(effort.started, 3), "seconds": round(effort.seconds, 3)}
+        size = sum(file.bytes for file in record.files)
+        counts = {"items": num_items, "bytes": size, "totals": record.totals, "rejects": record.rejects}
+        self._journal.write("shard", stage=self.name, shard=record.name, **when, **counts)
+
+    def end(self, seconds: float) -> None:
+        """Say that the stage is done, and how long this driver took for it."""
+        self._journal.write("end", stage=self.name, seconds=round(seconds, 3))
+
+
+def of_stage(output: str) -> StageLog | None:
+    """The log of the stage that writes into the folder `output`; None where no run keeps one."""
+    journal = _journal.get()
+    if journal is None or not output.startswith(journal.run + "/"):
+        return None
+    parts = output[len(journal.run) :].split("/")
+    return StageLog(journal, "/".join(part for part in parts if part and part != storage.PROGRESS_NAME))
+
+
+def worker_name() -> str:
+    """This process: machine and process number."""
+    return f"{os.uname().nodename}-{os.getpid()}"
+
+
+def note_start(folder: str, stage: str, shard: str) -> None:
+    """Leave word, by the worker itself, that it begins with a shard."""
+    text = json.dumps({"stage": stage, "shard": shard, "worker": worker_name(), "started": time.time()})
+    # Not synced: nothing depends on it, and of tiny shards it would take most of the time.
+    storage.write_bytes(storage.join(folder, f"{worker_name()}.json"), text.encode(), durable=False)
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Who drives the run. Times are seconds since 1970."""
+
+    machine: str
+    process: int
+    started: float
+    beat: float
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a worker said when it began with a shard."""
+
+    stage: str
+    shard: str
+    worker: str
+    started: float
+
+
+@dataclass
+class StageTimes:
+    """What the log says of one stage, over all drivers that worked on it. Steps of a stage have entries of their own.
+
+    Times are in seconds; `begun` and `last` (of the last line) since 1970.
+    """
+
+    plan: str = ""
+    """Stands for what the stage was asked to make."""
+    num_shards: int = 0
+    seconds: float = 0.0
+    """Of the stage, from its beginning to its end; of a driver that was killed, to its last line."""
+    capacity: float = 0.0
+    """Of all workers together: the seconds above by their number."""
+    busy: float = 0.0
+    """What workers spent on shards; of steps too."""
+    shards: int = 0
+    """Shards with a line; those whose driver died before it wrote one are missing."""
+    items: int = 0
+    bytes: int = 0
+    """Written."""
+    begun: float = 0.0
+    """When the last driver began."""
+    last: float = 0.0
+    shards_since: int = 0
+    """Shards with a line since then."""
+    done: bool = False
+    of_shard: dict[str, tuple[float, int, int]] = field(default_factory=dict, repr=False)
+    """Seconds, items and bytes of each."""
+
+    @property
+    def idle(self) -> float:
+        """The share of its time that a worker spent on no shard."""
+        return max(0.0, 1 - self.busy / self.capacity) if self.capacity else 0.0
+
+
+def read_driver(run: str) -> Driver | None:
+    """Who drives the run, or drove it until it was killed; None where it ended in order, or never began."""
+    try:
+        return Driver(**json.loads(storage.read_bytes(storage.join(run, FOLDER, DRIVER))))
+    except FileNotFoundError:
+        return None
+
+
+def read_notes(run: str) -> list[Note]:
+    """What each worker is at; of a shard that several began, the last that did."""
+    folder = storage.join(run, FOLDER, WORKERS)
+    latest: dict[tuple[str, str], Note] = {}
+    for name in storage.list_names(folder):
+        if name.endswith(".json") and not name.startswith(storage.TEMPORARY_PREFIX):
+            try:
+                note = Note(**json.loads(storage.read_bytes(storage.join(folder, name))))
+            except FileNotFoundError:  # the run ended just now
+                continue
+            before = latest.get((note.stage, note.shard))
+            if before is None or note.started > before.started:
+                latest[note.stage, note.shard] = note
+    return sorted(latest.values(), key=lambda note: (note.stage, note.started))
+
+
+def read_lines(run: str) -> Iterator[dict[str, Any]]:
+    """The lines of all drivers' logs, oldest driver first. What a killed one left without an end is left out."""
+    folder = storage.join(run, FOLDER)
+    for name in storage.list_names(folder):
+        if name.startswith("shards-") and name.endswith(".jsonl"):
+            for line in storage.read_bytes(storage.join(folder, name)).splitlines(keepends=True):
+                if line.endswith(b"\n"):
+                    yield json.loads(line)
+
+
+def times(run: str) -> dict[str, StageTimes]:
+    """What the log says of each stage and of each step of one, in the order in which they began."""
+    stages: dict[str, StageTimes] = {}
+    workers: dict[str, int] = {}  # of the stages that are not closed
+
+    def close(name: str, seconds: float) -> None:
+        stages[name].seconds += seconds
+        stages[name].capacity += seconds * workers.pop(name)
+
+    for line in read_lines(run):
+        if line["event"] == "stopped":
+            continue
+        name = line["stage"]
+        before = stages.get(name)
+        if line["event"] == "begin":
+            if name in workers and before is not None:  # its driver was killed
+                close(name, before.last - before.begun)
+            anew = before is not None and (before.plan != line["plan"] or before.done)
+            if anew or (before is not None and before.of_shard and not line["done_before"]):
+                for own in [own for own in stages if own == name or own.startswith(name + "/")]:
+                    del stages[own]
+                    workers.pop(own, None)
+            stage = stages.setdefault(name, StageTimes())
+            stage.plan, stage.num_shards = line["plan"], line["shards"]
+            stage.begun, stage.shards_since = line["time"], 0
+            workers[name] = line["workers"]
+        elif line["event"] == "shard":
+            stages[name].of_shard[line["shard"]] = line["seconds"], line["items"], line["bytes"]
+            stages[name].shards_since += 1
+        else:
+            close(name, line["seconds"])
+            stages[name].done = True
+        while name:  # a step's line is a sign of its stage too
+            if name in stages:
+                stages[name].last = line["time"]
+            name = name.rpartition("/")[0]
+    for name in list(workers):
+        close(name, stages[name].last - stages[name].begun)
+    for name, stage in stages.items():
+        stage.shards = len(stage.of_shard)
+        stage.items = sum(items for _, items, _ in stage.of_shard.values())
+        stage.bytes = sum(size for _, _, size in stage.of_shard.values())
+        inside = [other for own, other in stages.items() if own == name or own.startswith(name + "/")]
+        stage.busy = sum(seconds for other in inside for seconds, _, _ in other.of_shard.values())
+    return stages
+
+
+def why_stopped(run: str) -> str | None:
+    """What ended the last driver, where it was no kill and nothing was done since."""
+    last = None
+    for line in read_lines(run):
+        last = str(line["why"]) if line["event"] == "stopped" else None
+    return last

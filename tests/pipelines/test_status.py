@@ -1,0 +1,231 @@
+"""What is said of a run that goes on, was killed, stopped, finished or is new, read while it is another process's."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from curation import journal, storage
+from curation.errors import InputError
+from pipelines import status
+from pipelines.report_facts import STAGES
+
+ROOT = Path(__file__).parents[2]
+# A run of one stage with a step. A shard waits for the file of its name in the folder `go`; one that reads "no" there
+# fails.
+DRIVER = """
+import sys, time
+from pathlib import Path
+from curation import command, journal, storage
+from curation.config import Settings
+from curation.errors import InputError
+from curation.runner import InlineRunner, Shard
+from curation.stage import PREPARED, run_shards
+
+run = sys.argv.pop()
+
+def make_worker(folder):
+    def process(shard):
+        while not (gate := Path("go", shard.name)).exists():
+            time.sleep(0.01)
+        if gate.read_text() == "no":
+            raise InputError("the worker says no")
+        file = storage.write_bytes(f"{folder}/images-{shard.name}.txt", b"x" * 100)
+        return storage.ShardRecord(name=shard.name, files=(file,), totals={"images": 5})
+    return lambda: process
+
+def stage(folder, names, prepare=None):
+    shards = [Shard(name, None, 5) for name in names]
+    run_shards("ingest", config=Settings(), inputs={}, output=folder, runner=InlineRunner(), shards=shards,
+               make_worker=make_worker(folder), prepare=prepare)
+
+def step():
+    stage(storage.step_folder(f"{run}/ingest", "step"), ["s0"])
+    return storage.ShardRecord(name=PREPARED)
+
+def work():
+    with journal.keeping(run) as log:
+        log.start()
+        stage(f"{run}/ingest", ["a", "b", "c", "d"], step)
+
+command.main(work)
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "go").mkdir()
+    return tmp_path
+
+
+def start(home: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "driver.py", "out"],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def allow(home: Path, *names: str, word: str = "") -> None:
+    for name in names:
+        (home / "go" / name).write_text(word)
+
+
+def until(home: Path, holds: Callable[[status.RunStatus], bool]) -> status.RunStatus:
+    """The status as soon as something holds of it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (home / "out").exists() and holds(found := status.read(str(home / "out"))):
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it never came true")
+
+
+def at(shard: str) -> Callable[[status.RunStatus], bool]:
+    return lambda found: any(note.shard == shard for stage in found.stages for note in stage.running)
+
+
+def said(home: Path) -> str:
+    result = subprocess.run(
+        [sys.executable, "-m", "pipelines.status", "out"],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_running_killed_resumed_and_done(home: Path) -> None:
+    process = start(home)
+    found = until(home, at("s0"))
+    assert [(stage.name, stage.state) for stage in found.stages[:3]] == [
+        ("ingest", "running"),
+        ("ingest/step", "running"),
+        ("embed", "left"),
+    ]
+    assert found.stages[0].seconds_left is None
+    allow(home, "s0", "a", "b")
+    found = until(home, at("c"))
+    ingest, step = found.stages[:2]
+    assert (ingest.num_shards, ingest.done, ingest.left, step.state) == (4, 2, 1, "done")
+    assert ingest.seconds_left is not None and ingest.seconds_left > 0
+
+    process.kill()
+    process.communicate()
+    lost = status.read(str(home / "out"), now=time.time() + journal.SECONDS_UNTIL_LOST + 1)
+    ingest = lost.stages[0]
+    assert (ingest.state, [note.shard for note in ingest.stale], ingest.running) == ("stale", ["c"], ())
+    assert (ingest.done, ingest.left, ingest.seconds_left) == (2, 2, None)
+    (log,) = (home / "out/log").glob("*.jsonl")
+    log.write_bytes(log.read_bytes() + b'{"event": "sha')  # as a kill may leave it
+
+    process = start(home)
+    assert [note.shard for note in until(home, at("c")).stages[0].running] == ["c"]
+    allow(home, "c", "d")
+    assert process.wait() == 0, process.communicate()
+    done = status.read(str(home / "out"))
+    assert [(stage.name, stage.state, stage.done) for stage in done.stages[:1]] == [("ingest", "done", 4)]
+    assert done.driver is None
+    times = journal.times(str(home / "out"))
+    assert times["ingest"].shards == 4 and times["ingest"].items == 20 and times["ingest"].bytes == 400
+    assert times["ingest"].seconds >= times["ingest/step"].seconds > 0 and times["ingest"].done
+    assert sorted(path.suffix for path in (home / "out/log").iterdir()) == [".jsonl", ".jsonl"]
+    assert "ingest" in said(home) and "Nobody works on this run" in said(home)
+
+
+def test_run_that_stopped_says_why(home: Path) -> None:
+    allow(home, "s0", "a", "b")
+    allow(home, "c", word="no")
+    process = start(home)
+    assert process.communicate() and process.returncode == 2
+    assert "It stopped with: ingest, shard c: the worker says no" in said(home)
+    found = status.read(str(home / "out"))
+    assert (found.stages[0].state, found.stages[0].done, found.stages[0].left) == ("stopped", 2, 2)
+    assert found.driver is None and not list((home / "out/log").glob(".tmp*"))
+
+
+def test_orderly_end_by_a_signal_leaves_no_driver(home: Path) -> None:
+    process = start(home)
+    until(home, at("s0"))
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate() and process.returncode == 143
+    assert not (home / "out/log/driver.json").exists() and not (home / "out/log/workers").exists()
+    assert status.read(str(home / "out")).state == "stopped"
+
+
+def test_new_run_has_everything_left(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("")
+    found = status.read(str(tmp_path))
+    assert [stage.state for stage in found.stages] == ["left"] * len(STAGES)
+    assert found.why_stopped is None
+
+
+@pytest.mark.parametrize("what", ["nothing", "a file", "strangers", "a stage"])
+def test_what_is_no_run_is_one_message(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "out"
+    if what == "a file":
+        path.write_text("")
+    elif what != "nothing":
+        path.mkdir()
+        (path / ("holiday.png" if what == "strangers" else storage.MANIFEST_NAME)).write_text("")
+    with pytest.raises(InputError, match="No run at"):
+        status.read(str(path))
+    if what == "nothing":
+        result = subprocess.run(
+            [sys.executable, "-m", "pipelines.status", str(path)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert (result.returncode, result.stderr.count("error:"), result.stdout) == (2, 1, "")
+
+
+def test_log_on_an_object_store_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "SECONDS_BETWEEN_PIECES", -1.0)
+    run = f"memory://{os.urandom(4).hex()}"
+    with journal.keeping(run) as log:
+        for number in range(3):
+            log.write("stopped", why=str(number))
+        assert journal.read_driver(run) is not None
+    assert [line["why"] for line in journal.read_lines(run)] == ["0", "1", "2"]
+    assert [path.rpartition("-")[2] for path in storage.list_names(run + "/log")] == [
+        f"{number:04d}.jsonl" for number in range(3)
+    ]
+    assert journal.read_driver(run) is None
+    fsspec.filesystem("memory").rm(run, recursive=True)
+
+
+def test_stage_that_is_made_anew_is_timed_anew(tmp_path: Path) -> None:
+    def line(event: str, at: float, **facts: object) -> str:
+        return json.dumps({"event": event, "time": at, "stage": "ingest", **facts}) + "\n"
+
+    begin = {"shards": 2, "done_before": 0, "workers": 2}
+    shard = {"worker": "w", "started": 0, "items": 1, "bytes": 1, "totals": {}, "rejects": {}}
+    (tmp_path / "log").mkdir()
+    first = [line("begin", 100, plan="x", **begin), line("shard", 104, shard="a", seconds=4, **shard)]
+    (tmp_path / "log/shards-1.jsonl").write_text("".join(first))
+    (killed,) = journal.times(str(tmp_path)).values()
+    assert (killed.seconds, killed.capacity, killed.busy, killed.idle, killed.done) == (4, 8, 4, 0.5, False)
+    again = [
+        line("begin", 200, plan="x", **begin | {"done_before": 1}),
+        line("shard", 201, shard="b", seconds=1, **shard),
+        line("end", 202, seconds=2),
+    ]
+    (tmp_path / "log/shards-2.jsonl").write_text("".join(again))
+    (whole,) = journal.times(str(tmp_path)).values()
+    assert (whole.seconds, whole.capacity, whole.busy, whole.shards, whole.done) == (6, 12, 5, 2, True)
+    (tmp_path / "log/shards-3.jsonl").write_text(line("begin", 300, plan="y", **begin) + line("end", 301, seconds=1))
+    (anew,) = journal.times(str(tmp_path)).values()
+    assert (anew.seconds, anew.shards) == (1, 0)
