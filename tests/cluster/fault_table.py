@@ -48,7 +48,7 @@ def table(lines: list[dict[str, object]]) -> str:
 
 def main() -> None:
     lines = [json.loads(line) for line in MEASURED.read_text().splitlines()]
-    machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()} {platform.release()}"
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}"
     head = f"Measured {datetime.date.today()} on {machine}, {len(lines)} runs, three hosts in network namespaces.\n\n"
     text = DOCUMENT.read_text()
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
