@@ -1,5 +1,6 @@
 """What a run would do, and what it would take, on one page, before any image is read: `--plan`."""
 
+import shutil
 from typing import TYPE_CHECKING, Literal
 
 from rich import box
@@ -17,13 +18,17 @@ from pipelines.status import duration
 if TYPE_CHECKING:
     from pipelines.curate import CurateConfig
 
+# Columns of the widest table.
+PAGE_WIDTH = 144
+
 
 def print_plan(config: "CurateConfig") -> None:
     """Print the sources, what each seed dataset brings, the stages with their numbers and their price, and the config.
 
     Images that are at hand and not stated are counted.
     """
-    console = Console(highlight=False)
+    # A narrower page would cut the numbers of the price.
+    console = Console(highlight=False, width=max(PAGE_WIDTH, shutil.get_terminal_size().columns))
     counts, _ = count_images(config)
     rows = _total_rows(stated := config.model_copy(update={"stated_counts": counts}))
     print_price(console, price(config, rows))
