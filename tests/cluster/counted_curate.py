@@ -24,6 +24,7 @@ class CountingRunner(Runner):
 
     def __init__(self, runner: Runner, diary: Path) -> None:
         self._runner, self._diary = runner, diary
+        self.num_workers = runner.num_workers
 
     def map(
         self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
