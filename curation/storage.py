@@ -147,10 +147,17 @@ def atomic_write(path: str, *, durable: bool = True) -> Iterator[HashingFile]:
     there before.
     """
     fs, inner = filesystem(path)
-    local = isinstance(fs, LocalFileSystem)
-    fs.makedirs(posixpath.dirname(inner), exist_ok=True)
-    folder = posixpath.dirname(inner) if local else tempfile.gettempdir()
-    temporary = f"{folder}/{TEMPORARY_PREFIX}{secrets.token_hex(8)}-{posixpath.basename(inner)}"
+    folder, name = posixpath.split(inner)
+    fs.makedirs(folder, exist_ok=True)
+    if not isinstance(fs, LocalFileSystem):
+        with tempfile.TemporaryFile() as file:  # it has no name, so a kill leaves nothing on this machine
+            yield (writer := HashingFile(file))
+            writer.flush()
+            file.flush()
+            file.seek(0)  # where /dev/fd is a duplicate, it begins where this one stands
+            fs.put_file(f"/dev/fd/{file.fileno()}", inner)
+        return
+    temporary = f"{folder}/{TEMPORARY_PREFIX}{secrets.token_hex(8)}-{name}"
     try:
         with open(temporary, "xb") as file:
             yield (writer := HashingFile(file))
@@ -158,10 +165,7 @@ def atomic_write(path: str, *, durable: bool = True) -> Iterator[HashingFile]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        if local:
-            os.replace(temporary, inner)
-        else:
-            fs.put_file(temporary, inner)
+        os.replace(temporary, inner)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
