@@ -55,6 +55,9 @@ def test_a_model_of_a_million_photographs_stands_above_all(found: dict[tuple[str
 
 def test_the_pictures_are_in_the_report() -> None:
     drawn = read_pictures(str(EVALUATE))
-    assert {picture.model for picture in drawn} == {"trained", "untrained"}
+    # What has no patches has neighbours to show, and nothing else.
+    of_patches = {picture.model for picture in drawn if picture.kind != "neighbours"}
+    assert of_patches == {"trained", "untrained"}
+    assert len({picture.model for picture in drawn if picture.kind == "neighbours"}) == 4
     page = (EVALUATE / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(drawn)
