@@ -8,7 +8,7 @@ TRAIN_OUTPUT ?= runs/train
 EVALUATE_CONFIG ?= pipelines/configs/evaluate/demo.toml
 EVALUATE_OUTPUT ?= runs/evaluate
 ARGS ?=
-# Files of tests that run at once. Each may start processes of its own, and takes up to 6 GB.
+# Files of tests that run at once. Each may start processes of its own.
 TEST_PROCESSES ?= 2
 
 # faiss and torch differ between machines with and without an NVIDIA GPU: make setup EXTRAS=gpu,demo,dev

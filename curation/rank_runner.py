@@ -4,12 +4,13 @@ The first rank leads: it alone calls the stage, through a RankRunner, and writes
 it: they wait for the names of shards, do their share of them, and send back the records.
 """
 
+import functools
 import json
 from collections.abc import Callable, Generator, Sequence
 from typing import final
 
-from curation import storage
 from curation.runner import Runner, Shard, Worker, name_shard
+from curation.stage import make_marking_worker
 from curation.storage import ShardRecord
 from curation.world import World, texts_of_ranks
 
@@ -40,19 +41,9 @@ class RankRunner(Runner):
 def follow(world: World, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], output: str) -> None:
     """What every rank but the first calls, with all shards of the stage: does its share of what is left of them."""
     by_name = {shard.name: shard for shard in shards}
-
-    def make_marking_worker() -> Worker:
-        worker = make_worker()
-
-        def process(shard: Shard) -> ShardRecord:
-            record = worker(shard)
-            storage.mark_shard_done(output, record)
-            return record
-
-        return process
-
+    make_marking = functools.partial(make_marking_worker, make_worker, output)
     while names := json.loads(texts_of_ranks(world, "")[0]):
-        _exchanged(world, stage, make_marking_worker, [by_name[name] for name in names])
+        _exchanged(world, stage, make_marking, [by_name[name] for name in names])
 
 
 def _exchanged(

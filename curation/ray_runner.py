@@ -3,7 +3,7 @@
 A local Ray is started where `RAY_ADDRESS` names none, and stopped again by `close`. Ray listens on all addresses of the
 machine, so token authentication is always on. A local Ray gets a token made for the run:
 
-    <folder for temporary files>/seedbed-ray-XXXXXXXX/  readable by its owner alone
+    <folder for temporary files>/seedbed-ray-<random>/  readable by its owner alone
       token        what every process of this Ray knows
       r/           Ray's own sockets and logs, which it would let everyone change
 

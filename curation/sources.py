@@ -206,7 +206,7 @@ def _read_tar(uri: str, max_bytes: int) -> Iterator[Found]:
         headers = _Headers(file)
         try:
             # "r:" refuses compressed tars, whose members have no offset to come back to.
-            with tarfile.open(fileobj=headers, mode="r:") as archive:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=headers, mode="r:") as archive:  # type: ignore[call-overload]  # read, seek, tell suffice
                 yield from _read_samples(archive, headers, uri, max_bytes)
         # Python's reader promises TarError alone. The others are for numbers that are none, for a header that is cut
         # off within a list of holes, and for headers of headers of headers.
@@ -261,7 +261,7 @@ def _read_samples(archive: tarfile.TarFile, headers: _Headers, uri: str, max_byt
     while (member := archive.next()) is not None:
         # Else every member, and every header that is meant for all of them, would stay in memory.
         archive.members.clear()  # type: ignore[attr-defined]  # as webdataset does
-        archive.pax_headers.clear()  # type: ignore[attr-defined]
+        archive.pax_headers.clear()  # type: ignore[attr-defined]  # typeshed leaves it out
         headers.next_member()
         if not 0 <= member.size <= end and not member.issparse():  # below zero, it would lead the reader round for ever
             raise tarfile.ReadError(f"member {_shown(member.name)} has {member.size} bytes, the tar {end}")

@@ -106,7 +106,7 @@ def run_shards(
         check(tally)  # a stage that stopped at its last shard is not done because nothing is left to do
     measured: Counter[str] = Counter()
     place = None if log is None else (log.notes, log.name)
-    work = functools.partial(_make_marking_worker, make_worker, output, place)
+    work = functools.partial(make_marking_worker, make_worker, output, place)
     ungathered: list[ShardRecord] = []
     with progress.bar(stage, total=sum(shard.num_items for shard in todo), unit=unit) as advance:
         results = runner.map(stage, work, todo, max_poison_shards=max_poison_shards)
@@ -165,10 +165,10 @@ def _nested(names: Iterable[str]) -> dict[str, Any]:
     return nested
 
 
-def _make_marking_worker(
-    make_worker: Callable[[], Worker], output: str, notes: tuple[str, str] | None
+def make_marking_worker(
+    make_worker: Callable[[], Worker], output: str, notes: tuple[str, str] | None = None
 ) -> Callable[[Shard], ShardRecord]:
-    """A worker that marks its shards done, and keeps `notes` (folder, stage) of what it is at."""
+    """A worker that marks its shards done in `output`, and keeps `notes` (folder, stage) of what it is at."""
     worker = make_worker()
 
     def process(shard: Shard) -> ShardRecord:

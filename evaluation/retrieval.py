@@ -312,7 +312,7 @@ def read_revisited(data: RevisitedData) -> Revisited:
             f"{', '.join(names) or 'none'}."
         )
     place = storage.join(data.path, names[0])
-    content = plain_pickle.loads(storage.read_bytes(place), place)
+    content = plain_pickle.loads(storage.read_bytes(place), place)  # calls nothing that the file names
     try:
         images, queries, truths = ([*content[key]] for key in ("imlist", "qimlist", "gnd"))
         if not queries or len(queries) != len(truths) or not all(isinstance(one, str) for one in (*images, *queries)):

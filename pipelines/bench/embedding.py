@@ -15,7 +15,6 @@ import io
 import json
 import multiprocessing
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -40,6 +39,7 @@ from curation.prefetch import Meter
 from curation.runner import InlineRunner, Shard
 from curation.sources import SourceConfig
 from pipelines.bench import contests, decoding
+from pipelines.bench.processes import in_process
 
 NAME = "embed"
 # Model, and photographs for each worker.
@@ -196,12 +196,7 @@ WORKS: dict[str, Callable[..., dict[str, float]]] = {work.__name__: work for wor
 
 
 def _in_process(work: str, **arguments: Any) -> dict[str, float]:
-    command = [sys.executable, "-m", "pipelines.bench.embedding", work, json.dumps(arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    if finished.returncode:
-        raise RuntimeError(f"The benchmark's {work} ended with status {finished.returncode}:\n{finished.stderr}")
-    measured: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
-    return measured
+    return in_process("embedding", work, arguments)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@
 prints as JSON what it measured, in a process of its own.
 """
 
+import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,17 +30,18 @@ import pyarrow as pa
 import webdataset
 from rich.table import Table
 
-from curation import ingest, pack, records, storage
+from curation import command, ingest, pack, records, storage
 from curation.config import Settings
 from curation.corpus import Sample, write_tar
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
-from curation.runner import InlineRunner, Runner, Shard, Worker
+from curation.runner import Runner, Shard, Worker
 from curation.sources import SourceConfig
 from curation.stage import run_shards
 from curation.storage import FileRecord, Manifest, Plan, ShardRecord
 from pipelines.bench import contests, embedding
+from pipelines.bench.processes import in_process
 
 NAMES = ("workers", "packing", "shards")
 # Bytes of an image: a thumbnail, the mean of the demo's, photographs of 500 x 400 and larger.
@@ -272,40 +273,32 @@ class _Stopped(Exception):
     pass
 
 
-def shards(folder: str, num_shards: int, runner: str) -> dict[str, float]:
+def shards(folder: str, num_shards: int, runner: command.RunnerName) -> dict[str, float]:
     """Do all tiny shards but the last and stop there; called again, that one."""
-    chosen: Runner = InlineRunner()
-    if runner == "ray":
-        from curation.ray_runner import RayRunner
-
-        chosen = RayRunner(num_workers=os.cpu_count() or 1)
+    with command.open_runner(runner) as chosen:
+        # Workers start before the time does.
         list(chosen.map("warm", _tiny, [Shard(f"{number}", None) for number in range(chosen.num_workers)]))
-    watch = _Watch(chosen, num_shards - 1)
-    before, began, began_cpu = contests.memory("VmRSS"), time.perf_counter(), time.process_time()
-    try:
-        run_shards(
-            "tiny",
-            config=Settings(),
-            inputs={},
-            output=folder + "/tiny",
-            runner=watch,
-            shards=[Shard(f"{number:06d}", None, 10) for number in range(num_shards)],
-            make_worker=_tiny,
-            check=lambda done: None,
-        )
-    except _Stopped:
-        pass
-    finally:
-        if runner == "ray":
-            chosen.close()  # type: ignore[attr-defined]  # it is a RayRunner
-    return {
-        "first": watch.first - began,
-        "first_cpu": watch.first_cpu - began_cpu,
-        "seconds": watch.last - watch.first,
-        "finishing": time.perf_counter() - watch.last,
-        "memory": watch.memory - before,
-        "peak": contests.memory("VmHWM") - before,
-    }
+        watch = _Watch(chosen, num_shards - 1)
+        before, began, began_cpu = contests.memory("VmRSS"), time.perf_counter(), time.process_time()
+        with contextlib.suppress(_Stopped):
+            run_shards(
+                "tiny",
+                config=Settings(),
+                inputs={},
+                output=folder + "/tiny",
+                runner=watch,
+                shards=[Shard(f"{number:06d}", None, 10) for number in range(num_shards)],
+                make_worker=_tiny,
+                check=lambda done: None,
+            )
+        return {
+            "first": watch.first - began,
+            "first_cpu": watch.first_cpu - began_cpu,
+            "seconds": watch.last - watch.first,
+            "finishing": time.perf_counter() - watch.last,
+            "memory": watch.memory - before,
+            "peak": contests.memory("VmHWM") - before,
+        }
 
 
 class _Watch(Runner):
@@ -415,12 +408,7 @@ WORKS: dict[str, Callable[..., dict[str, float]]] = {work.__name__: work for wor
 
 
 def _in_process(work: str, **arguments: Any) -> dict[str, float]:
-    command = [sys.executable, "-m", "pipelines.bench.scaling", work, json.dumps(arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    if finished.returncode:
-        raise RuntimeError(f"The benchmark's {work} ended with status {finished.returncode}:\n{finished.stderr}")
-    measured: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
-    return measured
+    return in_process("scaling", work, arguments)
 
 
 if __name__ == "__main__":

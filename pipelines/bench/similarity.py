@@ -7,11 +7,10 @@ Ours read from that folder; the peers have everything in memory before their tim
 of its own (contests.py).
 """
 
+import functools
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from rich.table import Table
 from curation import storage
 from evaluation.features import SHARD_IMAGES
 from pipelines.bench.contests import ROWS_PER_FILE, TIMED_BLOCKS, Measured
+from pipelines.bench.processes import in_process
 
 WIDTH_JOIN, WIDTH_SEARCH, SHARE_COPIES = 512, 384, 0.05
 # Vectors of a mean cluster, by width. Sizes fall as 1/rank, so the smallest is an eighth of the mean; neighbours that
@@ -115,20 +115,10 @@ def bench(names: Sequence[str], *, scale: int = 1, repeats: int | None = None, m
     contests.py, by default in a process of its own.
     """
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
-        own = Bench(folder, scale, repeats, measure or in_process)
+        own = Bench(folder, scale, repeats, measure or functools.partial(in_process, "contests"))
         for name in names:
             WORKS[name](own)
     return own
-
-
-def in_process(name: str, arguments: dict[str, Any]) -> Measured:
-    """Run one work of contests.py in a process of its own. Raises RuntimeError with what it printed when it fails."""
-    command = [sys.executable, "-m", "pipelines.bench.contests", name, json.dumps(arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    if finished.returncode:
-        raise RuntimeError(f"The benchmark's {name} ended with status {finished.returncode}:\n{finished.stderr}")
-    measured: Measured = json.loads(finished.stdout.splitlines()[-1])
-    return measured
 
 
 def _join(bench: Bench) -> None:

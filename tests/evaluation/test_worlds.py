@@ -85,9 +85,9 @@ def values_of(found: list[results.Result]) -> Found:
 
 def evaluate(path: str, output: str, runner: Runner | None = None) -> Found:
     """On this process, or as one rank of several, with two images a shard of features."""
-    features.SHARD_IMAGES = 2  # so that there are shards for all; each rank is a process of its own
     config = parse(EvaluationConfig, tomllib.loads(Path(path).read_text()), origin=path)
-    with open_world("cpu", timeout_seconds=120) as world:
+    with pytest.MonkeyPatch.context() as patch, open_world("cpu", timeout_seconds=120) as world:
+        patch.setattr(features, "SHARD_IMAGES", 2)  # so that there are shards for all
         return values_of(run.evaluate(config, load_model(config.model, world), output, runner=runner))
 
 
@@ -98,11 +98,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(config: str, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    original = features.SHARD_IMAGES
-    try:
-        return evaluate(config, str(tmp_path_factory.mktemp("alone")))
-    finally:
-        features.SHARD_IMAGES = original
+    return evaluate(config, str(tmp_path_factory.mktemp("alone")))
 
 
 def test_two_ranks_find_what_one_process_does(config: str, alone: Found, ranks: Ranks, tmp_path: Path) -> None:

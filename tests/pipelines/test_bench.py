@@ -12,6 +12,7 @@ from rich.table import Table
 
 from curation import ingest
 from pipelines.bench import contests, crops, decoding, embedding, mixture, similarity
+from pipelines.bench.processes import in_process
 
 SCALE = 100
 
@@ -64,11 +65,11 @@ def test_a_work_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     """It tells why it failed, and does not inherit the peak memory of the process that starts it."""
     held = np.ones(500_000_000, np.uint8)
     arguments = {"folder": str(tmp_path / "edges"), "num_edges": 1000}
-    made = similarity.in_process("make_edges", arguments)
+    made = in_process("contests", "make_edges", arguments)
     assert made["bytes"] == 8000
     assert made["peak"] < 1e8 < held.nbytes
     with pytest.raises(RuntimeError, match=r"make_edges ended with status 1:\n(.|\n)*FileExistsError"):
-        similarity.in_process("make_edges", arguments)
+        in_process("contests", "make_edges", arguments)
 
 
 def test_judges_count_what_is_missing(tmp_path: Path) -> None:
