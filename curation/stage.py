@@ -5,6 +5,7 @@ and its command. `run` lists the shards and hands them to `run_shards` with a fu
 """
 
 import functools
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 from curation import journal, progress, storage
 from curation.config import Settings
 from curation.runner import Runner, Shard, Worker
-from curation.storage import Effort, Manifest, Plan, ShardRecord
+from curation.storage import Effort, Manifest, Plan, ShardRecord, ShardRecords
 
 # The name of the record that `prepare` returns.
 PREPARED = "prepared"
@@ -74,7 +75,7 @@ def run_shards(
     )
     finished = storage.claim(output, plan, replace=replace)
     set_aside: list[str] = []
-    before: tuple[ShardRecord, ...] = ()
+    before: Sequence[ShardRecord] = ()
     if finished is not None:
         missing = finished.facts.get(SET_ASIDE, [])
         if len(missing) <= max_poison_shards:
@@ -131,18 +132,18 @@ def run_shards(
                     check(tally)
         finally:
             results.close()
-    by_name = {record.name: record for record in (*before, *storage.read_done(output))}
+    by_name = {record.name: storage.line_of(record) for record in itertools.chain(before, storage.read_done(output))}
     names = ([PREPARED] if prepare else []) + [shard.name for shard in shards]
-    records = [by_name[name] for name in names if name not in set_aside]
-    del by_name
-    facts, own_record = finish(records) if finish else ({}, None)
+    lines = [by_name[name] for name in names if name not in set_aside]
+    facts, own_record = finish(ShardRecords(lines)) if finish else ({}, None)
     if set_aside:
         facts[SET_ASIDE] = set_aside
     if own_record is not None:
-        records.append(own_record)
+        lines.append(storage.line_of(own_record))
+    records = ShardRecords(lines)
     manifest = Manifest(
         plan=plan,
-        shards=tuple(records),
+        shards=records,
         totals=storage.sum_counts(record.totals for record in records),
         rejects=storage.sum_counts(record.rejects for record in records),
         facts=facts,

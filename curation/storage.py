@@ -14,6 +14,7 @@ all. What a stage leaves behind:
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import io
@@ -24,7 +25,8 @@ import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, TypeVar, overload
 
 import fsspec
 import numpy as np
@@ -252,11 +254,11 @@ def read_table_columns(path: str, columns: list[str]) -> pa.Table:
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
     """Zstandard and dictionaries, but not for vectors: these get hardly smaller, and several times slower to read."""
     leaves = []
-    for field in schema:
-        is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
-        is_vector = is_list and pa.types.is_float16(field.type.value_type)
-        if not is_vector and not pa.types.is_fixed_size_binary(field.type):
-            leaves.append(f"{field.name}.list.element" if is_list else field.name)
+    for column in schema:
+        is_list = pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)
+        is_vector = is_list and pa.types.is_float16(column.type.value_type)
+        if not is_vector and not pa.types.is_fixed_size_binary(column.type):
+            leaves.append(f"{column.name}.list.element" if is_list else column.name)
     return {"compression": dict.fromkeys(leaves, "zstd"), "use_dictionary": leaves}
 
 
@@ -328,17 +330,52 @@ class Plan(_Record):
     num_shards: int
 
 
-class Manifest(_Record):
-    """What a finished stage made, and from what. `manifest.json` is this, and its presence means done."""
+class ShardRecords(Sequence[ShardRecord]):
+    """Records of finished shards, each held as its line of JSON: a tenth of the memory that it takes as an object."""
 
+    def __init__(self, lines: Sequence[bytes], origin: str = "records") -> None:
+        self.lines = lines
+        self._origin = origin
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @overload
+    def __getitem__(self, place: int) -> ShardRecord: ...
+    @overload
+    def __getitem__(self, place: slice) -> "ShardRecords": ...
+    def __getitem__(self, place: int | slice) -> "ShardRecord | ShardRecords":
+        """Raises InputError for a line that is no record; `origin` says where it came from."""
+        if isinstance(place, slice):
+            return ShardRecords(self.lines[place], self._origin)
+        return _parse(ShardRecord, self.lines[place], self._origin)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
+class _Head(_Record):
     plan: Plan
-    shards: tuple[ShardRecord, ...]
     totals: dict[str, int]
     rejects: dict[str, int]
-    facts: dict[str, Any] = Field(default_factory=dict)
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage made, and from what. `manifest.json` is this, and its presence means done.
+
+    Of a manifest that was read, `shards` parses a record each time that it is asked for one.
+    """
+
+    plan: Plan
+    shards: Sequence[ShardRecord]
+    totals: dict[str, int]
+    rejects: dict[str, int]
+    facts: dict[str, Any] = field(default_factory=dict)
     """What the stage found out as a whole, beyond sums over shards: sizes, recalls, rows of a table."""
 
-    @property
+    @functools.cached_property
     def content_hash(self) -> str:
         """Changes when any file that the stage wrote changes, and only then."""
         return hash_json([[file.name, file.sha256] for shard in self.shards for file in shard.files])
@@ -348,13 +385,23 @@ class Manifest(_Record):
         return [file.name for shard in self.shards for file in shard.files if file.name.startswith(kind + "-")]
 
 
+# manifest.json is one JSON object: first all but the shards, then these, one a line. No text in JSON has a line end.
+_SHARDS_BEGIN, _SHARDS_END = b',\n "shards": [\n', b"\n ]\n}\n"
+
+
 def read_manifest(folder: str) -> Manifest | None:
     """The manifest of a finished stage in `folder`, or None. Raises InputError when it is not one of ours."""
+    path = join(folder, MANIFEST_NAME)
     try:
-        data = read_bytes(join(folder, MANIFEST_NAME))
+        data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return _parse(Manifest, data, join(folder, MANIFEST_NAME))
+    before, _, behind = data.partition(_SHARDS_BEGIN)
+    head = _parse(_Head, before + b"\n}", path)
+    if not behind.endswith(_SHARDS_END):
+        raise InputError(f"{path}: not a file that this version of Seedbed wrote (it has no shards, or no end).")
+    lines = behind.removesuffix(_SHARDS_END).split(b",\n") if len(behind) > len(_SHARDS_END) else []
+    return Manifest(head.plan, ShardRecords(lines, path), head.totals, head.rejects, head.facts)
 
 
 def require_manifest(folder: str) -> Manifest:
@@ -367,7 +414,14 @@ def require_manifest(folder: str) -> Manifest:
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
     """Mark the stage in `folder` done, then drop its progress files and what killed writers left."""
-    write_bytes(join(folder, MANIFEST_NAME), _dump(manifest))
+    head = _Head(plan=manifest.plan, totals=manifest.totals, rejects=manifest.rejects, facts=manifest.facts)
+    shards = manifest.shards
+    lines = shards.lines if isinstance(shards, ShardRecords) else map(line_of, shards)
+    with atomic_write(join(folder, MANIFEST_NAME)) as file:
+        file.write(head.model_dump_json(indent=1).encode().removesuffix(b"\n}") + _SHARDS_BEGIN)
+        for number, line in enumerate(lines):
+            file.write(b",\n" + line if number else line)
+        file.write(_SHARDS_END)
     _tidy(folder)
 
 
@@ -471,7 +525,7 @@ def gather_markers(folder: str, records: Sequence[ShardRecord]) -> None:
     """
     progress = join(folder, PROGRESS_NAME)
     number = len(_gathered(list_names(progress)))
-    lines = b"".join(line.model_dump_json().encode() + b"\n" for line in (_count(records), *records))
+    lines = b"".join(line_of(record) + b"\n" for record in (_count(records), *records))
     write_bytes(join(progress, f"done-{number:05d}.jsonl"), lines)
     fs, _ = filesystem(progress)
     fs.rm([filesystem(join(progress, f"{record.name}.json"))[1] for record in records])
@@ -525,6 +579,11 @@ def plan_in(folder: str) -> Plan | None:
         return _parse(Plan, read_bytes(path), path)
     except FileNotFoundError:
         return None
+
+
+def line_of(record: BaseModel) -> bytes:
+    """The record as JSON in one line, without the line's end."""
+    return record.model_dump_json().encode()
 
 
 def _dump(record: BaseModel) -> bytes:

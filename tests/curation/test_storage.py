@@ -1,5 +1,6 @@
 """Storage: whole files or none, honest hashes, and output folders that belong to one plan."""
 
+import dataclasses
 import hashlib
 import json
 import signal
@@ -257,9 +258,8 @@ def file_record(name: str, content: bytes = b"") -> FileRecord:
 
 def test_content_hash_changes_with_the_files_and_only_then() -> None:
     def manifest(*files: FileRecord, **changes: object) -> Manifest:
-        shards = [{"name": str(number), "files": [file]} for number, file in enumerate(files)]
-        fields = {"plan": plan(), "shards": shards, "totals": {}, "rejects": {}}
-        return Manifest.model_validate(fields | changes)
+        shards = [ShardRecord(name=str(number), files=(file,)) for number, file in enumerate(files)]
+        return dataclasses.replace(Manifest(plan(), shards, {}, {}), **changes)  # type: ignore[arg-type]
 
     a, b = file_record("a-0", b"a"), file_record("b-0", b"b")
     original = manifest(a, b).content_hash
@@ -277,9 +277,34 @@ def test_content_hash_changes_with_the_files_and_only_then() -> None:
     assert manifest(a, b).files("") == []
 
 
-def test_manifest_reads_back_equal(root: str) -> None:
-    manifest = finish(root, plan())
-    assert storage.read_manifest(root) == storage.require_manifest(root) == manifest
+@pytest.mark.parametrize("num_shards", [0, 1, 3])
+def test_manifest_reads_back_equal(root: str, num_shards: int) -> None:
+    manifest = finish(root, plan(num_shards=num_shards))
+    found = storage.require_manifest(root)
+    assert storage.read_manifest(root) == found == manifest
+    assert found.content_hash == manifest.content_hash
+    assert found.shards[1:] == manifest.shards[1:] and len(found.shards) == num_shards
+    assert found != dataclasses.replace(manifest, shards=[ShardRecord(name="other")])
+
+
+def test_manifest_is_json_with_a_shard_a_line(root: str) -> None:
+    """Whatever a name or a fact holds."""
+    odd = ',\n "shards": [\n\n ]\n}\n'
+    shards = [ShardRecord(name=odd), ShardRecord(name="1", totals={odd: 1})]
+    manifest = Manifest(plan(), shards, {"rows": 3}, {}, {odd: [odd, {"shards": []}]})
+    storage.write_manifest(root, manifest)
+    text = storage.read_bytes(storage.join(root, "manifest.json"))
+    assert storage.require_manifest(root) == manifest
+    assert sorted(json.loads(text)) == ["facts", "plan", "rejects", "shards", "totals"]
+    assert [json.loads(line.rstrip(b","))["name"] for line in text.splitlines()[-4:-2]] == [odd, "1"]
+
+
+def test_damaged_record_in_a_manifest_is_an_input_error(root: str) -> None:
+    finish(root, plan())
+    path = storage.join(root, "manifest.json")
+    storage.write_bytes(path, storage.read_bytes(path).replace(b'"name":"00001"', b'"nam":"00001"'))
+    with pytest.raises(InputError, match=r"manifest\.json: not a file that this version of Seedbed wrote"):
+        list(storage.require_manifest(root).shards)
 
 
 def test_missing_or_foreign_manifest_is_an_input_error(root: str) -> None:
@@ -421,12 +446,12 @@ def test_files_of_a_stranger_are_refused_and_never_deleted(root: str, replace: b
 DIE_AT_EVERY_STEP = """
 import os, shutil, sys
 from curation import storage
-from curation.storage import Manifest, Plan
+from curation.storage import Plan
 
 template, copies, action = sys.argv[1:]
 changed = Plan.model_validate_json(sys.stdin.read())
 manifest = storage.read_manifest(template) if action == "replace" else None
-finished = Manifest.model_validate_json(open(template + ".json").read()) if action == "finish" else None
+finished = storage.read_manifest(template + "-finished") if action == "finish" else None
 EVENTS = {"open", "os.remove", "os.rename", "os.mkdir", "os.rmdir"}
 for step in range(1, 200):
     folder = f"{copies}/{step:03d}"
@@ -497,7 +522,7 @@ def test_finish_that_dies_at_any_step_loses_no_shard(tmp_path: Path) -> None:
     for record in done.values():
         storage.mark_shard_done(template, record)
     manifest = Manifest(plan=plan(), shards=tuple(done.values()), totals={}, rejects={})
-    Path(f"{template}.json").write_text(manifest.model_dump_json())
+    storage.write_manifest(f"{template}-finished", manifest)
     for folder in die_at_every_step(template, tmp_path / "copies", "finish", plan()):
         assert start_or_resume(folder, plan(), replace=False) in (done, manifest)
         storage.write_manifest(folder, manifest)
