@@ -1,9 +1,9 @@
 """What do more workers gain, what does a shard cost, and how fast is a tar written?
 
-`workers`   ingest and pack of drawn photographs in tars, by 1, 2, ... Ray workers up to the processors there are,
-            against as many times the rate of one. Starting Ray and its processes counts nowhere. Where other work has
-            the processors, the clock says little: processor time an image (workers, decoders and Ray itself) then says
-            whether more workers cost more.
+`workers`   ingest and pack of drawn photographs in tars, by 1, 2, 4, ... Ray workers, against the ideal: as many times
+            the rate of one as there are workers or, if fewer, processors. Starting Ray and its processes counts
+            nowhere. Where other work has the processors, the clock says little: processor time an image (workers,
+            decoders and Ray itself) then says whether more workers cost more.
 `packing`   the samples of one tar, from memory to disk, against webdataset's TarWriter: the same images and sidecars.
             Ours also hashes every byte and waits until the disk has them, so the peer is measured twice: as it is, and
             writing through our file, which does both.
@@ -16,6 +16,7 @@ prints as JSON what it measured, in a process of its own.
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -36,7 +37,7 @@ from curation.corpus import Sample, write_tar
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
-from curation.runner import Runner, Shard, Worker
+from curation.runner import InlineRunner, Runner, Shard, Worker
 from curation.sources import SourceConfig
 from curation.stage import run_shards
 from curation.storage import FileRecord, Manifest, Plan, ShardRecord
@@ -49,7 +50,7 @@ SIZES = (10_000, 25_000, 55_000, 100_000)
 NUM_SAMPLES = 2_000
 PACKING_TO_REACH = 2.0
 PHOTOGRAPHS, PER_TAR = 4_000, 250
-NUM_SHARDS = {"inline": 100_000, "ray": 4_000}
+NUM_SHARDS = 100_000
 RESUME_TO_REACH = 10.0  # seconds
 
 
@@ -136,7 +137,8 @@ class Workers:
 
 def bench_workers(*, scale: int = 1, repeats: int | None = None) -> list[Workers]:
     """A row for each stage and number of workers; of `repeats` (default 3), by turns, the fastest."""
-    counts = [number for number in (1, 2, 4, 8, 16) if number <= (os.cpu_count() or 1)]
+    processors = os.cpu_count() or 1
+    counts = [number for number in (1, 2, 4, 8, 16) if number <= max(4, processors)]
     num_images = max(counts[-1] * 2, PHOTOGRAPHS // scale)
     rates: dict[tuple[str, int], float] = {}
     spent: dict[tuple[str, int], float] = {}
@@ -149,7 +151,10 @@ def bench_workers(*, scale: int = 1, repeats: int | None = None) -> list[Workers
                     key = stage, number
                     rates[key] = max(rates.get(key, 0.0), num_images / found[stage])
                     spent[key] = min(spent.get(key, float("inf")), found[f"{stage} processor"] / num_images)
-    return [Workers(*key, rate, key[1] * rates[key[0], 1], spent[key]) for key, rate in sorted(rates.items())]
+    return [
+        Workers(stage, number, rate, min(number, processors) * rates[stage, 1], spent[stage, number])
+        for (stage, number), rate in sorted(rates.items())
+    ]
 
 
 def make(folder: str, num_images: int) -> dict[str, float]:
@@ -176,11 +181,10 @@ def stages(folder: str, num_workers: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as output:
         runner = RayRunner(num_workers=num_workers)
         try:
-            warm = tuple(
-                SourceConfig(name=f"warm{n}", path=str(tars[n % len(tars)]), role="seed", layout="webdataset")
-                for n in range(num_workers)
-            )
-            ingest.run(IngestConfig(sources=warm, max_reject_fraction=1), f"{output}/warm", runner)
+            met = Path(output, "met")
+            met.mkdir()
+            meeting = [Shard(f"{n}", (str(tars[n % len(tars)]), num_workers)) for n in range(num_workers)]
+            list(runner.map("warm", functools.partial(_meet, str(met)), meeting))
             timed("ingest", lambda: ingest.run(config, f"{output}/ingest", runner))
             _pretend(output)
             images, kept, found, corpus = (f"{output}/{name}" for name in ("ingest", "dedup", "retrieve", "corpus"))
@@ -189,6 +193,21 @@ def stages(folder: str, num_workers: int) -> dict[str, float]:
         finally:
             runner.close()
     return seconds
+
+
+def _meet(folder: str) -> Worker:
+    """A worker that has taken its first photographs through ingest, and waits until all others have."""
+
+    def process(shard: Shard) -> ShardRecord:
+        tar, num_workers = shard.work
+        source = SourceConfig(name="warm", path=tar, role="seed", layout="webdataset")
+        ingest.run(IngestConfig(sources=(source,)), f"{folder}-{shard.name}", InlineRunner())
+        Path(folder, shard.name).touch()
+        while len(list(Path(folder).iterdir())) < num_workers:
+            time.sleep(0.1)
+        return ShardRecord(name=shard.name)
+
+    return process
 
 
 def _processor_seconds() -> float:
@@ -248,9 +267,9 @@ class Shards:
 def bench_shards(*, scale: int = 1) -> list[Shards]:
     """A row a runner and number of shards: a quarter, half and all of NUM_SHARDS."""
     rows = []
-    for runner, most in NUM_SHARDS.items():
+    for runner in ("inline", "ray"):
         for part in (4, 2, 1):
-            number = max(4, most // part // scale)
+            number = max(4, NUM_SHARDS // part // scale)
             with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
                 first = _in_process("shards", folder=folder, num_shards=number, runner=runner)
                 second = _in_process("shards", folder=folder, num_shards=number, runner=runner)

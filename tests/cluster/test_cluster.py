@@ -1,6 +1,7 @@
 """The pipeline on three hosts, broken in every way that happens: the bytes stay the same, and little is done twice."""
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -14,9 +15,23 @@ from pathlib import Path
 
 import pytest
 
+from curation.config import resolved_toml
 from tests.cluster.fault_table import add
-from tests.cluster.hosts import NUM_HOSTS, PATIENCE, PORT, S3_PORT, Hosts, address, child_of, wait_until
+from tests.cluster.hosts import (
+    NUM_HOSTS,
+    PATIENCE,
+    PORT,
+    ROOT,
+    S3_PORT,
+    Hosts,
+    address,
+    child_of,
+    command_line,
+    wait_until,
+)
 from tests.pipelines.test_curate import CONFIG, drawing, save
+from tests.training.builders import train_config
+from training import checkpoint
 
 pytestmark = [
     pytest.mark.cluster,
@@ -147,10 +162,10 @@ def kill_driver(process: "subprocess.Popen[str]") -> None:
         os.kill(child_of(process.pid), signal.SIGKILL)
 
 
-def finish(process: "subprocess.Popen[str]", status: int | None = None) -> str:
+def finish(process: "subprocess.Popen[str]", status: int | None = None, patience: float = PATIENCE * 2) -> str:
     """Wait for a run to end; returns what it said."""
     try:
-        said = process.communicate(timeout=PATIENCE * 2)[1]
+        said = process.communicate(timeout=patience)[1]
     except subprocess.TimeoutExpired:
         process.kill()
         raise AssertionError(f"the run hangs: {process.communicate()[1]}") from None
@@ -370,3 +385,117 @@ def test_outputs_on_s3(hosts: Hosts, home: Path) -> None:
     run.check("kill -9 of the driver, outputs on S3", moment)
     server.kill()
     server.wait()
+
+
+# The trainer
+
+NUM_STEPS, STEPS_TO_CHECKPOINT = 40, 5
+
+
+class Training:
+    """One training run of a rank on each host, on the corpus of the whole pipeline."""
+
+    def __init__(self, hosts: Hosts, home: Path, name: str) -> None:
+        self._hosts, self._home = hosts, home
+        self.output = home / name
+
+    def start(self) -> "subprocess.Popen[str]":
+        options = ["--output", self.output.name, "--workers", str(NUM_HOSTS), "--cpu", "--max-failures", "3"]
+        command = [sys.executable, "-m", "pipelines.train_on_ray", "--config", "train.toml", *options]
+        return subprocess.Popen(
+            self._hosts.on(1, command, self._home),
+            env={**self._hosts.environment_of(1), "RAY_ADDRESS": f"{address(1)}:{PORT}"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def metrics(self) -> list[dict[str, float]]:
+        """A line for each step, without what depends on the machine."""
+        path = self.output / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [{name: line[name] for name in line if name.startswith(("step", "loss"))} for line in lines]
+
+    def wait_for_step(self, step: int, process: "subprocess.Popen[str]") -> None:
+        def is_there() -> bool:
+            assert process.poll() is None, process.communicate()[1]
+            return len(self.metrics()) >= step
+
+        wait_until(is_there, f"step {step} is done")
+
+    def ranks(self) -> list[int]:
+        """The processes that train."""
+        return [
+            process
+            for host in range(1, NUM_HOSTS + 1)
+            for process in self._hosts.processes(host)
+            if "RayTrainWorker" in command_line(process)
+        ]
+
+
+@pytest.fixture(scope="module")
+def trained(hosts: Hosts, home: Path) -> Training:
+    """A training run without faults."""
+    steps = {"num_steps": NUM_STEPS, "batch_size": 4 * NUM_HOSTS, "checkpoint__every": STEPS_TO_CHECKPOINT}
+    (home / "train.toml").write_text(resolved_toml(train_config("whole-inline/corpus", data__layout="corpus", **steps)))
+    run = Training(hosts, home, "trained")
+    finish(run.start(), 0)
+    assert len(run.metrics()) == NUM_STEPS
+    return run
+
+
+@pytest.mark.parametrize(("seed", "victim"), enumerate(["worker", "node", "driver"]))
+def test_training_goes_on_from_its_checkpoint(
+    hosts: Hosts, home: Path, trained: Training, seed: int, victim: str
+) -> None:
+    run = Training(hosts, home, f"trained-{victim}")
+    process = run.start()
+    run.wait_for_step(random.Random(seed).randrange(STEPS_TO_CHECKPOINT + 1, NUM_STEPS // 2), process)
+    match victim:
+        case "worker":
+            os.kill(run.ranks()[-1], signal.SIGKILL)
+        case "node":
+            hosts.kill(3)
+        case "driver":
+            kill_driver(process)
+    moment, reached = time.time(), len(run.metrics())
+    saved = checkpoint.steps(str(run.output / "checkpoints"))[-1]
+    if victim == "node":
+        hosts.start(3)  # as many ranks are needed as before
+    if victim == "driver":
+        finish(process)
+        wait_until(lambda: not run.ranks(), "the ranks of the old driver are gone")
+        process = run.start()
+    finish(process, 0)
+    last = f"checkpoints/step-{NUM_STEPS:07d}"
+    tensors, expected = (checkpoint.load_tensors(str(each.output / last), "") for each in (run, trained))
+    same = run.metrics() == trained.metrics() and all(
+        (tensors[name] == expected[name]).all() for name in tensors.keys() | expected.keys()
+    )
+    add(
+        f"training: kill -9 of a {'rank' if victim == 'worker' else victim}",
+        survived=same,
+        shards=NUM_STEPS,
+        twice=reached - saved,
+        seconds=time.time() - moment,
+    )
+    assert same, "the weights or the losses differ from those of a run without faults"
+    assert reached - saved <= STEPS_TO_CHECKPOINT
+
+
+@pytest.mark.skipif(not (ROOT / "runs/demo/corpus/manifest.json").exists(), reason="needs what `make curate` wrote")
+def test_the_demo_loses_a_node(hosts: Hosts, home: Path) -> None:
+    """The demo's run without faults is that of `make curate`, on this machine alone."""
+    (home / "data").symlink_to(ROOT / "data")
+    (home / "demo-inline").symlink_to(ROOT / "runs/demo")
+    shutil.copy(ROOT / "pipelines/configs/demo.toml", home)
+    run = Run(hosts, home, "demo", "demo")
+    process = run.start(host=2)
+    wait_until(lambda: (run.output / "embed").exists() or process.poll() is not None, "images are embedded", 600)
+    time.sleep(random.Random(0).uniform(0, 30))
+    hosts.kill(3)
+    moment = time.time()
+    time.sleep(20)
+    hosts.start(3)
+    finish(process, 0, patience=3600)
+    run.check("the demo: kill -9 of a node", moment, twice=1)
