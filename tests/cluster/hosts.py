@@ -55,6 +55,8 @@ class Hosts:
             **ours,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
+            # The name of this machine, by which ranks would find each other, leads every host to itself.
+            "GLOO_SOCKET_IFNAME": "eth0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             # For an S3 server that a test may start on host 1.

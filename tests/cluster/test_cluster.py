@@ -444,7 +444,7 @@ def trained(hosts: Hosts, home: Path) -> Training:
     return run
 
 
-@pytest.mark.parametrize(("seed", "victim"), enumerate(["worker", "node", "driver"]))
+@pytest.mark.parametrize(("seed", "victim"), list(enumerate(["rank", "node", "driver"])))
 def test_training_goes_on_from_its_checkpoint(
     hosts: Hosts, home: Path, trained: Training, seed: int, victim: str
 ) -> None:
@@ -452,7 +452,7 @@ def test_training_goes_on_from_its_checkpoint(
     process = run.start()
     run.wait_for_step(random.Random(seed).randrange(STEPS_TO_CHECKPOINT + 1, NUM_STEPS // 2), process)
     match victim:
-        case "worker":
+        case "rank":
             os.kill(run.ranks()[-1], signal.SIGKILL)
         case "node":
             hosts.kill(3)
@@ -473,7 +473,7 @@ def test_training_goes_on_from_its_checkpoint(
         (tensors[name] == expected[name]).all() for name in tensors.keys() | expected.keys()
     )
     add(
-        f"training: kill -9 of a {'rank' if victim == 'worker' else victim}",
+        f"training: kill -9 of a {victim}",
         survived=same,
         shards=NUM_STEPS,
         twice=reached - saved,
