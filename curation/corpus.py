@@ -39,7 +39,7 @@ def write_tar(path: str, samples: Iterator[Sample]) -> tuple[storage.FileRecord,
     places = []
     with storage.atomic_write(path) as file:
         for sample in samples:
-            sidecar = (json.dumps(sample.sidecar, sort_keys=True, ensure_ascii=False) + "\n").encode()
+            sidecar = (_SIDECAR.encode(sample.sidecar) + "\n").encode()
             places.append(Place(file.size + tarfile.BLOCKSIZE, len(sample.data)))  # behind its header
             image = _member(f"{sample.key}.{EXTENSION_OF_FORMAT[sample.format]}", sample.data)
             file.write(b"".join((*image, *_member(f"{sample.key}.json", sidecar))))
@@ -94,6 +94,7 @@ def _member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
     )
 
 
+_SIDECAR = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 # A header without name, size and checksum. The checksum is the sum of all bytes, its own field counted as spaces.
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _ZEROS, _OWNER, _NO_TIME, _REST = _HEADER[:100], _HEADER[100:124], _HEADER[135:148], _HEADER[156:]

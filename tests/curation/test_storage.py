@@ -112,6 +112,19 @@ def test_write_tells_the_truth_about_its_bytes(root: str, size: int) -> None:
     assert record == FileRecord(name="file.bin", sha256=hashlib.sha256(data).hexdigest(), bytes=size, rows=0)
 
 
+def test_hash_of_a_large_file_written_from_one_buffer(root: str) -> None:
+    buffer, expected = bytearray(storage.HASHED_AT_ONCE // 3 + 1), hashlib.sha256()
+    with storage.atomic_write(storage.join(root, "large.bin")) as file:
+        for number in range(20):
+            buffer[:] = bytes([number]) * len(buffer)
+            expected.update(buffer)
+            file.write(buffer)
+            if number % 5 == 4:
+                assert file.sha256 == expected.hexdigest()
+    assert file.sha256 == expected.hexdigest() and file.size == 20 * len(buffer)
+    assert hashlib.sha256(storage.read_bytes(storage.join(root, "large.bin"))).digest() == expected.digest()
+
+
 def test_failed_write_leaves_what_was_there(root: str) -> None:
     path = storage.join(root, "out/file.bin")
     with pytest.raises(ZeroDivisionError), storage.atomic_write(path) as file:
