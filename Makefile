@@ -48,7 +48,7 @@ test: setup  ## Run the tests, as CI runs them
 test-slow: setup  ## Run the tests that take minutes and need no data: compiled models
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-cluster: setup  ## Break a cluster of three hosts on this machine in many ways (root, 30 minutes); fills the fault table
+test-cluster: curate  ## Break a cluster of three hosts on this machine in many ways (root, 40 minutes); fills the fault table
 	rm -f runs/faults.jsonl
 	$(BIN)/python -m pytest -m cluster $(ARGS)
 	$(BIN)/python -m tests.cluster.fault_table

@@ -20,8 +20,8 @@ BEGIN, END = "<!-- fault table: make test-cluster -->", "<!-- end of the fault t
 
 
 def add(fault: str, *, survived: bool, shards: int, twice: int, seconds: float | None) -> None:
-    """Note one run: whether its bytes came out right, its shards, how many were begun again, and the seconds from the
-    fault (or from the command that resumes) until these were done; None where there were none."""
+    """Note one run: whether its bytes came out right, its shards (of training: steps), how many were begun again, and
+    the seconds from the fault (or from the command that resumes) until these were done; None where there were none."""
     MEASURED.parent.mkdir(exist_ok=True)
     with MEASURED.open("a") as file:
         line = {"fault": fault, "survived": survived, "shards": shards, "twice": twice, "seconds": seconds}
@@ -34,7 +34,7 @@ def table(lines: list[dict[str, object]]) -> str:
     for line in lines:
         faults[str(line["fault"])].append(line)
     rows = [
-        "| fault | runs | same bytes | shards begun again, at most | of | seconds until done, median (most) |",
+        "| fault | runs | same bytes | begun again, at most | of | seconds until done, median (most) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for fault, runs in faults.items():
