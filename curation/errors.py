@@ -5,7 +5,7 @@
     │   ├── ConfigError         a config file or an option: unknown key, wrong type, impossible combination
     │   ├── InputError          data that is missing, empty, unreadable or of the wrong kind
     │   ├── DamagedFileError    a tar or Parquet file that cannot be read to its end; ingest rejects it
-    │   ├── OutputMismatchError the output folder holds the work of another config or of other inputs
+    │   ├── OutputMismatchError the output folder holds the work of another config or input, or of a run that goes on
     │   ├── RejectBudgetError   more images were rejected than `max_reject_fraction` allows
     │   ├── WeightsError        a checkpoint does not fit the model: keys, shapes, hash, or the file itself
     │   └── DeviceError         a device or package was asked for that is not here
@@ -38,7 +38,7 @@ class DamagedFileError(UserError):
 
 
 class OutputMismatchError(UserError):
-    """The output folder holds the work of another config or of other inputs."""
+    """The output folder holds the work of another config or of other inputs, or of a run that goes on."""
 
 
 class RejectBudgetError(UserError):

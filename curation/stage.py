@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec
 
 from curation import journal, progress, storage
 from curation.config import Settings
@@ -21,6 +21,7 @@ from curation.storage import Effort, Manifest, Plan, ShardRecord, ShardRecords
 PREPARED = "prepared"
 # The fact in a manifest that names the shards which killed their worker every time and are missing.
 SET_ASIDE = "set_aside"
+Arguments = ParamSpec("Arguments")
 # Called by the driver when all shards are done: facts for the manifest, and a record of the files it wrote itself.
 Finish = Callable[[Sequence[ShardRecord]], tuple[dict[str, Any], ShardRecord | None]]
 
@@ -40,6 +41,16 @@ class Tally:
         self.rejects.update(rejects)
 
 
+def _sole_writer(function: Callable[Arguments, Manifest]) -> Callable[Arguments, Manifest]:
+    @functools.wraps(function)
+    def alone(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Manifest:
+        with storage.sole_writer(str(kwargs["output"])):
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@_sole_writer
 def run_shards(
     stage: str,
     *,
@@ -65,7 +76,8 @@ def run_shards(
     raises to stop early; `note` makes of the sums of what they measured the text that progress shows behind their
     count. `not_in_plan` names the config fields that guard the work without shaping its bytes (`search.min_recall`: the
     field of a section). Up to `max_poison_shards` shards that kill their worker every time are set aside, and tried
-    again by a run that allows fewer; a stage that allows any has neither `prepare` nor `finish`.
+    again by a run that allows fewer; a stage that allows any has neither `prepare` nor `finish`. Raises
+    OutputMismatchError for the work of another config or other inputs, and while another run writes here.
     """
     plan = Plan(
         stage=stage,

@@ -14,6 +14,8 @@ all. What a stage leaves behind:
 """
 
 import contextlib
+import errno
+import fcntl
 import functools
 import glob
 import hashlib
@@ -458,6 +460,31 @@ def _tidy(folder: str) -> None:
     for name in list_names(folder):
         if name == PROGRESS_NAME or name.startswith(TEMPORARY_PREFIX):
             delete(join(folder, name))
+
+
+@contextlib.contextmanager
+def sole_writer(folder: str) -> Iterator[None]:
+    """Keep other runs out of `folder` during the block. Raises OutputMismatchError while another one is in it.
+
+    Only on a disk of this machine: a network drive or an object store has no lock for a folder. A run that is killed
+    leaves nothing locked.
+    """
+    fs, inner = filesystem(folder)
+    with contextlib.ExitStack() as stack:
+        if isinstance(fs, LocalFileSystem) and not os.path.isfile(inner):
+            os.makedirs(inner, exist_ok=True)
+            descriptor = os.open(inner, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputMismatchError(
+                    f"Another run is writing '{folder}'. Wait until it is done, stop it, or give another --output."
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP):  # a network drive's
+                    raise
+        yield
 
 
 def claim(folder: str, plan: Plan, *, replace: bool) -> Manifest | None:

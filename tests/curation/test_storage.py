@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -453,6 +454,23 @@ def test_files_of_a_stranger_are_refused_and_never_deleted(root: str, replace: b
     with pytest.raises(OutputMismatchError, match=r"no run of this stage wrote \(deeper, thesis\.txt\)"):
         start_or_resume(root, plan(), replace=replace)
     assert bytes_in(root) == before
+
+
+def test_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    folder = str(tmp_path / "out")
+    hold = (
+        f"import time; from curation import storage\nwith storage.sole_writer({folder!r}): print('in'); time.sleep(60)"
+    )
+    first = subprocess.Popen([sys.executable, "-u", "-c", hold], stdout=subprocess.PIPE)
+    assert first.stdout is not None and first.stdout.readline() == b"in\n"
+    with pytest.raises(OutputMismatchError, match=r"Another run is writing '.*out'"), storage.sole_writer(folder):
+        pass
+    with storage.sole_writer(str(tmp_path / "other")), storage.sole_writer("memory://out"):
+        pass
+    first.kill()
+    first.wait()
+    with storage.sole_writer(folder):
+        assert os.listdir(folder) == []
 
 
 # Dies by os._exit before the n-th thing that the action does to files, for n = 1, 2, ... until it comes through.
