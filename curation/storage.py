@@ -138,7 +138,7 @@ class HashingFile(io.RawIOBase):
     @property
     def sha256(self) -> str:
         self._wait_for_hash()
-        _update(self._hash, self._unhashed)
+        self._hash.update(b"".join(self._unhashed))
         self._unhashed, self._unhashed_size = [], 0
         return self._hash.hexdigest()
 
@@ -154,7 +154,8 @@ class HashingFile(io.RawIOBase):
         self._unhashed_size += len(view)
         if self._unhashed_size >= HASHED_AT_ONCE:
             self._wait_for_hash()
-            self._hashing = self._thread.submit(_update, self._hash, self._unhashed)
+            # In one piece: after each, the thread waits for this one to let go of Python.
+            self._hashing = self._thread.submit(self._hash.update, b"".join(self._unhashed))
             self._unhashed, self._unhashed_size = [], 0
         self._target.write(view)
         self.size += len(view)
@@ -164,11 +165,6 @@ class HashingFile(io.RawIOBase):
         if self._hashing is not None:
             self._hashing.result()
             self._hashing = None
-
-
-def _update(digest: Any, parts: Iterable[bytes]) -> None:
-    for part in parts:
-        digest.update(part)
 
 
 @contextlib.contextmanager
