@@ -487,6 +487,8 @@ def test_training_goes_on_from_its_checkpoint(
 def test_the_demo_loses_a_node(hosts: Hosts, home: Path) -> None:
     """The demo's run without faults is that of `make curate`, on this machine alone."""
     (home / "data").symlink_to(ROOT / "data")
+    (home / "pipelines").mkdir()
+    (home / "pipelines/configs").symlink_to(ROOT / "pipelines/configs")
     (home / "demo-inline").symlink_to(ROOT / "runs/demo")
     shutil.copy(ROOT / "pipelines/configs/demo.toml", home)
     run = Run(hosts, home, "demo", "demo")
