@@ -157,7 +157,7 @@ def command_line(
     models, searches = (settings.embed, settings.describe), (settings.pairs.search, settings.retrieve.search)
     num_gpus = max(*(model.embedder.num_gpus for model in models), *(search.num_gpus for search in searches))
     with command.open_runner(runner, workers, gpus_per_worker=num_gpus) as chosen:
-        with journal.keeping(output) as log:
+        with storage.sole_writer(output), journal.keeping(output) as log:
             if not all(storage.exists(storage.join(output, stage, storage.MANIFEST_NAME)) for stage in STAGES):
                 log.start()
             run(settings, output, chosen, replace=replace)

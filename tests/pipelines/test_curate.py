@@ -256,6 +256,18 @@ def test_sections_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
         load(CurateConfig, str(path), ["dedup.holdout_cosine=0.8"])
 
 
+def test_second_run_beside_the_first_is_refused_and_leaves_its_log(home: Path) -> None:
+    log = home / "out/log/driver.json"
+    log.parent.mkdir(parents=True)
+    log.write_text("the first run's")
+    with storage.sole_writer(str(home / "out")):
+        result = inline(home)
+    assert result.returncode == 2
+    assert "Another run is writing 'out'" in result.stderr and "Traceback" not in result.stderr
+    assert log.read_text() == "the first run's"
+    assert sorted(path.name for path in (home / "out").iterdir()) == ["log"]
+
+
 def test_output_with_files_of_someone_else_is_left_alone(home: Path) -> None:
     save(drawing("discs", 1), home / "out/ingest/holiday.png")
     result = inline(home)
