@@ -45,7 +45,7 @@ evaluate: train  ## Evaluate what make train trained beside others: EVALUATE_CON
 test: setup  ## Run the tests, as CI runs them
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not demo and not slow and not cluster" $(ARGS)
 
-test-slow: setup  ## Run the tests that take minutes and need no data: compiled models
+test-slow: setup  ## Run the tests that take minutes and need no data: compiled models, mutated images, SLURM
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-cluster: curate  ## Break a cluster of three hosts on this machine in many ways (root, 40 minutes); fills the fault table

@@ -12,7 +12,6 @@ user's token (`RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` or `~/.ray/auth_token`), a
 """
 
 import contextlib
-import fcntl
 import functools
 import logging
 import math
@@ -30,7 +29,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from curation import progress
+from curation import progress, storage
 from curation.errors import ConfigError, InputError, ShardError, UserError
 from curation.runner import MAX_ATTEMPTS, Runner, Shard, Worker, name_shard
 from curation.storage import ShardRecord
@@ -278,13 +277,16 @@ def _private_folder() -> Iterator[str]:
     """A folder for a local Ray, with its token; both are gone after the block, or when the next run starts."""
     place = Path(tempfile.gettempdir())
     for left in place.glob(FOLDER_PREFIX + "*/"):
-        with contextlib.suppress(OSError), _locked(left):  # OSError: locked, of someone else, or gone by now
+        with (
+            contextlib.suppress(OSError),
+            storage.locked(str(left)),
+        ):  # OSError: locked, of someone else, or gone by now
             if (left / "token").exists():  # else it is not ours, or was made this moment and not locked yet
                 shutil.rmtree(left)
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=place))  # mode 700
     before = {name: os.environ.pop(name, None) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")}
     try:
-        with _locked(folder):
+        with storage.locked(str(folder)):
             token = folder / "token"
             token.touch(mode=0o600)
             token.write_text(_token())
@@ -294,17 +296,6 @@ def _private_folder() -> Iterator[str]:
         os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
         os.environ.update({name: value for name, value in before.items() if value is not None})
         shutil.rmtree(folder, ignore_errors=True)  # Ray's last processes may still write; the next run takes the rest
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes for as long as this one lives. Raises OSError where it is locked."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @functools.cache

@@ -480,12 +480,13 @@ def test_training_goes_on_from_its_checkpoint(
         seconds=time.time() - moment,
     )
     assert same, "the weights or the losses differ from those of a run without faults"
+    assert reached < NUM_STEPS, "the run was over before it lost anything"
     assert reached - saved <= STEPS_TO_CHECKPOINT
 
 
-@pytest.mark.skipif(not (ROOT / "runs/demo/corpus/manifest.json").exists(), reason="needs what `make curate` wrote")
 def test_the_demo_loses_a_node(hosts: Hosts, home: Path) -> None:
     """The demo's run without faults is that of `make curate`, on this machine alone."""
+    assert (ROOT / "runs/demo/corpus/manifest.json").exists(), "run `make curate` first, as `make test-cluster` does"
     (home / "data").symlink_to(ROOT / "data")
     (home / "pipelines").mkdir()
     (home / "pipelines/configs").symlink_to(ROOT / "pipelines/configs")
@@ -495,6 +496,7 @@ def test_the_demo_loses_a_node(hosts: Hosts, home: Path) -> None:
     process = run.start(host=2)
     wait_until(lambda: (run.output / "embed").exists() or process.poll() is not None, "images are embedded", 600)
     time.sleep(random.Random(0).uniform(0, 30))
+    assert process.poll() is None, process.communicate()[1]
     hosts.kill(3)
     moment = time.time()
     time.sleep(20)
