@@ -44,14 +44,16 @@ import pyarrow as pa
 import typer
 from pydantic import Field, field_validator
 
-from curation import command, index, kmeans, progress, records, storage
+from curation import command, index, kmeans, progress
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import kept_shards, read_kept
+from curation.engine.manifest import PROGRESS_NAME, Manifest, ShardRecord, require_manifest, step_folder
 from curation.errors import ConfigError
+from curation.files import parquet, paths, schemas
+from curation.files.paths import FileRecord
 from curation.kmeans import Reduction
 from curation.runner import InlineRunner, Runner, Shard
 from curation.stage import PREPARED, run_shards
-from curation.storage import FileRecord, Manifest, ShardRecord
 
 # Points that are read at a time. Measured (D 384, 4,096 clusters): half as many cost an eighth more and save 70 MB.
 BLOCK_ROWS = 32_768
@@ -146,7 +148,7 @@ def run(
     replace: bool = False,
 ) -> Manifest:
     """Cluster the kept pool images; returns the manifest. Raises ConfigError for more clusters than images."""
-    counts = [record.totals["accepted"] for record in storage.require_manifest(images).shards]
+    counts = [record.totals["accepted"] for record in require_manifest(images).shards]
     shards = [
         Shard(f"{number:05d}", shard, count)
         for number, (shard, count) in enumerate(zip(kept_shards(images, deduplicated, embedded), counts, strict=True))
@@ -157,7 +159,7 @@ def run(
         "cluster",
         config=config,
         inputs={
-            name: storage.require_manifest(folder).content_hash
+            name: require_manifest(folder).content_hash
             for name, folder in (("images", images), ("dedup", deduplicated), ("vectors", embedded))
         },
         output=output,
@@ -189,8 +191,8 @@ def make_worker(output: str, num_levels: int) -> Callable[[Shard], ShardRecord]:
                 "cluster_id": cluster.astype(np.int32),
                 "similarity": similarity,
             }
-            tables.append(pa.table(columns, schema=records.ASSIGNMENTS))
-        file = storage.write_table(storage.join(output, f"assignments-{shard.name}.parquet"), pa.concat_tables(tables))
+            tables.append(pa.table(columns, schema=schemas.ASSIGNMENTS))
+        file = parquet.write_table(paths.join(output, f"assignments-{shard.name}.parquet"), pa.concat_tables(tables))
         return ShardRecord(name=shard.name, files=(file,), totals={"assigned": len(image_ids)})
 
     return process
@@ -198,12 +200,12 @@ def make_worker(output: str, num_levels: int) -> Callable[[Shard], ShardRecord]:
 
 def read_centroids(folder: str, level: int = 0) -> np.ndarray:
     """The centroids (clusters, D) float32 of a level of a cluster stage."""
-    return _read_arrays(storage.join(folder, f"centroids-{level}.npy"), 1)[0]
+    return _read_arrays(paths.join(folder, f"centroids-{level}.npy"), 1)[0]
 
 
 def read_parents(folder: str, level: int) -> np.ndarray:
     """The cluster (clusters,) int64 of the level above that each cluster of `level` is in."""
-    return _read_arrays(storage.join(folder, f"parents-{level}.npy"), 1)[0]
+    return _read_arrays(paths.join(folder, f"parents-{level}.npy"), 1)[0]
 
 
 def _train(config: ClusterConfig, shards: list[Shard], output: str, runner: Runner) -> ShardRecord:
@@ -212,7 +214,7 @@ def _train(config: ClusterConfig, shards: list[Shard], output: str, runner: Runn
     num_points = sum(file.rows for file in points)
     if (num_clusters := config.levels[0].num_clusters) > num_points:
         for step in ("count", "points"):  # so that another config needs no --replace
-            storage.delete(storage.step_folder(output, step))
+            paths.delete(step_folder(output, step))
         which = "were kept" if config.max_points_per_centroid is None else "are in the sample to train on"
         raise ConfigError(
             f"cluster.levels.0.num_clusters is {num_clusters:,}, but only {num_points:,} pool images {which}."
@@ -220,12 +222,12 @@ def _train(config: ClusterConfig, shards: list[Shard], output: str, runner: Runn
     files: list[FileRecord] = []
     below: np.ndarray | None = None
     for number, level in enumerate(config.levels):
-        centroids = _train_level(config, number, points, storage.step_folder(output, f"level-{number}"), runner)
-        path = storage.join(output, f"centroids-{number}.npy")
+        centroids = _train_level(config, number, points, step_folder(output, f"level-{number}"), runner)
+        path = paths.join(output, f"centroids-{number}.npy")
         files.append(_write_arrays(path, centroids))
         if below is not None:
             parents = index.assign(below, centroids)[0]
-            files.append(_write_arrays(storage.join(output, f"parents-{number - 1}.npy"), parents))
+            files.append(_write_arrays(paths.join(output, f"parents-{number - 1}.npy"), parents))
         points, below = (PointFile(path, level.num_clusters),), centroids
     return ShardRecord(name=PREPARED, files=tuple(files))
 
@@ -234,10 +236,10 @@ def _training_points(config: ClusterConfig, shards: list[Shard], output: str, ru
     """The vectors of the kept pool, or of a sample of it, as files that are quick to read."""
     share = 1.0
     if config.max_points_per_centroid is not None:
-        counted = _step(config, storage.step_folder(output, "count"), _make_counter, shards, runner)
+        counted = _step(config, step_folder(output, "count"), _make_counter, shards, runner)
         num_images = sum(record.totals["points"] for record in counted.shards)
         share = config.max_points_per_centroid * config.levels[0].num_clusters / max(num_images, 1)
-    folder = storage.step_folder(output, "points")
+    folder = step_folder(output, "points")
     make = functools.partial(_make_extractor, folder, config.seed, share)
     return _point_files(folder, _step(config, folder, make, shards, runner).shards)
 
@@ -271,13 +273,13 @@ def _train_level(
     level = config.levels[number]
     state: State | None = None
     for round_number in range(1 + (level.resampling.num_rounds if level.resampling else 0)):
-        own = storage.join(folder, f"round-{round_number}")
+        own = paths.join(folder, f"round-{round_number}")
         following = _read_state(own)
         if following is None or not following.done:
             seed = int(np.random.SeedSequence([config.seed, number, round_number]).generate_state(1)[0])
             drawn = points
             if round_number > 0:
-                before = storage.join(folder, f"round-{round_number - 1}")
+                before = paths.join(folder, f"round-{round_number - 1}")
                 drawn = _resample(config, number, points, before, seed, own, runner)
             following = _run_kmeans(config, level, drawn, following, seed, own, runner)
             progress.say(
@@ -286,7 +288,7 @@ def _train_level(
                 f"mean cosine {following.objectives[-1]:.4f}"
             )
             for step in ("candidates", "drawn", "start", "guesses"):
-                storage.delete(storage.join(own, step))
+                paths.delete(paths.join(own, step))
         state = following
     assert state is not None
     return state.centroids
@@ -306,7 +308,7 @@ def _run_kmeans(
     num_points = sum(part.rows for part in parts)
     if state is None:
         rows = kmeans.start_rows(num_points, level.num_clusters, level.start, seed)
-        started = _take(config, points, rows, storage.join(folder, "start"), runner)
+        started = _take(config, points, rows, paths.join(folder, "start"), runner)
         sample = np.concatenate([block for part in cut(started, config.rows_per_part) for block in read_blocks(part)])
         state = State(kmeans.initial_centroids(sample, level.num_clusters, level.start, seed), [], False)
         del sample
@@ -319,9 +321,9 @@ def _run_kmeans(
         if len(parts) == 1:
             reduction, guess = kmeans.reduce_points(read_blocks(parts[0]), centroids, guess=guess)
             return reduction
-        step = storage.join(folder, f"iteration-{len(objectives):05d}")
+        step = paths.join(folder, f"iteration-{len(objectives):05d}")
         done = _over_parts(config, points, step, functools.partial(_make_reducer, folder, step), runner)
-        return kmeans.merge(_read_reduction(storage.join(step, record.files[0].name)) for record in done)
+        return kmeans.merge(_read_reduction(paths.join(step, record.files[0].name)) for record in done)
 
     saved = time.monotonic()
     num_left = level.num_iterations - len(objectives)
@@ -331,20 +333,20 @@ def _run_kmeans(
         if len(parts) > 1 or state.done or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
             _write_state(folder, state)
             saved = time.monotonic()
-        storage.delete(storage.join(folder, f"iteration-{len(objectives) - 1:05d}"))
+        paths.delete(paths.join(folder, f"iteration-{len(objectives) - 1:05d}"))
     return state
 
 
 def _make_reducer(folder: str, step: str) -> Callable[[Shard], ShardRecord]:
     """A worker that reduces one part after another by the centroids in the state of the k-means in `folder`."""
-    centroids = _read_arrays(storage.join(folder, STATE_NAME), 1)[0]
+    centroids = _read_arrays(paths.join(folder, STATE_NAME), 1)[0]
 
     def process(shard: Shard) -> ShardRecord:
-        guess_path = storage.join(folder, "guesses", f"{shard.name}.npy")
-        guess = _read_arrays(guess_path, 1)[0] if storage.exists(guess_path) else None
+        guess_path = paths.join(folder, "guesses", f"{shard.name}.npy")
+        guess = _read_arrays(guess_path, 1)[0] if paths.exists(guess_path) else None
         reduction, found = kmeans.reduce_points(read_blocks(shard.work), centroids, guess=guess)
         arrays = (reduction.sums, reduction.counts, np.array(reduction.objective))
-        file = _write_arrays(storage.join(step, f"reduction-{shard.name}.npy"), *arrays)
+        file = _write_arrays(paths.join(step, f"reduction-{shard.name}.npy"), *arrays)
         _write_arrays(guess_path, found)  # only makes the next iteration faster, so it may be of any iteration
         return ShardRecord(name=shard.name, files=(file,))
 
@@ -363,11 +365,11 @@ def _resample(
     """The points that are drawn from each cluster of the k-means in `before`; raises ConfigError for too few."""
     resampling, num_clusters = config.levels[number].resampling, config.levels[number].num_clusters
     assert resampling is not None
-    step = storage.join(folder, "candidates")
+    step = paths.join(folder, "candidates")
     make = functools.partial(_make_drawer, resampling, before, seed, step)
     best = kmeans.Drawn.none()
     for record in _over_parts(config, points, step, make, runner):
-        more = kmeans.Drawn(*_read_arrays(storage.join(step, record.files[0].name), 3))
+        more = kmeans.Drawn(*_read_arrays(paths.join(step, record.files[0].name), 3))
         best = kmeans.draw(best, more, resampling.sample_size)
     if len(best.row) < num_clusters:
         raise ConfigError(
@@ -375,12 +377,12 @@ def _resample(
             f"{len(best.row):,} points of the {len(np.unique(best.cluster)):,} clusters that are not empty; "
             f"{num_clusters:,} clusters cannot be made of them. Raise it, or leave resampling out."
         )
-    return _take(config, points, np.sort(best.row), storage.join(folder, "drawn"), runner)
+    return _take(config, points, np.sort(best.row), paths.join(folder, "drawn"), runner)
 
 
 def _make_drawer(resampling: ResamplingConfig, before: str, seed: int, step: str) -> Callable[[Shard], ShardRecord]:
     """A worker that draws from the clusters of one part after another."""
-    centroids = _read_arrays(storage.join(before, STATE_NAME), 1)[0]
+    centroids = _read_arrays(paths.join(before, STATE_NAME), 1)[0]
 
     def process(shard: Shard) -> ShardRecord:
         row, best = shard.work.first, kmeans.Drawn.none()
@@ -393,7 +395,7 @@ def _make_drawer(resampling: ResamplingConfig, before: str, seed: int, step: str
             more = kmeans.Drawn(cluster, key, np.arange(row, row + len(block)))
             best = kmeans.draw(best, more, resampling.sample_size)
             row += len(block)
-        path = storage.join(step, f"candidates-{shard.name}.npy")
+        path = paths.join(step, f"candidates-{shard.name}.npy")
         return ShardRecord(name=shard.name, files=(_write_arrays(path, best.cluster, best.key, best.row),))
 
     return process
@@ -406,7 +408,7 @@ def _take(
     rows_path = folder + "-rows.npy"
     _write_arrays(rows_path, rows)
     done = _over_parts(config, points, folder, functools.partial(_make_taker, rows_path, folder), runner)
-    storage.delete(rows_path)
+    paths.delete(rows_path)
     return _point_files(folder, done)
 
 
@@ -445,7 +447,7 @@ def read_blocks(part: Part) -> Iterator[np.ndarray]:
     pending: list[np.ndarray] = []
     held = 0
     for path, begin, end in part.pieces:
-        with storage.open_read(path) as file:
+        with paths.open_read(path) as file:
             np.lib.format.read_magic(file)
             (_, width), _, dtype = np.lib.format.read_array_header_1_0(file)
             file.seek(begin * width * dtype.itemsize, 1)
@@ -483,7 +485,7 @@ def _step(
     unit: str = "images",
 ) -> Manifest:
     """One step of this stage as a stage of its own in `folder`; named by its path below the progress folder."""
-    name = "cluster " + folder.rpartition(f"/{storage.PROGRESS_NAME}/")[2]
+    name = "cluster " + folder.rpartition(f"/{PROGRESS_NAME}/")[2]
     return run_shards(
         name, config=config, inputs={}, output=folder, runner=runner, shards=shards, make_worker=make_worker, unit=unit
     )
@@ -499,7 +501,7 @@ def _finish(config: ClusterConfig, output: str, done: Sequence[ShardRecord]) -> 
             if not file.name.startswith("assignments-"):
                 continue
             columns = ["level", "cluster_id", "similarity"]
-            table = storage.read_table(storage.join(output, file.name), records.ASSIGNMENTS, columns)
+            table = parquet.read_table(paths.join(output, file.name), schemas.ASSIGNMENTS, columns)
             level, cluster, value = (table.column(name).to_numpy() for name in columns)
             counts += np.bincount(cluster[level == 0], minlength=len(counts))
             num_images += int((level == 0).sum())
@@ -511,8 +513,8 @@ def _finish(config: ClusterConfig, output: str, done: Sequence[ShardRecord]) -> 
             counts = np.bincount(parents, counts, settings.num_clusters).astype(np.int64)
         sizes = np.sort(counts)
         rounds = settings.resampling.num_rounds if settings.resampling else 0
-        folder = storage.step_folder(output, f"level-{number}")
-        states = [_read_state(storage.join(folder, f"round-{round_number}")) for round_number in range(1 + rounds)]
+        folder = step_folder(output, f"level-{number}")
+        states = [_read_state(paths.join(folder, f"round-{round_number}")) for round_number in range(1 + rounds)]
         levels.append(
             {
                 "mean_cosine": float(similarity[number] / num_images),
@@ -527,15 +529,15 @@ def _finish(config: ClusterConfig, output: str, done: Sequence[ShardRecord]) -> 
 
 
 def _read_state(folder: str) -> State | None:
-    path = storage.join(folder, STATE_NAME)
-    if not storage.exists(path):
+    path = paths.join(folder, STATE_NAME)
+    if not paths.exists(path):
         return None
     centroids, objectives, done = _read_arrays(path, 3)
     return State(centroids, objectives.tolist(), bool(done))
 
 
 def _write_state(folder: str, state: State) -> None:
-    path = storage.join(folder, STATE_NAME)
+    path = paths.join(folder, STATE_NAME)
     _write_arrays(path, state.centroids, np.array(state.objectives, np.float64), np.array(state.done))
 
 
@@ -545,17 +547,17 @@ def _read_reduction(path: str) -> Reduction:
 
 
 def _write_points(folder: str, name: str, matrix: np.ndarray) -> ShardRecord:
-    file = _write_arrays(storage.join(folder, f"points-{name}.npy"), matrix)
+    file = _write_arrays(paths.join(folder, f"points-{name}.npy"), matrix)
     return ShardRecord(name=name, files=(file,), totals={"points": len(matrix)})
 
 
 def _point_files(folder: str, done: Sequence[ShardRecord]) -> tuple[PointFile, ...]:
-    return tuple(PointFile(storage.join(folder, record.files[0].name), record.totals["points"]) for record in done)
+    return tuple(PointFile(paths.join(folder, record.files[0].name), record.totals["points"]) for record in done)
 
 
 def _write_arrays(path: str, *arrays: np.ndarray) -> FileRecord:
     """Write arrays to one file, one behind the other; np.load reads the first."""
-    with storage.atomic_write(path) as file:
+    with paths.atomic_write(path) as file:
         for array in arrays:
             np.lib.format.write_array(file, array, allow_pickle=False)
     return FileRecord(name=path.rpartition("/")[2], sha256=file.sha256, bytes=file.size, rows=0)
@@ -563,7 +565,7 @@ def _write_arrays(path: str, *arrays: np.ndarray) -> FileRecord:
 
 def _read_arrays(path: str, count: int) -> list[np.ndarray]:
     """The first `count` arrays of a file."""
-    with storage.open_read(path) as file:
+    with paths.open_read(path) as file:
         return [np.lib.format.read_array(file, allow_pickle=False) for _ in range(count)]
 
 

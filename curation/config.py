@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from curation import profiles, storage
+from curation import profiles
 from curation.errors import ConfigError
+from curation.files import paths
 
 
 class Settings(BaseModel):
@@ -37,7 +38,7 @@ def load(
     Raises ConfigError listing every problem with its dotted key and the value found.
     """
     try:
-        text = storage.read_bytes(path).decode()
+        text = paths.read_bytes(path).decode()
     except FileNotFoundError:
         raise ConfigError(f"No config file at '{path}'. Give the path of a TOML file with --config.") from None
     except OSError as error:

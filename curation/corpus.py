@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from curation import storage
 from curation.errors import InputError
+from curation.files import paths
 from curation.images import EXTENSION_OF_FORMAT
 
 
@@ -34,10 +34,10 @@ class Place(NamedTuple):
     length: int
 
 
-def write_tar(path: str, samples: Iterator[Sample]) -> tuple[storage.FileRecord, list[Place]]:
+def write_tar(path: str, samples: Iterator[Sample]) -> tuple[paths.FileRecord, list[Place]]:
     """Write the samples to a tar at `path`, atomically, one in memory at a time; also gives where each image lies."""
     places = []
-    with storage.atomic_write(path) as file:
+    with paths.atomic_write(path) as file:
         for sample in samples:
             sidecar = (_SIDECAR.encode(sample.sidecar) + "\n").encode()
             places.append(Place(file.size + tarfile.BLOCKSIZE, len(sample.data)))  # behind its header
@@ -45,13 +45,13 @@ def write_tar(path: str, samples: Iterator[Sample]) -> tuple[storage.FileRecord,
             file.write(b"".join((*image, *_member(f"{sample.key}.json", sidecar))))
         file.write(bytes(2 * tarfile.BLOCKSIZE))
         file.write(bytes(-file.size % tarfile.RECORDSIZE))
-    record = storage.FileRecord(name=path.rpartition("/")[2], sha256=file.sha256, bytes=file.size, rows=len(places))
+    record = paths.FileRecord(name=path.rpartition("/")[2], sha256=file.sha256, bytes=file.size, rows=len(places))
     return record, places
 
 
 def read_tar(path: str) -> Iterator[Sample]:
     """The samples of a tar that `write_tar` wrote, in order. Raises InputError for any other tar."""
-    with storage.open_read(path) as file:
+    with paths.open_read(path) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 yield from _read_samples(archive)

@@ -38,15 +38,16 @@ import pyarrow.compute as pc
 import typer
 from pydantic import Field, model_validator
 
-from curation import command, records, storage, vectors
+from curation import command
 from curation.config import Settings, load, resolved_toml
 from curation.duplicate_graph import DuplicateGraph, Edges, Nodes, id_texts, pack_ids, read_graph
+from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
 from curation.errors import ConfigError, InputError
+from curation.files import parquet, paths, schemas, vectors
+from curation.files.disk_arrays import blocks, count_true, on_disk
 from curation.graph import component_sizes, connected_components, family_edges, flatten, join, separate
 from curation.runner import InlineRunner, Runner, Shard
-from curation.scratch import blocks, count_true, on_disk
 from curation.stage import run_shards
-from curation.storage import Manifest, ShardRecord
 
 # How many of the largest components the manifest names; the report shows them.
 LARGEST_COMPONENTS = 20
@@ -133,7 +134,7 @@ def run(
     `min_similarity` is the one that the pairs were written with, where their manifest does not say; a threshold below
     it is a ConfigError. The decision lies on the driver's disk, so whatever the `runner`, the shards are written here.
     """
-    ingested, paired = storage.require_manifest(images), storage.require_manifest(pairs)
+    ingested, paired = require_manifest(images), require_manifest(pairs)
     written = paired.plan.config.get("min_similarity", min_similarity)
     if config.holdout_threshold < written:
         raise ConfigError(
@@ -145,7 +146,7 @@ def run(
     for record, name in zip(ingested.shards, ingested.files("images"), strict=True):
         count = record.totals["accepted"]
         part = slice(start, start + count)
-        work = (storage.join(images, name), part)
+        work = (paths.join(images, name), part)
         shards.append(Shard(name.removeprefix("images-").removesuffix(".parquet"), work, count))
         start = part.stop
     if not start:
@@ -174,12 +175,12 @@ def make_worker(output: str, graph: DuplicateGraph, decision: Decision) -> Calla
 
     def process(shard: Shard) -> ShardRecord:
         path, part = shard.work
-        table = storage.read_table(path, records.IMAGES, ["image_id", "role"])
+        table = parquet.read_table(path, schemas.IMAGES, ["image_id", "role"])
         rows, reason = _rows(table, part, graph, decision)
-        file = storage.write_table(storage.join(output, f"duplicates-{shard.name}.parquet"), rows)
+        file = parquet.write_table(paths.join(output, f"duplicates-{shard.name}.parquet"), rows)
         counts = np.bincount(reason[~pc.equal(table["role"], "holdout").to_numpy()], minlength=len(REASONS))
         totals = {REASONS[number] or "kept": int(count) for number, count in enumerate(counts) if count}
-        totals = storage.sum_counts([totals]) | {"holdout_rows": table.num_rows - int(counts.sum())}
+        totals = sum_counts([totals]) | {"holdout_rows": table.num_rows - int(counts.sum())}
         return ShardRecord(name=shard.name, files=(file,), totals={"rows": rows.num_rows, **totals})
 
     return process
@@ -539,7 +540,7 @@ def _rows(table: pa.Table, part: slice, graph: DuplicateGraph, decision: Decisio
             "matched_image_id": pc.if_else(pa.array(kept), pa.scalar(None, pa.string()), partner),
             "similarity": pa.array(score, mask=np.isnan(score)),
         },
-        schema=records.DUPLICATES,
+        schema=schemas.DUPLICATES,
     ), reason
 
 
@@ -554,11 +555,11 @@ class KeptShard:
 
 def kept_shards(images: str, deduplicated: str, embedded: str) -> list[KeptShard]:
     """The shards of three finished stages side by side. Raises InputError when they are not of one run."""
-    manifests = [storage.require_manifest(folder) for folder in (images, deduplicated, embedded)]
+    manifests = [require_manifest(folder) for folder in (images, deduplicated, embedded)]
     for folder, manifest in zip((deduplicated, embedded), manifests[1:], strict=True):
         _require_inputs(folder, manifest, images, manifests[0])
     names = [
-        [storage.join(folder, name) for name in manifest.files(kind)]
+        [paths.join(folder, name) for name in manifest.files(kind)]
         for folder, manifest, kind in zip(
             (images, deduplicated, embedded), manifests, ("images", "duplicates", "vectors"), strict=True
         )
@@ -568,7 +569,7 @@ def kept_shards(images: str, deduplicated: str, embedded: str) -> list[KeptShard
             f"'{images}', '{deduplicated}' and '{embedded}' differ in their number of shards "
             f"({', '.join(str(len(column)) for column in names)}); they are not stages of one run."
         )
-    return [KeptShard(*paths) for paths in zip(*names, strict=True)]
+    return [KeptShard(*files) for files in zip(*names, strict=True)]
 
 
 def _require_inputs(folder: str, manifest: Manifest, images: str, ingested: Manifest) -> None:
@@ -582,8 +583,8 @@ def _require_inputs(folder: str, manifest: Manifest, images: str, ingested: Mani
 
 def read_kept(shard: KeptShard, *, role: str, source: str | None = None) -> tuple[list[str], np.ndarray]:
     """Ids and vectors (N, D) float16 of one shard's kept images of a role, and of a source where one is named."""
-    rows = storage.read_table(shard.images, records.IMAGES, ["image_id", "role", "source"])
-    kept = storage.read_table(shard.duplicates, records.DUPLICATES, ["image_id", "kept"])
+    rows = parquet.read_table(shard.images, schemas.IMAGES, ["image_id", "role", "source"])
+    kept = parquet.read_table(shard.duplicates, schemas.DUPLICATES, ["image_id", "kept"])
     if not rows["image_id"].equals(kept["image_id"]):
         raise InputError(f"{shard.duplicates}: other images than in {shard.images}; run dedup again with --replace.")
     wanted = pc.and_(kept["kept"], pc.equal(rows["role"], role))

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import DTypeLike
 
-from curation import records, storage
+from curation.engine.manifest import require_manifest
 from curation.errors import InputError
+from curation.files import parquet, paths, schemas
+from curation.files.disk_arrays import Buckets, blocks, on_disk
 from curation.graph import node_type
-from curation.scratch import Buckets, blocks, on_disk
 
 # Rows, or ends of pairs, in a bucket: about 300 MB of memory while it is sorted. Ids are hashes, so buckets are alike.
 ROWS_PER_BUCKET = 1 << 20
@@ -69,7 +70,7 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
     num_rows, num_edges = _num_rows(images, "images"), _num_rows(pairs, "pairs")
     num_buckets = min(max(num_rows, 2 * num_edges) // ROWS_PER_BUCKET + 1, 1 << 16)
     rows, ends = Buckets(num_buckets, _ROW), Buckets(num_buckets, _END)
-    for start, table in _tables(images, "images", records.IMAGES, ["image_id", "role", "width", "height", "length"]):
+    for start, table in _tables(images, "images", schemas.IMAGES, ["image_id", "role", "width", "height", "length"]):
         found = np.empty(table.num_rows, _ROW)
         found["image_id"] = pack_ids(table["image_id"])
         found["row"] = np.arange(start, start + table.num_rows)
@@ -88,7 +89,7 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
         cosine=on_disk(num_edges, np.float32),
         mutual=on_disk(num_edges, bool),
     )
-    for start, table in _tables(pairs, "pairs", records.PAIRS):
+    for start, table in _tables(pairs, "pairs", schemas.PAIRS):
         for name in ("similarity", "differs_locally", "cosine", "mutual"):
             getattr(edges, name)[start : start + table.num_rows] = table[name].to_numpy()
         for name, offset in (("image_id", 0), ("other_image_id", num_edges)):
@@ -148,7 +149,7 @@ def _bucket(image_ids: np.ndarray, num_buckets: int) -> np.ndarray:
 
 
 def _num_rows(folder: str, kind: str) -> int:
-    shards = storage.require_manifest(folder).shards
+    shards = require_manifest(folder).shards
     return sum(file.rows for shard in shards for file in shard.files if file.name.startswith(kind + "-"))
 
 
@@ -157,11 +158,11 @@ def _tables(
 ) -> Iterator[tuple[int, pa.Table]]:
     """The tables `<kind>-*` of a stage, each with the number of rows before it."""
     start = 0
-    for record in storage.require_manifest(folder).shards:
+    for record in require_manifest(folder).shards:
         for file in record.files:
             if file.name.startswith(kind + "-"):
-                path = storage.join(folder, file.name)
-                table = storage.read_table(path, schema, columns)
+                path = paths.join(folder, file.name)
+                table = parquet.read_table(path, schema, columns)
                 if table.num_rows != file.rows:
                     raise InputError(f"{path}: {table.num_rows} rows, but {file.rows} were written. Redo that stage.")
                 yield start, table

@@ -36,18 +36,19 @@ import typer
 from PIL import Image
 from pydantic import Field
 
-from curation import command, ingest, records, storage
+from curation import command, ingest
 from curation.config import Settings, load, parse_section, resolved_toml
 from curation.embedders import Embedder, EmbedderConfig, load_embedder
+from curation.engine.manifest import Manifest, ShardRecord, read_manifest, require_manifest
 from curation.errors import ConfigError
+from curation.files import parquet, paths, schemas
+from curation.files.prefetch import Meter, prefetch
+from curation.files.vectors import make_table
 from curation.images import ImageLimits, decode_picture, upright
 from curation.ingest import IngestConfig
-from curation.prefetch import Meter, prefetch
 from curation.runner import Runner, Shard
 from curation.sources import Layout, ReferenceReader, SourceConfig
 from curation.stage import run_shards
-from curation.storage import Manifest, ShardRecord
-from curation.vectors import make_table
 
 # WebP keeps a 96-pixel drawing recognisable in 1-3 kB. Assumed enough for verification and for the report.
 THUMBNAIL_QUALITY = 90
@@ -81,11 +82,11 @@ def run(
 
     Raises InputError when a source has changed since it was ingested, DeviceError or WeightsError for the model.
     """
-    ingest = storage.require_manifest(images)
+    ingest = require_manifest(images)
     limits = ImageLimits.model_validate(ingest.plan.config["limits"], strict=False)
     shards = [
         Shard(
-            name.removeprefix("images-").removesuffix(".parquet"), storage.join(images, name), record.totals["accepted"]
+            name.removeprefix("images-").removesuffix(".parquet"), paths.join(images, name), record.totals["accepted"]
         )
         for record, name in zip(ingest.shards, ingest.files("images"), strict=True)
     ]
@@ -129,11 +130,11 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
         for batch, found in zip(batches, embedder.embed_batches(stacked()), strict=True):
             vectors[batch] = found
         image_ids = [row["image_id"] for row in rows]
-        path = storage.join(output, f"vectors-{shard.name}.parquet")
-        files = [storage.write_table(path, make_table(image_ids, vectors))]
+        path = paths.join(output, f"vectors-{shard.name}.parquet")
+        files = [parquet.write_table(path, make_table(image_ids, vectors))]
         if config.thumbnail_side:
-            table = pa.table({"image_id": image_ids, "thumbnail": thumbnails}, schema=records.THUMBNAILS)
-            files.append(storage.write_table(storage.join(output, f"thumbnails-{shard.name}.parquet"), table))
+            table = pa.table({"image_id": image_ids, "thumbnail": thumbnails}, schema=schemas.THUMBNAILS)
+            files.append(parquet.write_table(paths.join(output, f"thumbnails-{shard.name}.parquet"), table))
         measured = {
             "seconds": time.perf_counter() - started,
             "waited": meter.seconds_waited,
@@ -148,7 +149,7 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
 
 def rows_of(images: str) -> list[dict[str, Any]]:
     """The rows of one images file that the model needs, each image once."""
-    table = storage.read_table(images, records.IMAGES, ["image_id", "uri", "offset", "length", "width", "height"])
+    table = parquet.read_table(images, schemas.IMAGES, ["image_id", "uri", "offset", "length", "width", "height"])
     return list({row["image_id"]: row for row in reversed(table.to_pylist())}.values())[::-1]
 
 
@@ -257,12 +258,12 @@ def command_line(
         print(resolved_toml(settings), end="")
         return
     with command.open_runner(runner, workers, gpus_per_worker=settings.embedder.num_gpus) as chosen:
-        if storage.read_manifest(images) is None and config is None:
+        if read_manifest(images) is None and config is None:
             name = posixpath.basename(images.rstrip("/"))
             source = SourceConfig(name=name, path=images, role="pool", layout=layout or "folder")
-            images = storage.join(output, "ingest")
+            images = paths.join(output, "ingest")
             ingest.run(IngestConfig(sources=(source,)), images, chosen, replace=replace)
-            output = storage.join(output, stage)
+            output = paths.join(output, stage)
         run(settings, images, output, chosen, stage=stage, replace=replace)
 
 

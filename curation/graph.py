@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from curation.scratch import blocks, on_disk
+from curation.files.disk_arrays import blocks, on_disk
 
 
 def node_type(num_nodes: int) -> type[np.signedinteger]:

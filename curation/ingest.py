@@ -18,16 +18,17 @@ from collections.abc import Callable
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from curation import command, records, sources, storage
+from curation import command, sources
 from curation.config import Settings, load, resolved_toml
+from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
 from curation.errors import InputError, RejectBudgetError
+from curation.files import parquet, paths, schemas
 from curation.hashing import image_id
 from curation.images import ImageLimits, ImageRejected, RejectReason
 from curation.probe import Prober
 from curation.runner import Runner, Shard
 from curation.sources import SourceConfig
 from curation.stage import Tally, run_shards
-from curation.storage import Manifest, ShardRecord
 
 
 class IngestConfig(Settings):
@@ -67,9 +68,9 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
         files = listings[source.name]
         step = config.images_per_shard if source.layout == "folder" else 1
         for start in range(0, len(files), step):
-            paths = tuple(file.path for file in files[start : start + step])
-            num_items = len(paths) if source.layout == "folder" else 0
-            shards.append(Shard(f"{len(shards):05d}", (source, paths), num_items))
+            chosen = tuple(file.path for file in files[start : start + step])
+            num_items = len(chosen) if source.layout == "folder" else 0
+            shards.append(Shard(f"{len(shards):05d}", (source, chosen), num_items))
     num_archives = sum(len(listings[source.name]) for source in config.sources if source.layout != "folder")
     expected = sum(shard.num_items for shard in shards) if all(shard.num_items for shard in shards) else None
     return run_shards(
@@ -92,10 +93,10 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
     prober = Prober(limits)
 
     def process(shard: Shard) -> ShardRecord:
-        source, paths = shard.work
+        source, chosen = shard.work
         accepted: list[dict[str, object]] = []
         rejects: list[dict[str, object]] = []
-        for found in sources.read_source(source, paths, max_bytes=limits.max_bytes):
+        for found in sources.read_source(source, chosen, max_bytes=limits.max_bytes):
             if found.problem is not None or found.data is None:
                 reason, detail = found.problem or (RejectReason.UNREADABLE, "")
                 rejects.append({"uri": found.uri, "source": source.name, "reason": str(reason), "detail": detail})
@@ -121,14 +122,14 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
                     "label": found.label,
                 }
             )
-        images = pa.Table.from_pylist(accepted, schema=records.IMAGES)
-        rejected = pa.Table.from_pylist(rejects, schema=records.REJECTS)
-        counts = storage.sum_counts({str(row["reason"]): 1} for row in rejects)
+        images = pa.Table.from_pylist(accepted, schema=schemas.IMAGES)
+        rejected = pa.Table.from_pylist(rejects, schema=schemas.REJECTS)
+        counts = sum_counts({str(row["reason"]): 1} for row in rejects)
         return ShardRecord(
             name=shard.name,
             files=(
-                storage.write_table(storage.join(output, f"images-{shard.name}.parquet"), images),
-                storage.write_table(storage.join(output, f"rejects-{shard.name}.parquet"), rejected),
+                parquet.write_table(paths.join(output, f"images-{shard.name}.parquet"), images),
+                parquet.write_table(paths.join(output, f"rejects-{shard.name}.parquet"), rejected),
             ),
             totals={"images": len(accepted) + len(rejects), "accepted": len(accepted), "rejected": len(rejects)},
             rejects=counts,
@@ -170,9 +171,9 @@ def _check_budget(
 
 def _first_damage(output: str) -> str:
     """What is wrong with the first archive among the rejects."""
-    for name in storage.list_names(output):
+    for name in paths.list_names(output):
         if name.startswith("rejects-"):
-            for row in storage.read_table(storage.join(output, name), records.REJECTS).to_pylist():
+            for row in parquet.read_table(paths.join(output, name), schemas.REJECTS).to_pylist():
                 if row["reason"] == RejectReason.DAMAGED_ARCHIVE:
                     return str(row["detail"])
     raise AssertionError(f"no damaged archive in {output}")
@@ -180,10 +181,10 @@ def _first_damage(output: str) -> str:
 
 def read_images(folder: str, columns: list[str] | None = None) -> pa.Table:
     """All rows of the images files of a finished ingest, in shard order."""
-    manifest = storage.require_manifest(folder)
-    schema = records.IMAGES if columns is None else pa.schema([records.IMAGES.field(name) for name in columns])
+    manifest = require_manifest(folder)
+    schema = schemas.IMAGES if columns is None else pa.schema([schemas.IMAGES.field(name) for name in columns])
     tables = [
-        storage.read_table(storage.join(folder, name), records.IMAGES, columns) for name in manifest.files("images")
+        parquet.read_table(paths.join(folder, name), schemas.IMAGES, columns) for name in manifest.files("images")
     ]
     table = pa.concat_tables([schema.empty_table(), *tables])
     if table.num_rows == 0:

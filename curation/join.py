@@ -34,16 +34,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation import index, storage, vectors
+from curation import index
 from curation.devices import require_device
+from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.errors import InputError
+from curation.files import parquet, paths, vectors
+from curation.files.prefetch import prefetch
+from curation.files.schemas import id_bytes, id_column
 from curation.index import CellLists, SearchConfig
 from curation.parts import train_cells
-from curation.prefetch import prefetch
-from curation.records import id_bytes, id_column
 from curation.runner import Runner, Shard
 from curation.stage import PREPARED, run_shards
-from curation.storage import Manifest, ShardRecord
 
 # `other_image_id` is among the nearest of `image_id`. A place is a row number counted through all files; of an image
 # that occurs several times, the first.
@@ -100,7 +101,7 @@ def run(
     the measured recall is below `search.min_recall`.
     """
     search = asked.search
-    spread = storage.step_folder(output, "exchange")
+    spread = step_folder(output, "exchange")
     rows = [vectors.num_rows(file) for file in files]
     parts = list(zip(files, (int(first) for first in np.cumsum([0, *rows])), strict=False))
 
@@ -122,7 +123,7 @@ def run(
         return ShardRecord(name=PREPARED)
 
     def recall(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
-        edges = [storage.join(output, file.name) for record in done for file in record.files]
+        edges = [paths.join(output, file.name) for record in done for file in record.files]
         blocks = _blocks(parts, rows, ROWS_PER_RECALL_BLOCK)
         return _measure_recall(asked, blocks, source_hash, spread, output, runner, edges), None
 
@@ -161,8 +162,8 @@ def bucket_of(image_ids: pa.ChunkedArray, num_buckets: int) -> np.ndarray:
 
 def read_bucket(folder: str, bucket: int) -> pa.Table:
     """PAIRED of the pairs whose smaller id lies in a bucket, of a finished join, sorted by their ids."""
-    names = storage.require_manifest(folder).files("edges")
-    tables = [storage.read_row_groups(storage.join(folder, name), "bucket", bucket, EDGES) for name in names]
+    names = require_manifest(folder).files("edges")
+    tables = [parquet.read_row_groups(paths.join(folder, name), "bucket", bucket, EDGES) for name in names]
     edges = pa.concat_tables([EDGES.empty_table(), *tables])
     one, other = (id_bytes(edges.column(name)) for name in EDGES.names[:2])
     place, other_place = (edges.column(name).to_numpy() for name in EDGES.names[2:4])
@@ -227,7 +228,7 @@ def _make_exact_worker(asked: Neighborhood, blocks: Sequence[Shard], output: str
 
 def _first_places(parts: Sequence[tuple[str, int]]) -> np.ndarray:
     """The places (N,) int64, ascending, of the first row of each id. Holds all ids, about 100 bytes each."""
-    ids = np.concatenate([id_bytes(storage.read_table_columns(file, ["image_id"]).column(0)) for file, _ in parts])
+    ids = np.concatenate([id_bytes(parquet.read_table_columns(file, ["image_id"]).column(0)) for file, _ in parts])
     places: np.ndarray = np.sort(np.unique(ids, return_index=True)[1])
     return places
 
@@ -291,10 +292,10 @@ def _train_cells(search: SearchConfig, files: Sequence[str], rows: Sequence[int]
     saved = []
     for name, array in arrays.items():
         np.save(buffer := io.BytesIO(), array)
-        saved.append(storage.write_bytes(storage.join(folder, name), buffer.getvalue()))
+        saved.append(paths.write_bytes(paths.join(folder, name), buffer.getvalue()))
     chosen = slice(None, None, max(1, len(ids) // search.recall_queries))
     table = vectors.make_table(ids[chosen].astype(str).tolist(), matrix[chosen])
-    saved.append(storage.write_table(storage.join(folder, "sample.parquet"), table))
+    saved.append(parquet.write_table(paths.join(folder, "sample.parquet"), table))
     return ShardRecord(name=PREPARED, files=tuple(saved))
 
 
@@ -325,7 +326,7 @@ def _sample(files: Sequence[str], rows: Sequence[int], wanted: int) -> tuple[np.
 def _read_cells(folder: str) -> tuple[np.ndarray, np.ndarray]:
     arrays = []
     for name in ("cells.npy", "groups.npy"):
-        with storage.open_read(storage.join(folder, name)) as file:
+        with paths.open_read(paths.join(folder, name)) as file:
             arrays.append(np.load(file, allow_pickle=False))
     return arrays[0], arrays[1]
 
@@ -349,8 +350,8 @@ def _make_exchange_worker(search: SearchConfig, folder: str) -> Callable[[Shard]
                 columns = [id_column(here.ids), here.places, _as_bytes(here.vectors), _as_bytes(visits[rows])]
                 yield group, pa.table(columns, schema=empty.schema)
 
-        path = storage.join(folder, f"spread-{shard.name}.parquet")
-        file = storage.write_row_groups(path, "part", tables() if len(own.ids) else (), empty)
+        path = paths.join(folder, f"spread-{shard.name}.parquet")
+        file = parquet.write_row_groups(path, "part", tables() if len(own.ids) else (), empty)
         return ShardRecord(name=shard.name, files=(file,), totals={"vectors": len(own.ids), "copies": file.rows})
 
     return process
@@ -388,15 +389,15 @@ def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callabl
     cells, groups = _read_cells(folder)
     schema = _spread_schema(cells.shape[1], min(asked.search.num_probes, len(cells)))
     without_vectors, only_vectors = schema.remove(schema.get_field_index("vector")), pa.schema([schema.field("vector")])
-    names = storage.require_manifest(folder).files("spread")
+    names = require_manifest(folder).files("spread")
 
-    def read_vectors(paths: Sequence[str], group: int, num_rows: int, chosen: np.ndarray) -> np.ndarray:
+    def read_vectors(files: Sequence[str], group: int, num_rows: int, chosen: np.ndarray) -> np.ndarray:
         """The chosen ones of the `num_rows` vectors of a group; those of one file at a time are held twice."""
         result = np.empty((len(chosen), cells.shape[1]), np.float16)
         target = np.full(num_rows, -1)
         target[chosen] = np.arange(len(chosen))
         first = 0
-        for table in prefetch(lambda path: storage.read_row_groups(path, "part", group, only_vectors), paths):
+        for table in prefetch(lambda path: parquet.read_row_groups(path, "part", group, only_vectors), files):
             rows = np.flatnonzero(target[first : first + len(table)] >= 0)
             result[target[first + rows]] = _of_bytes(table.column("vector"), np.float16)[rows]
             first += len(table)
@@ -404,12 +405,12 @@ def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callabl
 
     def process(shard: Shard) -> ShardRecord:
         begin, end = groups[shard.work : shard.work + 2] if shard.work + 1 < len(groups) else (0, 0)
-        paths = [storage.join(folder, name) for name in names]
-        keys = pa.concat_tables(storage.read_row_groups(path, "part", shard.work, without_vectors) for path in paths)
+        files = [paths.join(folder, name) for name in names]
+        keys = pa.concat_tables(parquet.read_row_groups(path, "part", shard.work, without_vectors) for path in files)
         # All copies of an image visit the same cells, so it is enough to look among those that are here.
         ids, rows = np.unique(id_bytes(keys.column("image_id")), return_index=True)
         visits = _of_bytes(keys.column("visits"), np.int32)[rows]
-        own = Images(ids, keys.column("place").to_numpy()[rows], read_vectors(paths, shard.work, len(keys), rows))
+        own = Images(ids, keys.column("place").to_numpy()[rows], read_vectors(files, shard.work, len(keys), rows))
         del keys
         inside = (visits >= begin) & (visits < end)
         home = np.flatnonzero(inside[:, 0])
@@ -435,7 +436,7 @@ def _measure_recall(
     edges: Sequence[str],
 ) -> dict[str, Any]:
     """The share of the neighbours of a sample of images, exactly searched, that are pairs in the `edges` files."""
-    folder = storage.step_folder(output, "recall")
+    folder = step_folder(output, "recall")
 
     manifest = run_shards(
         "recall",
@@ -447,7 +448,7 @@ def _measure_recall(
         make_worker=functools.partial(_make_recall_worker, asked, spread, folder),
         not_in_plan=NOT_IN_PLAN,
     )
-    tables = [storage.read_table(storage.join(folder, name), EDGES) for name in manifest.files("exact")]
+    tables = [parquet.read_table(paths.join(folder, name), EDGES) for name in manifest.files("exact")]
     exact = pa.concat_tables(tables).group_by(["image_id", "other_image_id"], use_threads=False)
     exact = exact.aggregate([("place", "min"), ("other_place", "min"), ("cosine", "max")])
     one, other = (id_bytes(exact.column(name)) for name in EDGES.names[:2])
@@ -456,7 +457,7 @@ def _measure_recall(
     sampled = pc.unique(exact.column("image_id"))
     found: set[tuple[str, str]] = set()
     for path in edges:
-        table = storage.read_table(path, EDGES)
+        table = parquet.read_table(path, EDGES)
         for near, far in (("image_id", "other_image_id"), ("other_image_id", "image_id")):
             hits = table.filter(pc.is_in(table.column(near), sampled))
             found.update(zip(hits.column(near).to_pylist(), hits.column(far).to_pylist(), strict=True))
@@ -469,13 +470,13 @@ def _measure_recall(
 
 def _make_recall_worker(asked: Neighborhood, spread: str, folder: str) -> Callable[[Shard], ShardRecord]:
     require_device(asked.search.device)
-    sample = _read([(storage.join(spread, "sample.parquet"), 0)])
+    sample = _read([(paths.join(spread, "sample.parquet"), 0)])
 
     def process(shard: Shard) -> ShardRecord:
         own = _read(shard.work)
         found = index.search(sample.vectors, [own.vectors], asked.k + 1, floor=asked.floor, device=asked.search.device)
         table = _edges(asked.k, sample, own, *found)
-        file = storage.write_table(storage.join(folder, f"exact-{shard.name}.parquet"), table)
+        file = parquet.write_table(paths.join(folder, f"exact-{shard.name}.parquet"), table)
         return ShardRecord(name=shard.name, files=(file,))
 
     return process
@@ -491,8 +492,8 @@ def _write_edges(asked: Neighborhood, output: str, name: str, edges: pa.Table) -
     ordered = edges.take(pa.array(order))
     starts = np.searchsorted(bucket[order], np.arange(asked.num_buckets + 1)).tolist()
     groups = ((number, ordered.slice(start, end - start)) for number, (start, end) in enumerate(pairwise(starts)))
-    path = storage.join(output, f"edges-{name}.parquet")
-    file = storage.write_row_groups(path, "bucket", groups, EDGES.empty_table())
+    path = paths.join(output, f"edges-{name}.parquet")
+    file = parquet.write_row_groups(path, "bucket", groups, EDGES.empty_table())
     return ShardRecord(name=name, files=(file,), totals={"edges": edges.num_rows})
 
 

@@ -22,9 +22,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from curation import progress, storage
+from curation import progress
+from curation.engine.manifest import PROGRESS_NAME, Plan, ShardRecord
 from curation.errors import SeedbedError
-from curation.storage import Plan, ShardRecord
+from curation.files import paths
+from curation.files.hashes import hash_json
 
 FOLDER = "log"
 DRIVER = "driver.json"
@@ -43,7 +45,7 @@ class Journal:
 
     def __init__(self, run: str) -> None:
         self.run = run.rstrip("/")
-        self.folder = storage.join(run, FOLDER)
+        self.folder = paths.join(run, FOLDER)
         self._name = f"shards-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}"
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
@@ -62,9 +64,9 @@ class Journal:
     def start(self) -> None:
         """Give signs of life from now on."""
         if self._heart is None:
-            for name in storage.list_names(self.folder):  # of a driver that was killed
-                if name == WORKERS or name.startswith(storage.TEMPORARY_PREFIX):
-                    storage.delete(storage.join(self.folder, name))
+            for name in paths.list_names(self.folder):  # of a driver that was killed
+                if name == WORKERS or name.startswith(paths.TEMPORARY_PREFIX):
+                    paths.delete(paths.join(self.folder, name))
             self._beat()
             self._heart = threading.Thread(target=self._live, name="signs of life", daemon=True)
             self._heart.start()
@@ -74,9 +76,9 @@ class Journal:
         self.start()
         line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}, ensure_ascii=False)
         with self._lock:
-            if storage.is_local(self.folder):
+            if paths.is_local(self.folder):
                 if self._file is None:
-                    path = posixpath.join(storage.filesystem(self.folder)[1], f"{self._name}.jsonl")
+                    path = posixpath.join(paths.filesystem(self.folder)[1], f"{self._name}.jsonl")
                     self._file = open(path, "ab", buffering=0)
                 self._file.write(line.encode() + b"\n")
             else:
@@ -93,13 +95,13 @@ class Journal:
         if self._heart is not None:
             self._ended.set()
             self._heart.join()
-            storage.delete(storage.join(self.folder, WORKERS))
-            storage.delete(storage.join(self.folder, DRIVER))
+            paths.delete(paths.join(self.folder, WORKERS))
+            paths.delete(paths.join(self.folder, DRIVER))
 
     def _write_piece(self) -> None:
         if self._waiting:
-            path = storage.join(self.folder, f"{self._name}-{self._num_pieces:04d}.jsonl")
-            storage.write_bytes(path, "".join(line + "\n" for line in self._waiting).encode())
+            path = paths.join(self.folder, f"{self._name}-{self._num_pieces:04d}.jsonl")
+            paths.write_bytes(path, "".join(line + "\n" for line in self._waiting).encode())
             self._waiting.clear()
             self._num_pieces += 1
         self._last_piece = time.monotonic()
@@ -113,7 +115,7 @@ class Journal:
 
     def _beat(self) -> None:
         now = {"machine": os.uname().nodename, "process": os.getpid(), "started": self._started, "beat": time.time()}
-        storage.write_bytes(storage.join(self.folder, DRIVER), json.dumps(now).encode(), durable=False)
+        paths.write_bytes(paths.join(self.folder, DRIVER), json.dumps(now).encode(), durable=False)
 
 
 _journal: ContextVar[Journal | None] = ContextVar("journal", default=None)
@@ -144,12 +146,12 @@ class StageLog:
     def __init__(self, journal: Journal, name: str) -> None:
         self._journal = journal
         self.name = name
-        self.notes = storage.join(journal.folder, WORKERS)
+        self.notes = paths.join(journal.folder, WORKERS)
         """Folder for the notes of workers."""
 
     def begin(self, plan: Plan, *, num_done: int, num_workers: int) -> None:
         """Say that the stage has work to do."""
-        named = {"plan": storage.hash_json(plan.model_dump(mode="json"))[:16], "shards": plan.num_shards}
+        named = {"plan": hash_json(plan.model_dump(mode="json"))[:16], "shards": plan.num_shards}
         self._journal.write("begin", stage=self.name, **named, done_before=num_done, workers=num_workers)
 
     def shard(self, record: ShardRecord, num_items: int) -> None:
@@ -172,7 +174,7 @@ def of_stage(output: str) -> StageLog | None:
     if journal is None or not output.startswith(journal.run + "/"):
         return None
     parts = output[len(journal.run) :].split("/")
-    return StageLog(journal, "/".join(part for part in parts if part and part != storage.PROGRESS_NAME))
+    return StageLog(journal, "/".join(part for part in parts if part and part != PROGRESS_NAME))
 
 
 def worker_name() -> str:
@@ -184,7 +186,7 @@ def note_start(folder: str, stage: str, shard: str) -> None:
     """Leave word, by the worker itself, that it begins with a shard."""
     text = json.dumps({"stage": stage, "shard": shard, "worker": worker_name(), "started": time.time()})
     # Not synced: nothing depends on it, and of tiny shards it would take most of the time.
-    storage.write_bytes(storage.join(folder, f"{worker_name()}.json"), text.encode(), durable=False)
+    paths.write_bytes(paths.join(folder, f"{worker_name()}.json"), text.encode(), durable=False)
 
 
 # Reading
@@ -249,19 +251,19 @@ class StageTimes:
 def read_driver(run: str) -> Driver | None:
     """Who drives the run, or drove it until it was killed; None where it ended in order, or never began."""
     try:
-        return Driver(**json.loads(storage.read_bytes(storage.join(run, FOLDER, DRIVER))))
+        return Driver(**json.loads(paths.read_bytes(paths.join(run, FOLDER, DRIVER))))
     except FileNotFoundError:
         return None
 
 
 def read_notes(run: str) -> list[Note]:
     """What each worker is at; of a shard that several began, the last that did."""
-    folder = storage.join(run, FOLDER, WORKERS)
+    folder = paths.join(run, FOLDER, WORKERS)
     latest: dict[tuple[str, str], Note] = {}
-    for name in storage.list_names(folder):
-        if name.endswith(".json") and not name.startswith(storage.TEMPORARY_PREFIX):
+    for name in paths.list_names(folder):
+        if name.endswith(".json") and not name.startswith(paths.TEMPORARY_PREFIX):
             try:
-                note = Note(**json.loads(storage.read_bytes(storage.join(folder, name))))
+                note = Note(**json.loads(paths.read_bytes(paths.join(folder, name))))
             except FileNotFoundError:  # the run ended just now
                 continue
             before = latest.get((note.stage, note.shard))
@@ -272,10 +274,10 @@ def read_notes(run: str) -> list[Note]:
 
 def read_lines(run: str) -> Iterator[dict[str, Any]]:
     """The lines of all drivers' logs, oldest driver first. What a killed one left without an end is left out."""
-    folder = storage.join(run, FOLDER)
-    for name in storage.list_names(folder):
+    folder = paths.join(run, FOLDER)
+    for name in paths.list_names(folder):
         if name.startswith("shards-") and name.endswith(".jsonl"):
-            for line in storage.read_bytes(storage.join(folder, name)).splitlines(keepends=True):
+            for line in paths.read_bytes(paths.join(folder, name)).splitlines(keepends=True):
                 if line.endswith(b"\n"):
                     yield json.loads(line)
 

@@ -35,16 +35,18 @@ import pyarrow.parquet as pq
 import typer
 from pydantic import Field, model_validator
 
-from curation import command, records, storage
+from curation import command
 from curation.balance import DatasetRows, dataset_weights, row_weights
 from curation.config import Settings, load, resolved_toml
 from curation.corpus import Sample, write_tar
+from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.errors import ConfigError, InputError
+from curation.files import parquet, paths, schemas
+from curation.files.hashes import hash_json
 from curation.retrieve import DatasetConfig, RetrieveConfig
 from curation.runner import Runner, Shard
 from curation.sources import ReferenceReader
 from curation.stage import PREPARED, run_shards
-from curation.storage import Manifest, ShardRecord
 
 PARTS = ("seeds", "retrieval", "clustering")
 PLAN_STEP = "tars"
@@ -129,7 +131,7 @@ def run(
 ) -> Manifest:
     """Pack what the datasets of the finished retrieve bring as they are and what it found; returns the manifest."""
     stages = {
-        name: storage.require_manifest(folder)
+        name: require_manifest(folder)
         for name, folder in (("images", images), ("dedup", deduplicated), ("retrieved", retrieved))
     }
     datasets = RetrieveConfig.model_validate(stages["retrieved"].plan.config, strict=False).datasets
@@ -142,7 +144,7 @@ def run(
         "pack",
         config=config,
         inputs={
-            "datasets": storage.hash_json([dataset.model_dump(mode="json") for dataset in datasets]),
+            "datasets": hash_json([dataset.model_dump(mode="json") for dataset in datasets]),
             **{name: manifest.content_hash for name, manifest in stages.items()},
         },
         output=output,
@@ -167,7 +169,7 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
 
     def process(shard: Shard) -> ShardRecord:
         rows = read_plan(_plan_folder(output), shard.work)
-        tar, places = write_tar(storage.join(output, f"corpus-{shard.name}.tar"), samples(rows))
+        tar, places = write_tar(paths.join(output, f"corpus-{shard.name}.tar"), samples(rows))
         reader.close()
         rows = rows.drop_columns(["offset", "length"])  # those in the source
         for name, column in (
@@ -176,8 +178,8 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
             ("length", pa.array([place.length for place in places], pa.int64())),
         ):
             rows = rows.append_column(name, column)
-        table = rows.select(records.CORPUS.names).cast(records.CORPUS).combine_chunks()
-        index = storage.write_table(storage.join(output, f"corpus-{int(shard.name):05d}.parquet"), table)
+        table = rows.select(schemas.CORPUS.names).cast(schemas.CORPUS).combine_chunks()
+        index = parquet.write_table(paths.join(output, f"corpus-{int(shard.name):05d}.parquet"), table)
         return ShardRecord(name=shard.name, files=(tar, index), totals={"rows": tar.rows, "bytes": tar.bytes})
 
     return process
@@ -185,8 +187,8 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
 
 def read_corpus(folder: str) -> pa.Table:
     """All rows of records.CORPUS of a finished pack, in the order of the tars."""
-    names = [name for name in storage.require_manifest(folder).files("corpus") if name.endswith(".parquet")]
-    return pa.concat_tables([storage.read_table(storage.join(folder, name), records.CORPUS) for name in names])
+    names = [name for name in require_manifest(folder).files("corpus") if name.endswith(".parquet")]
+    return pa.concat_tables([parquet.read_table(paths.join(folder, name), schemas.CORPUS) for name in names])
 
 
 # What is packed
@@ -328,8 +330,8 @@ def write_plan(
     position = _shuffle(selection.image_ids, image_of, repeat, config.seed)
 
     found = np.zeros(num_images, bool)
-    with dealing(storage.join(folder, "samples"), records.PLANNED_SAMPLES, starts) as deal:
-        for table in _kept(images, deduplicated, records.IMAGES.names):
+    with dealing(paths.join(folder, "samples"), schemas.PLANNED_SAMPLES, starts) as deal:
+        for table in _kept(images, deduplicated, schemas.IMAGES.names):
             ids = _ids(table["image_id"])
             place = np.minimum(np.searchsorted(selection.image_ids, ids), num_images - 1)
             here = np.flatnonzero(selection.image_ids[place] == ids)
@@ -343,13 +345,13 @@ def write_plan(
             key = _text(_keys(selection.image_ids[image_of[sample]], repeat[sample]))
             columns = {name: table[name] for name in table.column_names}
             columns |= {"position": position[sample], "key": key, "weight": weight[sample]}
-            deal(pa.table({n: columns[n] for n in records.PLANNED_SAMPLES.names}, schema=records.PLANNED_SAMPLES))
+            deal(pa.table({n: columns[n] for n in schemas.PLANNED_SAMPLES.names}, schema=schemas.PLANNED_SAMPLES))
     if not found.all():
         lost = selection.image_ids[np.flatnonzero(~found)[0]].decode()
         raise InputError(f"Image {lost} was retrieved, but not kept: these are not stages of one run.")
 
     position_of_row = position if config.repeats else position[selection.image]
-    with dealing(storage.join(folder, "reasons"), records.PLANNED_REASONS, starts) as deal:
+    with dealing(paths.join(folder, "reasons"), schemas.PLANNED_REASONS, starts) as deal:
         num_as_is = int((selection.bringer < len(selection.num_seeds)).sum())
         as_is = pa.array([f"as_is:{name}" for name in selection.num_seeds], pa.string())
         for start in range(0, num_as_is, DEALT_ROWS):
@@ -366,12 +368,12 @@ def read_plan(folder: str, plan: TarPlan) -> pa.Table:
     """The samples of one tar in order: the columns of records.PLANNED_SAMPLES, and `reasons`."""
 
     def own(kind: str, schema: pa.Schema) -> pa.Table:
-        table = storage.read_table(storage.join(folder, f"{kind}-{plan.number:05d}.parquet"), schema)
+        table = parquet.read_table(paths.join(folder, f"{kind}-{plan.number:05d}.parquet"), schema)
         position = table["position"]
         table = table.filter(pc.and_(pc.greater_equal(position, plan.start), pc.less(position, plan.stop)))
         return table.take(pa.array(np.argsort(table["position"].to_numpy(), kind="stable")))
 
-    samples, reasons = own("samples", records.PLANNED_SAMPLES), own("reasons", records.PLANNED_REASONS)
+    samples, reasons = own("samples", schemas.PLANNED_SAMPLES), own("reasons", schemas.PLANNED_REASONS)
     positions = np.arange(plan.start, plan.stop)
     assert np.array_equal(samples["position"].to_numpy(), positions), (plan, samples.num_rows)
     offsets = np.searchsorted(reasons["position"].to_numpy(), np.append(positions, plan.stop))
@@ -380,7 +382,7 @@ def read_plan(folder: str, plan: TarPlan) -> pa.Table:
 
 
 def _plan_folder(output: str) -> str:
-    return storage.step_folder(output, PLAN_STEP)
+    return step_folder(output, PLAN_STEP)
 
 
 def _prepare(
@@ -432,7 +434,7 @@ def _reason(table: pa.Table) -> pa.ChunkedArray:
 
 
 def _reasons(position: np.ndarray, reason: pa.Array) -> pa.Table:
-    return pa.table({"position": position, "reason": reason}, schema=records.PLANNED_REASONS)
+    return pa.table({"position": position, "reason": reason}, schema=schemas.PLANNED_REASONS)
 
 
 @contextlib.contextmanager
@@ -445,7 +447,7 @@ def dealing(prefix: str, schema: pa.Schema, starts: Sequence[int]) -> Iterator[C
     with contextlib.ExitStack() as stack:
         writers = []
         for number in range(len(starts)):
-            file = stack.enter_context(storage.atomic_write(f"{prefix}-{number:05d}.parquet"))
+            file = stack.enter_context(paths.atomic_write(f"{prefix}-{number:05d}.parquet"))
             sink = pa.PythonFile(file, mode="w")
             writers.append(stack.enter_context(pq.ParquetWriter(sink, schema, compression="zstd")))
 
@@ -471,18 +473,18 @@ def dealing(prefix: str, schema: pa.Schema, starts: Sequence[int]) -> Iterator[C
 def _kept(images: str, deduplicated: str, columns: list[str]) -> Iterator[pa.Table]:
     """The kept seed and pool images, shard by shard of ingest."""
     names = (
-        storage.require_manifest(images).files("images"),
-        storage.require_manifest(deduplicated).files("duplicates"),
+        require_manifest(images).files("images"),
+        require_manifest(deduplicated).files("duplicates"),
     )
     for image_name, duplicate_name in zip(*names, strict=True):
-        rows = storage.read_table(storage.join(images, image_name), records.IMAGES, columns)
-        keep = storage.read_table(storage.join(deduplicated, duplicate_name), records.DUPLICATES, ["kept"])
+        rows = parquet.read_table(paths.join(images, image_name), schemas.IMAGES, columns)
+        keep = parquet.read_table(paths.join(deduplicated, duplicate_name), schemas.DUPLICATES, ["kept"])
         yield rows.filter(keep["kept"])
 
 
 def _retrieved(folder: str) -> Iterator[pa.Table]:
-    for name in storage.require_manifest(folder).files("retrieved"):
-        yield storage.read_table(storage.join(folder, name), records.RETRIEVED)
+    for name in require_manifest(folder).files("retrieved"):
+        yield parquet.read_table(paths.join(folder, name), schemas.RETRIEVED)
 
 
 def _ids(column: pa.ChunkedArray) -> np.ndarray:
@@ -511,7 +513,7 @@ def _finish(
 ) -> tuple[dict[str, Any], ShardRecord]:
     composition = compose(config, datasets, stages, selection, mass)
     text = json.dumps(composition, indent=1, ensure_ascii=False) + "\n"
-    file = storage.write_bytes(storage.join(output, "composition.json"), text.encode())
+    file = paths.write_bytes(paths.join(output, "composition.json"), text.encode())
     return {}, ShardRecord(name="composition", files=(file,))
 
 

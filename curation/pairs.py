@@ -24,15 +24,16 @@ import pyarrow as pa
 import typer
 from pydantic import Field, field_validator
 
-from curation import command, index, ingest, join, records, storage, vectors
+from curation import command, index, ingest, join
 from curation.config import Settings, load, resolved_toml
+from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.errors import ConfigError, InputError
+from curation.files import parquet, paths, schemas, vectors
 from curation.hashing import pairs_within
 from curation.index import SearchConfig
 from curation.join import Neighborhood
 from curation.runner import Runner, Shard
 from curation.stage import PREPARED, run_shards
-from curation.storage import Manifest, ShardRecord
 from curation.verify import PairVerifier, VerifyConfig, View
 
 # Prepared thumbnails that a worker keeps at hand, each up to 0.8 MB. Assumed: a shard of pairs, sorted by its first
@@ -79,17 +80,17 @@ def run(
     Raises InputError when the descriptors are of other images, and ConfigError when they lack thumbnails that
     verification needs, or when the search's recall is too low.
     """
-    ingested, described = storage.require_manifest(images), storage.require_manifest(descriptors)
+    ingested, described = require_manifest(images), require_manifest(descriptors)
     if described.plan.inputs.get("images") != ingested.content_hash:
         raise InputError(f"'{descriptors}' has descriptors of other images than those of '{images}': not of one run.")
     if config.verification and len(described.files("thumbnails")) != len(described.shards):
         raise ConfigError(
             f"'{descriptors}' holds no thumbnails, which verification needs. Set describe.thumbnail_side."
         )
-    files = [storage.join(descriptors, name) for name in described.files("vectors")]
-    places = _Places(files, [storage.join(descriptors, name) for name in described.files("thumbnails")])
+    files = [paths.join(descriptors, name) for name in described.files("vectors")]
+    places = _Places(files, [paths.join(descriptors, name) for name in described.files("thumbnails")])
     num_shards = max(1, -(-places.num_rows // config.images_per_shard))
-    joined, hashed = storage.step_folder(output, "join"), storage.step_folder(output, "hashes")
+    joined, hashed = step_folder(output, "join"), step_folder(output, "hashes")
 
     def propose() -> ShardRecord:
         floor = config.min_descriptor_similarity
@@ -97,13 +98,13 @@ def run(
         join.run(asked, files, described.content_hash, joined, runner, num_rows=places.num_rows)
         if config.max_phash_distance >= 0:
             for number, file in enumerate(_hash_pairs(config, images, places, num_shards)):
-                storage.write_row_groups(
-                    storage.join(hashed, f"pairs-{number:05d}.parquet"), "bucket", file, join.PAIRED.empty_table()
+                parquet.write_row_groups(
+                    paths.join(hashed, f"pairs-{number:05d}.parquet"), "bucket", file, join.PAIRED.empty_table()
                 )
         return ShardRecord(name=PREPARED)
 
     def facts(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
-        return {"search": storage.require_manifest(joined).facts}, None
+        return {"search": require_manifest(joined).facts}, None
 
     manifest = run_shards(
         "pairs",
@@ -138,12 +139,12 @@ def make_worker(
         else:
             similarity, differs_locally = cosine, np.zeros(len(cosine), bool)
         columns = [candidates["image_id"], candidates["other_image_id"], similarity, differs_locally, cosine]
-        table = pa.table([*columns, candidates["mutual"]], schema=records.PAIRS)
+        table = pa.table([*columns, candidates["mutual"]], schema=schemas.PAIRS)
         written = similarity >= config.min_similarity
         if config.min_cosine is not None:
             written |= cosine >= config.min_cosine
         table = table.filter(pa.array(written))
-        file = storage.write_table(storage.join(output, f"pairs-{shard.name}.parquet"), table)
+        file = parquet.write_table(paths.join(output, f"pairs-{shard.name}.parquet"), table)
         totals = {"candidates": candidates.num_rows, "pairs": table.num_rows}
         return ShardRecord(name=shard.name, files=(file,), totals=totals)
 
@@ -160,8 +161,8 @@ class _Places:
 
     def first_of_each(self) -> tuple[np.ndarray, np.ndarray]:
         """All ids (N,), ascending, as bytes, and the first place of each, (N,)."""
-        columns = [storage.read_table_columns(file, ["image_id"]).column(0) for file in self._files]
-        ids, first = np.unique(np.concatenate([records.id_bytes(column) for column in columns]), return_index=True)
+        columns = [parquet.read_table_columns(file, ["image_id"]).column(0) for file in self._files]
+        ids, first = np.unique(np.concatenate([schemas.id_bytes(column) for column in columns]), return_index=True)
         return ids, first
 
     def cosine(self, place: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -179,7 +180,7 @@ class _Places:
         found: dict[int, bytes] = {}
         rows = np.unique(place)
         for file, own in self._by_file(self._thumbnails, rows):
-            column = storage.read_table(file, records.THUMBNAILS).column("thumbnail").take(pa.array(own))
+            column = parquet.read_table(file, schemas.THUMBNAILS).column("thumbnail").take(pa.array(own))
             found.update(zip(rows[len(found) : len(found) + len(own)].tolist(), column.to_pylist(), strict=True))
         return found
 
@@ -220,11 +221,11 @@ def _candidates(joined: str, hashed: str, bucket: int) -> pa.Table:
     """join.PAIRED of all candidates of one range of ids; the cosine of those by hash alone is NaN."""
     near = join.read_bucket(joined, bucket)
     by_hash = [
-        storage.read_row_groups(storage.join(hashed, name), "bucket", bucket, join.PAIRED)
-        for name in storage.list_names(hashed)
+        parquet.read_row_groups(paths.join(hashed, name), "bucket", bucket, join.PAIRED)
+        for name in paths.list_names(hashed)
     ]
     table = pa.concat_tables([near, *by_hash])
-    one, other = records.id_bytes(table["image_id"]), records.id_bytes(table["other_image_id"])
+    one, other = schemas.id_bytes(table["image_id"]), schemas.id_bytes(table["other_image_id"])
     order = np.lexsort((np.arange(len(one)), other, one))  # what the join found first
     same = (one[order][1:] == one[order][:-1]) & (other[order][1:] == other[order][:-1])
     return table.take(pa.array(np.delete(order, np.flatnonzero(same) + 1)))
@@ -235,7 +236,7 @@ def _hash_pairs(
 ) -> Iterator[Iterator[tuple[int, pa.Table]]]:
     """The pairs of near perceptual hashes, some at a time, each time by bucket."""
     rows = ingest.read_images(images, ["image_id", "phash"])
-    known, row = np.unique(records.id_bytes(rows["image_id"]), return_index=True)
+    known, row = np.unique(schemas.id_bytes(rows["image_id"]), return_index=True)
     ids, first = places.first_of_each()
     if missing := sorted(set(known.tolist()).difference(ids.tolist())):
         raise InputError(f"There is no descriptor of image {missing[0].decode()}, which is in '{images}'.")
@@ -245,7 +246,7 @@ def _hash_pairs(
     def by_bucket(pairs: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
         low, high = pairs  # ids are sorted, so the smaller row has the smaller id
         count = len(low)
-        columns = [records.id_column(ids[low]), records.id_column(ids[high]), first[low], first[high]]
+        columns = [schemas.id_column(ids[low]), schemas.id_column(ids[high]), first[low], first[high]]
         unknown = [np.full(count, np.nan, np.float32), np.zeros(count, bool)]
         table = pa.table([*columns, *unknown], schema=join.PAIRED)
         bucket = join.bucket_of(table["image_id"], num_buckets)

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from curation import index, kmeans
 from curation.devices import require_device
+from curation.files.schemas import id_bytes, id_column
 from curation.index import CellLists, SearchConfig
-from curation.records import id_bytes, id_column
 
 # What one part found: `query` is a row of the matrix of queries.
 FOUND = pa.schema([("query", pa.int32()), ("image_id", pa.string()), ("similarity", pa.float32())])

@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable, Generator, Sequence
 from typing import final
 
+from curation.engine.manifest import ShardRecord
 from curation.runner import Runner, Shard, Worker, name_shard
 from curation.stage import make_marking_worker
-from curation.storage import ShardRecord
 from curation.world import World, texts_of_ranks
 
 

@@ -29,10 +29,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from curation import progress, storage
+from curation import progress
+from curation.engine.manifest import ShardRecord
 from curation.errors import ConfigError, InputError, ShardError, UserError
+from curation.files.folder_lock import locked
 from curation.runner import MAX_ATTEMPTS, Runner, Shard, Worker, name_shard
-from curation.storage import ShardRecord
 
 # Results are small and pixels never travel, so the object store stays near Ray's minimum (75 MiB). Assumed ample.
 OBJECT_STORE_BYTES = 100 * 1024**2
@@ -279,14 +280,14 @@ def _private_folder() -> Iterator[str]:
     for left in place.glob(FOLDER_PREFIX + "*/"):
         with (
             contextlib.suppress(OSError),
-            storage.locked(str(left)),
+            locked(str(left)),
         ):  # OSError: locked, of someone else, or gone by now
             if (left / "token").exists():  # else it is not ours, or was made this moment and not locked yet
                 shutil.rmtree(left)
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=place))  # mode 700
     before = {name: os.environ.pop(name, None) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")}
     try:
-        with storage.locked(str(folder)):
+        with locked(str(folder)):
             token = folder / "token"
             token.touch(mode=0o600)
             token.write_text(_token())

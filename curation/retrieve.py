@@ -41,18 +41,20 @@ import pyarrow.compute as pc
 import typer
 from pydantic import Field, field_validator
 
-from curation import command, index, records, storage, vectors
+from curation import command, index
 from curation.balance import balanced_counts, cluster_counts, retrieval_mode
 from curation.cluster import read_centroids, read_parents
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import KeptShard, kept_shards, read_kept
+from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.errors import ConfigError, InputError
+from curation.files import parquet, paths, schemas, vectors
+from curation.files.paths import FileRecord
+from curation.files.prefetch import prefetch
 from curation.index import SearchConfig
 from curation.parts import FOUND, PartSearch, found_table, merge, num_hits
-from curation.prefetch import prefetch
 from curation.runner import Runner, Shard
 from curation.stage import PREPARED, run_shards
-from curation.storage import FileRecord, Manifest, ShardRecord
 
 BALANCED_NAME = "balanced.npy"
 # What guards the search without shaping what it finds: a run that it stopped goes on once it is lowered.
@@ -153,7 +155,7 @@ def run(
         num_parts = -(-config.clustering.num_images // config.clustering.images_per_shard)
         shards += [Shard(f"{len(shards) + n:05d}", (None, "balanced", n)) for n in range(num_parts)]
     inputs = {
-        name: storage.require_manifest(folder).content_hash
+        name: require_manifest(folder).content_hash
         for name, folder in (
             ("images", images),
             ("dedup", deduplicated),
@@ -161,7 +163,7 @@ def run(
             ("clusters", clustered),
         )
     }
-    found = storage.step_folder(output, "search")
+    found = step_folder(output, "search")
 
     def prepare() -> ShardRecord:
         if asking:
@@ -180,7 +182,7 @@ def run(
         return ShardRecord(name=PREPARED, files=counts)
 
     def finish(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
-        return ({"search": storage.require_manifest(found).facts} if asking else {}), None
+        return ({"search": require_manifest(found).facts} if asking else {}), None
 
     manifest = run_shards(
         "retrieve",
@@ -225,14 +227,14 @@ def make_worker(
                 totals = {"balanced_rows": table.num_rows}
             case "sample":
                 seed_ids = asking[what].read()[0]
-                names = storage.require_manifest(found).files("found")
+                names = require_manifest(found).files("found")
                 table = _by_sample(dataset, seed_ids, _merged(found, names, what, dataset.k))
                 totals = {f"seeds:{dataset.name}": len(seed_ids), f"rows:{dataset.name}": table.num_rows}
             case _:
                 seeds = np.concatenate([read_kept(part, role="seed", source=dataset.name)[1] for part in what])
                 table = _by_cluster(config, dataset, seeds, clustered)
                 totals = {f"seeds:{dataset.name}": len(seeds), f"rows:{dataset.name}": table.num_rows}
-        file = storage.write_table(storage.join(output, f"retrieved-{shard.name}.parquet"), table)
+        file = parquet.write_table(paths.join(output, f"retrieved-{shard.name}.parquet"), table)
         return ShardRecord(name=shard.name, files=(file,), totals=totals)
 
     return process
@@ -240,10 +242,10 @@ def make_worker(
 
 def read_retrieved(folder: str) -> pa.Table:
     """All rows of a finished retrieve, dataset by dataset."""
-    manifest = storage.require_manifest(folder)
+    manifest = require_manifest(folder)
     names = manifest.files("retrieved")
-    tables = [storage.read_table(storage.join(folder, name), records.RETRIEVED) for name in names]
-    return pa.concat_tables([records.RETRIEVED.empty_table(), *tables])
+    tables = [parquet.read_table(paths.join(folder, name), schemas.RETRIEVED) for name in names]
+    return pa.concat_tables([schemas.RETRIEVED.empty_table(), *tables])
 
 
 def nearest(seed_ids: list[str], seeds: np.ndarray, pool: Iterable[tuple[list[str], np.ndarray]], k: int) -> pa.Table:
@@ -274,7 +276,7 @@ def nearest(seed_ids: list[str], seeds: np.ndarray, pool: Iterable[tuple[list[st
 
 def _source_of(shard: KeptShard) -> str | None:
     """The source of a shard's images; a shard has one. None when all of its images were rejected."""
-    column = storage.read_table(shard.images, records.IMAGES, ["source"]).column("source")
+    column = parquet.read_table(shard.images, schemas.IMAGES, ["source"]).column("source")
     return str(column[0]) if len(column) else None
 
 
@@ -305,7 +307,7 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
 
     def process(shard: Shard) -> ShardRecord:
         read = [own for own in prefetch(functools.partial(read_kept, role="pool"), shard.work) if own[0]]
-        ids = records.id_bytes([image_id for own, _ in read for image_id in own])
+        ids = schemas.id_bytes([image_id for own, _ in read for image_id in own])
         part = PartSearch(config, [read.pop(0)[1] for _ in range(len(read))])
 
         def found() -> Iterator[tuple[int, pa.Table]]:
@@ -327,10 +329,10 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
                 yield number, table.set_column(0, "query", pa.array(rows[table["query"].to_numpy()].astype(np.int32)))
 
         empty = FOUND.empty_table()
-        path = functools.partial(storage.join, output)
-        files = [storage.write_row_groups(path(f"found-{shard.name}.parquet"), "asking", found(), empty)]
+        path = functools.partial(paths.join, output)
+        files = [parquet.write_row_groups(path(f"found-{shard.name}.parquet"), "asking", found(), empty)]
         if config.backend == "ivf":
-            files.append(storage.write_row_groups(path(f"exact-{shard.name}.parquet"), "asking", exact(), empty))
+            files.append(parquet.write_row_groups(path(f"exact-{shard.name}.parquet"), "asking", exact(), empty))
         return ShardRecord(name=shard.name, files=tuple(files))
 
     return process
@@ -361,8 +363,8 @@ def _sampled(config: SearchConfig, asking: Sequence[_Asking]) -> list[tuple[int,
 
 def _merged(found: str, names: Sequence[str], number: int, k: int) -> pa.Table:
     """FOUND of one of those that ask, from the files of all parts."""
-    paths = (storage.join(found, name) for name in names)
-    return merge((storage.read_row_groups(path, "asking", number, FOUND) for path in paths), k)
+    files = (paths.join(found, name) for name in names)
+    return merge((parquet.read_row_groups(path, "asking", number, FOUND) for path in files), k)
 
 
 def _measure_recall(
@@ -398,7 +400,7 @@ def _by_sample(dataset: DatasetConfig, seed_ids: list[str], found: pa.Table) -> 
             "similarity": found["similarity"],
             "cluster_id": pa.nulls(count, pa.int32()),
         },
-        schema=records.RETRIEVED,
+        schema=schemas.RETRIEVED,
     )
 
 
@@ -415,7 +417,7 @@ def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarra
 def _by_balance(config: RetrieveConfig, clustered: str, output: str, part: int) -> pa.Table:
     """The part of the draw whose clusters begin within its `images_per_shard` images of all that are drawn."""
     assert config.clustering is not None
-    with storage.open_read(storage.join(output, BALANCED_NAME)) as file:
+    with paths.open_read(paths.join(output, BALANCED_NAME)) as file:
         counts: np.ndarray = np.load(file, allow_pickle=False)
     counts[(np.cumsum(counts) - counts) // config.clustering.images_per_shard != part] = 0
     return _as_retrieved(draw_images(clustered, counts, config.clustering.draw, config.seed), "balanced", None)
@@ -423,14 +425,14 @@ def _by_balance(config: RetrieveConfig, clustered: str, output: str, part: int) 
 
 def _balance(config: ClusteringConfig, clustered: str, output: str) -> FileRecord:
     """Decide how many images are drawn from each cluster."""
-    names = {name for record in storage.require_manifest(clustered).shards for name in (f.name for f in record.files)}
+    names = {name for record in require_manifest(clustered).shards for name in (f.name for f in record.files)}
     parents: list[np.ndarray] = []
     while f"parents-{len(parents)}.npy" in names:
         parents.append(read_parents(clustered, len(parents)))
     counts = balanced_counts(parents, cluster_sizes(clustered, len(read_centroids(clustered))), config.num_images)
     buffer = io.BytesIO()
     np.save(buffer, counts)
-    return storage.write_bytes(storage.join(output, BALANCED_NAME), buffer.getvalue())
+    return paths.write_bytes(paths.join(output, BALANCED_NAME), buffer.getvalue())
 
 
 def cluster_sizes(clustered: str, num_clusters: int) -> np.ndarray:
@@ -468,7 +470,7 @@ def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nea
     first = np.searchsorted(drawn["cluster_id"], drawn["cluster_id"])
     return pa.table(
         {
-            "image_id": records.id_column(drawn["image_id"]),
+            "image_id": schemas.id_column(drawn["image_id"]),
             "cluster_id": drawn["cluster_id"],
             "rank": (np.arange(len(drawn)) - first).astype(np.int32),
             "similarity": drawn["similarity"],
@@ -510,8 +512,8 @@ def shuffled(image_ids: np.ndarray, seed: int) -> np.ndarray:
 
 def _assignments(clustered: str, columns: list[str]) -> Iterator[pa.Table]:
     """The named columns of the rows of level 0 of a finished cluster stage, file by file."""
-    for name in storage.require_manifest(clustered).files("assignments"):
-        table = storage.read_table(storage.join(clustered, name), records.ASSIGNMENTS, [*columns, "level"])
+    for name in require_manifest(clustered).files("assignments"):
+        table = parquet.read_table(paths.join(clustered, name), schemas.ASSIGNMENTS, [*columns, "level"])
         yield table.filter(pc.equal(table["level"], 0))
 
 
@@ -519,7 +521,7 @@ def _as_retrieved(drawn: pa.Table, mode: str, seed_source: str | None) -> pa.Tab
     columns = {name: drawn[name] for name in drawn.column_names}
     constant = {"seed_source": seed_source, "seed_image_id": None, "mode": mode}
     columns |= {name: pa.repeat(pa.scalar(value, pa.string()), drawn.num_rows) for name, value in constant.items()}
-    return pa.table({name: columns[name] for name in records.RETRIEVED.names}, schema=records.RETRIEVED)
+    return pa.table({name: columns[name] for name in schemas.RETRIEVED.names}, schema=schemas.RETRIEVED)
 
 
 def command_line(
@@ -564,7 +566,7 @@ def _retrieve_alone(seeds: str, pool: str, k: int, output: str) -> None:
     parts = list(vectors.read_all(seeds))
     seed_ids = [image_id for ids, _ in parts for image_id in ids]
     table = nearest(seed_ids, np.concatenate([matrix for _, matrix in parts]), vectors.read_all(pool), k)
-    storage.write_table(output, table)
+    parquet.write_table(output, table)
     print(f"{table.num_rows:,} rows: the {k} nearest of the pool for each of {len(seed_ids):,} seeds, in {output}")
 
 

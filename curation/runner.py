@@ -21,8 +21,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from curation.engine.manifest import ShardRecord
 from curation.errors import SeedbedError, ShardError, UserError
-from curation.storage import ShardRecord
 
 # How often one shard may lose its worker before the run gives up on it. Assumed: a machine fails rarely three times in
 # a row, a shard that kills its worker does so every time.

@@ -23,9 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import field_validator
 
-from curation import storage
 from curation.config import Settings
 from curation.errors import DamagedFileError, InputError
+from curation.files import paths
+from curation.files.hashes import hash_json
 from curation.hashing import image_id
 from curation.images import RejectReason
 
@@ -110,7 +111,7 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
     Raises InputError when the path is missing or holds no such file.
     """
     extensions = {"folder": IMAGE_EXTENSIONS, "webdataset": {"tar"}, "parquet": {"parquet"}}[source.layout]
-    fs, inner = storage.filesystem(source.path)
+    fs, inner = paths.filesystem(source.path)
     if not fs.exists(inner):
         raise InputError(
             f"source '{source.name}': there is nothing at '{source.path}'. Correct its path in the config."
@@ -138,18 +139,18 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
 
 def listing_hash(files: list[SourceFile]) -> str:
     """A hash of the names and sizes of a source's files; changed bytes are noticed when an image is read again."""
-    return storage.hash_json([[file.path, file.size] for file in files])
+    return hash_json([[file.path, file.size] for file in files])
 
 
-def read_source(source: SourceConfig, paths: tuple[str, ...], *, max_bytes: int) -> Iterator[Found]:
+def read_source(source: SourceConfig, files: tuple[str, ...], *, max_bytes: int) -> Iterator[Found]:
     """Yield the images in the files `paths` of a source, in a fixed order, one in memory at a time.
 
     An image of a folder or a tar with more than `max_bytes` is not read. A tar or Parquet file that cannot be read to
     its end gives what it has before that, and then one Found with the problem. Raises InputError for a column that is
     missing or holds no bytes.
     """
-    for path in paths:
-        uri = storage.join(source.path, path) if path else source.path
+    for path in files:
+        uri = paths.join(source.path, path) if path else source.path
         readable = os.fsencode(uri).decode(errors="backslashreplace")
         if readable != uri:
             problem = (RejectReason.UNREADABLE, "its name is not UTF-8; rename the file")
@@ -169,14 +170,14 @@ def read_source(source: SourceConfig, paths: tuple[str, ...], *, max_bytes: int)
 
 def _read_file(source: SourceConfig, uri: str, path: str, max_bytes: int) -> Found:
     label = posixpath.dirname(path) or None
-    if storage.is_local(uri):
-        root, target = (os.path.realpath(storage.filesystem(place)[1]) for place in (source.path, uri))
+    if paths.is_local(uri):
+        root, target = (os.path.realpath(paths.filesystem(place)[1]) for place in (source.path, uri))
         if os.path.commonpath([root, target]) != root:
             return Found(uri, 0, 0, None, label, (RejectReason.LINK_OUTSIDE_SOURCE, f"leads to {_shown(target)}"))
         if os.path.exists(target) and not os.path.isfile(target):  # a pipe would keep its reader waiting for ever
             return Found(uri, 0, 0, None, label, (RejectReason.UNREADABLE, "not a regular file"))
     try:
-        with storage.open_read(uri) as file:
+        with paths.open_read(uri) as file:
             size = file.seek(0, os.SEEK_END)
             if size > max_bytes:
                 return Found(uri, 0, size, None, label, _too_many(size, max_bytes))
@@ -202,7 +203,7 @@ def _read_tar(uri: str, max_bytes: int) -> Iterator[Found]:
     Only regular files with an image's extension are looked at, nothing is unpacked to disk, and members are read by
     name only.
     """
-    with storage.open_read(uri) as file:
+    with paths.open_read(uri) as file:
         headers = _Headers(file)
         try:
             # "r:" refuses compressed tars, whose members have no offset to come back to.
@@ -325,7 +326,7 @@ def _label_in_json(data: bytes) -> str | None:
 
 def _read_parquet(uri: str, image_column: str, label_column: str | None) -> Iterator[Found]:
     columns = [image_column] + ([label_column] if label_column else [])
-    with storage.open_read(uri) as file:
+    with paths.open_read(uri) as file:
         parquet = _open_parquet(file, uri, columns)
         row = 0
         for group in range(parquet.num_row_groups):
@@ -443,7 +444,7 @@ class ReferenceReader:
             if self._uri != uri:
                 self.close()
                 place = PARQUET_URI.fullmatch(uri)
-                self._file, self._uri = storage.open_read(place["file"] if place else uri), uri
+                self._file, self._uri = paths.open_read(place["file"] if place else uri), uri
                 if place:
                     self._column = place["column"]
                     self._parquet = _open_parquet(self._file, place["file"], [self._column])

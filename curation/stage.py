@@ -12,10 +12,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
-from curation import journal, progress, storage
+from curation import journal, progress
 from curation.config import Settings
+from curation.engine.manifest import (
+    MARKERS_PER_FILE,
+    Effort,
+    Manifest,
+    Plan,
+    ShardRecord,
+    ShardRecords,
+    claim,
+    gather_markers,
+    line_of,
+    mark_shard_done,
+    read_counts,
+    read_done,
+    sum_counts,
+    write_manifest,
+)
+from curation.files.folder_lock import sole_writer
 from curation.runner import Runner, Shard, Worker
-from curation.storage import Effort, Manifest, Plan, ShardRecord, ShardRecords
 
 # The name of the record that `prepare` returns.
 PREPARED = "prepared"
@@ -44,7 +60,7 @@ class Tally:
 def _sole_writer(function: Callable[Arguments, Manifest]) -> Callable[Arguments, Manifest]:
     @functools.wraps(function)
     def alone(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Manifest:
-        with storage.sole_writer(str(kwargs["output"])):
+        with sole_writer(str(kwargs["output"])):
             return function(*args, **kwargs)
 
     return alone
@@ -85,7 +101,7 @@ def run_shards(
         inputs=inputs,
         num_shards=len(shards),
     )
-    finished = storage.claim(output, plan, replace=replace)
+    finished = claim(output, plan, replace=replace)
     set_aside: list[str] = []
     before: Sequence[ShardRecord] = ()
     if finished is not None:
@@ -101,7 +117,7 @@ def run_shards(
     for record in before:
         done.add(record.name)
         tally.add(1, record.totals, record.rejects)
-    for counts in storage.read_counts(output):
+    for counts in read_counts(output):
         if done.isdisjoint(counts.names):  # a kill may leave a shard marked twice
             done.update(counts.names)
             tally.add(sum(name != PREPARED for name in counts.names), counts.totals, counts.rejects)
@@ -111,7 +127,7 @@ def run_shards(
     if prepare is not None and PREPARED not in done:
         record = prepare()
         assert record.name == PREPARED, record.name
-        storage.mark_shard_done(output, record)
+        mark_shard_done(output, record)
     todo = [shard for shard in shards if shard.name not in done]
     if len(todo) < len(shards):
         progress.say(f"{stage}: {len(shards) - len(todo)} of {len(shards)} shards were done before, going on")
@@ -136,31 +152,31 @@ def run_shards(
                 if log is not None:
                     log.shard(record, num_items)
                 ungathered.append(record)
-                if len(ungathered) == storage.MARKERS_PER_FILE:
-                    storage.gather_markers(output, ungathered)
+                if len(ungathered) == MARKERS_PER_FILE:
+                    gather_markers(output, ungathered)
                     ungathered.clear()
                 advance(num_items, note(measured) if note else "")
                 if check is not None:
                     check(tally)
         finally:
             results.close()
-    by_name = {record.name: storage.line_of(record) for record in itertools.chain(before, storage.read_done(output))}
+    by_name = {record.name: line_of(record) for record in itertools.chain(before, read_done(output))}
     names = ([PREPARED] if prepare else []) + [shard.name for shard in shards]
     lines = [by_name[name] for name in names if name not in set_aside]
     facts, own_record = finish(ShardRecords(lines)) if finish else ({}, None)
     if set_aside:
         facts[SET_ASIDE] = set_aside
     if own_record is not None:
-        lines.append(storage.line_of(own_record))
+        lines.append(line_of(own_record))
     records = ShardRecords(lines)
     manifest = Manifest(
         plan=plan,
         shards=records,
-        totals=storage.sum_counts(record.totals for record in records),
-        rejects=storage.sum_counts(record.rejects for record in records),
+        totals=sum_counts(record.totals for record in records),
+        rejects=sum_counts(record.rejects for record in records),
         facts=facts,
     )
-    storage.write_manifest(output, manifest)
+    write_manifest(output, manifest)
     if log is not None:
         log.end(time.monotonic() - started)
     return manifest
@@ -189,7 +205,7 @@ def make_marking_worker(
             journal.note_start(*notes, shard.name)
         now, started = time.time(), time.perf_counter()
         record = worker(shard)
-        storage.mark_shard_done(output, record)  # by the worker: a driver that dies now costs nothing
+        mark_shard_done(output, record)  # by the worker: a driver that dies now costs nothing
         effort = Effort(worker=journal.worker_name(), started=now, seconds=time.perf_counter() - started)
         return record.model_copy(update={"effort": effort})
 

@@ -27,9 +27,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from curation import storage
 from curation.backbone import NORM_EPSILON, FeedForward, VisionTransformer
 from curation.errors import WeightsError
+from curation.files import paths
 
 Layout = Literal["released", "training", "timm", "mae", "ijepa", "transformers"]
 SavedLayout = Literal["released", "timm", "transformers"]
@@ -276,12 +276,12 @@ def save(backbone: VisionTransformer, path: str, layout: SavedLayout = "released
         if Path(path).is_file():
             raise WeightsError(f"'{path}' is a file, and transformers keeps a model in a folder. Name another path.")
         config, tensors = _to_transformers(state, backbone.num_heads)
-        _save_safetensors(tensors, storage.join(path, "model.safetensors"))
-        storage.write_bytes(storage.join(path, "config.json"), json.dumps(config, indent=2, sort_keys=True).encode())
+        _save_safetensors(tensors, paths.join(path, "model.safetensors"))
+        paths.write_bytes(paths.join(path, "config.json"), json.dumps(config, indent=2, sort_keys=True).encode())
     elif suffix == ".safetensors":
         _save_safetensors(_to_timm(state) if layout == "timm" else state, path)
     elif suffix == ".pth" and layout == "released":
-        with storage.atomic_write(path) as file:
+        with paths.atomic_write(path) as file:
             torch.save(state, cast(IO[bytes], file))  # all it needs of a file is `write`
     else:
         kinds = ".safetensors" if layout == "timm" else ".pth or .safetensors"
@@ -594,7 +594,7 @@ def _split_leaf(name: str) -> tuple[str, str]:
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: str) -> None:
-    storage.write_bytes(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    paths.write_bytes(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:

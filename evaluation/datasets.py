@@ -18,12 +18,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from curation import ingest, sources, storage
+from curation import ingest, sources
 from curation.config import Settings
+from curation.engine.manifest import require_manifest
 from curation.errors import InputError
+from curation.files import paths
+from curation.files.hashes import hash_json
+from curation.files.prefetch import prefetch
 from curation.images import ImageLimits, Picture, decode_picture
 from curation.ingest import IngestConfig
-from curation.prefetch import prefetch
 from curation.runner import Runner
 from curation.sources import Layout, ReferenceReader, Role, SourceConfig
 from curation.world import first_alone
@@ -88,12 +91,12 @@ class Split:
     @property
     def images_hash(self) -> str:
         """64 hex digits: of the bytes of the images and their order."""
-        return storage.hash_json(self.table["image_id"].to_pylist())
+        return hash_json(self.table["image_id"].to_pylist())
 
     @property
     def data_hash(self) -> str:
         """64 hex digits: of the bytes of the images, their order, and their labels."""
-        return storage.hash_json([self.table["image_id"].to_pylist(), self.table["label"].to_pylist()])
+        return hash_json([self.table["image_id"].to_pylist(), self.table["label"].to_pylist()])
 
     def take(self, rows: Tensor) -> "Split":
         """The images of some rows, (m,) int64; the classes stay."""
@@ -106,7 +109,7 @@ def load(config: SplitConfig, cache: str, runner: Runner) -> Split:
     Raises InputError for a split that is missing or empty, or images without a label, and RejectBudgetError.
     """
     folder = config.path if config.layout == "ingest" else _ingested(config, cache, runner)
-    limits = storage.require_manifest(folder).plan.config["limits"]
+    limits = require_manifest(folder).plan.config["limits"]
     table = ingest.read_images(folder, COLUMNS)
     for column, wanted in (("role", config.roles), ("source", config.sources)):
         if wanted:
@@ -233,8 +236,8 @@ def _ingested(config: SplitConfig, cache: str, runner: Runner) -> str:
     limits = ImageLimits(min_side=1)
     settings = IngestConfig(sources=(source,), limits=limits, max_reject_fraction=config.max_reject_fraction)
     listing = sources.listing_hash(sources.list_files(source))
-    name = storage.hash_json([settings.model_dump(mode="json"), listing])[:32]
-    folder = storage.join(cache, "ingest", name)
+    name = hash_json([settings.model_dump(mode="json"), listing])[:32]
+    folder = paths.join(cache, "ingest", name)
     with first_alone():
         ingest.run(settings, folder, runner)
     return folder

@@ -50,11 +50,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curation import storage
 from curation.config import Settings
 from curation.errors import InputError, TrainingError
+from curation.files import paths
+from curation.files.prefetch import prefetch
 from curation.images import ImageLimits, ImageRejected, decode_rgb
-from curation.prefetch import prefetch
 from curation.world import ALONE, World, gather_rows
 from evaluation.features import Model
 from evaluation.results import Result
@@ -196,8 +196,8 @@ def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list
     if data.layout == "folder":
         samples = _pairs_of_folder(data)
     elif data.layout == "nyu_arrays":
-        paths = [storage.join(data.folder, f"eigen_test_{kind}.npy") for kind in ("rgb", "depth")]
-        samples = [Sample(paths[0], paths[1], row) for row in range(len(_array(paths[0])))]
+        files = [paths.join(data.folder, f"eigen_test_{kind}.npy") for kind in ("rgb", "depth")]
+        samples = [Sample(files[0], files[1], row) for row in range(len(_array(files[0])))]
     else:
         samples = _pairs_of_list(data, split)
     if not samples:
@@ -209,9 +209,9 @@ def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> li
     layout = LAYOUTS[data.layout]
     name = data.list_file or (layout.train_list if split == "train" else layout.test_list)
     assert name is not None
-    path = storage.join(data.folder, name)
+    path = paths.join(data.folder, name)
     try:
-        lines = storage.read_bytes(path).decode().splitlines()
+        lines = paths.read_bytes(path).decode().splitlines()
     except FileNotFoundError:
         raise InputError(
             f"No list of pairs at '{path}'. Layout '{data.layout}' needs it for its {split} split."
@@ -225,7 +225,7 @@ def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> li
         if len(parts) < 2:
             raise InputError(f"{path}, line {number}: expected a picture and its depth. Found: {line!r}.")
         image, depth = (
-            storage.join(data.folder, folder, part.lstrip("/")) for folder, part in zip(below, parts[:2], strict=True)
+            paths.join(data.folder, folder, part.lstrip("/")) for folder, part in zip(below, parts[:2], strict=True)
         )
         samples.append(Sample(image, depth))
     return sorted(samples, key=lambda sample: sample.image)
@@ -234,11 +234,11 @@ def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> li
 def _pairs_of_folder(data: DepthDataConfig) -> list[Sample]:
     found: list[dict[str, str]] = []
     for folder in (data.images, data.depths):
-        place = storage.join(data.folder, folder)
-        names = [name for name in storage.list_names(place) if not name.startswith(".")]
+        place = paths.join(data.folder, folder)
+        names = [name for name in paths.list_names(place) if not name.startswith(".")]
         if not names:
             raise InputError(f"No files in '{place}'. Layout 'folder' has {data.images}/ and {data.depths}/.")
-        found.append({PurePosixPath(name).stem: storage.join(place, name) for name in names})
+        found.append({PurePosixPath(name).stem: paths.join(place, name) for name in names})
     images, depths = found
     if alone := sorted(images.keys() ^ depths.keys()):
         raise InputError(
@@ -277,7 +277,7 @@ def _read_image(sample: Sample) -> NDArray[np.uint8]:
     if sample.row is not None:
         return np.asarray(_array(sample.image)[sample.row], np.uint8).transpose(2, 0, 1)
     try:
-        return np.asarray(decode_rgb(storage.read_bytes(sample.image), ImageLimits())).transpose(2, 0, 1)
+        return np.asarray(decode_rgb(paths.read_bytes(sample.image), ImageLimits())).transpose(2, 0, 1)
     except (ImageRejected, FileNotFoundError) as error:
         raise InputError(f"Cannot read the picture '{sample.image}': {error}.") from None
 
@@ -286,7 +286,7 @@ def _read_depth(sample: Sample, data: DepthDataConfig) -> NDArray[np.float32]:
     if sample.row is not None:
         return np.asarray(_array(sample.depth)[sample.row], np.float32)
     try:
-        content = storage.read_bytes(sample.depth)
+        content = paths.read_bytes(sample.depth)
     except FileNotFoundError:
         raise InputError(f"No depth at '{sample.depth}', which belongs to '{sample.image}'.") from None
     if sample.depth.endswith(".npy"):
@@ -313,7 +313,7 @@ def hash_samples(samples: Sequence[Sample]) -> str:
     """64 hex digits of the bytes of all files, in order."""
     hashed = hashlib.sha256()
     for path in dict.fromkeys(path for sample in samples for path in (sample.image, sample.depth)):
-        with storage.open_read(path) as file:
+        with paths.open_read(path) as file:
             while block := file.read(1 << 20):
                 hashed.update(block)
     return hashed.hexdigest()

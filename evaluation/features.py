@@ -33,17 +33,19 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from curation import backbone, embedders, storage, weights
+from curation import backbone, embedders, weights
 from curation.backbone import VisionTransformer
 from curation.config import Settings
 from curation.devices import require_device
 from curation.embedders import EmbedderConfig, ModelName, Normalization
+from curation.engine.manifest import Manifest, ShardRecord, require_manifest
 from curation.errors import InputError, WeightsError
+from curation.files import paths
+from curation.files.hashes import hash_json
 from curation.images import Picture, to_shape
 from curation.rank_runner import RankRunner, follow
 from curation.runner import InlineRunner, Runner, Shard, Worker
 from curation.stage import run_shards
-from curation.storage import Manifest, ShardRecord
 from curation.world import ALONE, World
 from evaluation import datasets
 from evaluation.datasets import Split
@@ -368,7 +370,7 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     """
     inputs = {"model": model.hash, "images": split.images_hash}
     plan = config.model_dump(mode="json", exclude=set(NOT_IN_PLAN))
-    folder = storage.join(cache, "features", storage.hash_json([inputs, plan])[:32])
+    folder = paths.join(cache, "features", hash_json([inputs, plan])[:32])
     runner = runner or InlineRunner()
     starts = range(0, len(split), SHARD_IMAGES)
     ranges = [range(start, min(start + SHARD_IMAGES, len(split))) for start in starts]
@@ -398,8 +400,8 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
         leading.dismiss()
     else:
         follow(model.world, "features", make_worker, shards, folder)
-        manifest = storage.require_manifest(folder)
-    found = Features(tuple(storage.join(folder, name) for name in manifest.files("features")))
+        manifest = require_manifest(folder)
+    found = Features(tuple(paths.join(folder, name) for name in manifest.files("features")))
     shapes = [tuple(block.shape) for block in found.blocks()]
     if shapes != [(shard.num_items, model.num_features) for shard in shards]:
         raise InputError(f"{folder} is damaged: its files hold features of the shapes {shapes}. Delete it.")
@@ -431,7 +433,7 @@ def _make_worker(
         features = torch.cat(found)
         buffer = io.BytesIO()
         np.save(buffer, features.numpy(), allow_pickle=False)
-        record = storage.write_bytes(storage.join(output, f"features-{shard.name}.npy"), buffer.getvalue())
+        record = paths.write_bytes(paths.join(output, f"features-{shard.name}.npy"), buffer.getvalue())
         return ShardRecord(name=shard.name, files=(record,), totals={"images": len(features)})
 
     return process
@@ -443,10 +445,10 @@ def _identity(model: Model) -> Model:
 
 def _read_part(path: str) -> np.ndarray:
     try:
-        if storage.is_local(path):
-            found: np.ndarray = np.load(storage.filesystem(path)[1], mmap_mode="c", allow_pickle=False)
+        if paths.is_local(path):
+            found: np.ndarray = np.load(paths.filesystem(path)[1], mmap_mode="c", allow_pickle=False)
         else:
-            found = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
+            found = np.load(io.BytesIO(paths.read_bytes(path)), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: cannot be read ({error}). Delete its folder, and it is computed again.") from None
     return found

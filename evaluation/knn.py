@@ -20,10 +20,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from curation import index, storage
+from curation import index
 from curation.config import Settings
 from curation.devices import require_device
 from curation.errors import InputError
+from curation.files import paths
+from curation.files.hashes import hash_json
 from curation.runner import InlineRunner, Runner
 from curation.world import World, gather_rows
 from evaluation import datasets, features
@@ -151,7 +153,7 @@ def run(
     config: KnnConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
     """Classify one dataset; features are kept in `cache`, <output>/cache when None. Raises UserError kin."""
-    started, cache = time.perf_counter(), cache or storage.join(output, "cache")
+    started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     train, test = datasets.load_pair(
         config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
     )
@@ -186,7 +188,7 @@ def run(
             dataset=config.name,
             model=model.name,
             model_hash=model.hash,
-            data_hash=storage.hash_json([train.data_hash, test.data_hash]),
+            data_hash=hash_json([train.data_hash, test.data_hash]),
             protocol=protocol,
             settings=config.model_dump(mode="json"),
             metric=metric,

@@ -32,11 +32,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from curation import storage
 from curation.config import Settings
 from curation.errors import InputError
+from curation.files import paths
+from curation.files.hashes import hash_json
+from curation.files.prefetch import prefetch
 from curation.images import Picture, decode_picture, upright
-from curation.prefetch import prefetch
 from curation.progress import bar
 from curation.runner import InlineRunner, Runner
 from curation.sources import ReferenceReader
@@ -226,11 +227,11 @@ def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head
     """The best head for `train`, from the cache where it is there; all ranks call this and have the same."""
     inputs = [model.hash, train.data_hash]
     plan = config.model_dump(mode="json", exclude={"name", "train", "test", "images_per_pass", "allow_missing_classes"})
-    folder = storage.join(cache, "linear", storage.hash_json([inputs, plan])[:32])
-    facts_path, tensors_path = storage.join(folder, "head.json"), storage.join(folder, "head.safetensors")
-    if all_ranks(storage.exists(facts_path)):  # written last
-        facts = json.loads(storage.read_bytes(facts_path))
-        tensors = safetensors.torch.load(storage.read_bytes(tensors_path))
+    folder = paths.join(cache, "linear", hash_json([inputs, plan])[:32])
+    facts_path, tensors_path = paths.join(folder, "head.json"), paths.join(folder, "head.safetensors")
+    if all_ranks(paths.exists(facts_path)):  # written last
+        facts = json.loads(paths.read_bytes(facts_path))
+        tensors = safetensors.torch.load(paths.read_bytes(tensors_path))
         return Head(
             Reading(facts["blocks"], facts["average"]),
             facts["rate"],
@@ -243,7 +244,7 @@ def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head
     if not model.world.is_first:
         return head
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
-    storage.write_bytes(tensors_path, safetensors.torch.save(tensors))
+    paths.write_bytes(tensors_path, safetensors.torch.save(tensors))
     facts = {
         "blocks": head.reading.blocks,
         "average": head.reading.average,
@@ -251,7 +252,7 @@ def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head
         "held_out_top_1": head.held_out_top_1,
         "classes": head.classes,
     }
-    storage.write_bytes(facts_path, json.dumps(facts, indent=1).encode())
+    paths.write_bytes(facts_path, json.dumps(facts, indent=1).encode())
     return head
 
 
@@ -363,7 +364,7 @@ def run(
     The pictures are read in this process, and shared by the ranks of the model's world; `runner` ingests. Raises
     UserError kin.
     """
-    started, cache = time.perf_counter(), cache or storage.join(output, "cache")
+    started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     train, test = datasets.load_pair(
         config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
     )
@@ -388,7 +389,7 @@ def run(
             dataset=config.name,
             model=model.name,
             model_hash=model.hash,
-            data_hash=storage.hash_json([train.data_hash, test.data_hash]),
+            data_hash=hash_json([train.data_hash, test.data_hash]),
             protocol=f"{len(readings_of(config, model)) * len(config.rates)} heads, {grid}, {config.steps:,} steps",
             settings=config.model_dump(mode="json") | chosen,
             metric=metric,

@@ -20,9 +20,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from curation import storage
 from curation.config import Settings
 from curation.errors import InputError
+from curation.files import paths
+from curation.files.hashes import hash_json
 from curation.progress import bar
 from curation.runner import InlineRunner, Runner
 from evaluation import datasets, features
@@ -114,7 +115,7 @@ def run(
 
     Of several ranks the first one fits; the others find nothing.
     """
-    started, cache = time.perf_counter(), cache or storage.join(output, "cache")
+    started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     train, test = datasets.load_pair(
         config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
     )
@@ -143,7 +144,7 @@ def run(
             dataset=config.name,
             model=model.name,
             model_hash=model.hash,
-            data_hash=storage.hash_json([train.data_hash, test.data_hash]),
+            data_hash=hash_json([train.data_hash, test.data_hash]),
             protocol=f"L-BFGS, best of {len(config.c)} C",
             settings=config.model_dump(mode="json") | {"chosen_c": c, "held_out_top_1": share},
             metric=metric,

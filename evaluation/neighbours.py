@@ -5,8 +5,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from curation import storage
 from curation.config import Settings
+from curation.files import paths
 from curation.images import to_shape
 from curation.runner import InlineRunner, Runner
 from evaluation import datasets, features, visualize
@@ -52,7 +52,7 @@ def run(
     config: NeighboursConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> Picture | None:
     """Draw one sheet below `output`, on the first rank; features are kept in `cache`, <output>/cache when None."""
-    cache = cache or storage.join(output, "cache")
+    cache = cache or paths.join(output, "cache")
     split = datasets.load(config.split, cache, runner or InlineRunner())
     found = features.extract(model, split, config.pictures, cache, runner)
     if not model.world.is_first:

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from curation import storage
 from curation.errors import InputError
+from curation.files import paths
 from curation.markup import Markup, tag
 from evaluation import results, visualize
 from evaluation.published import Published, beside
@@ -54,15 +54,15 @@ def write(output: str) -> str:
 
     The same results and pictures give the same bytes.
     """
-    path = storage.join(output, REPORT_FILE)
+    path = paths.join(output, REPORT_FILE)
     found = results.latest(results.read(output))
     pictures = [
-        (picture, _read_png(storage.join(output, PICTURES_FOLDER, picture.file)))
+        (picture, _read_png(paths.join(output, PICTURES_FOLDER, picture.file)))
         for picture in visualize.read_pictures(output)
     ]
     if not found and not pictures:
         raise InputError(f"'{output}' has neither results nor pictures to report. Run an evaluation first.")
-    storage.write_bytes(path, page(found, pictures).encode())
+    paths.write_bytes(path, page(found, pictures).encode())
     return path
 
 
@@ -355,9 +355,9 @@ def _pictures(kind: Kind, title: str, pictures: Sequence[tuple[Picture, bytes]])
 
 
 def _read_png(path: str) -> bytes:
-    if not storage.exists(path):
+    if not paths.exists(path):
         raise InputError(f"No picture at '{path}', which pictures.jsonl names. Draw it again, or remove its line.")
-    data = storage.read_bytes(path)
+    data = paths.read_bytes(path)
     if not data.startswith(PNG_SIGNATURE):
         raise InputError(f"{path} is not a PNG. Draw it again.")
     return data

@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from curation import storage
 from curation.config import Settings
 from curation.errors import InputError
+from curation.files import paths
 
 RESULTS_FILE = "results.jsonl"
 
@@ -51,10 +51,10 @@ def append(folder: str, result: Result) -> None:
     On a local disk the line is appended in one write, so two processes do not mix theirs; elsewhere the file is written
     anew.
     """
-    path = storage.join(folder, RESULTS_FILE)
+    path = paths.join(folder, RESULTS_FILE)
     line = (result.model_dump_json() + "\n").encode()
-    fs, inner = storage.filesystem(path)
-    if storage.is_local(path):
+    fs, inner = paths.filesystem(path)
+    if paths.is_local(path):
         os.makedirs(os.path.dirname(inner), exist_ok=True)
         descriptor = os.open(inner, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -63,17 +63,17 @@ def append(folder: str, result: Result) -> None:
         finally:
             os.close(descriptor)
         return
-    before = storage.read_bytes(path) if fs.exists(inner) else b""
-    storage.write_bytes(path, before + line)
+    before = paths.read_bytes(path) if fs.exists(inner) else b""
+    paths.write_bytes(path, before + line)
 
 
 def read(folder: str) -> list[Result]:
     """The records in `folder`, oldest first; none where there is no file. Raises InputError for a damaged line."""
-    path = storage.join(folder, RESULTS_FILE)
-    if not storage.exists(path):
+    path = paths.join(folder, RESULTS_FILE)
+    if not paths.exists(path):
         return []
     found = []
-    for number, line in enumerate(storage.read_bytes(path).splitlines(), 1):
+    for number, line in enumerate(paths.read_bytes(path).splitlines(), 1):
         try:
             found.append(Result.model_validate_json(line))
         except ValidationError as error:

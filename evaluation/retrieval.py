@@ -34,13 +34,15 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from curation import efficientnet, storage
+from curation import efficientnet
 from curation.config import Settings
 from curation.devices import require_device
 from curation.embedders import MAX_ASPECT
 from curation.errors import InputError
+from curation.files import paths
+from curation.files.hashes import hash_json
+from curation.files.prefetch import prefetch
 from curation.images import ImageLimits, ImageRejected, Picture, decode_picture, decode_rgb, to_shape
-from curation.prefetch import prefetch
 from curation.runner import InlineRunner, Runner
 from curation.sources import SourceConfig, list_files
 from curation.world import all_ranks, gather_rows
@@ -305,14 +307,14 @@ class Revisited(NamedTuple):
 
 def read_revisited(data: RevisitedData) -> Revisited:
     """The lists and the ground truth. Raises InputError for a file that is not there or not as published."""
-    names = [name for name in storage.list_names(data.path) if name.startswith("gnd_") and name.endswith(".pkl")]
+    names = [name for name in paths.list_names(data.path) if name.startswith("gnd_") and name.endswith(".pkl")]
     if len(names) != 1:
         raise InputError(
             f"{data.path}: expected one ground truth, gnd_roxford5k.pkl or gnd_rparis6k.pkl, beside jpg/. Found: "
             f"{', '.join(names) or 'none'}."
         )
-    place = storage.join(data.path, names[0])
-    content = plain_pickle.loads(storage.read_bytes(place), place)  # calls nothing that the file names
+    place = paths.join(data.path, names[0])
+    content = plain_pickle.loads(paths.read_bytes(place), place)  # calls nothing that the file names
     try:
         images, queries, truths = ([*content[key]] for key in ("imlist", "qimlist", "gnd"))
         if not queries or len(queries) != len(truths) or not all(isinstance(one, str) for one in (*images, *queries)):
@@ -326,7 +328,7 @@ def read_revisited(data: RevisitedData) -> Revisited:
         ) from None
 
     def path_of(name: str) -> str:
-        return storage.join(data.path, "jpg", f"{name}.jpg")
+        return paths.join(data.path, "jpg", f"{name}.jpg")
 
     asked = [Photo(path_of(name), box) for name, box in zip(queries, boxes, strict=True)]
     return Revisited(asked, [Photo(path_of(name)) for name in images], rows)
@@ -364,12 +366,12 @@ class Met(NamedTuple):
 
 def read_met(data: MetData, name: str) -> Met:
     """One list of the ground truth, "MET_database.json", "testset.json" or "valset.json". Raises InputError."""
-    place = storage.join(data.path, "ground_truth", name)
+    place = paths.join(data.path, "ground_truth", name)
     try:
-        entries = json.loads(storage.read_bytes(place))
+        entries = json.loads(paths.read_bytes(place))
         key = "id" if name == data.database else "MET_id"
         labels = [int(entry[key]) if key in entry or name == data.database else -1 for entry in entries]
-        photos = [Photo(storage.join(data.path, "images", str(entry["path"]))) for entry in entries]
+        photos = [Photo(paths.join(data.path, "images", str(entry["path"]))) for entry in entries]
         if not photos:
             raise ValueError("no images")
     except FileNotFoundError:
@@ -385,11 +387,11 @@ def read_amstertime(data: AmsterTimeData) -> tuple[list[Photo], list[Photo]]:
     """The archive's images, and those of the streets in the same order. Raises InputError where one has no other."""
     sides = []
     for side in ("old", "new"):
-        folder = storage.join(data.path, side)
-        if not storage.is_folder(folder):
+        folder = paths.join(data.path, side)
+        if not paths.is_folder(folder):
             raise InputError(f"No folder '{folder}'. Give the folder that holds old/ and new/.")
         files = list_files(SourceConfig(name="amstertime", path=folder, role="holdout"))
-        own = {file.path.rpartition(".")[0]: Photo(storage.join(folder, file.path)) for file in files}
+        own = {file.path.rpartition(".")[0]: Photo(paths.join(folder, file.path)) for file in files}
         if len(own) < len(files):
             raise InputError(f"{folder}: {len(files)} files have {len(own)} names but for their extensions.")
         sides.append(own)
@@ -419,11 +421,11 @@ class _Seen:
 def _look(model: Model, photos: Sequence[Photo], view: ViewConfig, cache: str) -> _Seen:
     """The features of `photos`, from `<cache>/retrieval/` where the same model has seen the same bytes the same way."""
     hashes = prefetch(lambda photo: hashlib.sha256(_read(photo.path)).hexdigest(), photos, threads=READERS)
-    content = storage.hash_json([[own, photo.box] for own, photo in zip(hashes, photos, strict=True)])
-    key = storage.hash_json([model.hash, content, view.resize, view.image_size])
-    place = storage.join(cache, "retrieval", f"{key[:32]}.npy")
-    if all_ranks(storage.exists(place)):
-        found = torch.from_numpy(np.load(io.BytesIO(storage.read_bytes(place)), allow_pickle=False))
+    content = hash_json([[own, photo.box] for own, photo in zip(hashes, photos, strict=True)])
+    key = hash_json([model.hash, content, view.resize, view.image_size])
+    place = paths.join(cache, "retrieval", f"{key[:32]}.npy")
+    if all_ranks(paths.exists(place)):
+        found = torch.from_numpy(np.load(io.BytesIO(paths.read_bytes(place)), allow_pickle=False))
     else:
         share = model.world.share(len(photos))
         own = _compute(model, photos[share.start : share.stop], view)
@@ -431,7 +433,7 @@ def _look(model: Model, photos: Sequence[Photo], view: ViewConfig, cache: str) -
         if model.world.is_first:
             buffer = io.BytesIO()
             np.save(buffer, found.numpy(), allow_pickle=False)
-            storage.write_bytes(place, buffer.getvalue())
+            paths.write_bytes(place, buffer.getvalue())
     return _Seen(found, content)
 
 
@@ -487,7 +489,7 @@ def see(photo: Photo, view: ViewConfig, multiple: int) -> Tensor:
 
 def _read(path: str) -> bytes:
     try:
-        return storage.read_bytes(path)
+        return paths.read_bytes(path)
     except FileNotFoundError:
         raise InputError(
             f"No image at '{path}'. The dataset is not complete, or not in its published layout."
@@ -517,7 +519,7 @@ def run(
     `runner` reads and embeds "labelled" sets. Raises InputError for data that is missing or not as published.
     """
     started = time.perf_counter()
-    cache = cache or storage.join(output, "cache")
+    cache = cache or paths.join(output, "cache")
     match config.data:
         case RevisitedData():
             found = _run_revisited(config.data, config.cutoffs, model, cache)
@@ -568,7 +570,7 @@ def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: Model, ca
     truth = [[rows[key].tolist() for key in sorted(rows)] for rows in published.rows]
     return Found(
         values,
-        storage.hash_json([queries.hash, database.hash, truth]),
+        hash_json([queries.hash, database.hash, truth]),
         {"queries": {difficulty: len(own) for difficulty, own in scores.items()}},
     )
 
@@ -619,7 +621,7 @@ def _run_met(data: MetData, model: Model, cache: str) -> Found:
     protocol = f"{data.database.removesuffix('.json')}, {_view_name(data.view)}"
     return Found(
         {(protocol, metric): value for metric, value in values.items()},
-        storage.hash_json(hashes),
+        hash_json(hashes),
         {"chosen": {"neighbors": chosen[0], "scale": chosen[1]}},
     )
 
@@ -631,7 +633,7 @@ def _run_amstertime(data: AmsterTimeData, model: Model, cache: str) -> Found:
     back = paired_precisions(new.features, old.features, device=device)
     protocols = {"both ways": there + back, "archive to street": there, "street to archive": back}
     values = {(f"{name}, {_view_name(data.view)}", "mAP"): _mean(found) for name, found in protocols.items()}
-    return Found(values, storage.hash_json([old.hash, new.hash]), {"pairs": len(there)})
+    return Found(values, hash_json([old.hash, new.hash]), {"pairs": len(there)})
 
 
 def _run_labelled(data: LabelledData, cutoffs: Sequence[int], model: Model, cache: str, runner: Runner | None) -> Found:

@@ -25,9 +25,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from curation import storage
 from curation.config import Settings
 from curation.errors import InputError
+from curation.files import paths
+from curation.files.hashes import hash_json
 from curation.runner import InlineRunner, Runner
 from evaluation import datasets, linear
 from evaluation.datasets import Split, SplitConfig
@@ -90,7 +91,7 @@ def run(
 
     Raises UserError kin.
     """
-    started, cache = time.perf_counter(), cache or storage.join(output, "cache")
+    started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     runner = runner or InlineRunner()
     train = datasets.load(config.linear.train, cache, runner)
     head = linear.fitted(config.linear, model, train, cache)
@@ -99,7 +100,7 @@ def run(
         hashes = []
         for corruption in sorted(config.alexnet_errors):
             for severity in SEVERITIES:
-                split = _load(storage.join(config.path, corruption, severity), train, cache, runner)
+                split = _load(paths.join(config.path, corruption, severity), train, cache, runner)
                 right = _predicted(config, head, model, split) == split.labels
                 errors.setdefault(corruption, []).append(1 - float(right.double().mean()))
                 hashes.append(split.data_hash)
@@ -109,11 +110,11 @@ def run(
         predicted, hashes = _predicted(config, head, model, split), [split.data_hash]
         if config.kind == "real":
             assert config.real_labels is not None
-            content = storage.read_bytes(config.real_labels) if storage.exists(config.real_labels) else None
+            content = paths.read_bytes(config.real_labels) if paths.exists(config.real_labels) else None
             if content is None:
                 raise InputError(f"There is no file at '{config.real_labels}', which real_labels names.")
             metric, value = "ReaL", real_accuracy(predicted, _allowed(split, json.loads(content), config.real_labels))
-            hashes.append(storage.hash_json(json.loads(content)))
+            hashes.append(hash_json(json.loads(content)))
         else:
             metric, value = "top-1", float((predicted == split.labels).double().mean())
     return [
@@ -122,7 +123,7 @@ def run(
             dataset=config.name,
             model=model.name,
             model_hash=model.hash,
-            data_hash=storage.hash_json([train.data_hash, *hashes]),
+            data_hash=hash_json([train.data_hash, *hashes]),
             protocol=f"linear head of {config.linear.name}",
             settings=config.model_dump(mode="json") | {"chosen_rate": head.rate},
             metric=metric,

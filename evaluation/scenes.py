@@ -19,11 +19,12 @@ from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from curation import storage
 from curation.config import Settings
 from curation.errors import InputError
+from curation.files import paths
+from curation.files.hashes import hash_json
+from curation.files.prefetch import prefetch
 from curation.images import ImageLimits, ImageRejected, decode_rgb, read_header
-from curation.prefetch import prefetch
 from curation.sources import SourceConfig, list_files
 
 IGNORED = 255  # a pixel without a class, in every target here
@@ -152,33 +153,33 @@ Pair = tuple[str, str]  # an image and its mask
 
 
 def _ade20k(path: str, split: str) -> list[Pair]:
-    masks = storage.join(path, "annotations", split)
-    return _same_names(_by_stem(storage.join(path, "images", split)), _by_stem(masks), masks)
+    masks = paths.join(path, "annotations", split)
+    return _same_names(_by_stem(paths.join(path, "images", split)), _by_stem(masks), masks)
 
 
 def _cityscapes(path: str, split: str) -> list[Pair]:
-    masks = storage.join(path, "gtFine", split)
-    images = _by_stem(storage.join(path, "leftImg8bit", split), "_leftImg8bit")
+    masks = paths.join(path, "gtFine", split)
+    images = _by_stem(paths.join(path, "leftImg8bit", split), "_leftImg8bit")
     return _same_names(images, _by_stem(masks, "_gtFine_labelIds"), masks)
 
 
 def _voc2012(path: str, split: str) -> list[Pair]:
-    listing = storage.join(path, "ImageSets", "Segmentation", f"{split}.txt")
+    listing = paths.join(path, "ImageSets", "Segmentation", f"{split}.txt")
     try:
-        names = storage.read_bytes(listing).decode().split()
+        names = paths.read_bytes(listing).decode().split()
     except FileNotFoundError:
         raise InputError(f"No list of images at '{listing}'. Give the folder VOCdevkit/VOC2012.") from None
     if not names:
         raise InputError(f"{listing}: names no image.")
     return [
-        (storage.join(path, "JPEGImages", f"{name}.jpg"), storage.join(path, "SegmentationClass", f"{name}.png"))
+        (paths.join(path, "JPEGImages", f"{name}.jpg"), paths.join(path, "SegmentationClass", f"{name}.png"))
         for name in names
     ]
 
 
 def _by_stem(folder: str, suffix: str = "") -> dict[str, str]:
     """Paths by what they are called below `folder`, without the extension and the suffix, which they must have."""
-    if not storage.is_folder(folder):
+    if not paths.is_folder(folder):
         raise InputError(f"No folder '{folder}'. Check the path of the dataset.")
     found: dict[str, str] = {}
     for file in list_files(SourceConfig(name="segmentation", path=folder, role="holdout")):
@@ -187,7 +188,7 @@ def _by_stem(folder: str, suffix: str = "") -> dict[str, str]:
             name = stem.removesuffix(suffix)
             if name in found:
                 raise InputError(f"{folder}: two files are called '{name}' but for their extension. Remove one.")
-            found[name] = storage.join(folder, file.path)
+            found[name] = paths.join(folder, file.path)
     if not found:
         raise InputError(f"{folder}: no image files{f' that end in {suffix}' if suffix else ''}.")
     return found
@@ -217,7 +218,7 @@ def _file_scenes(pairs: Sequence[Pair], lookup: np.ndarray, num_classes: int) ->
         return Scene(image, target)
 
     hashes = prefetch(_checked_hashes, pairs)
-    hashed = storage.hash_json([own for pair in hashes for own in pair])
+    hashed = hash_json([own for pair in hashes for own in pair])
     return Scenes(tuple(image for image, _ in pairs), num_classes, read, hashed)
 
 
@@ -283,7 +284,7 @@ def _read_image(path: str) -> Tensor:
 
 def _read_bytes(path: str) -> bytes:
     try:
-        return storage.read_bytes(path)
+        return paths.read_bytes(path)
     except FileNotFoundError:
         raise InputError(f"No file at '{path}'.") from None
     except OSError as error:
@@ -326,8 +327,8 @@ def _stamp_scenes(data: StampData) -> tuple[Scenes, Scenes]:
                 "class needs two, and so do the backgrounds."
             )
         facts = [data.model_dump(mode="json"), number, [*of_class, behind]]
-        paths = [backgrounds[key] for key in behind]
-        split.append(_pasted_scenes(data, number, count, chosen, paths, len(classes) + 1, storage.hash_json(facts)))
+        files = [backgrounds[key] for key in behind]
+        split.append(_pasted_scenes(data, number, count, chosen, files, len(classes) + 1, hash_json(facts)))
     return split[0], split[1]
 
 

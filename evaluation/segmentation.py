@@ -24,10 +24,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curation import storage
 from curation.config import Settings
 from curation.errors import InputError
-from curation.prefetch import prefetch
+from curation.files.hashes import hash_json
+from curation.files.prefetch import prefetch
 from curation.world import World, gather_rows, sum_over_ranks
 from evaluation.features import Model
 from evaluation.results import Result
@@ -419,7 +419,7 @@ def run(config: SegmentationConfig, model: Model, output: str) -> list[Result]:
             dataset=config.name,
             model=model.name,
             model_hash=model.hash,
-            data_hash=storage.hash_json([train.hash, test.hash]),
+            data_hash=hash_json([train.hash, test.hash]),
             protocol=_protocol_name(protocol),
             settings=settings,
             metric=metric,

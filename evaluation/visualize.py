@@ -32,10 +32,10 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from curation import storage
 from curation.backbone import Block, VisionTransformer
 from curation.config import Settings
 from curation.errors import InputError
+from curation.files import paths
 from curation.images import ImageLimits, ImageRejected, decode_picture, to_shape
 from evaluation import knn
 from evaluation.features import Model
@@ -275,7 +275,7 @@ def framed(picture: Pixels, color: tuple[int, int, int], width: int = 4) -> Pixe
 def read_square(path: str, size: int) -> Tensor:
     """The largest square in the middle of a picture, (3, size, size) uint8. Raises InputError."""
     try:
-        picture = decode_picture(storage.read_bytes(path), ImageLimits(), target_side=size)
+        picture = decode_picture(paths.read_bytes(path), ImageLimits(), target_side=size)
     except (ImageRejected, FileNotFoundError) as error:
         raise InputError(f"Cannot read the picture '{path}': {error}.") from None
     return torch.from_numpy(to_shape(picture, (size, size), crop=True).copy())
@@ -285,23 +285,23 @@ def save(output: str, kind: Kind, model: Model, pixels: Pixels, caption: str, *,
     """Write a PNG below `output` and note it for the report. `part` tells pictures of one kind apart."""
     words = re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{part}-{model.name}").strip("-")
     record = Picture(file=f"{words[:80]}-{model.hash[:8]}.png", kind=kind, model=model.name, caption=caption)
-    folder = storage.join(output, PICTURES_FOLDER)
+    folder = paths.join(output, PICTURES_FOLDER)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    storage.write_bytes(storage.join(folder, record.file), buffer.getvalue())
-    path = storage.join(folder, PICTURES_FILE)
-    before = storage.read_bytes(path) if storage.exists(path) else b""
-    storage.write_bytes(path, before + record.model_dump_json().encode() + b"\n")
+    paths.write_bytes(paths.join(folder, record.file), buffer.getvalue())
+    path = paths.join(folder, PICTURES_FILE)
+    before = paths.read_bytes(path) if paths.exists(path) else b""
+    paths.write_bytes(path, before + record.model_dump_json().encode() + b"\n")
     return record
 
 
 def read_pictures(output: str) -> list[Picture]:
     """The pictures below `output`, oldest first; none where there are none. Raises InputError for a damaged line."""
-    path = storage.join(output, PICTURES_FOLDER, PICTURES_FILE)
-    if not storage.exists(path):
+    path = paths.join(output, PICTURES_FOLDER, PICTURES_FILE)
+    if not paths.exists(path):
         return []
     found: dict[str, Picture] = {}
-    for number, line in enumerate(storage.read_bytes(path).splitlines(), 1):
+    for number, line in enumerate(paths.read_bytes(path).splitlines(), 1):
         try:
             picture = Picture.model_validate_json(line)
         except ValidationError:

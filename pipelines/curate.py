@@ -24,11 +24,14 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from curation import cluster, command, dedup, embed, ingest, journal, pack, pairs, profiles, retrieve, storage
+from curation import cluster, command, dedup, embed, ingest, journal, pack, pairs, profiles, retrieve
 from curation.cluster import ClusterConfig
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import DedupConfig
 from curation.embed import EmbedConfig
+from curation.engine.manifest import MANIFEST_NAME
+from curation.files import paths
+from curation.files.folder_lock import sole_writer
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.pairs import PairsConfig
@@ -119,11 +122,11 @@ class CurateConfig(Settings):
 
 def run(config: CurateConfig, output: str, runner: Runner, *, replace: bool = False) -> None:
     """Run every stage that is not done, and write the report."""
-    folder = {stage: storage.join(output, stage) for stage in STAGES}
+    folder = {stage: paths.join(output, stage) for stage in STAGES}
     images, vectors, descriptors = folder["ingest"], folder["embed"], folder["describe"]
     copies, kept, clusters, found = folder["pairs"], folder["dedup"], folder["cluster"], folder["retrieve"]
 
-    if not storage.exists(storage.join(output, "run.toml")):
+    if not paths.exists(paths.join(output, "run.toml")):
         _write_config(config, output)
     ingest.run(config.ingest, images, runner, replace=replace)
     embed.run(config.embed, images, vectors, runner, replace=replace)
@@ -157,8 +160,8 @@ def command_line(
     models, searches = (settings.embed, settings.describe), (settings.pairs.search, settings.retrieve.search)
     num_gpus = max(*(model.embedder.num_gpus for model in models), *(search.num_gpus for search in searches))
     with command.open_runner(runner, workers, gpus_per_worker=num_gpus) as chosen:
-        with storage.sole_writer(output), journal.keeping(output) as log:
-            if not all(storage.exists(storage.join(output, stage, storage.MANIFEST_NAME)) for stage in STAGES):
+        with sole_writer(output), journal.keeping(output) as log:
+            if not all(paths.exists(paths.join(output, stage, MANIFEST_NAME)) for stage in STAGES):
                 log.start()
             run(settings, output, chosen, replace=replace)
     report.print_summary(output)
@@ -175,9 +178,9 @@ def _with_tuples(value: Any) -> Any:
 
 def _write_config(config: CurateConfig, output: str) -> None:
     """Save the resolved config, unless this very text is there already."""
-    path, text = storage.join(output, "run.toml"), resolved_toml(config).encode()
-    if not storage.exists(path) or storage.read_bytes(path) != text:
-        storage.write_bytes(path, text)
+    path, text = paths.join(output, "run.toml"), resolved_toml(config).encode()
+    if not paths.exists(path) or paths.read_bytes(path) != text:
+        paths.write_bytes(path, text)
 
 
 if __name__ == "__main__":

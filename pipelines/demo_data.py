@@ -44,12 +44,13 @@ import typer
 from PIL import ExifTags, Image, ImageDraw, ImageEnhance, ImageFont, ImageOps, ImageStat
 from pydantic import Field
 
-from curation import command, progress, storage
+from curation import command, progress
 from curation.config import Settings, parse
+from curation.engine.manifest import MANIFEST_NAME, Manifest, Plan, ShardRecord, read_manifest, write_manifest
 from curation.errors import InputError, OutputMismatchError
+from curation.files import parquet, paths
 from curation.hashing import image_id
 from curation.images import ImageLimits, ImageRejected, RejectReason, decode_rgb
-from curation.storage import Manifest, Plan, ShardRecord
 
 STAMPS = "tuxpaint-stamps-default"
 DRAWINGS = "openclipart-png"
@@ -134,7 +135,7 @@ def run(config: DemoDataConfig, output: Path, packages: Path | None = None) -> M
     plan = Plan(stage="demo_data", config=config.model_dump(), inputs=_hashes(debs), num_shards=1)
     shard = ShardRecord(name="demo", files=files, totals=_count_images(tree))
     manifest = Manifest(plan=plan, shards=(shard,), totals=shard.totals, rejects={})
-    storage.write_manifest(str(tree), manifest)
+    write_manifest(str(tree), manifest)
     tree.rename(output)
     shutil.rmtree(partial)
     progress.say(
@@ -147,10 +148,10 @@ def _finished(config: DemoDataConfig, output: Path, debs: dict[str, Path] | None
     """The manifest of complete demo data in `output`; None where there is nothing. Raises OutputMismatchError."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
-    manifest = storage.read_manifest(str(output)) if output.is_dir() else None
+    manifest = read_manifest(str(output)) if output.is_dir() else None
     if manifest is None:
         raise OutputMismatchError(
-            f"'{output}' is there, but without {storage.MANIFEST_NAME} it is not demo data. Give another --output."
+            f"'{output}' is there, but without {MANIFEST_NAME} it is not demo data. Give another --output."
         )
     inputs = manifest.plan.inputs if debs is None else _hashes(debs)
     wanted = Plan(stage="demo_data", config=config.model_dump(), inputs=inputs, num_shards=1)
@@ -305,7 +306,7 @@ class Original(NamedTuple):
     picture: Image.Image
 
 
-def _plant(config: DemoDataConfig, tree: Path) -> tuple[storage.FileRecord, storage.FileRecord]:
+def _plant(config: DemoDataConfig, tree: Path) -> tuple[paths.FileRecord, paths.FileRecord]:
     """Write planted/ and odd/ and their tables; return what the tables are."""
     unique = _unique_images(tree)
     pool = _originals(tree, unique, "pool", _generator(config, "originals", "pool"))
@@ -334,7 +335,7 @@ def _plant(config: DemoDataConfig, tree: Path) -> tuple[storage.FileRecord, stor
                     }
                 )
                 advance(1, "")
-    planted = storage.write_table(str(tree / "planted.parquet"), pa.Table.from_pylist(rows, PLANTED))
+    planted = parquet.write_table(str(tree / "planted.parquet"), pa.Table.from_pylist(rows, PLANTED))
     return planted, _plant_odd_files(tree, pool)
 
 
@@ -478,7 +479,7 @@ def _encode(picture: Image.Image, format: str, **options: Any) -> bytes:
 # The odd files
 
 
-def _plant_odd_files(tree: Path, originals: Iterator[Original]) -> storage.FileRecord:
+def _plant_odd_files(tree: Path, originals: Iterator[Original]) -> paths.FileRecord:
     """Write the files of odd/, and what should become of each to odd.parquet."""
     rows = []
     for name, original, data, expected, description in _odd_files(originals):
@@ -492,7 +493,7 @@ def _plant_odd_files(tree: Path, originals: Iterator[Original]) -> storage.FileR
                 "description": description,
             }
         )
-    return storage.write_table(str(tree / "odd.parquet"), pa.Table.from_pylist(rows, ODD))
+    return parquet.write_table(str(tree / "odd.parquet"), pa.Table.from_pylist(rows, ODD))
 
 
 def _odd_files(originals: Iterator[Original]) -> Iterator[tuple[str, str | None, bytes, str, str]]:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from curation import sources, storage
+from curation import sources
 from curation.backbone import SIZES
 from curation.config import Settings
 from curation.embedders import EmbedderConfig, split_name
+from curation.files import paths
 from curation.index import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL, SearchConfig
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def count_images(config: "CurateConfig") -> tuple[dict[str, int], float]:
     """
     counts, size, files = dict(config.stated_counts), 0, 0
     for source in config.ingest.sources:
-        if source.name in counts or not storage.is_local(source.path) or not storage.exists(source.path):
+        if source.name in counts or not paths.is_local(source.path) or not paths.exists(source.path):
             continue
         found = sources.list_files(source)
         own = sum(file.size for file in found)

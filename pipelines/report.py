@@ -17,9 +17,12 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from curation import markup, progress, storage
+from curation import markup, progress
 from curation.config import Settings, load
+from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError
+from curation.files import paths
+from curation.files.hashes import hash_json
 from curation.markup import Markup, clip, join, quoted, tag
 from pipelines import report_facts
 from pipelines.report_facts import (
@@ -73,19 +76,19 @@ class ReportConfig(Settings):
 
 def run(config: ReportConfig, output: str) -> None:
     """Write the report of the finished run in `output`. Raises InputError when a stage is not done."""
-    path, fingerprint = storage.join(output, REPORT_NAME), _fingerprint(config, output)
+    path, fingerprint = paths.join(output, REPORT_NAME), _fingerprint(config, output)
     if _written_fingerprint(path) == fingerprint:
         progress.say("report: already done, nothing to do")
         return
     finished = report_facts.read_run(output, read_concepts(config))
     html = _write(_choose(config, finished), config, finished, fingerprint)
-    file = storage.write_bytes(path, html.encode())
+    file = paths.write_bytes(path, html.encode())
     progress.say(f"report: {path}, {file.bytes / 1e6:.1f} MB")
 
 
 def print_summary(output: str) -> None:
     """Print the funnel, what each seed dataset brought and the share of the right concept, on standard output."""
-    config = load(ReportConfig, storage.join(output, CONFIG_NAME), section="report")
+    config = load(ReportConfig, paths.join(output, CONFIG_NAME), section="report")
     finished = report_facts.read_run(output, read_concepts(config))
     console = Console(markup=False, emoji=False, highlight=False)  # names are the user's, and no markup
     steps = report_facts.funnel(finished)
@@ -94,31 +97,31 @@ def print_summary(output: str) -> None:
     datasets = report_facts.datasets(finished)
     console.print(_datasets_on_terminal(datasets))
     console.print("\n" + _same_concept_rule(config, datasets))
-    console.print(f"The report is {storage.join(output, REPORT_NAME)}", soft_wrap=True)
+    console.print(f"The report is {paths.join(output, REPORT_NAME)}", soft_wrap=True)
 
 
 def read_concepts(config: ReportConfig) -> Concepts:
     """The concepts that the config names. Raises ConfigError when the file is missing or wrong."""
     if config.concepts is None:
         return Concepts()
-    if not storage.exists(config.concepts):
+    if not paths.exists(config.concepts):
         raise ConfigError(f"report.concepts: no file at '{config.concepts}'. Correct the path, or leave it out.")
     return load(Concepts, config.concepts)
 
 
 def _fingerprint(config: ReportConfig, output: str) -> str:
     """Changes when anything does that the page is made from: the run, the concepts or this code."""
-    paths = [storage.join(output, stage, storage.MANIFEST_NAME) for stage in STAGES]
-    paths += [storage.join(output, CONFIG_NAME)] + ([config.concepts] if config.concepts else [])
-    paths += [module for module in (__file__, markup.__file__, report_facts.__file__) if module]
-    parts = [hashlib.sha256(storage.read_bytes(path)).hexdigest() if storage.exists(path) else None for path in paths]
-    return storage.hash_json([config.model_dump(mode="json"), *parts])
+    files = [paths.join(output, stage, MANIFEST_NAME) for stage in STAGES]
+    files += [paths.join(output, CONFIG_NAME)] + ([config.concepts] if config.concepts else [])
+    files += [module for module in (__file__, markup.__file__, report_facts.__file__) if module]
+    parts = [hashlib.sha256(paths.read_bytes(path)).hexdigest() if paths.exists(path) else None for path in files]
+    return hash_json([config.model_dump(mode="json"), *parts])
 
 
 def _written_fingerprint(path: str) -> str | None:
-    if not storage.exists(path):
+    if not paths.exists(path):
         return None
-    with storage.open_read(path) as file:
+    with paths.open_read(path) as file:
         return markup.read_fingerprint(file.read(1000).decode(errors="replace"))
 
 
@@ -604,9 +607,9 @@ def _run(finished: FinishedRun) -> Markup:
         )
         for stage, manifest in finished.manifests.items()
     ]
-    path = storage.join(finished.folder, CONFIG_NAME)
-    if storage.exists(path):
-        text = tag("pre", storage.read_bytes(path).decode())
+    path = paths.join(finished.folder, CONFIG_NAME)
+    if paths.exists(path):
+        text = tag("pre", paths.read_bytes(path).decode())
         config = tag("details", tag("summary", f"The config, with every default ({CONFIG_NAME})"), text)
     else:
         config = tag("p", f"The stages were run one by one: there is no {CONFIG_NAME}.")

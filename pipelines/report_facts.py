@@ -16,13 +16,14 @@ import pyarrow.compute as pc
 from PIL import Image
 from pydantic import Field
 
-from curation import cluster, index, ingest, pack, records, retrieve, storage
+from curation import cluster, index, ingest, pack, retrieve
 from curation.config import Settings
 from curation.dedup import kept_shards, read_kept
+from curation.engine.manifest import Manifest, require_manifest
 from curation.errors import InputError
+from curation.files import parquet, paths, schemas
 from curation.images import ImageLimits, decode_rgb
 from curation.sources import ReferenceReader
-from curation.storage import Manifest
 
 # The folders of a run that the report reads.
 STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus")
@@ -73,36 +74,36 @@ class FinishedRun:
 
     def file(self, stage: str, name: str) -> str:
         """The path of a stage's file."""
-        return storage.join(self.folder, stage, name)
+        return paths.join(self.folder, stage, name)
 
     def tables(self, stage: str, kind: str, schema: pa.Schema, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The tables `<kind>-*` of a stage, one at a time, in shard order."""
         for file in self.manifests[stage].files(kind):
-            yield storage.read_table(self.file(stage, file), schema, columns)
+            yield parquet.read_table(self.file(stage, file), schema, columns)
 
 
 def read_run(folder: str, concepts: Concepts) -> FinishedRun:
     """Read a finished run. Raises InputError for a stage that is not done."""
-    manifests = {stage: storage.require_manifest(storage.join(folder, stage)) for stage in STAGES}
-    images = ingest.read_images(storage.join(folder, "ingest"), ["image_id", "source", "role", "label"])
+    manifests = {stage: require_manifest(paths.join(folder, stage)) for stage in STAGES}
+    images = ingest.read_images(paths.join(folder, "ingest"), ["image_id", "source", "role", "label"])
     decisions = ["component_id", "kept", "reason"]
     decided = pa.concat_tables(
-        storage.read_table(storage.join(folder, "dedup", file), records.DUPLICATES, ["image_id", *decisions])
+        parquet.read_table(paths.join(folder, "dedup", file), schemas.DUPLICATES, ["image_id", *decisions])
         for file in manifests["dedup"].files("duplicates")
     )
     if not images["image_id"].equals(decided["image_id"]):
         raise InputError(f"'{folder}': ingest and dedup are of different images. Run dedup again with --replace.")
     for column in decisions:
         images = images.append_column(column, decided[column])
-    retrieved = retrieve.read_retrieved(storage.join(folder, "retrieve"))
+    retrieved = retrieve.read_retrieved(paths.join(folder, "retrieve"))
     same, chance = _compare_concepts(concepts, images, retrieved)
     return FinishedRun(
         folder=folder,
         manifests=manifests,
-        composition=json.loads(storage.read_bytes(storage.join(folder, "corpus", "composition.json"))),
+        composition=json.loads(paths.read_bytes(paths.join(folder, "corpus", "composition.json"))),
         images=images,
         retrieved=retrieved,
-        corpus_ids=pc.unique(pack.read_corpus(storage.join(folder, "corpus"))["image_id"]),
+        corpus_ids=pc.unique(pack.read_corpus(paths.join(folder, "corpus"))["image_id"]),
         same_concept=same,
         chance=chance,
     )
@@ -162,7 +163,7 @@ class SourceCounts:
 def by_source(run: FinishedRun) -> list[SourceCounts]:
     """What became of each source, in the order of the config."""
     rejected: dict[str, int] = {}
-    for table in run.tables("ingest", "rejects", records.REJECTS, ["source"]):
+    for table in run.tables("ingest", "rejects", schemas.REJECTS, ["source"]):
         for pair in table["source"].value_counts().to_pylist():
             rejected[pair["values"]] = rejected.get(pair["values"], 0) + pair["counts"]
     packed = pc.and_(run.images["kept"], pc.is_in(run.images["image_id"], value_set=run.corpus_ids))
@@ -197,7 +198,7 @@ class Rejects:
 def rejects(run: FinishedRun, num_examples: int) -> list[Rejects]:
     """The reasons for rejection, the most frequent first."""
     examples: dict[str, list[dict[str, str]]] = {reason: [] for reason in run.manifests["ingest"].rejects}
-    for table in run.tables("ingest", "rejects", records.REJECTS):
+    for table in run.tables("ingest", "rejects", schemas.REJECTS):
         for reason, found in examples.items():
             if len(found) < num_examples:
                 chosen = table.filter(pc.equal(table["reason"], reason))
@@ -352,10 +353,10 @@ def gallery(run: FinishedRun, dataset: Dataset, num_retrievals: int, num_seeds: 
 
 def _seeds_by_cluster(run: FinishedRun, dataset: str) -> dict[int, list[str]]:
     """The kept seeds of a dataset by the cluster that they fall into."""
-    centroids = cluster.read_centroids(storage.join(run.folder, "cluster"))
+    centroids = cluster.read_centroids(paths.join(run.folder, "cluster"))
     seeds: dict[int, list[str]] = {}
-    for shard in kept_shards(*(storage.join(run.folder, stage) for stage in ("ingest", "dedup", "embed"))):
-        sources = storage.read_table(shard.images, records.IMAGES, ["source"])["source"]
+    for shard in kept_shards(*(paths.join(run.folder, stage) for stage in ("ingest", "dedup", "embed"))):
+        sources = parquet.read_table(shard.images, schemas.IMAGES, ["source"])["source"]
         if not pc.any(pc.equal(sources, dataset)).as_py():
             continue
         image_ids, matrix = read_kept(shard, role="seed", source=dataset)
@@ -424,7 +425,7 @@ def groups(run: FinishedRun, num_groups: int, num_members: int) -> list[Group]:
     largest = run.manifests["dedup"].facts["largest_components"][:num_groups]
     wanted = pa.array([component for component, _ in largest], pa.string())
     members: dict[str, dict[str, Member]] = {component: {} for component, _ in largest}
-    for table in run.tables("dedup", "duplicates", records.DUPLICATES):
+    for table in run.tables("dedup", "duplicates", schemas.DUPLICATES):
         for row in table.filter(pc.is_in(table["component_id"], value_set=wanted)).to_pylist():
             group = members[row["component_id"]]
             before = group.get(row["image_id"])
@@ -459,7 +460,7 @@ def holdout_matches(run: FinishedRun, num_matches: int) -> list[Match]:
     """A random few of the seed and pool images that the holdout took away, each with the holdout's image."""
     holdout = run.images.filter(pc.equal(run.images["role"], "holdout"))["image_id"]
     found: dict[str, Match] = {}
-    for table in run.tables("dedup", "duplicates", records.DUPLICATES):
+    for table in run.tables("dedup", "duplicates", schemas.DUPLICATES):
         dropped = pc.and_(
             pc.equal(table["reason"], "holdout"), pc.invert(pc.is_in(table["image_id"], value_set=pc.unique(holdout)))
         )
@@ -534,11 +535,11 @@ def similarity_bins(run: FinishedRun, num_examples: int, max_examples: int) -> l
     examples: list[list[_Example]] = [[] for _ in counts]
     image_ids, first = np.unique(run.images["image_id"].to_numpy().astype("S32"), return_index=True)
     component = np.unique(run.images["component_id"].to_numpy().astype("S32"), return_inverse=True)[1][first]
-    for table in run.tables("pairs", "pairs", records.PAIRS):
+    for table in run.tables("pairs", "pairs", schemas.PAIRS):
         # In float32, as dedup compares, so that a pair counts on the side of the threshold on which it was decided.
         number = np.searchsorted(np.array(edges[1:-1], np.float32), table["similarity"].to_numpy(), side="right")
         counts += np.bincount(number, minlength=len(counts))
-        node = [np.searchsorted(image_ids, table[name].to_numpy().astype("S32")) for name in records.PAIRS.names[:2]]
+        node = [np.searchsorted(image_ids, table[name].to_numpy().astype("S32")) for name in schemas.PAIRS.names[:2]]
         for own_bin in np.unique(number):
             rows = np.flatnonzero(number == own_bin)
             # Nodes are in the order of hashes; multiplied (Knuth), each bin sees them in another order.
@@ -614,7 +615,7 @@ def read_pictures(run: FinishedRun, image_ids: Iterable[str], side: int, max_byt
     reader = ReferenceReader()
     pictures: dict[str, Picture] = {}
     for shard, rows in _rows_by_shard(run, image_ids).items():
-        table = storage.read_table(run.file("ingest", image_files[shard]), records.IMAGES).take(rows)
+        table = parquet.read_table(run.file("ingest", image_files[shard]), schemas.IMAGES).take(rows)
         small = _thumbnails(run.file("describe", thumbnails[shard]), table["image_id"]) if thumbnails else {}
         for row in table.to_pylist():
             if thumbnails:
@@ -649,7 +650,7 @@ def _rows_by_shard(run: FinishedRun, image_ids: Iterable[str]) -> dict[int, list
 
 
 def _thumbnails(path: str, image_ids: pa.ChunkedArray) -> dict[str, bytes]:
-    table = storage.read_table(path, records.THUMBNAILS)
+    table = parquet.read_table(path, schemas.THUMBNAILS)
     chosen = table.filter(pc.is_in(table["image_id"], value_set=image_ids.combine_chunks()))
     return dict(zip(chosen["image_id"].to_pylist(), chosen["thumbnail"].to_pylist(), strict=True))
 

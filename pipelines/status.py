@@ -17,8 +17,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from curation import command, journal, storage
+from curation import command, journal
+from curation.engine.manifest import MANIFEST_NAME, PROGRESS_NAME, done_shards, plan_in, require_manifest, step_folder
 from curation.errors import InputError
+from curation.files import paths
 from curation.journal import Driver, Note, StageTimes
 from curation.stage import PREPARED
 from pipelines.report_facts import STAGES
@@ -70,11 +72,11 @@ class RunStatus:
 def read(run: str, *, now: float | None = None) -> RunStatus:
     """The status of the run in the folder `run`, as of `now` (seconds since 1970). Raises InputError where none is."""
     now = time.time() if now is None else now
-    if not storage.is_folder(run):
-        raise InputError(f"No run at '{run}': {'it is a file' if storage.exists(run) else 'there is nothing'}.")
-    names = set(storage.list_names(run))
+    if not paths.is_folder(run):
+        raise InputError(f"No run at '{run}': {'it is a file' if paths.exists(run) else 'there is nothing'}.")
+    names = set(paths.list_names(run))
     if not names & {"run.toml", journal.FOLDER, *STAGES}:
-        what = "the folder of one stage" if storage.MANIFEST_NAME in names else "no folder that a run wrote"
+        what = "the folder of one stage" if MANIFEST_NAME in names else "no folder that a run wrote"
         raise InputError(f"No run at '{run}': it is {what}. Give what --output named for pipelines.curate.")
     for attempt in range(ATTEMPTS):
         try:
@@ -93,7 +95,7 @@ def _read(run: str, names: set[str], now: float) -> RunStatus:
     times = journal.times(run)
     stages: list[StageStatus] = []
     for name in STAGES:
-        stages += _stage(storage.join(run, name), name, state, notes, times, now) if name in names else [_left(name)]
+        stages += _stage(paths.join(run, name), name, state, notes, times, now) if name in names else [_left(name)]
     return RunStatus(run, driver, silent, state, journal.why_stopped(run), tuple(stages))
 
 
@@ -105,18 +107,18 @@ def _stage(
     folder: str, name: str, state: State, notes: Sequence[Note], times: dict[str, StageTimes], now: float
 ) -> list[StageStatus]:
     """The status of the stage in `folder`, and of the steps of an unfinished one behind it."""
-    if storage.exists(storage.join(folder, storage.MANIFEST_NAME)):
-        num_shards = times[name].num_shards if name in times else storage.require_manifest(folder).plan.num_shards
+    if paths.exists(paths.join(folder, MANIFEST_NAME)):
+        num_shards = times[name].num_shards if name in times else require_manifest(folder).plan.num_shards
         return [StageStatus(name, "done", num_shards, num_shards, (), (), None)]
-    plan = storage.plan_in(folder)
+    plan = plan_in(folder)
     if plan is None:
         return [_left(name)]
-    marked = storage.done_shards(folder) - {PREPARED}
+    marked = done_shards(folder) - {PREPARED}
     own = tuple(note for note in notes if note.stage == name and note.shard not in marked)
     steps: list[StageStatus] = []
-    for step in storage.list_names(storage.join(folder, storage.PROGRESS_NAME)):
-        path = storage.step_folder(folder, step)
-        if not step.endswith((".json", ".jsonl")) and storage.plan_in(path) is not None:
+    for step in paths.list_names(paths.join(folder, PROGRESS_NAME)):
+        path = step_folder(folder, step)
+        if not step.endswith((".json", ".jsonl")) and plan_in(path) is not None:
             steps += _stage(path, f"{name}/{step}", state, notes, times, now)
     log, seconds_left = times.get(name), None
     if state == "running" and log is not None and log.shards_since:

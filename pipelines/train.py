@@ -19,11 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from curation import command, records, storage
+from curation import command
 from curation.backbone import VisionTransformer
 from curation.config import load
 from curation.embedders import IMAGENET_NORMALIZATION
+from curation.engine.manifest import require_manifest
 from curation.errors import InputError
+from curation.files import parquet, paths, schemas
 from curation.images import ImageLimits, decode_picture, to_shape
 from curation.sources import ReferenceReader
 from evaluation import knn
@@ -77,8 +79,8 @@ def _labelled(images: str, side: int) -> tuple[Tensor, list[str], Tensor]:
     which are of the holdout (n,)."""
     columns = ["image_id", "uri", "offset", "length", "role", "label"]
     tables = [
-        storage.read_table(storage.join(images, name), records.IMAGES, columns)
-        for name in storage.require_manifest(images).files("images")
+        parquet.read_table(paths.join(images, name), schemas.IMAGES, columns)
+        for name in require_manifest(images).files("images")
     ]
     table = pa.concat_tables(tables)
     table = table.filter(pc.and_(pc.not_equal(table["role"], "pool"), pc.is_valid(table["label"])))

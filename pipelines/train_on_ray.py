@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from curation import command, config, storage
+from curation import command, config
 from curation.errors import DeviceError, InputError, UserError
+from curation.files import paths
 
 
 def run(
@@ -82,7 +83,7 @@ def _user_error(error: BaseException | None) -> UserError | None:
 
 
 def _absolute(output: str, name: str) -> str:
-    return storage.join(os.path.abspath(output) if storage.is_local(output) else output, name)
+    return paths.join(os.path.abspath(output) if paths.is_local(output) else output, name)
 
 
 def command_line(

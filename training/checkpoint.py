@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
-from curation import storage
 from curation.config import Settings
 from curation.errors import ConfigError, InputError, OutputMismatchError
+from curation.files import paths
 from curation.world import World, barrier
 
 RECORD_NAME = "checkpoint.json"
@@ -88,7 +88,7 @@ def save(
         written by the ranks that have them; a plain tensor is taken to be equal on all of them.
     progress, config: as JSON can hold them; equal on all ranks.
     """
-    final, temporary = _path(folder, step), Path(_local(folder)) / f"{storage.TEMPORARY_PREFIX}{PREFIX}{step:07d}"
+    final, temporary = _path(folder, step), Path(_local(folder)) / f"{paths.TEMPORARY_PREFIX}{PREFIX}{step:07d}"
     tensors = _flat(parts)
     said = _as_json({"progress": dict(progress), "config": dict(config)})  # fails on all ranks, or on none
     if world.is_first:
@@ -105,7 +105,7 @@ def save(
             tensors=_shapes(tensors),
             files={file.name: file.stat().st_size for file in sorted(temporary.iterdir())},
         )
-        storage.write_bytes(str(temporary / RECORD_NAME), (record.model_dump_json(indent=1) + "\n").encode())
+        paths.write_bytes(str(temporary / RECORD_NAME), (record.model_dump_json(indent=1) + "\n").encode())
         _set_aside(final)  # a run that went back to an earlier step comes by again
         os.rename(temporary, final)
         _sync(final.parent)
@@ -144,7 +144,7 @@ def load_tensors(path: str, prefix: str) -> dict[str, Tensor]:
 
 def steps(folder: str) -> list[int]:
     """The steps that `folder` has checkpoints of, in order."""
-    names = [name.removeprefix(PREFIX) for name in storage.list_names(folder) if name.startswith(PREFIX)]
+    names = [name.removeprefix(PREFIX) for name in paths.list_names(folder) if name.startswith(PREFIX)]
     return sorted(int(name) for name in names if name.isdecimal())
 
 
@@ -278,23 +278,23 @@ def _path(folder: str, step: int) -> Path:
 
 
 def _local(folder: str) -> str:
-    if not storage.is_local(folder):
+    if not paths.is_local(folder):
         raise ConfigError(
             f"'{folder}': checkpoints are written to a filesystem that is mounted, where a folder takes its name at "
             "once. Give such an --output, shared by all machines of the run, and copy what is to be kept."
         )
-    return storage.filesystem(folder)[1]
+    return paths.filesystem(folder)[1]
 
 
 def _set_aside(path: Path) -> None:
     """Take the checkpoint at `path` out of sight at once; deleting it takes a while, and may be cut short."""
     if path.exists():
-        os.rename(path, path.with_name(f"{storage.TEMPORARY_PREFIX}old-{path.name}"))
+        os.rename(path, path.with_name(f"{paths.TEMPORARY_PREFIX}old-{path.name}"))
 
 
 def _remove_unfinished(folder: str) -> None:
-    for name in storage.list_names(folder):
-        if name.startswith((f"{storage.TEMPORARY_PREFIX}{PREFIX}", f"{storage.TEMPORARY_PREFIX}old-")):
+    for name in paths.list_names(folder):
+        if name.startswith((f"{paths.TEMPORARY_PREFIX}{PREFIX}", f"{paths.TEMPORARY_PREFIX}old-")):
             shutil.rmtree(Path(_local(folder)) / name)
 
 

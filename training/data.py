@@ -45,14 +45,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from curation import ingest, records, storage
+from curation import ingest
 from curation.config import Settings
 from curation.embedders import IMAGENET_NORMALIZATION
+from curation.engine.manifest import read_manifest, require_manifest
 from curation.errors import ConfigError, InputError, OutputMismatchError, RejectBudgetError, UserError
+from curation.files import parquet, paths, schemas
+from curation.files.prefetch import prefetch
 from curation.hashing import image_id
 from curation.images import ImageLimits, ImageRejected, RejectReason
 from curation.ingest import IngestConfig
-from curation.prefetch import prefetch
 from curation.runner import Runner
 from curation.sources import PARQUET_URI, ReferenceReader, SourceConfig
 from training.augment import AugmentConfig, Pixels, make_crops
@@ -60,11 +62,11 @@ from training.masking import mask_token_weights
 
 SAMPLES = pa.schema(
     [
-        records.CORPUS.field("image_id"),
-        records.IMAGES.field("uri"),
-        records.IMAGES.field("offset"),
-        records.IMAGES.field("length"),
-        records.CORPUS.field("weight"),
+        schemas.CORPUS.field("image_id"),
+        schemas.IMAGES.field("uri"),
+        schemas.IMAGES.field("offset"),
+        schemas.IMAGES.field("length"),
+        schemas.CORPUS.field("weight"),
     ]
 )
 SAMPLES_FOLDER = "samples"
@@ -158,14 +160,14 @@ def prepare(config: DataConfig, output: str, runner: Runner) -> int:
 
     Raises InputError where there is no data, and OutputMismatchError where the output has other data's list.
     """
-    if not storage.is_local(output):
+    if not paths.is_local(output):
         raise InputError(
             f"The output '{output}' is not local: its list of samples is mapped into memory. Give a folder."
         )
     if config.layout == "corpus":
         folder, tables = config.path, _corpus_tables(config.path)
     else:
-        folder = config.path if config.layout == "images" else storage.join(output, "ingest")
+        folder = config.path if config.layout == "images" else paths.join(output, "ingest")
         if config.layout != "images":
             source = SourceConfig(
                 name="train", path=config.path, role="pool", layout=config.layout, image_column=config.image_column
@@ -177,14 +179,14 @@ def prepare(config: DataConfig, output: str, runner: Runner) -> int:
             if not _is_ingested(asked, folder):
                 ingest.run(asked, folder, runner)
         tables = _ingested_tables(folder)
-    samples = storage.join(output, SAMPLES_FOLDER)
+    samples = paths.join(output, SAMPLES_FOLDER)
     _list_samples(config, folder, tables, samples)
     return Samples(samples).num_samples
 
 
 def _is_ingested(asked: IngestConfig, folder: str) -> bool:
     """Whether this was listed before. The list then stands, whatever has become of the files: a run keeps its order."""
-    manifest = storage.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         return False
     found = IngestConfig.model_validate(manifest.plan.config, strict=False)
@@ -193,10 +195,10 @@ def _is_ingested(asked: IngestConfig, folder: str) -> bool:
 
 def _corpus_tables(folder: str) -> Iterator[pa.Table]:
     """SAMPLES of each tar of a finished corpus."""
-    names = [name for name in storage.require_manifest(folder).files("corpus") if name.endswith(".parquet")]
+    names = [name for name in require_manifest(folder).files("corpus") if name.endswith(".parquet")]
     if not names:
         raise InputError(f"'{folder}' holds no corpus: no corpus-*.parquet. Give the folder that pack wrote.")
-    with storage.open_read(storage.join(folder, names[0])) as file:
+    with paths.open_read(paths.join(folder, names[0])) as file:
         found = pq.ParquetFile(file).schema_arrow.names
     if missing := [name for name in ("offset", "length") if name not in found]:
         raise InputError(
@@ -204,31 +206,31 @@ def _corpus_tables(folder: str) -> Iterator[pa.Table]:
             f"column {' and '.join(missing)} in {names[0]}). Delete the folder and run pack again."
         )
     for name in names:
-        table = storage.read_table(storage.join(folder, name), records.CORPUS)
+        table = parquet.read_table(paths.join(folder, name), schemas.CORPUS)
         tars = table["shard"].combine_chunks().dictionary_encode()
-        paths = pa.array([storage.join(folder, tar) for tar in tars.dictionary.to_pylist()], pa.string())
+        files = pa.array([paths.join(folder, tar) for tar in tars.dictionary.to_pylist()], pa.string())
         columns = {column: table[column] for column in SAMPLES.names if column != "uri"}
-        yield pa.table({**columns, "uri": paths.take(tars.indices)}).select(SAMPLES.names).cast(SAMPLES)
+        yield pa.table({**columns, "uri": files.take(tars.indices)}).select(SAMPLES.names).cast(SAMPLES)
 
 
 def _ingested_tables(folder: str) -> Iterator[pa.Table]:
     """SAMPLES of each images file of a finished ingest, without its holdout, all of the same weight."""
-    names = storage.require_manifest(folder).files("images")
+    names = require_manifest(folder).files("images")
     if not names:
         raise InputError(f"'{folder}' holds no finished ingest: no images-*.parquet. Correct data.path or data.layout.")
     columns = ["image_id", "uri", "offset", "length", "role"]
     for name in names:
-        table = storage.read_table(storage.join(folder, name), records.IMAGES, columns)
+        table = parquet.read_table(paths.join(folder, name), schemas.IMAGES, columns)
         table = table.filter(pc.not_equal(table["role"], "holdout")).drop_columns(["role"])
         yield table.append_column("weight", pa.repeat(pa.scalar(1.0), table.num_rows)).cast(SAMPLES)
 
 
 def _list_samples(config: DataConfig, folder: str, tables: Iterator[pa.Table], output: str) -> None:
     """Write samples.arrow and cumulative.npy into `output`, or keep those that are there and of the same data."""
-    content = storage.require_manifest(folder).content_hash
+    content = require_manifest(folder).content_hash
     asked = {"content": content, "layout": config.layout, "use_weights": str(config.use_weights)}
-    path = storage.join(output, "samples.arrow")
-    found = _facts(path) if storage.exists(path) else {}
+    path = paths.join(output, "samples.arrow")
+    found = _facts(path) if paths.exists(path) else {}
     if found and (changed := [name for name in asked if found[name] != asked[name]]):
         raise OutputMismatchError(
             f"'{output}' lists the samples of other data than '{config.path}' ({', '.join(changed)} differ). The same "
@@ -243,13 +245,13 @@ def _list_samples(config: DataConfig, folder: str, tables: Iterator[pa.Table], o
             weights.append(table["weight"].to_numpy())
             yield table
 
-    with storage.atomic_write(path + ".new") as file:
+    with paths.atomic_write(path + ".new") as file:
         schema = SAMPLES.with_metadata(asked | {"path": folder})
         with pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema) as writer:
             for table in _in_batches(noted()):
                 writer.write_table(table.replace_schema_metadata(schema.metadata), ROWS_PER_BATCH)
     _write_cumulative(config, np.concatenate(weights), output)
-    os.replace(storage.filesystem(path + ".new")[1], storage.filesystem(path)[1])  # last: it vouches for the other
+    os.replace(paths.filesystem(path + ".new")[1], paths.filesystem(path)[1])  # last: it vouches for the other
 
 
 def _in_batches(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -267,11 +269,11 @@ def _in_batches(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _write_cumulative(config: DataConfig, weights: NDArray[np.float64], output: str) -> None:
-    path = storage.join(output, "cumulative.npy")
+    path = paths.join(output, "cumulative.npy")
     if not len(weights):
         raise InputError(f"'{config.path}' holds no image to train on.")
     if not config.use_weights or ((weights == weights[0]).all() and weights[0] > 0):
-        storage.delete(path)
+        paths.delete(path)
         return
     if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.max() > 0):
         worst = int(np.argmax(~np.isfinite(weights) | (weights < 0)))
@@ -279,12 +281,12 @@ def _write_cumulative(config: DataConfig, weights: NDArray[np.float64], output: 
             f"'{config.path}': row {worst} has the weight {weights[worst]}. Weights are finite, not negative, and not "
             "all 0; set data.use_weights = false to go without."
         )
-    with storage.atomic_write(path) as file:
+    with paths.atomic_write(path) as file:
         np.save(file, np.cumsum(weights), allow_pickle=False)
 
 
 def _facts(path: str) -> dict[str, str]:
-    with pa.memory_map(storage.filesystem(path)[1]) as file:
+    with pa.memory_map(paths.filesystem(path)[1]) as file:
         metadata = pa.ipc.open_file(file).schema.metadata or {}
     return {name.decode(): value.decode() for name, value in metadata.items()}
 
@@ -303,7 +305,7 @@ class Samples:
     """The list that `prepare` wrote, mapped into memory."""
 
     def __init__(self, folder: str) -> None:
-        place = storage.filesystem(folder)[1]
+        place = paths.filesystem(folder)[1]
         self._reader = pa.ipc.open_file(pa.memory_map(os.path.join(place, "samples.arrow")))
         self._batches: dict[int, pa.RecordBatch] = {}
         last = self._reader.num_record_batches - 1
@@ -426,8 +428,8 @@ class Reader:
         if uri in self._files:
             self._files.move_to_end(uri)
         else:
-            fs, inner = storage.filesystem(uri)
-            if not storage.is_local(uri):
+            fs, inner = paths.filesystem(uri)
+            if not paths.is_local(uri):
                 return bytes(fs.cat_file(inner, start=offset, end=offset + length))
             if len(self._files) >= OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
@@ -581,7 +583,7 @@ def open_batches(
     Raises InputError for a shard that is gone, and RejectBudgetError when `rejects` has more than
     `max_reject_fraction` of all samples.
     """
-    samples = storage.join(output, SAMPLES_FOLDER)
+    samples = paths.join(output, SAMPLES_FOLDER)
     feed = _Feed(config, augment, samples, seed, batch_size, images_per_pass, masks, rank, num_ranks)
     asked = ((step, number) for step in range(first_step, num_steps) for number in range(feed.num_passes))
     passes = _Passes(feed)

@@ -23,9 +23,10 @@ import torch
 import typer
 from torch import Tensor
 
-from curation import backbone, command, storage, weights
+from curation import backbone, command, weights
 from curation.backbone import VisionTransformer
 from curation.errors import ConfigError, InputError, WeightsError
+from curation.files import paths
 from training import checkpoint
 
 ExportLayout = weights.SavedLayout
@@ -60,16 +61,16 @@ def export(
 
     heads: as in `heads.pth`. Raises WeightsError where a layout has no place for the backbone.
     """
-    paths = []
+    files = []
     for layout in layouts:
-        paths.append(storage.join(output, FILES[layout]))
-        weights.save(model, paths[-1], layout)
+        files.append(paths.join(output, FILES[layout]))
+        weights.save(model, files[-1], layout)
     _require_heads(heads, "the heads to export")
-    paths.append(storage.join(output, HEADS_FILE))
-    with storage.atomic_write(paths[-1]) as file:
+    files.append(paths.join(output, HEADS_FILE))
+    with paths.atomic_write(files[-1]) as file:
         whole = {name: value.detach().cpu().contiguous() for name, value in heads.items()}
         torch.save(whole, cast(IO[bytes], file))  # all it needs of a file is `write`
-    return paths
+    return files
 
 
 def export_checkpoint(path: str, output: str, layouts: Sequence[ExportLayout] = DEFAULT_LAYOUTS) -> list[str]:
@@ -164,14 +165,14 @@ def _require_equal_shapes(heads: Mapping[str, Tensor], expected: Mapping[str, Te
 
 def folder(output: str, step: int) -> str:
     """Where a run with that output exports the step."""
-    return storage.join(output, "export", f"{checkpoint.PREFIX}{step:07d}")
+    return paths.join(output, "export", f"{checkpoint.PREFIX}{step:07d}")
 
 
 def find_checkpoint(path: str) -> str:
     """The checkpoint at `path`, or the last one of the run there. Raises InputError."""
-    if storage.exists(storage.join(path, checkpoint.RECORD_NAME)):
+    if paths.exists(paths.join(path, checkpoint.RECORD_NAME)):
         return path
-    for place in (storage.join(path, "checkpoints"), path):
+    for place in (paths.join(path, "checkpoints"), path):
         if (found := checkpoint.latest(place)) is not None:
             return found
     raise InputError(f"No checkpoint at '{path}'. Give the folder of a run, or a '{checkpoint.PREFIX}...' in it.")

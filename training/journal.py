@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 
-from curation import progress, storage
+from curation import progress
+from curation.files import paths
 from curation.world import World, sum_over_ranks
 from training.losses import entropies
 from training.model import Lesson
@@ -178,4 +179,4 @@ def _drop_lines_after(path: Path, step: int) -> None:
         return
     kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in kept if json.loads(line)["step"] <= step]
-    storage.write_bytes(str(path), "".join(kept).encode())
+    paths.write_bytes(str(path), "".join(kept).encode())

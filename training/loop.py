@@ -27,10 +27,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from curation import progress, storage
+from curation import progress
 from curation.backbone import VisionTransformer
 from curation.config import Settings, resolved_toml
 from curation.errors import ConfigError, InputError, TrainingError, UserError
+from curation.files import paths
+from curation.files.hashes import hash_json
 from curation.runner import InlineRunner
 from curation.world import World, barrier, max_over_ranks, open_world, sum_over_ranks
 from training import checkpoint, data, distributed, export, masking, optimizer
@@ -217,7 +219,7 @@ def step(trainer: Trainer, passes: Sequence[Batch], number: int) -> StepResult:
     losses: dict[str, Tensor] = {}
     for index, (batch, lesson) in enumerate(zip(passes, lessons, strict=True)):
         seeds = (config.seed, number, trainer.world.rank, index)
-        generator = torch.Generator().manual_seed(int(storage.hash_json(seeds)[:15], 16))
+        generator = torch.Generator().manual_seed(int(hash_json(seeds)[:15], 16))
         num_crops = [len(crops) for crops in batch.crops]
         depth = model.student.backbone.n_blocks
         kept = draw_kept(config.model.backbone, depth, num_crops, generator, device)
@@ -264,7 +266,7 @@ def train(config: TrainConfig, output: str, evaluate: Evaluate | None = None) ->
     RejectBudgetError and TrainingError later too, with the steps done saved. SIGTERM and SIGINT save as well, and leave
     with status 143 and 130.
     """
-    if not storage.is_local(output):
+    if not paths.is_local(output):
         raise ConfigError(f"--output {output}: training writes to a local folder. Copy it afterwards.")
     with open_world(config.device) as world, _signals_noted() as stopped:
         batch_of_rank = config.images_per_pass * world.num_ranks
@@ -394,9 +396,9 @@ def step_flops(config: TrainConfig) -> float:
 
 def _write_config(config: TrainConfig, output: str) -> None:
     """Save the resolved config, unless this very text is there already."""
-    path, text = storage.join(output, "train.toml"), resolved_toml(config).encode()
-    if not storage.exists(path) or storage.read_bytes(path) != text:
-        storage.write_bytes(path, text)
+    path, text = paths.join(output, "train.toml"), resolved_toml(config).encode()
+    if not paths.exists(path) or paths.read_bytes(path) != text:
+        paths.write_bytes(path, text)
 
 
 def prepare(config: TrainConfig, world: World) -> Trainer:
@@ -471,7 +473,7 @@ def _parts(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
 def _save(trainer: Trainer, output: str, reached: Progress) -> None:
     config = trainer.config
     checkpoint.save(
-        storage.join(output, "checkpoints"),
+        paths.join(output, "checkpoints"),
         reached.step,
         _parts(trainer),
         progress=asdict(reached),
@@ -483,7 +485,7 @@ def _save(trainer: Trainer, output: str, reached: Progress) -> None:
 
 def _resume(trainer: Trainer, output: str) -> Progress:
     """Fill the networks and the optimizer from the last checkpoint, where there is one."""
-    path = checkpoint.latest(storage.join(output, "checkpoints"))
+    path = checkpoint.latest(paths.join(output, "checkpoints"))
     if path is None:
         return Progress()
     config = _what_numbers_depend_on(trainer.config)

@@ -22,12 +22,14 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from curation import graph, index, join, kmeans, scratch, storage, vectors
+from curation import graph, index, join, kmeans
 from curation.cluster import PointFile, cut, read_blocks
+from curation.engine.manifest import require_manifest
+from curation.files import disk_arrays, parquet, paths, vectors
+from curation.files.prefetch import prefetch
 from curation.index import SearchConfig
 from curation.join import Neighborhood
 from curation.parts import PartSearch
-from curation.prefetch import prefetch
 from curation.runner import InlineRunner
 from evaluation import knn
 from evaluation.features import SHARD_IMAGES, Features
@@ -43,7 +45,7 @@ TIMED_BLOCKS, QUERIES_PER_BLOCK = 10, 2000
 # Queries and vectors of a block of torch.cdist. Measured (2026-11, two cores): the fastest of five pairs of sizes.
 CDIST_QUERIES, CDIST_ROWS = 1000, 81_920
 # Edges that are read at a time.
-EDGES_PER_BLOCK = scratch.BLOCK
+EDGES_PER_BLOCK = disk_arrays.BLOCK
 
 
 # Data
@@ -62,8 +64,8 @@ def make_vectors(
         held = np.concatenate([held, block])
         while written < num_vectors and len(held) >= (count := min(ROWS_PER_FILE, num_vectors - written)):
             ids = [hashlib.sha256(str(row).encode()).hexdigest()[:32] for row in range(written, written + count)]
-            path = storage.join(folder, f"vectors-{written // ROWS_PER_FILE:05d}.parquet")
-            storage.write_table(path, vectors.make_table(ids, held[:count]))
+            path = paths.join(folder, f"vectors-{written // ROWS_PER_FILE:05d}.parquet")
+            parquet.write_table(path, vectors.make_table(ids, held[:count]))
             held, written = held[count:], written + count
     np.save(Path(folder, "queries.npy"), held)
     return {"bytes": 2.0 * width * num_vectors}
@@ -131,10 +133,10 @@ def judge_all_pairs(folder: str, joined: str, num_sampled: int) -> Measured:
     row = index.search(matrix[sampled], [matrix], JOIN_NEIGHBORS + 1, floor=JOIN_FLOOR)[1]
     query, column = np.nonzero((row >= 0) & (row != sampled[:, None]))
     true = _numbered(sampled[query], row[query, column], len(matrix))
-    names = storage.require_manifest(joined).files("edges")
+    names = require_manifest(joined).files("edges")
     found = []
     for name in names:
-        edges = storage.read_table(storage.join(joined, name), join.EDGES, ["place", "other_place"])
+        edges = parquet.read_table(paths.join(joined, name), join.EDGES, ["place", "other_place"])
         one, other = (edges.column(end).to_numpy() for end in ("place", "other_place"))
         found.append(_numbered(one, other, len(matrix)))
     return {"recall": float(np.isin(true, np.concatenate(found)).mean()), "true_pairs": float(len(np.unique(true)))}
@@ -202,14 +204,14 @@ def make_features(folder: str, vectors_folder: str) -> Measured:
     Path(folder).mkdir()
     matrix = _read_all(vectors_folder)
     for number, start in enumerate(range(0, len(matrix), SHARD_IMAGES)):
-        np.save(storage.join(folder, f"features-{number:05d}.npy"), matrix[start : start + SHARD_IMAGES])
+        np.save(paths.join(folder, f"features-{number:05d}.npy"), matrix[start : start + SHARD_IMAGES])
     return {"bytes": float(matrix.nbytes)}
 
 
 def classify_neighbors(folder: str, vectors_folder: str, output: str, k: int, num_files: int) -> Measured:
     """The neighbours that vote in k-NN evaluation, among the features of the first files, streamed."""
-    names = [name for name in storage.list_names(folder) if name.endswith(".npy")][:num_files]
-    own = Features(tuple(storage.join(folder, name) for name in names))
+    names = [name for name in paths.list_names(folder) if name.endswith(".npy")][:num_files]
+    own = Features(tuple(paths.join(folder, name) for name in names))
     queries = torch.from_numpy(np.load(Path(vectors_folder, "queries.npy"), allow_pickle=False))
     started = time.perf_counter()
     rows = knn.neighbors(own.blocks(), queries, k=k)[1]
@@ -253,7 +255,7 @@ def cluster(folder: str, output: str, num_clusters: int, num_iterations: int) ->
     points = []
     for number, file in enumerate(_files(folder)):
         matrix = vectors.read_file(file)[1]
-        path = storage.join(folder, f"points-{number:05d}.npy")
+        path = paths.join(folder, f"points-{number:05d}.npy")
         np.save(path, matrix)
         points.append(PointFile(path, len(matrix)))
     (part,) = cut(points, sum(file.rows for file in points))
@@ -261,7 +263,7 @@ def cluster(folder: str, output: str, num_clusters: int, num_iterations: int) ->
     seconds = time.perf_counter() - started
     np.save(output, fit.centroids)
     for point in points:
-        storage.delete(point.path)
+        paths.delete(point.path)
     return {"seconds": seconds}
 
 
@@ -313,11 +315,11 @@ def components(folder: str, output: str) -> Measured:
             yield edges[:, 0], edges[:, 1]
 
     started = time.perf_counter()
-    parent = scratch.on_disk(num_nodes, graph.node_type(num_nodes))
+    parent = disk_arrays.on_disk(num_nodes, graph.node_type(num_nodes))
     graph.connected_components(num_nodes, blocks(), parent=parent)
     seconds = time.perf_counter() - started
     with open(output, "wb") as file:
-        for part in scratch.blocks(num_nodes):
+        for part in disk_arrays.blocks(num_nodes):
             parent[part].tofile(file)
     return {"seconds": seconds}
 
@@ -401,7 +403,7 @@ def memory(field: str) -> float:
 
 
 def _files(folder: str) -> list[str]:
-    return [storage.join(folder, name) for name in storage.list_names(folder) if name.endswith(".parquet")]
+    return [paths.join(folder, name) for name in paths.list_names(folder) if name.endswith(".parquet")]
 
 
 def _stream(files: Sequence[str]) -> Iterator[np.ndarray]:

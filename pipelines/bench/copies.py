@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import ingest, records, storage, vectors
+from curation import ingest
+from curation.engine.manifest import require_manifest
+from curation.files import parquet, paths, schemas, vectors
 from curation.hashing import hamming_distance
 
 TRANSFORMS = ("jpeg", "resize", "colour", "mirror", "crop", "border", "overlay", "rotation")
@@ -16,13 +18,13 @@ TRANSFORMS = ("jpeg", "resize", "colour", "mirror", "crop", "border", "overlay",
 
 def comparison(run: str, data: str) -> dict[str, dict[str, float]]:
     """For each detector: the share found of each transform's copies, and `other pairs`, how many others it joins."""
-    planted = pq.read_table(storage.join(data, "planted.parquet")).to_pylist()
+    planted = pq.read_table(paths.join(data, "planted.parquet")).to_pylist()
     phash = {
         row["image_id"]: row["phash"]
-        for row in ingest.read_images(storage.join(run, "ingest"), ["image_id", "phash"]).to_pylist()
+        for row in ingest.read_images(paths.join(run, "ingest"), ["image_id", "phash"]).to_pylist()
     }
     descriptor: dict[str, np.ndarray] = {}
-    for image_ids, matrix in vectors.read_all(storage.join(run, "describe")):
+    for image_ids, matrix in vectors.read_all(paths.join(run, "describe")):
         descriptor.update(zip(image_ids, matrix.astype(np.float32), strict=True))
     component = _components(run)
     copies = {row["copy_image_id"] for row in planted}
@@ -55,11 +57,11 @@ def comparison(run: str, data: str) -> dict[str, dict[str, float]]:
 
 
 def _components(run: str) -> dict[str, str]:
-    folder = storage.join(run, "dedup")
-    names = storage.require_manifest(folder).files("duplicates")
+    folder = paths.join(run, "dedup")
+    names = require_manifest(folder).files("duplicates")
     columns = ["image_id", "component_id"]
     table = pa.concat_tables(
-        storage.read_table(storage.join(folder, name), records.DUPLICATES, columns) for name in names
+        parquet.read_table(paths.join(folder, name), schemas.DUPLICATES, columns) for name in names
     )
     return dict(zip(*(table[column].to_pylist() for column in columns), strict=True))
 

@@ -29,13 +29,15 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from curation import backbone, embed, ingest, storage
+from curation import backbone, embed, ingest
 from curation.config import parse
 from curation.embed import EmbedConfig
 from curation.embedders import load_embedder, split_name
+from curation.engine.manifest import require_manifest
+from curation.files import paths
+from curation.files.prefetch import Meter
 from curation.images import ImageLimits
 from curation.ingest import IngestConfig
-from curation.prefetch import Meter
 from curation.runner import InlineRunner, Shard
 from curation.sources import SourceConfig
 from pipelines.bench import contests, decoding
@@ -123,11 +125,11 @@ def rates(name: str, num_images: int, repeats: int) -> dict[str, float]:
 def _half_by_half(folder: str, name: str, repeats: int, together: threading.Barrier) -> dict[str, list[float]]:
     """Seconds of each run of the stage, of decoding and of the model, each begun by all workers together."""
     limits, config = ImageLimits(), _config(folder, name)
-    (images,) = storage.require_manifest(storage.join(folder, "ingest")).files("images")
+    (images,) = require_manifest(paths.join(folder, "ingest")).files("images")
     output = tempfile.mkdtemp(dir=folder)
     work, embedder = embed.make_worker(config, limits, output), load_embedder(config.embedder)
-    rows, size = embed.rows_of(storage.join(folder, "ingest", images)), config.embedder.batch_size
-    shard = Shard("00000", storage.join(folder, "ingest", images), len(rows))
+    rows, size = embed.rows_of(paths.join(folder, "ingest", images)), config.embedder.batch_size
+    shard = Shard("00000", paths.join(folder, "ingest", images), len(rows))
 
     def decode() -> list[np.ndarray]:
         return [picture.pixels for picture in embed.prepared(config, embedder, limits, rows, Meter())]
@@ -153,7 +155,7 @@ def memory(folder: str) -> dict[str, float]:
     """The peak of memory of embedding what `make` made, beyond what imports take."""
     config = _config(folder, SMALL_MODEL)
     before = contests.memory("VmRSS")
-    embed.run(config, storage.join(folder, "ingest"), storage.join(folder, "embed"), InlineRunner())
+    embed.run(config, paths.join(folder, "ingest"), paths.join(folder, "embed"), InlineRunner())
     return {"peak": contests.memory("VmHWM") - before}
 
 
@@ -161,7 +163,7 @@ def make(folder: str, num_images: int, size: tuple[int, int]) -> dict[str, float
     """JPEGs of that width and height in tars, all different, and their finished ingest in `ingest/`."""
     draw_tars(folder, num_images, size, IMAGES_PER_TAR)
     source = SourceConfig(name="drawn", path=folder, role="pool", layout="webdataset")
-    ingest.run(IngestConfig(sources=(source,)), storage.join(folder, "ingest"), InlineRunner())
+    ingest.run(IngestConfig(sources=(source,)), paths.join(folder, "ingest"), InlineRunner())
     return {"images": float(num_images)}
 
 
@@ -183,8 +185,8 @@ def _config(folder: str, name: str) -> EmbedConfig:
     """The model `name` with fresh weights in `folder`, which compute as long as any."""
     chosen: dict[str, Any] = {"name": name}
     if vit := split_name(name):
-        chosen |= {"weights": storage.join(folder, "weights.pth"), "image_size": 32 if name == SMALL_MODEL else 224}
-        if not storage.exists(chosen["weights"]):
+        chosen |= {"weights": paths.join(folder, "weights.pth"), "image_size": 32 if name == SMALL_MODEL else 224}
+        if not paths.exists(chosen["weights"]):
             model = backbone.build(vit[0], patch_size=vit[1], image_size=chosen["image_size"])
             torch.save(model.state_dict(), chosen["weights"])
     else:

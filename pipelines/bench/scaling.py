@@ -31,16 +31,19 @@ import pyarrow as pa
 import webdataset
 from rich.table import Table
 
-from curation import command, ingest, pack, records, storage
+from curation import command, ingest, pack
 from curation.config import Settings
 from curation.corpus import Sample, write_tar
+from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
+from curation.files import parquet, paths, schemas
+from curation.files.hashes import hash_json
+from curation.files.paths import FileRecord
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
 from curation.runner import InlineRunner, Runner, Shard, Worker
 from curation.sources import SourceConfig
 from curation.stage import run_shards
-from curation.storage import FileRecord, Manifest, Plan, ShardRecord
 from pipelines.bench import contests, embedding
 from pipelines.bench.processes import in_process
 
@@ -112,7 +115,7 @@ def _peer(target: Any, samples: Sequence[Sample]) -> None:
 
 
 def _peer_hashed(path: str, samples: Sequence[Sample]) -> None:
-    with storage.atomic_write(path) as file:
+    with paths.atomic_write(path) as file:
         _peer(file, samples)
 
 
@@ -228,21 +231,21 @@ def _processor_seconds() -> float:
 
 def _pretend(output: str) -> None:
     """A dedup that keeps everything and a retrieve that finds nothing, so that every seed is packed as it is."""
-    images = storage.require_manifest(f"{output}/ingest")
+    images = require_manifest(f"{output}/ingest")
     done = []
     for name in images.files("images"):
-        ids = storage.read_table(f"{output}/ingest/{name}", records.IMAGES, ["image_id"])["image_id"].to_pylist()
+        ids = parquet.read_table(f"{output}/ingest/{name}", schemas.IMAGES, ["image_id"])["image_id"].to_pylist()
         rows = [{"image_id": image_id, "component_id": image_id, "kept": True} for image_id in ids]
-        table = pa.Table.from_pylist(rows, schema=records.DUPLICATES)
-        file = storage.write_table(f"{output}/dedup/{name.replace('images', 'duplicates')}", table)
+        table = pa.Table.from_pylist(rows, schema=schemas.DUPLICATES)
+        file = parquet.write_table(f"{output}/dedup/{name.replace('images', 'duplicates')}", table)
         counts = {"rows": len(rows), "kept": len(rows), "near": 0, "holdout_rows": 0}
         done.append(ShardRecord(name=name, files=(file,), totals=counts))
     retrieve = RetrieveConfig(datasets=(DatasetConfig(name="drawn", as_is=True, retrieval="none"),))
     for stage, shards, config in (("dedup", done, {}), ("retrieve", [], retrieve.model_dump(mode="json"))):
         plan = Plan(stage=stage, config=config, inputs={"images": images.content_hash}, num_shards=len(shards))
-        totals = storage.sum_counts(record.totals for record in shards)
+        totals = sum_counts(record.totals for record in shards)
         manifest = Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={})
-        storage.write_manifest(f"{output}/{stage}", manifest)
+        write_manifest(f"{output}/{stage}", manifest)
 
 
 @dataclass(frozen=True)
@@ -343,7 +346,7 @@ class _Watch(Runner):
 def _tiny() -> Worker:
     def process(shard: Shard) -> ShardRecord:
         files = [
-            FileRecord(name=f"{kind}-{shard.name}.parquet", sha256=storage.hash_json(shard.name), bytes=1, rows=10)
+            FileRecord(name=f"{kind}-{shard.name}.parquet", sha256=hash_json(shard.name), bytes=1, rows=10)
             for kind in ("images", "rejects")
         ]
         totals = {"images": 10, "accepted": 9, "rejected": 1}

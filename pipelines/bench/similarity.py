@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from curation import storage
+from curation.files import paths
 from evaluation.features import SHARD_IMAGES
 from pipelines.bench.contests import ROWS_PER_FILE, TIMED_BLOCKS, Measured
 from pipelines.bench.processes import in_process
@@ -93,7 +93,7 @@ class Bench:
 
     def path(self, name: str) -> str:
         """A place in the temporary folder."""
-        return storage.join(self.folder, name)
+        return paths.join(self.folder, name)
 
     def run(self, name: str, *, repeats: int = 1, **arguments: Any) -> Measured:
         """What a work of contests.py measures, once for all rows: medians of as many runs as asked for."""
@@ -102,7 +102,7 @@ class Bench:
             runs = []
             for _ in range(repeats):
                 if "output" in arguments:
-                    storage.delete(arguments["output"])  # or a finished join would not run again
+                    paths.delete(arguments["output"])  # or a finished join would not run again
                 runs.append(self.measure(name, arguments))
             self.done[key] = {one: statistics.median(run[one] for run in runs) for one in runs[0]}
         return self.done[key]
@@ -265,11 +265,11 @@ def _kmeans(bench: Bench) -> None:
     num_vectors, num_clusters = bench.scaled(NUM_CLUSTERED), bench.scaled(NUM_CLUSTERS)
     folder, on_disk = _vectors(bench, num_vectors, 0, WIDTH_SEARCH)
     asked = {"folder": folder, "num_clusters": num_clusters, "num_iterations": NUM_ITERATIONS}
-    paths = {"ours": bench.path("ours.npy"), "peer": bench.path("peer.npy")}
+    files = {"ours": bench.path("ours.npy"), "peer": bench.path("peer.npy")}
     repeats = bench.repeats or 1
-    ours = bench.run("cluster", repeats=repeats, output=paths["ours"], **asked)
-    peer = bench.run("peer_cluster", repeats=repeats, output=paths["peer"], **asked)["seconds"]
-    objective = bench.run("judge_cluster", folder=folder, ours=paths["ours"], peer=paths["peer"])
+    ours = bench.run("cluster", repeats=repeats, output=files["ours"], **asked)
+    peer = bench.run("peer_cluster", repeats=repeats, output=files["peer"], **asked)["seconds"]
+    objective = bench.run("judge_cluster", folder=folder, ours=files["ours"], peer=files["peer"])
     relative = objective["ours"] / objective["peer"]
     work = f"{num_clusters:,} clusters of {num_vectors:,} x {WIDTH_SEARCH}, {NUM_ITERATIONS} iterations"
     quality = f"objective {objective['ours']:.4f}, {relative:.4f} of the peer's (0.99)"
@@ -283,11 +283,11 @@ def _components(bench: Bench) -> None:
     num_edges = bench.scaled(NUM_EDGES)
     folder = bench.path("edges")
     on_disk = bench.run("make_edges", folder=folder, num_edges=num_edges)["bytes"]
-    paths = {"ours": bench.path("ours.bin"), "peer": bench.path("peer.bin")}
+    files = {"ours": bench.path("ours.bin"), "peer": bench.path("peer.bin")}
     repeats = bench.repeats or 3
-    ours = bench.run("components", repeats=repeats, folder=folder, output=paths["ours"])
-    peer = bench.run("peer_components", repeats=repeats, folder=folder, output=paths["peer"])
-    same = bench.run("judge_components", ours=paths["ours"], peer=paths["peer"])["same"]
+    ours = bench.run("components", repeats=repeats, folder=folder, output=files["ours"])
+    peer = bench.run("peer_components", repeats=repeats, folder=folder, output=files["peer"])
+    same = bench.run("judge_components", ours=files["ours"], peer=files["peer"])["same"]
     work = f"components of {num_edges:,} edges"
     quality = f"{same:.4%} of nodes alike, {peer['components']:,.0f} components"
     ratio = peer["seconds"] / ours["seconds"]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from curation import command, ingest
 from curation.config import load
+from curation.engine.manifest import ShardRecord
 from curation.ingest import IngestConfig
 from curation.runner import Runner, Shard, Worker
-from curation.storage import ShardRecord
 
 
 class CountingRunner(Runner):

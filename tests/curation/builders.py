@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from curation import records, storage, vectors
+from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
+from curation.files import parquet, paths, schemas, vectors
 from curation.images import Picture
 from curation.runner import InlineRunner, Runner, Shard, Worker
-from curation.storage import Manifest, Plan, ShardRecord
 
 
 def id_of(number: int) -> str:
@@ -69,18 +69,18 @@ def write_stage(
     place = str(folder)
     done = []
     for number, tables in enumerate(shards):
-        files = [storage.write_table(f"{place}/{kind}-{number:05d}.parquet", table) for kind, table in tables.items()]
+        files = [parquet.write_table(f"{place}/{kind}-{number:05d}.parquet", table) for kind, table in tables.items()]
         counts = totals[number] if totals else {}
         done.append(ShardRecord(name=f"{number:05d}", files=tuple(files), totals=counts))
     plan = Plan(stage=Path(place).name, config=config or {}, inputs=inputs or {}, num_shards=len(shards))
-    total = storage.sum_counts(record.totals for record in done)
-    storage.write_manifest(place, Manifest(plan=plan, shards=tuple(done), totals=total, rejects={}))
+    total = sum_counts(record.totals for record in done)
+    write_manifest(place, Manifest(plan=plan, shards=tuple(done), totals=total, rejects={}))
     return place
 
 
 def write_ingest(folder: str | Path, shards: Sequence[Sequence[dict[str, Any]]]) -> str:
     """A finished ingest whose shards hold the given rows of records.IMAGES."""
-    tables = [{"images": pa.Table.from_pylist(list(rows), schema=records.IMAGES)} for rows in shards]
+    tables = [{"images": pa.Table.from_pylist(list(rows), schema=schemas.IMAGES)} for rows in shards]
     totals = [{"images": len(rows), "accepted": len(rows), "rejected": 0} for rows in shards]
     return write_stage(folder, tables, totals=totals)
 
@@ -102,8 +102,8 @@ def write_pairs(
     tables = [
         {
             "pairs": pa.Table.from_pylist(
-                [dict(zip(records.PAIRS.names, (*row, False, row[2], True), strict=True)) for row in rows],
-                records.PAIRS,
+                [dict(zip(schemas.PAIRS.names, (*row, False, row[2], True), strict=True)) for row in rows],
+                schemas.PAIRS,
             )
         }
         for rows in shards
@@ -114,14 +114,14 @@ def write_pairs(
 def write_dedup(folder: str | Path, images: str, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> str:
     """A finished dedup that keeps the rows of ingest that `keep` says, other than the holdout."""
     tables, totals = [], []
-    for name in storage.require_manifest(images).files("images"):
-        rows = storage.read_table(storage.join(images, name), records.IMAGES).to_pylist()
+    for name in require_manifest(images).files("images"):
+        rows = parquet.read_table(paths.join(images, name), schemas.IMAGES).to_pylist()
         decided = [
             {"image_id": row["image_id"], "component_id": row["image_id"]}
             | ({"kept": True} if keep(row) and row["role"] != "holdout" else {"kept": False, "reason": "near"})
             for row in rows
         ]
-        tables.append({"duplicates": pa.Table.from_pylist(decided, schema=records.DUPLICATES)})
+        tables.append({"duplicates": pa.Table.from_pylist(decided, schema=schemas.DUPLICATES)})
         candidates = [d for d, row in zip(decided, rows, strict=True) if row["role"] != "holdout"]
         num_kept = sum(bool(d["kept"]) for d in candidates)
         totals.append(
@@ -136,12 +136,12 @@ def write_dedup(folder: str | Path, images: str, keep: Callable[[dict[str, Any]]
 
 
 def content_hash(folder: str) -> str:
-    return storage.require_manifest(folder).content_hash
+    return require_manifest(folder).content_hash
 
 
 def bytes_in(folder: str) -> dict[str, bytes]:
     """Every file below a folder of any filesystem, by its path inside."""
-    fs, inner = storage.filesystem(folder)
+    fs, inner = paths.filesystem(folder)
     return {path.removeprefix(inner): fs.cat_file(path) for path in fs.find(inner)}
 
 

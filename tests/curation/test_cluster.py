@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from curation import cluster, kmeans, records, storage
+from curation import cluster, kmeans
 from curation.cluster import ClusterConfig, LevelConfig, ResamplingConfig
+from curation.engine.manifest import read_manifest, require_manifest
 from curation.errors import ConfigError, InputError
+from curation.files import parquet, schemas
 from curation.ray_runner import RayRunner
 from curation.runner import InlineRunner
 from tests.curation.builders import (
@@ -66,8 +68,8 @@ def hierarchy(**settings: Any) -> ClusterConfig:
 
 
 def assignments(folder: str, level: int | None = None) -> list[dict[str, Any]]:
-    names = storage.require_manifest(folder).files("assignments")
-    rows = [row for name in names for row in storage.read_table(f"{folder}/{name}", records.ASSIGNMENTS).to_pylist()]
+    names = require_manifest(folder).files("assignments")
+    rows = [row for name in names for row in parquet.read_table(f"{folder}/{name}", schemas.ASSIGNMENTS).to_pylist()]
     return [row for row in rows if level in (None, row["level"])]
 
 
@@ -181,8 +183,8 @@ def test_levels_are_consistent(tmp_path: Path) -> None:
         assert facts["largest_cluster"] == counts.max() and facts["empty_clusters"] == (counts == 0).sum()
         assert facts["mean_cosine"] == pytest.approx(cosines.mean(), abs=1e-6)
         assert len(facts["objectives"]) == (3, 2, 1)[level]
-    for name in storage.require_manifest(output).files("assignments"):
-        levels = storage.read_table(f"{output}/{name}", records.ASSIGNMENTS).column("level").to_pylist()
+    for name in require_manifest(output).files("assignments"):
+        levels = parquet.read_table(f"{output}/{name}", schemas.ASSIGNMENTS).column("level").to_pylist()
         assert levels == sorted(levels)
 
 
@@ -233,7 +235,7 @@ def test_every_kill_resumes_at_the_unfinished_part(tmp_path: Path) -> None:
     assert num_shards > 30
     for lives_for in (1, 2, 5):
         output, deaths = str(tmp_path / str(lives_for)), 0
-        while storage.read_manifest(output) is None:
+        while read_manifest(output) is None:
             try:
                 cluster.run(config, *stages, output, MortalRunner(lives_for))
             except Killed:
@@ -264,7 +266,7 @@ def test_kills_of_the_driver_that_clusters_alone_change_nothing(
     monkeypatch.setattr(cluster, "SECONDS_BETWEEN_SAVES", seconds_between_saves)
     monkeypatch.setattr(cluster, "read_blocks", mortal_read_blocks)
     lives_for = deaths = 0
-    while storage.read_manifest(output) is None:
+    while read_manifest(output) is None:
         num_reads, lives_for = 0, lives_for + 1
         try:
             cluster.run(hierarchy(), *stages, output, InlineRunner())

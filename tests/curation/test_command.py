@@ -15,7 +15,8 @@ SCRIPT = """
 import sys, time
 from typing import Annotated, Literal
 import typer
-from curation import command, errors, storage
+from curation import command, errors
+from curation.files import paths
 
 def run(kind: str, k: Annotated[int, typer.Option("--k", min=1)] = 4) -> None:
     '''Does what it is told.'''
@@ -32,7 +33,7 @@ def run(kind: str, k: Annotated[int, typer.Option("--k", min=1)] = 4) -> None:
         case "bug":
             {}["missing"]
         case path:
-            with storage.atomic_write(path) as file:
+            with paths.atomic_write(path) as file:
                 file.write(b"half")
                 print("half", flush=True)
                 time.sleep(600)

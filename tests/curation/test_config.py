@@ -16,9 +16,10 @@ import curation
 import evaluation
 import pipelines
 import training
-from curation import config, storage
+from curation import config
 from curation.config import Settings
 from curation.errors import ConfigError, InputError
+from curation.files import paths
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.pairs import PairsConfig
@@ -184,7 +185,7 @@ def random_whole(seed: int) -> Whole:
 def test_resolved_text_reads_back_equal(seed: int, tmp_path: Path) -> None:
     settings = random_whole(seed)
     path = str(tmp_path / "resolved.toml")
-    storage.write_bytes(path, config.resolved_toml(settings).encode())
+    paths.write_bytes(path, config.resolved_toml(settings).encode())
     assert config.load(Whole, path) == settings
     assert config.resolved_toml(config.load(Whole, path)) == config.resolved_toml(settings)
 
@@ -199,7 +200,7 @@ def test_stage_configs_read_back_equal(tmp_path: Path) -> None:
         PairsConfig(),
     ):
         path = str(tmp_path / "resolved.toml")
-        storage.write_bytes(path, config.resolved_toml(settings).encode())
+        paths.write_bytes(path, config.resolved_toml(settings).encode())
         assert config.load(type(settings), path) == settings
 
 
@@ -270,9 +271,9 @@ def test_what_is_no_config_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_config_may_lie_on_any_filesystem() -> None:
-    storage.write_bytes("memory://configs/run.toml", b'seed = 3\n[model]\nname = "a"')
+    paths.write_bytes("memory://configs/run.toml", b'seed = 3\n[model]\nname = "a"')
     assert config.load(Whole, "memory://configs/run.toml") == Whole(seed=3, model=Model(name="a"))
-    storage.delete("memory://configs")
+    paths.delete("memory://configs")
 
 
 def test_large_and_exact_numbers_survive() -> None:

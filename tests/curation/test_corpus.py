@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import webdataset
 
-from curation import storage
 from curation.corpus import Sample, read_tar, write_tar
 from curation.errors import InputError
+from curation.files import paths
 from curation.images import EXTENSION_OF_FORMAT
 from tests.curation.builders import encoded_image, id_of
 
@@ -45,7 +45,7 @@ def test_round_trip_and_the_same_bytes_twice(tmp_path: Path, count: int) -> None
     path = str(tmp_path / "deep/corpus-000000.tar")
     record, _ = write_tar(path, iter(written))
     assert list(read_tar(path)) == written
-    data = storage.read_bytes(path)
+    data = paths.read_bytes(path)
     assert record.name == "corpus-000000.tar" and record.rows == count
     assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
@@ -53,7 +53,7 @@ def test_round_trip_and_the_same_bytes_twice(tmp_path: Path, count: int) -> None
     again, _ = write_tar(f"memory://{tmp_path.name}/corpus-000000.tar", iter(turned))
     assert again == record, "the order of a dictionary or the filesystem changed the bytes"
     assert list(read_tar(f"memory://{tmp_path.name}/corpus-000000.tar")) == written
-    storage.delete(f"memory://{tmp_path.name}")
+    paths.delete(f"memory://{tmp_path.name}")
 
 
 def test_headers_say_nothing_of_who_wrote_them_and_when(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation import dedup, duplicate_graph, records, scratch, storage
+from curation import dedup, duplicate_graph
 from curation.dedup import REASONS, Decision, DedupConfig, FamilyConfig, decide
 from curation.duplicate_graph import Edges, Nodes
+from curation.engine.manifest import PROGRESS_NAME, claim, mark_shard_done, require_manifest
 from curation.errors import ConfigError, InputError, OutputMismatchError
+from curation.files import disk_arrays, parquet, paths, schemas
 from curation.runner import InlineRunner
 from tests.curation.builders import (
     bytes_in,
@@ -150,7 +152,7 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Runs a test in blocks of a size that its seed chooses: of one image and pair, of a few, or of more than all."""
     seed = request.node.callspec.params["seed"]
     # A block of the real size holds a million images: no small case would ever cross from one to the next.
-    monkeypatch.setattr(scratch, "BLOCK", (1, 7, scratch.BLOCK)[seed % 3])
+    monkeypatch.setattr(disk_arrays, "BLOCK", (1, 7, disk_arrays.BLOCK)[seed % 3])
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -317,8 +319,8 @@ def small_run(folder: Path) -> tuple[str, str]:
 
 
 def rows_of(folder: str) -> list[dict[str, Any]]:
-    names = storage.require_manifest(folder).files("duplicates")
-    return [row for name in names for row in storage.read_table(f"{folder}/{name}", records.DUPLICATES).to_pylist()]
+    names = require_manifest(folder).files("duplicates")
+    return [row for name in names for row in parquet.read_table(f"{folder}/{name}", schemas.DUPLICATES).to_pylist()]
 
 
 def test_every_row_of_ingest_gets_its_answer_in_place(tmp_path: Path) -> None:
@@ -355,7 +357,7 @@ def random_run(folder: Path, seed: int) -> tuple[DedupConfig, str, str]:
     config, nodes, edges = random_case(seed)
     shards = []
     for _ in range(int(rng.integers(1, 5))):
-        role = str(rng.choice(records.ROLES))
+        role = str(rng.choice(schemas.ROLES))
         numbers = rng.integers(0, len(nodes.image_ids), int(rng.integers(0, 20)))
         shards.append([image_row(id_of(n), f"source of {role}", role, width=10 + n % 3) for n in numbers.tolist()])
     shards.append([image_row(id_of(0), "last", "pool", width=10)])
@@ -372,8 +374,8 @@ def test_rows_in_are_rows_kept_and_dropped_by_reason(tmp_path: Path, seed: int) 
     manifest = dedup.run(config, images, pairs, output, InlineRunner())
     ingested = [
         row
-        for name in storage.require_manifest(images).files("images")
-        for row in storage.read_table(f"{images}/{name}", records.IMAGES).to_pylist()
+        for name in require_manifest(images).files("images")
+        for row in parquet.read_table(f"{images}/{name}", schemas.IMAGES).to_pylist()
     ]
     rows = rows_of(output)
     assert [row["image_id"] for row in rows] == [row["image_id"] for row in ingested]
@@ -435,7 +437,7 @@ def test_pairs_of_other_images_are_refused(tmp_path: Path, unknown: str) -> None
     pairs = write_pairs(tmp_path / "other", images, [[(one, other, 0.9)]])
     with pytest.raises(InputError, match=unknown):
         dedup.run(DedupConfig(), images, pairs, str(tmp_path / "dedup"), InlineRunner())
-    assert storage.list_names(str(tmp_path / "dedup")) == [storage.PROGRESS_NAME]
+    assert paths.list_names(str(tmp_path / "dedup")) == [PROGRESS_NAME]
 
 
 # Reading what was kept
@@ -487,8 +489,8 @@ def test_stages_that_another_ingest_went_into_are_refused(tmp_path: Path) -> Non
     """Of as many shards and of the same images: only the content hash tells that they are not of one run."""
     images, pairs = small_run(tmp_path / "one")
     rows = [
-        storage.read_table(f"{images}/{name}", records.IMAGES).to_pylist()
-        for name in storage.require_manifest(images).files("images")
+        parquet.read_table(f"{images}/{name}", schemas.IMAGES).to_pylist()
+        for name in require_manifest(images).files("images")
     ]
     other = write_ingest(tmp_path / "other", [[row | {"width": 11} for row in part] for part in rows])
     vector_shards = [{id_of(1): unit_vectors(0, 1)[0]} for _ in range(5)]
@@ -739,8 +741,8 @@ def test_blocks_and_buckets_of_any_size_give_the_same_bytes(
     _, images, pairs = random_run(tmp_path, seed)
     config = guarded_case(seed)[0]
     written = []
-    for block_size, rows_per_bucket in ((scratch.BLOCK, 1 << 20), (1, 1), (7, 3)):
-        monkeypatch.setattr(scratch, "BLOCK", block_size)  # of a million, as the buckets: more than any small case
+    for block_size, rows_per_bucket in ((disk_arrays.BLOCK, 1 << 20), (1, 1), (7, 3)):
+        monkeypatch.setattr(disk_arrays, "BLOCK", block_size)  # of a million, as the buckets: more than any small case
         monkeypatch.setattr(duplicate_graph, "ROWS_PER_BUCKET", rows_per_bucket)
         output = str(tmp_path / f"dedup-{block_size}")
         dedup.run(config, images, pairs, output, InlineRunner())
@@ -754,11 +756,11 @@ def test_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, num_done: int) ->
     images, pairs = small_run(tmp_path)
     straight, output = str(tmp_path / "straight"), str(tmp_path / "dedup")
     manifest = dedup.run(DedupConfig(), images, pairs, straight, InlineRunner())
-    storage.claim(output, manifest.plan, replace=False)
+    claim(output, manifest.plan, replace=False)
     for record in manifest.shards[:num_done]:
         for file in record.files:
-            storage.write_bytes(f"{output}/{file.name}", storage.read_bytes(f"{straight}/{file.name}"))
-        storage.mark_shard_done(output, record)
+            paths.write_bytes(f"{output}/{file.name}", paths.read_bytes(f"{straight}/{file.name}"))
+        mark_shard_done(output, record)
     assert dedup.run(DedupConfig(), images, pairs, output, InlineRunner()) == manifest
     assert bytes_in(output) == bytes_in(straight)
 
@@ -771,10 +773,11 @@ def test_ingest_without_images_is_refused(tmp_path: Path) -> None:
 
 MEASURE = """
 import sys, threading, time
-from curation import dedup, duplicate_graph, scratch
+from curation import dedup, duplicate_graph
+from curation.files import disk_arrays
 from curation.runner import InlineRunner
 
-scratch.BLOCK = duplicate_graph.ROWS_PER_BUCKET = 5_000
+disk_arrays.BLOCK = duplicate_graph.ROWS_PER_BUCKET = 5_000
 most, done = 0, False
 
 def watch():
@@ -807,9 +810,9 @@ def test_memory_does_not_grow_with_images_and_pairs(tmp_path: Path) -> None:
                     name: part
                     if name == "image_id"
                     else pa.array(["pool"] * count if field.type == pa.string() else np.full(count, 9), field.type)
-                    for name, field in zip(records.IMAGES.names, records.IMAGES, strict=True)
+                    for name, field in zip(schemas.IMAGES.names, schemas.IMAGES, strict=True)
                 },
-                schema=records.IMAGES,
+                schema=schemas.IMAGES,
             )
             for part in np.split(ids, num_shards)
         ]
@@ -826,9 +829,9 @@ def test_memory_does_not_grow_with_images_and_pairs(tmp_path: Path) -> None:
                 "cosine": rng.random(len(ids), np.float32),
                 "mutual": rng.random(len(ids)) < 0.5,
             },
-            schema=records.PAIRS,
+            schema=schemas.PAIRS,
         )
-        hashes = {"images": storage.require_manifest(images).content_hash}
+        hashes = {"images": require_manifest(images).content_hash}
         shards = [{"pairs": pairs.slice(start, count)} for start in range(0, len(ids), count)]
         write_stage(folder / "pairs", shards, config={"min_similarity": 0.0}, inputs=hashes)
         command = [sys.executable, "-c", MEASURE, str(folder)]

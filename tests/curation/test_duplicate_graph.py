@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation import duplicate_graph, records, scratch, storage
+from curation import duplicate_graph
 from curation.duplicate_graph import id_texts, pack_ids, read_graph
 from curation.errors import InputError
+from curation.files import disk_arrays, parquet, schemas
 from tests.curation.builders import content_hash, id_of, image_row, write_ingest, write_stage
 
 Name = Callable[[int], str]
@@ -48,7 +49,7 @@ def write_run(
     for count in [*rng.integers(0, 15, 5).tolist(), 2]:
         drawn = rng.integers(0, 30, count).tolist()
         numbers |= set(drawn)
-        roles = rng.choice(records.ROLES, count).tolist()
+        roles = rng.choice(schemas.ROLES, count).tolist()
         shards.append(
             [
                 image_row(name(n), role, role, width=n + 1, height=3, length=7 * n)
@@ -64,7 +65,7 @@ def write_run(
     tables = [
         {
             "pairs": pa.Table.from_pylist(
-                [dict(zip(records.PAIRS.names, row, strict=True)) for row in part], records.PAIRS
+                [dict(zip(schemas.PAIRS.names, row, strict=True)) for row in part], schemas.PAIRS
             )
         }
         for part in (pairs[:3], [], pairs[3:])
@@ -74,12 +75,12 @@ def write_run(
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(("block", "bucket"), [(scratch.BLOCK, 1 << 20), (1, 1), (4, 9)])
+@pytest.mark.parametrize(("block", "bucket"), [(disk_arrays.BLOCK, 1 << 20), (1, 1), (4, 9)])
 @pytest.mark.parametrize("name", [hash_of, id_of])
 def test_graph_agrees_with_the_rows(
     tmp_path: Path, seed: int, block: int, bucket: int, name: Name, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scratch, "BLOCK", block)  # of a million, as the buckets: more than any small case
+    monkeypatch.setattr(disk_arrays, "BLOCK", block)  # of a million, as the buckets: more than any small case
     monkeypatch.setattr(duplicate_graph, "ROWS_PER_BUCKET", bucket)
     images, copies, rows, pairs = write_run(tmp_path, seed, name)
     graph = read_graph(images, copies)
@@ -105,6 +106,6 @@ def test_graph_agrees_with_the_rows(
 def test_file_of_another_length_than_written_is_noticed(tmp_path: Path) -> None:
     images, copies, *_ = write_run(tmp_path, 0)
     path = f"{copies}/pairs-00000.parquet"
-    storage.write_table(path, storage.read_table(path, records.PAIRS).slice(1))
+    parquet.write_table(path, parquet.read_table(path, schemas.PAIRS).slice(1))
     with pytest.raises(InputError, match=r"pairs-00000\.parquet: 2 rows, but 3 were written"):
         read_graph(images, copies)

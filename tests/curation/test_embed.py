@@ -15,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from curation import backbone, embed, ingest, progress, storage, vectors
+from curation import backbone, embed, ingest, progress
 from curation.config import parse
 from curation.embed import EmbedConfig
+from curation.engine.manifest import read_manifest
+from curation.files import vectors
 from curation.ingest import IngestConfig
 from curation.ray_runner import RayRunner
 from curation.runner import InlineRunner
@@ -222,7 +224,7 @@ def test_a_source_that_changed_is_an_error(weights: str, folder: str, images: st
     (copied / "05.jpg").write_bytes(Path(folder, "07.jpg").read_bytes())
     with pytest.raises(Exception, match=r"05\.jpg.*no longer those of image"):
         embed.run(config(weights), str(tmp_path / "ingest"), str(tmp_path / "out"), InlineRunner())
-    assert storage.read_manifest(str(tmp_path / "out")) is None
+    assert read_manifest(str(tmp_path / "out")) is None
 
 
 @pytest.mark.slow

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from scipy.sparse import coo_matrix, csgraph
 
-from curation import scratch
+from curation.files import disk_arrays
 from curation.graph import component_sizes, connected_components, family_edges, flatten, join, node_type, separate
 
 EMPTY = np.empty(0, np.int64)
 MARGINS = {"sure": 0.9, "margin": 0.1, "local_margin": 0.05}
 
 
-@pytest.fixture(params=[1, 3, 64, scratch.BLOCK])
+@pytest.fixture(params=[1, 3, 64, disk_arrays.BLOCK])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Runs a test with blocks of several sizes: of one edge, and of more than all."""
-    monkeypatch.setattr(scratch, "BLOCK", request.param)
+    monkeypatch.setattr(disk_arrays, "BLOCK", request.param)
     return int(request.param)
 
 
@@ -117,7 +117,7 @@ def test_edges_may_come_in_blocks_of_any_size_and_the_result_lie_on_disk(seed: i
     cuts = np.sort(rng.integers(0, 100, 7))
     pieces = list(zip(np.split(first, cuts), np.split(second, cuts), strict=True))
     for order in (pieces, pieces[::-1], [(a[i : i + 1], b[i : i + 1]) for a, b in pieces for i in range(len(a))]):
-        parent = scratch.on_disk(120, np.int64, fill=7)
+        parent = disk_arrays.on_disk(120, np.int64, fill=7)
         assert connected_components(120, iter(order), parent=parent) is parent
         np.testing.assert_array_equal(parent, expected)
 
@@ -138,7 +138,7 @@ MEASURE = """
 import sys
 import numpy as np
 from curation.graph import connected_components
-from curation.scratch import on_disk
+from curation.files.disk_arrays import on_disk
 
 num_edges = int(sys.argv[1])
 

@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation import ingest, records, sources, storage
+from curation import ingest, sources
 from curation.errors import InputError, RejectBudgetError
+from curation.files import parquet, paths, schemas
 from curation.hashing import image_id
 from curation.images import ImageLimits, RejectReason
 from curation.ingest import IngestConfig
@@ -122,9 +123,9 @@ def run_ingest(
         [
             row
             for name in manifest.files(kind)
-            for row in storage.read_table(storage.join(output, name), schema).to_pylist()
+            for row in parquet.read_table(paths.join(output, name), schema).to_pylist()
         ]
-        for kind, schema in (("images", records.IMAGES), ("rejects", records.REJECTS))
+        for kind, schema in (("images", schemas.IMAGES), ("rejects", schemas.REJECTS))
     )
     assert {row["reason"] for row in rejected} <= {str(reason) for reason in RejectReason}
     counts = len(accepted) + len(rejected), len(accepted), len(rejected)

@@ -9,13 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation import index, join, storage, vectors
+from curation import index, join
+from curation.engine.manifest import Manifest, read_manifest
 from curation.errors import ConfigError, InputError, OutputMismatchError
+from curation.files import parquet, vectors
 from curation.index import SearchConfig
 from curation.join import Neighborhood
 from curation.ray_runner import RayRunner
 from curation.runner import InlineRunner, Runner
-from curation.storage import Manifest
 from tests.curation.builders import Killed, MortalRunner, bytes_in, id_of, unit_vectors
 
 # The rows of one file: ids, and vectors (N, D) float16.
@@ -60,7 +61,7 @@ def write(folder: Path, parts: Sequence[Part]) -> list[str]:
     files = []
     for number, (ids, matrix) in enumerate(parts):
         files.append(f"{folder}/vectors-{number:05d}.parquet")
-        storage.write_table(files[-1], vectors.make_table(ids, matrix))
+        parquet.write_table(files[-1], vectors.make_table(ids, matrix))
     return files
 
 
@@ -197,7 +198,7 @@ def test_recall_below_the_least_is_an_error_until_that_is_lowered(tmp_path: Path
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"search\.min_recall is 0\.95\. Raise search\.num_probes \(1\)"):
             run(tmp_path, parts, **ivf)
-        assert storage.read_manifest(str(tmp_path / "join")) is None
+        assert read_manifest(str(tmp_path / "join")) is None
     manifest, _ = run(tmp_path, parts, min_recall=0.01, **ivf)  # goes on with the work that was stopped
     assert 0.01 <= manifest.facts["recall"] < 0.95
     with pytest.raises(ConfigError, match=r"search\.min_recall is 0\.95"):
@@ -296,7 +297,7 @@ def test_every_kill_resumes_to_the_same_bytes(tmp_path: Path, search: dict[str, 
     straight = bytes_in(str(tmp_path / "straight"))
     for lives_for in {1, num_calls // 2, num_calls - 1} - {num_calls}:
         name, deaths = f"killed after {lives_for}", 0
-        while storage.read_manifest(str(tmp_path / name)) is None:
+        while read_manifest(str(tmp_path / name)) is None:
             try:
                 run(tmp_path, parts, name=name, runner=MortalRunner(max(lives_for, deaths), behind=behind), **search)
             except Killed:
@@ -344,4 +345,4 @@ def test_wrong_vectors_are_refused_with_the_file_and_the_image(
             message = rf"vectors-0000{place}\.parquet: the vector of image '{ids[1]}' is zero or not finite \(1 such"
     with pytest.raises(InputError, match=message):
         run(tmp_path, parts, **search)
-    assert storage.read_manifest(str(tmp_path / "join")) is None
+    assert read_manifest(str(tmp_path / "join")) is None

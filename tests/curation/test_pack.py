@@ -13,12 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from curation import cluster, command, dedup, pack, records, retrieve, sources, storage
+from curation import cluster, command, dedup, pack, retrieve, sources
 from curation.balance import dataset_weights
 from curation.cluster import ClusterConfig, LevelConfig
 from curation.corpus import Sample, read_tar, write_tar
 from curation.dedup import DedupConfig
+from curation.engine.manifest import require_manifest, step_folder
 from curation.errors import ConfigError, InputError, OutputMismatchError
+from curation.files import parquet, paths, schemas
 from curation.hashing import image_id
 from curation.images import EXTENSION_OF_FORMAT
 from curation.pack import MixConfig, PackConfig
@@ -49,7 +51,7 @@ def retrieved_table(rows: Sequence[tuple[str, str, str | int, int]]) -> pa.Table
             | ({} if source else dict(mode="balanced", seed_source=None))
             for image, source, by, rank in rows
         ],
-        schema=records.RETRIEVED,
+        schema=schemas.RETRIEVED,
     )
 
 
@@ -88,7 +90,7 @@ class Plan:
         max_files: int = pack.MAX_PLAN_FILES,
     ) -> None:
         for name in ("ingest", "dedup", "retrieve", "plan"):
-            storage.delete(str(folder / name))
+            paths.delete(str(folder / name))
         images = write_ingest(folder / "ingest", [kept[n::num_shards] for n in range(num_shards)])
         stages = (images, write_dedup(folder / "dedup", images))
         cuts = [found.num_rows * n // num_shards for n in range(num_shards + 1)]
@@ -98,7 +100,7 @@ class Plan:
         self.weight, self.mass = pack.weigh(config, self.selection)
         self.tars = pack.plan_tars(config, self.selection, max_files)
         pack.write_plan(config, self.selection, self.weight, self.tars, *stages, retrieved, str(folder / "plan"))
-        self.num_files = len(storage.list_names(str(folder / "plan"))) // 2
+        self.num_files = len(paths.list_names(str(folder / "plan"))) // 2
         self.rows: list[dict[str, Any]] = [
             row for tar in self.tars for row in pack.read_plan(str(folder / "plan"), tar).to_pylist()
         ]
@@ -286,13 +288,13 @@ def test_number_of_files_changes_nothing(tmp_path: Path, repeats: bool) -> None:
 def test_rows_are_dealt_out_in_the_order_in_which_they_came(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     position = rng.integers(0, 1000, 3 * pack.DEALT_ROWS)
-    table = pa.table({"position": position, "reason": np.arange(len(position)).astype(str)}, records.PLANNED_REASONS)
+    table = pa.table({"position": position, "reason": np.arange(len(position)).astype(str)}, schemas.PLANNED_REASONS)
     starts = [0, 100, 250, 251]
-    with pack.dealing(f"{tmp_path}/reasons", records.PLANNED_REASONS, starts) as deal:
+    with pack.dealing(f"{tmp_path}/reasons", schemas.PLANNED_REASONS, starts) as deal:
         for start in range(0, len(position), 60_000):
             deal(table[start : start + 60_000])
     for number, (start, stop) in enumerate(itertools.pairwise([*starts, 1000])):
-        found = storage.read_table(f"{tmp_path}/reasons-{number:05d}.parquet", records.PLANNED_REASONS)
+        found = parquet.read_table(f"{tmp_path}/reasons-{number:05d}.parquet", schemas.PLANNED_REASONS)
         assert (
             found["reason"].to_numpy().astype(int).tolist()
             == np.flatnonzero((position >= start) & (position < stop)).tolist()
@@ -303,8 +305,8 @@ def test_composition_has_a_row_for_each_part(tmp_path: Path) -> None:
     found = pa.concat_tables([FOUND, DRAWN])
     config = PackConfig(mix=MixConfig(seeds=0.25, retrieval=0.25, clustering=0.5))
     plan = Plan(tmp_path, config, DATASETS, KEPT, found)
-    stages = {"images": storage.require_manifest(f"{tmp_path}/ingest")}
-    stages["dedup"] = storage.require_manifest(f"{tmp_path}/dedup")
+    stages = {"images": require_manifest(f"{tmp_path}/ingest")}
+    stages["dedup"] = require_manifest(f"{tmp_path}/dedup")
     composition = pack.compose(config, DATASETS, stages, plan.selection, plan.mass)
     assert composition["parts"] == [
         {"part": "seeds", "rows": 2, "unique": 2, "share_of_weight": 0.25},
@@ -349,7 +351,7 @@ class Run:
         self.folder = folder
         pictures = [encoded_image(n, FORMATS[n % 4]) for n in range(30)]
         for n, picture in enumerate(pictures[:10]):
-            storage.write_bytes(f"{folder}/seeds/label {n % 2}/::{n}.png", picture)
+            paths.write_bytes(f"{folder}/seeds/label {n % 2}/::{n}.png", picture)
         samples = iter(
             Sample(f"{n:04d}", picture, FORMATS[n % 4], {"label": n}) for n, picture in enumerate(pictures[10:], 10)
         )
@@ -359,8 +361,8 @@ class Run:
             source = SourceConfig.model_validate(
                 {"name": name, "path": f"{folder}/{name}", "role": role, "layout": layout}
             )
-            paths = tuple(file.path for file in sources.list_files(source))
-            found = sources.read_source(source, paths, max_bytes=1_000_000)
+            files = tuple(file.path for file in sources.list_files(source))
+            found = sources.read_source(source, files, max_bytes=1_000_000)
             shards.append([self.row(item, name, role, pictures) for item in found])
         self.ids = [image_id(picture) for picture in pictures]
         self.pictures = dict(zip(self.ids, pictures, strict=True))
@@ -399,13 +401,13 @@ def test_corpus_holds_the_original_bytes_and_its_tables_agree(tmp_path: Path, re
     assert {row["image_id"] for row in table} == set(run.ids[:22])
     names = [name for name in sorted(bytes_in(run.output)) if name.endswith(".tar")]
     assert names == [f"/corpus-{number:06d}.tar" for number in range(-(-count // 8))]
-    assert [storage.list_names(run.output)] == [
+    assert [paths.list_names(run.output)] == [
         sorted(["composition.json", "manifest.json", *(name[1:] for name in names)]
         + [f"corpus-{number:05d}.parquet" for number in range(len(names))])
     ]  # fmt: skip
     samples = [(name[1:], sample) for name in names for sample in read_tar(run.output + name)]
     assert [(row["shard"], row["key"]) for row in table] == [(name, sample.key) for name, sample in samples]
-    ingested = [storage.read_table(f"{run.images}/images-0000{n}.parquet", records.IMAGES).to_pylist() for n in (0, 1)]
+    ingested = [parquet.read_table(f"{run.images}/images-0000{n}.parquet", schemas.IMAGES).to_pylist() for n in (0, 1)]
     by_id = {row["image_id"]: row for rows in ingested for row in rows}
     for row, (_, sample) in zip(table, samples, strict=True):
         image = by_id[row["image_id"]]
@@ -417,7 +419,7 @@ def test_corpus_holds_the_original_bytes_and_its_tables_agree(tmp_path: Path, re
         assert sample.sidecar == {name: image[name] for name in ("source", "uri", "width", "height", "label")}
         assert (row["source"], row["role"]) == (image["source"], image["role"])
     assert {EXTENSION_OF_FORMAT[sample.format] for _, sample in samples} == {"png", "jpg", "webp", "gif"}
-    totals = storage.require_manifest(run.output).totals
+    totals = require_manifest(run.output).totals
     assert totals == {
         "rows": count,
         "bytes": sum(len(data) for name, data in bytes_in(run.output).items() if name in names),
@@ -427,7 +429,7 @@ def test_corpus_holds_the_original_bytes_and_its_tables_agree(tmp_path: Path, re
 def test_composition_counts_what_is_there(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.pack(PackConfig())
-    composition = json.loads(storage.read_bytes(f"{run.output}/composition.json"))
+    composition = json.loads(paths.read_bytes(f"{run.output}/composition.json"))
     assert composition == {
         "funnel": {
             "ingested": 30,
@@ -503,7 +505,7 @@ def test_shard_beyond_the_hundred_thousandth_has_a_name_of_its_own(tmp_path: Pat
     selection = pack.select((DatasetConfig(name="seeds", as_is=True),), *stages)
     weight, _ = pack.weigh(config, selection)
     (plan,) = tars = pack.plan_tars(config, selection)
-    pack.write_plan(config, selection, weight, tars, *stages, storage.step_folder(run.output, pack.PLAN_STEP))
+    pack.write_plan(config, selection, weight, tars, *stages, step_folder(run.output, pack.PLAN_STEP))
     process = pack.make_worker(run.output)
     names = [file.name for n in ("000000", "099999", "100000") for file in process(Shard(n, plan)).files]
     assert names == [
@@ -522,11 +524,11 @@ def test_stopped_and_gone_on_gives_the_same_bytes(tmp_path: Path, repeats: bool,
     run.output = str(tmp_path / "stopped")
     path = tmp_path / "web/00000.tar"
     content = path.read_bytes()
-    rows = storage.read_table(f"{run.images}/images-00001.parquet", records.IMAGES).to_pylist()
+    rows = parquet.read_table(f"{run.images}/images-00001.parquet", schemas.IMAGES).to_pylist()
     path.write_bytes(content[: next(row["offset"] for row in rows if row["image_id"] == run.ids[last])])
     with pytest.raises(InputError):
         run.pack(config)
-    assert storage.list_names(storage.step_folder(run.output, pack.PLAN_STEP))
+    assert paths.list_names(step_folder(run.output, pack.PLAN_STEP))
     assert [name for name in bytes_in(run.output) if name.endswith(".tar")], "stopped before any tar was done"
     path.write_bytes(content)
     run.pack(config)
@@ -555,7 +557,7 @@ def test_funnel_adds_up_over_the_real_stages(tmp_path: Path, seed: int) -> None:
     for n in [*range(40), *rng.integers(0, 40, 12).tolist()]:
         source, role = [("seeds", "seed"), ("web", "pool"), ("web", "pool"), ("test", "holdout")][rng.integers(4)]
         path = f"{tmp_path}/{source}/{len(rows.get(source, []))}.png"
-        storage.write_bytes(path, pictures[n])
+        paths.write_bytes(path, pictures[n])
         rows.setdefault(source, []).append(image_row(ids[n], source, role, uri=path, length=len(pictures[n])))
     stage = {
         name: str(tmp_path / name) for name in ("ingest", "embed", "pairs", "dedup", "cluster", "retrieve", "corpus")
@@ -577,7 +579,7 @@ def test_funnel_adds_up_over_the_real_stages(tmp_path: Path, seed: int) -> None:
     retrieve.run(config, *finished, stage["cluster"], stage["retrieve"], runner)
     pack.run(PackConfig(), stage["ingest"], stage["dedup"], stage["retrieve"], stage["corpus"], runner)
 
-    funnel = json.loads(storage.read_bytes(f"{stage['corpus']}/composition.json"))["funnel"]
+    funnel = json.loads(paths.read_bytes(f"{stage['corpus']}/composition.json"))["funnel"]
     total = copies.totals
     assert funnel["ingested"] == 52 == funnel["holdout"] + funnel["candidates"]
     assert funnel["after_exact"] == funnel["candidates"] - total.get("exact", 0)

@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation import pairs, records, storage
+from curation import pairs
+from curation.engine.manifest import require_manifest
 from curation.errors import ConfigError, InputError
+from curation.files import parquet, paths, schemas
 from curation.index import SearchConfig
 from curation.pairs import PairsConfig
 from curation.runner import InlineRunner
@@ -42,15 +44,15 @@ class Run:
     def pairs(self, name: str = "pairs", **config: Any) -> list[dict[str, Any]]:
         output = str(self.folder / name)
         pairs.run(PairsConfig(**config), self.images, self.descriptors, output, InlineRunner())
-        names = storage.require_manifest(output).files("pairs")
-        table = pa.concat_tables([storage.read_table(storage.join(output, name), records.PAIRS) for name in names])
-        assert table.schema == records.PAIRS
+        names = require_manifest(output).files("pairs")
+        table = pa.concat_tables([parquet.read_table(paths.join(output, name), schemas.PAIRS) for name in names])
+        assert table.schema == schemas.PAIRS
         rows: list[dict[str, Any]] = table.to_pylist()
         keys = [(row["image_id"], row["other_image_id"]) for row in rows]
         assert keys == sorted(set(keys)) and all(low < high for low, high in keys), "each pair once, by ids"
         assert all(row["similarity"] == row["cosine"] and not row["differs_locally"] for row in rows)
         for row in rows:
-            one, other = (self.matrix[self.number[row[key]]].astype(np.float64) for key in records.PAIRS.names[:2])
+            one, other = (self.matrix[self.number[row[key]]].astype(np.float64) for key in schemas.PAIRS.names[:2])
             assert row["cosine"] == pytest.approx(one @ other, abs=1e-6)
         return rows
 
@@ -85,7 +87,7 @@ def test_size_of_the_shards_changes_no_row(tmp_path: Path, images_per_shard: int
     run = Run(tmp_path, families(1, 15, 3), phash={0: 1, 44: 0, 20: 3})
     reference = run.pairs("reference", images_per_shard=20)
     assert run.pairs(images_per_shard=images_per_shard) == reference
-    manifest = storage.require_manifest(str(tmp_path / "pairs"))
+    manifest = require_manifest(str(tmp_path / "pairs"))
     assert len(manifest.files("pairs")) == max(1, -(-46 // images_per_shard))
     assert manifest.totals["pairs"] == len(reference) <= manifest.totals["candidates"]
 
@@ -125,7 +127,7 @@ def test_equal_images_are_one_and_none_pairs_with_itself(tmp_path: Path, count: 
     """Its second row, in a file of its own, is no pair; nor are strangers."""
     run = Run(tmp_path, np.eye(count, WIDTH))
     assert run.pairs() == []
-    assert storage.require_manifest(str(tmp_path / "pairs")).totals == {"candidates": 0, "pairs": 0}
+    assert require_manifest(str(tmp_path / "pairs")).totals == {"candidates": 0, "pairs": 0}
 
 
 def test_recall_of_the_search_is_among_the_facts(tmp_path: Path) -> None:
@@ -133,8 +135,8 @@ def test_recall_of_the_search_is_among_the_facts(tmp_path: Path) -> None:
     exact = run.pairs("exact")
     search = SearchConfig(backend="ivf", rows_per_cell=5, num_probes=1000)
     assert run.pairs("ivf", search=search) == exact
-    facts = storage.require_manifest(str(tmp_path / "ivf")).facts
-    assert facts["search"]["recall"] == 1 and storage.require_manifest(str(tmp_path / "exact")).facts == {"search": {}}
+    facts = require_manifest(str(tmp_path / "ivf")).facts
+    assert facts["search"]["recall"] == 1 and require_manifest(str(tmp_path / "exact")).facts == {"search": {}}
 
 
 # What is refused

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from curation import config, profiles, storage
+from curation import config, profiles
 from curation.config import resolved_toml
 from curation.dedup import DedupConfig
 from curation.errors import ConfigError
+from curation.files import paths
 from curation.pack import PackConfig
 from curation.profiles import PROFILES
 from curation.retrieve import RetrieveConfig
@@ -85,8 +86,8 @@ def test_a_profile_can_be_set_on_the_command_line() -> None:
 def test_saved_config_reads_back_equal_and_needs_no_profile(tmp_path: Path, profile: str) -> None:
     found = parse(profile=profile, cluster={"levels": [{"num_clusters": 9}]})
     path = str(tmp_path / "run.toml")
-    storage.write_bytes(path, resolved_toml(found).encode())
-    assert storage.read_bytes(path).startswith(f'profile = "{profile}"\n'.encode())
+    paths.write_bytes(path, resolved_toml(found).encode())
+    assert paths.read_bytes(path).startswith(f'profile = "{profile}"\n'.encode())
     assert config.load(CurateConfig, path) == found
     other = "default" if profile == "paper" else "paper"
     changed = config.load(CurateConfig, path, [f"profile={other}"])
@@ -97,7 +98,7 @@ def test_saved_config_reads_back_equal_and_needs_no_profile(tmp_path: Path, prof
 def test_a_stage_alone_reads_what_the_pipeline_reads(tmp_path: Path, profile: str) -> None:
     path = str(tmp_path / "mine.toml")
     text = f'profile = "{profile}"\n[dedup]\nthreshold = 0.7\n[pack]\n[retrieve]\n[[retrieve.datasets]]\nname = "a"\n'
-    storage.write_bytes(path, text.encode())
+    paths.write_bytes(path, text.encode())
     whole = parse(
         profile=profile,
         cluster={"levels": [{"num_clusters": 1}]},

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import ray
 
-from curation import ray_runner, storage
+from curation import ray_runner
 from curation.config import Settings
+from curation.engine.manifest import Manifest, ShardRecord, read_manifest
 from curation.errors import ConfigError, ShardError
+from curation.files import paths
 from curation.ray_runner import RayRunner
 from curation.runner import InlineRunner, Runner, Shard, Worker
 from curation.stage import run_shards
-from curation.storage import Manifest, ShardRecord
 from tests.curation.builders import bytes_in
 
 
@@ -112,7 +113,7 @@ def make_writing_worker(diary: str, output: str) -> Worker:
 
     def process(shard: Shard) -> ShardRecord:
         worker(shard)
-        file = storage.write_bytes(storage.join(output, f"file-{shard.name}.txt"), shard.name.encode())
+        file = paths.write_bytes(paths.join(output, f"file-{shard.name}.txt"), shard.name.encode())
         return ShardRecord(name=shard.name, files=(file,))
 
     return process
@@ -131,7 +132,7 @@ def test_a_stage_names_what_it_set_aside_and_tries_it_again_when_asked(runner: R
     assert calls(tmp_path / "diary", "1") == 6, "a run that allows it must not try it again"
     with pytest.raises(ShardError, match="shard 1"):
         run_stage(tmp_path, runner, works, 0)
-    assert storage.read_manifest(str(tmp_path / "out")) == manifest, "a vain attempt must not undo what was done"
+    assert read_manifest(str(tmp_path / "out")) == manifest, "a vain attempt must not undo what was done"
     mended = run_stage(tmp_path, runner, ["lives"] * 3, 0)
     assert mended.facts == {}
     assert run_stage(tmp_path / "fresh", InlineRunner(), ["lives"] * 3, 0) == mended

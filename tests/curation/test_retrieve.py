@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation import cluster, command, records, retrieve, storage, vectors
+from curation import cluster, command, retrieve
 from curation.balance import balanced_counts, cap_evenly
 from curation.cluster import ClusterConfig, LevelConfig
+from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, write_manifest
 from curation.errors import ConfigError, InputError
+from curation.files import parquet, paths, schemas, vectors
 from curation.retrieve import ClusteringConfig, DatasetConfig, RetrieveConfig
 from curation.runner import InlineRunner
-from curation.storage import Manifest, Plan, ShardRecord
 from tests.curation.builders import bytes_in, id_of, image_row, unit_vectors, write_dedup, write_ingest, write_vectors
 
 
@@ -151,7 +152,7 @@ def test_datasets_follow_one_another_and_none_means_nothing(tmp_path: Path) -> N
     )
     rows = run.retrieve(config)
     assert [source for source, _ in Counter(row["seed_source"] for row in rows).items()] == ["small", "large"]
-    totals = storage.require_manifest(run.output).totals
+    totals = require_manifest(run.output).totals
     assert totals["seeds:small"] == len(run.seeds["small"]) and totals["seeds:large"] == len(run.seeds["large"])
     assert (
         totals["rows:large"] == 2 * len(run.seeds["large"]) and totals["rows:small"] == len(rows) - totals["rows:large"]
@@ -206,26 +207,26 @@ def write_clusters(folder: Path, cluster_of: np.ndarray, parents: list[np.ndarra
                 "cluster_id": np.concatenate(levels).astype(np.int32),
                 "similarity": np.tile(similarity[rows], len(levels)),
             },
-            schema=records.ASSIGNMENTS,
+            schema=schemas.ASSIGNMENTS,
         )
-        file = storage.write_table(f"{folder}/assignments-{number:05d}.parquet", table)
+        file = parquet.write_table(f"{folder}/assignments-{number:05d}.parquet", table)
         records_of.append(ShardRecord(name=f"{number:05d}", files=(file,)))
     arrays = {"centroids-0.npy": unit_vectors(0, num_clusters)}
     arrays |= {f"parents-{level}.npy": parent.astype(np.int64) for level, parent in enumerate(parents)}
     for name, array in arrays.items():
         buffer = io.BytesIO()
         np.save(buffer, array)
-        records_of.append(ShardRecord(name=name, files=(storage.write_bytes(f"{folder}/{name}", buffer.getvalue()),)))
+        records_of.append(ShardRecord(name=name, files=(paths.write_bytes(f"{folder}/{name}", buffer.getvalue()),)))
     plan = Plan(stage="cluster", config={}, inputs={}, num_shards=files)
-    storage.write_manifest(str(folder), Manifest(plan=plan, shards=tuple(records_of), totals={}, rejects={}))
+    write_manifest(str(folder), Manifest(plan=plan, shards=tuple(records_of), totals={}, rejects={}))
     return str(folder)
 
 
 def read_members(clustered: str) -> dict[int, list[tuple[float, str]]]:
     """The images of each finest cluster, nearest first."""
     members: dict[int, list[tuple[float, str]]] = {}
-    for name in storage.require_manifest(clustered).files("assignments"):
-        for row in storage.read_table(f"{clustered}/{name}", records.ASSIGNMENTS).to_pylist():
+    for name in require_manifest(clustered).files("assignments"):
+        for row in parquet.read_table(f"{clustered}/{name}", schemas.ASSIGNMENTS).to_pylist():
             if row["level"] == 0:
                 members.setdefault(row["cluster_id"], []).append((-row["similarity"], row["image_id"]))
     return {number: sorted(found) for number, found in members.items()}
@@ -312,7 +313,7 @@ def test_draw_by_clustering_is_balanced_over_the_hierarchy(tmp_path: Path, num_i
     members = read_members(run.stages[3])
     assert [row["image_id"] for row in rows] == [m for c, n in enumerate(expected) for _, m in members.get(c, [])[:n]]
     np.testing.assert_array_equal(np.load(f"{run.output}/balanced.npy", allow_pickle=False), expected)
-    assert storage.require_manifest(run.output).totals == {"balanced_rows": len(rows)}
+    assert require_manifest(run.output).totals == {"balanced_rows": len(rows)}
 
 
 def test_half_of_the_draw_is_of_the_rare_kind(tmp_path: Path) -> None:
@@ -325,7 +326,7 @@ def test_parts_of_a_draw_make_up_the_whole(tmp_path: Path, most: int) -> None:
     run = Hierarchy(tmp_path)
     whole = run.draw(num_images=50)
     assert run.draw(f"{tmp_path}/parts", num_images=50, images_per_shard=most) == whole
-    assert len(storage.require_manifest(f"{tmp_path}/parts").files("retrieved")) == -(-50 // most)
+    assert len(require_manifest(f"{tmp_path}/parts").files("retrieved")) == -(-50 // most)
 
 
 def test_draw_over_the_levels_of_a_real_cluster_stage(tmp_path: Path) -> None:
@@ -418,15 +419,15 @@ def test_alone_on_matrices(tmp_path: Path) -> None:
 def test_alone_on_folders_of_parquet(tmp_path: Path) -> None:
     seeds, pool = unit_vectors(0, 5, 16), unit_vectors(1, 50, 16)
     seed_ids, pool_ids = [f"s{n}" for n in range(5)], [id_of(n) for n in range(50)]
-    storage.write_table(f"{tmp_path}/A.parquet", vectors.make_table(seed_ids, seeds))
+    parquet.write_table(f"{tmp_path}/A.parquet", vectors.make_table(seed_ids, seeds))
     for name, part in (("1", slice(0, 20)), ("2", slice(20, 20)), ("3", slice(20, 50))):
-        storage.write_table(f"{tmp_path}/B/{name}.parquet", vectors.make_table(pool_ids[part], pool[part]))
+        parquet.write_table(f"{tmp_path}/B/{name}.parquet", vectors.make_table(pool_ids[part], pool[part]))
     path = tmp_path / "out.parquet"
     retrieve.command_line(str(path), seeds=f"{tmp_path}/A.parquet", pool=f"{tmp_path}/B", k=60)
     check_alone(path, seed_ids, seeds, pool_ids, pool, 50)
-    columns = [name for name in records.RETRIEVED.names if name in pq.read_schema(path).names]
+    columns = [name for name in schemas.RETRIEVED.names if name in pq.read_schema(path).names]
     assert set(columns) == {"seed_image_id", "image_id", "rank", "similarity"}
-    assert all(pq.read_schema(path).field(name) == records.RETRIEVED.field(name) for name in columns)
+    assert all(pq.read_schema(path).field(name) == schemas.RETRIEVED.field(name) for name in columns)
 
 
 def test_alone_says_what_is_wrong_once_and_leaves_no_file(tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from curation import storage
 from curation.config import Settings
+from curation.engine.manifest import Manifest, ShardRecord
 from curation.errors import InputError, ShardError
+from curation.files import paths
 from curation.ray_runner import RayRunner
 from curation.runner import InlineRunner, Runner, Shard, Worker
 from curation.stage import PREPARED, run_shards
-from curation.storage import Manifest, ShardRecord
 
 
 class SquareConfig(Settings):
@@ -33,7 +33,7 @@ def make_worker(output: str, diary: str) -> Worker:
             case "bug":
                 raise ZeroDivisionError("oh")
         value = shard.work**2 if isinstance(shard.work, int) else 0
-        file = storage.write_bytes(storage.join(output, f"square-{shard.name}.txt"), str(value).encode())
+        file = paths.write_bytes(paths.join(output, f"square-{shard.name}.txt"), str(value).encode())
         return ShardRecord(name=shard.name, files=(file,), totals={"sum": value})
 
     return process
@@ -75,7 +75,7 @@ def run(runner: Runner, tmp_path: Path, works: list[object], config: SquareConfi
 def write_table_of_squares(output: str, diary: str) -> ShardRecord:
     os.makedirs(diary, exist_ok=True)
     Path(diary, f"prepared-{os.urandom(4).hex()}").touch()
-    return ShardRecord(name=PREPARED, files=(storage.write_bytes(storage.join(output, "table.txt"), b"squares"),))
+    return ShardRecord(name=PREPARED, files=(paths.write_bytes(paths.join(output, "table.txt"), b"squares"),))
 
 
 def calls(tmp_path: Path, pattern: str = "shard-*") -> int:

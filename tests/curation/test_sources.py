@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from curation import sources, storage
+from curation import sources
 from curation.errors import InputError
+from curation.files import paths
 from curation.hashing import image_id
 from curation.images import RejectReason
 from curation.sources import Found, ReferenceReader, SourceConfig
@@ -31,8 +32,8 @@ def source(path: str | Path, layout: str = "folder", **columns: str) -> SourceCo
 
 
 def read(where: SourceConfig) -> list[Found]:
-    paths = tuple(file.path for file in sources.list_files(where))
-    return list(sources.read_source(where, paths, max_bytes=10_000_000))
+    files = tuple(file.path for file in sources.list_files(where))
+    return list(sources.read_source(where, files, max_bytes=10_000_000))
 
 
 def damage(found: Sequence[Found]) -> str | None:
@@ -72,7 +73,7 @@ def test_folder_is_listed_by_path_with_its_folders_as_labels(tmp_path: Path, roo
     base = {"local": str(tmp_path), "url": f"file://{tmp_path}", "memory": f"memory://{tmp_path.name}"}[root]
     names = [*ODD_NAMES, "cats/one.jpg", "cats/young::est/two.jpeg", "dogs#1/three.tiff"]
     for name in [*names, "notes.txt", "cats/png", ".hidden", "cats/one.jpg.part", "b.tar"]:
-        storage.write_bytes(storage.join(base, name), name.encode())
+        paths.write_bytes(paths.join(base, name), name.encode())
     where = source(base)
     files = sources.list_files(where)
     assert [file.path for file in files] == sorted(names)
@@ -482,12 +483,12 @@ def test_reference_reads_the_very_bytes_and_notices_changed_ones(tmp_path: Path,
         match layout:
             case "folder":
                 for number, picture in enumerate(pictures):
-                    storage.write_bytes(f"{base}/{number}.png", picture)
+                    paths.write_bytes(f"{base}/{number}.png", picture)
             case "webdataset":
-                storage.write_bytes(f"{base}/a.tar", tar_of([(f"{n}.png", p) for n, p in enumerate(pictures)]))
+                paths.write_bytes(f"{base}/a.tar", tar_of([(f"{n}.png", p) for n, p in enumerate(pictures)]))
             case "parquet":
                 table = pa.table({"image": [{"bytes": picture} for picture in pictures]})
-                with storage.atomic_write(f"{base}/a.parquet") as file:
+                with paths.atomic_write(f"{base}/a.parquet") as file:
                     pq.write_table(table, pa.PythonFile(file, mode="w"), row_group_size=3)
 
     pictures = [encoded_image(number) for number in range(8)]
@@ -510,10 +511,10 @@ def test_reference_reads_the_very_bytes_and_notices_changed_ones(tmp_path: Path,
 
     write(pictures[:4])
     if layout == "folder":
-        storage.delete(f"{base}/7.png")
+        paths.delete(f"{base}/7.png")
     with pytest.raises(InputError, match="--replace"):
         ReferenceReader().read(found[7].uri, found[7].offset, found[7].length, image_id(pictures[7]))
-    storage.delete(base)
+    paths.delete(base)
     with pytest.raises(InputError, match=r"cannot be read any more"):
         ReferenceReader().read(found[0].uri, found[0].offset, found[0].length, image_id(pictures[0]))
 

@@ -6,12 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from curation import storage
 from curation.config import Settings
+from curation.engine.manifest import (
+    PROGRESS_NAME,
+    Manifest,
+    ShardRecord,
+    done_shards,
+    mark_shard_done,
+    read_done,
+    read_manifest,
+)
 from curation.errors import InputError, RejectBudgetError
+from curation.files import paths
 from curation.runner import InlineRunner, Shard
 from curation.stage import Tally, run_shards
-from curation.storage import Manifest, ShardRecord
 
 
 class CountConfig(Settings):
@@ -21,7 +29,7 @@ class CountConfig(Settings):
 
 def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
     def process(shard: Shard) -> ShardRecord:
-        file = storage.write_bytes(f"{output}/count-{shard.name}.txt", b"x" * shard.work)
+        file = paths.write_bytes(f"{output}/count-{shard.name}.txt", b"x" * shard.work)
         return ShardRecord(name=shard.name, files=(file,), totals={"count": shard.work})
 
     return process
@@ -50,7 +58,7 @@ def test_check_that_failed_fails_again_until_what_it_guards_is_changed(tmp_path:
     for _ in range(3):
         with pytest.raises(RejectBudgetError, match="11 is above 10"):
             run(tmp_path, CountConfig(), works)
-        assert storage.read_manifest(str(tmp_path)) is None
+        assert read_manifest(str(tmp_path)) is None
     manifest = run(tmp_path, CountConfig(limit=20), works)
     assert manifest.totals == {"count": sum(works)}
     assert "limit" not in manifest.plan.config
@@ -62,7 +70,7 @@ def test_check_that_failed_fails_again_until_what_it_guards_is_changed(tmp_path:
 def test_markers_that_were_gathered_are_markers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, stop: int
 ) -> None:
-    monkeypatch.setattr(storage, "MARKERS_PER_FILE", 3)
+    monkeypatch.setattr("curation.engine.manifest.MARKERS_PER_FILE", 3)
     output = f"memory://{tmp_path.name}/{stop}" if place == "memory" else str(tmp_path / "out")
     calls: list[str] = []
     seen: list[tuple[int, int]] = []
@@ -93,16 +101,16 @@ def test_markers_that_were_gathered_are_markers(
     if stop < 10:
         with pytest.raises(InputError, match="stop"):
             attempt()
-        assert storage.done_shards(output) == {f"{number:05d}" for number in range(stop)}
-        names = storage.list_names(storage.join(output, storage.PROGRESS_NAME))
+        assert done_shards(output) == {f"{number:05d}" for number in range(stop)}
+        names = paths.list_names(paths.join(output, PROGRESS_NAME))
         assert len(names) == 1 + stop // 3 + stop % 3
         if stop >= 3:  # as a kill may leave it, before the gathered markers were deleted
-            storage.mark_shard_done(output, next(storage.read_done(output)))
+            mark_shard_done(output, next(read_done(output)))
         stop = -1
     manifest = attempt()
     assert seen[-1] == (10, 45) and manifest.totals == {"count": 45}
     assert [record.name for record in manifest.shards] == [f"{number:05d}" for number in range(10)]
     assert len(set(calls)) == len(calls), "no shard is done twice"
-    assert storage.PROGRESS_NAME not in storage.list_names(output)
+    assert PROGRESS_NAME not in paths.list_names(output)
     again = str(tmp_path / "straight")
     assert run(Path(again), CountConfig(limit=100), list(range(10))).shards == manifest.shards

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from curation import storage
 from curation.config import load
+from curation.engine.manifest import require_manifest
 from curation.errors import ConfigError
+from curation.files.folder_lock import sole_writer
 from pipelines.curate import CurateConfig
 from pipelines.report_facts import STAGES
 
@@ -154,7 +155,7 @@ def test_same_bytes_inline_and_on_ray_with_one_worker_and_two(home: Path) -> Non
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         finished = {(line["stage"], line["shard"]) for line in lines if line["event"] == "shard"}
         for stage in STAGES:
-            for record in storage.require_manifest(str(home / f"ray{workers}" / stage)).shards:
+            for record in require_manifest(str(home / f"ray{workers}" / stage)).shards:
                 assert (stage, record.name) in finished or record.name in ("prepared", "composition")
         assert {line["stage"] for line in lines if line["event"] == "end"} >= set(STAGES)
         assert "What each stage took" in on_ray.stdout
@@ -260,7 +261,7 @@ def test_second_run_beside_the_first_is_refused_and_leaves_its_log(home: Path) -
     log = home / "out/log/driver.json"
     log.parent.mkdir(parents=True)
     log.write_text("the first run's")
-    with storage.sole_writer(str(home / "out")):
+    with sole_writer(str(home / "out")):
         result = inline(home)
     assert result.returncode == 2
     assert "Another run is writing 'out'" in result.stderr and "Traceback" not in result.stderr

@@ -15,7 +15,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from curation import dedup, ingest, pack, records, storage
+from curation import dedup, ingest, pack
+from curation.engine.manifest import require_manifest
+from curation.files import parquet, schemas
 from curation.retrieve import read_retrieved
 from pipelines.bench import retrieval
 
@@ -45,8 +47,8 @@ def planted() -> pa.Table:
 def decided() -> dict[str, dict[str, object]]:
     """What dedup decided for each image, by image_id; the row that stands for it where there are exact copies."""
     rows: dict[str, dict[str, object]] = {}
-    for name in storage.require_manifest(str(RUN / "dedup")).files("duplicates"):
-        for row in storage.read_table(str(RUN / "dedup" / name), records.DUPLICATES).to_pylist():
+    for name in require_manifest(str(RUN / "dedup")).files("duplicates"):
+        for row in parquet.read_table(str(RUN / "dedup" / name), schemas.DUPLICATES).to_pylist():
             if row["image_id"] not in rows or row["kept"]:
                 rows[row["image_id"]] = row
     return rows
@@ -85,8 +87,8 @@ def test_no_holdout_image_is_in_the_corpus(corpus: pa.Table) -> None:
 
 def test_odd_files_end_as_expected() -> None:
     accepted = set(ingest.read_images(str(RUN / "ingest"), ["uri"])["uri"].to_pylist())
-    names = storage.require_manifest(str(RUN / "ingest")).files("rejects")
-    rejects = [storage.read_table(str(RUN / "ingest" / name), records.REJECTS) for name in names]
+    names = require_manifest(str(RUN / "ingest")).files("rejects")
+    rejects = [parquet.read_table(str(RUN / "ingest" / name), schemas.REJECTS) for name in names]
     reasons = {row["uri"]: row["reason"] for table in rejects for row in table.to_pylist()}
     for row in pq.read_table(DATA / "odd.parquet").to_pylist():
         uri = f"data/demo/{row['file']}"
@@ -146,7 +148,7 @@ def test_report_is_self_contained() -> None:
 
 def test_every_kept_image_has_a_vector() -> None:
     folders = (str(RUN / "ingest"), str(RUN / "dedup"), str(RUN / "embed"))
-    kept = storage.require_manifest(folders[1]).totals["kept"]
+    kept = require_manifest(folders[1]).totals["kept"]
     shards = dedup.kept_shards(*folders)
     assert sum(len(dedup.read_kept(shard, role=role)[0]) for shard in shards for role in ("seed", "pool")) == kept
 

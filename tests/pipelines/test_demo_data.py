@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat
 
-from curation import storage
 from curation.errors import InputError, OutputMismatchError
+from curation.files import parquet
 from curation.hashing import image_id
 from curation.images import ImageLimits, ImageRejected, decode_rgb
 from pipelines import demo_data
@@ -101,7 +101,7 @@ def test_the_copyright_lies_beside_the_images(demo: Path) -> None:
 
 
 def test_the_truth_names_every_copy_and_one_original_each(demo: Path) -> None:
-    rows = storage.read_table(str(demo / "planted.parquet"), demo_data.PLANTED).to_pylist()
+    rows = parquet.read_table(str(demo / "planted.parquet"), demo_data.PLANTED).to_pylist()
     assert sorted(row["copy"] for row in rows) == [f"planted/{name}" for name in _images(demo / "planted")]
     assert [row["transform"] for row in rows] == [name for name in demo_data.TRANSFORMS for _ in range(3)]
     assert [row["original_role"] for row in rows] == ["pool", "pool", "holdout"] * len(demo_data.TRANSFORMS)
@@ -112,14 +112,14 @@ def test_the_truth_names_every_copy_and_one_original_each(demo: Path) -> None:
         assert row["copy_image_id"] == image_id((demo / row["copy"]).read_bytes())
         assert row["original_image_id"] == image_id((demo / row["original"]).read_bytes())
         assert everything.count(row["copy_image_id"]) == 1
-    odd = storage.read_table(str(demo / "odd.parquet"), demo_data.ODD).to_pylist()
+    odd = parquet.read_table(str(demo / "odd.parquet"), demo_data.ODD).to_pylist()
     renamed = [row["image_id"] for row in odd if row["file"] == "odd/renamed.png"]
     assert all(everything.count(row["original_image_id"]) == 1 for row in rows)
     assert everything.count(renamed[0]) == 2
 
 
 def test_originals_are_neither_blank_nor_small_nor_copies_and_mirrored_ones_have_a_left_and_a_right(demo: Path) -> None:
-    rows = storage.read_table(str(demo / "planted.parquet"), demo_data.PLANTED).to_pylist()
+    rows = parquet.read_table(str(demo / "planted.parquet"), demo_data.PLANTED).to_pylist()
     names = {row["original"].rpartition("/")[2] for row in rows}
     assert not names & {"blank.png", "small.png", "link.png", "drawing_00.png", "drawing_01.png"}
     assert any("ring" in row["original"] for row in rows)
@@ -128,7 +128,7 @@ def test_originals_are_neither_blank_nor_small_nor_copies_and_mirrored_ones_have
 
 @pytest.mark.parametrize("transform", demo_data.TRANSFORMS)
 def test_a_copy_shows_its_original_changed_as_stated(demo: Path, transform: str) -> None:
-    rows = storage.read_table(str(demo / "planted.parquet"), demo_data.PLANTED).to_pylist()
+    rows = parquet.read_table(str(demo / "planted.parquet"), demo_data.PLANTED).to_pylist()
     for row in (row for row in rows if row["transform"] == transform):
         original, copy = (_decode(demo / row[key]) for key in ("original", "copy"))
         words = row["parameters"].replace(",", "").split()
@@ -169,7 +169,7 @@ def test_a_copy_shows_its_original_changed_as_stated(demo: Path, transform: str)
 
 
 def test_odd_files_fare_as_expected_and_accepted_ones_show_their_original(demo: Path) -> None:
-    rows = storage.read_table(str(demo / "odd.parquet"), demo_data.ODD).to_pylist()
+    rows = parquet.read_table(str(demo / "odd.parquet"), demo_data.ODD).to_pylist()
     assert [row["file"] for row in sorted(rows, key=lambda row: row["file"])] == [
         f"odd/{x}" for x in _files(demo / "odd")
     ]

@@ -15,17 +15,18 @@ import pytest
 import tomli_w
 from PIL import Image
 
-from curation import cluster, dedup, ingest, markup, pack, records, retrieve, storage, vectors
+from curation import cluster, dedup, ingest, markup, pack, retrieve
 from curation.cluster import ClusterConfig, LevelConfig
 from curation.dedup import DedupConfig, FamilyConfig
+from curation.engine.manifest import Manifest, Plan, ShardRecord, sum_counts, write_manifest
 from curation.errors import ConfigError, InputError
+from curation.files import parquet, paths, schemas, vectors
 from curation.hashing import image_id
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
 from curation.runner import InlineRunner
 from curation.sources import Role, SourceConfig
-from curation.storage import Manifest, Plan, ShardRecord
 from pipelines import report, report_facts
 from pipelines.report import ReportConfig
 from pipelines.report_facts import Concepts
@@ -93,7 +94,7 @@ def build_run(
 ) -> str:
     """A finished run, made by the stages themselves but for vectors and pairs: images resemble by their mean colour."""
     runner = InlineRunner()
-    path = {stage: storage.join(output, stage) for stage in report_facts.STAGES}
+    path = {stage: paths.join(output, stage) for stage in report_facts.STAGES}
     settings = IngestConfig(
         sources=tuple(SourceConfig(name=name, path=str(folder), role=role) for name, folder, role in sources),
         max_reject_fraction=1,
@@ -102,22 +103,22 @@ def build_run(
     ingested = ingest.run(settings, path["ingest"], runner)
     shards: dict[str, list[ShardRecord]] = {"embed": [], "describe": []}
     for record, name in zip(ingested.shards, ingested.files("images"), strict=True):
-        rows = storage.read_table(storage.join(path["ingest"], name), records.IMAGES).to_pylist()
+        rows = parquet.read_table(paths.join(path["ingest"], name), schemas.IMAGES).to_pylist()
         images = {row["image_id"]: Image.open(row["uri"]).convert("RGB") for row in rows}
         means = np.array([np.asarray(image).mean((0, 1)) - 128 for image in images.values()]).reshape(-1, 3)
         table = vectors.make_table(list(images), means / np.linalg.norm(means, axis=1, keepdims=True))
-        small = pa.table([list(images), [_webp(image) for image in images.values()]], schema=records.THUMBNAILS)
+        small = pa.table([list(images), [_webp(image) for image in images.values()]], schema=schemas.THUMBNAILS)
         for stage in shards:
-            files = [storage.write_table(storage.join(path[stage], f"vectors-{record.name}.parquet"), table)]
+            files = [parquet.write_table(paths.join(path[stage], f"vectors-{record.name}.parquet"), table)]
             if thumbnails and stage == "describe":
-                files.append(storage.write_table(storage.join(path[stage], f"thumbnails-{record.name}.parquet"), small))
+                files.append(parquet.write_table(paths.join(path[stage], f"thumbnails-{record.name}.parquet"), small))
             shards[stage].append(ShardRecord(name=record.name, files=tuple(files), totals={"embedded": len(images)}))
     for stage, done in shards.items():
         _finish(stage, path[stage], ingested.content_hash, done, {})
     found = [(*sorted(image_id(one.read_bytes()) for one in pair[:2]), pair[2], False, pair[2], True) for pair in pairs]
-    columns = list(zip(*found, strict=True)) or [[]] * len(records.PAIRS)
-    file = storage.write_table(
-        storage.join(path["pairs"], "pairs-00000.parquet"), pa.table(columns, schema=records.PAIRS)
+    columns = list(zip(*found, strict=True)) or [[]] * len(schemas.PAIRS)
+    file = parquet.write_table(
+        paths.join(path["pairs"], "pairs-00000.parquet"), pa.table(columns, schema=schemas.PAIRS)
     )
     written = [ShardRecord(name="00000", files=(file,))]
     _finish("pairs", path["pairs"], ingested.content_hash, written, {"min_similarity": 0.4})
@@ -128,7 +129,7 @@ def build_run(
     retrieve.run(search, *stages, path["cluster"], path["retrieve"], runner)
     pack.run(PackConfig(), path["ingest"], path["dedup"], path["retrieve"], path["corpus"], runner)
     section = (config or ReportConfig()).model_dump(exclude_none=True)
-    storage.write_bytes(storage.join(output, "run.toml"), tomli_w.dumps({"report": section}).encode())
+    paths.write_bytes(paths.join(output, "run.toml"), tomli_w.dumps({"report": section}).encode())
     return output
 
 
@@ -140,8 +141,8 @@ def _webp(image: Image.Image) -> bytes:
 
 def _finish(stage: str, folder: str, images: str, shards: list[ShardRecord], config: dict[str, float]) -> None:
     plan = Plan(stage=stage, config=config, inputs={"images": images}, num_shards=len(shards))
-    totals = storage.sum_counts(shard.totals for shard in shards)
-    storage.write_manifest(folder, Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={}))
+    totals = sum_counts(shard.totals for shard in shards)
+    write_manifest(folder, Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={}))
 
 
 CONCEPTS = Concepts(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from curation import storage
+from curation.engine.manifest import done_shards, require_manifest
 from pipelines.bench import scaling
 
 
@@ -21,9 +21,9 @@ def test_packing_has_a_row_for_each_size() -> None:
 
 def test_shards_stop_before_the_last_and_go_on_with_it(tmp_path: Path) -> None:
     first = scaling.shards(str(tmp_path), 7, "inline")
-    assert len(storage.done_shards(str(tmp_path / "tiny"))) == 6
+    assert len(done_shards(str(tmp_path / "tiny"))) == 6
     second = scaling.shards(str(tmp_path), 7, "inline")
-    assert storage.require_manifest(str(tmp_path / "tiny")).totals["images"] == 70
+    assert require_manifest(str(tmp_path / "tiny")).totals["images"] == 70
     assert min(first["seconds"], second["first"], second["finishing"], second["peak"]) > 0
 
 

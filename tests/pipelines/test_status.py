@@ -12,8 +12,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from curation import journal, storage
+from curation import journal
+from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import InputError
+from curation.files import paths
 from pipelines import status
 from pipelines.report_facts import STAGES
 
@@ -23,7 +25,10 @@ ROOT = Path(__file__).parents[2]
 DRIVER = """
 import sys, time
 from pathlib import Path
-from curation import command, journal, storage
+from curation import command, journal
+from curation.files import paths
+from curation.engine.manifest import ShardRecord
+from curation.engine.manifest import step_folder
 from curation.config import Settings
 from curation.errors import InputError
 from curation.runner import InlineRunner, Shard
@@ -37,8 +42,8 @@ def make_worker(folder):
             time.sleep(0.01)
         if gate.read_text() == "no":
             raise InputError("the worker says no")
-        file = storage.write_bytes(f"{folder}/images-{shard.name}.txt", b"x" * 100)
-        return storage.ShardRecord(name=shard.name, files=(file,), totals={"images": 5})
+        file = paths.write_bytes(f"{folder}/images-{shard.name}.txt", b"x" * 100)
+        return ShardRecord(name=shard.name, files=(file,), totals={"images": 5})
     return lambda: process
 
 def stage(folder, names, prepare=None):
@@ -47,8 +52,8 @@ def stage(folder, names, prepare=None):
                make_worker=make_worker(folder), prepare=prepare)
 
 def step():
-    stage(storage.step_folder(f"{run}/ingest", "step"), ["s0"])
-    return storage.ShardRecord(name=PREPARED)
+    stage(step_folder(f"{run}/ingest", "step"), ["s0"])
+    return ShardRecord(name=PREPARED)
 
 def work():
     with journal.keeping(run) as log:
@@ -179,7 +184,7 @@ def test_what_is_no_run_is_one_message(tmp_path: Path, what: str) -> None:
         path.write_text("")
     elif what != "nothing":
         path.mkdir()
-        (path / ("holiday.png" if what == "strangers" else storage.MANIFEST_NAME)).write_text("")
+        (path / ("holiday.png" if what == "strangers" else MANIFEST_NAME)).write_text("")
     with pytest.raises(InputError, match="No run at"):
         status.read(str(path))
     if what == "nothing":
@@ -200,7 +205,7 @@ def test_log_on_an_object_store_comes_in_pieces(monkeypatch: pytest.MonkeyPatch)
             log.write("stopped", why=str(number))
         assert journal.read_driver(run) is not None
     assert [line["why"] for line in journal.read_lines(run)] == ["0", "1", "2"]
-    assert [path.rpartition("-")[2] for path in storage.list_names(run + "/log")] == [
+    assert [path.rpartition("-")[2] for path in paths.list_names(run + "/log")] == [
         f"{number:04d}.jsonl" for number in range(3)
     ]
     assert journal.read_driver(run) is None

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from curation import records, storage
 from curation.corpus import Sample as Packed
 from curation.corpus import write_tar
 from curation.errors import ConfigError, InputError, OutputMismatchError, RejectBudgetError
+from curation.files import parquet, paths, schemas
 from curation.hashing import image_id
 from curation.runner import InlineRunner
 from tests.curation.builders import encoded_image, image_row, write_ingest, write_stage
@@ -61,7 +61,7 @@ class Corpus:
                 }
                 for n, place in zip(own, places, strict=True)
             ]
-            shards.append({"corpus": pa.Table.from_pylist(rows, schema=records.CORPUS)})
+            shards.append({"corpus": pa.Table.from_pylist(rows, schema=schemas.CORPUS)})
         write_stage(self.path, shards)
 
     def tar(self, number: int) -> Path:
@@ -242,9 +242,9 @@ def test_crops_are_normalised_on_the_device(tmp_path: Path) -> None:
 def test_raw_images_are_ingested_first(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path / "packed")
     for n, image in enumerate(corpus.images):
-        storage.write_bytes(f"{tmp_path}/files/{n % 3}/{n:02d}.{('png', 'jpg')[n % 2]}", image)
+        paths.write_bytes(f"{tmp_path}/files/{n % 3}/{n:02d}.{('png', 'jpg')[n % 2]}", image)
     buffer = pa.table({"image": pa.array([{"bytes": image} for image in corpus.images])})
-    storage.write_table(f"{tmp_path}/table/part.parquet", buffer)
+    parquet.write_table(f"{tmp_path}/table/part.parquet", buffer)
     expected = Counter(corpus.ids)
     other = DataConfig(path=f"{tmp_path}/packed/corpus", layout="webdataset")
     for layout, path in (("folder", "files"), ("webdataset", "packed/corpus"), ("parquet", "table")):
@@ -262,7 +262,7 @@ def test_the_holdout_of_an_ingest_is_not_trained_on(tmp_path: Path) -> None:
     rows = []
     for n, role in enumerate(("pool", "seed", "holdout", "pool")):
         image = encoded_image(n)
-        storage.write_bytes(f"{tmp_path}/{n}.png", image)
+        paths.write_bytes(f"{tmp_path}/{n}.png", image)
         rows.append(image_row(image_id(image), "a", role, uri=f"{tmp_path}/{n}.png", length=len(image)))
     write_ingest(tmp_path / "ingest", [rows[:2], rows[2:]])
     config = DataConfig(path=f"{tmp_path}/ingest", layout="images")
@@ -355,7 +355,7 @@ def test_a_lost_shard_stops_with_its_name(tmp_path: Path, gone: bool, workers: i
 
 def test_a_lost_file_is_one_bad_image(tmp_path: Path) -> None:
     for n in range(12):
-        storage.write_bytes(f"{tmp_path}/files/{n:02d}.png", encoded_image(n))
+        paths.write_bytes(f"{tmp_path}/files/{n:02d}.png", encoded_image(n))
     corpus = Corpus(tmp_path)
     config = DataConfig(path=f"{tmp_path}/files", layout="folder", max_reject_fraction=0.2)
     prepare(config, corpus.output, InlineRunner())
@@ -369,7 +369,7 @@ def test_a_lost_file_is_one_bad_image(tmp_path: Path) -> None:
 
 def test_a_corpus_without_places_is_to_be_packed_again(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path)
-    old = records.CORPUS.empty_table().drop_columns(["offset", "length"])
+    old = schemas.CORPUS.empty_table().drop_columns(["offset", "length"])
     write_stage(corpus.path, [{"corpus": old}])
     with pytest.raises(InputError, match=r"no column offset and length in corpus-00000\.parquet\)\. Delete the folder"):
         prepare(corpus.config(), corpus.output, InlineRunner())

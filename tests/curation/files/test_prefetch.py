@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from curation.prefetch import Meter, prefetch
+from curation.files.prefetch import Meter, prefetch
 
 
 @pytest.mark.parametrize(("threads", "ahead"), [(1, 1), (2, 2), (4, 9), (3, 100)])

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from curation import records, scan, storage
+from curation import scan
+from curation.engine.manifest import MANIFEST_NAME, read_manifest
 from curation.errors import InputError
+from curation.files import parquet, paths, schemas
 
 # Rows of a .npy matrix that are read at a time. Assumed: 168 MB at 1,280 dimensions of float16.
 NPY_ROWS = 65_536
@@ -25,12 +27,12 @@ def make_table(image_ids: list[str], matrix: np.ndarray) -> pa.Table:
     assert rows == len(image_ids), (rows, len(image_ids))
     values = pa.array(np.ascontiguousarray(matrix, dtype=np.float16).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(values, dimensions)
-    return pa.Table.from_arrays([pa.array(image_ids, pa.string()), column], schema=records.vectors(dimensions))
+    return pa.Table.from_arrays([pa.array(image_ids, pa.string()), column], schema=schemas.vectors(dimensions))
 
 
 def num_rows(path: str) -> int:
     """The number of vectors in one Parquet or `.npy` file, from its header. Raises InputError as `read_file` does."""
-    return len(_read_npy(path)[0]) if path.endswith(".npy") else storage.num_rows(path)
+    return len(_read_npy(path)[0]) if path.endswith(".npy") else parquet.num_rows(path)
 
 
 def read_file(path: str) -> tuple[list[str], np.ndarray]:
@@ -41,7 +43,7 @@ def read_file(path: str) -> tuple[list[str], np.ndarray]:
     """
     if path.endswith(".npy"):
         return _read_npy(path)
-    table = storage.read_table_columns(path, ["image_id", "vector"])
+    table = parquet.read_table_columns(path, ["image_id", "vector"])
     try:
         image_ids = table.column("image_id").cast(pa.string()).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -83,15 +85,15 @@ def read_all(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
 
 
 def _files(path: str) -> list[str]:
-    if not storage.exists(path):
+    if not paths.exists(path):
         raise InputError(f"No file or folder at '{path}'.")
-    if not storage.is_folder(path):
+    if not paths.is_folder(path):
         return [path]
-    if storage.exists(storage.join(path, "embed", storage.MANIFEST_NAME)):
-        path = storage.join(path, "embed")
-    manifest = storage.read_manifest(path)
-    names = manifest.files("vectors") if manifest else storage.list_names(path)
-    found = [storage.join(path, name) for name in names if posixpath.splitext(name)[1] in (".parquet", ".npy")]
+    if paths.exists(paths.join(path, "embed", MANIFEST_NAME)):
+        path = paths.join(path, "embed")
+    manifest = read_manifest(path)
+    names = manifest.files("vectors") if manifest else paths.list_names(path)
+    found = [paths.join(path, name) for name in names if posixpath.splitext(name)[1] in (".parquet", ".npy")]
     if not found:
         raise InputError(f"'{path}' holds no vectors: no .parquet and no .npy file.")
     return found
@@ -104,7 +106,7 @@ def _read_npy(path: str) -> tuple[list[str], np.ndarray]:
 
 def _npy_blocks(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
     """Ids (row numbers) and unit vectors of a matrix, NPY_ROWS rows at a time; a block of no rows when it has none."""
-    with storage.open_read(path) as file:
+    with paths.open_read(path) as file:
         try:
             version = np.lib.format.read_magic(file)
             read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

@@ -1,321 +1,51 @@
-"""Where bytes live: fsspec paths, atomic writes, content hashes, and the manifest that says a stage is done.
+"""The manifest that says a stage is done, and the progress files of one that is not. What a stage leaves behind:
 
-A path is local or any fsspec URL (`s3://`, `gs://`, `memory://`). A file appears under its final name whole or not at
-all. What a stage leaves behind:
-
-    <output>/
-      <kind>-00000.parquet  ...     the shards' files
-      manifest.json                 written last: the stage is done, and these are its inputs, config, files and totals
-      .progress/                    only while the stage is unfinished
-        plan.json                   what is being made: stage, config, inputs, number of shards
-        <shard>.json                one per finished shard: its files, their hashes, its totals
-        done-00000.jsonl            a thousand of these, gathered by the driver: their counts, then one a line
-        <step>/                     what an earlier step of this stage left for a later one; a stage of its own
+<output>/
+  <kind>-00000.parquet  ...     the shards' files
+  manifest.json                 written last: the stage is done, and these are its inputs, config, files and totals
+  .progress/                    only while the stage is unfinished
+    plan.json                   what is being made: stage, config, inputs, number of shards
+    <shard>.json                one per finished shard: its files, their hashes, its totals
+    done-00000.jsonl            a thousand of these, gathered by the driver: their counts, then one a line
+    <step>/                     what an earlier step of this stage left for a later one; a stage of its own
 """
 
-import contextlib
-import errno
-import fcntl
 import functools
-import glob
-import hashlib
-import io
-import json
-import os
-import posixpath
-import secrets
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, TypeVar, overload
+from typing import Any, TypeVar, overload
 
-import fsspec
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, Field
 
 from curation.errors import InputError, OutputMismatchError
+from curation.files.hashes import hash_json
+from curation.files.paths import (
+    TEMPORARY_PREFIX,
+    FileRecord,
+    atomic_write,
+    delete,
+    exists,
+    filesystem,
+    is_folder,
+    join,
+    list_names,
+    read_bytes,
+    write_bytes,
+)
 
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = ".progress"
-TEMPORARY_PREFIX = ".tmp-"
 # The version of everything that stages write. Outputs of another version are refused, not converted.
 FORMAT_VERSION = 1
 # Markers that are gathered into one file, and how many files a resume reads at once. Assumed: of an object store that
 # answers in 20 ms, 100,000 finished shards are then read in two seconds.
 MARKERS_PER_FILE = 1000
 READERS = 16
-# Bytes that wait for the thread which hashes them, and as many that it has. Assumed: hashing them takes milliseconds,
-# handing them over a hundredth of that.
-HASHED_AT_ONCE = 1 << 20
-
-
-def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
-    """The fsspec filesystem of `path` and the path inside it. Raises InputError for an unknown protocol."""
-    protocol, mark, rest = path.partition("://")
-    if not mark:  # a crawl's file names may hold '::', which fsspec would take for a chain of protocols
-        return LocalFileSystem(), os.path.abspath(path)
-    if mark not in rest:  # the same in a URL
-        rest = rest.replace("::", "\0")
-    try:
-        fs, inner = fsspec.core.url_to_fs(protocol + mark + rest)
-        return fs, inner.replace("\0", "::")
-    except (ImportError, ValueError) as error:
-        raise InputError(f"Cannot open '{path}': {error}. Install the fsspec driver of its protocol.") from None
-
-
-def is_local(path: str) -> bool:
-    """Whether `path` lies on a filesystem of this machine (mounted network drives count)."""
-    return isinstance(filesystem(path)[0], LocalFileSystem)
-
-
-def join(folder: str, *names: str) -> str:
-    """`folder` and `names` with single slashes between them, keeping a protocol."""
-    return posixpath.join(folder.rstrip("/") or "/", *names)
-
-
-def exists(path: str) -> bool:
-    """Whether a file or folder is at `path`."""
-    fs, inner = filesystem(path)
-    return bool(fs.exists(inner))
-
-
-def is_folder(path: str) -> bool:
-    """Whether `path` is a folder."""
-    fs, inner = filesystem(path)
-    return bool(fs.isdir(inner))
-
-
-def open_read(path: str) -> BinaryIO:
-    """The file at `path`, opened for reading bytes. Raises FileNotFoundError."""
-    fs, inner = filesystem(path)
-    return fs.open(inner, "rb")  # type: ignore[no-any-return]  # fsspec is untyped
-
-
-def read_bytes(path: str) -> bytes:
-    """All bytes of the file at `path`. Raises FileNotFoundError."""
-    with open_read(path) as file:
-        return file.read()
-
-
-def list_names(folder: str) -> list[str]:
-    """The sorted base names in `folder`; empty when there is no such folder."""
-    fs, inner = filesystem(folder)
-    fs.invalidate_cache()
-    if not fs.isdir(inner):
-        return []
-    return sorted(posixpath.basename(str(entry).rstrip("/")) for entry in fs.ls(inner, detail=False))
-
-
-def delete(path: str) -> None:
-    """Remove the file or folder at `path` if there is one."""
-    fs, inner = filesystem(path)
-    if fs.exists(inner):
-        # Other filesystems than the local one would take '*' or '[' in a name for a pattern.
-        fs.rm(inner if isinstance(fs, LocalFileSystem) else glob.escape(inner), recursive=True)
-
-
-class HashingFile(io.RawIOBase):
-    """A write-only file that hashes and counts what passes through it. `sha256` and `size` are valid at any time.
-
-    While a large file is written, a thread hashes what was written before: a processor without instructions for SHA-256
-    takes longer over that than over everything else in packing.
-    """
-
-    def __init__(self, target: BinaryIO) -> None:
-        self._target = target
-        self._hash = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)  # starts with its first work
-        self._hashing: Future[None] | None = None
-        self._unhashed: list[bytes] = []
-        self._unhashed_size = 0
-        self.size = 0
-
-    @property
-    def sha256(self) -> str:
-        self._wait_for_hash()
-        self._hash.update(b"".join(self._unhashed))
-        self._unhashed, self._unhashed_size = [], 0
-        return self._hash.hexdigest()
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.size
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._unhashed.append(data if isinstance(data, bytes) else bytes(view))
-        self._unhashed_size += len(view)
-        if self._unhashed_size >= HASHED_AT_ONCE:
-            self._wait_for_hash()
-            # In one piece: after each, the thread waits for this one to let go of Python.
-            self._hashing = self._thread.submit(self._hash.update, b"".join(self._unhashed))
-            self._unhashed, self._unhashed_size = [], 0
-        self._target.write(view)
-        self.size += len(view)
-        return len(view)
-
-    def _wait_for_hash(self) -> None:
-        if self._hashing is not None:
-            self._hashing.result()
-            self._hashing = None
-
-
-@contextlib.contextmanager
-def atomic_write(path: str, *, durable: bool = True) -> Iterator[HashingFile]:
-    """A file to write that takes the name `path` only when the block ends without an error.
-
-    Local files are synced (unless `durable` is false: a machine that loses its power may then lose them) and renamed;
-    elsewhere the finished file is uploaded in one piece. After an error, or a kill, nothing is at `path` that was not
-    there before.
-    """
-    fs, inner = filesystem(path)
-    folder, name = posixpath.split(inner)
-    fs.makedirs(folder, exist_ok=True)
-    if not isinstance(fs, LocalFileSystem):
-        with tempfile.TemporaryFile() as file:  # it has no name, so a kill leaves nothing on this machine
-            yield (writer := HashingFile(file))
-            writer.flush()
-            file.flush()
-            file.seek(0)  # where /dev/fd is a duplicate, it begins where this one stands
-            fs.put_file(f"/dev/fd/{file.fileno()}", inner)
-        return
-    temporary = f"{folder}/{TEMPORARY_PREFIX}{secrets.token_hex(8)}-{name}"
-    try:
-        with open(temporary, "xb") as file:
-            yield (writer := HashingFile(file))
-            writer.flush()
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, inner)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def write_bytes(path: str, data: bytes, *, durable: bool = True) -> "FileRecord":
-    """Write `data` to `path` atomically and return what was written."""
-    with atomic_write(path, durable=durable) as file:
-        file.write(data)
-    return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=0)
-
-
-def write_table(path: str, table: pa.Table) -> "FileRecord":
-    """Write an Arrow table as Parquet to `path` atomically and return what was written."""
-    with atomic_write(path) as file:
-        pq.write_table(table, pa.PythonFile(file, mode="w"), **_encoding(table.schema))
-    return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=table.num_rows)
-
-
-def write_row_groups(path: str, column: str, tables: Iterable[tuple[int, pa.Table]], empty: pa.Table) -> "FileRecord":
-    """Write tables of one schema as row groups of one Parquet file, marked by a number in an added `column`.
-
-    Only one table is held at a time; those without rows leave nothing, and `empty` gives the schema of a file without
-    any. `read_row_groups` reads the groups of one number without the others.
-    """
-    schema = empty.schema.append(pa.field(column, pa.int32()))
-    num_rows = 0
-    with atomic_write(path) as file:
-        # Of the other columns the least and greatest value would stand in every group's footer: of vectors, kilobytes.
-        options = _encoding(schema) | {"write_statistics": [column]}
-        with pq.ParquetWriter(pa.PythonFile(file, mode="w"), schema, **options) as writer:
-            for number, table in tables:
-                if table.num_rows:
-                    marks = pa.array(np.full(table.num_rows, number, np.int32))
-                    marked = table.append_column(pa.field(column, pa.int32()), marks)
-                    writer.write_table(marked, row_group_size=table.num_rows)
-                    num_rows += table.num_rows
-    return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=num_rows)
-
-
-def read_row_groups(path: str, column: str, number: int, schema: pa.Schema) -> pa.Table:
-    """What `write_row_groups` wrote under `number`, with the columns of `schema`; no rows where there is nothing."""
-    with open_read(path) as file:
-        parquet = pq.ParquetFile(file)
-        place = parquet.schema_arrow.names.index(column)
-        place += len(parquet.metadata.schema) - len(parquet.schema_arrow.names)
-        chosen = [
-            group
-            for group in range(parquet.num_row_groups)
-            if parquet.metadata.row_group(group).column(place).statistics.min == number
-        ]
-        return parquet.read_row_groups(chosen, columns=schema.names).select(schema.names).cast(schema)
-
-
-def read_table(path: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file and check that it has the columns of `schema`, or the chosen `columns` of it.
-
-    Raises InputError when there is no such file, when it is no Parquet, or when columns are missing or mistyped.
-    """
-    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-    table = read_table_columns(path, wanted.names)
-    try:
-        return table.cast(wanted)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:  # ValueError: null where none may be
-        raise InputError(f"{path}: columns of the wrong type: {error}.") from None
-
-
-def read_table_columns(path: str, columns: list[str]) -> pa.Table:
-    """The named columns of a Parquet file, in that order, whatever their types. Raises InputError as `read_table`."""
-    try:
-        with open_read(path) as file:
-            parquet = pq.ParquetFile(file)
-            names = parquet.schema_arrow.names
-            missing = [name for name in columns if name not in names]
-            if missing:
-                raise InputError(f"{path}: no column {', '.join(missing)}. Found: {', '.join(names) or 'none'}.")
-            return parquet.read(columns=columns).select(columns)
-    except FileNotFoundError:
-        raise InputError(f"No file at '{path}'.") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}.") from None
-
-
-def _encoding(schema: pa.Schema) -> dict[str, Any]:
-    """Zstandard and dictionaries, but not for vectors: these get hardly smaller, and several times slower to read."""
-    leaves = []
-    for column in schema:
-        is_list = pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)
-        is_vector = is_list and pa.types.is_float16(column.type.value_type)
-        if not is_vector and not pa.types.is_fixed_size_binary(column.type):
-            leaves.append(f"{column.name}.list.element" if is_list else column.name)
-    return {"compression": dict.fromkeys(leaves, "zstd"), "use_dictionary": leaves}
-
-
-def num_rows(path: str) -> int:
-    """The number of rows of a Parquet file, from its footer. Raises InputError as `read_table`."""
-    try:
-        with open_read(path) as file:
-            return int(pq.ParquetFile(file).metadata.num_rows)
-    except FileNotFoundError:
-        raise InputError(f"No file at '{path}'.") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}.") from None
-
-
-def hash_json(value: Any) -> str:
-    """The SHA-256 of `value` as canonical JSON (sorted keys, no spaces), as 64 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileRecord(_Record):
-    """One file that a shard wrote."""
-
-    name: str
-    sha256: str
-    bytes: int
-    rows: int
 
 
 class Effort(_Record):
@@ -456,43 +186,6 @@ def _tidy(folder: str) -> None:
     for name in list_names(folder):
         if name == PROGRESS_NAME or name.startswith(TEMPORARY_PREFIX):
             delete(join(folder, name))
-
-
-@contextlib.contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Lock a local folder against other processes for as long as this one lives.
-
-    Raises BlockingIOError while another one has it, and another OSError where folders have no locks.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def sole_writer(folder: str) -> Iterator[None]:
-    """Keep other runs out of `folder` during the block. Raises OutputMismatchError while another one is in it.
-
-    Only on a disk of this machine: a network drive or an object store has no lock for a folder. A run that is killed
-    leaves nothing locked.
-    """
-    fs, inner = filesystem(folder)
-    with contextlib.ExitStack() as stack:
-        if isinstance(fs, LocalFileSystem) and not os.path.isfile(inner):
-            os.makedirs(inner, exist_ok=True)
-            try:
-                stack.enter_context(locked(inner))
-            except BlockingIOError:
-                raise OutputMismatchError(
-                    f"Another run is writing '{folder}'. Wait until it is done, stop it, or give another --output."
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP):  # a network drive's
-                    raise
-        yield
 
 
 def claim(folder: str, plan: Plan, *, replace: bool) -> Manifest | None:

@@ -15,15 +15,32 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation import storage
+from curation.engine.manifest import (
+    MANIFEST_NAME,
+    PROGRESS_NAME,
+    Manifest,
+    Plan,
+    ShardRecord,
+    claim,
+    mark_shard_done,
+    read_done,
+    read_manifest,
+    require_manifest,
+    step_folder,
+    sum_counts,
+    write_manifest,
+)
 from curation.errors import InputError, OutputMismatchError
-from curation.storage import FileRecord, Manifest, Plan, ShardRecord
+from curation.files import parquet, paths
+from curation.files.folder_lock import sole_writer
+from curation.files.hashes import hash_json
+from curation.files.paths import FileRecord
 from tests.curation.builders import bytes_in
 
 
 def start_or_resume(folder: str, plan: Plan, *, replace: bool) -> dict[str, ShardRecord] | Manifest:
-    manifest = storage.claim(folder, plan, replace=replace)
-    return {record.name: record for record in storage.read_done(folder)} if manifest is None else manifest
+    manifest = claim(folder, plan, replace=replace)
+    return {record.name: record for record in read_done(folder)} if manifest is None else manifest
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -32,7 +49,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield str(tmp_path)
         return
     yield f"memory://{tmp_path.name}"
-    storage.delete(f"memory://{tmp_path.name}")
+    paths.delete(f"memory://{tmp_path.name}")
 
 
 def plan(**changes: object) -> Plan:
@@ -48,14 +65,14 @@ def plan(**changes: object) -> Plan:
 def shard(number: int, folder: str) -> ShardRecord:
     """One finished shard, with its file."""
     name = f"{number:05d}"
-    file = storage.write_bytes(storage.join(folder, f"square-{name}.bin"), bytes([number]) * number)
+    file = paths.write_bytes(paths.join(folder, f"square-{name}.bin"), bytes([number]) * number)
     return ShardRecord(name=name, files=(file,), totals={"rows": number})
 
 
 def finish(folder: str, wanted: Plan) -> Manifest:
     shards = tuple(shard(number, folder) for number in range(wanted.num_shards))
     manifest = Manifest(plan=wanted, shards=shards, totals={"rows": 3}, rejects={})
-    storage.write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
     return manifest
 
 
@@ -63,44 +80,44 @@ def finish(folder: str, wanted: Plan) -> Manifest:
 
 
 def test_join_keeps_protocol_and_slashes() -> None:
-    assert storage.join("a", "b", "c.txt") == "a/b/c.txt"
-    assert storage.join("a/", "b") == "a/b"
-    assert storage.join("/", "b") == "/b"
-    assert storage.join("s3://bucket/x/", "b") == "s3://bucket/x/b"
+    assert paths.join("a", "b", "c.txt") == "a/b/c.txt"
+    assert paths.join("a/", "b") == "a/b"
+    assert paths.join("/", "b") == "/b"
+    assert paths.join("s3://bucket/x/", "b") == "s3://bucket/x/b"
 
 
 @pytest.mark.parametrize("path", ["nosuch://a/b", "s3:/a::nosuch://b"])
 def test_unknown_protocol_is_an_input_error(path: str) -> None:
     with pytest.raises(InputError, match="nosuch"):
-        storage.exists(path)
+        paths.exists(path)
 
 
 @pytest.mark.parametrize("name", ["a::b.bin", "a#b?c.bin", "a b.bin", "*[a].bin", "ü.bin", "simplecache::x.bin"])
 def test_any_file_name_is_only_a_name(root: str, name: str) -> None:
-    path = storage.join(root, "deep/er", name)
-    record = storage.write_bytes(path, b"bytes")
-    assert storage.read_bytes(path) == b"bytes"
+    path = paths.join(root, "deep/er", name)
+    record = paths.write_bytes(path, b"bytes")
+    assert paths.read_bytes(path) == b"bytes"
     assert record.name == name
-    assert storage.list_names(storage.join(root, "deep/er")) == [name]
-    storage.delete(path)
-    assert not storage.exists(path)
-    storage.delete(path)  # nothing there: nothing to do
+    assert paths.list_names(paths.join(root, "deep/er")) == [name]
+    paths.delete(path)
+    assert not paths.exists(path)
+    paths.delete(path)  # nothing there: nothing to do
 
 
 def test_list_names_is_sorted_and_empty_for_no_folder(root: str) -> None:
     for name in ("b", "a", "c/d"):
-        storage.write_bytes(storage.join(root, "folder", name), b"")
-    assert storage.list_names(storage.join(root, "folder")) == ["a", "b", "c"]
-    assert storage.list_names(storage.join(root, "nothing")) == []
-    assert storage.is_folder(storage.join(root, "folder"))
-    assert not storage.is_folder(storage.join(root, "folder/a"))
+        paths.write_bytes(paths.join(root, "folder", name), b"")
+    assert paths.list_names(paths.join(root, "folder")) == ["a", "b", "c"]
+    assert paths.list_names(paths.join(root, "nothing")) == []
+    assert paths.is_folder(paths.join(root, "folder"))
+    assert not paths.is_folder(paths.join(root, "folder/a"))
 
 
 def test_file_url_is_local(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x")
-    assert storage.is_local(f"file://{tmp_path}") and storage.is_local(str(tmp_path))
-    assert not storage.is_local("memory://a")
-    assert storage.read_bytes(f"file://{tmp_path}/a") == b"x"
+    assert paths.is_local(f"file://{tmp_path}") and paths.is_local(str(tmp_path))
+    assert not paths.is_local("memory://a")
+    assert paths.read_bytes(f"file://{tmp_path}/a") == b"x"
 
 
 # Atomic writes
@@ -109,14 +126,14 @@ def test_file_url_is_local(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, 1, 100_000])
 def test_write_tells_the_truth_about_its_bytes(root: str, size: int) -> None:
     data = np.random.default_rng(size).bytes(size)
-    record = storage.write_bytes(storage.join(root, "new/file.bin"), data)
-    assert storage.read_bytes(storage.join(root, "new/file.bin")) == data
+    record = paths.write_bytes(paths.join(root, "new/file.bin"), data)
+    assert paths.read_bytes(paths.join(root, "new/file.bin")) == data
     assert record == FileRecord(name="file.bin", sha256=hashlib.sha256(data).hexdigest(), bytes=size, rows=0)
 
 
 def test_hash_of_a_large_file_written_from_one_buffer(root: str) -> None:
-    buffer, expected = bytearray(storage.HASHED_AT_ONCE // 3 + 1), hashlib.sha256()
-    with storage.atomic_write(storage.join(root, "large.bin")) as file:
+    buffer, expected = bytearray(paths.HASHED_AT_ONCE // 3 + 1), hashlib.sha256()
+    with paths.atomic_write(paths.join(root, "large.bin")) as file:
         for number in range(20):
             buffer[:] = bytes([number]) * len(buffer)
             expected.update(buffer)
@@ -124,34 +141,34 @@ def test_hash_of_a_large_file_written_from_one_buffer(root: str) -> None:
             if number % 5 == 4:
                 assert file.sha256 == expected.hexdigest()
     assert file.sha256 == expected.hexdigest() and file.size == 20 * len(buffer)
-    assert hashlib.sha256(storage.read_bytes(storage.join(root, "large.bin"))).digest() == expected.digest()
+    assert hashlib.sha256(paths.read_bytes(paths.join(root, "large.bin"))).digest() == expected.digest()
 
 
 def test_failed_write_leaves_what_was_there(root: str) -> None:
-    path = storage.join(root, "out/file.bin")
-    with pytest.raises(ZeroDivisionError), storage.atomic_write(path) as file:
+    path = paths.join(root, "out/file.bin")
+    with pytest.raises(ZeroDivisionError), paths.atomic_write(path) as file:
         file.write(b"half")
         raise ZeroDivisionError
-    assert not storage.exists(path)
-    storage.write_bytes(path, b"old")
-    with pytest.raises(ZeroDivisionError), storage.atomic_write(path) as file:
+    assert not paths.exists(path)
+    paths.write_bytes(path, b"old")
+    with pytest.raises(ZeroDivisionError), paths.atomic_write(path) as file:
         file.write(b"half")
         raise ZeroDivisionError
-    assert bytes_in(storage.join(root, "out")) == {"/file.bin": b"old"}
+    assert bytes_in(paths.join(root, "out")) == {"/file.bin": b"old"}
 
 
 def test_file_is_not_visible_before_it_is_whole(root: str) -> None:
-    path = storage.join(root, "file.bin")
-    with storage.atomic_write(path) as file:
+    path = paths.join(root, "file.bin")
+    with paths.atomic_write(path) as file:
         file.write(b"half")
-        assert not storage.exists(path)
-    assert storage.read_bytes(path) == b"half"
+        assert not paths.exists(path)
+    assert paths.read_bytes(path) == b"half"
 
 
 HALF_A_FILE = """
 import sys, time
-from curation import storage
-with storage.atomic_write(sys.argv[1]) as file:
+from curation.files import paths
+with paths.atomic_write(sys.argv[1]) as file:
     file.write(b'{"name": "00001", "tot' * 100_000)
     print("half", flush=True)
     time.sleep(600)
@@ -168,7 +185,7 @@ def kill_in_the_middle_of_writing(path: str) -> None:
 def test_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path) -> None:
     folder = str(tmp_path / "out")
     start_or_resume(folder, plan(), replace=False)
-    storage.mark_shard_done(folder, shard(0, folder))
+    mark_shard_done(folder, shard(0, folder))
     before = bytes_in(folder)
 
     kill_in_the_middle_of_writing(f"{folder}/square-00000.bin")  # a file that was whole
@@ -179,7 +196,7 @@ def test_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path) -> 
     left_behind = after.keys() - before.keys()
     assert {name: after[name] for name in before} == before
     assert len(left_behind) == 3
-    assert all(storage.TEMPORARY_PREFIX in name for name in left_behind)
+    assert all(paths.TEMPORARY_PREFIX in name for name in left_behind)
 
     # The next run goes on, and once it is done nothing of the dead writers is left.
     done = start_or_resume(folder, plan(), replace=False)
@@ -208,45 +225,45 @@ def images_table(rows: int) -> pa.Table:
 @pytest.mark.parametrize("rows", [0, 1, 5000])
 def test_table_comes_back_and_has_the_same_bytes_twice(root: str, rows: int) -> None:
     table = images_table(rows)
-    first = storage.write_table(storage.join(root, "a.parquet"), table)
-    second = storage.write_table(
-        storage.join(root, "b/a.parquet"), pa.concat_tables([table[: rows // 2], table[rows // 2 :]])
+    first = parquet.write_table(paths.join(root, "a.parquet"), table)
+    second = parquet.write_table(
+        paths.join(root, "b/a.parquet"), pa.concat_tables([table[: rows // 2], table[rows // 2 :]])
     )
-    assert storage.read_table(storage.join(root, "a.parquet"), RATED).equals(table)
+    assert parquet.read_table(paths.join(root, "a.parquet"), RATED).equals(table)
     assert first.rows == rows and first.bytes > 0
     assert first == second
-    assert hashlib.sha256(storage.read_bytes(storage.join(root, "a.parquet"))).hexdigest() == first.sha256
-    chosen = storage.read_table(storage.join(root, "a.parquet"), RATED, ["similarity", "image_id"])
+    assert hashlib.sha256(paths.read_bytes(paths.join(root, "a.parquet"))).hexdigest() == first.sha256
+    chosen = parquet.read_table(paths.join(root, "a.parquet"), RATED, ["similarity", "image_id"])
     assert chosen.equals(table.select(["similarity", "image_id"]))
 
 
 def test_columns_of_a_close_type_are_cast(root: str) -> None:
-    path = storage.join(root, "a.parquet")
+    path = paths.join(root, "a.parquet")
     table = images_table(4)
     wide = table.set_column(2, "similarity", table["similarity"].cast(pa.float64())).append_column("more", [[1] * 4])
-    storage.write_table(path, wide)
-    assert storage.read_table(path, RATED).equals(table)
+    parquet.write_table(path, wide)
+    assert parquet.read_table(path, RATED).equals(table)
 
 
 def test_wrong_columns_are_named_with_the_file(root: str) -> None:
-    path = storage.join(root, "a.parquet")
+    path = paths.join(root, "a.parquet")
     with pytest.raises(InputError, match=r"No file at '.*a\.parquet'"):
-        storage.read_table(path, RATED)
-    storage.write_table(path, images_table(2).drop_columns(["similarity"]))
+        parquet.read_table(path, RATED)
+    parquet.write_table(path, images_table(2).drop_columns(["similarity"]))
     with pytest.raises(InputError, match=r"a\.parquet: no column similarity\. Found: image_id, other_image_id\."):
-        storage.read_table(path, RATED)
-    storage.write_table(path, pa.table({"image_id": ["a"], "other_image_id": ["b"], "similarity": ["near"]}))
+        parquet.read_table(path, RATED)
+    parquet.write_table(path, pa.table({"image_id": ["a"], "other_image_id": ["b"], "similarity": ["near"]}))
     with pytest.raises(InputError, match=r"a\.parquet: columns of the wrong type"):
-        storage.read_table(path, RATED)
-    storage.write_table(path, pa.table({"image_id": ["a"], "other_image_id": ["b"], "similarity": [[1.0]]}))
+        parquet.read_table(path, RATED)
+    parquet.write_table(path, pa.table({"image_id": ["a"], "other_image_id": ["b"], "similarity": [[1.0]]}))
     with pytest.raises(InputError, match=r"a\.parquet: columns of the wrong type"):
-        storage.read_table(path, RATED)
+        parquet.read_table(path, RATED)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_parquet_is_an_input_error_or_reads(tmp_path: Path, seed: int) -> None:
     path = tmp_path / "a.parquet"
-    storage.write_table(str(path), images_table(200))
+    parquet.write_table(str(path), images_table(200))
     whole = path.read_bytes()
     rng = np.random.default_rng(seed)
     for _ in range(60):
@@ -259,7 +276,7 @@ def test_damaged_parquet_is_an_input_error_or_reads(tmp_path: Path, seed: int) -
             damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         try:
-            storage.read_table(str(path), RATED)
+            parquet.read_table(str(path), RATED)
         except InputError as error:
             assert str(path) in str(error)
 
@@ -295,8 +312,8 @@ def test_content_hash_changes_with_the_files_and_only_then() -> None:
 @pytest.mark.parametrize("num_shards", [0, 1, 3])
 def test_manifest_reads_back_equal(root: str, num_shards: int) -> None:
     manifest = finish(root, plan(num_shards=num_shards))
-    found = storage.require_manifest(root)
-    assert storage.read_manifest(root) == found == manifest
+    found = require_manifest(root)
+    assert read_manifest(root) == found == manifest
     assert found.content_hash == manifest.content_hash
     assert found.shards[1:] == manifest.shards[1:] and len(found.shards) == num_shards
     assert found != dataclasses.replace(manifest, shards=[ShardRecord(name="other")])
@@ -307,35 +324,35 @@ def test_manifest_is_json_with_a_shard_a_line(root: str) -> None:
     odd = ',\n "shards": [\n\n ]\n}\n'
     shards = [ShardRecord(name=odd), ShardRecord(name="1", totals={odd: 1})]
     manifest = Manifest(plan(), shards, {"rows": 3}, {}, {odd: [odd, {"shards": []}]})
-    storage.write_manifest(root, manifest)
-    text = storage.read_bytes(storage.join(root, "manifest.json"))
-    assert storage.require_manifest(root) == manifest
+    write_manifest(root, manifest)
+    text = paths.read_bytes(paths.join(root, "manifest.json"))
+    assert require_manifest(root) == manifest
     assert sorted(json.loads(text)) == ["facts", "plan", "rejects", "shards", "totals"]
     assert [json.loads(line.rstrip(b","))["name"] for line in text.splitlines()[-4:-2]] == [odd, "1"]
 
 
 def test_damaged_record_in_a_manifest_is_an_input_error(root: str) -> None:
     finish(root, plan())
-    path = storage.join(root, "manifest.json")
-    storage.write_bytes(path, storage.read_bytes(path).replace(b'"name":"00001"', b'"nam":"00001"'))
+    path = paths.join(root, "manifest.json")
+    paths.write_bytes(path, paths.read_bytes(path).replace(b'"name":"00001"', b'"nam":"00001"'))
     with pytest.raises(InputError, match=r"manifest\.json: not a file that this version of Seedbed wrote"):
-        list(storage.require_manifest(root).shards)
+        list(require_manifest(root).shards)
 
 
 def test_missing_or_foreign_manifest_is_an_input_error(root: str) -> None:
-    assert storage.read_manifest(root) is None
+    assert read_manifest(root) is None
     with pytest.raises(InputError, match=r"holds no finished stage.*Run the stage"):
-        storage.require_manifest(root)
+        require_manifest(root)
     for text in (b"", b"{}", b'{"name": "someone else"}', b"\xff"):
-        storage.write_bytes(storage.join(root, "manifest.json"), text)
+        paths.write_bytes(paths.join(root, "manifest.json"), text)
         with pytest.raises(InputError, match=r"manifest\.json: not a file that this version of Seedbed wrote"):
-            storage.require_manifest(root)
+            require_manifest(root)
 
 
 def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"precious")
     with pytest.raises(InputError, match=r"holds no finished stage"):
-        storage.require_manifest(str(tmp_path / "file"))
+        require_manifest(str(tmp_path / "file"))
     for replace in (False, True):
         with pytest.raises(OutputMismatchError, match=r"'.*file' is a file"):
             start_or_resume(str(tmp_path / "file"), plan(), replace=replace)
@@ -343,69 +360,65 @@ def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_hash_json_is_canonical() -> None:
-    assert storage.hash_json({"b": [1, "ü"], "a": None}) == storage.hash_json(
-        json.loads('{"a":null, "b":[1,"\\u00fc"]}')
-    )
-    assert storage.hash_json([1, 2]) != storage.hash_json([2, 1])
-    assert len(storage.hash_json(None)) == 64
+    assert hash_json({"b": [1, "ü"], "a": None}) == hash_json(json.loads('{"a":null, "b":[1,"\\u00fc"]}'))
+    assert hash_json([1, 2]) != hash_json([2, 1])
+    assert len(hash_json(None)) == 64
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_sum_counts_is_a_sum_in_any_order(seed: int) -> None:
     rng = np.random.default_rng(seed)
     counts = [{str(key): int(rng.integers(9)) for key in rng.integers(0, 5, 3)} for _ in range(6)]
-    total = storage.sum_counts(counts)
+    total = sum_counts(counts)
     assert total == {key: sum(count.get(key, 0) for count in counts) for key in total}
     assert list(total) == sorted({key for count in counts for key in count})
-    assert list(storage.sum_counts(counts[::-1]).items()) == list(total.items())
-    assert storage.sum_counts([]) == {}
+    assert list(sum_counts(counts[::-1]).items()) == list(total.items())
+    assert sum_counts([]) == {}
 
 
 # Claiming an output folder
 
 
 def test_fresh_then_resumed_then_done(root: str) -> None:
-    folder = storage.join(root, "square")
+    folder = paths.join(root, "square")
     assert start_or_resume(folder, plan(), replace=False) == {}
     assert start_or_resume(folder, plan(), replace=False) == {}
     expected = {}
     for number in (2, 0):
         record = shard(number, folder)
-        storage.mark_shard_done(folder, record)
+        mark_shard_done(folder, record)
         expected[record.name] = record
         assert start_or_resume(folder, plan(), replace=False) == expected
         assert start_or_resume(folder, plan(), replace=True) == expected
     manifest = finish(folder, plan())
     assert start_or_resume(folder, plan(), replace=False) == manifest
     assert start_or_resume(folder, plan(), replace=True) == manifest
-    assert storage.PROGRESS_NAME not in storage.list_names(folder)
+    assert PROGRESS_NAME not in paths.list_names(folder)
 
 
 def test_replaced_stage_takes_its_steps_along(root: str) -> None:
-    folder = storage.join(root, "square")
+    folder = paths.join(root, "square")
     assert start_or_resume(folder, plan(), replace=False) == {}
     for step, is_done in (("first", True), ("second", False)):
-        inner = storage.step_folder(folder, step)
+        inner = step_folder(folder, step)
         assert start_or_resume(inner, plan(stage=step), replace=False) == {}
-        storage.mark_shard_done(inner, shard(0, inner))
+        mark_shard_done(inner, shard(0, inner))
         if is_done:
             finish(inner, plan(stage=step))
     assert start_or_resume(folder, plan(), replace=False) == {}
     with pytest.raises(OutputMismatchError):
         start_or_resume(folder, plan(inputs={"images": "other"}), replace=False)
     assert start_or_resume(folder, plan(inputs={"images": "other"}), replace=True) == {}
-    assert storage.list_names(storage.join(folder, storage.PROGRESS_NAME)) == ["plan.json"]
+    assert paths.list_names(paths.join(folder, PROGRESS_NAME)) == ["plan.json"]
 
 
 def test_kill_right_behind_the_manifest_leaves_nothing(root: str) -> None:
-    folder = storage.join(root, "square")
+    folder = paths.join(root, "square")
     manifest = finish(folder, plan())
-    storage.mark_shard_done(folder, shard(0, folder))
-    storage.write_bytes(storage.join(folder, storage.TEMPORARY_PREFIX + "x"), b"half a file")
+    mark_shard_done(folder, shard(0, folder))
+    paths.write_bytes(paths.join(folder, paths.TEMPORARY_PREFIX + "x"), b"half a file")
     assert start_or_resume(folder, plan(), replace=False) == manifest
-    assert set(storage.list_names(folder)) == {file.name for s in manifest.shards for file in s.files} | {
-        storage.MANIFEST_NAME
-    }
+    assert set(paths.list_names(folder)) == {file.name for s in manifest.shards for file in s.files} | {MANIFEST_NAME}
 
 
 OTHER_PLANS = [
@@ -421,9 +434,9 @@ OTHER_PLANS = [
 @pytest.mark.parametrize("finished", [False, True], ids=["half done", "done"])
 @pytest.mark.parametrize(("other", "lines"), OTHER_PLANS)
 def test_work_of_another_plan_is_refused_untouched(root: str, finished: bool, other: Plan, lines: list[str]) -> None:
-    folder = storage.join(root, "square")
+    folder = paths.join(root, "square")
     start_or_resume(folder, plan(), replace=False)
-    storage.mark_shard_done(folder, shard(0, folder))
+    mark_shard_done(folder, shard(0, folder))
     if finished:
         finish(folder, plan())
     before = bytes_in(folder)
@@ -442,15 +455,15 @@ def test_work_of_another_plan_is_refused_untouched(root: str, finished: bool, ot
 
 def test_long_list_of_differences_is_cut(root: str) -> None:
     start_or_resume(root, plan(config={str(key): 1 for key in range(50)}), replace=False)
-    storage.mark_shard_done(root, shard(0, root))
+    mark_shard_done(root, shard(0, root))
     with pytest.raises(OutputMismatchError, match="and 42 more"):
         start_or_resume(root, plan(config={str(key): 2 for key in range(50)}), replace=False)
 
 
 @pytest.mark.parametrize("replace", [False, True])
 def test_files_of_a_stranger_are_refused_and_never_deleted(root: str, replace: bool) -> None:
-    storage.write_bytes(storage.join(root, "thesis.txt"), b"precious")
-    storage.write_bytes(storage.join(root, "deeper/more.txt"), b"too")
+    paths.write_bytes(paths.join(root, "thesis.txt"), b"precious")
+    paths.write_bytes(paths.join(root, "deeper/more.txt"), b"too")
     before = bytes_in(root)
     with pytest.raises(OutputMismatchError, match=r"no run of this stage wrote \(deeper, thesis\.txt\)"):
         start_or_resume(root, plan(), replace=replace)
@@ -460,30 +473,33 @@ def test_files_of_a_stranger_are_refused_and_never_deleted(root: str, replace: b
 def test_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     folder = str(tmp_path / "out")
     hold = (
-        f"import time; from curation import storage\nwith storage.sole_writer({folder!r}): print('in'); time.sleep(60)"
+        "import time; from curation.files.folder_lock import sole_writer\n"
+        f"with sole_writer({folder!r}): print('in'); time.sleep(60)"
     )
     first = subprocess.Popen([sys.executable, "-u", "-c", hold], stdout=subprocess.PIPE)
     assert first.stdout is not None and first.stdout.readline() == b"in\n"
-    with pytest.raises(OutputMismatchError, match=r"Another run is writing '.*out'"), storage.sole_writer(folder):
+    with pytest.raises(OutputMismatchError, match=r"Another run is writing '.*out'"), sole_writer(folder):
         pass
-    with storage.sole_writer(str(tmp_path / "other")), storage.sole_writer("memory://out"):
+    with sole_writer(str(tmp_path / "other")), sole_writer("memory://out"):
         pass
     first.kill()
     first.wait()
-    with storage.sole_writer(folder):
+    with sole_writer(folder):
         assert os.listdir(folder) == []
 
 
 # Dies by os._exit before the n-th thing that the action does to files, for n = 1, 2, ... until it comes through.
 DIE_AT_EVERY_STEP = """
 import os, shutil, sys
-from curation import storage
-from curation.storage import Plan
+from curation.engine.manifest import claim
+from curation.engine.manifest import read_manifest
+from curation.engine.manifest import write_manifest
+from curation.engine.manifest import Plan
 
 template, copies, action = sys.argv[1:]
 changed = Plan.model_validate_json(sys.stdin.read())
-manifest = storage.read_manifest(template) if action == "replace" else None
-finished = storage.read_manifest(template + "-finished") if action == "finish" else None
+manifest = read_manifest(template) if action == "replace" else None
+finished = read_manifest(template + "-finished") if action == "finish" else None
 EVENTS = {"open", "os.remove", "os.rename", "os.mkdir", "os.rmdir"}
 for step in range(1, 200):
     folder = f"{copies}/{step:03d}"
@@ -501,9 +517,9 @@ for step in range(1, 200):
 
         sys.addaudithook(die)
         if action == "replace":
-            storage.claim(folder, changed, replace=True)
+            claim(folder, changed, replace=True)
         else:
-            storage.write_manifest(folder, finished)
+            write_manifest(folder, finished)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         break
@@ -525,7 +541,7 @@ def test_replace_that_dies_at_any_step_can_go_on_either_way(tmp_path: Path, fini
     template, other = str(tmp_path / "template"), plan(config={"power": 3})
     start_or_resume(template, plan(), replace=False)
     for number in range(3):
-        storage.mark_shard_done(template, shard(number, template))
+        mark_shard_done(template, shard(number, template))
     if finished:
         finish(template, plan())
     for folder in die_at_every_step(template, tmp_path / "copies", "replace", other):
@@ -537,7 +553,7 @@ def test_replace_that_dies_at_any_step_can_go_on_either_way(tmp_path: Path, fini
         records_ = found.shards if isinstance(found, Manifest) else found.values()
         for record in records_:
             for file in record.files:
-                data = storage.read_bytes(f"{folder}/{file.name}")
+                data = paths.read_bytes(f"{folder}/{file.name}")
                 assert hashlib.sha256(data).hexdigest() == file.sha256
         # With the new plan: refused without --replace, begun afresh with it.
         if set(bytes_in(folder)) != {"/.progress/plan.json"}:
@@ -552,10 +568,10 @@ def test_finish_that_dies_at_any_step_loses_no_shard(tmp_path: Path) -> None:
     start_or_resume(template, plan(), replace=False)
     done = {record.name: record for record in (shard(number, template) for number in range(3))}
     for record in done.values():
-        storage.mark_shard_done(template, record)
+        mark_shard_done(template, record)
     manifest = Manifest(plan=plan(), shards=tuple(done.values()), totals={}, rejects={})
-    storage.write_manifest(f"{template}-finished", manifest)
+    write_manifest(f"{template}-finished", manifest)
     for folder in die_at_every_step(template, tmp_path / "copies", "finish", plan()):
         assert start_or_resume(folder, plan(), replace=False) in (done, manifest)
-        storage.write_manifest(folder, manifest)
+        write_manifest(folder, manifest)
         assert start_or_resume(folder, plan(), replace=False) == manifest

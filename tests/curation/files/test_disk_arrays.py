@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from curation import scratch
-from curation.scratch import Buckets, blocks, count_true, on_disk
+from curation.files import disk_arrays
+from curation.files.disk_arrays import Buckets, blocks, count_true, on_disk
 
 ROW = np.dtype([("image_id", "S16"), ("row", np.int64)])
 
 
 @pytest.mark.parametrize("length", [0, 1, 9, 10, 11, 35])
 def test_blocks_cover_everything_once(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "BLOCK", 10)
+    monkeypatch.setattr(disk_arrays, "BLOCK", 10)
     parts = list(blocks(length))
     assert [n for part in parts for n in range(part.start, part.stop)] == list(range(length))
     assert all(0 < part.stop - part.start <= 10 for part in parts)
@@ -24,7 +24,7 @@ def test_blocks_cover_everything_once(length: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("length", [0, 1, 25])
 def test_arrays_are_filled_and_can_be_written(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "BLOCK", 10)
+    monkeypatch.setattr(disk_arrays, "BLOCK", 10)
     assert on_disk(length, np.int32).tolist() == [0] * length
     assert on_disk(length, bool, fill=True).all()
     assert np.isnan(on_disk(length, np.float32, fill=np.nan)).all()
@@ -56,7 +56,7 @@ def test_no_file_has_a_name_and_none_stays_open(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("seed", range(6))
 def test_buckets_give_back_what_was_added_in_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "BLOCK", 20)
+    monkeypatch.setattr(disk_arrays, "BLOCK", 20)
     rng = np.random.default_rng(seed)
     num_buckets = int(rng.integers(1, 5))
     buckets, added = Buckets(num_buckets, ROW), []

@@ -6,13 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation import storage, vectors
 from curation.errors import InputError
+from curation.files import parquet, paths, vectors
 from tests.curation.builders import id_of, unit_vectors, write_stage
 
 
 def write(path: Path, image_ids: list[object], column: pa.Array) -> str:
-    storage.write_table(str(path), pa.table({"image_id": pa.array(image_ids), "vector": column}))
+    parquet.write_table(str(path), pa.table({"image_id": pa.array(image_ids), "vector": column}))
     return str(path)
 
 
@@ -63,8 +63,8 @@ def test_length_does_not_matter(tmp_path: Path, scale: float) -> None:
 def test_what_seedbed_wrote_is_read_bit_for_bit(tmp_path: Path, width: int) -> None:
     unit = unit_vectors(width, 50, width).astype(np.float16)
     ids = [id_of(row) for row in range(50)]
-    path = storage.join(str(tmp_path), "vectors-00000.parquet")
-    storage.write_table(path, vectors.make_table(ids, unit))
+    path = paths.join(str(tmp_path), "vectors-00000.parquet")
+    parquet.write_table(path, vectors.make_table(ids, unit))
     read_ids, read = vectors.read_file(path)
     assert read_ids == ids
     assert read.tobytes() == unit.tobytes()
@@ -76,7 +76,7 @@ def test_slices_of_a_table_are_honoured(tmp_path: Path) -> None:
     unit = unit_vectors(3, 30, 4).astype(np.float16)
     table = vectors.make_table([id_of(row) for row in range(30)], unit)
     path = str(tmp_path / "v.parquet")
-    storage.write_table(path, pa.concat_tables([table[20:25], table[3:4], table[9:9]]))
+    parquet.write_table(path, pa.concat_tables([table[20:25], table[3:4], table[9:9]]))
     ids, matrix = vectors.read_file(path)
     assert ids == [id_of(row) for row in (20, 21, 22, 23, 24, 3)]
     assert matrix.tobytes() == unit[[20, 21, 22, 23, 24, 3]].tobytes()
@@ -84,11 +84,11 @@ def test_slices_of_a_table_are_honoured(tmp_path: Path) -> None:
 
 def test_no_rows_and_columns_in_any_order(tmp_path: Path) -> None:
     path = str(tmp_path / "v.parquet")
-    storage.write_table(path, vectors.make_table([], np.empty((0, 7), np.float16)))
+    parquet.write_table(path, vectors.make_table([], np.empty((0, 7), np.float16)))
     ids, matrix = vectors.read_file(path)
     assert ids == [] and matrix.shape == (0, 7)
     table = pa.table({"more": ["x"], "vector": pa.array([[3.0, 4.0]]), "image_id": [17]})
-    storage.write_table(path, table)
+    parquet.write_table(path, table)
     ids, matrix = vectors.read_file(path)
     assert ids == ["17"]
     np.testing.assert_allclose(matrix, [[0.6, 0.8]], atol=1e-3)
@@ -140,7 +140,7 @@ def test_wrong_vectors_are_refused_with_file_and_image(tmp_path: Path, rows: lis
 )
 def test_wrong_columns_are_refused(tmp_path: Path, table: pa.Table, message: str) -> None:
     path = str(tmp_path / "v.parquet")
-    storage.write_table(path, table)
+    parquet.write_table(path, table)
     with pytest.raises(InputError, match=rf"v\.parquet: .*{message}"):
         vectors.read_file(path)
 
@@ -193,12 +193,12 @@ def test_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path, root:
     unit = unit_vectors(5, 9, 6).astype(np.float16)
     ids = [id_of(row) for row in range(9)]
     for name, rows in (("b", slice(3, 5)), ("a", slice(0, 3)), ("c", slice(5, 9))):
-        storage.write_table(storage.join(folder, f"{name}.parquet"), vectors.make_table(ids[rows], unit[rows]))
-    storage.write_bytes(storage.join(folder, "README.md"), b"not a vector")
+        parquet.write_table(paths.join(folder, f"{name}.parquet"), vectors.make_table(ids[rows], unit[rows]))
+    paths.write_bytes(paths.join(folder, "README.md"), b"not a vector")
     read_ids, matrix = together(folder)
     assert read_ids == ids and matrix.tobytes() == unit.tobytes()
     assert len(list(vectors.read_all(folder))) == 3
-    assert together(storage.join(folder, "a.parquet"))[0] == ids[:3]
+    assert together(paths.join(folder, "a.parquet"))[0] == ids[:3]
 
 
 def test_folder_of_a_stage_gives_the_files_of_its_manifest(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_folder_of_a_stage_gives_the_files_of_its_manifest(tmp_path: Path) -> No
     folder = write_stage(
         tmp_path / "embed", [{"vectors": tables[0], "thumbnails": pa.table({"x": [1]})}, {"vectors": tables[1]}]
     )
-    storage.write_table(storage.join(folder, "stray.parquet"), tables[2])
+    parquet.write_table(paths.join(folder, "stray.parquet"), tables[2])
     assert together(folder)[0] == [id_of(0), id_of(1)]
     with pytest.raises(InputError, match="holds no vectors"):
         list(vectors.read_all(write_stage(tmp_path / "ingest", [{"images": tables[0]}])))
@@ -217,10 +217,10 @@ def test_folder_of_a_stage_gives_the_files_of_its_manifest(tmp_path: Path) -> No
     "empty", [pa.list_(pa.float32()), pa.list_(pa.float16(), 3), pa.list_(pa.float16(), 6)], ids=str
 )
 def test_empty_file_among_others_says_nothing_of_the_width(tmp_path: Path, empty: pa.DataType) -> None:
-    storage.write_table(
+    parquet.write_table(
         str(tmp_path / "a.parquet"), pa.table({"image_id": pa.array([], pa.string()), "vector": pa.array([], empty)})
     )
-    storage.write_table(str(tmp_path / "b.parquet"), vectors.make_table(["x"], unit_vectors(0, 1, 6)))
+    parquet.write_table(str(tmp_path / "b.parquet"), vectors.make_table(["x"], unit_vectors(0, 1, 6)))
     ids, matrix = together(str(tmp_path))
     assert ids == ["x"] and matrix.shape == (1, 6)
 
@@ -230,7 +230,7 @@ def test_what_holds_no_vectors_is_refused(tmp_path: Path) -> None:
         list(vectors.read_all(str(tmp_path / "nothing")))
     with pytest.raises(InputError, match=r"holds no vectors"):
         list(vectors.read_all(str(tmp_path)))
-    storage.write_table(str(tmp_path / "a.parquet"), vectors.make_table([], np.empty((0, 4), np.float16)))
+    parquet.write_table(str(tmp_path / "a.parquet"), vectors.make_table([], np.empty((0, 4), np.float16)))
     with pytest.raises(InputError, match=r"holds no vectors"):
         list(vectors.read_all(str(tmp_path)))
     (tmp_path / "notes.txt").write_text("no vectors")
@@ -240,6 +240,6 @@ def test_what_holds_no_vectors_is_refused(tmp_path: Path) -> None:
 
 def test_files_of_different_widths_are_refused(tmp_path: Path) -> None:
     for name, width in (("a", 4), ("b", 4), ("c", 5)):
-        storage.write_table(str(tmp_path / f"{name}.parquet"), vectors.make_table(["x"], unit_vectors(0, 1, width)))
+        parquet.write_table(str(tmp_path / f"{name}.parquet"), vectors.make_table(["x"], unit_vectors(0, 1, width)))
     with pytest.raises(InputError, match=r"c\.parquet: vectors of width 5; the files before have 4"):
         list(vectors.read_all(str(tmp_path)))

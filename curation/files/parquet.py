@@ -1,0 +1,105 @@
+"""Arrow tables in Parquet files: written atomically, read with their columns checked."""
+
+import posixpath
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation.errors import InputError
+from curation.files.paths import FileRecord, atomic_write, open_read
+
+
+def write_table(path: str, table: pa.Table) -> "FileRecord":
+    """Write an Arrow table as Parquet to `path` atomically and return what was written."""
+    with atomic_write(path) as file:
+        pq.write_table(table, pa.PythonFile(file, mode="w"), **_encoding(table.schema))
+    return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=table.num_rows)
+
+
+def write_row_groups(path: str, column: str, tables: Iterable[tuple[int, pa.Table]], empty: pa.Table) -> "FileRecord":
+    """Write tables of one schema as row groups of one Parquet file, marked by a number in an added `column`.
+
+    Only one table is held at a time; those without rows leave nothing, and `empty` gives the schema of a file without
+    any. `read_row_groups` reads the groups of one number without the others.
+    """
+    schema = empty.schema.append(pa.field(column, pa.int32()))
+    num_rows = 0
+    with atomic_write(path) as file:
+        # Of the other columns the least and greatest value would stand in every group's footer: of vectors, kilobytes.
+        options = _encoding(schema) | {"write_statistics": [column]}
+        with pq.ParquetWriter(pa.PythonFile(file, mode="w"), schema, **options) as writer:
+            for number, table in tables:
+                if table.num_rows:
+                    marks = pa.array(np.full(table.num_rows, number, np.int32))
+                    marked = table.append_column(pa.field(column, pa.int32()), marks)
+                    writer.write_table(marked, row_group_size=table.num_rows)
+                    num_rows += table.num_rows
+    return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=num_rows)
+
+
+def read_row_groups(path: str, column: str, number: int, schema: pa.Schema) -> pa.Table:
+    """What `write_row_groups` wrote under `number`, with the columns of `schema`; no rows where there is nothing."""
+    with open_read(path) as file:
+        parquet = pq.ParquetFile(file)
+        place = parquet.schema_arrow.names.index(column)
+        place += len(parquet.metadata.schema) - len(parquet.schema_arrow.names)
+        chosen = [
+            group
+            for group in range(parquet.num_row_groups)
+            if parquet.metadata.row_group(group).column(place).statistics.min == number
+        ]
+        return parquet.read_row_groups(chosen, columns=schema.names).select(schema.names).cast(schema)
+
+
+def read_table(path: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file and check that it has the columns of `schema`, or the chosen `columns` of it.
+
+    Raises InputError when there is no such file, when it is no Parquet, or when columns are missing or mistyped.
+    """
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    table = read_table_columns(path, wanted.names)
+    try:
+        return table.cast(wanted)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:  # ValueError: null where none may be
+        raise InputError(f"{path}: columns of the wrong type: {error}.") from None
+
+
+def read_table_columns(path: str, columns: list[str]) -> pa.Table:
+    """The named columns of a Parquet file, in that order, whatever their types. Raises InputError as `read_table`."""
+    try:
+        with open_read(path) as file:
+            parquet = pq.ParquetFile(file)
+            names = parquet.schema_arrow.names
+            missing = [name for name in columns if name not in names]
+            if missing:
+                raise InputError(f"{path}: no column {', '.join(missing)}. Found: {', '.join(names) or 'none'}.")
+            return parquet.read(columns=columns).select(columns)
+    except FileNotFoundError:
+        raise InputError(f"No file at '{path}'.") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file: {error}.") from None
+
+
+def _encoding(schema: pa.Schema) -> dict[str, Any]:
+    """Zstandard and dictionaries, but not for vectors: these get hardly smaller, and several times slower to read."""
+    leaves = []
+    for column in schema:
+        is_list = pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)
+        is_vector = is_list and pa.types.is_float16(column.type.value_type)
+        if not is_vector and not pa.types.is_fixed_size_binary(column.type):
+            leaves.append(f"{column.name}.list.element" if is_list else column.name)
+    return {"compression": dict.fromkeys(leaves, "zstd"), "use_dictionary": leaves}
+
+
+def num_rows(path: str) -> int:
+    """The number of rows of a Parquet file, from its footer. Raises InputError as `read_table`."""
+    try:
+        with open_read(path) as file:
+            return int(pq.ParquetFile(file).metadata.num_rows)
+    except FileNotFoundError:
+        raise InputError(f"No file at '{path}'.") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file: {error}.") from None
