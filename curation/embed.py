@@ -44,10 +44,10 @@ from curation.errors import ConfigError
 from curation.files import parquet, paths, schemas
 from curation.files.prefetch import Meter, prefetch
 from curation.files.vectors import make_table
-from curation.images import ImageLimits, decode_picture, upright
+from curation.images.decode import ImageLimits, decode_picture, upright
+from curation.images.sources import Layout, ReferenceReader, SourceConfig
 from curation.ingest import IngestConfig
 from curation.runner import Runner, Shard
-from curation.sources import Layout, ReferenceReader, SourceConfig
 from curation.stage import run_shards
 
 # WebP keeps a 96-pixel drawing recognisable in 1-3 kB. Assumed enough for verification and for the report.

@@ -34,7 +34,7 @@ from curation import backbone, efficientnet, sscd, weights
 from curation.config import Settings
 from curation.devices import require_device
 from curation.errors import DeviceError, InputError, WeightsError
-from curation.images import Picture, to_shape
+from curation.images.decode import Picture, to_shape
 from curation.sscd import generalized_mean
 
 ModelName = Literal[

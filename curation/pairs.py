@@ -29,7 +29,7 @@ from curation.config import Settings, load, resolved_toml
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
-from curation.hashing import pairs_within
+from curation.images.hashing import pairs_within
 from curation.index import SearchConfig
 from curation.join import Neighborhood
 from curation.runner import Runner, Shard

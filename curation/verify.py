@@ -28,7 +28,7 @@ from pydantic import Field
 
 from curation.config import Settings
 from curation.errors import DeviceError
-from curation.images import ImageLimits, decode_rgb
+from curation.images.decode import ImageLimits, decode_rgb
 
 # All constants below were measured 2026-11 on drawings and stamps with planted copies, unless they say otherwise.
 GRID = 24  # cells of a side of the small grids

@@ -18,17 +18,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from curation import ingest, sources
+from curation import ingest
 from curation.config import Settings
 from curation.engine.manifest import require_manifest
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
-from curation.images import ImageLimits, Picture, decode_picture
+from curation.images import sources
+from curation.images.decode import ImageLimits, Picture, decode_picture
+from curation.images.sources import Layout, ReferenceReader, Role, SourceConfig
 from curation.ingest import IngestConfig
 from curation.runner import Runner
-from curation.sources import Layout, ReferenceReader, Role, SourceConfig
 from curation.world import first_alone
 
 Prepared = TypeVar("Prepared")

@@ -54,7 +54,7 @@ from curation.config import Settings
 from curation.errors import InputError, TrainingError
 from curation.files import paths
 from curation.files.prefetch import prefetch
-from curation.images import ImageLimits, ImageRejected, decode_rgb
+from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
 from curation.world import ALONE, World, gather_rows
 from evaluation.features import Model
 from evaluation.results import Result

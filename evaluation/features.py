@@ -42,7 +42,7 @@ from curation.engine.manifest import Manifest, ShardRecord, require_manifest
 from curation.errors import InputError, WeightsError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.images import Picture, to_shape
+from curation.images.decode import Picture, to_shape
 from curation.rank_runner import RankRunner, follow
 from curation.runner import InlineRunner, Runner, Shard, Worker
 from curation.stage import run_shards

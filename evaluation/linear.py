@@ -37,10 +37,10 @@ from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
-from curation.images import Picture, decode_picture, upright
+from curation.images.decode import Picture, decode_picture, upright
+from curation.images.sources import ReferenceReader
 from curation.progress import bar
 from curation.runner import InlineRunner, Runner
-from curation.sources import ReferenceReader
 from curation.world import World, all_ranks, gather_rows, sum_over_ranks
 from evaluation import datasets
 from evaluation.datasets import Split, SplitConfig

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curation.config import Settings
 from curation.files import paths
-from curation.images import to_shape
+from curation.images.decode import to_shape
 from curation.runner import InlineRunner, Runner
 from evaluation import datasets, features, visualize
 from evaluation.datasets import Split, SplitConfig

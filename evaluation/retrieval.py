@@ -42,9 +42,9 @@ from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
-from curation.images import ImageLimits, ImageRejected, Picture, decode_picture, decode_rgb, to_shape
+from curation.images.decode import ImageLimits, ImageRejected, Picture, decode_picture, decode_rgb, to_shape
+from curation.images.sources import SourceConfig, list_files
 from curation.runner import InlineRunner, Runner
-from curation.sources import SourceConfig, list_files
 from curation.world import all_ranks, gather_rows
 from evaluation import datasets, features, knn, plain_pickle
 from evaluation.datasets import SplitConfig

@@ -24,8 +24,8 @@ from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
-from curation.images import ImageLimits, ImageRejected, decode_rgb, read_header
-from curation.sources import SourceConfig, list_files
+from curation.images.decode import ImageLimits, ImageRejected, decode_rgb, read_header
+from curation.images.sources import SourceConfig, list_files
 
 IGNORED = 255  # a pixel without a class, in every target here
 MAX_LISTED = 5  # assumed: as many names as a person reads

@@ -36,7 +36,7 @@ from curation.backbone import Block, VisionTransformer
 from curation.config import Settings
 from curation.errors import InputError
 from curation.files import paths
-from curation.images import ImageLimits, ImageRejected, decode_picture, to_shape
+from curation.images.decode import ImageLimits, ImageRejected, decode_picture, to_shape
 from evaluation import knn
 from evaluation.features import Model
 

@@ -49,8 +49,8 @@ from curation.config import Settings, parse
 from curation.engine.manifest import MANIFEST_NAME, Manifest, Plan, ShardRecord, read_manifest, write_manifest
 from curation.errors import InputError, OutputMismatchError
 from curation.files import parquet, paths
-from curation.hashing import image_id
-from curation.images import ImageLimits, ImageRejected, RejectReason, decode_rgb
+from curation.images.decode import ImageLimits, ImageRejected, RejectReason, decode_rgb
+from curation.images.hashing import image_id
 
 STAMPS = "tuxpaint-stamps-default"
 DRAWINGS = "openclipart-png"

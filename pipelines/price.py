@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from curation import sources
 from curation.backbone import SIZES
 from curation.config import Settings
 from curation.embedders import EmbedderConfig, split_name
 from curation.files import paths
+from curation.images import sources
 from curation.index import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL, SearchConfig
 
 if TYPE_CHECKING:

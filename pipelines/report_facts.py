@@ -22,8 +22,8 @@ from curation.dedup import kept_shards, read_kept
 from curation.engine.manifest import Manifest, require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
-from curation.images import ImageLimits, decode_rgb
-from curation.sources import ReferenceReader
+from curation.images.decode import ImageLimits, decode_rgb
+from curation.images.sources import ReferenceReader
 
 # The folders of a run that the report reads.
 STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus")

@@ -26,8 +26,8 @@ from curation.embedders import IMAGENET_NORMALIZATION
 from curation.engine.manifest import require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
-from curation.images import ImageLimits, decode_picture, to_shape
-from curation.sources import ReferenceReader
+from curation.images.decode import ImageLimits, decode_picture, to_shape
+from curation.images.sources import ReferenceReader
 from evaluation import knn
 from training.loop import TrainConfig, train
 

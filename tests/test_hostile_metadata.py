@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from curation import markup, progress
-from curation.sources import SourceConfig
+from curation.images.sources import SourceConfig
 from evaluation import report, visualize
 from tests.evaluation.test_report import result
 

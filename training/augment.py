@@ -29,7 +29,7 @@ from pydantic import Field, field_validator, model_validator
 from torch.nn import functional
 
 from curation.config import Settings
-from curation.images import ImageLimits, Picture, decode_picture, read_header, upright
+from curation.images.decode import ImageLimits, Picture, decode_picture, read_header, upright
 
 Pixels = NDArray[Any]  # of np.uint8, which OpenCV's annotations do not promise
 

@@ -52,11 +52,11 @@ from curation.engine.manifest import read_manifest, require_manifest
 from curation.errors import ConfigError, InputError, OutputMismatchError, RejectBudgetError, UserError
 from curation.files import parquet, paths, schemas
 from curation.files.prefetch import prefetch
-from curation.hashing import image_id
-from curation.images import ImageLimits, ImageRejected, RejectReason
+from curation.images.decode import ImageLimits, ImageRejected, RejectReason
+from curation.images.hashing import image_id
+from curation.images.sources import PARQUET_URI, ReferenceReader, SourceConfig
 from curation.ingest import IngestConfig
 from curation.runner import Runner
-from curation.sources import PARQUET_URI, ReferenceReader, SourceConfig
 from training.augment import AugmentConfig, Pixels, make_crops
 from training.masking import mask_token_weights
 

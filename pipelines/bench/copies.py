@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from curation import ingest
 from curation.engine.manifest import require_manifest
 from curation.files import parquet, paths, schemas, vectors
-from curation.hashing import hamming_distance
+from curation.images.hashing import hamming_distance
 
 TRANSFORMS = ("jpeg", "resize", "colour", "mirror", "crop", "border", "overlay", "rotation")
 

@@ -26,9 +26,9 @@ import webdataset
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from rich.table import Table
 
-from curation.corpus import Sample, write_tar
-from curation.hashing import image_id
-from curation.images import ImageLimits, decode_picture, read_header
+from curation.images.corpus_tar import Sample, write_tar
+from curation.images.decode import ImageLimits, decode_picture, read_header
+from curation.images.hashing import image_id
 from pipelines.bench import decoding
 from training import data
 from training.augment import AugmentConfig, Crop, Pixels, cut_crops, draw_crops, make_crops

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from rich.table import Table
 
-from curation import images
+from curation.images import decode
 
 NAME = "decode"
 SIDE = 224
@@ -41,7 +41,7 @@ RUNS_PER_PROCESS = 5
 QUALITY = 85
 # Standard deviation of the grain, of 255. Assumed.
 GRAIN = 1.0
-LIMITS = images.ImageLimits()
+LIMITS = decode.ImageLimits()
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def rate(name: str, folder: str) -> float:
 
 def ours(data: bytes) -> NDArray[np.uint8]:
     """One JPEG as a model sees it, (3, SIDE, SIDE)."""
-    return images.to_shape(images.decode_picture(data, LIMITS, target_side=SIDE), (SIDE, SIDE))
+    return decode.to_shape(decode.decode_picture(data, LIMITS, target_side=SIDE), (SIDE, SIDE))
 
 
 def plain(data: bytes) -> NDArray[np.uint8]:
@@ -148,7 +148,7 @@ def _photographs(width: int, height: int, num_images: int, folder: str | None) -
         pictures = [draw(width, height, generator) for _ in range(num_images)]
     else:
         found = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
-        opened = (images.decode_rgb(path.read_bytes(), LIMITS) for path in found)
+        opened = (decode.decode_rgb(path.read_bytes(), LIMITS) for path in found)
         pictures = [ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS) for picture in opened]
     return [_jpeg(picture) for picture in pictures]
 

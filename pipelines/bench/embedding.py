@@ -36,10 +36,10 @@ from curation.embedders import load_embedder, split_name
 from curation.engine.manifest import require_manifest
 from curation.files import paths
 from curation.files.prefetch import Meter
-from curation.images import ImageLimits
+from curation.images.decode import ImageLimits
+from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.runner import InlineRunner, Shard
-from curation.sources import SourceConfig
 from pipelines.bench import contests, decoding
 from pipelines.bench.processes import in_process
 

@@ -33,16 +33,16 @@ from rich.table import Table
 
 from curation import command, ingest, pack
 from curation.config import Settings
-from curation.corpus import Sample, write_tar
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
 from curation.files import parquet, paths, schemas
 from curation.files.hashes import hash_json
 from curation.files.paths import FileRecord
+from curation.images.corpus_tar import Sample, write_tar
+from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
 from curation.runner import InlineRunner, Runner, Shard, Worker
-from curation.sources import SourceConfig
 from curation.stage import run_shards
 from pipelines.bench import contests, embedding
 from pipelines.bench.processes import in_process

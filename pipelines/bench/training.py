@@ -37,7 +37,7 @@ from torch.nn import functional
 from curation.backbone import VisionTransformer
 from curation.config import parse
 from curation.errors import SeedbedError
-from curation.images import ImageLimits
+from curation.images.decode import ImageLimits
 from curation.world import World
 from pipelines.bench import decoding
 from training import loop, losses

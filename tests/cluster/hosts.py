@@ -197,7 +197,7 @@ class Hosts:
             process
             for host in range(1, NUM_HOSTS + 1)
             for process in self.processes(host)
-            if "from curation import probe" in command_line(process)
+            if "from curation.images import sandbox" in command_line(process)
         ]
 
 

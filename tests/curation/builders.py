@@ -11,7 +11,7 @@ from PIL import Image
 
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
 from curation.files import parquet, paths, schemas, vectors
-from curation.images import Picture
+from curation.images.decode import Picture
 from curation.runner import InlineRunner, Runner, Shard, Worker
 
 

@@ -20,11 +20,11 @@ from curation import config
 from curation.config import Settings
 from curation.errors import ConfigError, InputError
 from curation.files import paths
+from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.pairs import PairsConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
-from curation.sources import SourceConfig
 
 
 class Level(Settings):

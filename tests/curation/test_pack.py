@@ -13,20 +13,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from curation import cluster, command, dedup, pack, retrieve, sources
+from curation import cluster, command, dedup, pack, retrieve
 from curation.balance import dataset_weights
 from curation.cluster import ClusterConfig, LevelConfig
-from curation.corpus import Sample, read_tar, write_tar
 from curation.dedup import DedupConfig
 from curation.engine.manifest import require_manifest, step_folder
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import parquet, paths, schemas
-from curation.hashing import image_id
-from curation.images import EXTENSION_OF_FORMAT
+from curation.images import sources
+from curation.images.corpus_tar import Sample, read_tar, write_tar
+from curation.images.decode import EXTENSION_OF_FORMAT
+from curation.images.hashing import image_id
+from curation.images.sources import SourceConfig
 from curation.pack import MixConfig, PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
 from curation.runner import InlineRunner, Shard
-from curation.sources import SourceConfig
 from tests.curation.builders import (
     bytes_in,
     encoded_image,

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from curation.errors import InputError, RejectBudgetError, UserError
+from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.ingest import run as run_ingest
 from curation.runner import InlineRunner
-from curation.sources import SourceConfig
 from evaluation import datasets
 from evaluation.datasets import SplitConfig, few_shot, hold_out, load, load_pair
 from tests.evaluation.builders import CLASSES, image_folder, parquet_of, tar_of

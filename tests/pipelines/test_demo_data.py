@@ -15,8 +15,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat
 
 from curation.errors import InputError, OutputMismatchError
 from curation.files import parquet
-from curation.hashing import image_id
-from curation.images import ImageLimits, ImageRejected, decode_rgb
+from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
+from curation.images.hashing import image_id
 from pipelines import demo_data
 from pipelines.demo_data import DemoDataConfig
 

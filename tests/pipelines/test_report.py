@@ -21,12 +21,12 @@ from curation.dedup import DedupConfig, FamilyConfig
 from curation.engine.manifest import Manifest, Plan, ShardRecord, sum_counts, write_manifest
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
-from curation.hashing import image_id
+from curation.images.hashing import image_id
+from curation.images.sources import Role, SourceConfig
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
 from curation.runner import InlineRunner
-from curation.sources import Role, SourceConfig
 from pipelines import report, report_facts
 from pipelines.report import ReportConfig
 from pipelines.report_facts import Concepts

@@ -9,7 +9,7 @@ from PIL import Image
 
 from curation.config import parse, resolved_toml
 from curation.errors import ConfigError
-from curation.images import ImageLimits, ImageRejected
+from curation.images.decode import ImageLimits, ImageRejected
 from pipelines.bench import crops, decoding
 from training.augment import (
     EFFECTIVE_BLUR,

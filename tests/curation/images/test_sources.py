@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from curation import sources
 from curation.errors import InputError
 from curation.files import paths
-from curation.hashing import image_id
-from curation.images import RejectReason
-from curation.sources import Found, ReferenceReader, SourceConfig
+from curation.images import sources
+from curation.images.decode import RejectReason
+from curation.images.hashing import image_id
+from curation.images.sources import Found, ReferenceReader, SourceConfig
 from tests.curation.builders import encoded_image
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.hashing import perceptual_hash
-from curation.images import ImageLimits, ImageRejected, RejectReason, decode
-from curation.probe import ImageFacts, Prober
+from curation.images.decode import ImageLimits, ImageRejected, RejectReason, decode
+from curation.images.hashing import perceptual_hash
+from curation.images.sandbox import ImageFacts, Prober
 
 LIMITS = ImageLimits()
 
@@ -165,8 +165,8 @@ def run_script(script: str) -> subprocess.CompletedProcess[str]:
 def test_the_process_works_without_a_main_guard_and_ends_with_a_killed_parent() -> None:
     script = f"""
 import os, signal
-from curation.images import ImageLimits
-from curation.probe import Prober
+from curation.images.decode import ImageLimits
+from curation.images.sandbox import Prober
 prober = Prober(ImageLimits())
 print(prober.probe({SMALL!r}).width, prober.process_id, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -193,8 +193,8 @@ def test_a_process_that_cannot_start_is_an_error_and_no_rejection() -> None:
     script = f"""
 import sys
 from curation.errors import SeedbedError
-from curation.images import ImageLimits
-from curation.probe import Prober
+from curation.images.decode import ImageLimits
+from curation.images.sandbox import Prober
 sys.executable = "/bin/false"
 try:
     Prober(ImageLimits()).probe({SMALL!r})

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.images import ImageLimits, ImageRejected, RejectReason
-from curation.probe import Prober
+from curation.images.decode import ImageLimits, ImageRejected, RejectReason
+from curation.images.sandbox import Prober
 from tests.curation.test_images import photograph, png
 
 LIMITS = ImageLimits()

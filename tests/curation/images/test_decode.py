@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from curation.images import (
+from curation.images.decode import (
     EXTENSION_OF_FORMAT,
     ImageLimits,
     ImageRejected,

@@ -28,15 +28,15 @@ from typing import IO, NamedTuple, Self, final
 from PIL import Image
 
 from curation.errors import SeedbedError
-from curation.hashing import perceptual_hash
-from curation.images import ImageLimits, ImageRejected, RejectReason, check_length, decode
+from curation.images.decode import ImageLimits, ImageRejected, RejectReason, check_length, decode
+from curation.images.hashing import perceptual_hash
 
 # Wall time per second of allowed processor time. A decoder that takes more is not working but waiting. Assumed.
 WALL_SECONDS_PER_PROCESSOR_SECOND = 10
 # Wall time for starting. Assumed: measured 1 to 3 seconds, more from a cold disk on a busy machine.
 START_TIMEOUT_SECONDS = 300.0
 
-_COMMAND = "from curation import probe; probe.serve()"
+_COMMAND = "from curation.images import sandbox; sandbox.serve()"
 _LENGTH = struct.Struct("<Q")
 _READY = b"ready"
 _TRIED_AGAIN = (RejectReason.DECODER_CRASHED, RejectReason.DECODER_TIMEOUT, RejectReason.OUT_OF_MEMORY)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from curation.errors import InputError
 from curation.files import paths
-from curation.images import EXTENSION_OF_FORMAT
+from curation.images.decode import EXTENSION_OF_FORMAT
 
 
 @dataclass(frozen=True)

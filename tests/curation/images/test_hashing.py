@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from curation import hashing
-from curation.hashing import Pairs, hamming_distance, image_id, pairs_within, perceptual_hash, sha256_hex
+from curation.images import hashing
+from curation.images.hashing import Pairs, hamming_distance, image_id, pairs_within, perceptual_hash, sha256_hex
 
 
 def near_hashes(seed: int, count: int) -> NDArray[np.uint64]:

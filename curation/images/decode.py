@@ -2,7 +2,7 @@
 
 Pool images come from strangers, so the decoder trusts nothing: the signature of the bytes names the one parser that
 may see them, the header is checked against `ImageLimits` before any pixel is decoded, and whatever goes wrong ends as
-one `ImageRejected` with a reason from a closed list. Ingest runs this in a process apart (`curation.probe`); later
+one `ImageRejected` with a reason from a closed list. Ingest runs this in a process apart (`sandbox.py`); later
 stages run it in their own process, on images that ingest accepted.
 
 How each colour mode of Pillow becomes RGB:
@@ -125,11 +125,11 @@ class ImageLimits(Settings):
     """Shorter side in pixels. Assumed: one ViT patch; below lie spacers and tracking pixels."""
     decode_timeout_seconds: float = Field(default=20.0, gt=0)
     """Processor time for one image in seconds: a busy machine rejects nothing that an idle one accepts. Enforced
-    by `curation.probe` only. Assumed: five times the 4 s
+    by `sandbox.py` only. Assumed: five times the 4 s
     measured for a PNG of 50 megapixels with transparency."""
     max_decode_memory_bytes: int = Field(default=1 << 30, gt=0)
     """Memory in bytes that the decoding process may take on top of what it has once started. Enforced by
-    `curation.probe` only, on Linux. Assumed: above the 0.2 GB (JPEG) to 0.8 GB (WebP) measured at 50 megapixels."""
+    `sandbox.py` only, on Linux. Assumed: above the 0.2 GB (JPEG) to 0.8 GB (WebP) measured at 50 megapixels."""
 
 
 class RejectReason(StrEnum):

@@ -21,14 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation import ingest, sources
+from curation import ingest
 from curation.errors import InputError, RejectBudgetError
 from curation.files import parquet, paths, schemas
-from curation.hashing import image_id
-from curation.images import ImageLimits, RejectReason
+from curation.images import sources
+from curation.images.decode import ImageLimits, RejectReason
+from curation.images.hashing import image_id
+from curation.images.sources import Layout, SourceConfig
 from curation.ingest import IngestConfig
 from curation.runner import InlineRunner
-from curation.sources import Layout, SourceConfig
 from tests.curation.builders import encoded_image
 
 GOOD = encoded_image(1)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from curation.corpus import Sample, read_tar, write_tar
 from curation.errors import InputError
 from curation.files import paths
-from curation.images import EXTENSION_OF_FORMAT
+from curation.images.corpus_tar import Sample, read_tar, write_tar
+from curation.images.decode import EXTENSION_OF_FORMAT
 from tests.curation.builders import encoded_image, id_of
 
 

@@ -27,8 +27,8 @@ from curation.config import Settings
 from curation.errors import DamagedFileError, InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.hashing import image_id
-from curation.images import RejectReason
+from curation.images.decode import RejectReason
+from curation.images.hashing import image_id
 
 Layout = Literal["folder", "webdataset", "parquet"]
 Role = Literal["seed", "pool", "holdout"]
