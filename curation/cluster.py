@@ -44,15 +44,16 @@ import pyarrow as pa
 import typer
 from pydantic import Field, field_validator
 
-from curation import command, index, kmeans, progress
+from curation import command, progress
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import kept_shards, read_kept
 from curation.engine.manifest import PROGRESS_NAME, Manifest, ShardRecord, require_manifest, step_folder
 from curation.errors import ConfigError
 from curation.files import parquet, paths, schemas
 from curation.files.paths import FileRecord
-from curation.kmeans import Reduction
 from curation.runner import InlineRunner, Runner, Shard
+from curation.search import exact, kmeans
+from curation.search.kmeans import Reduction
 from curation.stage import PREPARED, run_shards
 
 # Points that are read at a time. Measured (D 384, 4,096 clusters): half as many cost an eighth more and save 70 MB.
@@ -179,12 +180,12 @@ def make_worker(output: str, num_levels: int) -> Callable[[Shard], ShardRecord]:
 
     def process(shard: Shard) -> ShardRecord:
         image_ids, matrix = read_kept(shard.work, role="pool")
-        cluster, similarity = index.assign(matrix, centroids[0])
+        cluster, similarity = exact.assign(matrix, centroids[0])
         tables = []
         for level in range(num_levels):
             if level > 0:
                 cluster = parents[level - 1][cluster]
-                similarity = index.pair_similarity(matrix, np.arange(len(matrix)), centroids[level], cluster)
+                similarity = exact.pair_similarity(matrix, np.arange(len(matrix)), centroids[level], cluster)
             columns = {
                 "image_id": image_ids,
                 "level": np.full(len(image_ids), level, np.int32),
@@ -226,7 +227,7 @@ def _train(config: ClusterConfig, shards: list[Shard], output: str, runner: Runn
         path = paths.join(output, f"centroids-{number}.npy")
         files.append(_write_arrays(path, centroids))
         if below is not None:
-            parents = index.assign(below, centroids)[0]
+            parents = exact.assign(below, centroids)[0]
             files.append(_write_arrays(paths.join(output, f"parents-{number - 1}.npy"), parents))
         points, below = (PointFile(path, level.num_clusters),), centroids
     return ShardRecord(name=PREPARED, files=tuple(files))
@@ -387,7 +388,7 @@ def _make_drawer(resampling: ResamplingConfig, before: str, seed: int, step: str
     def process(shard: Shard) -> ShardRecord:
         row, best = shard.work.first, kmeans.Drawn.none()
         for block in read_blocks(shard.work):
-            cluster, key = index.assign(block, centroids)
+            cluster, key = exact.assign(block, centroids)
             if resampling.draw == "random":
                 # The n-th number of the generator for the n-th point, however the points are cut.
                 bits = np.random.PCG64(np.random.SeedSequence([seed, 2])).advance(row)

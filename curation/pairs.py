@@ -24,15 +24,16 @@ import pyarrow as pa
 import typer
 from pydantic import Field, field_validator
 
-from curation import command, index, ingest, join
+from curation import command, ingest
 from curation.config import Settings, load, resolved_toml
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.images.hashing import pairs_within
-from curation.index import SearchConfig
-from curation.join import Neighborhood
 from curation.runner import Runner, Shard
+from curation.search import exact, self_join
+from curation.search.config import SearchConfig
+from curation.search.self_join import Neighborhood
 from curation.stage import PREPARED, run_shards
 from curation.verify import PairVerifier, VerifyConfig, View
 
@@ -95,11 +96,11 @@ def run(
     def propose() -> ShardRecord:
         floor = config.min_descriptor_similarity
         asked = Neighborhood(config.search, config.num_neighbors, floor, num_shards)
-        join.run(asked, files, described.content_hash, joined, runner, num_rows=places.num_rows)
+        self_join.run(asked, files, described.content_hash, joined, runner, num_rows=places.num_rows)
         if config.max_phash_distance >= 0:
             for number, file in enumerate(_hash_pairs(config, images, places, num_shards)):
                 parquet.write_row_groups(
-                    paths.join(hashed, f"pairs-{number:05d}.parquet"), "bucket", file, join.PAIRED.empty_table()
+                    paths.join(hashed, f"pairs-{number:05d}.parquet"), "bucket", file, self_join.PAIRED.empty_table()
                 )
         return ShardRecord(name=PREPARED)
 
@@ -172,7 +173,7 @@ class _Places:
             rows, pair = np.unique(place[:, wanted], return_inverse=True)
             matrix = np.concatenate([vectors.read_file(file)[1][own] for file, own in self._by_file(self._files, rows)])
             pair = pair.reshape(2, -1)
-            result[wanted] = index.pair_similarity(matrix, pair[0], matrix, pair[1])
+            result[wanted] = exact.pair_similarity(matrix, pair[0], matrix, pair[1])
         return result
 
     def thumbnails(self, place: np.ndarray) -> dict[int, bytes]:
@@ -219,9 +220,9 @@ class _Judge:
 
 def _candidates(joined: str, hashed: str, bucket: int) -> pa.Table:
     """join.PAIRED of all candidates of one range of ids; the cosine of those by hash alone is NaN."""
-    near = join.read_bucket(joined, bucket)
+    near = self_join.read_bucket(joined, bucket)
     by_hash = [
-        parquet.read_row_groups(paths.join(hashed, name), "bucket", bucket, join.PAIRED)
+        parquet.read_row_groups(paths.join(hashed, name), "bucket", bucket, self_join.PAIRED)
         for name in paths.list_names(hashed)
     ]
     table = pa.concat_tables([near, *by_hash])
@@ -248,8 +249,8 @@ def _hash_pairs(
         count = len(low)
         columns = [schemas.id_column(ids[low]), schemas.id_column(ids[high]), first[low], first[high]]
         unknown = [np.full(count, np.nan, np.float32), np.zeros(count, bool)]
-        table = pa.table([*columns, *unknown], schema=join.PAIRED)
-        bucket = join.bucket_of(table["image_id"], num_buckets)
+        table = pa.table([*columns, *unknown], schema=self_join.PAIRED)
+        bucket = self_join.bucket_of(table["image_id"], num_buckets)
         for number in np.unique(bucket).tolist():
             yield number, table.take(pa.array(np.flatnonzero(bucket == number)))
 

@@ -41,7 +41,7 @@ import pyarrow.compute as pc
 import typer
 from pydantic import Field, field_validator
 
-from curation import command, index
+from curation import command
 from curation.balance import balanced_counts, cluster_counts, retrieval_mode
 from curation.cluster import read_centroids, read_parents
 from curation.config import Settings, load, resolved_toml
@@ -51,9 +51,10 @@ from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
-from curation.index import SearchConfig
-from curation.parts import FOUND, PartSearch, found_table, merge, num_hits
 from curation.runner import Runner, Shard
+from curation.search import exact
+from curation.search.config import SearchConfig
+from curation.search.parts import FOUND, PartSearch, found_table, merge, num_hits
 from curation.stage import PREPARED, run_shards
 
 BALANCED_NAME = "balanced.npy"
@@ -261,7 +262,7 @@ def nearest(seed_ids: list[str], seeds: np.ndarray, pool: Iterable[tuple[list[st
             pool_ids.extend(ids)
             yield matrix
 
-    similarity, row = index.search(seeds, blocks(), k)
+    similarity, row = exact.search(seeds, blocks(), k)
     found = row >= 0
     seed, rank = np.nonzero(found)
     return pa.table(
@@ -406,7 +407,7 @@ def _by_sample(dataset: DatasetConfig, seed_ids: list[str], found: pa.Table) -> 
 
 def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarray, clustered: str) -> pa.Table:
     centroids = read_centroids(clustered)
-    seeds_in = np.bincount(index.assign(seeds, centroids)[0], minlength=len(centroids))
+    seeds_in = np.bincount(exact.assign(seeds, centroids)[0], minlength=len(centroids))
     chosen = np.flatnonzero(seeds_in > config.more_than_seeds)
     sizes = cluster_sizes(clustered, len(centroids))
     counts = np.zeros(len(centroids), np.int64)

@@ -20,13 +20,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from curation import index
 from curation.config import Settings
 from curation.devices import require_device
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.runner import InlineRunner, Runner
+from curation.search import exact
 from curation.world import World, gather_rows
 from evaluation import datasets, features
 from evaluation.datasets import SplitConfig
@@ -84,7 +84,7 @@ def neighbors(
     if test_features.ndim != 2:
         raise InputError(f"Expected test features (m, D). Found: {list(test_features.shape)}.")
     queries = _unit(test_features, "test features", 0)
-    similarities, rows = index.search(queries, _units(train_blocks, queries.shape[1]), k, device=device)
+    similarities, rows = exact.search(queries, _units(train_blocks, queries.shape[1]), k, device=device)
     if (rows < 0).any():
         raise InputError(f"k is {k}, and there are only {int((rows[0] >= 0).sum())} training images.")
     return torch.from_numpy(similarities), torch.from_numpy(rows)

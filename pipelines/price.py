@@ -17,7 +17,8 @@ from curation.config import Settings
 from curation.embedders import EmbedderConfig, split_name
 from curation.files import paths
 from curation.images import sources
-from curation.index import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL, SearchConfig
+from curation.search.config import SearchConfig
+from curation.search.ivf import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL
 
 if TYPE_CHECKING:
     from pipelines.curate import CurateConfig
@@ -52,7 +53,7 @@ class RatesConfig(Settings):
     core_tflops_convolutions: float = Field(
         default=0.028, gt=0, description="measured, EfficientNet-Lite0, 70.7/s on 2 cores"
     )
-    core_tops_int8: float = Field(default=0.49, gt=0, description="measured (curation/scan.py), a core of 2019")
+    core_tops_int8: float = Field(default=0.49, gt=0, description="measured (search/low_precision.py), a core of 2019")
     """Exact search and choosing cells on a CPU."""
     core_tflops_kmeans: float = Field(
         default=0.096, gt=0, description="measured, 2.5e8 points x clusters / s of 384 values on 2 cores"

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from PIL import Image
 from pydantic import Field
 
-from curation import cluster, index, ingest, pack, retrieve
+from curation import cluster, ingest, pack, retrieve
 from curation.config import Settings
 from curation.dedup import kept_shards, read_kept
 from curation.engine.manifest import Manifest, require_manifest
@@ -24,6 +24,7 @@ from curation.errors import InputError
 from curation.files import parquet, paths, schemas
 from curation.images.decode import ImageLimits, decode_rgb
 from curation.images.sources import ReferenceReader
+from curation.search import exact
 
 # The folders of a run that the report reads.
 STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus")
@@ -360,7 +361,7 @@ def _seeds_by_cluster(run: FinishedRun, dataset: str) -> dict[int, list[str]]:
         if not pc.any(pc.equal(sources, dataset)).as_py():
             continue
         image_ids, matrix = read_kept(shard, role="seed", source=dataset)
-        for image_id, number in zip(image_ids, index.assign(matrix, centroids)[0], strict=True):
+        for image_id, number in zip(image_ids, exact.assign(matrix, centroids)[0], strict=True):
             seeds.setdefault(int(number), []).append(image_id)
     return seeds
 

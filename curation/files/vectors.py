@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from curation import scan
 from curation.engine.manifest import MANIFEST_NAME, read_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
+from curation.search import low_precision
 
 # Rows of a .npy matrix that are read at a time. Assumed: 168 MB at 1,280 dimensions of float16.
 NPY_ROWS = 65_536
@@ -132,7 +132,7 @@ def _unit(matrix: np.ndarray, image_ids: list[str], path: str) -> np.ndarray:
     if matrix.dtype == np.float16:
         norms = np.empty(len(matrix), np.float32)
         for start in range(0, len(matrix), NORM_ROWS):
-            block = torch.from_numpy(scan.to_float32(matrix[start : start + NORM_ROWS]))
+            block = torch.from_numpy(low_precision.to_float32(matrix[start : start + NORM_ROWS]))
             norms[start : start + NORM_ROWS] = torch.linalg.vector_norm(block, dim=1).numpy()
     else:  # squares that float32 could not hold
         norms = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64, casting="same_kind")).astype(np.float32)

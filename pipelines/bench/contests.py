@@ -22,15 +22,16 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from curation import graph, index, join, kmeans
+from curation import graph
 from curation.cluster import PointFile, cut, read_blocks
 from curation.engine.manifest import require_manifest
 from curation.files import disk_arrays, parquet, paths, vectors
 from curation.files.prefetch import prefetch
-from curation.index import SearchConfig
-from curation.join import Neighborhood
-from curation.parts import PartSearch
 from curation.runner import InlineRunner
+from curation.search import exact, kmeans, self_join
+from curation.search.config import SearchConfig
+from curation.search.parts import PartSearch
+from curation.search.self_join import Neighborhood
 from evaluation import knn
 from evaluation.features import SHARD_IMAGES, Features
 from pipelines.bench import mixture
@@ -106,7 +107,7 @@ def all_pairs(
     )
     asked = Neighborhood(search, JOIN_NEIGHBORS, JOIN_FLOOR, num_buckets=16)
     started = time.perf_counter()
-    manifest = join.run(asked, _files(folder), "mixture", output, InlineRunner(), num_rows=num_vectors)
+    manifest = self_join.run(asked, _files(folder), "mixture", output, InlineRunner(), num_rows=num_vectors)
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "edges": float(manifest.totals["edges"])}
 
@@ -130,13 +131,13 @@ def judge_all_pairs(folder: str, joined: str, num_sampled: int) -> Measured:
     """Recall: the share of the true neighbours of some vectors that are edges, either way, of the join."""
     matrix = _read_all(folder)
     sampled = np.unique(np.linspace(0, len(matrix) - 1, min(num_sampled, len(matrix))).astype(np.int64))
-    row = index.search(matrix[sampled], [matrix], JOIN_NEIGHBORS + 1, floor=JOIN_FLOOR)[1]
+    row = exact.search(matrix[sampled], [matrix], JOIN_NEIGHBORS + 1, floor=JOIN_FLOOR)[1]
     query, column = np.nonzero((row >= 0) & (row != sampled[:, None]))
     true = _numbered(sampled[query], row[query, column], len(matrix))
     names = require_manifest(joined).files("edges")
     found = []
     for name in names:
-        edges = parquet.read_table(paths.join(joined, name), join.EDGES, ["place", "other_place"])
+        edges = parquet.read_table(paths.join(joined, name), self_join.EDGES, ["place", "other_place"])
         one, other = (edges.column(end).to_numpy() for end in ("place", "other_place"))
         found.append(_numbered(one, other, len(matrix)))
     return {"recall": float(np.isin(true, np.concatenate(found)).mean()), "true_pairs": float(len(np.unique(true)))}
@@ -180,7 +181,7 @@ def exact_neighbors(folder: str, output: str, k: int, num_files: int) -> Measure
     """Exact neighbours among the vectors of the first files, streamed."""
     queries = np.load(Path(folder, "queries.npy"), allow_pickle=False)
     started = time.perf_counter()
-    row = index.search(queries, _stream(_files(folder)[:num_files]), k)[1]
+    row = exact.search(queries, _stream(_files(folder)[:num_files]), k)[1]
     seconds = time.perf_counter() - started
     np.save(output, row)
     return {"seconds": seconds}
@@ -294,7 +295,7 @@ def judge_cluster(folder: str, ours: str, peer: str) -> Measured:
     centroids = [np.load(path, allow_pickle=False) for path in (ours, peer)]
     for file in _files(folder):
         matrix = vectors.read_file(file)[1]
-        total += [index.assign(matrix, of)[1].sum(dtype=np.float64) for of in centroids]
+        total += [exact.assign(matrix, of)[1].sum(dtype=np.float64) for of in centroids]
         count += len(matrix)
     return {"ours": float(total[0] / count), "peer": float(total[1] / count)}
 
@@ -386,7 +387,7 @@ def measure(name: str, arguments: dict[str, Any]) -> Measured:
 def _warm_up() -> None:
     """Load and set up what the first products do."""
     matrix = np.eye(256, 64, dtype=np.float16)
-    index.search(matrix, [matrix], 4)
+    exact.search(matrix, [matrix], 4)
     flat = faiss.IndexFlatIP(64)
     flat.add(matrix.astype(np.float32))
     flat.search(matrix.astype(np.float32), 4)

@@ -11,9 +11,9 @@ from curation import pairs
 from curation.engine.manifest import require_manifest
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas
-from curation.index import SearchConfig
 from curation.pairs import PairsConfig
 from curation.runner import InlineRunner
+from curation.search.config import SearchConfig
 from tests.curation.builders import id_of, image_row, unit_vectors, write_ingest, write_vectors
 
 WIDTH = 16

@@ -12,10 +12,11 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
-from curation import index, kmeans
 from curation.devices import require_device
 from curation.files.schemas import id_bytes, id_column
-from curation.index import CellLists, SearchConfig
+from curation.search import exact, ivf, kmeans
+from curation.search.config import SearchConfig
+from curation.search.ivf import CellLists
 
 # What one part found: `query` is a row of the matrix of queries.
 FOUND = pa.schema([("query", pa.int32()), ("image_id", pa.string()), ("similarity", pa.float32())])
@@ -23,11 +24,11 @@ FOUND = pa.schema([("query", pa.int32()), ("image_id", pa.string()), ("similarit
 
 def train_cells(sample: np.ndarray, num_cells: int, seed: int) -> np.ndarray:
     """Unit centroids (K, D) float32 of at most `num_cells` cells, by a short k-means over `sample` (N, D)."""
-    starts = range(0, len(sample), index.BLOCK_ROWS)
+    starts = range(0, len(sample), exact.BLOCK_ROWS)
     return kmeans.fit(
-        lambda: (sample[start : start + index.BLOCK_ROWS] for start in starts),
+        lambda: (sample[start : start + exact.BLOCK_ROWS] for start in starts),
         min(num_cells, len(sample)),
-        num_iterations=index.TRAINING_ITERATIONS,
+        num_iterations=ivf.TRAINING_ITERATIONS,
         start="random",
         seed=seed,
     ).centroids
@@ -48,7 +49,7 @@ class PartSearch:
             self._vectors = list(blocks)
         elif config.codes == "pq":
             self._vectors = [np.concatenate(blocks)]
-            self._coded = index.CodedLists(self._vectors[0], config)
+            self._coded = ivf.CodedLists(self._vectors[0], config)
         else:
             self._vectors = [self._by_cell(blocks)]
         blocks.clear()
@@ -57,11 +58,11 @@ class PartSearch:
         """The vectors (N, D) in the order of their cells, which are then read without gathering rows."""
         config = self._config
         num_cells = config.num_cells(self.num_vectors)
-        every = max(1, self.num_vectors // (index.TRAINING_ROWS_PER_CELL * num_cells))
+        every = max(1, self.num_vectors // (ivf.TRAINING_ROWS_PER_CELL * num_cells))
         first = np.cumsum([0, *map(len, blocks)])
         sample = [block[-start % every :: every] for block, start in zip(blocks, first, strict=False)]
         self._cells = train_cells(np.concatenate(sample), num_cells, config.seed)
-        home = np.concatenate([index.cells_of(block, self._cells, 1, device=config.device)[:, 0] for block in blocks])
+        home = np.concatenate([ivf.cells_of(block, self._cells, 1, device=config.device)[:, 0] for block in blocks])
         lists = CellLists.of(self._rows, home, len(self._cells))
         self._rows, self._members = lists.rows, CellLists(np.arange(self.num_vectors), lists.starts)
         place = np.empty(self.num_vectors, np.int64)
@@ -85,14 +86,14 @@ class PartSearch:
         if self._cells is None:
             return self._coded.search(queries, k)
         probes = min(config.num_probes, len(self._cells))
-        visits = index.cells_of(queries, self._cells, probes, device=config.device)
+        visits = ivf.cells_of(queries, self._cells, probes, device=config.device)
         asking = [self._asking(visits[:, :1]), self._asking(visits[:, 1:])]
         device = config.device
-        return self._numbered(index.search_cells(queries, asking, self._vectors[0], self._members, k, device=device))
+        return self._numbered(ivf.search_cells(queries, asking, self._vectors[0], self._members, k, device=device))
 
     def search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The same without the index."""
-        return self._numbered(index.search(queries, self._vectors, k, device=self._config.device))
+        return self._numbered(exact.search(queries, self._vectors, k, device=self._config.device))
 
     def _asking(self, visits: np.ndarray) -> CellLists:
         assert self._cells is not None

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import scipy.sparse
 
-from curation import index, scan
+from curation.search import exact, low_precision
 
 Start = Literal["random", "k_means++"]
 
@@ -104,7 +104,7 @@ def reduce_points(
     first = 0
     for block in blocks:
         own = None if guess is None else guess[first : first + len(block)].astype(np.int64)
-        cluster, similarity = index.assign(block, centroids, guess=own)
+        cluster, similarity = exact.assign(block, centroids, guess=own)
         add_points(sums, counts, block, cluster)
         objective += float(similarity.sum(dtype=np.float64))
         found.append(cluster.astype(np.int32))
@@ -122,7 +122,7 @@ def add_points(sums: np.ndarray, counts: np.ndarray, block: np.ndarray, cluster:
     )
     for left in range(0, block.shape[1], COLUMNS):
         strip = slice(left, left + COLUMNS)
-        sums[present, strip] += members @ scan.to_float32(block[:, strip])  # float64, like the left side
+        sums[present, strip] += members @ low_precision.to_float32(block[:, strip])  # float64, like the left side
     counts[present] += size
 
 

@@ -7,8 +7,8 @@ import faiss
 import numpy as np
 import pytest
 
-from curation import kmeans
-from curation.kmeans import Drawn, Fit, Reduction, Start
+from curation.search import kmeans
+from curation.search.kmeans import Drawn, Fit, Reduction, Start
 from tests.curation.builders import unit_vectors
 
 

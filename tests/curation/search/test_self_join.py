@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation import index, join
 from curation.engine.manifest import Manifest, read_manifest
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import parquet, vectors
-from curation.index import SearchConfig
-from curation.join import Neighborhood
 from curation.ray_runner import RayRunner
 from curation.runner import InlineRunner, Runner
+from curation.search import exact, self_join
+from curation.search.config import SearchConfig
+from curation.search.self_join import Neighborhood
 from tests.curation.builders import Killed, MortalRunner, bytes_in, id_of, unit_vectors
 
 # The rows of one file: ids, and vectors (N, D) float16.
@@ -80,7 +80,7 @@ def run(
     files = write(folder / "vectors", parts)
     asked = Neighborhood(SearchConfig(**search), k, floor, num_buckets)
     output, num_rows = str(folder / name), sum(len(ids) for ids, _ in parts)
-    manifest = join.run(asked, files, "hash", output, runner or InlineRunner(), num_rows=num_rows)
+    manifest = self_join.run(asked, files, "hash", output, runner or InlineRunner(), num_rows=num_rows)
     return manifest, pairs_of(output, num_buckets)
 
 
@@ -88,11 +88,11 @@ def pairs_of(output: str, num_buckets: int) -> Pairs:
     """All pairs of a join, in the order and the bucket where they belong."""
     pairs: Pairs = {}
     for bucket in range(num_buckets):
-        table = join.read_bucket(output, bucket)
-        assert table.schema == join.PAIRED
+        table = self_join.read_bucket(output, bucket)
+        assert table.schema == self_join.PAIRED
         rows = [tuple(row.values()) for row in table.to_pylist()]
         assert rows == sorted(rows) and all(low < high for low, high, *_ in rows)
-        assert (join.bucket_of(table["image_id"], num_buckets) == bucket).all()
+        assert (self_join.bucket_of(table["image_id"], num_buckets) == bucket).all()
         pairs |= {
             (low, high): (place, other_place, cosine, mutual) for low, high, place, other_place, cosine, mutual in rows
         }
@@ -108,9 +108,9 @@ class Distinct:
         self.ids, self.places = np.unique(ids, return_index=True)
         matrix = np.concatenate([matrix for _, matrix in parts])[self.places]
         one, other = np.indices((len(self.ids), len(self.ids))).reshape(2, -1)
-        self.scores = index.pair_similarity(matrix, one, matrix, other).reshape(len(self.ids), len(self.ids))
-        exact = matrix.astype(np.float64) @ matrix.astype(np.float64).T
-        np.testing.assert_allclose(self.scores, exact, atol=1e-6)
+        self.scores = exact.pair_similarity(matrix, one, matrix, other).reshape(len(self.ids), len(self.ids))
+        double = matrix.astype(np.float64) @ matrix.astype(np.float64).T
+        np.testing.assert_allclose(self.scores, double, atol=1e-6)
 
     def nearest(self, k: int, floor: float, ties: str) -> list[tuple[int, int]]:
         """Each image and its `k` nearest others: of equally near ones those of the first place, or of the least id."""
@@ -252,7 +252,7 @@ def test_none_one_and_equal_images(tmp_path: Path, search: dict[str, Any]) -> No
 def test_more_rows_than_a_block_holds(tmp_path: Path, last: str) -> None:
     """One image fills nearly all of the first block; it is compared with the others once."""
     matrix = of_kind("clustered", 0, 60)
-    numbers = np.concatenate([np.arange(30), np.zeros(join.ROWS_PER_BLOCK, np.int64), np.arange(40)])
+    numbers = np.concatenate([np.arange(30), np.zeros(self_join.ROWS_PER_BLOCK, np.int64), np.arange(40)])
     full = ([spread_id(int(number)) for number in numbers], matrix[numbers])
     rest = np.arange(20, 60 if last == "images" else 20)
     parts = [full, ([spread_id(int(number)) for number in rest], matrix[rest])]
@@ -271,9 +271,9 @@ def test_buckets_are_a_partition_of_the_pairs(tmp_path: Path, num_buckets: int) 
 
 def test_bucket_of_cuts_the_ids_into_equal_ranges() -> None:
     ids = pa.chunked_array([["0" * 32, "7fffffff" + "f" * 24, "80000000" + "0" * 24, "f" * 32, id_of(5)]])
-    assert join.bucket_of(ids, 2).tolist() == [0, 0, 1, 1, 0]
-    assert join.bucket_of(ids, 1).tolist() == [0] * 5
-    spread = join.bucket_of(pa.chunked_array([[spread_id(n) for n in range(3000)]]), 7)
+    assert self_join.bucket_of(ids, 2).tolist() == [0, 0, 1, 1, 0]
+    assert self_join.bucket_of(ids, 1).tolist() == [0] * 5
+    spread = self_join.bucket_of(pa.chunked_array([[spread_id(n) for n in range(3000)]]), 7)
     assert np.bincount(spread, minlength=7).min() > 300 and spread.max() == 6
 
 

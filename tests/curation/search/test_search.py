@@ -7,9 +7,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from curation import index, scan
 from curation.errors import ConfigError
-from curation.index import CellLists, CodedLists, SearchConfig
+from curation.search import exact, ivf, low_precision
+from curation.search.config import SearchConfig
+from curation.search.ivf import CellLists, CodedLists
 from tests.curation.builders import unit_vectors
 
 
@@ -23,7 +24,7 @@ def brute_force(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.nd
 def all_scores(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """The similarities (Q, N) of all pairs as they are scored one by one, in float32."""
     query, row = np.indices((len(queries), len(vectors))).reshape(2, -1)
-    return index.pair_similarity(queries, query, vectors, row).reshape(len(queries), len(vectors))
+    return exact.pair_similarity(queries, query, vectors, row).reshape(len(queries), len(vectors))
 
 
 def best_of(scores: np.ndarray, k: int, floor: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +78,7 @@ def test_search_equals_brute_force(seed: int, dtype: type) -> None:
     vectors: np.ndarray = unit_vectors(seed, count, width).astype(dtype)
     queries = np.concatenate([vectors[:5], unit_vectors(seed + 100, 40, width).astype(dtype)])
     expected, _ = brute_force(queries, vectors, k)
-    similarity, rows = index.search(queries, cut(rng, vectors, 3), k)
+    similarity, rows = exact.search(queries, cut(rng, vectors, 3), k)
     assert similarity.shape == rows.shape == (len(queries), k)
     assert similarity.dtype == np.float32 and rows.dtype == np.int64
     num_found = min(k, count)
@@ -97,7 +98,7 @@ def test_ties_are_ranked_by_row(seed: int, k: int) -> None:
     queries = grid_vectors(rng, 20, 12, distinct=20)
     expected, expected_rows = brute_force(queries, vectors, k)
     for blocks in ([vectors], cut(rng, vectors, 4)):
-        similarity, rows = index.search(queries, blocks, k)
+        similarity, rows = exact.search(queries, blocks, k)
         np.testing.assert_array_equal(similarity, expected)
         np.testing.assert_array_equal(rows, expected_rows)
 
@@ -107,7 +108,7 @@ def test_all_copies_are_found_in_order_where_there_is_room(seed: int) -> None:
     rng = np.random.default_rng(seed)
     distinct = unit_vectors(seed, int(rng.integers(30, 60)), int(rng.choice([37, 256]))).astype(np.float16)
     which = rng.integers(0, len(distinct), 1500)
-    rows = index.search(distinct, [distinct[which]], 100)[1]
+    rows = exact.search(distinct, [distinct[which]], 100)[1]
     for own, found in enumerate(rows):
         copies = np.flatnonzero(which == own)  # nothing is nearer to a vector than itself
         np.testing.assert_array_equal(found[: len(copies)], copies)
@@ -118,12 +119,12 @@ def test_blocks_change_no_bit(seed: int) -> None:
     rng = np.random.default_rng(seed)
     vectors = unit_vectors(seed, 1500, 130).astype(np.float16)
     queries = unit_vectors(seed + 50, 33, 130)
-    similarity, rows = index.search(queries, [vectors], 10)
+    similarity, rows = exact.search(queries, [vectors], 10)
     for blocks in (cut(rng, vectors, 6), np.array_split(vectors, 20), iter([vectors[:0], vectors])):
-        again = index.search(queries, blocks, 10)
+        again = exact.search(queries, blocks, 10)
         assert again[0].tobytes() == similarity.tobytes()
         assert again[1].tobytes() == rows.tobytes()
-    one_by_one = [index.search(query[None], [vectors], 10) for query in queries]
+    one_by_one = [exact.search(query[None], [vectors], 10) for query in queries]
     assert np.concatenate([rows for _, rows in one_by_one]).tobytes() == rows.tobytes()
     assert np.concatenate([own for own, _ in one_by_one]).tobytes() == similarity.tobytes()
 
@@ -131,30 +132,30 @@ def test_blocks_change_no_bit(seed: int) -> None:
 def test_more_queries_than_are_searched_at_a_time() -> None:
     queries, vectors = unit_vectors(0, 2051, 3), unit_vectors(1, 7, 3)
     expected, rows = brute_force(queries, vectors, 2)
-    found = index.search(queries, [vectors[:4], vectors[4:]], 2)
+    found = exact.search(queries, [vectors[:4], vectors[4:]], 2)
     np.testing.assert_allclose(found[0], expected, atol=1e-6)
     np.testing.assert_array_equal(found[1], rows)
 
 
 @pytest.mark.parametrize("blocks", [[], [np.empty((0, 4), np.float16)], [np.empty((0, 4), np.float32)] * 3])
 def test_nothing_to_find(blocks: list[np.ndarray]) -> None:
-    similarity, rows = index.search(unit_vectors(0, 3, 4), blocks, 2)
+    similarity, rows = exact.search(unit_vectors(0, 3, 4), blocks, 2)
     assert (similarity == -np.inf).all() and (rows == -1).all() and rows.shape == (3, 2)
 
 
 def test_nobody_asks() -> None:
-    similarity, rows = index.search(np.empty((0, 4), np.float16), [unit_vectors(0, 3, 4)], 2)
+    similarity, rows = exact.search(np.empty((0, 4), np.float16), [unit_vectors(0, 3, 4)], 2)
     assert similarity.shape == rows.shape == (0, 2)
 
 
 def test_pair_similarity_is_the_inner_product_of_each_pair() -> None:
     left, right = unit_vectors(0, 30, 20).astype(np.float16), unit_vectors(1, 40, 20).astype(np.float16)
     rng = np.random.default_rng(0)
-    rows, others = rng.integers(0, 30, index.PAIR_BLOCK + 5), rng.integers(0, 40, index.PAIR_BLOCK + 5)
-    found = index.pair_similarity(left, rows, right, others)
+    rows, others = rng.integers(0, 30, exact.PAIR_BLOCK + 5), rng.integers(0, 40, exact.PAIR_BLOCK + 5)
+    found = exact.pair_similarity(left, rows, right, others)
     expected = np.einsum("pd,pd->p", left[rows].astype(np.float64), right[others].astype(np.float64))
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert index.pair_similarity(left, rows[:0], right, others[:0]).shape == (0,)
+    assert exact.pair_similarity(left, rows[:0], right, others[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -163,16 +164,16 @@ def test_bits_of_a_pair_depend_on_the_pair_alone(seed: int, threads: None) -> No
     width = int([1, 385, 64][seed])
     left, right = unit_vectors(seed, 60, width), unit_vectors(seed + 50, 70, width).astype(np.float16)
     rows, others = rng.integers(0, 60, 200), rng.integers(0, 70, 200)
-    found = index.pair_similarity(left, rows, right, others)
-    one_by_one = [index.pair_similarity(left, rows[p : p + 1], right, others[p : p + 1]) for p in range(200)]
+    found = exact.pair_similarity(left, rows, right, others)
+    one_by_one = [exact.pair_similarity(left, rows[p : p + 1], right, others[p : p + 1]) for p in range(200)]
     assert np.concatenate(one_by_one).tobytes() == found.tobytes()
     order = rng.permutation(200)
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
-        assert index.pair_similarity(left, rows[order], right, others[order]).tobytes() == found[order].tobytes()
-        swapped = index.pair_similarity(right.astype(np.float32), others, left, rows)
+        assert exact.pair_similarity(left, rows[order], right, others[order]).tobytes() == found[order].tobytes()
+        swapped = exact.pair_similarity(right.astype(np.float32), others, left, rows)
         np.testing.assert_array_equal(swapped, found)
-        repeated = index.pair_similarity(left, np.repeat(rows[:1], 100), right, np.repeat(others[:1], 100))
+        repeated = exact.pair_similarity(left, np.repeat(rows[:1], 100), right, np.repeat(others[:1], 100))
         assert (repeated == found[0]).all()
 
 
@@ -188,23 +189,23 @@ def test_floor_leaves_out_what_is_below(seed: int, floor: float) -> None:
     queries = np.concatenate([vectors[:10], -vectors[:10], unit_vectors(seed, 10, 24)])
     scores = all_scores(queries, vectors)
     for k in (1, 3, 50, 2000):
-        assert_equal(index.search(queries, cut(rng, vectors, 2), k, floor=floor), best_of(scores, k, floor))
+        assert_equal(exact.search(queries, cut(rng, vectors, 2), k, floor=floor), best_of(scores, k, floor))
 
 
 def test_more_vectors_than_are_held_at_a_time() -> None:
-    num_rows = index.BLOCK_ROWS + 3000
+    num_rows = exact.BLOCK_ROWS + 3000
     vectors, queries = unit_vectors(0, num_rows, 3).astype(np.float16), unit_vectors(1, 2, 3)
     vectors[-5:] = vectors[:5]  # copies in the other block come second
     queries = np.concatenate([queries, vectors[:5].astype(np.float32)])
     for floor in (-np.inf, 0.9995):
-        found = index.search(queries, np.array_split(vectors, 7), 3, floor=floor)
+        found = exact.search(queries, np.array_split(vectors, 7), 3, floor=floor)
         assert_equal(found, best_of(all_scores(queries, vectors), 3, floor))
 
 
 def test_more_queries_and_vectors_than_one_product_takes() -> None:
     queries, vectors = clustered(0, 2300, 16, 30), clustered(0, 2500, 16, 30).astype(np.float16)
-    assert len(queries) > scan.QUERY_ROWS["cpu"] and len(vectors) > 2 * scan.TILE_ROWS["cpu"]
-    similarity, rows = index.search(queries, [vectors], 7)
+    assert len(queries) > low_precision.QUERY_ROWS["cpu"] and len(vectors) > 2 * low_precision.TILE_ROWS["cpu"]
+    similarity, rows = exact.search(queries, [vectors], 7)
     some = np.r_[:20, 2040:2060, 2290:2300]  # of either part
     assert_equal((similarity[some], rows[some]), best_of(all_scores(queries[some], vectors), 7))
 
@@ -228,7 +229,7 @@ def test_search_is_exact_for_every_kind_of_vectors(kind: str, width: int) -> Non
     queries = np.concatenate([vectors[:3], vectors[-3:], -vectors[:2], unit_vectors(4, 5, width)])
     scores = all_scores(queries, vectors)
     for k in (1, 6, 1300):
-        assert_equal(index.search(queries, [vectors], k), best_of(scores, k))
+        assert_equal(exact.search(queries, [vectors], k), best_of(scores, k))
 
 
 def test_number_of_threads_changes_no_bit(threads: None) -> None:
@@ -236,11 +237,11 @@ def test_number_of_threads_changes_no_bit(threads: None) -> None:
     cells = unit_vectors(5, 40, 257)
 
     def everything() -> list[np.ndarray]:
-        visits = index.cells_of(vectors, cells, 3)
-        own = CellLists.of(np.arange(100), index.cells_of(queries, cells, 1)[:, 0], 40)
+        visits = ivf.cells_of(vectors, cells, 3)
+        own = CellLists.of(np.arange(100), ivf.cells_of(queries, cells, 1)[:, 0], 40)
         visiting = CellLists.of(np.repeat(np.arange(3000), 3), visits.reshape(-1), 40)
-        in_cells = index.search_cells(queries, [own], vectors, visiting, 8)
-        return [*index.search(queries, [vectors], 8), *index.assign(vectors, queries), visits, *in_cells]
+        in_cells = ivf.search_cells(queries, [own], vectors, visiting, 8)
+        return [*exact.search(queries, [vectors], 8), *exact.assign(vectors, queries), visits, *in_cells]
 
     torch.set_num_threads(1)
     alone = everything()
@@ -274,19 +275,19 @@ def test_assign_gives_the_first_of_the_nearest(kind: str, seed: int) -> None:
         expected = scores.argmax(axis=1), scores.max(axis=1)
         guesses = [None, expected[0], np.zeros(len(own), np.int64), rng.integers(0, len(centroids), len(own))]
         for guess in guesses:
-            cluster, similarity = index.assign(own, centroids, guess=guess)
+            cluster, similarity = exact.assign(own, centroids, guess=guess)
             np.testing.assert_array_equal(cluster, expected[0])
             assert similarity.tobytes() == expected[1].tobytes()
 
 
 def test_assign_more_vectors_than_at_a_time_and_none() -> None:
     vectors, centroids = unit_vectors(0, 2100, 5), unit_vectors(1, 11, 5)
-    cluster, similarity = index.assign(vectors, centroids)
+    cluster, similarity = exact.assign(vectors, centroids)
     np.testing.assert_array_equal(cluster, all_scores(vectors, centroids).argmax(axis=1))
-    halves = [index.assign(half, centroids) for half in np.array_split(vectors, 2)]
+    halves = [exact.assign(half, centroids) for half in np.array_split(vectors, 2)]
     assert np.concatenate([own for own, _ in halves]).tobytes() == cluster.tobytes()
     assert np.concatenate([own for _, own in halves]).tobytes() == similarity.tobytes()
-    assert [array.shape for array in index.assign(vectors[:0], centroids)] == [(0,), (0,)]
+    assert [array.shape for array in exact.assign(vectors[:0], centroids)] == [(0,), (0,)]
 
 
 # Cells
@@ -296,7 +297,7 @@ def test_cells_that_are_visited_are_nearly_the_nearest() -> None:
     vectors, cells = unit_vectors(0, 2100, 48), unit_vectors(1, 70, 48)
     similarity = vectors @ cells.T
     for num_probes in (1, 4, 70):
-        visits = index.cells_of(vectors, cells, num_probes)
+        visits = ivf.cells_of(vectors, cells, num_probes)
         assert visits.shape == (2100, num_probes)
         best = -np.sort(-similarity, axis=1)[:, :num_probes]
         np.testing.assert_allclose(np.take_along_axis(similarity, visits, axis=1), best, atol=0.03)
@@ -305,9 +306,9 @@ def test_cells_that_are_visited_are_nearly_the_nearest() -> None:
 
 def test_cells_in_more_than_one_tile_and_equal_cells() -> None:
     cells = np.repeat(unit_vectors(0, 5, 4), 1700, axis=0)  # each 1,700 times, more than one tile takes
-    assert len(cells) > index.CELLS_PER_TILE
+    assert len(cells) > ivf.CELLS_PER_TILE
     own = cells[::1700]
-    visits = index.cells_of(own, cells, 3)
+    visits = ivf.cells_of(own, cells, 3)
     np.testing.assert_array_equal(visits, np.arange(5)[:, None] * 1700 + np.arange(3))
 
 
@@ -315,12 +316,12 @@ def test_cells_in_more_than_one_tile_and_equal_cells() -> None:
 def test_cells_of_a_vector_depend_on_no_other_vector(seed: int) -> None:
     """Copies of an image lie in several files, among others; all must visit the same cells."""
     vectors, cells = unit_vectors(seed, 300, 16), unit_vectors(seed + 9, 400, 16)
-    visits = index.cells_of(vectors, cells, 20)
+    visits = ivf.cells_of(vectors, cells, 20)
     for part in (slice(0, 1), slice(10, 12), slice(100, 200)):
-        np.testing.assert_array_equal(index.cells_of(vectors[part], cells, 20), visits[part])
+        np.testing.assert_array_equal(ivf.cells_of(vectors[part], cells, 20), visits[part])
     spiked = np.concatenate([vectors, np.eye(1, 16, dtype=np.float32)])
-    np.testing.assert_array_equal(index.cells_of(spiked, cells, 20)[:300], visits)
-    assert index.cells_of(vectors[:0], cells, 20).shape == (0, 20)
+    np.testing.assert_array_equal(ivf.cells_of(spiked, cells, 20)[:300], visits)
+    assert ivf.cells_of(vectors[:0], cells, 20).shape == (0, 20)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -353,8 +354,8 @@ def test_search_cells_finds_the_nearest_of_those_that_share_a_cell(
 ) -> None:
     rng = np.random.default_rng(seed)
     if seed == 1:  # cells in several tiles, and pairs that are settled many times
-        monkeypatch.setitem(scan.CELL_ROWS, "cpu", 300)
-        monkeypatch.setattr(index, "WAITING_PAIRS", 500)
+        monkeypatch.setitem(low_precision.CELL_ROWS, "cpu", 300)
+        monkeypatch.setattr(ivf, "WAITING_PAIRS", 500)
 
     def make(count: int) -> np.ndarray:
         match kind:
@@ -373,7 +374,7 @@ def test_search_cells_finds_the_nearest_of_those_that_share_a_cell(
     scores = np.where(asks.astype(int) @ holds.T.astype(int), all_scores(queries, vectors), -np.inf)
     assert np.diff(vectors_in.starts).max() > 1000 and not np.diff(queries_in.starts).all()
     for k, floor in ((1, -np.inf), (5, 0.2), (60, -1.0), (2501, 0.0)):
-        found = index.search_cells(queries, [queries_in], vectors, vectors_in, k, floor=floor)
+        found = ivf.search_cells(queries, [queries_in], vectors, vectors_in, k, floor=floor)
         assert_equal(found, best_of(scores, k, floor))
 
 
@@ -388,22 +389,22 @@ def test_search_cells_with_queries_in_several_cells(seed: int) -> None:
     rows, cells = np.nonzero(asks)
     visits = [CellLists.of(rows[now], cells[now], 12) for now in (ranks == 0, ranks > 0)]
     for k in (1, 9, 701):
-        assert_equal(index.search_cells(queries, [queries_in], vectors, vectors_in, k), best_of(scores, k))
-        assert_equal(index.search_cells(queries, visits, vectors, vectors_in, k), best_of(scores, k))
+        assert_equal(ivf.search_cells(queries, [queries_in], vectors, vectors_in, k), best_of(scores, k))
+        assert_equal(ivf.search_cells(queries, visits, vectors, vectors_in, k), best_of(scores, k))
 
 
 def test_search_of_all_cells_is_the_exact_search() -> None:
     queries, vectors, cells = clustered(0, 90, 30, 20), clustered(1, 800, 30, 20), unit_vectors(2, 9, 30)
-    members = CellLists.of(np.arange(800), index.cells_of(vectors, cells, 1)[:, 0], 9)
-    asking = CellLists.of(np.repeat(np.arange(90), 9), index.cells_of(queries, cells, 9).reshape(-1), 9)
-    assert_equal(index.search_cells(queries, [asking], vectors, members, 10), index.search(queries, [vectors], 10))
+    members = CellLists.of(np.arange(800), ivf.cells_of(vectors, cells, 1)[:, 0], 9)
+    asking = CellLists.of(np.repeat(np.arange(90), 9), ivf.cells_of(queries, cells, 9).reshape(-1), 9)
+    assert_equal(ivf.search_cells(queries, [asking], vectors, members, 10), exact.search(queries, [vectors], 10))
 
 
 @pytest.mark.parametrize(("num_queries", "num_vectors"), [(0, 0), (0, 5), (5, 0), (1, 1)])
 def test_search_cells_of_nothing_and_of_one(num_queries: int, num_vectors: int) -> None:
     queries, vectors = unit_vectors(0, num_queries, 6), unit_vectors(0, num_vectors, 6)
     in_first = [CellLists.of(np.arange(n), np.zeros(n, np.int64), 3) for n in (num_queries, num_vectors)]
-    similarity, rows = index.search_cells(queries, [in_first[0]], vectors, in_first[1], 2)
+    similarity, rows = ivf.search_cells(queries, [in_first[0]], vectors, in_first[1], 2)
     assert similarity.shape == rows.shape == (num_queries, 2)
     if num_queries and num_vectors:
         assert rows.tolist() == [[0, -1]] and similarity[0] == pytest.approx([1, -np.inf])
@@ -421,9 +422,9 @@ def coded(vectors: np.ndarray, **settings: object) -> CodedLists:
 def test_coded_lists_find_nearly_all_and_score_exactly() -> None:
     vectors = clustered(0, 2000, 32, 60, spread=0.5).astype(np.float16)
     queries = clustered(0, 2200, 32, 60, spread=0.5)[2000:]
-    exact = index.search(queries, [vectors], 10)
+    nearest = exact.search(queries, [vectors], 10)
     similarity, rows = coded(vectors, rows_per_cell=100, num_probes=8, overfetch=8).search(queries, 10)
-    hits = [len(set(found) & set(wanted)) for found, wanted in zip(rows.tolist(), exact[1].tolist(), strict=True)]
+    hits = [len(set(found) & set(wanted)) for found, wanted in zip(rows.tolist(), nearest[1].tolist(), strict=True)]
     assert sum(hits) >= 0.95 * rows.size
     scores = all_scores(queries, vectors)
     assert np.take_along_axis(scores, rows, axis=1).tobytes() == similarity.tobytes()
@@ -434,8 +435,8 @@ def test_coded_lists_find_nearly_all_and_score_exactly() -> None:
 def test_coded_lists_that_fetch_everything_are_exact() -> None:
     vectors, queries = clustered(0, 700, 16, 20), clustered(1, 40, 16, 20)
     lists = coded(vectors, rows_per_cell=100, num_probes=7, overfetch=70)
-    assert_equal(lists.search(queries, 10), index.search(queries, [vectors], 10))
-    assert_equal(lists.search(queries, 800), index.search(queries, [vectors], 800))
+    assert_equal(lists.search(queries, 10), exact.search(queries, [vectors], 10))
+    assert_equal(lists.search(queries, 800), exact.search(queries, [vectors], 800))
 
 
 def test_coded_lists_with_short_lists_and_no_queries() -> None:

@@ -34,16 +34,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation import index
 from curation.devices import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.errors import InputError
 from curation.files import parquet, paths, vectors
 from curation.files.prefetch import prefetch
 from curation.files.schemas import id_bytes, id_column
-from curation.index import CellLists, SearchConfig
-from curation.parts import train_cells
 from curation.runner import Runner, Shard
+from curation.search import exact, ivf
+from curation.search.config import SearchConfig
+from curation.search.ivf import CellLists
+from curation.search.parts import train_cells
 from curation.stage import PREPARED, run_shards
 
 # `other_image_id` is among the nearest of `image_id`. A place is a row number counted through all files; of an image
@@ -218,7 +219,7 @@ def _make_exact_worker(asked: Neighborhood, blocks: Sequence[Shard], output: str
                 yield images.vectors
 
         # One more, for the image itself.
-        found = index.search(own.vectors, stream(), asked.k + 1, floor=asked.floor, device=asked.search.device)
+        found = exact.search(own.vectors, stream(), asked.k + 1, floor=asked.floor, device=asked.search.device)
         ids, all_places = (np.concatenate([getattr(other, name) for other in others]) for name in ("ids", "places"))
         table = _edges(asked.k, own, Images(ids, all_places, own.vectors[:0]), *found)
         return _write_edges(asked, output, shard.name, table)
@@ -282,11 +283,11 @@ def _train_cells(search: SearchConfig, files: Sequence[str], rows: Sequence[int]
     """Centroids of the cells, sorted into groups; where each group begins; the sample that recall is measured on."""
     num_rows = sum(rows)
     num_cells = search.num_cells(num_rows)
-    wanted = max(index.TRAINING_ROWS_PER_CELL * num_cells, search.recall_queries)
+    wanted = max(ivf.TRAINING_ROWS_PER_CELL * num_cells, search.recall_queries)
     ids, matrix = _sample(files, rows, wanted)
     cells = train_cells(matrix, num_cells, search.seed)
     num_groups = min(_num_groups(search, num_rows), len(cells))
-    group = index.assign(cells, train_cells(cells, num_groups, search.seed))[0]
+    group = exact.assign(cells, train_cells(cells, num_groups, search.seed))[0]
     order = np.argsort(group, kind="stable")
     arrays = {"cells.npy": cells[order], "groups.npy": np.searchsorted(group[order], np.arange(num_groups + 1))}
     saved = []
@@ -341,7 +342,7 @@ def _make_exchange_worker(search: SearchConfig, folder: str) -> Callable[[Shard]
     def process(shard: Shard) -> ShardRecord:
         own = _read([shard.work])
         _same_width(cells, own.vectors, shard.work[0])
-        visits = index.cells_of(own.vectors, cells, num_probes, device=search.device).astype(np.int32)
+        visits = ivf.cells_of(own.vectors, cells, num_probes, device=search.device).astype(np.int32)
 
         def tables() -> Iterator[tuple[int, pa.Table]]:
             for group in range(len(groups) - 1):
@@ -418,7 +419,7 @@ def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callabl
         at_home = CellLists.of(home, visits[home, 0] - begin, end - begin)
         visiting = CellLists.of(visitor, visits[visitor, column] - begin, end - begin)
         # One more, for the image itself.
-        found = index.search_cells(
+        found = ivf.search_cells(
             own.vectors, [at_home], own.vectors, visiting, asked.k + 1, floor=asked.floor, device=asked.search.device
         )
         return _write_edges(asked, output, shard.name, _edges(asked.k, own, own, *found))
@@ -474,7 +475,7 @@ def _make_recall_worker(asked: Neighborhood, spread: str, folder: str) -> Callab
 
     def process(shard: Shard) -> ShardRecord:
         own = _read(shard.work)
-        found = index.search(sample.vectors, [own.vectors], asked.k + 1, floor=asked.floor, device=asked.search.device)
+        found = exact.search(sample.vectors, [own.vectors], asked.k + 1, floor=asked.floor, device=asked.search.device)
         table = _edges(asked.k, sample, own, *found)
         file = parquet.write_table(paths.join(folder, f"exact-{shard.name}.parquet"), table)
         return ShardRecord(name=shard.name, files=(file,))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from curation import scan
-from curation.scan import Codes
+from curation.search import low_precision
+from curation.search.low_precision import Codes
 from tests.curation.builders import unit_vectors
 
 WIDTHS = [1, 31, 384, 1300]
@@ -35,7 +35,7 @@ def of_kind(kind: str, seed: int, width: int, count: int = 90) -> np.ndarray:
 
 
 def padded(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.pad(values, ((0, -len(values) % scan.LANES), (0, 0))))
+    return torch.from_numpy(np.pad(values, ((0, -len(values) % low_precision.LANES), (0, 0))))
 
 
 def exact_codes(matrix: np.ndarray) -> Codes:
@@ -48,7 +48,7 @@ def both_codes(queries: np.ndarray, vectors: np.ndarray, kind: str) -> tuple[Cod
     """Codes of both sides: those that this machine uses, or float32."""
     if kind == "float32":
         return exact_codes(queries), exact_codes(vectors)
-    return scan.encode_rows(queries, "cpu"), scan.encode([vectors], "cpu")
+    return low_precision.encode_rows(queries, "cpu"), low_precision.encode([vectors], "cpu")
 
 
 @pytest.mark.parametrize("codes", ["own", "float32"])
@@ -58,7 +58,7 @@ def test_candidates_hold_every_pair_that_reaches_its_floor(kind: str, width: int
     vectors = of_kind(kind, 0, width)
     queries = np.concatenate([of_kind(other, 1, width, 9) for other in KINDS] + [vectors[:20]])
     products = queries.astype(np.float64) @ vectors.astype(np.float64).T
-    estimates = scan.estimate(*both_codes(queries, vectors, codes))
+    estimates = low_precision.estimate(*both_codes(queries, vectors, codes))
     rng = np.random.default_rng(width)
     floors = [np.full(len(queries), floor) for floor in (-np.inf, -1.0, -0.3, 0.0, 0.6, 0.99, 1.0, 2.0)]
     floors.append(products[np.arange(len(queries)), rng.integers(0, len(vectors), len(queries))])  # just reached
@@ -77,7 +77,7 @@ def test_candidates_hold_every_pair_that_reaches_its_floor(kind: str, width: int
 def test_slack_bounds_what_rounding_does_to_every_product(kind: str, width: int) -> None:
     """The least floor makes a candidate of every pair, so that every estimate is looked at."""
     vectors, queries = of_kind(kind, 2, width), of_kind(kind, 3, width)
-    estimates = scan.estimate(*both_codes(queries, vectors, "own"))
+    estimates = low_precision.estimate(*both_codes(queries, vectors, "own"))
     query, row, value = estimates.candidates(np.full(len(queries), -np.inf))
     assert len(query) == len(queries) * len(vectors)
     products = np.einsum("pd,pd->p", queries[query].astype(np.float64), vectors[row].astype(np.float64))
@@ -86,7 +86,7 @@ def test_slack_bounds_what_rounding_does_to_every_product(kind: str, width: int)
 
 def test_slack_is_small_where_no_entry_stands_out() -> None:
     """Or nearly everything would be a candidate, and the scan be no faster than all exact products."""
-    slack = scan.estimate(*both_codes(of_kind("random", 0, 384), of_kind("random", 1, 384), "own")).slack
+    slack = low_precision.estimate(*both_codes(of_kind("random", 0, 384), of_kind("random", 1, 384), "own")).slack
     assert (slack < 0.025).all()
 
 
@@ -94,8 +94,12 @@ def test_slack_is_small_where_no_entry_stands_out() -> None:
 @pytest.mark.parametrize("codes", ["own", "fine"])
 def test_the_floor_of_one_tile_is_reached_by_k_products_and_no_less_than_its_slack_below(codes: str, kind: str) -> None:
     queries, vectors = of_kind("random", 1, 60, 10), of_kind(kind, 0, 60, count=200)
-    encode = scan.encode_finely if codes == "fine" else lambda matrix, device: scan.encode([matrix], device)
-    estimates = scan.estimate(encode(queries, "cpu"), encode(vectors, "cpu"))
+    encode = (
+        low_precision.encode_finely
+        if codes == "fine"
+        else lambda matrix, device: low_precision.encode([matrix], device)
+    )
+    estimates = low_precision.estimate(encode(queries, "cpu"), encode(vectors, "cpu"))
     products = np.sort(queries.astype(np.float64) @ vectors.astype(np.float64).T, axis=1)[:, ::-1]
     for k in (1, 2, 40, 200, 201):
         floor = estimates.floor(k)
@@ -105,17 +109,17 @@ def test_the_floor_of_one_tile_is_reached_by_k_products_and_no_less_than_its_sla
             assert (floor <= products[:, k - 1]).all() and (floor >= products[:, k - 1] - 2 * estimates.slack).all()
 
 
-@pytest.mark.parametrize("num_rows", [1, scan.LANES - 1, scan.LANES, scan.LANES + 1])
+@pytest.mark.parametrize("num_rows", [1, low_precision.LANES - 1, low_precision.LANES, low_precision.LANES + 1])
 @pytest.mark.parametrize("codes", ["own", "float32"])
 def test_rows_that_pad_a_tile_are_never_found(codes: str, num_rows: int) -> None:
     """Not even where every real product is negative: the padding would have zero."""
     vectors = np.repeat(-unit_vectors(0, 1, 20), num_rows, axis=0)
-    estimates = scan.estimate(*both_codes(-vectors[:1], vectors, codes))
+    estimates = low_precision.estimate(*both_codes(-vectors[:1], vectors, codes))
     for floor in (-np.inf, -3.0, -1.0):
         query, row, value = estimates.candidates(np.array([floor]))
         assert (query == 0).all() and row.tolist() == list(range(num_rows))
         np.testing.assert_allclose(value, -1, atol=0.05)
-    best = scan.BestSoFar(1)
+    best = low_precision.BestSoFar(1)
     best.add(estimates)
     assert -1.1 < best.floor()[0] <= -1
 
@@ -125,10 +129,10 @@ def test_rows_that_pad_a_tile_are_never_found(codes: str, num_rows: int) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_floor_is_never_above_the_kth_best(kind: str, codes: str, k: int) -> None:
     queries = np.concatenate([of_kind("random", 1, 60, 10), of_kind("clustered", 0, 60, 10)])
-    best, seen, before = scan.BestSoFar(k), np.empty((0, 60), np.float32), np.full(20, -np.inf)
+    best, seen, before = low_precision.BestSoFar(k), np.empty((0, 60), np.float32), np.full(20, -np.inf)
     for seed in range(5):
         vectors = of_kind(kind, seed, 60, count=200)
-        best.add(scan.estimate(*both_codes(queries, vectors, codes)))
+        best.add(low_precision.estimate(*both_codes(queries, vectors, codes)))
         seen = np.concatenate([seen, vectors])
         floor = best.floor()
         products = np.sort(queries.astype(np.float64) @ seen.astype(np.float64).T, axis=1)[:, ::-1]
@@ -149,12 +153,12 @@ def test_taken_codes_are_those_of_the_rows(codes: str) -> None:
     rng = np.random.default_rng(0)
     for rows in (np.arange(0), np.array([89]), rng.integers(0, 90, 70), rng.permutation(90)):
         taken = tile.take(rows)
-        assert taken.num_rows == len(rows) and len(taken.values) % scan.LANES == 0
+        assert taken.num_rows == len(rows) and len(taken.values) % low_precision.LANES == 0
         assert torch.equal(taken.values[: len(rows)], tile.values[rows])
         assert not taken.values[len(rows) :].any()
         if len(rows):
-            query, row, value = scan.estimate(own, taken).candidates(np.full(9, -3.0))
-            expected = scan.estimate(own, tile).candidates(np.full(9, -3.0))[2].reshape(9, 90)
+            query, row, value = low_precision.estimate(own, taken).candidates(np.full(9, -3.0))
+            expected = low_precision.estimate(own, tile).candidates(np.full(9, -3.0))[2].reshape(9, 90)
             np.testing.assert_allclose(value, expected[query, rows[row]], atol=1e-6)
             assert len(query) == 9 * len(rows)
 
@@ -162,9 +166,9 @@ def test_taken_codes_are_those_of_the_rows(codes: str) -> None:
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_blocks_of_one_matrix_have_the_codes_of_the_whole(dtype: type) -> None:
     vectors: np.ndarray = of_kind("one-hot", 0, 30, 130).astype(dtype)
-    whole = scan.encode([vectors], "cpu")
+    whole = low_precision.encode([vectors], "cpu")
     for bounds in ([0], [64], [1, 1, 100]):
-        parts = scan.encode(np.split(vectors, bounds), "cpu")
+        parts = low_precision.encode(np.split(vectors, bounds), "cpu")
         assert parts.num_rows == 130 and torch.equal(parts.values, whole.values)
         for name in ("scale", "norm", "residual"):
             assert getattr(parts, name) == getattr(whole, name)
@@ -175,7 +179,7 @@ def test_blocks_of_one_matrix_have_the_codes_of_the_whole(dtype: type) -> None:
 
 def nearest_by_products(matrix: np.ndarray, cells: np.ndarray, k: int) -> np.ndarray:
     """Brute force over the products of whole numbers, ties by row; each row of `matrix` has a scale of its own."""
-    codes = scan.whole_number_codes(cells, "cpu")
+    codes = low_precision.whole_number_codes(cells, "cpu")
     right = codes.values[: codes.num_rows, : cells.shape[1]].numpy().astype(np.int64)
     peak = np.abs(matrix).max(axis=1, keepdims=True)
     left = np.rint(matrix * (np.float32(127) / np.where(peak > 0, peak, 127))).astype(np.int64)
@@ -186,17 +190,17 @@ def nearest_by_products(matrix: np.ndarray, cells: np.ndarray, k: int) -> np.nda
 @pytest.mark.parametrize("kind", KINDS)
 def test_nearest_by_codes_are_those_of_the_products_with_ties_by_row(kind: str, width: int) -> None:
     cells, matrix = of_kind(kind, 0, width), of_kind("random", 1, width, 33)
-    codes = scan.whole_number_codes(cells, "cpu")
+    codes = low_precision.whole_number_codes(cells, "cpu")
     for step in (len(cells), 20):
         tiles = [codes.take(np.arange(start, min(start + step, len(cells)))) for start in range(0, len(cells), step)]
         for k in {1, 5, len(cells)}:
             expected = nearest_by_products(matrix, cells, k)
-            np.testing.assert_array_equal(scan.nearest_by_codes(matrix, tiles, k), expected)
+            np.testing.assert_array_equal(low_precision.nearest_by_codes(matrix, tiles, k), expected)
 
 
 def test_nearest_by_codes_are_nearly_the_nearest() -> None:
     cells, matrix = unit_vectors(0, 200, 64), unit_vectors(1, 50, 64)
-    found = scan.nearest_by_codes(matrix, [scan.whole_number_codes(cells, "cpu")], 10)
+    found = low_precision.nearest_by_codes(matrix, [low_precision.whole_number_codes(cells, "cpu")], 10)
     products = matrix @ cells.T
     best = np.sort(products, axis=1)[:, :-11:-1]
     np.testing.assert_allclose(np.take_along_axis(products, found, axis=1), best, atol=0.03)
@@ -208,9 +212,9 @@ def test_whole_numbers_of_other_devices_have_exact_products(width: int) -> None:
     rng = np.random.default_rng(width)
     matrix = np.concatenate([np.full((1, width), -1), rng.choice([-1, 1], (30, width)), rng.normal(size=(30, width))])
     matrix = matrix.astype(np.float32)
-    dtype = scan.whole_number_codes(matrix, "meta").values.dtype  # any device but the CPU
+    dtype = low_precision.whole_number_codes(matrix, "meta").values.dtype  # any device but the CPU
     assert dtype == (torch.float32 if width <= 1040 else torch.float64)
-    codes = scan.whole_number_codes(matrix, "cpu").values
+    codes = low_precision.whole_number_codes(matrix, "cpu").values
     assert int(codes.min()) == -127
     whole = codes.numpy().astype(np.int64)
     np.testing.assert_array_equal(torch.mm(codes.to(dtype), codes.to(dtype).T).numpy(), whole @ whole.T)
