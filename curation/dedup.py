@@ -40,12 +40,12 @@ from pydantic import Field, model_validator
 
 from curation import command
 from curation.config import Settings, load, resolved_toml
-from curation.duplicate_graph import DuplicateGraph, Edges, Nodes, id_texts, pack_ids, read_graph
+from curation.copies.components import component_sizes, connected_components, family_edges, flatten, join, separate
+from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, id_texts, pack_ids, read_graph
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.files.disk_arrays import blocks, count_true, on_disk
-from curation.graph import component_sizes, connected_components, family_edges, flatten, join, separate
 from curation.runner import InlineRunner, Runner, Shard
 from curation.stage import run_shards
 

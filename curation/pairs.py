@@ -26,6 +26,7 @@ from pydantic import Field, field_validator
 
 from curation import command, ingest
 from curation.config import Settings, load, resolved_toml
+from curation.copies.compare_thumbnails import PairVerifier, VerifyConfig, View
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
@@ -35,7 +36,6 @@ from curation.search import exact, self_join
 from curation.search.config import SearchConfig
 from curation.search.self_join import Neighborhood
 from curation.stage import PREPARED, run_shards
-from curation.verify import PairVerifier, VerifyConfig, View
 
 # Prepared thumbnails that a worker keeps at hand, each up to 0.8 MB. Assumed: a shard of pairs, sorted by its first
 # image, needs few more.

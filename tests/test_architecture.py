@@ -17,7 +17,7 @@ MAY_IMPORT = {
 DOORS = {
     "ray": {"curation/ray_runner.py"},
     "faiss": {"curation/index.py"},
-    "cv2": {"curation/verify.py"},
+    "cv2": {"curation/copies/compare_thumbnails.py"},
 }
 NOWHERE = {"torchvision"}
 

@@ -22,8 +22,8 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from curation import graph
 from curation.cluster import PointFile, cut, read_blocks
+from curation.copies import components
 from curation.engine.manifest import require_manifest
 from curation.files import disk_arrays, parquet, paths, vectors
 from curation.files.prefetch import prefetch
@@ -316,8 +316,8 @@ def components(folder: str, output: str) -> Measured:
             yield edges[:, 0], edges[:, 1]
 
     started = time.perf_counter()
-    parent = disk_arrays.on_disk(num_nodes, graph.node_type(num_nodes))
-    graph.connected_components(num_nodes, blocks(), parent=parent)
+    parent = disk_arrays.on_disk(num_nodes, components.node_type(num_nodes))
+    components.connected_components(num_nodes, blocks(), parent=parent)
     seconds = time.perf_counter() - started
     with open(output, "wb") as file:
         for part in disk_arrays.blocks(num_nodes):

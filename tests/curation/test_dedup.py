@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation import dedup, duplicate_graph
+from curation import dedup
+from curation.copies import duplicate_graph
+from curation.copies.duplicate_graph import Edges, Nodes
 from curation.dedup import REASONS, Decision, DedupConfig, FamilyConfig, decide
-from curation.duplicate_graph import Edges, Nodes
 from curation.engine.manifest import PROGRESS_NAME, claim, mark_shard_done, require_manifest
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import disk_arrays, parquet, paths, schemas
@@ -773,7 +774,8 @@ def test_ingest_without_images_is_refused(tmp_path: Path) -> None:
 
 MEASURE = """
 import sys, threading, time
-from curation import dedup, duplicate_graph
+from curation import dedup
+from curation.copies import duplicate_graph
 from curation.files import disk_arrays
 from curation.runner import InlineRunner
 

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 from scipy.sparse import coo_matrix, csgraph
 
+from curation.copies.components import (
+    component_sizes,
+    connected_components,
+    family_edges,
+    flatten,
+    join,
+    node_type,
+    separate,
+)
 from curation.files import disk_arrays
-from curation.graph import component_sizes, connected_components, family_edges, flatten, join, node_type, separate
 
 EMPTY = np.empty(0, np.int64)
 MARGINS = {"sure": 0.9, "margin": 0.1, "local_margin": 0.05}
@@ -137,7 +145,7 @@ def test_joining_goes_on_from_a_flat_forest(seed: int, block: int) -> None:
 MEASURE = """
 import sys
 import numpy as np
-from curation.graph import connected_components
+from curation.copies.components import connected_components
 from curation.files.disk_arrays import on_disk
 
 num_edges = int(sys.argv[1])

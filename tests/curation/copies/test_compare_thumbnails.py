@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
+from curation.copies.compare_thumbnails import Likeness, PairVerifier, VerifyConfig
 from curation.embed import encode_thumbnail
-from curation.verify import Likeness, PairVerifier, VerifyConfig
 
 THRESHOLD = 0.67  # of pipelines/configs/demo.toml
 

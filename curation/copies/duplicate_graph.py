@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import DTypeLike
 
+from curation.copies.components import node_type
 from curation.engine.manifest import require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
 from curation.files.disk_arrays import Buckets, blocks, on_disk
-from curation.graph import node_type
 
 # Rows, or ends of pairs, in a bucket: about 300 MB of memory while it is sorted. Ids are hashes, so buckets are alike.
 ROWS_PER_BUCKET = 1 << 20

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation import duplicate_graph
-from curation.duplicate_graph import id_texts, pack_ids, read_graph
+from curation.copies import duplicate_graph
+from curation.copies.duplicate_graph import id_texts, pack_ids, read_graph
 from curation.errors import InputError
 from curation.files import disk_arrays, parquet, schemas
 from tests.curation.builders import content_hash, id_of, image_row, write_ingest, write_stage
