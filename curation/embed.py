@@ -38,7 +38,6 @@ from pydantic import Field
 
 from curation import command, ingest
 from curation.config import Settings, load, parse_section, resolved_toml
-from curation.embedders import Embedder, EmbedderConfig, load_embedder
 from curation.engine.manifest import Manifest, ShardRecord, read_manifest, require_manifest
 from curation.errors import ConfigError
 from curation.files import parquet, paths, schemas
@@ -47,6 +46,7 @@ from curation.files.vectors import make_table
 from curation.images.decode import ImageLimits, decode_picture, upright
 from curation.images.sources import Layout, ReferenceReader, SourceConfig
 from curation.ingest import IngestConfig
+from curation.models.embedders import Embedder, EmbedderConfig, load_embedder
 from curation.runner import Runner, Shard
 from curation.stage import run_shards
 

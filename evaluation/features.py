@@ -33,16 +33,17 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from curation import backbone, embedders, weights
+from curation import backbone, weights
 from curation.backbone import VisionTransformer
 from curation.config import Settings
-from curation.devices import require_device
-from curation.embedders import EmbedderConfig, ModelName, Normalization
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest
 from curation.errors import InputError, WeightsError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.images.decode import Picture, to_shape
+from curation.models import embedders
+from curation.models.device import require_device
+from curation.models.embedders import EmbedderConfig, ModelName, Normalization
 from curation.rank_runner import RankRunner, follow
 from curation.runner import InlineRunner, Runner, Shard, Worker
 from curation.stage import run_shards
@@ -264,7 +265,7 @@ def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype, wor
 def _interpolation(
     name: str | None, layout: weights.Layout, found: weights.Architecture
 ) -> backbone.PositionInterpolation:
-    """As the weights' authors do it; `curation.embedders` has the sources."""
+    """As the weights' authors do it; `curation.models.embedders` has the sources."""
     if layout in ("mae", "ijepa") or not found.has_cls_token or (name or "").startswith("mae"):
         return "plain"
     return "antialias" if found.num_register_tokens else "offset"

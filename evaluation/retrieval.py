@@ -34,16 +34,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from curation import efficientnet
 from curation.config import Settings
-from curation.devices import require_device
-from curation.embedders import MAX_ASPECT
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
 from curation.images.decode import ImageLimits, ImageRejected, Picture, decode_picture, decode_rgb, to_shape
 from curation.images.sources import SourceConfig, list_files
+from curation.models import efficientnet
+from curation.models.device import require_device
+from curation.models.embedders import MAX_ASPECT
 from curation.runner import InlineRunner, Runner
 from curation.world import all_ranks, gather_rows
 from evaluation import datasets, features, knn, plain_pickle

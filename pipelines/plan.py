@@ -9,7 +9,7 @@ from rich.table import Table
 
 from curation.balance import DatasetRows, most_clusters, retrieval_mode, selection_rows
 from curation.config import resolved_toml
-from curation.embedders import EmbedderConfig
+from curation.models.embedders import EmbedderConfig
 from curation.retrieve import DatasetConfig
 from curation.search.config import SearchConfig
 from pipelines.price import Price, RatesConfig, count_images, price

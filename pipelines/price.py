@@ -14,9 +14,9 @@ from pydantic import Field
 
 from curation.backbone import SIZES
 from curation.config import Settings
-from curation.embedders import EmbedderConfig, split_name
 from curation.files import paths
 from curation.images import sources
+from curation.models.embedders import EmbedderConfig, split_name
 from curation.search.config import SearchConfig
 from curation.search.ivf import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL
 

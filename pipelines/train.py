@@ -22,12 +22,12 @@ from torch import Tensor
 from curation import command
 from curation.backbone import VisionTransformer
 from curation.config import load
-from curation.embedders import IMAGENET_NORMALIZATION
 from curation.engine.manifest import require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
 from curation.images.decode import ImageLimits, decode_picture, to_shape
 from curation.images.sources import ReferenceReader
+from curation.models.embedders import IMAGENET_NORMALIZATION
 from evaluation import knn
 from training.loop import TrainConfig, train
 

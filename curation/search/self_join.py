@@ -34,12 +34,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.devices import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.errors import InputError
 from curation.files import parquet, paths, vectors
 from curation.files.prefetch import prefetch
 from curation.files.schemas import id_bytes, id_column
+from curation.models.device import require_device
 from curation.runner import Runner, Shard
 from curation.search import exact, ivf
 from curation.search.config import SearchConfig

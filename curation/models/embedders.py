@@ -30,12 +30,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curation import backbone, efficientnet, sscd, weights
+from curation import backbone, weights
 from curation.config import Settings
-from curation.devices import require_device
 from curation.errors import DeviceError, InputError, WeightsError
 from curation.images.decode import Picture, to_shape
-from curation.sscd import generalized_mean
+from curation.models import efficientnet, sscd
+from curation.models.device import require_device
+from curation.models.sscd import generalized_mean
 
 ModelName = Literal[
     "efficientnet_lite0",
