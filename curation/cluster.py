@@ -44,17 +44,17 @@ import pyarrow as pa
 import typer
 from pydantic import Field, field_validator
 
-from curation import command, progress
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import kept_shards, read_kept
+from curation.engine import command, progress
 from curation.engine.manifest import PROGRESS_NAME, Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.runner import InlineRunner, Runner, Shard
+from curation.engine.stage import PREPARED, run_shards
 from curation.errors import ConfigError
 from curation.files import parquet, paths, schemas
 from curation.files.paths import FileRecord
-from curation.runner import InlineRunner, Runner, Shard
 from curation.search import exact, kmeans
 from curation.search.kmeans import Reduction
-from curation.stage import PREPARED, run_shards
 
 # Points that are read at a time. Measured (D 384, 4,096 clusters): half as many cost an eighth more and save 70 MB.
 BLOCK_ROWS = 32_768

@@ -38,16 +38,16 @@ import pyarrow.compute as pc
 import typer
 from pydantic import Field, model_validator
 
-from curation import command
 from curation.config import Settings, load, resolved_toml
 from curation.copies.components import component_sizes, connected_components, family_edges, flatten, join, separate
 from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, id_texts, pack_ids, read_graph
+from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
+from curation.engine.runner import InlineRunner, Runner, Shard
+from curation.engine.stage import run_shards
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.files.disk_arrays import blocks, count_true, on_disk
-from curation.runner import InlineRunner, Runner, Shard
-from curation.stage import run_shards
 
 # How many of the largest components the manifest names; the report shows them.
 LARGEST_COMPONENTS = 20

@@ -36,9 +36,12 @@ import typer
 from PIL import Image
 from pydantic import Field
 
-from curation import command, ingest
+from curation import ingest
 from curation.config import Settings, load, parse_section, resolved_toml
+from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, read_manifest, require_manifest
+from curation.engine.runner import Runner, Shard
+from curation.engine.stage import run_shards
 from curation.errors import ConfigError
 from curation.files import parquet, paths, schemas
 from curation.files.prefetch import Meter, prefetch
@@ -47,8 +50,6 @@ from curation.images.decode import ImageLimits, decode_picture, upright
 from curation.images.sources import Layout, ReferenceReader, SourceConfig
 from curation.ingest import IngestConfig
 from curation.models.embedders import Embedder, EmbedderConfig, load_embedder
-from curation.runner import Runner, Shard
-from curation.stage import run_shards
 
 # WebP keeps a 96-pixel drawing recognisable in 1-3 kB. Assumed enough for verification and for the report.
 THUMBNAIL_QUALITY = 90

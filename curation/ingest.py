@@ -18,9 +18,11 @@ from collections.abc import Callable
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from curation import command
 from curation.config import Settings, load, resolved_toml
+from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
+from curation.engine.runner import Runner, Shard
+from curation.engine.stage import Tally, run_shards
 from curation.errors import InputError, RejectBudgetError
 from curation.files import parquet, paths, schemas
 from curation.images import sources
@@ -28,8 +30,6 @@ from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.hashing import image_id
 from curation.images.sandbox import Prober
 from curation.images.sources import SourceConfig
-from curation.runner import Runner, Shard
-from curation.stage import Tally, run_shards
 
 
 class IngestConfig(Settings):

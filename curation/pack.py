@@ -35,18 +35,18 @@ import pyarrow.parquet as pq
 import typer
 from pydantic import Field, model_validator
 
-from curation import command
 from curation.balance import DatasetRows, dataset_weights, row_weights
 from curation.config import Settings, load, resolved_toml
+from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.runner import Runner, Shard
+from curation.engine.stage import PREPARED, run_shards
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas
 from curation.files.hashes import hash_json
 from curation.images.corpus_tar import Sample, write_tar
 from curation.images.sources import ReferenceReader
 from curation.retrieve import DatasetConfig, RetrieveConfig
-from curation.runner import Runner, Shard
-from curation.stage import PREPARED, run_shards
 
 PARTS = ("seeds", "retrieval", "clustering")
 PLAN_STEP = "tars"

@@ -24,18 +24,19 @@ import pyarrow as pa
 import typer
 from pydantic import Field, field_validator
 
-from curation import command, ingest
+from curation import ingest
 from curation.config import Settings, load, resolved_toml
 from curation.copies.compare_thumbnails import PairVerifier, VerifyConfig, View
+from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.runner import Runner, Shard
+from curation.engine.stage import PREPARED, run_shards
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.images.hashing import pairs_within
-from curation.runner import Runner, Shard
 from curation.search import exact, self_join
 from curation.search.config import SearchConfig
 from curation.search.self_join import Neighborhood
-from curation.stage import PREPARED, run_shards
 
 # Prepared thumbnails that a worker keeps at hand, each up to 0.8 MB. Assumed: a shard of pairs, sorted by its first
 # image, needs few more.

@@ -41,21 +41,21 @@ import pyarrow.compute as pc
 import typer
 from pydantic import Field, field_validator
 
-from curation import command
 from curation.balance import balanced_counts, cluster_counts, retrieval_mode
 from curation.cluster import read_centroids, read_parents
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import KeptShard, kept_shards, read_kept
+from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.runner import Runner, Shard
+from curation.engine.stage import PREPARED, run_shards
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
-from curation.runner import Runner, Shard
 from curation.search import exact
 from curation.search.config import SearchConfig
 from curation.search.parts import FOUND, PartSearch, found_table, merge, num_hits
-from curation.stage import PREPARED, run_shards
 
 BALANCED_NAME = "balanced.npy"
 # What guards the search without shaping what it finds: a run that it stopped goes on once it is lowered.

@@ -21,6 +21,8 @@ from torch import Tensor
 from curation import ingest
 from curation.config import Settings
 from curation.engine.manifest import require_manifest
+from curation.engine.ranks import first_alone
+from curation.engine.runner import Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
@@ -29,8 +31,6 @@ from curation.images import sources
 from curation.images.decode import ImageLimits, Picture, decode_picture
 from curation.images.sources import Layout, ReferenceReader, Role, SourceConfig
 from curation.ingest import IngestConfig
-from curation.runner import Runner
-from curation.world import first_alone
 
 Prepared = TypeVar("Prepared")
 

@@ -51,11 +51,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curation.config import Settings
+from curation.engine.ranks import ALONE, World, gather_rows
 from curation.errors import InputError, TrainingError
 from curation.files import paths
 from curation.files.prefetch import prefetch
 from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
-from curation.world import ALONE, World, gather_rows
 from evaluation.features import Model
 from evaluation.results import Result
 

@@ -37,6 +37,10 @@ from curation import backbone, weights
 from curation.backbone import VisionTransformer
 from curation.config import Settings
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest
+from curation.engine.rank_runner import RankRunner, follow
+from curation.engine.ranks import ALONE, World
+from curation.engine.runner import InlineRunner, Runner, Shard, Worker
+from curation.engine.stage import run_shards
 from curation.errors import InputError, WeightsError
 from curation.files import paths
 from curation.files.hashes import hash_json
@@ -44,10 +48,6 @@ from curation.images.decode import Picture, to_shape
 from curation.models import embedders
 from curation.models.device import require_device
 from curation.models.embedders import EmbedderConfig, ModelName, Normalization
-from curation.rank_runner import RankRunner, follow
-from curation.runner import InlineRunner, Runner, Shard, Worker
-from curation.stage import run_shards
-from curation.world import ALONE, World
 from evaluation import datasets
 from evaluation.datasets import Split
 

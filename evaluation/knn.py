@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from curation.config import Settings
+from curation.engine.ranks import World, gather_rows
+from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.models.device import require_device
-from curation.runner import InlineRunner, Runner
 from curation.search import exact
-from curation.world import World, gather_rows
 from evaluation import datasets, features
 from evaluation.datasets import SplitConfig
 from evaluation.features import Model, PicturesConfig

@@ -33,15 +33,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from curation.config import Settings
+from curation.engine.progress import bar
+from curation.engine.ranks import World, all_ranks, gather_rows, sum_over_ranks
+from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
 from curation.images.decode import Picture, decode_picture, upright
 from curation.images.sources import ReferenceReader
-from curation.progress import bar
-from curation.runner import InlineRunner, Runner
-from curation.world import World, all_ranks, gather_rows, sum_over_ranks
 from evaluation import datasets
 from evaluation.datasets import Split, SplitConfig
 from evaluation.features import Model, PicturesConfig, preprocess

@@ -21,11 +21,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from curation.config import Settings
+from curation.engine.progress import bar
+from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.progress import bar
-from curation.runner import InlineRunner, Runner
 from evaluation import datasets, features
 from evaluation.datasets import SplitConfig
 from evaluation.features import Model, PicturesConfig

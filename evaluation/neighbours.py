@@ -6,9 +6,9 @@ from pydantic import Field
 from torch import Tensor
 
 from curation.config import Settings
+from curation.engine.runner import InlineRunner, Runner
 from curation.files import paths
 from curation.images.decode import to_shape
-from curation.runner import InlineRunner, Runner
 from evaluation import datasets, features, visualize
 from evaluation.datasets import Split, SplitConfig
 from evaluation.features import Model, PicturesConfig

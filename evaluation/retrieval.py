@@ -35,6 +35,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from curation.config import Settings
+from curation.engine.ranks import all_ranks, gather_rows
+from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
@@ -44,8 +46,6 @@ from curation.images.sources import SourceConfig, list_files
 from curation.models import efficientnet
 from curation.models.device import require_device
 from curation.models.embedders import MAX_ASPECT
-from curation.runner import InlineRunner, Runner
-from curation.world import all_ranks, gather_rows
 from evaluation import datasets, features, knn, plain_pickle
 from evaluation.datasets import SplitConfig
 from evaluation.features import Model, PicturesConfig

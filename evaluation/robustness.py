@@ -26,10 +26,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from curation.config import Settings
+from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.runner import InlineRunner, Runner
 from evaluation import datasets, linear
 from evaluation.datasets import Split, SplitConfig
 from evaluation.features import Model

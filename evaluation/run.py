@@ -28,12 +28,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from curation import command
 from curation.config import Settings, load, resolved_toml
+from curation.engine import command
+from curation.engine.progress import printable
+from curation.engine.ranks import open_world
+from curation.engine.runner import Runner
 from curation.errors import ConfigError
-from curation.progress import printable
-from curation.runner import Runner
-from curation.world import open_world
 from evaluation import (
     depth,
     knn,

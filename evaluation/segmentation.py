@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curation.config import Settings
+from curation.engine.ranks import World, gather_rows, sum_over_ranks
 from curation.errors import InputError
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
-from curation.world import World, gather_rows, sum_over_ranks
 from evaluation.features import Model
 from evaluation.results import Result
 from evaluation.scenes import IGNORED, Scene, SceneData, Scenes, load_scenes

@@ -13,7 +13,7 @@
       retrieve/      what resembles the seeds                             curation/retrieve.py
       corpus/        the corpus and its composition                       curation/pack.py
       report.html    what happened, in pictures                           pipelines/report.py
-      log/           a line for each finished shard, with times           curation/journal.py
+      log/           a line for each finished shard, with times           curation/engine/run_log.py
 
 A finished stage is not done again. A stage whose config or inputs have changed is refused, or redone with --replace,
 and with it only the stages that read what came out different.
@@ -24,12 +24,14 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from curation import cluster, command, dedup, embed, ingest, journal, pack, pairs, profiles, retrieve
+from curation import cluster, dedup, embed, ingest, pack, pairs, profiles, retrieve
 from curation.cluster import ClusterConfig
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import DedupConfig
 from curation.embed import EmbedConfig
+from curation.engine import command, run_log
 from curation.engine.manifest import MANIFEST_NAME
+from curation.engine.runner import Runner
 from curation.files import paths
 from curation.files.folder_lock import sole_writer
 from curation.ingest import IngestConfig
@@ -37,7 +39,6 @@ from curation.pack import PackConfig
 from curation.pairs import PairsConfig
 from curation.profiles import Profile
 from curation.retrieve import RetrieveConfig
-from curation.runner import Runner
 from pipelines import demo_data, report, status
 from pipelines.demo_data import DemoDataConfig
 from pipelines.plan import print_plan
@@ -160,7 +161,7 @@ def command_line(
     models, searches = (settings.embed, settings.describe), (settings.pairs.search, settings.retrieve.search)
     num_gpus = max(*(model.embedder.num_gpus for model in models), *(search.num_gpus for search in searches))
     with command.open_runner(runner, workers, gpus_per_worker=num_gpus) as chosen:
-        with sole_writer(output), journal.keeping(output) as log:
+        with sole_writer(output), run_log.keeping(output) as log:
             if not all(paths.exists(paths.join(output, stage, MANIFEST_NAME)) for stage in STAGES):
                 log.start()
             run(settings, output, chosen, replace=replace)

@@ -44,8 +44,8 @@ import typer
 from PIL import ExifTags, Image, ImageDraw, ImageEnhance, ImageFont, ImageOps, ImageStat
 from pydantic import Field
 
-from curation import command, progress
 from curation.config import Settings, parse
+from curation.engine import command, progress
 from curation.engine.manifest import MANIFEST_NAME, Manifest, Plan, ShardRecord, read_manifest, write_manifest
 from curation.errors import InputError, OutputMismatchError
 from curation.files import parquet, paths

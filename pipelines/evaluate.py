@@ -15,9 +15,10 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from curation import command, config
+from curation import config
 from curation.config import Settings
-from curation.world import Device, open_world
+from curation.engine import command
+from curation.engine.ranks import Device, open_world
 from evaluation import report, run
 from evaluation.features import load_model
 from evaluation.run import EvaluationConfig

@@ -17,8 +17,9 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from curation import markup, progress
+from curation import markup
 from curation.config import Settings, load
+from curation.engine import progress
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError
 from curation.files import paths

@@ -2,7 +2,7 @@
 
     python -m pipelines.status runs/demo
 
-A shard is done when its marker is there, whatever the log says; the log (curation/journal.py) adds who works on what,
+A shard is done when its marker is there, whatever the log says; the log (curation/engine/run_log.py) adds who works on what,
 whether the driver still lives, and how long things took. On standard output a line a stage, and the steps of the one
 that is under way.
 """
@@ -17,12 +17,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from curation import command, journal
+from curation.engine import command, run_log
 from curation.engine.manifest import MANIFEST_NAME, PROGRESS_NAME, done_shards, plan_in, require_manifest, step_folder
+from curation.engine.run_log import Driver, Note, StageTimes
+from curation.engine.stage import PREPARED
 from curation.errors import InputError
 from curation.files import paths
-from curation.journal import Driver, Note, StageTimes
-from curation.stage import PREPARED
 from pipelines.report_facts import STAGES
 
 # How often the files are looked at again when they were being moved at that moment. Assumed.
@@ -75,7 +75,7 @@ def read(run: str, *, now: float | None = None) -> RunStatus:
     if not paths.is_folder(run):
         raise InputError(f"No run at '{run}': {'it is a file' if paths.exists(run) else 'there is nothing'}.")
     names = set(paths.list_names(run))
-    if not names & {"run.toml", journal.FOLDER, *STAGES}:
+    if not names & {"run.toml", run_log.FOLDER, *STAGES}:
         what = "the folder of one stage" if MANIFEST_NAME in names else "no folder that a run wrote"
         raise InputError(f"No run at '{run}': it is {what}. Give what --output named for pipelines.curate.")
     for attempt in range(ATTEMPTS):
@@ -88,15 +88,15 @@ def read(run: str, *, now: float | None = None) -> RunStatus:
 
 
 def _read(run: str, names: set[str], now: float) -> RunStatus:
-    driver = journal.read_driver(run)
+    driver = run_log.read_driver(run)
     silent = None if driver is None else max(0.0, now - driver.beat)
-    state: State = "stopped" if silent is None else "running" if silent <= journal.SECONDS_UNTIL_LOST else "stale"
-    notes = [note for note in journal.read_notes(run) if driver is None or note.started >= driver.started - 1]
-    times = journal.times(run)
+    state: State = "stopped" if silent is None else "running" if silent <= run_log.SECONDS_UNTIL_LOST else "stale"
+    notes = [note for note in run_log.read_notes(run) if driver is None or note.started >= driver.started - 1]
+    times = run_log.times(run)
     stages: list[StageStatus] = []
     for name in STAGES:
         stages += _stage(paths.join(run, name), name, state, notes, times, now) if name in names else [_left(name)]
-    return RunStatus(run, driver, silent, state, journal.why_stopped(run), tuple(stages))
+    return RunStatus(run, driver, silent, state, run_log.why_stopped(run), tuple(stages))
 
 
 def _left(name: str) -> StageStatus:
@@ -168,7 +168,7 @@ def _summary(status: RunStatus) -> str:
 
 def print_times(run: str) -> None:
     """Print what each stage took, of all drivers that worked on the run, on standard output."""
-    Console(markup=False, emoji=False, highlight=False).print(times_table(journal.times(run)))
+    Console(markup=False, emoji=False, highlight=False).print(times_table(run_log.times(run)))
 
 
 def times_table(times: dict[str, StageTimes]) -> Table:
@@ -207,7 +207,7 @@ def command_line(
 ) -> None:
     """What is done, running, stale and left of a run, from its files alone."""
     print_status(read(run))
-    if times := journal.times(run):
+    if times := run_log.times(run):
         Console(markup=False, emoji=False, highlight=False).print(times_table(times))
 
 

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from curation import command
 from curation.backbone import VisionTransformer
 from curation.config import load
+from curation.engine import command
 from curation.engine.manifest import require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas

@@ -4,7 +4,7 @@ Ray places the workers, opens the process group and, with --max-failures, starts
 The run on disk is the same as under torchrun, beside a folder `ray` with Ray Train's own notes; output and data lie
 where every machine sees them. What a worker prints stays in Ray's logs: watch metrics.jsonl or TensorBoard.
 
-Needs the packages of `ray[train]`. A local Ray is started where RAY_ADDRESS names none (curation/ray_runner.py).
+Needs the packages of `ray[train]`. A local Ray is started where RAY_ADDRESS names none (curation/engine/ray_runner.py).
 """
 
 import os
@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from curation import command, config
+from curation import config
+from curation.engine import command
 from curation.errors import DeviceError, InputError, UserError
 from curation.files import paths
 

@@ -29,9 +29,9 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from curation.config import Settings
+from curation.engine.ranks import World, barrier
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import paths
-from curation.world import World, barrier
 
 RECORD_NAME = "checkpoint.json"
 PREFIX = "step-"

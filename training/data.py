@@ -48,6 +48,7 @@ from torch.utils.data import DataLoader, Dataset
 from curation import ingest
 from curation.config import Settings
 from curation.engine.manifest import read_manifest, require_manifest
+from curation.engine.runner import Runner
 from curation.errors import ConfigError, InputError, OutputMismatchError, RejectBudgetError, UserError
 from curation.files import parquet, paths, schemas
 from curation.files.prefetch import prefetch
@@ -56,7 +57,6 @@ from curation.images.hashing import image_id
 from curation.images.sources import PARQUET_URI, ReferenceReader, SourceConfig
 from curation.ingest import IngestConfig
 from curation.models.embedders import IMAGENET_NORMALIZATION
-from curation.runner import Runner
 from training.augment import AugmentConfig, Pixels, make_crops
 from training.masking import mask_token_weights
 

@@ -1,4 +1,4 @@
-"""What splits a model over the ranks of a world (curation/world.py), and what it is wrapped in.
+"""What splits a model over the ranks of a world (curation/engine/ranks.py), and what it is wrapped in.
 
 A model is prepared in this order, block by block, and the names of its parameters stay what they are:
 
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from curation.world import World
+from curation.engine.ranks import World
 
 Recompute = Literal["none", "selective", "full"]
 

@@ -23,8 +23,9 @@ import torch
 import typer
 from torch import Tensor
 
-from curation import backbone, command, weights
+from curation import backbone, weights
 from curation.backbone import VisionTransformer
+from curation.engine import command
 from curation.errors import ConfigError, InputError, WeightsError
 from curation.files import paths
 from training import checkpoint

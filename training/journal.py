@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 
-from curation import progress
+from curation.engine import progress
+from curation.engine.ranks import World, sum_over_ranks
 from curation.files import paths
-from curation.world import World, sum_over_ranks
 from training.losses import entropies
 from training.model import Lesson
 

@@ -27,14 +27,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from curation import progress
 from curation.backbone import VisionTransformer
 from curation.config import Settings, resolved_toml
+from curation.engine import progress
+from curation.engine.ranks import World, barrier, max_over_ranks, open_world, sum_over_ranks
+from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError, TrainingError, UserError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.runner import InlineRunner
-from curation.world import World, barrier, max_over_ranks, open_world, sum_over_ranks
 from training import checkpoint, data, distributed, export, masking, optimizer
 from training.augment import AugmentConfig
 from training.checkpoint import CheckpointConfig

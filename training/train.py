@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from curation import command
 from curation.config import load, resolved_toml
+from curation.engine import command
 from training.loop import TrainConfig, step_flops, train
 from training.model import model_memory
 from training.optimizer import learning_rate

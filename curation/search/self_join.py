@@ -35,17 +35,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.runner import Runner, Shard
+from curation.engine.stage import PREPARED, run_shards
 from curation.errors import InputError
 from curation.files import parquet, paths, vectors
 from curation.files.prefetch import prefetch
 from curation.files.schemas import id_bytes, id_column
 from curation.models.device import require_device
-from curation.runner import Runner, Shard
 from curation.search import exact, ivf
 from curation.search.config import SearchConfig
 from curation.search.ivf import CellLists
 from curation.search.parts import train_cells
-from curation.stage import PREPARED, run_shards
 
 # `other_image_id` is among the nearest of `image_id`. A place is a row number counted through all files; of an image
 # that occurs several times, the first.

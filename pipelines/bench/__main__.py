@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from curation import command
+from curation.engine import command
 from curation.errors import InputError
 from pipelines.bench import copies, crops, decoding, embedding, retrieval, scaling, similarity, training
 

@@ -25,9 +25,9 @@ import torch
 from curation.cluster import PointFile, cut, read_blocks
 from curation.copies import components
 from curation.engine.manifest import require_manifest
+from curation.engine.runner import InlineRunner
 from curation.files import disk_arrays, parquet, paths, vectors
 from curation.files.prefetch import prefetch
-from curation.runner import InlineRunner
 from curation.search import exact, kmeans, self_join
 from curation.search.config import SearchConfig
 from curation.search.parts import PartSearch

@@ -33,13 +33,13 @@ from curation import backbone, embed, ingest
 from curation.config import parse
 from curation.embed import EmbedConfig
 from curation.engine.manifest import require_manifest
+from curation.engine.runner import InlineRunner, Shard
 from curation.files import paths
 from curation.files.prefetch import Meter
 from curation.images.decode import ImageLimits
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.models.embedders import load_embedder, split_name
-from curation.runner import InlineRunner, Shard
 from pipelines.bench import contests, decoding
 from pipelines.bench.processes import in_process
 

@@ -31,9 +31,12 @@ import pyarrow as pa
 import webdataset
 from rich.table import Table
 
-from curation import command, ingest, pack
+from curation import ingest, pack
 from curation.config import Settings
+from curation.engine import command
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
+from curation.engine.runner import InlineRunner, Runner, Shard, Worker
+from curation.engine.stage import run_shards
 from curation.files import parquet, paths, schemas
 from curation.files.hashes import hash_json
 from curation.files.paths import FileRecord
@@ -42,8 +45,6 @@ from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
-from curation.runner import InlineRunner, Runner, Shard, Worker
-from curation.stage import run_shards
 from pipelines.bench import contests, embedding
 from pipelines.bench.processes import in_process
 
@@ -169,7 +170,7 @@ def make(folder: str, num_images: int) -> dict[str, float]:
 def stages(folder: str, num_workers: int) -> dict[str, float]:
     """Seconds, and seconds of all processors, that ingest and pack of the photographs in `folder` take on so many Ray
     workers that are warm."""
-    from curation.ray_runner import RayRunner
+    from curation.engine.ray_runner import RayRunner
 
     source = SourceConfig(name="drawn", path=folder, role="seed", layout="webdataset")
     config = IngestConfig(sources=(source,))

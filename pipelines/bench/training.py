@@ -36,9 +36,9 @@ from torch.nn import functional
 
 from curation.backbone import VisionTransformer
 from curation.config import parse
+from curation.engine.ranks import World
 from curation.errors import SeedbedError
 from curation.images.decode import ImageLimits
-from curation.world import World
 from pipelines.bench import decoding
 from training import loop, losses
 from training.augment import make_crops

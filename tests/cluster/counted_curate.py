@@ -12,11 +12,12 @@ import signal
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
-from curation import command, ingest
+from curation import ingest
 from curation.config import load
+from curation.engine import command
 from curation.engine.manifest import ShardRecord
+from curation.engine.runner import Runner, Shard, Worker
 from curation.ingest import IngestConfig
-from curation.runner import Runner, Shard, Worker
 
 
 class CountingRunner(Runner):

@@ -10,9 +10,9 @@ import pyarrow as pa
 from PIL import Image
 
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
+from curation.engine.runner import InlineRunner, Runner, Shard, Worker
 from curation.files import parquet, paths, schemas, vectors
 from curation.images.decode import Picture
-from curation.runner import InlineRunner, Runner, Shard, Worker
 
 
 def id_of(number: int) -> str:

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from curation import cluster
 from curation.cluster import ClusterConfig, LevelConfig, ResamplingConfig
 from curation.engine.manifest import read_manifest, require_manifest
+from curation.engine.ray_runner import RayRunner
+from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, schemas
-from curation.ray_runner import RayRunner
-from curation.runner import InlineRunner
 from curation.search import kmeans
 from tests.curation.builders import (
     Killed,

@@ -17,9 +17,9 @@ from curation.copies import duplicate_graph
 from curation.copies.duplicate_graph import Edges, Nodes
 from curation.dedup import REASONS, Decision, DedupConfig, FamilyConfig, decide
 from curation.engine.manifest import PROGRESS_NAME, claim, mark_shard_done, require_manifest
+from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import disk_arrays, parquet, paths, schemas
-from curation.runner import InlineRunner
 from tests.curation.builders import (
     bytes_in,
     id_of,
@@ -777,7 +777,7 @@ import sys, threading, time
 from curation import dedup
 from curation.copies import duplicate_graph
 from curation.files import disk_arrays
-from curation.runner import InlineRunner
+from curation.engine.runner import InlineRunner
 
 disk_arrays.BLOCK = duplicate_graph.ROWS_PER_BUCKET = 5_000
 most, done = 0, False

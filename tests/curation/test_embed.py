@@ -15,15 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from curation import backbone, embed, ingest, progress
+from curation import backbone, embed, ingest
 from curation.config import parse
 from curation.embed import EmbedConfig
+from curation.engine import progress
 from curation.engine.manifest import read_manifest
+from curation.engine.ray_runner import RayRunner
+from curation.engine.runner import InlineRunner
 from curation.files import vectors
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
-from curation.ray_runner import RayRunner
-from curation.runner import InlineRunner
 from tests.curation.builders import bytes_in, picture_of
 
 SIZES = [(90, 60), (60, 90), (64, 64), (300, 40), (33, 200), (128, 127), (640, 480), (48, 48)]

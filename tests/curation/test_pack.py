@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from curation import cluster, command, dedup, pack, retrieve
+from curation import cluster, dedup, pack, retrieve
 from curation.balance import dataset_weights
 from curation.cluster import ClusterConfig, LevelConfig
 from curation.dedup import DedupConfig
+from curation.engine import command
 from curation.engine.manifest import require_manifest, step_folder
+from curation.engine.runner import InlineRunner, Shard
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import parquet, paths, schemas
 from curation.images import sources
@@ -27,7 +29,6 @@ from curation.images.hashing import image_id
 from curation.images.sources import SourceConfig
 from curation.pack import MixConfig, PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
-from curation.runner import InlineRunner, Shard
 from tests.curation.builders import (
     bytes_in,
     encoded_image,

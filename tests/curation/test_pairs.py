@@ -9,10 +9,10 @@ import pytest
 
 from curation import pairs
 from curation.engine.manifest import require_manifest
+from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas
 from curation.pairs import PairsConfig
-from curation.runner import InlineRunner
 from curation.search.config import SearchConfig
 from tests.curation.builders import id_of, image_row, unit_vectors, write_ingest, write_vectors
 

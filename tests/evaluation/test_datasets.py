@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from curation.engine.runner import InlineRunner
 from curation.errors import InputError, RejectBudgetError, UserError
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.ingest import run as run_ingest
-from curation.runner import InlineRunner
 from evaluation import datasets
 from evaluation.datasets import SplitConfig, few_shot, hold_out, load, load_pair
 from tests.evaluation.builders import CLASSES, image_folder, parquet_of, tar_of

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from curation import backbone, weights
+from curation.engine.runner import InlineRunner
 from curation.errors import InputError, WeightsError
-from curation.runner import InlineRunner
 from evaluation import datasets
 from evaluation.datasets import Split, SplitConfig
 from evaluation.features import Features, ModelConfig, PicturesConfig, extract, load_model

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from curation.runner import InlineRunner
-from curation.world import ALONE
+from curation.engine.ranks import ALONE
+from curation.engine.runner import InlineRunner
 from evaluation import datasets, linear
 from evaluation.datasets import SplitConfig
 from evaluation.features import ModelConfig, PicturesConfig, load_model

@@ -9,9 +9,9 @@ import tomli_w
 from PIL import Image
 
 from curation.config import parse
-from curation.ray_runner import RayRunner
-from curation.runner import Runner
-from curation.world import open_world
+from curation.engine.ranks import open_world
+from curation.engine.ray_runner import RayRunner
+from curation.engine.runner import Runner
 from evaluation import features, results, run
 from evaluation.features import load_model
 from evaluation.run import EvaluationConfig

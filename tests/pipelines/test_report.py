@@ -19,6 +19,7 @@ from curation import cluster, dedup, ingest, markup, pack, retrieve
 from curation.cluster import ClusterConfig, LevelConfig
 from curation.dedup import DedupConfig, FamilyConfig
 from curation.engine.manifest import Manifest, Plan, ShardRecord, sum_counts, write_manifest
+from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.images.hashing import image_id
@@ -26,7 +27,6 @@ from curation.images.sources import Role, SourceConfig
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
-from curation.runner import InlineRunner
 from pipelines import report, report_facts
 from pipelines.report import ReportConfig
 from pipelines.report_facts import Concepts

@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from curation import journal
+from curation.engine import run_log
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import InputError
 from curation.files import paths
@@ -25,14 +25,17 @@ ROOT = Path(__file__).parents[2]
 DRIVER = """
 import sys, time
 from pathlib import Path
-from curation import command, journal
+from curation.engine import command
+from curation.engine import run_log
 from curation.files import paths
 from curation.engine.manifest import ShardRecord
 from curation.engine.manifest import step_folder
 from curation.config import Settings
 from curation.errors import InputError
-from curation.runner import InlineRunner, Shard
-from curation.stage import PREPARED, run_shards
+from curation.engine.runner import InlineRunner
+from curation.engine.runner import Shard
+from curation.engine.stage import PREPARED
+from curation.engine.stage import run_shards
 
 run = sys.argv.pop()
 
@@ -56,7 +59,7 @@ def step():
     return ShardRecord(name=PREPARED)
 
 def work():
-    with journal.keeping(run) as log:
+    with run_log.keeping(run) as log:
         log.start()
         stage(f"{run}/ingest", ["a", "b", "c", "d"], step)
 
@@ -129,7 +132,7 @@ def test_running_killed_resumed_and_done(home: Path) -> None:
 
     process.kill()
     process.communicate()
-    lost = status.read(str(home / "out"), now=time.time() + journal.SECONDS_UNTIL_LOST + 1)
+    lost = status.read(str(home / "out"), now=time.time() + run_log.SECONDS_UNTIL_LOST + 1)
     ingest = lost.stages[0]
     assert (ingest.state, [note.shard for note in ingest.stale], ingest.running) == ("stale", ["c"], ())
     assert (ingest.done, ingest.left, ingest.seconds_left) == (2, 2, None)
@@ -143,7 +146,7 @@ def test_running_killed_resumed_and_done(home: Path) -> None:
     done = status.read(str(home / "out"))
     assert [(stage.name, stage.state, stage.done) for stage in done.stages[:1]] == [("ingest", "done", 4)]
     assert done.driver is None
-    times = journal.times(str(home / "out"))
+    times = run_log.times(str(home / "out"))
     assert times["ingest"].shards == 4 and times["ingest"].items == 20 and times["ingest"].bytes == 400
     assert times["ingest"].seconds >= times["ingest/step"].seconds > 0 and times["ingest"].done
     assert sorted(path.suffix for path in (home / "out/log").iterdir()) == [".jsonl", ".jsonl"]
@@ -198,17 +201,17 @@ def test_what_is_no_run_is_one_message(tmp_path: Path, what: str) -> None:
 
 
 def test_log_on_an_object_store_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "SECONDS_BETWEEN_PIECES", -1.0)
+    monkeypatch.setattr(run_log, "SECONDS_BETWEEN_PIECES", -1.0)
     run = f"memory://{os.urandom(4).hex()}"
-    with journal.keeping(run) as log:
+    with run_log.keeping(run) as log:
         for number in range(3):
             log.write("stopped", why=str(number))
-        assert journal.read_driver(run) is not None
-    assert [line["why"] for line in journal.read_lines(run)] == ["0", "1", "2"]
+        assert run_log.read_driver(run) is not None
+    assert [line["why"] for line in run_log.read_lines(run)] == ["0", "1", "2"]
     assert [path.rpartition("-")[2] for path in paths.list_names(run + "/log")] == [
         f"{number:04d}.jsonl" for number in range(3)
     ]
-    assert journal.read_driver(run) is None
+    assert run_log.read_driver(run) is None
     fsspec.filesystem("memory").rm(run, recursive=True)
 
 
@@ -221,7 +224,7 @@ def test_stage_that_is_made_anew_is_timed_anew(tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
     first = [line("begin", 100, plan="x", **begin), line("shard", 104, shard="a", seconds=4, **shard)]
     (tmp_path / "log/shards-1.jsonl").write_text("".join(first))
-    (killed,) = journal.times(str(tmp_path)).values()
+    (killed,) = run_log.times(str(tmp_path)).values()
     assert (killed.seconds, killed.capacity, killed.busy, killed.idle, killed.done) == (4, 8, 4, 0.5, False)
     again = [
         line("begin", 200, plan="x", **begin | {"done_before": 1}),
@@ -229,8 +232,8 @@ def test_stage_that_is_made_anew_is_timed_anew(tmp_path: Path) -> None:
         line("end", 202, seconds=2),
     ]
     (tmp_path / "log/shards-2.jsonl").write_text("".join(again))
-    (whole,) = journal.times(str(tmp_path)).values()
+    (whole,) = run_log.times(str(tmp_path)).values()
     assert (whole.seconds, whole.capacity, whole.busy, whole.shards, whole.done) == (6, 12, 5, 2, True)
     (tmp_path / "log/shards-3.jsonl").write_text(line("begin", 300, plan="y", **begin) + line("end", 301, seconds=1))
-    (anew,) = journal.times(str(tmp_path)).values()
+    (anew,) = run_log.times(str(tmp_path)).values()
     assert (anew.seconds, anew.shards) == (1, 0)

@@ -9,9 +9,9 @@ import torch
 
 from curation import ingest
 from curation.config import parse
+from curation.engine.runner import InlineRunner
 from curation.errors import InputError
 from curation.ingest import IngestConfig
-from curation.runner import InlineRunner
 from pipelines import train as pipeline
 from tests.curation.builders import encoded_image
 from tests.training.builders import train_config

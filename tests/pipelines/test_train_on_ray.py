@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from curation.engine.ranks import open_world, sum_over_ranks
 from curation.errors import InputError
-from curation.world import open_world, sum_over_ranks
 from pipelines import train_on_ray
 
 pytest.importorskip("ray.train", reason="needs the packages of ray[train]", exc_type=ImportError)

@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from curation.engine.ranks import World, open_world
 from curation.errors import ConfigError, InputError, OutputMismatchError
-from curation.world import World, open_world
 from tests.conftest import Ranks
 from training import checkpoint
 from training.distributed import shard

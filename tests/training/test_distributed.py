@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from curation import backbone
-from curation.world import open_world
+from curation.engine.ranks import open_world
 from tests.conftest import Ranks
 from training import heads
 from training.distributed import Recompute, checkpoint_activations, compile_forward, full_state, local, shard

@@ -17,8 +17,8 @@ from transformers import AutoModel
 
 from curation import backbone, weights
 from curation.backbone import VisionTransformer
+from curation.engine.ranks import World
 from curation.errors import ConfigError, InputError, WeightsError
-from curation.world import World
 from tests.curation.test_parity import randomize
 from training import checkpoint, export, heads
 

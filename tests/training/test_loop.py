@@ -19,9 +19,9 @@ from tensorboard.backend.event_processing import event_accumulator
 from curation import backbone, weights
 from curation.backbone import VisionTransformer
 from curation.config import resolved_toml
+from curation.engine.ranks import World, max_over_ranks, sum_over_ranks
+from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError, OutputMismatchError, RejectBudgetError, TrainingError
-from curation.runner import InlineRunner
-from curation.world import World, max_over_ranks, sum_over_ranks
 from tests.training.builders import random_batch, train_config, write_images
 from training import checkpoint, data, loop
 from training.loop import TrainConfig, train

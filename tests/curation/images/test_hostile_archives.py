@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation import ingest
+from curation.engine.runner import InlineRunner
 from curation.errors import InputError, RejectBudgetError
 from curation.files import parquet, paths, schemas
 from curation.images import sources
@@ -29,7 +30,6 @@ from curation.images.decode import ImageLimits, RejectReason
 from curation.images.hashing import image_id
 from curation.images.sources import Layout, SourceConfig
 from curation.ingest import IngestConfig
-from curation.runner import InlineRunner
 from tests.curation.builders import encoded_image
 
 GOOD = encoded_image(1)

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 
 from curation.engine.manifest import Manifest, read_manifest
+from curation.engine.ray_runner import RayRunner
+from curation.engine.runner import InlineRunner, Runner
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import parquet, vectors
-from curation.ray_runner import RayRunner
-from curation.runner import InlineRunner, Runner
 from curation.search import exact, self_join
 from curation.search.config import SearchConfig
 from curation.search.self_join import Neighborhood

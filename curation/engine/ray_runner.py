@@ -29,11 +29,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from curation import progress
+from curation.engine import progress
 from curation.engine.manifest import ShardRecord
+from curation.engine.runner import MAX_ATTEMPTS, Runner, Shard, Worker, name_shard
 from curation.errors import ConfigError, InputError, ShardError, UserError
 from curation.files.folder_lock import locked
-from curation.runner import MAX_ATTEMPTS, Runner, Shard, Worker, name_shard
 
 # Results are small and pixels never travel, so the object store stays near Ray's minimum (75 MiB). Assumed ample.
 OBJECT_STORE_BYTES = 100 * 1024**2

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
-from curation import journal, progress
 from curation.config import Settings
+from curation.engine import progress, run_log
 from curation.engine.manifest import (
     MARKERS_PER_FILE,
     Effort,
@@ -30,8 +30,8 @@ from curation.engine.manifest import (
     sum_counts,
     write_manifest,
 )
+from curation.engine.runner import Runner, Shard, Worker
 from curation.files.folder_lock import sole_writer
-from curation.runner import Runner, Shard, Worker
 
 # The name of the record that `prepare` returns.
 PREPARED = "prepared"
@@ -121,7 +121,7 @@ def run_shards(
         if done.isdisjoint(counts.names):  # a kill may leave a shard marked twice
             done.update(counts.names)
             tally.add(sum(name != PREPARED for name in counts.names), counts.totals, counts.rejects)
-    started, log = time.monotonic(), journal.of_stage(output)
+    started, log = time.monotonic(), run_log.of_stage(output)
     if log is not None:
         log.begin(plan, num_done=len(done), num_workers=runner.num_workers)
     if prepare is not None and PREPARED not in done:
@@ -202,11 +202,11 @@ def make_marking_worker(
 
     def process(shard: Shard) -> ShardRecord:
         if notes is not None:
-            journal.note_start(*notes, shard.name)
+            run_log.note_start(*notes, shard.name)
         now, started = time.time(), time.perf_counter()
         record = worker(shard)
         mark_shard_done(output, record)  # by the worker: a driver that dies now costs nothing
-        effort = Effort(worker=journal.worker_name(), started=now, seconds=time.perf_counter() - started)
+        effort = Effort(worker=run_log.worker_name(), started=now, seconds=time.perf_counter() - started)
         return record.model_copy(update={"effort": effort})
 
     return process

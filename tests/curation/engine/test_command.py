@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from curation.command import open_runner
-from curation.runner import InlineRunner
+from curation.engine.command import open_runner
+from curation.engine.runner import InlineRunner
 
 SCRIPT = """
 import sys, time
 from typing import Annotated, Literal
 import typer
-from curation import command, errors
+from curation import errors
+from curation.engine import command
 from curation.files import paths
 
 def run(kind: str, k: Annotated[int, typer.Option("--k", min=1)] = 4) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator, Sequence
 from typing import final
 
 from curation.engine.manifest import ShardRecord
-from curation.runner import Runner, Shard, Worker, name_shard
-from curation.stage import make_marking_worker
-from curation.world import World, texts_of_ranks
+from curation.engine.ranks import World, texts_of_ranks
+from curation.engine.runner import Runner, Shard, Worker, name_shard
+from curation.engine.stage import make_marking_worker
 
 
 @final

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import ray
 
-from curation import ray_runner
 from curation.config import Settings
+from curation.engine import ray_runner
 from curation.engine.manifest import Manifest, ShardRecord, read_manifest
+from curation.engine.ray_runner import RayRunner
+from curation.engine.runner import InlineRunner, Runner, Shard, Worker
+from curation.engine.stage import run_shards
 from curation.errors import ConfigError, ShardError
 from curation.files import paths
-from curation.ray_runner import RayRunner
-from curation.runner import InlineRunner, Runner, Shard, Worker
-from curation.stage import run_shards
 from tests.curation.builders import bytes_in
 
 
@@ -205,7 +205,7 @@ def test_token_is_for_its_owner_alone(runner: RayRunner) -> None:
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from curation.ray_runner import RayRunner
+from curation.engine.ray_runner import RayRunner
 try:
     runner = RayRunner(num_workers=1)
 except ValueError as error:

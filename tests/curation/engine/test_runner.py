@@ -9,11 +9,11 @@ import pytest
 
 from curation.config import Settings
 from curation.engine.manifest import Manifest, ShardRecord
+from curation.engine.ray_runner import RayRunner
+from curation.engine.runner import InlineRunner, Runner, Shard, Worker
+from curation.engine.stage import PREPARED, run_shards
 from curation.errors import InputError, ShardError
 from curation.files import paths
-from curation.ray_runner import RayRunner
-from curation.runner import InlineRunner, Runner, Shard, Worker
-from curation.stage import PREPARED, run_shards
 
 
 class SquareConfig(Settings):

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from curation.errors import ConfigError, DeviceError
-from curation.world import (
+from curation.engine.ranks import (
     ALONE,
     ENVIRONMENT,
     World,
@@ -20,6 +19,7 @@ from curation.world import (
     sum_over_ranks,
     texts_of_ranks,
 )
+from curation.errors import ConfigError, DeviceError
 from tests.conftest import Ranks
 
 TIMEOUT = 60.0
@@ -121,7 +121,8 @@ def test_cuda_where_there_is_none_is_refused() -> None:
 
 
 SCRIPT = """
-from curation.world import open_world, sum_over_ranks
+from curation.engine.ranks import open_world
+from curation.engine.ranks import sum_over_ranks
 import torch
 with open_world("cpu", timeout_seconds=60) as world:
     total = sum_over_ranks(torch.tensor(world.rank + 1))

@@ -22,7 +22,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from curation import progress
+from curation.engine import progress
 from curation.engine.manifest import PROGRESS_NAME, Plan, ShardRecord
 from curation.errors import SeedbedError
 from curation.files import paths

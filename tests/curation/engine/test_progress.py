@@ -2,7 +2,7 @@
 
 import pytest
 
-from curation import progress
+from curation.engine import progress
 
 
 def test_lines_have_count_rate_and_note(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,10 @@ from curation.engine.manifest import (
     read_done,
     read_manifest,
 )
+from curation.engine.runner import InlineRunner, Shard
+from curation.engine.stage import Tally, run_shards
 from curation.errors import InputError, RejectBudgetError
 from curation.files import paths
-from curation.runner import InlineRunner, Shard
-from curation.stage import Tally, run_shards
 
 
 class CountConfig(Settings):

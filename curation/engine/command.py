@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from curation import progress
+from curation.engine import progress
+from curation.engine.runner import InlineRunner, Runner
 from curation.errors import SeedbedError, UserError
-from curation.runner import InlineRunner, Runner
 
 RunnerName = Literal["ray", "inline"]
 
@@ -58,7 +58,7 @@ def open_runner(name: RunnerName, workers: int | None = None, *, gpus_per_worker
     if name == "inline":
         yield InlineRunner()
         return
-    from curation.ray_runner import RayRunner
+    from curation.engine.ray_runner import RayRunner
 
     runner = RayRunner(num_workers=workers or os.cpu_count() or 1, gpus_per_worker=gpus_per_worker)
     try:
