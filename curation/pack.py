@@ -35,7 +35,6 @@ import pyarrow.parquet as pq
 import typer
 from pydantic import Field, model_validator
 
-from curation.balance import DatasetRows, dataset_weights, row_weights
 from curation.config import Settings, load, resolved_toml
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
@@ -46,6 +45,7 @@ from curation.files import parquet, paths, schemas
 from curation.files.hashes import hash_json
 from curation.images.corpus_tar import Sample, write_tar
 from curation.images.sources import ReferenceReader
+from curation.quotas import DatasetRows, dataset_weights, row_weights
 from curation.retrieve import DatasetConfig, RetrieveConfig
 
 PARTS = ("seeds", "retrieval", "clustering")

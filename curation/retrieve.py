@@ -41,7 +41,6 @@ import pyarrow.compute as pc
 import typer
 from pydantic import Field, field_validator
 
-from curation.balance import balanced_counts, cluster_counts, retrieval_mode
 from curation.cluster import read_centroids, read_parents
 from curation.config import Settings, load, resolved_toml
 from curation.dedup import KeptShard, kept_shards, read_kept
@@ -53,6 +52,7 @@ from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
+from curation.quotas import balanced_counts, cluster_counts, retrieval_mode
 from curation.search import exact
 from curation.search.config import SearchConfig
 from curation.search.parts import FOUND, PartSearch, found_table, merge, num_hits

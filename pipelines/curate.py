@@ -12,7 +12,7 @@
       cluster/       the kept pool in clusters                            curation/cluster.py
       retrieve/      what resembles the seeds                             curation/retrieve.py
       corpus/        the corpus and its composition                       curation/pack.py
-      report.html    what happened, in pictures                           pipelines/report.py
+      report.html    what happened, in pictures                           curation/report/page.py
       log/           a line for each finished shard, with times           curation/engine/run_log.py
 
 A finished stage is not done again. A stage whose config or inputs have changed is refused, or redone with --replace,
@@ -38,13 +38,14 @@ from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.pairs import PairsConfig
 from curation.profiles import Profile
+from curation.report import page
+from curation.report.facts import STAGES
+from curation.report.page import ReportConfig
 from curation.retrieve import RetrieveConfig
-from pipelines import demo_data, report, status
+from pipelines import demo_data, status
 from pipelines.demo_data import DemoDataConfig
 from pipelines.plan import print_plan
 from pipelines.price import RatesConfig
-from pipelines.report import ReportConfig
-from pipelines.report_facts import STAGES
 
 
 class CurateConfig(Settings):
@@ -138,7 +139,7 @@ def run(config: CurateConfig, output: str, runner: Runner, *, replace: bool = Fa
     retrieve.run(config.retrieve, images, kept, vectors, clusters, found, runner, replace=replace)
     pack.run(config.pack, images, kept, found, folder["corpus"], runner, replace=replace)
     _write_config(config, output)  # only now: a config that a stage refuses must not take the place of the run's own
-    report.run(config.report, output)
+    page.run(config.report, output)
 
 
 def command_line(
@@ -155,7 +156,7 @@ def command_line(
     if plan:
         print_plan(settings)
         return
-    report.read_concepts(settings.report)  # a wrong path is better known now than after hours
+    page.read_concepts(settings.report)  # a wrong path is better known now than after hours
     if settings.demo_data is not None:
         demo_data.run(DemoDataConfig(), Path(settings.demo_data))
     models, searches = (settings.embed, settings.describe), (settings.pairs.search, settings.retrieve.search)
@@ -165,7 +166,7 @@ def command_line(
             if not all(paths.exists(paths.join(output, stage, MANIFEST_NAME)) for stage in STAGES):
                 log.start()
             run(settings, output, chosen, replace=replace)
-    report.print_summary(output)
+    page.print_summary(output)
     if log.started:
         status.print_times(output)
 

@@ -7,9 +7,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from curation.balance import DatasetRows, most_clusters, retrieval_mode, selection_rows
 from curation.config import resolved_toml
 from curation.models.embedders import EmbedderConfig
+from curation.quotas import DatasetRows, most_clusters, retrieval_mode, selection_rows
 from curation.retrieve import DatasetConfig
 from curation.search.config import SearchConfig
 from pipelines.price import Price, RatesConfig, count_images, price

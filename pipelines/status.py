@@ -2,7 +2,7 @@
 
     python -m pipelines.status runs/demo
 
-A shard is done when its marker is there, whatever the log says; the log (curation/engine/run_log.py) adds who works on what,
+A shard is done when its marker is there, whatever the log says; the log (engine/run_log.py) adds who works on what,
 whether the driver still lives, and how long things took. On standard output a line a stage, and the steps of the one
 that is under way.
 """
@@ -23,7 +23,7 @@ from curation.engine.run_log import Driver, Note, StageTimes
 from curation.engine.stage import PREPARED
 from curation.errors import InputError
 from curation.files import paths
-from pipelines.report_facts import STAGES
+from curation.report.facts import STAGES
 
 # How often the files are looked at again when they were being moved at that moment. Assumed.
 ATTEMPTS = 5

@@ -23,7 +23,7 @@ import scipy.sparse
 import torch
 
 from curation.cluster import PointFile, cut, read_blocks
-from curation.copies import components
+from curation.copies.components import connected_components, node_type
 from curation.engine.manifest import require_manifest
 from curation.engine.runner import InlineRunner
 from curation.files import disk_arrays, parquet, paths, vectors
@@ -316,8 +316,8 @@ def components(folder: str, output: str) -> Measured:
             yield edges[:, 0], edges[:, 1]
 
     started = time.perf_counter()
-    parent = disk_arrays.on_disk(num_nodes, components.node_type(num_nodes))
-    components.connected_components(num_nodes, blocks(), parent=parent)
+    parent = disk_arrays.on_disk(num_nodes, node_type(num_nodes))
+    connected_components(num_nodes, blocks(), parent=parent)
     seconds = time.perf_counter() - started
     with open(output, "wb") as file:
         for part in disk_arrays.blocks(num_nodes):

@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 import pytest
 
 from curation import cluster, dedup, pack, retrieve
-from curation.balance import dataset_weights
 from curation.cluster import ClusterConfig, LevelConfig
 from curation.dedup import DedupConfig
 from curation.engine import command
@@ -28,6 +27,7 @@ from curation.images.decode import EXTENSION_OF_FORMAT
 from curation.images.hashing import image_id
 from curation.images.sources import SourceConfig
 from curation.pack import MixConfig, PackConfig
+from curation.quotas import dataset_weights
 from curation.retrieve import DatasetConfig, RetrieveConfig
 from tests.curation.builders import (
     bytes_in,

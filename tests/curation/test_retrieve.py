@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation import cluster, retrieve
-from curation.balance import balanced_counts, cap_evenly
 from curation.cluster import ClusterConfig, LevelConfig
 from curation.engine import command
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, write_manifest
 from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
+from curation.quotas import balanced_counts, cap_evenly
 from curation.retrieve import ClusteringConfig, DatasetConfig, RetrieveConfig
 from tests.curation.builders import bytes_in, id_of, image_row, unit_vectors, write_dedup, write_ingest, write_vectors
 

@@ -17,8 +17,8 @@ from curation.config import load
 from curation.engine.manifest import require_manifest
 from curation.errors import ConfigError
 from curation.files.folder_lock import sole_writer
+from curation.report.facts import STAGES
 from pipelines.curate import CurateConfig
-from pipelines.report_facts import STAGES
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """

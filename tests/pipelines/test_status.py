@@ -16,8 +16,8 @@ from curation.engine import run_log
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import InputError
 from curation.files import paths
+from curation.report.facts import STAGES
 from pipelines import status
-from pipelines.report_facts import STAGES
 
 ROOT = Path(__file__).parents[2]
 # A run of one stage with a step. A shard waits for the file of its name in the folder `go`; one that reads "no" there

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from curation.balance import DatasetRows, most_clusters
 from curation.config import load
+from curation.quotas import DatasetRows, most_clusters
 from pipelines.curate import CurateConfig
 from pipelines.plan import dataset_rows, doubts
 

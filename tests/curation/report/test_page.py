@@ -15,7 +15,7 @@ import pytest
 import tomli_w
 from PIL import Image
 
-from curation import cluster, dedup, ingest, markup, pack, retrieve
+from curation import cluster, dedup, ingest, pack, retrieve
 from curation.cluster import ClusterConfig, LevelConfig
 from curation.dedup import DedupConfig, FamilyConfig
 from curation.engine.manifest import Manifest, Plan, ShardRecord, sum_counts, write_manifest
@@ -26,10 +26,10 @@ from curation.images.hashing import image_id
 from curation.images.sources import Role, SourceConfig
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
+from curation.report import facts, html, page
+from curation.report.facts import Concepts
+from curation.report.page import ReportConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
-from pipelines import report, report_facts
-from pipelines.report import ReportConfig
-from pipelines.report_facts import Concepts
 
 RED, BLUE = (200, 40, 40), (40, 40, 200)
 # What a crawl may bring. A folder's name is a label.
@@ -94,7 +94,7 @@ def build_run(
 ) -> str:
     """A finished run, made by the stages themselves but for vectors and pairs: images resemble by their mean colour."""
     runner = InlineRunner()
-    path = {stage: paths.join(output, stage) for stage in report_facts.STAGES}
+    path = {stage: paths.join(output, stage) for stage in facts.STAGES}
     settings = IngestConfig(
         sources=tuple(SourceConfig(name=name, path=str(folder), role=role) for name, folder, role in sources),
         max_reject_fraction=1,
@@ -193,7 +193,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> str:
         pairs,
         config=ReportConfig(concepts=str(concepts)),
     )
-    report.run(ReportConfig(concepts=str(concepts)), output)
+    page.run(ReportConfig(concepts=str(concepts)), output)
     return output
 
 
@@ -201,11 +201,11 @@ def read_page(output: str) -> Page:
     return Page(Path(output, "report.html").read_text())
 
 
-def assert_harmless(page: Page) -> None:
+def assert_harmless(shown: Page) -> None:
     """Nothing in the page acts, or is loaded from elsewhere."""
-    assert set(page.tags) <= TAGS
-    assert {name for name, _ in page.attributes} <= ATTRIBUTES
-    for name, value in page.attributes:
+    assert set(shown.tags) <= TAGS
+    assert {name for name, _ in shown.attributes} <= ATTRIBUTES
+    for name, value in shown.attributes:
         match name:
             case "href":
                 assert value in [f"#{section}" for section in SECTIONS]
@@ -213,24 +213,24 @@ def assert_harmless(page: Page) -> None:
                 assert value.startswith("data:image/webp;base64,")
             case "style":
                 assert re.fullmatch(r"(width|height|left):\d+\.\d+%", value)
-    style = page.text[page.text.index(":root") : page.text.rindex("}")]
+    style = shown.text[shown.text.index(":root") : shown.text.rindex("}")]
     assert "url(" not in style and "@import" not in style
 
 
 def test_every_section_and_every_picture(example: str) -> None:
-    page = read_page(example)
-    assert [name for name in page.ids() if not name.endswith("-title")] == SECTIONS
-    assert_harmless(page)
-    assert len(page.pictures) > 30
-    for picture in page.pictures:
+    shown = read_page(example)
+    assert [name for name in shown.ids() if not name.endswith("-title")] == SECTIONS
+    assert_harmless(shown)
+    assert len(shown.pictures) > 30
+    for picture in shown.pictures:
         image = Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2])))
-        assert image.format == "WEBP" and max(image.size) <= report.THUMBNAIL_SIDE
+        assert image.format == "WEBP" and max(image.size) <= shown.THUMBNAIL_SIDE
         assert picture["alt"] and picture["title"]
 
 
 def test_funnel_agrees_with_the_composition(example: str) -> None:
-    run = report_facts.read_run(example, CONCEPTS)
-    steps = {step.name: step.count for step in report_facts.funnel(run)}
+    run = facts.read_run(example, CONCEPTS)
+    steps = {step.name: step.count for step in facts.funnel(run)}
     assert steps == {
         "found in the sources": 8 + 8 + 4 + 2 + 3 + 2 + 1,
         "accepted": 26,
@@ -242,8 +242,8 @@ def test_funnel_agrees_with_the_composition(example: str) -> None:
         "retrieved from the pool": run.composition["funnel"]["retrieved"],
         "rows packed": run.composition["total_rows"],
     }
-    assert sum(step.lost for step in report_facts.funnel(run)) == 28 - run.composition["total_unique"]
-    counts = {source.source: source for source in report_facts.by_source(run)}
+    assert sum(step.lost for step in facts.funnel(run)) == 28 - run.composition["total_unique"]
+    counts = {source.source: source for source in facts.by_source(run)}
     pool = counts["pool"]
     assert (pool.rejected, pool.exact, pool.near, pool.holdout, pool.kept) == (2, 1, 2, 2, 12)
     assert counts["animals"].in_corpus == 4  # taken as they are
@@ -252,14 +252,14 @@ def test_funnel_agrees_with_the_composition(example: str) -> None:
 
 
 def test_rejects_are_listed_by_reason(example: str) -> None:
-    found = report_facts.rejects(report_facts.read_run(example, CONCEPTS), 1)
+    found = facts.rejects(facts.read_run(example, CONCEPTS), 1)
     assert [(reject.reason, reject.count) for reject in found] == [("empty", 1), ("not_an_image", 1)]
     assert found[1].examples[0]["uri"].endswith("pool/text.jpg")
     assert "text.jpg" in read_page(example).text
 
 
 def test_share_of_the_concept_agrees_with_counting_by_hand(example: str) -> None:
-    run = report_facts.read_run(example, CONCEPTS)
+    run = facts.read_run(example, CONCEPTS)
     label_of = dict(zip(run.images["image_id"].to_pylist(), run.images["label"].to_pylist(), strict=True))
     concept_of = {"animals/fish": "animals", "transportation": "vehicles", "plants": "plants", "copies": "copies"}
     kept = run.images.filter(run.images["kept"]).to_pylist()
@@ -269,21 +269,21 @@ def test_share_of_the_concept_agrees_with_counting_by_hand(example: str) -> None
         label = label_of[row["image_id"]]
         if label in concept_of:  # not the toys, whose concept is unknown, nor the image without a label
             hits[row["seed_source"]].append(concept_of[label] == row["seed_source"])
-    for dataset in report_facts.datasets(run):
+    for dataset in facts.datasets(run):
         assert dataset.compared == len(hits[dataset.name])
         assert dataset.same_concept == pytest.approx(np.mean(hits[dataset.name]))
         likely = np.mean([concept_of[label] == dataset.name for label in known_pool])
         assert dataset.chance == pytest.approx(likely)
-    by_name = {dataset.name: dataset for dataset in report_facts.datasets(run)}
+    by_name = {dataset.name: dataset for dataset in facts.datasets(run)}
     assert by_name["vehicles"].same_concept == 1 and by_name["vehicles"].mode == "cluster"
     assert 0 < by_name["animals"].same_concept < 1 and by_name["animals"].compared < by_name["animals"].retrieved
     assert f"{by_name['animals'].same_concept:.1%} of {by_name['animals'].compared}" in read_page(example).text
 
 
 def test_without_concepts_only_equal_labels_are_the_same(example: str) -> None:
-    run = report_facts.read_run(example, Concepts())
+    run = facts.read_run(example, Concepts())
     # Birds are no fish, and cars are no boats.
-    assert [dataset.same_concept for dataset in report_facts.datasets(run)] == [0, 0]
+    assert [dataset.same_concept for dataset in facts.datasets(run)] == [0, 0]
 
 
 def test_concept_of_a_label() -> None:
@@ -297,27 +297,27 @@ def test_concept_of_a_label() -> None:
 
 
 def test_groups_of_copies(example: str) -> None:
-    run = report_facts.read_run(example, CONCEPTS)
-    (group,) = report_facts.groups(run, 12, 12)
+    run = facts.read_run(example, CONCEPTS)
+    (group,) = facts.groups(run, 12, 12)
     assert group.size == 3 and [member.kept for member in group.members] == [True, False, False]
     assert [member.reason for member in group.members] == [None, "near", "near"]
     assert group.members[1].similarity == pytest.approx(0.9)
     assert group.members[2].similarity is None  # joined to what is kept by the other one only
-    assert dict(report_facts.component_sizes(run))["3"] == 1
-    assert len(report_facts.groups(run, 12, 2)[0].members) == 2
-    assert report_facts.groups(run, 0, 12) == []
+    assert dict(facts.component_sizes(run))["3"] == 1
+    assert len(facts.groups(run, 12, 2)[0].members) == 2
+    assert facts.groups(run, 0, 12) == []
 
 
 def test_holdout_matches(example: str) -> None:
-    run = report_facts.read_run(example, CONCEPTS)
+    run = facts.read_run(example, CONCEPTS)
     # The copy of the held-out file is that very image, and would be shown beside itself.
-    (match,) = report_facts.holdout_matches(run, 5)
+    (match,) = facts.holdout_matches(run, 5)
     assert match.similarity == pytest.approx(0.47)
 
 
 def test_similarity_bins_part_at_the_thresholds(example: str) -> None:
-    run = report_facts.read_run(example, CONCEPTS)
-    bins = report_facts.similarity_bins(run, 4, 100)
+    run = facts.read_run(example, CONCEPTS)
+    bins = facts.similarity_bins(run, 4, 100)
     assert [similarity.low for similarity in bins[1:]] == [similarity.high for similarity in bins[:-1]]
     assert {0.45, 0.6} <= {similarity.low for similarity in bins} and bins[0].low == 0.4 and bins[-1].high == 1
     counts = {similarity.low: similarity.count for similarity in bins if similarity.count}
@@ -326,9 +326,9 @@ def test_similarity_bins_part_at_the_thresholds(example: str) -> None:
 
 
 def test_sweep_over_thresholds(example: str) -> None:
-    run = report_facts.read_run(example, CONCEPTS)
-    rows = {row.threshold: row for row in report_facts.threshold_sweep(run)}
-    assert list(rows) == [similarity.low for similarity in report_facts.similarity_bins(run, 4, 100)]
+    run = facts.read_run(example, CONCEPTS)
+    rows = {row.threshold: row for row in facts.threshold_sweep(run)}
+    assert list(rows) == [similarity.low for similarity in facts.similarity_bins(run, 4, 100)]
     assert (rows[0.4].pairs, rows[0.4].dropped, rows[0.4].largest_component) == (4, 4, 4)
     assert (rows[0.6].pairs, rows[0.6].components_of_two_or_more, rows[0.6].dropped) == (2, 1, 2)
     assert (rows[0.65].pairs, rows[0.65].largest_component, rows[0.95].pairs) == (1, 2, 0)
@@ -336,7 +336,7 @@ def test_sweep_over_thresholds(example: str) -> None:
 
 
 def test_guards_tell_what_they_did(example: str, tmp_path: Path) -> None:
-    off = report_facts.guards(report_facts.read_run(example, CONCEPTS))
+    off = facts.guards(facts.read_run(example, CONCEPTS))
     assert len(off) == 5 and all(guard.counts is None for guard in off)
     assert read_page(example).text.count("off") >= 5
     root = tmp_path / "images"
@@ -354,10 +354,10 @@ def test_guards_tell_what_they_did(example: str, tmp_path: Path) -> None:
         [*chain, (near[5], held, 0.43)],
         copies=config,
     )
-    report.run(ReportConfig(), output)
-    page = read_page(output)
-    assert_harmless(page)
-    counts = {guard.option: guard.counts for guard in report_facts.guards(report_facts.read_run(output, Concepts()))}
+    page.run(ReportConfig(), output)
+    shown = read_page(output)
+    assert_harmless(shown)
+    counts = {guard.option: guard.counts for guard in facts.guards(facts.read_run(output, Concepts()))}
     assert counts == {
         "mutual_neighbors": {"pairs_left_out": 0},
         "families": {"pairs_left_out": 2},
@@ -366,57 +366,57 @@ def test_guards_tell_what_they_did(example: str, tmp_path: Path) -> None:
         "holdout_cosine": {"images_taken": 1},
     }
     for text in ("max_component_size = 4", "left out 2 pairs", "took away 1 image more", "verified copy of one"):
-        assert text in page.text
+        assert text in shown.text
 
 
 def test_labels_from_pool_to_corpus(example: str) -> None:
-    run = report_facts.read_run(example, CONCEPTS)
-    top = {row.label: row for row in report_facts.labels(run, top_folder=True)}
+    run = facts.read_run(example, CONCEPTS)
+    top = {row.label: row for row in facts.labels(run, top_folder=True)}
     assert sum(row.pool for row in top.values()) == 17 and sum(row.kept for row in top.values()) == 12
     assert (top["plants"].pool, top["plants"].kept) == (4, 1)
     assert top["animals"].pool == 5 and top["copies"].kept == 1 and None in top
     assert top["transportation"].corpus == 4  # the whole cluster
     from_pool = run.composition["funnel"]["retrieved"]
     assert sum(row.corpus for row in top.values()) == from_pool
-    assert {row.label for row in report_facts.labels(run, top_folder=False)} >= {"animals/fish", "animals/toys"}
+    assert {row.label for row in facts.labels(run, top_folder=False)} >= {"animals/fish", "animals/toys"}
 
 
 def test_gallery(example: str) -> None:
-    run = report_facts.read_run(example, CONCEPTS)
-    animals, vehicles = report_facts.datasets(run)
-    shown = report_facts.gallery(run, animals, 3, 1, 2)
+    run = facts.read_run(example, CONCEPTS)
+    animals, vehicles = facts.datasets(run)
+    shown = facts.gallery(run, animals, 3, 1, 2)
     assert len(shown) == 3 and all(len(retrieval.rows) == 2 and retrieval.num_rows == 7 for retrieval in shown)
     assert [run.retrieved["rank"][row].as_py() for row in shown[0].rows] == [0, 1]
     for retrieval in shown:
         assert {run.retrieved["seed_image_id"][row].as_py() for row in retrieval.rows} == set(retrieval.seeds)
-    (blue,) = report_facts.gallery(run, vehicles, 4, 3, 8)
+    (blue,) = facts.gallery(run, vehicles, 4, 3, 8)
     assert blue.num_seeds == 4 and len(blue.seeds) == 3 and blue.num_rows == len(blue.rows) == 4
 
 
 def test_the_same_run_gives_the_same_bytes_and_no_work_twice(example: str, capfd: pytest.CaptureFixture[str]) -> None:
     config, path = ReportConfig(concepts=str(Path(example).parent / "concepts.toml")), Path(example, "report.html")
     before = path.read_bytes()
-    report.run(config, example)
+    page.run(config, example)
     assert "already done" in capfd.readouterr().err
     path.unlink()
-    report.run(config, example)
+    page.run(config, example)
     assert path.read_bytes() == before
-    report.run(ReportConfig(seeds_per_dataset=1), example)
+    page.run(ReportConfig(seeds_per_dataset=1), example)
     assert path.read_bytes() != before
     path.write_bytes(before)
 
 
 def test_summary_on_the_terminal(example: str, capsys: pytest.CaptureFixture[str]) -> None:
-    report.print_summary(example)
+    page.print_summary(example)
     text = capsys.readouterr().out
     for words in ("without near-duplicates", "rows packed", "not_an_image 1", "vehicles", "100.0%", "report.html"):
         assert words in text
 
 
 def test_pictures_come_from_the_thumbnails(example: str, tmp_path: Path) -> None:
-    run = report_facts.read_run(example, CONCEPTS)
+    run = facts.read_run(example, CONCEPTS)
     image_ids = run.images["image_id"].to_pylist()
-    pictures = report_facts.read_pictures(run, image_ids, 128, 7000)
+    pictures = facts.read_pictures(run, image_ids, 128, 7000)
     assert set(pictures) == set(image_ids)
     sizes = {Image.open(io.BytesIO(picture.encoded)).size for picture in pictures.values()}
     assert sizes == {(24, 24)}  # the originals measure 38 to 40
@@ -442,14 +442,14 @@ def test_hostile_names(tmp_path: Path) -> None:
         [DatasetConfig(name=HOSTILE, as_is=True, retrieval="sample", k=2)],
         [(first, second, 0.9), (second, held, 0.41), (root / f"pool/{HOSTILE}/2{uri}", held, 0.5)],
     )
-    report.run(ReportConfig(), output)
-    page = read_page(output)
-    assert_harmless(page)
-    assert [name for name in page.ids() if not name.endswith("-title")] == SECTIONS
+    page.run(ReportConfig(), output)
+    shown = read_page(output)
+    assert_harmless(shown)
+    assert [name for name in shown.ids() if not name.endswith("-title")] == SECTIONS
     # It is there, as text: in a table, and behind every picture.
-    assert HOSTILE in page.text
-    assert all(HOSTILE in picture["title"] and HOSTILE in picture["alt"] for picture in page.pictures)
-    report.print_summary(output)
+    assert HOSTILE in shown.text
+    assert all(HOSTILE in picture["title"] and HOSTILE in picture["alt"] for picture in shown.pictures)
+    page.print_summary(output)
 
 
 def test_nothing_to_show(tmp_path: Path) -> None:
@@ -464,14 +464,14 @@ def test_nothing_to_show(tmp_path: Path) -> None:
         [DatasetConfig(name="seeds", as_is=True, retrieval="none")],
         thumbnails=False,
     )
-    report.run(ReportConfig(), output)
-    page = read_page(output)
-    assert_harmless(page)
-    assert [name for name in page.ids() if not name.endswith("-title")] == SECTIONS
-    assert page.pictures == []
+    page.run(ReportConfig(), output)
+    shown = read_page(output)
+    assert_harmless(shown)
+    assert [name for name in shown.ids() if not name.endswith("-title")] == SECTIONS
+    assert shown.pictures == []
     for text in ("No file was rejected", "Nothing was retrieved", "is left out", "has a label", "matched one of the"):
-        assert text in page.text
-    report.print_summary(output)
+        assert text in shown.text
+    page.print_summary(output)
 
 
 def test_without_thumbnails_the_originals_are_read(tmp_path: Path) -> None:
@@ -485,40 +485,40 @@ def test_without_thumbnails_the_originals_are_read(tmp_path: Path) -> None:
         [DatasetConfig(name="seeds", retrieval="sample", k=3)],
         thumbnails=False,
     )
-    report.run(ReportConfig(), output)
-    page = read_page(output)
-    assert len(page.pictures) == 4
-    for picture in page.pictures:
+    page.run(ReportConfig(), output)
+    shown = read_page(output)
+    assert len(shown.pictures) == 4
+    for picture in shown.pictures:
         data = base64.b64decode(picture["src"].partition(",")[2])
-        assert max(Image.open(io.BytesIO(data)).size) == report.THUMBNAIL_SIDE
-    run = report_facts.read_run(output, Concepts())
+        assert max(Image.open(io.BytesIO(data)).size) == shown.THUMBNAIL_SIDE
+    run = facts.read_run(output, Concepts())
     image_ids = run.images["image_id"].to_pylist()
     largest = []
     for max_bytes in (100_000, 1_000):
-        pictures = report_facts.read_pictures(run, image_ids, 128, max_bytes).values()
+        pictures = facts.read_pictures(run, image_ids, 128, max_bytes).values()
         largest.append(max(len(picture.encoded) for picture in pictures))
     assert largest[0] > 1_000 >= largest[1]
     shutil.rmtree(root / "pool")
     Path(output, "report.html").unlink()
     with pytest.raises(InputError, match="cannot be read any more"):
-        report.run(ReportConfig(), output)
+        page.run(ReportConfig(), output)
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Run the stage that writes it first"):
-        report.run(ReportConfig(), str(tmp_path))
+        page.run(ReportConfig(), str(tmp_path))
     with pytest.raises(ConfigError, match="no file at"):
-        report.read_concepts(ReportConfig(concepts=str(tmp_path / "none.toml")))
+        page.read_concepts(ReportConfig(concepts=str(tmp_path / "none.toml")))
     (tmp_path / "wrong.toml").write_text("[seeds]\na = 'b'")
     with pytest.raises(ConfigError, match="seeds"):
-        report.read_concepts(ReportConfig(concepts=str(tmp_path / "wrong.toml")))
+        page.read_concepts(ReportConfig(concepts=str(tmp_path / "wrong.toml")))
 
 
 def test_markup_escapes_everything_but_markup() -> None:
-    inner = markup.tag("b", "<i>&\"'")
+    inner = html.tag("b", "<i>&\"'")
     assert inner == "<b>&lt;i&gt;&amp;&quot;&#x27;</b>"
-    assert markup.tag("p", inner, "<") == f"<p>{inner}&lt;</p>"
-    assert markup.tag("p", inner + "") == f"<p>{markup.join(str(inner))}</p>"  # joined by hand, it is text again
-    assert markup.tag("img", alt='" onerror="', src=None, class_="a") == '<img alt="&quot; onerror=&quot;" class="a">'
-    assert markup.tag("p", "\x00\x1b\udc80\n") == "<p>\ufffd\ufffd\ufffd\n</p>"
-    assert len(markup.clip("x" * 10_000)) <= markup.MAX_TEXT_LENGTH
+    assert html.tag("p", inner, "<") == f"<p>{inner}&lt;</p>"
+    assert html.tag("p", inner + "") == f"<p>{html.join(str(inner))}</p>"  # joined by hand, it is text again
+    assert html.tag("img", alt='" onerror="', src=None, class_="a") == '<img alt="&quot; onerror=&quot;" class="a">'
+    assert html.tag("p", "\x00\x1b\udc80\n") == "<p>\ufffd\ufffd\ufffd\n</p>"
+    assert len(html.clip("x" * 10_000)) <= html.MAX_TEXT_LENGTH

@@ -17,16 +17,14 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from curation import markup
 from curation.config import Settings, load
 from curation.engine import progress
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.markup import Markup, clip, join, quoted, tag
-from pipelines import report_facts
-from pipelines.report_facts import (
+from curation.report import facts, html
+from curation.report.facts import (
     OTHER,
     SAME,
     STAGES,
@@ -44,6 +42,7 @@ from pipelines.report_facts import (
     SimilarityBin,
     Step,
 )
+from curation.report.html import Markup, clip, join, quoted, tag
 
 REPORT_NAME = "report.html"
 CONFIG_NAME = "run.toml"
@@ -81,21 +80,21 @@ def run(config: ReportConfig, output: str) -> None:
     if _written_fingerprint(path) == fingerprint:
         progress.say("report: already done, nothing to do")
         return
-    finished = report_facts.read_run(output, read_concepts(config))
-    html = _write(_choose(config, finished), config, finished, fingerprint)
-    file = paths.write_bytes(path, html.encode())
+    finished = facts.read_run(output, read_concepts(config))
+    text = _write(_choose(config, finished), config, finished, fingerprint)
+    file = paths.write_bytes(path, text.encode())
     progress.say(f"report: {path}, {file.bytes / 1e6:.1f} MB")
 
 
 def print_summary(output: str) -> None:
     """Print the funnel, what each seed dataset brought and the share of the right concept, on standard output."""
     config = load(ReportConfig, paths.join(output, CONFIG_NAME), section="report")
-    finished = report_facts.read_run(output, read_concepts(config))
+    finished = facts.read_run(output, read_concepts(config))
     console = Console(markup=False, emoji=False, highlight=False)  # names are the user's, and no markup
-    steps = report_facts.funnel(finished)
+    steps = facts.funnel(finished)
     console.print(_funnel_on_terminal(steps))
     console.print("\n" + next(step.note for step in steps if step.name == "accepted"))
-    datasets = report_facts.datasets(finished)
+    datasets = facts.datasets(finished)
     console.print(_datasets_on_terminal(datasets))
     console.print("\n" + _same_concept_rule(config, datasets))
     console.print(f"The report is {paths.join(output, REPORT_NAME)}", soft_wrap=True)
@@ -114,7 +113,7 @@ def _fingerprint(config: ReportConfig, output: str) -> str:
     """Changes when anything does that the page is made from: the run, the concepts or this code."""
     files = [paths.join(output, stage, MANIFEST_NAME) for stage in STAGES]
     files += [paths.join(output, CONFIG_NAME)] + ([config.concepts] if config.concepts else [])
-    files += [module for module in (__file__, markup.__file__, report_facts.__file__) if module]
+    files += [module for module in (__file__, html.__file__, facts.__file__) if module]
     parts = [hashlib.sha256(paths.read_bytes(path)).hexdigest() if paths.exists(path) else None for path in files]
     return hash_json([config.model_dump(mode="json"), *parts])
 
@@ -123,7 +122,7 @@ def _written_fingerprint(path: str) -> str | None:
     if not paths.exists(path):
         return None
     with paths.open_read(path) as file:
-        return markup.read_fingerprint(file.read(1000).decode(errors="replace"))
+        return html.read_fingerprint(file.read(1000).decode(errors="replace"))
 
 
 # What is shown. Chosen first, so that only those pictures are read.
@@ -153,7 +152,7 @@ class Choice:
 
 
 def _choose(config: ReportConfig, finished: FinishedRun) -> Choice:
-    datasets = report_facts.datasets(finished)
+    datasets = facts.datasets(finished)
     asking = [dataset for dataset in datasets if dataset.retrieved][:GALLERY_DATASETS]
     gallery = {}
     for dataset in asking:
@@ -161,13 +160,13 @@ def _choose(config: ReportConfig, finished: FinishedRun) -> Choice:
         seeds, found = (SEEDS_PER_CLUSTER, FOUND_PER_CLUSTER) if by_cluster else (1, FOUND_PER_SEED)
         wanted = (config.seeds_per_dataset + 1) // 2 if by_cluster else config.seeds_per_dataset
         count = min(wanted, GALLERY_PICTURES // len(asking) // (seeds + found))
-        gallery[dataset.name] = report_facts.gallery(finished, dataset, count, seeds, found)
+        gallery[dataset.name] = facts.gallery(finished, dataset, count, seeds, found)
     return Choice(
         datasets=datasets,
         gallery=gallery,
-        groups=report_facts.groups(finished, GROUPS, MEMBERS_PER_GROUP),
-        holdout_matches=report_facts.holdout_matches(finished, HOLDOUT_MATCHES),
-        bins=report_facts.similarity_bins(finished, PAIRS_PER_BIN, PAIRS_IN_BINS),
+        groups=facts.groups(finished, GROUPS, MEMBERS_PER_GROUP),
+        holdout_matches=facts.holdout_matches(finished, HOLDOUT_MATCHES),
+        bins=facts.similarity_bins(finished, PAIRS_PER_BIN, PAIRS_IN_BINS),
     )
 
 
@@ -175,7 +174,7 @@ def _choose(config: ReportConfig, finished: FinishedRun) -> Choice:
 
 
 def _write(choice: Choice, config: ReportConfig, finished: FinishedRun, fingerprint: str) -> str:
-    pictures = report_facts.read_pictures(finished, choice.image_ids(finished), THUMBNAIL_SIDE, MAX_PICTURE_BYTES)
+    pictures = facts.read_pictures(finished, choice.image_ids(finished), THUMBNAIL_SIDE, MAX_PICTURE_BYTES)
     parts = [
         ("funnel", "The funnel", _funnel(finished)),
         ("rejects", "Rejected files", _rejects(finished)),
@@ -187,9 +186,9 @@ def _write(choice: Choice, config: ReportConfig, finished: FinishedRun, fingerpr
         ("run", "The run", _run(finished)),
     ]
     contents = tag("ol", *(tag("li", tag("a", title, href=f"#{name}")) for name, title, _ in parts))
-    sections = (markup.section(name, f"{number}. {title}", body) for number, (name, title, body) in enumerate(parts, 1))
+    sections = (html.section(name, f"{number}. {title}", body) for number, (name, title, body) in enumerate(parts, 1))
     top = tag("header", tag("h1", TITLE), _abstract(finished), tag("nav", contents, aria_label="Contents"))
-    return markup.page(TITLE, fingerprint, top, tag("main", *sections))
+    return html.page(TITLE, fingerprint, top, tag("main", *sections))
 
 
 def _abstract(finished: FinishedRun) -> Markup:
@@ -206,13 +205,13 @@ def _abstract(finished: FinishedRun) -> Markup:
 
 
 def _funnel(finished: FinishedRun) -> Markup:
-    steps = report_facts.funnel(finished)
+    steps = facts.funnel(finished)
     whole = max(steps[0].count, 1)
     widest = max(step.count for step in steps) or 1
     rows = [
         (
             tag("strong", step.name),
-            markup.bar(
+            html.bar(
                 (step.count / widest, "stays"),
                 (step.lost / widest, "lost" if step.is_loss else "aside"),
                 label=f"{step.name}: {step.count:,}",
@@ -230,26 +229,26 @@ def _funnel(finished: FinishedRun) -> Markup:
             source.role,
             *map(_number, (source.rejected, source.exact, source.near, source.holdout, source.kept, source.in_corpus)),
         )
-        for source in report_facts.by_source(finished)
+        for source in facts.by_source(finished)
     ]
     names = ("source", "role", "rejected", "exact copies", "near-duplicates", "of the holdout", "kept", "in the corpus")
     return join(
-        markup.legend(("stays", "goes on"), ("lost", "dropped here"), ("aside", "set apart, or not asked for")),
-        markup.table(("step", "", "images", "of all", "fewer by", ""), rows, numbers=frozenset({2, 3, 4})),
+        html.legend(("stays", "goes on"), ("lost", "dropped here"), ("aside", "set apart, or not asked for")),
+        html.table(("step", "", "images", "of all", "fewer by", ""), rows, numbers=frozenset({2, 3, 4})),
         tag("h3", "By source"),
-        markup.table(names, sources, numbers=frozenset(range(2, 8))),
+        html.table(names, sources, numbers=frozenset(range(2, 8))),
     )
 
 
 def _rejects(finished: FinishedRun) -> Markup:
-    found = report_facts.rejects(finished, REJECTS_PER_REASON)
+    found = facts.rejects(finished, REJECTS_PER_REASON)
     if not found:
         return tag("p", "No file was rejected.")
     ingested = finished.composition["funnel"]["ingested"]
     counts = [
         (
             quoted(reject.reason),
-            markup.bar((reject.count / found[0].count, "lost"), label=f"{reject.reason}: {reject.count:,}"),
+            html.bar((reject.count / found[0].count, "lost"), label=f"{reject.reason}: {reject.count:,}"),
             _number(reject.count),
             f"{reject.count / ingested:.2%}",
         )
@@ -261,9 +260,9 @@ def _rejects(finished: FinishedRun) -> Markup:
         for row in reject.examples
     ]
     return join(
-        markup.table(("reason", "", "files", "of all"), counts, numbers=frozenset({2, 3})),
+        html.table(("reason", "", "files", "of all"), counts, numbers=frozenset({2, 3})),
         tag("h3", f"The first {REJECTS_PER_REASON} of each reason"),
-        markup.table(("reason", "source", "file", "detail"), examples),
+        html.table(("reason", "source", "file", "detail"), examples),
     )
 
 
@@ -291,7 +290,7 @@ def _datasets(choice: Choice, config: ReportConfig) -> Markup:
     bars = [
         (
             quoted(dataset.name),
-            markup.bar(
+            html.bar(
                 (dataset.same_concept, "stays"), mark=dataset.chance, label=f"same concept: {dataset.same_concept:.1%}"
             ),
             f"{dataset.same_concept:.1%} of {dataset.compared:,}",
@@ -300,9 +299,9 @@ def _datasets(choice: Choice, config: ReportConfig) -> Markup:
         if dataset.same_concept is not None
     ]
     return join(
-        markup.table((*names, *shares), rows, numbers=frozenset({2, *range(4, 11)})),
+        html.table((*names, *shares), rows, numbers=frozenset({2, *range(4, 11)})),
         tag("h3", "The share of the right concept"),
-        markup.table(("dataset", "", "retrieved rows"), bars, numbers=frozenset({2})) if bars else "",
+        html.table(("dataset", "", "retrieved rows"), bars, numbers=frozenset({2})) if bars else "",
         tag("p", "The mark on a bar is the share by chance.", class_="note") if bars else "",
         tag("p", _same_concept_rule(config, choice.datasets), class_="note"),
     )
@@ -347,7 +346,7 @@ def _gallery(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pictu
             "the seed or to the cluster's centre. Seeds are a random few; clusters are those with the most seeds."
             + (f" {_count(missing, 'more dataset')} would not fit." if missing else ""),
         ),
-        markup.legend(
+        html.legend(
             ("frame seed", "seed"),
             ("frame same", "same concept"),
             ("frame other", "another concept"),
@@ -384,7 +383,7 @@ def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pictur
     funnel = finished.composition["funnel"]
     exact = funnel["candidates"] - funnel["after_exact"]
     dedup = finished.manifests["dedup"].plan.config
-    sizes = report_facts.component_sizes(finished)
+    sizes = facts.component_sizes(finished)
     parts = [
         tag(
             "p",
@@ -394,21 +393,19 @@ def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pictur
             + (", and what is no copy of these." if dedup["matches_kept"] else "."),
         ),
         tag("h3", "Guards against chains of copies"),
-        markup.table(
-            ("option", "what it is for", "what it did"), [_guard(guard) for guard in report_facts.guards(finished)]
-        ),
+        html.table(("option", "what it is for", "what it did"), [_guard(guard) for guard in facts.guards(finished)]),
     ]
     if choice.groups:
         parts += [
             tag("h3", "Groups by size"),
-            markup.columns([(size, count, "") for size, count in sizes]),
+            html.columns([(size, count, "") for size, count in sizes]),
             tag("h3", "The largest groups"),
             tag(
                 "p",
                 "Below each is what became of it, and how similar it is to the image that it copies; indirect: joined "
                 "to that image only by others.",
             ),
-            markup.legend(("frame kept", "kept"), ("frame other", "dropped")),
+            html.legend(("frame kept", "kept"), ("frame other", "dropped")),
         ]
     drawn = []
     for group in choice.groups:
@@ -491,8 +488,8 @@ def _threshold(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pic
     ]
     parts = [
         tag("p", text + " Below each column stands where it begins."),
-        markup.columns(heights),
-        markup.legend(
+        html.columns(heights),
+        html.legend(
             ("copies", "copies"),
             ("no-copies", "no copies"),
             ("first", f"threshold, {threshold:g}"),
@@ -534,10 +531,10 @@ def _sweep(finished: FinishedRun, threshold: float) -> Markup:
                 _number(row.largest_component),
             )
         )
-        for row in report_facts.threshold_sweep(finished)
+        for row in facts.threshold_sweep(finished)
     ]
     names = ("from", "pairs", "groups of two or more", "images that would go", "images in the largest group")
-    return markup.table(names, rows, numbers=frozenset(range(5)))
+    return html.table(names, rows, numbers=frozenset(range(5)))
 
 
 def _column_class(similarity: SimilarityBin, threshold: float, holdout_threshold: float) -> str:
@@ -548,7 +545,7 @@ def _column_class(similarity: SimilarityBin, threshold: float, holdout_threshold
 
 
 def _labels(finished: FinishedRun) -> Markup:
-    full, top = (report_facts.labels(finished, top_folder=top_folder) for top_folder in (False, True))
+    full, top = (facts.labels(finished, top_folder=top_folder) for top_folder in (False, True))
     if all(counts.label is None for counts in full):
         return tag("p", "No image of the pool has a label.")
     parts = [
@@ -557,7 +554,7 @@ def _labels(finished: FinishedRun) -> Markup:
             f"How often the {LABELS} most frequent labels of the pool occur among all its images, among those that "
             "were kept, and among those of the corpus. Seeds that were taken as they are do not count here.",
         ),
-        markup.legend(("before", "pool"), ("between", "kept"), ("stays", "corpus")),
+        html.legend(("before", "pool"), ("between", "kept"), ("stays", "corpus")),
     ]
     if top != full:
         parts += [tag("h3", "By top folder"), _label_table(top)]
@@ -589,12 +586,12 @@ def _label_table(counts: Sequence[LabelCounts]) -> Markup:
         )
         for index, (words, values) in enumerate(shown)
     ]
-    return markup.table(("label", "", "pool", "kept", "corpus", "corpus / pool"), rows, numbers=frozenset({2, 3, 4, 5}))
+    return html.table(("label", "", "pool", "kept", "corpus", "corpus / pool"), rows, numbers=frozenset({2, 3, 4, 5}))
 
 
 def _label_bars(shares: Sequence[float], highest: float) -> Markup:
     sets = zip(shares, ("before", "between", "stays"), ("pool", "kept", "corpus"), strict=True)
-    bars = (markup.bar((share / highest, kind), label=f"{name}: {share:.1%}") for share, kind, name in sets)
+    bars = (html.bar((share / highest, kind), label=f"{name}: {share:.1%}") for share, kind, name in sets)
     return tag("div", *bars, class_="stack")
 
 
@@ -614,7 +611,7 @@ def _run(finished: FinishedRun) -> Markup:
         config = tag("details", tag("summary", f"The config, with every default ({CONFIG_NAME})"), text)
     else:
         config = tag("p", f"The stages were run one by one: there is no {CONFIG_NAME}.")
-    return join(markup.table(("stage", "shards", "MB written", "totals"), rows, numbers=frozenset({1, 2})), config)
+    return join(html.table(("stage", "shards", "MB written", "totals"), rows, numbers=frozenset({1, 2})), config)
 
 
 def _pair(match: Match, pictures: Mapping[str, Picture], words: tuple[str, str]) -> Markup:

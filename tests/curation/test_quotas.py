@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation.balance import (
+from curation.quotas import (
     apportion,
     balanced_counts,
     cap_evenly,
