@@ -35,12 +35,12 @@ from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError, TrainingError, UserError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from training import checkpoint, data, distributed, export, masking, optimizer
+from training import checkpoint, data, distributed, export, masking, optimizer, samples
 from training.augment import AugmentConfig
 from training.checkpoint import CheckpointConfig
-from training.data import Batch, DataConfig
-from training.journal import Journal, Told
+from training.data import Batch
 from training.masking import MaskConfig
+from training.metrics import Journal, Told
 from training.model import (
     NUM_GLOBAL,
     Lesson,
@@ -57,6 +57,7 @@ from training.model import (
     whole_backbone,
 )
 from training.optimizer import OptimizerConfig, ScheduleConfig, StepValues
+from training.samples import DataConfig
 
 # Called with the averaged student and the number of steps done; what it gives is written with the metrics.
 Evaluate = Callable[[VisionTransformer, int], dict[str, float]]
@@ -277,7 +278,7 @@ def train(config: TrainConfig, output: str, evaluate: Evaluate | None = None) ->
             )
         _check_memory(config, world)
         if world.is_first:
-            data.prepare(config.data, output, InlineRunner())
+            samples.prepare(config.data, output, InlineRunner())
         barrier()
         trainer = prepare(config, world)
         reached = _resume(trainer, output)

@@ -30,7 +30,7 @@ from curation.images.corpus_tar import Sample, write_tar
 from curation.images.decode import ImageLimits, decode_picture, read_header
 from curation.images.hashing import image_id
 from pipelines.bench import decoding
-from training import data
+from training import data, samples
 from training.augment import AugmentConfig, Crop, Pixels, cut_crops, draw_crops, make_crops
 
 CROPS, READING = "crops", "reading"
@@ -175,15 +175,15 @@ def reading(num_samples: int, runs: int) -> Row:
     """Samples read by reference in random order, against webdataset's in the order of the tars."""
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
-        listed: list[data.Sample] = []
+        listed: list[samples.Sample] = []
         for start in range(0, num_samples, SAMPLES_PER_TAR):
             images = [generator.bytes(SAMPLE_BYTES) for _ in range(min(SAMPLES_PER_TAR, num_samples - start))]
             path = str(Path(folder, f"corpus-{start // SAMPLES_PER_TAR:06d}.tar"))
             ids = [image_id(image) for image in images]
             sidecar = {"source": "bench", "reasons": ["as_is:bench"]}
-            samples = (Sample(key, image, "JPEG", sidecar) for key, image in zip(ids, images, strict=True))
-            _, places = write_tar(path, samples)
-            listed += [data.Sample(key, path, *place) for key, place in zip(ids, places, strict=True)]
+            members = (Sample(key, image, "JPEG", sidecar) for key, image in zip(ids, images, strict=True))
+            _, places = write_tar(path, members)
+            listed += [samples.Sample(key, path, *place) for key, place in zip(ids, places, strict=True)]
         order = generator.permutation(num_samples).tolist()
 
         def ours() -> None:

@@ -22,9 +22,11 @@ from curation.images.corpus_tar import Sample as Packed
 from curation.images.corpus_tar import write_tar
 from curation.images.hashing import image_id
 from tests.curation.builders import encoded_image, image_row, write_ingest, write_stage
-from training import data
+from training import data, order, samples
 from training.augment import AugmentConfig, released_crops
-from training.data import Batch, DataConfig, Order, Samples, open_batches, prepare, shuffled
+from training.data import Batch, open_batches
+from training.order import Order, shuffled
+from training.samples import DataConfig, Samples, prepare
 
 SMALL = AugmentConfig(crops=released_crops(global_size=32, local_size=16, num_local=3))
 
@@ -114,7 +116,7 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 1000])
 def test_every_epoch_is_a_permutation_of_its_own(count: int) -> None:
     orders = [Order(seed, count) for seed in range(2)]
-    epochs = [order.rows(np.arange(3 * count)).reshape(3, count) for order in orders]
+    epochs = [one.rows(np.arange(3 * count)).reshape(3, count) for one in orders]
     assert all(sorted(epoch.tolist()) == list(range(count)) for own in epochs for epoch in own)
     if count >= 64:
         seen = [tuple(epoch.tolist()) for own in epochs for epoch in own]
@@ -127,7 +129,7 @@ def test_places_are_shuffled_evenly() -> None:
     generator = np.random.default_rng(0)
     seen = np.zeros((5, 5))
     for _ in range(2000):
-        keys = generator.integers(2**64 - 1, size=data.ROUNDS, dtype=np.uint64)
+        keys = generator.integers(2**64 - 1, size=order.ROUNDS, dtype=np.uint64)
         seen[np.arange(5), shuffled(np.arange(5), 5, keys)] += 1
     assert np.abs(seen / 2000 - 0.2).max() < 0.045
     rows = Order(0, 100_000).rows(np.arange(100_000))
@@ -164,7 +166,7 @@ def test_only_weights_that_differ_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_list_is_that_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "ROWS_PER_BATCH", 4)  # the list in several batches, which others than tars' rows fill
+    monkeypatch.setattr(samples, "ROWS_PER_BATCH", 4)  # the list in several batches, which others than tars' rows fill
     corpus = Corpus(tmp_path, count=13)
     assert prepare(corpus.config(), corpus.output, InlineRunner()) == 13
     samples = Samples(f"{corpus.output}/samples")

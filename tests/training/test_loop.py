@@ -23,7 +23,7 @@ from curation.engine.ranks import World, max_over_ranks, sum_over_ranks
 from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError, OutputMismatchError, RejectBudgetError, TrainingError
 from tests.training.builders import random_batch, train_config, write_images
-from training import checkpoint, data, loop
+from training import checkpoint, loop, samples
 from training.loop import TrainConfig, train
 from training.model import teach
 
@@ -141,7 +141,7 @@ def test_two_ranks_go_on_as_one(images: str, tmp_path: Path, ranks: Ranks) -> No
 
 
 def prepared(config: TrainConfig, output: Path) -> loop.Trainer:
-    data.prepare(config.data, str(output), InlineRunner())
+    samples.prepare(config.data, str(output), InlineRunner())
     return loop.prepare(config, World(0, 1, 0, torch.device("cpu")))
 
 
@@ -219,12 +219,12 @@ def test_an_image_that_no_longer_decodes_is_counted_and_replaced(images: str, tm
         Path(images, name).write_bytes(bytes(Path(images, name).stat().st_size))
 
     config = train_config(images, data__max_reject_fraction=0.1)
-    data.prepare(config.data, str(tmp_path / "run"), InlineRunner())
+    samples.prepare(config.data, str(tmp_path / "run"), InlineRunner())
     damage("03.png")
     train(config, str(tmp_path / "run"))
     assert lines(tmp_path / "run")[-1]["rejected_images"] == 1
     config = train_config(images, data__max_reject_fraction=0.1, num_steps=6)
-    data.prepare(config.data, str(tmp_path / "longer"), InlineRunner())
+    samples.prepare(config.data, str(tmp_path / "longer"), InlineRunner())
     damage("04.png")
     damage("05.png")
     with pytest.raises(RejectBudgetError, match=r"2 images could not be used, more than .*max_reject_fraction = 0.1"):

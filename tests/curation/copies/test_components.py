@@ -170,7 +170,7 @@ print(max(most, anonymous()))
 
 def test_memory_does_not_grow_with_nodes_and_edges() -> None:
     """What a process holds beyond its files, with 1 million nodes and edges and with 6."""
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     kilobytes = [
         int(subprocess.run([sys.executable, "-c", MEASURE, str(n)], capture_output=True, check=True, cwd=root).stdout)
         for n in (1_000_000, 6_000_000)
