@@ -1,11 +1,11 @@
 """In which order samples are drawn: a permutation of every epoch that is computed, never stored.
 
 Position p = step * batch_size + i counts all samples that training ever draws. Epoch e = p // R has as many positions
-as there are samples, R, in an order drawn from (seed, e); nothing is stored, so any step can be the first. With weights,
-an epoch has each sample either floor(x) or ceil(x) times, where x is R times its share of all weight: the shuffled place
-k of a position means the sample in whose stretch of the cumulative weight k + u falls (systematic sampling), and u, one
-number of an epoch, moves on by the golden ratio from epoch to epoch, so that over e epochs a sample comes e * x times,
-give or take one or two. Equal weights have each sample exactly once.
+as there are samples, R, in an order drawn from (seed, e); nothing is stored, so any step can be the first. With
+weights, an epoch has each sample either floor(x) or ceil(x) times, where x is R times its share of all weight: the
+shuffled place k of a position means the sample in whose stretch of the cumulative weight k + u falls (systematic
+sampling), and u, one number of an epoch, moves on by the golden ratio from epoch to epoch, so that over e epochs a
+sample comes e * x times, give or take one or two. Equal weights have each sample exactly once.
 """
 
 from typing import final

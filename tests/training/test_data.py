@@ -169,11 +169,11 @@ def test_the_list_is_that_of_the_corpus(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(samples, "ROWS_PER_BATCH", 4)  # the list in several batches, which others than tars' rows fill
     corpus = Corpus(tmp_path, count=13)
     assert prepare(corpus.config(), corpus.output, InlineRunner()) == 13
-    samples = Samples(f"{corpus.output}/samples")
+    listed = Samples(f"{corpus.output}/samples")
     reader = data.Reader(named=True, hashed=True)
     for n in (12, 0, 5, 4, 3):
-        assert samples[n].image_id == corpus.ids[n]
-        assert reader.read(samples[n]) == corpus.images[n]
+        assert listed[n].image_id == corpus.ids[n]
+        assert reader.read(listed[n]) == corpus.images[n]
     reader.close()
 
 
