@@ -33,19 +33,15 @@ whose toolbox has the lists and crops; Eigen et al. (arXiv 1406.2283) for the lo
 
 import functools
 import hashlib
-import io
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
@@ -53,15 +49,21 @@ from torch.nn import functional
 from curation.config import Settings
 from curation.engine.ranks import ALONE, World, gather_rows
 from curation.errors import InputError, TrainingError
-from curation.files import paths
 from curation.files.prefetch import prefetch
-from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
+from evaluation.data.depth_data import (
+    LAYOUTS,
+    NYU_INSIDE,
+    Crop,
+    DepthDataConfig,
+    Sample,
+    find_samples,
+    hash_samples,
+    read_sample,
+)
 from evaluation.features import Model
 from evaluation.results import Result
 
-LayoutName = Literal["nyu", "nyu_arrays", "kitti", "sun_rgbd", "folder"]
 HeadName = Literal["linear_1", "linear_4", "dpt"]
-Crop = Literal["none", "eigen", "garg"]
 Tokens = Sequence[tuple[Tensor, Tensor]]  # of each block: patch tokens (B, D, h, w) and CLS (B, D)
 
 METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3", "mae")
@@ -74,57 +76,8 @@ LOSS_EPSILON = 1e-3  # metres; cited: DINOv2's sigloss.py
 LOSS_MEAN_WEIGHT = 0.15  # of the squared mean; cited: the same, where Eigen et al. have a half
 DPT_CHANNELS = 256  # cited: DINOv2, hub/depthers.py
 MAX_ROTATION = 2.5  # degrees; cited: BinsFormer's toolbox, as all of `augment`
-# The picture inside the white border of NYU's frames: rows, then columns. Cited: BTS and BinsFormer's toolbox.
-NYU_INSIDE = (slice(45, 472), slice(43, 608))
-KITTI_ROWS, KITTI_COLUMNS = 352, 1216  # the bottom rows and the middle columns; cited: the same ("KB crop")
 # What the padding is filled with: ImageNet's mean, which is 0 once normalised. Cited: DINOv2 pads with 0.
 PADDING_COLOR = (124, 116, 104)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is particular to one published data set."""
-
-    train_list: str | None
-    test_list: str | None
-    units_per_metre: float
-    max_depth: float
-    """Metres. Beyond it nothing is trained on or scored."""
-    crop: Crop
-    """The part of a test picture that is scored."""
-
-
-LAYOUTS: dict[LayoutName, Layout] = {
-    "nyu": Layout("nyu_train.txt", "nyu_test.txt", 1000, 10, "eigen"),
-    "nyu_arrays": Layout(None, None, 1, 10, "eigen"),
-    "kitti": Layout("kitti_eigen_train.txt", "kitti_eigen_test.txt", 256, 80, "garg"),
-    "sun_rgbd": Layout(None, "SUNRGBD_val_splits.txt", 1000, 8, "eigen"),
-    "folder": Layout(None, None, 1000, 10, "none"),
-}
-
-
-class DepthDataConfig(Settings):
-    """Pictures with their depths."""
-
-    name: str
-    """What results call it. "nyu", "kitti" and "sun_rgbd" have published numbers to stand beside."""
-    layout: LayoutName
-    """How the files lie; see the top of this module."""
-    folder: str
-    """Where they lie."""
-    list_file: str | None = None
-    """The list of pairs in `folder`. Left out, that of the published split: nyu_train.txt or nyu_test.txt,
-    kitti_eigen_train.txt or kitti_eigen_test.txt, SUNRGBD_val_splits.txt."""
-    images: str = Field(default="rgb")
-    """Layout "folder": where the pictures lie in it."""
-    depths: str = Field(default="depth")
-    """Layout "folder": where the depths lie in it."""
-    units_per_metre: float = Field(default=1000, gt=0)
-    """Layout "folder": what a PNG says for one metre."""
-    crop: Crop | None = None
-    """The part of a test picture that is scored. "eigen": rows 45 to 470 and columns 41 to 600, made for 480 x 640.
-    "garg": shares of the sides, made for KITTI. Left out, that of the layout: eigen for NYU and SUN RGB-D, garg for
-    KITTI, none for folders."""
 
 
 class DepthConfig(Settings):
@@ -176,147 +129,6 @@ class DepthConfig(Settings):
     def cap(self) -> float:
         """Metres."""
         return self.max_depth or LAYOUTS[self.train.layout].max_depth
-
-
-# ---- reading
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Where a picture and its depth lie."""
-
-    image: str
-    depth: str
-    row: int | None = None
-    """Where both are arrays of many."""
-
-
-def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list[Sample]:
-    """The pairs of a data set, in the order of the pictures' names. Raises InputError where there are none."""
-    if data.layout == "folder":
-        samples = _pairs_of_folder(data)
-    elif data.layout == "nyu_arrays":
-        files = [paths.join(data.folder, f"eigen_test_{kind}.npy") for kind in ("rgb", "depth")]
-        samples = [Sample(files[0], files[1], row) for row in range(len(_array(files[0])))]
-    else:
-        samples = _pairs_of_list(data, split)
-    if not samples:
-        raise InputError(f"{data.folder}: no picture with a depth in layout '{data.layout}'. Check the folder.")
-    return samples
-
-
-def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> list[Sample]:
-    layout = LAYOUTS[data.layout]
-    name = data.list_file or (layout.train_list if split == "train" else layout.test_list)
-    assert name is not None
-    path = paths.join(data.folder, name)
-    try:
-        lines = paths.read_bytes(path).decode().splitlines()
-    except FileNotFoundError:
-        raise InputError(
-            f"No list of pairs at '{path}'. Layout '{data.layout}' needs it for its {split} split."
-        ) from None
-    below = ("input", "gt_depth") if data.layout == "kitti" else ("", "")
-    samples = []
-    for number, line in enumerate(lines, 1):
-        parts = line.split()
-        if not parts or parts[1:2] == ["None"]:  # KITTI: 45 frames of the test have no ground truth
-            continue
-        if len(parts) < 2:
-            raise InputError(f"{path}, line {number}: expected a picture and its depth. Found: {line!r}.")
-        image, depth = (
-            paths.join(data.folder, folder, part.lstrip("/")) for folder, part in zip(below, parts[:2], strict=True)
-        )
-        samples.append(Sample(image, depth))
-    return sorted(samples, key=lambda sample: sample.image)
-
-
-def _pairs_of_folder(data: DepthDataConfig) -> list[Sample]:
-    found: list[dict[str, str]] = []
-    for folder in (data.images, data.depths):
-        place = paths.join(data.folder, folder)
-        names = [name for name in paths.list_names(place) if not name.startswith(".")]
-        if not names:
-            raise InputError(f"No files in '{place}'. Layout 'folder' has {data.images}/ and {data.depths}/.")
-        found.append({PurePosixPath(name).stem: paths.join(place, name) for name in names})
-    images, depths = found
-    if alone := sorted(images.keys() ^ depths.keys()):
-        raise InputError(
-            f"{data.folder}: {len(alone)} of the pictures and depths have no partner of the same name, such as "
-            f"'{alone[0]}'. Remove them."
-        )
-    return [Sample(images[name], depths[name]) for name in sorted(images)]
-
-
-def read_sample(sample: Sample, data: DepthDataConfig) -> tuple[Tensor, Tensor]:
-    """A picture (3, H, W) uint8 and its depth (H, W) float32 in metres, 0 where unknown; KITTI's without its border.
-
-    Raises InputError.
-    """
-    image, depth = _read_image(sample), _read_depth(sample, data)
-    if image.shape[1:] != depth.shape:
-        raise InputError(
-            f"{sample.depth} has {depth.shape[0]} x {depth.shape[1]} pixels, its picture {sample.image} has "
-            f"{image.shape[1]} x {image.shape[2]}. They must be as large."
-        )
-    if not np.isfinite(depth).all() or depth.min() < 0:
-        raise InputError(f"{sample.depth}: depths that are negative or not finite. Write 0 where it is unknown.")
-    if data.layout.startswith("nyu") and depth.shape != (480, 640):
-        raise InputError(f"{sample.image} has {depth.shape[0]} x {depth.shape[1]} pixels; NYU's have 480 x 640.")
-    if data.layout == "kitti":
-        rows, columns = depth.shape
-        if rows < KITTI_ROWS or columns < KITTI_COLUMNS:
-            raise InputError(f"{sample.image} has {rows} x {columns} pixels; KITTI's have at least 352 x 1216.")
-        left = (columns - KITTI_COLUMNS) // 2
-        inside = (slice(rows - KITTI_ROWS, None), slice(left, left + KITTI_COLUMNS))
-        image, depth = image[:, *inside], depth[inside]
-    return torch.from_numpy(image.copy()), torch.from_numpy(depth.copy())
-
-
-def _read_image(sample: Sample) -> NDArray[np.uint8]:
-    if sample.row is not None:
-        return np.asarray(_array(sample.image)[sample.row], np.uint8).transpose(2, 0, 1)
-    try:
-        return np.asarray(decode_rgb(paths.read_bytes(sample.image), ImageLimits())).transpose(2, 0, 1)
-    except (ImageRejected, FileNotFoundError) as error:
-        raise InputError(f"Cannot read the picture '{sample.image}': {error}.") from None
-
-
-def _read_depth(sample: Sample, data: DepthDataConfig) -> NDArray[np.float32]:
-    if sample.row is not None:
-        return np.asarray(_array(sample.depth)[sample.row], np.float32)
-    try:
-        content = paths.read_bytes(sample.depth)
-    except FileNotFoundError:
-        raise InputError(f"No depth at '{sample.depth}', which belongs to '{sample.image}'.") from None
-    if sample.depth.endswith(".npy"):
-        return np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
-    with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
-        if not picture.mode.startswith("I"):  # I;16, or I where Pillow is older
-            raise InputError(f"{sample.depth} is a PNG of mode {picture.mode}; a depth has one channel of 16 bits.")
-        values = np.asarray(picture).astype(np.uint16)
-    if data.layout == "sun_rgbd":
-        metres = (values >> 3 | values << 13).astype(np.float32) / 1000
-        return np.minimum(metres, np.float32(LAYOUTS["sun_rgbd"].max_depth))
-    unit = data.units_per_metre if data.layout == "folder" else LAYOUTS[data.layout].units_per_metre
-    return values.astype(np.float32) / np.float32(unit)
-
-
-def _array(path: str) -> NDArray[np.generic]:
-    if not Path(path).is_file():
-        raise InputError(f"No array at '{path}'. Layout 'nyu_arrays' has eigen_test_rgb.npy and eigen_test_depth.npy.")
-    array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
-
-
-def hash_samples(samples: Sequence[Sample]) -> str:
-    """64 hex digits of the bytes of all files, in order."""
-    hashed = hashlib.sha256()
-    for path in dict.fromkeys(path for sample in samples for path in (sample.image, sample.depth)):
-        with paths.open_read(path) as file:
-            while block := file.read(1 << 20):
-                hashed.update(block)
-    return hashed.hexdigest()
 
 
 # ---- scoring

@@ -48,8 +48,8 @@ from curation.images.decode import Picture, to_shape
 from curation.models import embedders
 from curation.models.device import require_device
 from curation.models.embedders import EmbedderConfig, ModelName, Normalization
-from evaluation import datasets
-from evaluation.datasets import Split
+from evaluation.data import splits
+from evaluation.data.splits import Split
 
 Pooling = Literal["cls", "patch_mean", "cls_patch_mean"]
 
@@ -419,7 +419,7 @@ def _make_worker(
     def process(shard: Shard) -> ShardRecord:
         pixels = (
             own
-            for _, own in datasets.pictures(
+            for _, own in splits.pictures(
                 split,
                 shard.work,
                 lambda picture: preprocess(picture, config),

@@ -28,8 +28,9 @@ from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.models.device import require_device
 from curation.search import exact
-from evaluation import datasets, features
-from evaluation.datasets import SplitConfig
+from evaluation import features
+from evaluation.data import splits
+from evaluation.data.splits import SplitConfig
 from evaluation.features import Model, PicturesConfig
 from evaluation.results import Result
 from evaluation.scores import class_mean
@@ -154,7 +155,7 @@ def run(
 ) -> list[Result]:
     """Classify one dataset; features are kept in `cache`, <output>/cache when None. Raises UserError kin."""
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
-    train, test = datasets.load_pair(
+    train, test = splits.load_pair(
         config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
     )
     own = features.extract(model, train, config.pictures, cache, runner)
@@ -167,7 +168,7 @@ def run(
     for k, scores in _scores(config, model.world, own.blocks(), train.labels, asked, test.labels).items():
         found += [(f"k={k}", metric, value, None) for metric, value in scores.items()]
     for per_class in config.per_class:
-        draws = [datasets.few_shot(train.labels, per_class, config.seed + number) for number in range(config.tries)]
+        draws = [splits.few_shot(train.labels, per_class, config.seed + number) for number in range(config.tries)]
         tried = [
             _scores(config, model.world, [own.take(rows)], train.labels[rows], asked, test.labels) for rows in draws
         ]

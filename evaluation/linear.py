@@ -42,8 +42,8 @@ from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
 from curation.images.decode import Picture, decode_picture, upright
 from curation.images.sources import ReferenceReader
-from evaluation import datasets
-from evaluation.datasets import Split, SplitConfig
+from evaluation.data import splits
+from evaluation.data.splits import Split, SplitConfig
 from evaluation.features import Model, PicturesConfig, preprocess
 from evaluation.results import Result
 from evaluation.scores import class_mean
@@ -257,7 +257,7 @@ def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head
 
 
 def _train(config: LinearConfig, model: Model, train: Split) -> Head:
-    own, held = (train.take(rows) for rows in datasets.hold_out(train.labels, config.held_out, config.seed))
+    own, held = (train.take(rows) for rows in splits.hold_out(train.labels, config.held_out, config.seed))
     readings, num_classes, world = readings_of(config, model), len(train.classes), model.world
     if config.batch_size < world.num_ranks:
         raise InputError(f"batch_size is {config.batch_size}: fewer images than the {world.num_ranks} ranks.")
@@ -332,7 +332,7 @@ def _order(num_images: int, seed: int) -> Iterator[int]:
 def middles(split: Split, world: World, config: PicturesConfig, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The middles of this rank's share of the pictures (B, 3, side, side) and their labels (B,), `size` at a time."""
     share = world.share(len(split))
-    found = datasets.pictures(
+    found = splits.pictures(
         split,
         share,
         lambda picture: preprocess(picture, config),
@@ -365,7 +365,7 @@ def run(
     UserError kin.
     """
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
-    train, test = datasets.load_pair(
+    train, test = splits.load_pair(
         config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
     )
     head = fitted(config, model, train, cache)

@@ -26,8 +26,9 @@ from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from evaluation import datasets, features
-from evaluation.datasets import SplitConfig
+from evaluation import features
+from evaluation.data import splits
+from evaluation.data.splits import SplitConfig
 from evaluation.features import Model, PicturesConfig
 from evaluation.results import Result
 from evaluation.scores import class_mean
@@ -76,7 +77,7 @@ def choose(
     train_features: (n, F), train_labels: (n,) integers from 0. Each fit starts where the one before it ended, which
     changes the speed alone: the loss has one minimum.
     """
-    own, held = datasets.hold_out(train_labels, held_out, seed)
+    own, held = splits.hold_out(train_labels, held_out, seed)
     truth = train_labels[held].numpy()
     classifier = _classifier(c[0], max_iterations, tolerance)
     classifier.set_params(warm_start=True)
@@ -116,7 +117,7 @@ def run(
     Of several ranks the first one fits; the others find nothing.
     """
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
-    train, test = datasets.load_pair(
+    train, test = splits.load_pair(
         config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
     )
     own = features.extract(model, train, config.pictures, cache, runner).matrix()

@@ -9,8 +9,9 @@ from curation.config import Settings
 from curation.engine.runner import InlineRunner, Runner
 from curation.files import paths
 from curation.images.decode import to_shape
-from evaluation import datasets, features, visualize
-from evaluation.datasets import Split, SplitConfig
+from evaluation import features, visualize
+from evaluation.data import splits
+from evaluation.data.splits import Split, SplitConfig
 from evaluation.features import Model, PicturesConfig
 from evaluation.visualize import Picture, Pixels
 
@@ -53,7 +54,7 @@ def run(
 ) -> Picture | None:
     """Draw one sheet below `output`, on the first rank; features are kept in `cache`, <output>/cache when None."""
     cache = cache or paths.join(output, "cache")
-    split = datasets.load(config.split, cache, runner or InlineRunner())
+    split = splits.load(config.split, cache, runner or InlineRunner())
     found = features.extract(model, split, config.pictures, cache, runner)
     if not model.world.is_first:
         return None
@@ -74,7 +75,7 @@ def run(
 def _square(split: Split, row: int, side: int) -> Pixels:
     """The largest square in the middle of a picture, (side, side, 3)."""
     shape = (side, side)
-    ((_, pixels),) = datasets.pictures(
+    ((_, pixels),) = splits.pictures(
         split, [row], lambda picture: to_shape(picture, shape, crop=True), target_side=side, threads=1
     )
     return pixels.transpose(1, 2, 0)

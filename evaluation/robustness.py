@@ -30,8 +30,9 @@ from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from evaluation import datasets, linear
-from evaluation.datasets import Split, SplitConfig
+from evaluation import linear
+from evaluation.data import splits
+from evaluation.data.splits import Split, SplitConfig
 from evaluation.features import Model
 from evaluation.linear import Head, LinearConfig
 from evaluation.results import Result
@@ -93,7 +94,7 @@ def run(
     """
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     runner = runner or InlineRunner()
-    train = datasets.load(config.linear.train, cache, runner)
+    train = splits.load(config.linear.train, cache, runner)
     head = linear.fitted(config.linear, model, train, cache)
     if config.kind == "corruptions":
         errors: dict[str, list[float]] = {}
@@ -134,9 +135,9 @@ def run(
 
 
 def _load(path: str, train: Split, cache: str, runner: Runner, *, places: bool = False) -> Split:
-    split = datasets.load(SplitConfig(path=path), cache, runner)
+    split = splits.load(SplitConfig(path=path), cache, runner)
     if not places:
-        return datasets.with_classes(split, train, subset=True)
+        return splits.with_classes(split, train, subset=True)
     wrong = [name for name in split.classes if not name.isdecimal() or int(name) >= len(train.classes)]
     if wrong:
         raise InputError(f"{path}: the folder '{wrong[0]}' is not a place among {len(train.classes)} classes.")

@@ -29,9 +29,9 @@ from curation.engine.ranks import World, gather_rows, sum_over_ranks
 from curation.errors import InputError
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
+from evaluation.data.scenes import IGNORED, Scene, SceneData, Scenes, load_scenes
 from evaluation.features import Model
 from evaluation.results import Result
-from evaluation.scenes import IGNORED, Scene, SceneData, Scenes, load_scenes
 
 # What a picture is padded with: ImageNet's mean colour, which the model sees as 0.
 PADDING = (124, 116, 104)

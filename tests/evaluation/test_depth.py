@@ -14,7 +14,9 @@ from torch.nn import functional
 from curation import backbone, weights
 from curation.errors import ConfigError, InputError
 from evaluation import depth, features
-from evaluation.depth import DepthConfig, DepthDataConfig
+from evaluation.data import depth_data
+from evaluation.data.depth_data import DepthDataConfig
+from evaluation.depth import DepthConfig
 from tests.evaluation.scene_builders import depth_scene
 
 
@@ -36,7 +38,7 @@ def ramp(height: int, width: int, low: int, high: int) -> NDArray[np.uint16]:
     return np.linspace(low, high, height * width).astype(np.uint16).reshape(height, width)
 
 
-def data(folder: Path, layout: depth.LayoutName = "folder", **settings: object) -> DepthDataConfig:
+def data(folder: Path, layout: depth_data.LayoutName = "folder", **settings: object) -> DepthDataConfig:
     return DepthDataConfig.model_validate({"name": layout, "layout": layout, "folder": str(folder), **settings})
 
 
@@ -191,13 +193,13 @@ def test_reads_nyu(tmp_path: Path) -> None:
         "/kitchen_0028b/rgb_00045.jpg /kitchen_0028b/sync_depth_00045.png 518.8579\n"
         "/bedroom_0060/rgb_00081.jpg /bedroom_0060/sync_depth_00081.png 518.8579\n"
     )
-    samples = depth.find_samples(data(tmp_path, "nyu"), "train")
+    samples = depth_data.find_samples(data(tmp_path, "nyu"), "train")
     assert [Path(one.image).parent.name for one in samples] == ["bedroom_0060", "kitchen_0028b"]  # by name
-    image, metres = depth.read_sample(samples[0], data(tmp_path, "nyu"))
+    image, metres = depth_data.read_sample(samples[0], data(tmp_path, "nyu"))
     assert image.shape == (3, 480, 640) and image.dtype == torch.uint8
     assert metres[0, 0] == pytest.approx(0.5) and metres[-1, -1] == pytest.approx(9.5)
     with pytest.raises(InputError, match=r"nyu_test\.txt"):
-        depth.find_samples(data(tmp_path, "nyu"), "test")
+        depth_data.find_samples(data(tmp_path, "nyu"), "test")
 
 
 def test_reads_nyu_arrays(tmp_path: Path) -> None:
@@ -206,9 +208,9 @@ def test_reads_nyu_arrays(tmp_path: Path) -> None:
     metres = random.uniform(1, 9, (2, 480, 640)).astype(np.float32)
     np.save(tmp_path / "eigen_test_rgb.npy", pictures)
     np.save(tmp_path / "eigen_test_depth.npy", metres)
-    samples = depth.find_samples(data(tmp_path, "nyu_arrays"), "test")
+    samples = depth_data.find_samples(data(tmp_path, "nyu_arrays"), "test")
     assert len(samples) == 2
-    image, truth = depth.read_sample(samples[1], data(tmp_path, "nyu_arrays"))
+    image, truth = depth_data.read_sample(samples[1], data(tmp_path, "nyu_arrays"))
     assert np.array_equal(image.permute(1, 2, 0), pictures[1]) and np.array_equal(truth, metres[1])
 
 
@@ -222,8 +224,8 @@ def test_reads_kitti(tmp_path: Path) -> None:
         f"2011_09_26/{drive}/image_02/data/{frame} {drive}/proj_depth/groundtruth/image_02/{frame} 721.5377\n"
         f"2011_09_26/{drive}/image_02/data/0000000070.png None 721.5377\n"
     )
-    (sample,) = depth.find_samples(data(tmp_path, "kitti"), "test")
-    image, metres = depth.read_sample(sample, data(tmp_path, "kitti"))
+    (sample,) = depth_data.find_samples(data(tmp_path, "kitti"), "test")
+    image, metres = depth_data.read_sample(sample, data(tmp_path, "kitti"))
     assert image.shape == (3, 352, 1216) and metres.shape == (352, 1216)
     assert np.array_equal(image.permute(1, 2, 0), picture[23:, 13:1229])
     assert np.array_equal(metres, values[23:, 13:1229] / np.float32(256))
@@ -237,8 +239,8 @@ def test_reads_sun_rgbd(tmp_path: Path) -> None:
     turned = (millimetres << 3) | (millimetres >> 13)  # as the sensors' files hold it
     write_depth(tmp_path / place / "depth/0000103.png", turned)
     (tmp_path / "SUNRGBD_val_splits.txt").write_text(f"{place}/image/0000103.jpg {place}/depth/0000103.png\n")
-    (sample,) = depth.find_samples(data(tmp_path, "sun_rgbd"), "test")
-    _, metres = depth.read_sample(sample, data(tmp_path, "sun_rgbd"))
+    (sample,) = depth_data.find_samples(data(tmp_path, "sun_rgbd"), "test")
+    _, metres = depth_data.read_sample(sample, data(tmp_path, "sun_rgbd"))
     assert np.array_equal(metres, np.minimum(millimetres / np.float32(1000), np.float32(8)))
 
 
@@ -248,32 +250,32 @@ def test_reads_a_folder_of_png_and_npy(tmp_path: Path) -> None:
     write_depth(tmp_path / "depth/a.png", ramp(20, 30, 100, 900))
     np.save(tmp_path / "depth/b.npy", np.full((20, 30), 2.5))
     settings = data(tmp_path, units_per_metre=100)
-    first, second = (depth.read_sample(one, settings)[1] for one in depth.find_samples(settings, "test"))
+    first, second = (depth_data.read_sample(one, settings)[1] for one in depth_data.find_samples(settings, "test"))
     assert first[0, 0] == 1 and first[-1, -1] == 9 and (second == 2.5).all()
 
 
 def test_says_what_is_wrong_with_the_data(tmp_path: Path) -> None:
     write_picture(tmp_path / "rgb/a.png", 20, 30)
     with pytest.raises(InputError, match="No files in"):
-        depth.find_samples(data(tmp_path), "test")
+        depth_data.find_samples(data(tmp_path), "test")
     write_depth(tmp_path / "depth/a.png", ramp(20, 31, 100, 900))
-    (sample,) = depth.find_samples(data(tmp_path), "test")
+    (sample,) = depth_data.find_samples(data(tmp_path), "test")
     with pytest.raises(InputError, match=r"20 x 31 pixels.*20 x 30"):
-        depth.read_sample(sample, data(tmp_path))
+        depth_data.read_sample(sample, data(tmp_path))
     Image.new("L", (30, 20), 7).save(tmp_path / "depth/a.png")
     with pytest.raises(InputError, match="16 bits"):
-        depth.read_sample(sample, data(tmp_path))
+        depth_data.read_sample(sample, data(tmp_path))
     (tmp_path / "depth/a.png").unlink()
     np.save(tmp_path / "depth/a.npy", np.full((20, 30), np.nan))
-    (sample,) = depth.find_samples(data(tmp_path), "test")
+    (sample,) = depth_data.find_samples(data(tmp_path), "test")
     with pytest.raises(InputError, match="not finite"):
-        depth.read_sample(sample, data(tmp_path))
+        depth_data.read_sample(sample, data(tmp_path))
     np.save(tmp_path / "depth/b.npy", np.ones((20, 30)))
     with pytest.raises(InputError, match="no partner of the same name, such as 'b'"):
-        depth.find_samples(data(tmp_path), "test")
+        depth_data.find_samples(data(tmp_path), "test")
     (tmp_path / "nyu_test.txt").write_text("/a/rgb_1.jpg\n")
     with pytest.raises(InputError, match=r"nyu_test\.txt, line 1"):
-        depth.find_samples(data(tmp_path, "nyu"), "test")
+        depth_data.find_samples(data(tmp_path, "nyu"), "test")
 
 
 def test_configs_that_cannot_be() -> None:
@@ -372,10 +374,9 @@ def test_every_picture_is_seen_before_one_comes_again(tmp_path: Path) -> None:
     config = DepthConfig(
         train=settings, tests=(settings,), steps=3, warmup_steps=2, batch_size=4, crop_size=(40, 48), augment=False
     )
-    seen = torch.cat([truth for _, truth in depth.training_batches(depth.find_samples(settings, "train"), config)])
+    seen = torch.cat([truth for _, truth in depth.training_batches(depth_data.find_samples(settings, "train"), config)])
     for epoch in (seen[:6], seen[6:]):
         assert len({tuple(one.flatten().tolist()) for one in epoch}) == 6
     with pytest.raises(InputError, match="Set a smaller crop_size"):
-        next(
-            depth.training_batches(depth.find_samples(settings, "train"), config.model_copy(update={"crop_size": None}))
-        )
+        samples = depth_data.find_samples(settings, "train")
+        next(depth.training_batches(samples, config.model_copy(update={"crop_size": None})))

@@ -9,8 +9,8 @@ import torch
 from curation import backbone, weights
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError, WeightsError
-from evaluation import datasets
-from evaluation.datasets import Split, SplitConfig
+from evaluation.data import splits
+from evaluation.data.splits import Split, SplitConfig
 from evaluation.features import Features, ModelConfig, PicturesConfig, extract, load_model
 from tests.evaluation.builders import checkpoint, image_folder, model_config
 
@@ -18,9 +18,7 @@ SMALL = PicturesConfig(resize_size=40, image_size=32)
 
 
 def split_of(tmp_path: Path) -> Split:
-    return datasets.load(
-        SplitConfig(path=image_folder(tmp_path / "images", 4)), str(tmp_path / "cache"), InlineRunner()
-    )
+    return splits.load(SplitConfig(path=image_folder(tmp_path / "images", 4)), str(tmp_path / "cache"), InlineRunner())
 
 
 def pixels(count: int = 3, side: int = 32) -> torch.Tensor:

@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from curation.engine.ranks import ALONE
 from curation.engine.runner import InlineRunner
-from evaluation import datasets, linear
-from evaluation.datasets import SplitConfig
+from evaluation import linear
+from evaluation.data import splits
+from evaluation.data.splits import SplitConfig
 from evaluation.features import ModelConfig, PicturesConfig, load_model
 from evaluation.linear import LEARNING_RATES, Heads, LinearConfig, Reading, fitted, random_crop, read, readings_of
 from tests.curation.builders import picture_of
@@ -43,7 +44,7 @@ def test_both_grids_have_thirteen_rates() -> None:
 
 def test_all_heads_at_once_are_each_trained_alone(tmp_path: Path) -> None:
     config, model = config_of(tmp_path), load_model(model_config(tmp_path))
-    split = datasets.load(config.train, str(tmp_path / "cache"), InlineRunner())
+    split = splits.load(config.train, str(tmp_path / "cache"), InlineRunner())
     readings = readings_of(config, model)
     assert readings == [Reading(1, False), Reading(1, True), Reading(2, False), Reading(2, True)]
     steps = [
@@ -76,7 +77,7 @@ def test_a_probe_learns_and_is_read_again(tmp_path: Path) -> None:
     first = linear.run(config, model, str(tmp_path / "out"), cache=cache)
     scores = {result.metric: result.value for result in first}
     assert scores["top-1"] > 0.6 and first[0].settings["chosen_rate"] == 0.05
-    split = datasets.load(config.train, cache, InlineRunner())
+    split = splits.load(config.train, cache, InlineRunner())
     head, again = fitted(config, model, split, cache), fitted(config, model, split, str(tmp_path / "other"))
     assert torch.equal(head.weight, again.weight) and head.held_out_top_1 == again.held_out_top_1
     other = fitted(config.model_copy(update={"seed": 1}), model, split, cache)

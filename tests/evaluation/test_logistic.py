@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from curation.errors import InputError
-from evaluation.datasets import hold_out
+from evaluation.data.splits import hold_out
 from evaluation.logistic import DEFAULT_C, choose, predict
 
 

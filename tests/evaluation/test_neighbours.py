@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from evaluation import neighbours
-from evaluation.datasets import SplitConfig
+from evaluation.data.splits import SplitConfig
 from evaluation.features import ModelConfig, PicturesConfig, load_model
 from evaluation.neighbours import NeighboursConfig, choose
 from evaluation.visualize import GAP, OTHER, SAME

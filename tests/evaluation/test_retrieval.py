@@ -14,24 +14,26 @@ from torch import Tensor
 from curation.config import parse
 from curation.errors import ConfigError, InputError
 from evaluation import retrieval
-from evaluation.features import ModelConfig, load_model
-from evaluation.results import Result
-from evaluation.retrieval import (
+from evaluation.data.retrieval_data import (
     AmsterTimeData,
     MetData,
     Photo,
-    RetrievalConfig,
     RevisitedData,
     ViewConfig,
+    read_amstertime,
+    read_met,
+    read_revisited,
+)
+from evaluation.features import ModelConfig, load_model
+from evaluation.results import Result
+from evaluation.retrieval import (
+    RetrievalConfig,
     average_precision,
     classify_instances,
     global_average_precision,
     labelled_score,
     paired_precisions,
     rank,
-    read_amstertime,
-    read_met,
-    read_revisited,
     revisited_rows,
     revisited_score,
     see,

@@ -8,7 +8,7 @@ import torch
 
 from curation.errors import InputError
 from evaluation import robustness
-from evaluation.datasets import SplitConfig
+from evaluation.data.splits import SplitConfig
 from evaluation.features import ModelConfig, PicturesConfig, load_model
 from evaluation.linear import LinearConfig
 from evaluation.robustness import RobustnessConfig, mean_corruption_error, real_accuracy

@@ -9,7 +9,7 @@ import torch
 
 from curation.errors import InputError
 from evaluation import knn, results, run
-from evaluation.datasets import SplitConfig
+from evaluation.data.splits import SplitConfig
 from evaluation.features import ModelConfig, PicturesConfig, load_model
 from evaluation.knn import KnnConfig
 from evaluation.run import EvaluationConfig, evaluate

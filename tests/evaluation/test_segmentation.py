@@ -12,8 +12,8 @@ from curation import backbone, weights
 from curation.config import parse
 from curation.errors import ConfigError, InputError
 from evaluation import segmentation
+from evaluation.data.scenes import IGNORED, Scene, Scenes
 from evaluation.features import Model, ModelConfig, load_model
-from evaluation.scenes import IGNORED, Scene, Scenes
 from evaluation.segmentation import (
     PROTOCOLS,
     LinearHead,

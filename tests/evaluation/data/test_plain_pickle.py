@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from curation.errors import InputError
-from evaluation.plain_pickle import Array, loads
+from evaluation.data.plain_pickle import Array, loads
 
 PLAIN: dict[str, Any] = {
     "c": np.arange(6).reshape(2, 3),

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from curation.errors import InputError
-from evaluation.scenes import CITYSCAPES_IDS, IGNORED, FolderData, PublishedData, Scenes, load_scenes
+from evaluation.data.scenes import CITYSCAPES_IDS, IGNORED, FolderData, PublishedData, Scenes, load_scenes
 from tests.evaluation.scene_builders import grey, photograph, stamps, write
 
 

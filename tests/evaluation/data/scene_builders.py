@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from evaluation.scenes import StampData
+from evaluation.data.scenes import StampData
 
 
 def photograph(seed: int, size: tuple[int, int]) -> Image.Image:

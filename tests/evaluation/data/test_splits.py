@@ -10,12 +10,12 @@ from curation.errors import InputError, RejectBudgetError, UserError
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.ingest import run as run_ingest
-from evaluation import datasets
-from evaluation.datasets import SplitConfig, few_shot, hold_out, load, load_pair
+from evaluation.data import splits
+from evaluation.data.splits import SplitConfig, few_shot, hold_out, load, load_pair
 from tests.evaluation.builders import CLASSES, image_folder, parquet_of, tar_of
 
 
-def labels_of(split: datasets.Split) -> dict[str, str]:
+def labels_of(split: splits.Split) -> dict[str, str]:
     return dict(zip(split.table["image_id"].to_pylist(), (split.classes[label] for label in split.labels), strict=True))
 
 
