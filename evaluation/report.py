@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from curation.errors import InputError
 from curation.files import paths
-from curation.report.html import Markup, tag
+from curation.report.markup import Markup, tag
 from evaluation import results, visualize
 from evaluation.published import Published, beside
 from evaluation.results import Result

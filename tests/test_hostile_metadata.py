@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from curation.engine import progress
 from curation.images.sources import SourceConfig
-from curation.report import html
+from curation.report import markup
 from evaluation import report, visualize
 from tests.evaluation.test_report import result
 
@@ -87,23 +87,23 @@ def test_a_name_does_not_change_the_shape_of_the_evaluation_report(name: str) ->
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_name_does_not_change_the_shape_of_what_the_report_of_curation_is_made_of(name: str) -> None:
     def page(name: str) -> str:
-        rows = [(html.quoted(name), name, 1)]
+        rows = [(markup.quoted(name), name, 1)]
         parts = [
-            html.table((name, "b", "c"), rows),
-            html.bar((0.5, "stays"), label=name),
-            html.legend(("stays", name)),
-            html.columns([(name, 3, "")]),
-            html.tag("img", src="data:image/webp;base64,AA==", alt=name, title=name),
-            html.tag("pre", name),
+            markup.table((name, "b", "c"), rows),
+            markup.bar((0.5, "stays"), label=name),
+            markup.legend(("stays", name)),
+            markup.columns([(name, 3, "")]),
+            markup.tag("img", src="data:image/webp;base64,AA==", alt=name, title=name),
+            markup.tag("pre", name),
         ]
-        return html.page(name, "f" * 64, html.section("part", name, *parts))
+        return markup.page(name, "f" * 64, markup.section("part", name, *parts))
 
     plain, hostile = Shape(page("x" * 41)), Shape(page(name))
     attributes = {names for _, names in plain.elements} | {("dir",)}  # a short name is not marked as a long one
     assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in plain.elements]
     assert {names for _, names in hostile.elements} <= attributes and hostile.others == []
     assert hostile.addresses == plain.addresses
-    assert html.read_fingerprint(page(name)) == "f" * 64
+    assert markup.read_fingerprint(page(name)) == "f" * 64
 
 
 def test_a_terminal_gets_no_control_characters() -> None:

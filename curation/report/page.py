@@ -23,7 +23,7 @@ from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.report import facts, html
+from curation.report import facts, markup
 from curation.report.facts import (
     OTHER,
     SAME,
@@ -42,7 +42,7 @@ from curation.report.facts import (
     SimilarityBin,
     Step,
 )
-from curation.report.html import Markup, clip, join, quoted, tag
+from curation.report.markup import Markup, clip, join, quoted, tag
 
 REPORT_NAME = "report.html"
 CONFIG_NAME = "run.toml"
@@ -113,7 +113,7 @@ def _fingerprint(config: ReportConfig, output: str) -> str:
     """Changes when anything does that the page is made from: the run, the concepts or this code."""
     files = [paths.join(output, stage, MANIFEST_NAME) for stage in STAGES]
     files += [paths.join(output, CONFIG_NAME)] + ([config.concepts] if config.concepts else [])
-    files += [module for module in (__file__, html.__file__, facts.__file__) if module]
+    files += [module for module in (__file__, markup.__file__, facts.__file__) if module]
     parts = [hashlib.sha256(paths.read_bytes(path)).hexdigest() if paths.exists(path) else None for path in files]
     return hash_json([config.model_dump(mode="json"), *parts])
 
@@ -122,7 +122,7 @@ def _written_fingerprint(path: str) -> str | None:
     if not paths.exists(path):
         return None
     with paths.open_read(path) as file:
-        return html.read_fingerprint(file.read(1000).decode(errors="replace"))
+        return markup.read_fingerprint(file.read(1000).decode(errors="replace"))
 
 
 # What is shown. Chosen first, so that only those pictures are read.
@@ -186,9 +186,9 @@ def _write(choice: Choice, config: ReportConfig, finished: FinishedRun, fingerpr
         ("run", "The run", _run(finished)),
     ]
     contents = tag("ol", *(tag("li", tag("a", title, href=f"#{name}")) for name, title, _ in parts))
-    sections = (html.section(name, f"{number}. {title}", body) for number, (name, title, body) in enumerate(parts, 1))
+    sections = (markup.section(name, f"{number}. {title}", body) for number, (name, title, body) in enumerate(parts, 1))
     top = tag("header", tag("h1", TITLE), _abstract(finished), tag("nav", contents, aria_label="Contents"))
-    return html.page(TITLE, fingerprint, top, tag("main", *sections))
+    return markup.page(TITLE, fingerprint, top, tag("main", *sections))
 
 
 def _abstract(finished: FinishedRun) -> Markup:
@@ -211,7 +211,7 @@ def _funnel(finished: FinishedRun) -> Markup:
     rows = [
         (
             tag("strong", step.name),
-            html.bar(
+            markup.bar(
                 (step.count / widest, "stays"),
                 (step.lost / widest, "lost" if step.is_loss else "aside"),
                 label=f"{step.name}: {step.count:,}",
@@ -233,10 +233,10 @@ def _funnel(finished: FinishedRun) -> Markup:
     ]
     names = ("source", "role", "rejected", "exact copies", "near-duplicates", "of the holdout", "kept", "in the corpus")
     return join(
-        html.legend(("stays", "goes on"), ("lost", "dropped here"), ("aside", "set apart, or not asked for")),
-        html.table(("step", "", "images", "of all", "fewer by", ""), rows, numbers=frozenset({2, 3, 4})),
+        markup.legend(("stays", "goes on"), ("lost", "dropped here"), ("aside", "set apart, or not asked for")),
+        markup.table(("step", "", "images", "of all", "fewer by", ""), rows, numbers=frozenset({2, 3, 4})),
         tag("h3", "By source"),
-        html.table(names, sources, numbers=frozenset(range(2, 8))),
+        markup.table(names, sources, numbers=frozenset(range(2, 8))),
     )
 
 
@@ -248,7 +248,7 @@ def _rejects(finished: FinishedRun) -> Markup:
     counts = [
         (
             quoted(reject.reason),
-            html.bar((reject.count / found[0].count, "lost"), label=f"{reject.reason}: {reject.count:,}"),
+            markup.bar((reject.count / found[0].count, "lost"), label=f"{reject.reason}: {reject.count:,}"),
             _number(reject.count),
             f"{reject.count / ingested:.2%}",
         )
@@ -260,9 +260,9 @@ def _rejects(finished: FinishedRun) -> Markup:
         for row in reject.examples
     ]
     return join(
-        html.table(("reason", "", "files", "of all"), counts, numbers=frozenset({2, 3})),
+        markup.table(("reason", "", "files", "of all"), counts, numbers=frozenset({2, 3})),
         tag("h3", f"The first {REJECTS_PER_REASON} of each reason"),
-        html.table(("reason", "source", "file", "detail"), examples),
+        markup.table(("reason", "source", "file", "detail"), examples),
     )
 
 
@@ -290,7 +290,7 @@ def _datasets(choice: Choice, config: ReportConfig) -> Markup:
     bars = [
         (
             quoted(dataset.name),
-            html.bar(
+            markup.bar(
                 (dataset.same_concept, "stays"), mark=dataset.chance, label=f"same concept: {dataset.same_concept:.1%}"
             ),
             f"{dataset.same_concept:.1%} of {dataset.compared:,}",
@@ -299,9 +299,9 @@ def _datasets(choice: Choice, config: ReportConfig) -> Markup:
         if dataset.same_concept is not None
     ]
     return join(
-        html.table((*names, *shares), rows, numbers=frozenset({2, *range(4, 11)})),
+        markup.table((*names, *shares), rows, numbers=frozenset({2, *range(4, 11)})),
         tag("h3", "The share of the right concept"),
-        html.table(("dataset", "", "retrieved rows"), bars, numbers=frozenset({2})) if bars else "",
+        markup.table(("dataset", "", "retrieved rows"), bars, numbers=frozenset({2})) if bars else "",
         tag("p", "The mark on a bar is the share by chance.", class_="note") if bars else "",
         tag("p", _same_concept_rule(config, choice.datasets), class_="note"),
     )
@@ -346,7 +346,7 @@ def _gallery(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pictu
             "the seed or to the cluster's centre. Seeds are a random few; clusters are those with the most seeds."
             + (f" {_count(missing, 'more dataset')} would not fit." if missing else ""),
         ),
-        html.legend(
+        markup.legend(
             ("frame seed", "seed"),
             ("frame same", "same concept"),
             ("frame other", "another concept"),
@@ -393,19 +393,19 @@ def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pictur
             + (", and what is no copy of these." if dedup["matches_kept"] else "."),
         ),
         tag("h3", "Guards against chains of copies"),
-        html.table(("option", "what it is for", "what it did"), [_guard(guard) for guard in facts.guards(finished)]),
+        markup.table(("option", "what it is for", "what it did"), [_guard(guard) for guard in facts.guards(finished)]),
     ]
     if choice.groups:
         parts += [
             tag("h3", "Groups by size"),
-            html.columns([(size, count, "") for size, count in sizes]),
+            markup.columns([(size, count, "") for size, count in sizes]),
             tag("h3", "The largest groups"),
             tag(
                 "p",
                 "Below each is what became of it, and how similar it is to the image that it copies; indirect: joined "
                 "to that image only by others.",
             ),
-            html.legend(("frame kept", "kept"), ("frame other", "dropped")),
+            markup.legend(("frame kept", "kept"), ("frame other", "dropped")),
         ]
     drawn = []
     for group in choice.groups:
@@ -488,8 +488,8 @@ def _threshold(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pic
     ]
     parts = [
         tag("p", text + " Below each column stands where it begins."),
-        html.columns(heights),
-        html.legend(
+        markup.columns(heights),
+        markup.legend(
             ("copies", "copies"),
             ("no-copies", "no copies"),
             ("first", f"threshold, {threshold:g}"),
@@ -534,7 +534,7 @@ def _sweep(finished: FinishedRun, threshold: float) -> Markup:
         for row in facts.threshold_sweep(finished)
     ]
     names = ("from", "pairs", "groups of two or more", "images that would go", "images in the largest group")
-    return html.table(names, rows, numbers=frozenset(range(5)))
+    return markup.table(names, rows, numbers=frozenset(range(5)))
 
 
 def _column_class(similarity: SimilarityBin, threshold: float, holdout_threshold: float) -> str:
@@ -554,7 +554,7 @@ def _labels(finished: FinishedRun) -> Markup:
             f"How often the {LABELS} most frequent labels of the pool occur among all its images, among those that "
             "were kept, and among those of the corpus. Seeds that were taken as they are do not count here.",
         ),
-        html.legend(("before", "pool"), ("between", "kept"), ("stays", "corpus")),
+        markup.legend(("before", "pool"), ("between", "kept"), ("stays", "corpus")),
     ]
     if top != full:
         parts += [tag("h3", "By top folder"), _label_table(top)]
@@ -586,12 +586,12 @@ def _label_table(counts: Sequence[LabelCounts]) -> Markup:
         )
         for index, (words, values) in enumerate(shown)
     ]
-    return html.table(("label", "", "pool", "kept", "corpus", "corpus / pool"), rows, numbers=frozenset({2, 3, 4, 5}))
+    return markup.table(("label", "", "pool", "kept", "corpus", "corpus / pool"), rows, numbers=frozenset({2, 3, 4, 5}))
 
 
 def _label_bars(shares: Sequence[float], highest: float) -> Markup:
     sets = zip(shares, ("before", "between", "stays"), ("pool", "kept", "corpus"), strict=True)
-    bars = (html.bar((share / highest, kind), label=f"{name}: {share:.1%}") for share, kind, name in sets)
+    bars = (markup.bar((share / highest, kind), label=f"{name}: {share:.1%}") for share, kind, name in sets)
     return tag("div", *bars, class_="stack")
 
 
@@ -611,7 +611,7 @@ def _run(finished: FinishedRun) -> Markup:
         config = tag("details", tag("summary", f"The config, with every default ({CONFIG_NAME})"), text)
     else:
         config = tag("p", f"The stages were run one by one: there is no {CONFIG_NAME}.")
-    return join(html.table(("stage", "shards", "MB written", "totals"), rows, numbers=frozenset({1, 2})), config)
+    return join(markup.table(("stage", "shards", "MB written", "totals"), rows, numbers=frozenset({1, 2})), config)
 
 
 def _pair(match: Match, pictures: Mapping[str, Picture], words: tuple[str, str]) -> Markup:

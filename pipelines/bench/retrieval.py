@@ -9,7 +9,7 @@ import numpy as np
 
 from curation import ingest
 from curation.files import paths, vectors
-from pipelines.concepts import chance, concept_of_drawing, concept_of_stamp, nearest_pairs, share_same_concept
+from pipelines.demo.concepts import chance, concept_of_drawing, concept_of_stamp, nearest_pairs, share_same_concept
 
 MAX_POOL_PIXELS = 4_000_000
 # The better of two readouts of EfficientNet-Lite0, average pooling and GeM, measured 2026-11 by this protocol before

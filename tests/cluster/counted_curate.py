@@ -73,9 +73,12 @@ def command_line(
         if only_ingest:
             ingest.run(load(IngestConfig, config, section="ingest"), output, counting)
         else:
-            from pipelines import curate  # and torch: ingest does without, and its workers start in a third of the time
+            from pipelines import (
+                curate,
+                curate_config,  # and torch: ingest does without, and its workers start in a third of the time
+            )
 
-            curate.run(load(curate.CurateConfig, config), output, counting)
+            curate.run(load(curate_config.CurateConfig, config), output, counting)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from evaluation import depth, features
 from evaluation.data import depth_data
 from evaluation.data.depth_data import DepthDataConfig
 from evaluation.depth import DepthConfig
-from tests.evaluation.scene_builders import depth_scene
+from tests.evaluation.data.scene_builders import depth_scene
 
 
 def write_picture(path: Path, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:

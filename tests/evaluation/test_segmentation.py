@@ -29,7 +29,7 @@ from evaluation.segmentation import (
     slide,
     train_head,
 )
-from tests.evaluation.scene_builders import stamps
+from tests.evaluation.data.scene_builders import stamps
 
 SMALL = Protocol(
     image_side=32, window=32, stride=24, train_scales=(1.0, 1.5), batch_size=4, steps=20, warmup_steps=2, distort=False

@@ -18,7 +18,7 @@ from evaluation.run import EvaluationConfig
 from evaluation.visualize import GAP
 from tests.conftest import Ranks
 from tests.evaluation.builders import CLASSES, drawn, image_folder, model_config
-from tests.evaluation.scene_builders import depth_scene, stamps, write
+from tests.evaluation.data.scene_builders import depth_scene, stamps, write
 
 Found = dict[tuple[str, str, str], float]
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.sandbox import Prober
-from tests.curation.test_images import photograph, png
+from tests.curation.images.test_decode import photograph, png
 
 LIMITS = ImageLimits()
 EXIF = Image.Exif()

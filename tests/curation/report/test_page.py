@@ -26,7 +26,7 @@ from curation.images.hashing import image_id
 from curation.images.sources import Role, SourceConfig
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
-from curation.report import facts, html, page
+from curation.report import facts, markup, page
 from curation.report.facts import Concepts
 from curation.report.page import ReportConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
@@ -515,10 +515,10 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
 
 
 def test_markup_escapes_everything_but_markup() -> None:
-    inner = html.tag("b", "<i>&\"'")
+    inner = markup.tag("b", "<i>&\"'")
     assert inner == "<b>&lt;i&gt;&amp;&quot;&#x27;</b>"
-    assert html.tag("p", inner, "<") == f"<p>{inner}&lt;</p>"
-    assert html.tag("p", inner + "") == f"<p>{html.join(str(inner))}</p>"  # joined by hand, it is text again
-    assert html.tag("img", alt='" onerror="', src=None, class_="a") == '<img alt="&quot; onerror=&quot;" class="a">'
-    assert html.tag("p", "\x00\x1b\udc80\n") == "<p>\ufffd\ufffd\ufffd\n</p>"
-    assert len(html.clip("x" * 10_000)) <= html.MAX_TEXT_LENGTH
+    assert markup.tag("p", inner, "<") == f"<p>{inner}&lt;</p>"
+    assert markup.tag("p", inner + "") == f"<p>{markup.join(str(inner))}</p>"  # joined by hand, it is text again
+    assert markup.tag("img", alt='" onerror="', src=None, class_="a") == '<img alt="&quot; onerror=&quot;" class="a">'
+    assert markup.tag("p", "\x00\x1b\udc80\n") == "<p>\ufffd\ufffd\ufffd\n</p>"
+    assert len(markup.clip("x" * 10_000)) <= markup.MAX_TEXT_LENGTH

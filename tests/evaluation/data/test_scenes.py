@@ -7,7 +7,7 @@ from PIL import Image
 
 from curation.errors import InputError
 from evaluation.data.scenes import CITYSCAPES_IDS, IGNORED, FolderData, PublishedData, Scenes, load_scenes
-from tests.evaluation.scene_builders import grey, photograph, stamps, write
+from tests.evaluation.data.scene_builders import grey, photograph, stamps, write
 
 
 def test_ade20k_is_read_as_published(tmp_path: Path) -> None:

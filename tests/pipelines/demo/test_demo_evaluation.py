@@ -10,7 +10,7 @@ from evaluation.visualize import read_pictures
 
 pytestmark = pytest.mark.demo
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TRAIN, EVALUATE = ROOT / "runs" / "train", ROOT / "runs" / "evaluate"
 
 

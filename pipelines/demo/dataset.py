@@ -584,6 +584,6 @@ def command_line(
 
 
 if __name__ == "__main__":
-    from pipelines import demo_data  # by its real name, or its classes would exist twice
+    from pipelines.demo import dataset  # by its real name, or its classes would exist twice
 
-    command.main(demo_data.command_line)
+    command.main(dataset.command_line)

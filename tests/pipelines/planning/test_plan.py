@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from curation.config import load, parse
-from pipelines.curate import CurateConfig
-from pipelines.plan import _total_rows, print_plan
-from pipelines.price import Price, RatesConfig, count_images, price
+from pipelines.curate_config import CurateConfig
+from pipelines.planning.plan import _total_rows, print_plan
+from pipelines.planning.price import Price, count_images, price
+from pipelines.planning.rates import RatesConfig
 
-LVD = Path(__file__).parents[2] / "pipelines/configs/lvd142m.toml"
+LVD = Path(__file__).parents[3] / "pipelines/configs/lvd142m.toml"
 
 
 def lvd(*overrides: str) -> Price:

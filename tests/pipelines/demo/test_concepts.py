@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines import concepts
+from pipelines.demo import concepts
 
 
 def test_the_topics_of_both_sources_meet() -> None:

@@ -7,10 +7,10 @@ import pytest
 
 from curation.config import load
 from curation.quotas import DatasetRows, most_clusters
-from pipelines.curate import CurateConfig
-from pipelines.plan import dataset_rows, doubts
+from pipelines.curate_config import CurateConfig
+from pipelines.planning.plan import dataset_rows, doubts
 
-CONFIG = load(CurateConfig, str(Path(__file__).parents[2] / "pipelines/configs/lvd142m.toml"))
+CONFIG = load(CurateConfig, str(Path(__file__).parents[3] / "pipelines/configs/lvd142m.toml"))
 # Dataset, images, how it is searched, retrieved, final: as the paper prints them.
 TABLE_15 = """
 imagenet22k            14,197,086  as is    -           14,197,086

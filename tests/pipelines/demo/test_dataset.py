@@ -17,8 +17,8 @@ from curation.errors import InputError, OutputMismatchError
 from curation.files import parquet
 from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
 from curation.images.hashing import image_id
-from pipelines import demo_data
-from pipelines.demo_data import DemoDataConfig
+from pipelines.demo import dataset
+from pipelines.demo.dataset import DemoDataConfig
 
 pytestmark = pytest.mark.skipif(
     shutil.which("dpkg-deb") is None, reason="builds and unpacks .deb files: needs dpkg-deb"
@@ -38,7 +38,7 @@ LINKS = {  # one beside its target, under another name; one in another folder, u
     "animals/link.png": "drawing_00.png",
     "shapes/drawing_01.png": "../computer/icons/drawing_01.png",
 }
-REPOSITORY = Path(demo_data.__file__).parents[1]
+REPOSITORY = Path(dataset.__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     drawings["shapes/blank.png"] = _png(Image.new("L", (80, 80), 250))
     drawings["shapes/small.png"] = _png(Image.new("L", (8, 8)))
     drawings |= {f"shapes/ring_{number:02d}.png": _ring(number) for number in range(40)}
-    _build_package(folder, demo_data.STAMPS, stamps)
-    _build_package(folder, demo_data.DRAWINGS, drawings, LINKS)
+    _build_package(folder, dataset.STAMPS, stamps)
+    _build_package(folder, dataset.DRAWINGS, drawings, LINKS)
     return folder
 
 
@@ -61,7 +61,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Finished demo data; not to be changed."""
     output = tmp_path_factory.mktemp("data") / "demo"
-    demo_data.run(CONFIG, output, packages)
+    dataset.run(CONFIG, output, packages)
     return output
 
 
@@ -95,16 +95,16 @@ def test_links_become_files_with_the_bytes_of_their_target(demo: Path) -> None:
 
 def test_the_copyright_lies_beside_the_images(demo: Path) -> None:
     for root in ("seeds", "holdout", "planted"):
-        assert (demo / root / f"copyright-{demo_data.STAMPS}").read_text() == f"Copyright of {demo_data.STAMPS}\n"
+        assert (demo / root / f"copyright-{dataset.STAMPS}").read_text() == f"Copyright of {dataset.STAMPS}\n"
     for root in ("pool", "pool_rest", "planted", "odd"):
-        assert (demo / root / f"copyright-{demo_data.DRAWINGS}").read_text() == f"Copyright of {demo_data.DRAWINGS}\n"
+        assert (demo / root / f"copyright-{dataset.DRAWINGS}").read_text() == f"Copyright of {dataset.DRAWINGS}\n"
 
 
 def test_the_truth_names_every_copy_and_one_original_each(demo: Path) -> None:
-    rows = parquet.read_table(str(demo / "planted.parquet"), demo_data.PLANTED).to_pylist()
+    rows = parquet.read_table(str(demo / "planted.parquet"), dataset.PLANTED).to_pylist()
     assert sorted(row["copy"] for row in rows) == [f"planted/{name}" for name in _images(demo / "planted")]
-    assert [row["transform"] for row in rows] == [name for name in demo_data.TRANSFORMS for _ in range(3)]
-    assert [row["original_role"] for row in rows] == ["pool", "pool", "holdout"] * len(demo_data.TRANSFORMS)
+    assert [row["transform"] for row in rows] == [name for name in dataset.TRANSFORMS for _ in range(3)]
+    assert [row["original_role"] for row in rows] == ["pool", "pool", "holdout"] * len(dataset.TRANSFORMS)
     assert len({row["original_image_id"] for row in rows}) == len(rows)
     everything = [image_id(path.read_bytes()) for path in _walk(demo)]
     for row in rows:
@@ -112,23 +112,23 @@ def test_the_truth_names_every_copy_and_one_original_each(demo: Path) -> None:
         assert row["copy_image_id"] == image_id((demo / row["copy"]).read_bytes())
         assert row["original_image_id"] == image_id((demo / row["original"]).read_bytes())
         assert everything.count(row["copy_image_id"]) == 1
-    odd = parquet.read_table(str(demo / "odd.parquet"), demo_data.ODD).to_pylist()
+    odd = parquet.read_table(str(demo / "odd.parquet"), dataset.ODD).to_pylist()
     renamed = [row["image_id"] for row in odd if row["file"] == "odd/renamed.png"]
     assert all(everything.count(row["original_image_id"]) == 1 for row in rows)
     assert everything.count(renamed[0]) == 2
 
 
 def test_originals_are_neither_blank_nor_small_nor_copies_and_mirrored_ones_have_a_left_and_a_right(demo: Path) -> None:
-    rows = parquet.read_table(str(demo / "planted.parquet"), demo_data.PLANTED).to_pylist()
+    rows = parquet.read_table(str(demo / "planted.parquet"), dataset.PLANTED).to_pylist()
     names = {row["original"].rpartition("/")[2] for row in rows}
     assert not names & {"blank.png", "small.png", "link.png", "drawing_00.png", "drawing_01.png"}
     assert any("ring" in row["original"] for row in rows)
     assert not any("ring" in row["original"] for row in rows if row["transform"] == "mirror")
 
 
-@pytest.mark.parametrize("transform", demo_data.TRANSFORMS)
+@pytest.mark.parametrize("transform", dataset.TRANSFORMS)
 def test_a_copy_shows_its_original_changed_as_stated(demo: Path, transform: str) -> None:
-    rows = parquet.read_table(str(demo / "planted.parquet"), demo_data.PLANTED).to_pylist()
+    rows = parquet.read_table(str(demo / "planted.parquet"), dataset.PLANTED).to_pylist()
     for row in (row for row in rows if row["transform"] == transform):
         original, copy = (_decode(demo / row[key]) for key in ("original", "copy"))
         words = row["parameters"].replace(",", "").split()
@@ -149,7 +149,7 @@ def test_a_copy_shows_its_original_changed_as_stated(demo: Path, transform: str)
                 assert _difference(original.crop((left, top, right, bottom)), copy) == 0
             case "colour":
                 assert copy.size == original.size and _difference(original, copy) > 0
-                assert demo_data._correlation(original, copy) >= demo_data.MIN_COLOUR_CORRELATION
+                assert dataset._correlation(original, copy) >= dataset.MIN_COLOUR_CORRELATION
             case "mirror":
                 assert _difference(ImageOps.mirror(original), copy) == 0 and _difference(original, copy) > 0
             case "border":
@@ -169,7 +169,7 @@ def test_a_copy_shows_its_original_changed_as_stated(demo: Path, transform: str)
 
 
 def test_odd_files_fare_as_expected_and_accepted_ones_show_their_original(demo: Path) -> None:
-    rows = parquet.read_table(str(demo / "odd.parquet"), demo_data.ODD).to_pylist()
+    rows = parquet.read_table(str(demo / "odd.parquet"), dataset.ODD).to_pylist()
     assert [row["file"] for row in sorted(rows, key=lambda row: row["file"])] == [
         f"odd/{x}" for x in _files(demo / "odd")
     ]
@@ -179,7 +179,7 @@ def test_odd_files_fare_as_expected_and_accepted_ones_show_their_original(demo: 
         if row["expected"] == "accepted":
             picture, original = decode_rgb(data, ImageLimits()), _decode(demo / row["original"])
             assert picture.size == original.size
-            assert demo_data._correlation(picture, original) > 0.98
+            assert dataset._correlation(picture, original) > 0.98
         else:
             with pytest.raises(ImageRejected) as rejected:
                 decode_rgb(data, ImageLimits())
@@ -187,56 +187,56 @@ def test_odd_files_fare_as_expected_and_accepted_ones_show_their_original(demo: 
 
 
 def test_the_same_packages_give_the_same_bytes(packages: Path, demo: Path, tmp_path: Path) -> None:
-    demo_data.run(CONFIG, tmp_path / "again", packages)
+    dataset.run(CONFIG, tmp_path / "again", packages)
     assert _snapshot(tmp_path / "again") == _snapshot(demo)
     other = CONFIG.model_copy(update={"seed": 1})
-    demo_data.run(other, tmp_path / "other", packages)
+    dataset.run(other, tmp_path / "other", packages)
     assert _snapshot(tmp_path / "other") != _snapshot(demo)
     assert _images(tmp_path / "other" / "pool") == _images(demo / "pool")
 
 
 def test_finished_data_is_left_alone(packages: Path, demo: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
-    manifest = demo_data.run(CONFIG, demo)  # without packages: to download would fail in tests
-    assert manifest == demo_data.run(CONFIG, demo, packages)
+    manifest = dataset.run(CONFIG, demo)  # without packages: to download would fail in tests
+    assert manifest == dataset.run(CONFIG, demo, packages)
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before
     assert manifest.totals["holdout"] == 12 and manifest.totals["planted/crop"] == 3 and manifest.totals["odd"] == 11
 
 
 def test_a_failed_run_leaves_nothing_behind_under_the_final_name(packages: Path, demo: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holdout/ hold too few originals.*num_holdout_copies"):
-        demo_data.run(CONFIG.model_copy(update={"num_holdout_copies": 100}), tmp_path / "demo", packages)
+        dataset.run(CONFIG.model_copy(update={"num_holdout_copies": 100}), tmp_path / "demo", packages)
     assert not (tmp_path / "demo").exists()
-    demo_data.run(CONFIG, tmp_path / "demo", packages)
+    dataset.run(CONFIG, tmp_path / "demo", packages)
     assert _snapshot(tmp_path / "demo") == _snapshot(demo)
     assert os.listdir(tmp_path) == ["demo"]
 
 
 def test_a_folder_of_something_else_is_refused(packages: Path, demo: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputMismatchError, match="other settings"):
-        demo_data.run(DemoDataConfig(), demo, packages)
+        dataset.run(DemoDataConfig(), demo, packages)
     (tmp_path / "thesis.txt").write_text("mine")
     for output in (tmp_path, tmp_path / "thesis.txt"):
         with pytest.raises(OutputMismatchError, match="not demo data"):
-            demo_data.run(CONFIG, output, packages)
+            dataset.run(CONFIG, output, packages)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_packages_that_are_not_as_expected_are_refused(packages: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="found none"):
-        demo_data.run(CONFIG, tmp_path / "demo", tmp_path)
-    _build_package(tmp_path, demo_data.STAMPS, {"animals/a.png": _drawing(1)})
-    (tmp_path / f"{demo_data.DRAWINGS}_0_all.deb").write_bytes(b"not a package\n" * 100)
+        dataset.run(CONFIG, tmp_path / "demo", tmp_path)
+    _build_package(tmp_path, dataset.STAMPS, {"animals/a.png": _drawing(1)})
+    (tmp_path / f"{dataset.DRAWINGS}_0_all.deb").write_bytes(b"not a package\n" * 100)
     with pytest.raises(InputError, match=r"(?s)dpkg-deb failed with status 2.*not a Debian format archive"):
-        demo_data.run(CONFIG, tmp_path / "demo", tmp_path)
-    (tmp_path / f"{demo_data.DRAWINGS}_0_all.deb").unlink()
-    _build_package(tmp_path, demo_data.DRAWINGS, {})
+        dataset.run(CONFIG, tmp_path / "demo", tmp_path)
+    (tmp_path / f"{dataset.DRAWINGS}_0_all.deb").unlink()
+    _build_package(tmp_path, dataset.DRAWINGS, {})
     with pytest.raises(InputError, match="holds no images in usr/share/openclipart/png"):
-        demo_data.run(CONFIG, tmp_path / "demo", tmp_path)
+        dataset.run(CONFIG, tmp_path / "demo", tmp_path)
     (tmp_path / "private.png").write_bytes(_drawing(2))
-    _build_package(tmp_path, demo_data.DRAWINGS, {"a.png": _drawing(1)}, {"b.png": str(tmp_path / "private.png")})
+    _build_package(tmp_path, dataset.DRAWINGS, {"a.png": _drawing(1)}, {"b.png": str(tmp_path / "private.png")})
     with pytest.raises(InputError, match=r"b\.png' is a link to"):
-        demo_data.run(CONFIG, tmp_path / "demo", tmp_path)
+        dataset.run(CONFIG, tmp_path / "demo", tmp_path)
     assert not (tmp_path / "demo").exists()
 
 
@@ -279,7 +279,7 @@ def test_the_command_repeats_what_apt_said_when_it_fails(address: str, tmp_path:
 
 def _command(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipelines.demo_data", *arguments],
+        [sys.executable, "-m", "pipelines.demo.dataset", *arguments],
         cwd=REPOSITORY,
         env={**os.environ, **environment},
         capture_output=True,
@@ -308,11 +308,11 @@ def _index_entry(deb: Path) -> str:
 def _build_package(folder: Path, package: str, images: dict[str, bytes], links: dict[str, str] | None = None) -> None:
     root = folder / package
     for name, data in images.items():
-        path = root / demo_data.IMAGES_IN_PACKAGE[package] / name
+        path = root / dataset.IMAGES_IN_PACKAGE[package] / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     for name, target in (links or {}).items():
-        (root / demo_data.IMAGES_IN_PACKAGE[package] / name).symlink_to(target)
+        (root / dataset.IMAGES_IN_PACKAGE[package] / name).symlink_to(target)
     documents = root / "usr/share/doc" / package
     documents.mkdir(parents=True)
     (documents / "copyright").write_text(f"Copyright of {package}\n")

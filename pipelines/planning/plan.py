@@ -1,7 +1,7 @@
 """What a run would do, and what it would take, on one page, before any image is read: `--plan`."""
 
 import shutil
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -12,17 +12,16 @@ from curation.models.embedders import EmbedderConfig
 from curation.quotas import DatasetRows, most_clusters, retrieval_mode, selection_rows
 from curation.retrieve import DatasetConfig
 from curation.search.config import SearchConfig
-from pipelines.price import Price, RatesConfig, count_images, price
+from pipelines.curate_config import CurateConfig
+from pipelines.planning.price import Price, count_images, price
+from pipelines.planning.rates import RatesConfig
 from pipelines.status import duration
-
-if TYPE_CHECKING:
-    from pipelines.curate import CurateConfig
 
 # Columns of the widest table.
 PAGE_WIDTH = 144
 
 
-def print_plan(config: "CurateConfig") -> None:
+def print_plan(config: CurateConfig) -> None:
     """Print the sources, what each seed dataset brings, the stages with their numbers and their price, and the config.
 
     Images that are at hand and not stated are counted.
@@ -118,7 +117,7 @@ def _rates(rates: RatesConfig) -> Table:
     return table
 
 
-def _total_rows(config: "CurateConfig") -> int | None:
+def _total_rows(config: CurateConfig) -> int | None:
     """The rows of all datasets at most, and what is drawn by clustering; None where a count is missing."""
     total = 0 if config.retrieve.clustering is None else config.retrieve.clustering.num_images
     for dataset in config.retrieve.datasets:
@@ -147,7 +146,7 @@ def _hours(seconds: float) -> str:
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}" if hours >= 0.1 else "< 0.1"
 
 
-def _sources(config: "CurateConfig") -> Table:
+def _sources(config: CurateConfig) -> Table:
     table = Table(title="Sources", title_justify="left")
     for column in ("source", "role", "layout", "path"):
         table.add_column(column)
@@ -158,7 +157,7 @@ def _sources(config: "CurateConfig") -> Table:
     return table
 
 
-def dataset_rows(config: "CurateConfig", dataset: DatasetConfig) -> DatasetRows | None:
+def dataset_rows(config: CurateConfig, dataset: DatasetConfig) -> DatasetRows | None:
     """The rows that a dataset brings at most; None where that needs a count that was not stated.
 
     Every chosen cluster is taken to hold all that may be taken of it. Where the chosen clusters are not stated, they
@@ -183,7 +182,7 @@ def dataset_rows(config: "CurateConfig", dataset: DatasetConfig) -> DatasetRows 
     )
 
 
-def doubts(config: "CurateConfig") -> list[str]:
+def doubts(config: CurateConfig) -> list[str]:
     """Where the stated numbers contradict the rules, a sentence each."""
     more_than, counts = config.retrieve.more_than_seeds, config.stated_counts
     return [
@@ -194,7 +193,7 @@ def doubts(config: "CurateConfig") -> list[str]:
     ]
 
 
-def _datasets(config: "CurateConfig") -> Table:
+def _datasets(config: CurateConfig) -> Table:
     table = Table(title="What each seed dataset brings", title_justify="left")
     table.add_column("dataset")
     for column in ("seeds", "as is", "retrieval", "clusters stated", "retrieved at most", "rows at most"):
@@ -221,7 +220,7 @@ def _datasets(config: "CurateConfig") -> Table:
     return table
 
 
-def _stages(config: "CurateConfig") -> Table:
+def _stages(config: CurateConfig) -> Table:
     table = Table(title="Stages", title_justify="left", show_lines=True)
     table.add_column("stage")
     table.add_column("does")
@@ -266,7 +265,7 @@ def _model(embedder: EmbedderConfig) -> str:
     return f"{embedder.name} at {embedder.image_size} pixels on {embedder.device} in {embedder.precision}"
 
 
-def _mode(config: "CurateConfig", dataset: DatasetConfig) -> Literal["sample", "cluster", "by_size", "none"]:
+def _mode(config: CurateConfig, dataset: DatasetConfig) -> Literal["sample", "cluster", "by_size", "none"]:
     """How a dataset searches the pool; `by_size` where its size is not stated."""
     if dataset.name not in config.stated_counts:
         return dataset.retrieval

@@ -23,7 +23,7 @@ from pipelines.bench import retrieval
 
 pytestmark = pytest.mark.demo
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DATA, RUN = ROOT / "data" / "demo", ROOT / "runs" / "demo"
 # What must be found of the planted copies at the default thresholds.
 RECALL = {

@@ -1,0 +1,99 @@
+"""The config of a whole run: a section for each stage, and the rules between them."""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from curation import profiles
+from curation.cluster import ClusterConfig
+from curation.config import Settings
+from curation.dedup import DedupConfig
+from curation.embed import EmbedConfig
+from curation.ingest import IngestConfig
+from curation.pack import PackConfig
+from curation.pairs import PairsConfig
+from curation.profiles import Profile
+from curation.report.page import ReportConfig
+from curation.retrieve import RetrieveConfig
+from pipelines.planning.rates import RatesConfig
+
+
+class CurateConfig(Settings):
+    """A whole run, one section a stage."""
+
+    profile: Profile = "default"
+    """The recipe that fills in what the sections leave out; profiles.py lists what each sets."""
+    demo_data: str | None = None
+    """Folder of the demo's images, fetched when it is missing; leave it out for images of your own."""
+    ingest: IngestConfig
+    """What to read."""
+    embed: EmbedConfig
+    """How images are compared for retrieval."""
+    describe: EmbedConfig
+    """How images are compared for copies."""
+    pairs: PairsConfig = PairsConfig()
+    """How candidate copies are found and judged."""
+    dedup: DedupConfig = DedupConfig()
+    """Where a pair becomes a copy."""
+    cluster: ClusterConfig
+    """How the kept pool is clustered."""
+    retrieve: RetrieveConfig
+    """What each seed dataset brings."""
+    pack: PackConfig = PackConfig()
+    """How the corpus is written."""
+    report: ReportConfig = ReportConfig()
+    """What the report shows."""
+    stated_counts: dict[str, int] = Field(default_factory=dict)
+    """For --plan: images per source, where the images themselves are not at hand."""
+    stated_clusters: dict[str, int] = Field(default_factory=dict)
+    """For --plan: clusters with enough seeds, per dataset."""
+    rates: RatesConfig = RatesConfig()
+    """For --plan: what machines do in a second."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_profile(cls, values: Any) -> Any:
+        # Behind this, pydantic no longer knows that the values came from JSON, whose lists may be tuples.
+        return _with_tuples(profiles.fill(values)) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "CurateConfig":
+        roles = {source.name: source.role for source in self.ingest.sources}
+        for dataset in self.retrieve.datasets:
+            if roles.get(dataset.name) != "seed":
+                raise ValueError(f"retrieve.datasets names '{dataset.name}', which is no source with role 'seed'")
+        if not self.retrieve.datasets and self.retrieve.clustering is None:
+            raise ValueError("retrieve names no dataset and has no section clustering, so nothing would be packed")
+        if strangers := sorted(self.stated_clusters.keys() - {dataset.name for dataset in self.retrieve.datasets}):
+            raise ValueError(f"stated_clusters names '{strangers[0]}', which is no dataset of retrieve")
+        if "pool" not in roles.values():
+            raise ValueError("ingest.sources has no source with role 'pool', so there is nothing to retrieve from")
+        if self.pairs.verification is None and self.dedup.holdout_threshold < self.pairs.min_descriptor_similarity:
+            raise ValueError(
+                f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below "
+                f"pairs.min_descriptor_similarity ({self.pairs.min_descriptor_similarity:g}), the least looked at"
+            )
+        if (cosine := self.dedup.holdout_cosine) is not None:
+            if cosine < self.pairs.min_descriptor_similarity:
+                raise ValueError(
+                    f"dedup.holdout_cosine ({cosine:g}) lies below pairs.min_descriptor_similarity "
+                    f"({self.pairs.min_descriptor_similarity:g}), the least looked at"
+                )
+            if self.pairs.verification and (self.pairs.min_cosine is None or cosine < self.pairs.min_cosine):
+                raise ValueError(
+                    f"dedup.holdout_cosine is {cosine:g}, but pairs that verification finds unlike are only written "
+                    f"from pairs.min_cosine ({self.pairs.min_cosine}); set that to {cosine:g}"
+                )
+        if self.dedup.holdout_threshold < self.pairs.min_similarity:
+            raise ValueError(
+                f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below pairs.min_similarity "
+                f"({self.pairs.min_similarity:g}), the lowest similarity that is written"
+            )
+        return self
+
+
+def _with_tuples(value: Any) -> Any:
+    """`value` with every list as a tuple."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
