@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -35,18 +35,18 @@ from torch.nn import functional
 
 from curation import backbone, weights
 from curation.backbone import VisionTransformer
-from curation.config import Settings
+from curation.config import NotInPlan, Settings, plan_values
+from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest
 from curation.engine.rank_runner import RankRunner, follow
 from curation.engine.ranks import ALONE, World
 from curation.engine.runner import InlineRunner, Runner, Shard, Worker
-from curation.engine.stage import run_shards
+from curation.engine.stage import Stage, run_stage
 from curation.errors import InputError, WeightsError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.images.decode import Picture, to_shape
 from curation.models import embedders
-from curation.models.device import require_device
 from curation.models.embedders import EmbedderConfig, ModelName, Normalization
 from evaluation.data import splits
 from evaluation.data.splits import Split
@@ -57,8 +57,6 @@ Pooling = Literal["cls", "patch_mean", "cls_patch_mean"]
 PIXELS_SIDE = 32
 # Images of one file of features, which one worker or rank computes: 4 MB at F 1,024. Assumed.
 SHARD_IMAGES = 1024
-# What says how features are computed and shapes none of them, rounding apart.
-NOT_IN_PLAN = frozenset({"batch_size", "decode_threads"})
 
 
 class ModelConfig(Settings):
@@ -316,9 +314,9 @@ class PicturesConfig(Settings):
     evaluation, which scales the whole picture so that its shorter side has this length; the same within a pixel."""
     image_size: int = Field(default=224, ge=8, le=4096)
     """Side in pixels of the square in the middle of that, which the model sees. Cited: as above."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: Annotated[int, NotInPlan] = Field(default=32, ge=1)
     """Pictures a forward pass; changes the speed alone, but for rounding."""
-    decode_threads: int = Field(default=2, ge=1)
+    decode_threads: Annotated[int, NotInPlan] = Field(default=2, ge=1)
     """Threads that decode pictures ahead of the model."""
 
     @model_validator(mode="after")
@@ -370,7 +368,7 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     all call this, share them instead. Raises InputError for features that are not finite or a cache that is damaged.
     """
     inputs = {"model": model.hash, "images": split.images_hash}
-    plan = config.model_dump(mode="json", exclude=set(NOT_IN_PLAN))
+    plan = plan_values(config)
     folder = paths.join(cache, "features", hash_json([inputs, plan])[:32])
     runner = runner or InlineRunner()
     starts = range(0, len(split), SHARD_IMAGES)
@@ -382,16 +380,10 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     make_worker: Callable[[], Worker] = functools.partial(_make_worker, load, model.hash, split, config, folder)
 
     def lead(chosen: Runner) -> Manifest:
-        return run_shards(
-            "features",
-            config=config,
-            inputs=inputs,
-            output=folder,
-            runner=chosen,
-            shards=shards,
-            make_worker=make_worker,
-            not_in_plan=NOT_IN_PLAN,
+        stage = Stage(
+            name="features", config=config, inputs=inputs, output=folder, shards=shards, make_worker=make_worker
         )
+        return run_stage(stage, chosen)
 
     if model.world.num_ranks == 1:
         manifest = lead(runner)

@@ -32,10 +32,10 @@ from torch.nn import functional
 
 from curation import backbone, weights
 from curation.config import Settings
+from curation.engine.device import require_device
 from curation.errors import DeviceError, InputError, WeightsError
 from curation.images.decode import Picture, to_shape
 from curation.models import efficientnet, sscd
-from curation.models.device import require_device
 from curation.models.sscd import generalized_mean
 
 ModelName = Literal[

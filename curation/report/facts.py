@@ -16,14 +16,21 @@ import pyarrow.compute as pc
 from PIL import Image
 from pydantic import Field
 
-from curation import cluster, ingest, pack, retrieve
 from curation.config import Settings
-from curation.dedup import kept_shards, read_kept
 from curation.engine.manifest import Manifest, require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
 from curation.images.decode import ImageLimits, decode_rgb
 from curation.images.sources import ReferenceReader
+from curation.run_folder import (
+    RunFolder,
+    kept_shards,
+    read_centroids,
+    read_corpus,
+    read_images,
+    read_kept,
+    read_retrieved,
+)
 from curation.search import exact
 
 # The folders of a run that the report reads.
@@ -86,7 +93,7 @@ class FinishedRun:
 def read_run(folder: str, concepts: Concepts) -> FinishedRun:
     """Read a finished run. Raises InputError for a stage that is not done."""
     manifests = {stage: require_manifest(paths.join(folder, stage)) for stage in STAGES}
-    images = ingest.read_images(paths.join(folder, "ingest"), ["image_id", "source", "role", "label"])
+    images = read_images(paths.join(folder, "ingest"), ["image_id", "source", "role", "label"])
     decisions = ["component_id", "kept", "reason"]
     decided = pa.concat_tables(
         parquet.read_table(paths.join(folder, "dedup", file), schemas.DUPLICATES, ["image_id", *decisions])
@@ -96,7 +103,7 @@ def read_run(folder: str, concepts: Concepts) -> FinishedRun:
         raise InputError(f"'{folder}': ingest and dedup are of different images. Run dedup again with --replace.")
     for column in decisions:
         images = images.append_column(column, decided[column])
-    retrieved = retrieve.read_retrieved(paths.join(folder, "retrieve"))
+    retrieved = read_retrieved(paths.join(folder, "retrieve"))
     same, chance = _compare_concepts(concepts, images, retrieved)
     return FinishedRun(
         folder=folder,
@@ -104,7 +111,7 @@ def read_run(folder: str, concepts: Concepts) -> FinishedRun:
         composition=json.loads(paths.read_bytes(paths.join(folder, "corpus", "composition.json"))),
         images=images,
         retrieved=retrieved,
-        corpus_ids=pc.unique(pack.read_corpus(paths.join(folder, "corpus"))["image_id"]),
+        corpus_ids=pc.unique(read_corpus(paths.join(folder, "corpus"))["image_id"]),
         same_concept=same,
         chance=chance,
     )
@@ -183,7 +190,7 @@ def by_source(run: FinishedRun) -> list[SourceCounts]:
             kept=counts.get((source["name"], None, True), 0) + counts.get((source["name"], None, False), 0),
             **{reason: counts.get((source["name"], reason, False), 0) for reason in ("exact", "near", "holdout")},
         )
-        for source in run.manifests["ingest"].plan.config["sources"]
+        for source in run.manifests["ingest"].facts["sources"]
     ]
 
 
@@ -354,9 +361,9 @@ def gallery(run: FinishedRun, dataset: Dataset, num_retrievals: int, num_seeds: 
 
 def _seeds_by_cluster(run: FinishedRun, dataset: str) -> dict[int, list[str]]:
     """The kept seeds of a dataset by the cluster that they fall into."""
-    centroids = cluster.read_centroids(paths.join(run.folder, "cluster"))
+    centroids = read_centroids(paths.join(run.folder, "cluster"))
     seeds: dict[int, list[str]] = {}
-    for shard in kept_shards(*(paths.join(run.folder, stage) for stage in ("ingest", "dedup", "embed"))):
+    for shard in kept_shards(RunFolder.of(run.folder)):
         sources = parquet.read_table(shard.images, schemas.IMAGES, ["source"])["source"]
         if not pc.any(pc.equal(sources, dataset)).as_py():
             continue
@@ -493,9 +500,9 @@ class Guard:
 
 def guards(run: FinishedRun) -> list[Guard]:
     """Every guard, those that are off as well."""
-    dedup = run.manifests["dedup"]
-    options = ("mutual_neighbors", "families", "max_component_size", "matches_kept", "holdout_cosine")
-    return [Guard(name, dedup.plan.config[name], dedup.facts["guards"].get(name)) for name in options]
+    dedup_facts = run.manifests["dedup"].facts
+    counts = dedup_facts["guards"]
+    return [Guard(name, setting, counts.get(name)) for name, setting in dedup_facts["guard_settings"].items()]
 
 
 @dataclass(frozen=True)
@@ -610,7 +617,7 @@ def read_pictures(run: FinishedRun, image_ids: Iterable[str], side: int, max_byt
     Read from the thumbnails of describe where it wrote any, else from the originals. Raises InputError when an original
     has changed since it was ingested.
     """
-    limits = ImageLimits.model_validate(run.manifests["ingest"].plan.config["limits"], strict=False)
+    limits = ImageLimits.model_validate(run.manifests["ingest"].facts["limits"], strict=False)
     thumbnails = run.manifests["describe"].files("thumbnails")
     image_files = run.manifests["ingest"].files("images")
     reader = ReferenceReader()

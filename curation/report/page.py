@@ -27,7 +27,6 @@ from curation.report import facts, markup
 from curation.report.facts import (
     OTHER,
     SAME,
-    STAGES,
     UNKNOWN,
     Concepts,
     Dataset,
@@ -43,6 +42,7 @@ from curation.report.facts import (
     Step,
 )
 from curation.report.markup import Markup, clip, join, quoted, tag
+from curation.run_folder import STAGES
 
 REPORT_NAME = "report.html"
 CONFIG_NAME = "run.toml"
@@ -382,7 +382,7 @@ def _retrieval(retrieval: Retrieval, finished: FinishedRun, pictures: Mapping[st
 def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Picture]) -> Markup:
     funnel = finished.composition["funnel"]
     exact = funnel["candidates"] - funnel["after_exact"]
-    dedup = finished.manifests["dedup"].plan.config
+    keeps_unlike_images = finished.manifests["dedup"].facts["guard_settings"]["matches_kept"]
     sizes = facts.component_sizes(finished)
     parts = [
         tag(
@@ -390,7 +390,7 @@ def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pictur
             f"Dropped for having the bytes of another: {_count(exact, 'file')}. Images that look alike form groups: "
             f"{_count(sum(count for _, count in sizes), 'group')} of two or more unique images. Of each, the seeds are "
             "kept, or else the image with the most pixels"
-            + (", and what is no copy of these." if dedup["matches_kept"] else "."),
+            + (", and what is no copy of these." if keeps_unlike_images else "."),
         ),
         tag("h3", "Guards against chains of copies"),
         markup.table(("option", "what it is for", "what it did"), [_guard(guard) for guard in facts.guards(finished)]),
@@ -474,8 +474,8 @@ def _fate(member: Member) -> str:
 
 def _threshold(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Picture]) -> Markup:
     total = sum(similarity.count for similarity in choice.bins)
-    settings = finished.manifests["dedup"].plan.config
-    threshold, holdout_threshold = settings["threshold"], settings["holdout_threshold"]
+    dedup_facts = finished.manifests["dedup"].facts
+    threshold, holdout_threshold = dedup_facts["threshold"], dedup_facts["holdout_threshold"]
     text = (
         f"{_count(total, 'pair')} of images were found similar. From {threshold:g} on, two images are copies; from "
         f"{holdout_threshold:g} on, an image matches one of the holdout."

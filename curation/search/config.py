@@ -1,11 +1,11 @@
 """The settings of every search for nearest neighbours."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from curation.config import Settings
+from curation.config import NotInPlan, Settings
 from curation.errors import ConfigError
 
 # faiss on a GPU selects at most so many neighbours and probes (GPU_MAX_SELECTION_K), and its product quantization knows
@@ -36,7 +36,7 @@ class SearchConfig(Settings):
     """With `pq`: bytes per vector; must divide the vectors' width."""
     overfetch: int = Field(default=4, ge=1)
     """With `pq`: how many times k vectors are fetched by their codes."""
-    min_recall: float = Field(default=0.95, ge=0, le=1)
+    min_recall: Annotated[float, NotInPlan] = Field(default=0.95, ge=0, le=1)
     """With `ivf`: the share of the true neighbours, on a sample, below which the stage stops."""
     recall_queries: int = Field(default=500, ge=1)
     """With `ivf`: queries in that sample."""

@@ -34,14 +34,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.run_log import RunLog
 from curation.engine.runner import Runner, Shard
-from curation.engine.stage import PREPARED, run_shards
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import InputError
 from curation.files import parquet, paths, vectors
 from curation.files.prefetch import prefetch
 from curation.files.schemas import id_bytes, id_column
-from curation.models.device import require_device
 from curation.search import exact, ivf
 from curation.search.config import SearchConfig
 from curation.search.ivf import CellLists
@@ -65,8 +66,6 @@ PAIRED = EDGES.append(pa.field("mutual", pa.bool_()))
 ROWS_PER_BLOCK = 65_536
 # Images that the sample of the recall is compared with at a time. Assumed.
 ROWS_PER_RECALL_BLOCK = 16_384
-# What guards a search without shaping what it finds: a run that it stopped goes on once it is lowered.
-NOT_IN_PLAN = frozenset({"min_recall"})
 # How many times more rows than a sample needs are read for it. Assumed enough to see every kind of image.
 FILES_READ = 16
 
@@ -94,7 +93,14 @@ class Images:
 
 
 def run(
-    asked: Neighborhood, files: Sequence[str], source_hash: str, output: str, runner: Runner, *, num_rows: int
+    asked: Neighborhood,
+    files: Sequence[str],
+    source_hash: str,
+    output: str,
+    runner: Runner,
+    *,
+    num_rows: int,
+    log: RunLog | None = None,
 ) -> Manifest:
     """Join the vectors in `files` (Parquet) with themselves; returns the manifest.
 
@@ -107,26 +113,25 @@ def run(
     parts = list(zip(files, (int(first) for first in np.cumsum([0, *rows])), strict=False))
 
     def exchange() -> ShardRecord:
-        run_shards(
-            "exchange",
+        stage = Stage(
+            name="exchange",
             config=search,
             inputs={"vectors": source_hash},
             output=spread,
-            runner=runner,
             shards=[
                 Shard(f"{number:05d}", part, count)
                 for number, (part, count) in enumerate(zip(parts, rows, strict=True))
             ],
             make_worker=functools.partial(_make_exchange_worker, search, spread),
-            not_in_plan=NOT_IN_PLAN,
             prepare=functools.partial(_train_cells, search, files, rows, spread),
         )
+        run_stage(stage, runner, log=log)
         return ShardRecord(name=PREPARED)
 
     def recall(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         edges = [paths.join(output, file.name) for record in done for file in record.files]
         blocks = _blocks(parts, rows, ROWS_PER_RECALL_BLOCK)
-        return _measure_recall(asked, blocks, source_hash, spread, output, runner, edges), None
+        return _measure_recall(asked, blocks, source_hash, spread, output, runner, edges, log), None
 
     make_worker: Callable[[], Callable[[Shard], ShardRecord]]
     if search.backend == "exact" or num_rows == 0:
@@ -138,18 +143,17 @@ def run(
         shards = [Shard(f"{group:05d}", group, num_rows // num_groups) for group in range(num_groups)]
         make_worker = functools.partial(_make_cells_worker, asked, spread, output)
         prepare, finish = exchange, recall
-    manifest = run_shards(
-        "join",
+    stage = Stage(
+        name="join",
         config=search,
         inputs={"vectors": source_hash, "k": str(asked.k), "floor": str(asked.floor), "files": str(len(files))},
         output=output,
-        runner=runner,
         shards=shards,
         make_worker=make_worker,
         prepare=prepare,
         finish=finish,
-        not_in_plan=NOT_IN_PLAN,
     )
+    manifest = run_stage(stage, runner, log=log)
     search.require_recall(manifest.facts)  # it may have been raised since
     return manifest
 
@@ -435,20 +439,19 @@ def _measure_recall(
     output: str,
     runner: Runner,
     edges: Sequence[str],
+    log: RunLog | None,
 ) -> dict[str, Any]:
     """The share of the neighbours of a sample of images, exactly searched, that are pairs in the `edges` files."""
     folder = step_folder(output, "recall")
-
-    manifest = run_shards(
-        "recall",
+    stage = Stage(
+        name="recall",
         config=asked.search,
         inputs={"vectors": source_hash},
         output=folder,
-        runner=runner,
         shards=blocks,
         make_worker=functools.partial(_make_recall_worker, asked, spread, folder),
-        not_in_plan=NOT_IN_PLAN,
     )
+    manifest = run_stage(stage, runner, log=log)
     tables = [parquet.read_table(paths.join(folder, name), EDGES) for name in manifest.files("exact")]
     exact = pa.concat_tables(tables).group_by(["image_id", "other_image_id"], use_threads=False)
     exact = exact.aggregate([("place", "min"), ("other_place", "min"), ("cosine", "max")])

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import ingest
 from curation.engine.manifest import require_manifest
 from curation.files import parquet, paths, schemas, vectors
 from curation.images.hashing import hamming_distance
+from curation.run_folder import read_images
 
 TRANSFORMS = ("jpeg", "resize", "colour", "mirror", "crop", "border", "overlay", "rotation")
 
@@ -21,7 +21,7 @@ def comparison(run: str, data: str) -> dict[str, dict[str, float]]:
     planted = pq.read_table(paths.join(data, "planted.parquet")).to_pylist()
     phash = {
         row["image_id"]: row["phash"]
-        for row in ingest.read_images(paths.join(run, "ingest"), ["image_id", "phash"]).to_pylist()
+        for row in read_images(paths.join(run, "ingest"), ["image_id", "phash"]).to_pylist()
     }
     descriptor: dict[str, np.ndarray] = {}
     for image_ids, matrix in vectors.read_all(paths.join(run, "describe")):

@@ -40,6 +40,7 @@ from curation.images.decode import ImageLimits
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.models.embedders import load_embedder, split_name
+from curation.run_folder import RunFolder
 from pipelines.bench import contests, decoding
 from pipelines.bench.processes import in_process
 
@@ -155,7 +156,8 @@ def memory(folder: str) -> dict[str, float]:
     """The peak of memory of embedding what `make` made, beyond what imports take."""
     config = _config(folder, SMALL_MODEL)
     before = contests.memory("VmRSS")
-    embed.run(config, paths.join(folder, "ingest"), paths.join(folder, "embed"), InlineRunner())
+    run_folder = RunFolder.of(folder)
+    embed.run(config, run_folder, run_folder.embed, InlineRunner())
     return {"peak": contests.memory("VmHWM") - before}
 
 

@@ -7,8 +7,8 @@ with its concept.
 
 import numpy as np
 
-from curation import ingest
 from curation.files import paths, vectors
+from curation.run_folder import read_images
 from pipelines.demo.concepts import chance, concept_of_drawing, concept_of_stamp, nearest_pairs, share_same_concept
 
 MAX_POOL_PIXELS = 4_000_000
@@ -23,7 +23,7 @@ def shares(run: str) -> dict[str, tuple[float, float, float]]:
     seeds: list[tuple[str, str | None]] = []
     pool: list[tuple[str, str | None]] = []
     columns = ["image_id", "source", "role", "label", "width", "height"]
-    for row in ingest.read_images(paths.join(run, "ingest"), columns).to_pylist():
+    for row in read_images(paths.join(run, "ingest"), columns).to_pylist():
         if row["role"] in ("seed", "holdout") and (concept := concept_of_stamp(row["label"])) is not None:
             seeds.append((row["image_id"], concept))
         elif row["source"] == "drawings" and row["width"] * row["height"] <= MAX_POOL_PIXELS:
