@@ -48,6 +48,7 @@ from curation.engine.stage import run_shards
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.files.disk_arrays import blocks, count_true, on_disk
+from curation.search.top_k import top_k_of_groups
 
 # How many of the largest components the manifest names; the report shows them.
 LARGEST_COMPONENTS = 20
@@ -341,12 +342,9 @@ def _goes_before(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarray
 
 def _offer(nodes: Nodes, chosen: np.ndarray, place: np.ndarray, node: np.ndarray) -> None:
     """Put each node at its place in `chosen` where it goes before the one there, or where there is none (-1)."""
-    keys = (node, -nodes.length[node], -nodes.pixels[node], ~nodes.is_seed[node], place)
-    order = np.lexsort(keys)
-    place, node = place[order], node[order]
-    is_first = np.ones(len(place), bool)
-    is_first[1:] = place[1:] != place[:-1]
-    place, node = place[is_first], node[is_first]
+    keys = (~nodes.is_seed[node], -nodes.pixels[node], -nodes.length[node], node)
+    first = top_k_of_groups(place, 1, *keys)
+    place, node = place[first], node[first]
     there = chosen[place]
     wins = (there < 0) | _goes_before(nodes, node, there)
     chosen[place[wins]] = node[wins]

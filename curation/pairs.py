@@ -37,6 +37,7 @@ from curation.images.hashing import pairs_within
 from curation.search import exact, self_join
 from curation.search.config import SearchConfig
 from curation.search.self_join import Neighborhood
+from curation.search.top_k import starts_group
 
 # Prepared thumbnails that a worker keeps at hand, each up to 0.8 MB. Assumed: a shard of pairs, sorted by its first
 # image, needs few more.
@@ -228,9 +229,8 @@ def _candidates(joined: str, hashed: str, bucket: int) -> pa.Table:
     ]
     table = pa.concat_tables([near, *by_hash])
     one, other = schemas.id_bytes(table["image_id"]), schemas.id_bytes(table["other_image_id"])
-    order = np.lexsort((np.arange(len(one)), other, one))  # what the join found first
-    same = (one[order][1:] == one[order][:-1]) & (other[order][1:] == other[order][:-1])
-    return table.take(pa.array(np.delete(order, np.flatnonzero(same) + 1)))
+    order = np.lexsort((other, one))  # stable: of equal pairs that of the join comes first
+    return table.take(pa.array(order[starts_group(one[order], other[order])]))
 
 
 def _hash_pairs(

@@ -56,6 +56,7 @@ from curation.quotas import balanced_counts, cluster_counts, retrieval_mode
 from curation.search import exact
 from curation.search.config import SearchConfig
 from curation.search.parts import FOUND, PartSearch, found_table, merge, num_hits
+from curation.search.top_k import rank_in_groups, top_k_of_groups
 
 BALANCED_NAME = "balanced.npy"
 # What guards the search without shaping what it finds: a run that it stopped goes on once it is lowered.
@@ -397,7 +398,7 @@ def _by_sample(dataset: DatasetConfig, seed_ids: list[str], found: pa.Table) -> 
             "seed_source": pa.repeat(pa.scalar(dataset.name, pa.string()), count),
             "seed_image_id": pa.array(seed_ids, pa.string()).take(pa.array(query)),
             "mode": pa.repeat(pa.scalar("sample", pa.string()), count),
-            "rank": (np.arange(count) - np.searchsorted(query, query)).astype(np.int32),
+            "rank": rank_in_groups(query).astype(np.int32),
             "similarity": found["similarity"],
             "cluster_id": pa.nulls(count, pa.int32()),
         },
@@ -468,12 +469,11 @@ def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nea
             num_rows = len(gathered[0])
     drawn = _first_of_each(gathered, counts)
     assert len(drawn) == counts.sum(), "counts exceed the clusters' sizes"
-    first = np.searchsorted(drawn["cluster_id"], drawn["cluster_id"])
     return pa.table(
         {
             "image_id": schemas.id_column(drawn["image_id"]),
             "cluster_id": drawn["cluster_id"],
-            "rank": (np.arange(len(drawn)) - first).astype(np.int32),
+            "rank": rank_in_groups(drawn["cluster_id"]).astype(np.int32),
             "similarity": drawn["similarity"],
         }
     )
@@ -489,10 +489,7 @@ def _first_of_each(parts: list[np.ndarray], counts: np.ndarray) -> np.ndarray:
     """Of each cluster c the first `counts[c]` rows, sorted by cluster, order and image_id. Empties `parts`."""
     rows = np.concatenate(parts)
     parts.clear()
-    order = np.lexsort((rows["image_id"], rows["order"], rows["cluster_id"]))
-    cluster = rows["cluster_id"][order]
-    rank = np.arange(len(rows)) - np.searchsorted(cluster, cluster)
-    first: np.ndarray = rows[order[rank < counts[cluster]]]
+    first: np.ndarray = rows[top_k_of_groups(rows["cluster_id"], counts, rows["order"], rows["image_id"])]
     return first
 
 

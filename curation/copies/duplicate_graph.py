@@ -17,6 +17,7 @@ from curation.engine.manifest import require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
 from curation.files.disk_arrays import Buckets, blocks, on_disk
+from curation.search.top_k import starts_group
 
 # Rows, or ends of pairs, in a bucket: about 300 MB of memory while it is sorted. Ids are hashes, so buckets are alike.
 ROWS_PER_BUCKET = 1 << 20
@@ -111,8 +112,7 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
     for bucket in range(num_buckets):
         known = rows.read(bucket)
         known = known[np.lexsort((known["row"], known["role"], known["image_id"]))]
-        is_first = np.ones(len(known), bool)
-        is_first[1:] = known["image_id"][1:] != known["image_id"][:-1]
+        is_first = starts_group(known["image_id"])
         starts = np.flatnonzero(is_first)
         node_of_row[known["row"]] = num_nodes - 1 + np.cumsum(is_first)
         own = slice(num_nodes, num_nodes + len(starts))

@@ -15,7 +15,7 @@ from curation.errors import ConfigError
 from curation.search import low_precision
 from curation.search.config import GPU_MAX_SELECTION, SearchConfig
 from curation.search.exact import BLOCK_ROWS, codes_of, pair_similarity
-from curation.search.top_k import merge_into_best, ranked
+from curation.search.top_k import merge_into_best, rank_by_similarity
 
 # Cells that vectors are compared with at a time. Assumed.
 CELLS_PER_TILE = 8192
@@ -161,7 +161,7 @@ class _Shortlist:
         known = np.flatnonzero(best_row.reshape(-1) >= 0)
         queries = np.concatenate([known // self._k, query])
         certain = np.concatenate([similarity.reshape(-1)[known], estimate - np.float32(self._slack)])
-        order, rank = ranked(queries, certain)
+        order, rank = rank_by_similarity(queries, certain)
         kth = order[rank == self._k - 1]
         floor[queries[kth]] = np.maximum(floor[queries[kth]], certain[kth])
         chosen = estimate + self._slack >= floor[query]

@@ -21,6 +21,7 @@ import numpy as np
 import scipy.sparse
 
 from curation.search import exact, low_precision
+from curation.search.top_k import top_k_of_groups
 
 Start = Literal["random", "k_means++"]
 
@@ -227,10 +228,7 @@ def draw(before: Drawn, more: Drawn, sample_size: int) -> Drawn:
     cluster, key, row = (
         np.concatenate([getattr(before, name), getattr(more, name)]) for name in ("cluster", "key", "row")
     )
-    order = np.lexsort((row, -key, cluster))
-    begin = np.flatnonzero(np.diff(cluster[order], prepend=-1))
-    rank = np.arange(len(order)) - np.repeat(begin, np.diff(begin, append=len(order)))
-    chosen = order[rank < sample_size]
+    chosen = top_k_of_groups(cluster, sample_size, -key, row)
     return Drawn(cluster[chosen], key[chosen], row[chosen])
 
 

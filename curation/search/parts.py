@@ -17,6 +17,7 @@ from curation.models.device import require_device
 from curation.search import exact, ivf, kmeans
 from curation.search.config import SearchConfig
 from curation.search.ivf import CellLists
+from curation.search.top_k import top_k_of_groups
 
 # What one part found: `query` is a row of the matrix of queries.
 FOUND = pa.schema([("query", pa.int32()), ("image_id", pa.string()), ("similarity", pa.float32())])
@@ -116,9 +117,7 @@ def merge(tables: Iterable[pa.Table], k: int) -> pa.Table:
     """FOUND of the `k` best of each query among what all parts found, by query, then by falling similarity, then id."""
     table = pa.concat_tables([FOUND.empty_table(), *tables]).combine_chunks()
     query, similarity = table["query"].to_numpy(), table["similarity"].to_numpy()
-    order = np.lexsort((id_bytes(table["image_id"]), -similarity, query))
-    rank = np.arange(len(order)) - np.searchsorted(query[order], query[order])
-    return table.take(pa.array(order[rank < k]))
+    return table.take(pa.array(top_k_of_groups(query, k, -similarity, id_bytes(table["image_id"]))))
 
 
 def num_hits(found: pa.Table, exact: pa.Table) -> tuple[int, int]:
@@ -126,11 +125,10 @@ def num_hits(found: pa.Table, exact: pa.Table) -> tuple[int, int]:
 
     Both are results of `merge` with one k. What is as near as the farthest of `exact` counts, so that ties do no harm.
     """
-    queries = exact["query"].to_numpy()
-    last = np.searchsorted(queries, queries, side="right") - 1
-    least = dict(zip(queries.tolist(), exact["similarity"].to_numpy()[last].tolist(), strict=True))
+    # Similarities fall within a query, so that its last one stays in the dictionary.
+    least = dict(zip(exact["query"].to_pylist(), exact["similarity"].to_pylist(), strict=True))
     hits = sum(
         similarity >= least.get(query, np.inf)
         for query, similarity in zip(found["query"].to_pylist(), found["similarity"].to_pylist(), strict=True)
     )
-    return hits, len(queries)
+    return hits, exact.num_rows

@@ -46,6 +46,7 @@ from curation.search import exact, ivf
 from curation.search.config import SearchConfig
 from curation.search.ivf import CellLists
 from curation.search.parts import train_cells
+from curation.search.top_k import sort_into_groups, starts_group, top_k_of_groups
 
 # `other_image_id` is among the nearest of `image_id`. A place is a row number counted through all files; of an image
 # that occurs several times, the first.
@@ -172,9 +173,7 @@ def read_bucket(folder: str, bucket: int) -> pa.Table:
     low, high = np.where(swapped, other, one), np.where(swapped, one, other)
     order = np.lexsort((high, low))
     low, high, swapped = low[order], high[order], swapped[order]
-    fresh = np.ones(len(order), bool)
-    fresh[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
-    starts = np.flatnonzero(fresh)
+    starts = np.flatnonzero(starts_group(low, high))
     columns = [
         id_column(low[starts]),
         id_column(high[starts]),
@@ -267,11 +266,8 @@ def _best_edges(
     k: int, one: np.ndarray, other: np.ndarray, place: np.ndarray, other_place: np.ndarray, similarity: np.ndarray
 ) -> pa.Table:
     """EDGES to the `k` most similar other ones of each, ties by id."""
-    order = np.lexsort((other, -similarity, one))
-    order = order[one[order] != other[order]]
-    starts = np.concatenate([[0], np.flatnonzero(one[order][1:] != one[order][:-1]) + 1])[: len(order)]
-    rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
-    order = order[rank < k]
+    pairs = np.flatnonzero(one != other)
+    order = pairs[top_k_of_groups(one[pairs], k, -similarity[pairs], other[pairs])]
     columns = [id_column(one[order]), id_column(other[order]), place[order], other_place[order], similarity[order]]
     return pa.table(columns, schema=EDGES)
 
@@ -288,8 +284,8 @@ def _train_cells(search: SearchConfig, files: Sequence[str], rows: Sequence[int]
     cells = train_cells(matrix, num_cells, search.seed)
     num_groups = min(_num_groups(search, num_rows), len(cells))
     group = exact.assign(cells, train_cells(cells, num_groups, search.seed))[0]
-    order = np.argsort(group, kind="stable")
-    arrays = {"cells.npy": cells[order], "groups.npy": np.searchsorted(group[order], np.arange(num_groups + 1))}
+    order, bounds = sort_into_groups(group, num_groups)
+    arrays = {"cells.npy": cells[order], "groups.npy": bounds}
     saved = []
     for name, array in arrays.items():
         np.save(buffer := io.BytesIO(), array)
@@ -489,10 +485,10 @@ def _make_recall_worker(asked: Neighborhood, spread: str, folder: str) -> Callab
 def _write_edges(asked: Neighborhood, output: str, name: str, edges: pa.Table) -> ShardRecord:
     smaller = pc.min_element_wise(edges.column("image_id"), edges.column("other_image_id"))
     bucket = bucket_of(smaller, asked.num_buckets)
-    order = np.argsort(bucket, kind="stable")
+    order, bounds = sort_into_groups(bucket, asked.num_buckets)
     ordered = edges.take(pa.array(order))
-    starts = np.searchsorted(bucket[order], np.arange(asked.num_buckets + 1)).tolist()
-    groups = ((number, ordered.slice(start, end - start)) for number, (start, end) in enumerate(pairwise(starts)))
+    spans = enumerate(pairwise(bounds.tolist()))
+    groups = ((number, ordered.slice(start, stop - start)) for number, (start, stop) in spans)
     path = paths.join(output, f"edges-{name}.parquet")
     file = parquet.write_row_groups(path, "bucket", groups, EDGES.empty_table())
     return ShardRecord(name=name, files=(file,), totals={"edges": edges.num_rows})

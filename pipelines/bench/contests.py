@@ -32,6 +32,7 @@ from curation.search import exact, kmeans, self_join
 from curation.search.config import SearchConfig
 from curation.search.parts import PartSearch
 from curation.search.self_join import Neighborhood
+from curation.search.top_k import merge_into_best
 from evaluation import knn
 from evaluation.features import SHARD_IMAGES, Features
 from pipelines.bench import mixture
@@ -159,21 +160,19 @@ def neighbors(folder: str, output: str, k: int, rows_per_cell: int, num_probes: 
     files = _files(folder)
     searching = 0.0
     started = time.perf_counter()
-    similarity: np.ndarray = np.empty((len(queries), 0), np.float32)
-    row: np.ndarray = np.empty((len(queries), 0), np.int64)
+    best_similarity: np.ndarray = np.full((len(queries), k), -np.inf, np.float32)
+    best_row: np.ndarray = np.full((len(queries), k), -1, np.int64)
     first = 0
     for number in range(0, len(files), files_per_part):
         part = PartSearch(search, list(_stream(files[number : number + files_per_part])))
         built = time.perf_counter()
-        found = part.search(queries, k)
-        similarity = np.concatenate([similarity, found[0]], axis=1)
-        row = np.concatenate([row, np.where(found[1] >= 0, found[1] + first, -1)], axis=1)
-        order = np.lexsort((row, -similarity), axis=1)[:, :k]
-        similarity, row = np.take_along_axis(similarity, order, axis=1), np.take_along_axis(row, order, axis=1)
+        similarity, row = part.search(queries, k)
+        query, column = np.nonzero(row >= 0)
+        merge_into_best(best_similarity, best_row, query, row[query, column] + first, similarity[query, column])
         searching += time.perf_counter() - built
         first += part.num_vectors
     seconds = time.perf_counter() - started
-    np.save(output, row)
+    np.save(output, best_row)
     return {"seconds": seconds, "searching": searching}
 
 
