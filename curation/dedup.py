@@ -40,7 +40,7 @@ from pydantic import Field, model_validator
 
 from curation.config import Settings, load, resolved_toml
 from curation.copies.components import component_sizes, connected_components, family_edges, flatten, join, separate
-from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, id_texts, pack_ids, read_graph
+from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
 from curation.engine.runner import InlineRunner, Runner, Shard
@@ -48,6 +48,7 @@ from curation.engine.stage import run_shards
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.files.disk_arrays import blocks, count_true, on_disk
+from curation.files.image_ids import pack_ids, unpack_ids
 from curation.search.top_k import top_k_of_groups
 
 # How many of the largest components the manifest names; the report shows them.
@@ -507,7 +508,7 @@ def _facts(graph: DuplicateGraph, decision: Decision) -> dict[str, Any]:
             histogram[int(size)] = histogram.get(int(size), 0) + int(count)
         first = roots[np.lexsort((roots, -sizes[roots]))][:LARGEST_COMPONENTS]
         largest = heapq.nsmallest(LARGEST_COMPONENTS, largest + [(-int(sizes[root]), int(root)) for root in first])
-    names = id_texts(graph.nodes.image_ids[[root for _, root in largest]]).to_pylist() if largest else []
+    names = unpack_ids(graph.nodes.image_ids[[root for _, root in largest]]).to_pylist() if largest else []
     return {
         "unique_images": len(sizes),
         "components_of_two_or_more": sum(histogram.values()),
@@ -528,11 +529,11 @@ def _rows(table: pa.Table, part: slice, graph: DuplicateGraph, decision: Decisio
     matched[copy], score[copy] = node[copy], 1.0
     kept = matched < 0
     names = pa.array(REASONS, pa.string())
-    partner = id_texts(graph.nodes.image_ids[matched])  # at -1 the last, which is no partner
+    partner = unpack_ids(graph.nodes.image_ids[matched])  # at -1 the last, which is no partner
     return pa.table(
         {
             "image_id": table["image_id"].combine_chunks(),
-            "component_id": id_texts(graph.nodes.image_ids[decision.component[node]]),
+            "component_id": unpack_ids(graph.nodes.image_ids[decision.component[node]]),
             "kept": kept,
             "reason": names.take(pa.array(reason)),
             "matched_image_id": pc.if_else(pa.array(kept), pa.scalar(None, pa.string()), partner),

@@ -43,6 +43,7 @@ from curation.engine.stage import PREPARED, run_shards
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas
 from curation.files.hashes import hash_json
+from curation.files.image_ids import id_bytes, id_column
 from curation.images.corpus_tar import Sample, write_tar
 from curation.images.sources import ReferenceReader
 from curation.quotas import DatasetRows, dataset_weights, row_weights
@@ -343,7 +344,7 @@ def write_plan(
             repeated = np.repeat(image, count)
             sample = by_image[first[repeated] + rank_in_groups(repeated)]
             table = table.take(pa.array(np.repeat(here, count)))
-            key = _text(_keys(selection.image_ids[image_of[sample]], repeat[sample]))
+            key = id_column(_keys(selection.image_ids[image_of[sample]], repeat[sample]))
             columns = {name: table[name] for name in table.column_names}
             columns |= {"position": position[sample], "key": key, "weight": weight[sample]}
             deal(pa.table({n: columns[n] for n in schemas.PLANNED_SAMPLES.names}, schema=schemas.PLANNED_SAMPLES))
@@ -490,14 +491,10 @@ def _retrieved(folder: str) -> Iterator[pa.Table]:
 
 def _ids(column: pa.ChunkedArray) -> np.ndarray:
     """image_ids as bytes, (N,)."""
-    ids = np.asarray(column.to_numpy(zero_copy_only=False), "S")
+    ids = id_bytes(column)
     if ids.itemsize > ID_BYTES:
         raise InputError(f"'{max(ids, key=len).decode()}' is no image_id: it is longer than {ID_BYTES} characters.")
     return ids.astype(f"S{ID_BYTES}")
-
-
-def _text(values: np.ndarray) -> pa.Array:
-    return pa.array(values, pa.binary()).cast(pa.string())
 
 
 # The account

@@ -33,6 +33,7 @@ from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, run_shards
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
+from curation.files.image_ids import bucket_of, id_bytes, id_column, pack_ids
 from curation.images.hashing import pairs_within
 from curation.search import exact, self_join
 from curation.search.config import SearchConfig
@@ -165,7 +166,7 @@ class _Places:
     def first_of_each(self) -> tuple[np.ndarray, np.ndarray]:
         """All ids (N,), ascending, as bytes, and the first place of each, (N,)."""
         columns = [parquet.read_table_columns(file, ["image_id"]).column(0) for file in self._files]
-        ids, first = np.unique(np.concatenate([schemas.id_bytes(column) for column in columns]), return_index=True)
+        ids, first = np.unique(np.concatenate([id_bytes(column) for column in columns]), return_index=True)
         return ids, first
 
     def cosine(self, place: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -228,7 +229,7 @@ def _candidates(joined: str, hashed: str, bucket: int) -> pa.Table:
         for name in paths.list_names(hashed)
     ]
     table = pa.concat_tables([near, *by_hash])
-    one, other = schemas.id_bytes(table["image_id"]), schemas.id_bytes(table["other_image_id"])
+    one, other = id_bytes(table["image_id"]), id_bytes(table["other_image_id"])
     order = np.lexsort((other, one))  # stable: of equal pairs that of the join comes first
     return table.take(pa.array(order[starts_group(one[order], other[order])]))
 
@@ -238,7 +239,7 @@ def _hash_pairs(
 ) -> Iterator[Iterator[tuple[int, pa.Table]]]:
     """The pairs of near perceptual hashes, some at a time, each time by bucket."""
     rows = ingest.read_images(images, ["image_id", "phash"])
-    known, row = np.unique(schemas.id_bytes(rows["image_id"]), return_index=True)
+    known, row = np.unique(id_bytes(rows["image_id"]), return_index=True)
     ids, first = places.first_of_each()
     if missing := sorted(set(known.tolist()).difference(ids.tolist())):
         raise InputError(f"There is no descriptor of image {missing[0].decode()}, which is in '{images}'.")
@@ -248,10 +249,10 @@ def _hash_pairs(
     def by_bucket(pairs: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
         low, high = pairs  # ids are sorted, so the smaller row has the smaller id
         count = len(low)
-        columns = [schemas.id_column(ids[low]), schemas.id_column(ids[high]), first[low], first[high]]
+        columns = [id_column(ids[low]), id_column(ids[high]), first[low], first[high]]
         unknown = [np.full(count, np.nan, np.float32), np.zeros(count, bool)]
         table = pa.table([*columns, *unknown], schema=self_join.PAIRED)
-        bucket = self_join.bucket_of(table["image_id"], num_buckets)
+        bucket = bucket_of(pack_ids(table["image_id"]), num_buckets)
         for number in np.unique(bucket).tolist():
             yield number, table.take(pa.array(np.flatnonzero(bucket == number)))
 

@@ -29,7 +29,6 @@ where A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` 
 """
 
 import functools
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,7 +48,8 @@ from curation.engine.manifest import Manifest, ShardRecord, require_manifest, st
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, run_shards
 from curation.errors import ConfigError, InputError
-from curation.files import parquet, paths, schemas, vectors
+from curation.files import npy, parquet, paths, schemas, vectors
+from curation.files.image_ids import id_bytes, id_column
 from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
 from curation.quotas import balanced_counts, cluster_counts, retrieval_mode
@@ -309,7 +309,7 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
 
     def process(shard: Shard) -> ShardRecord:
         read = [own for own in prefetch(functools.partial(read_kept, role="pool"), shard.work) if own[0]]
-        ids = schemas.id_bytes([image_id for own, _ in read for image_id in own])
+        ids = id_bytes([image_id for own, _ in read for image_id in own])
         part = PartSearch(config, [read.pop(0)[1] for _ in range(len(read))])
 
         def found() -> Iterator[tuple[int, pa.Table]]:
@@ -419,8 +419,7 @@ def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarra
 def _by_balance(config: RetrieveConfig, clustered: str, output: str, part: int) -> pa.Table:
     """The part of the draw whose clusters begin within its `images_per_shard` images of all that are drawn."""
     assert config.clustering is not None
-    with paths.open_read(paths.join(output, BALANCED_NAME)) as file:
-        counts: np.ndarray = np.load(file, allow_pickle=False)
+    counts = npy.read_array(paths.join(output, BALANCED_NAME))
     counts[(np.cumsum(counts) - counts) // config.clustering.images_per_shard != part] = 0
     return _as_retrieved(draw_images(clustered, counts, config.clustering.draw, config.seed), "balanced", None)
 
@@ -432,9 +431,7 @@ def _balance(config: ClusteringConfig, clustered: str, output: str) -> FileRecor
     while f"parents-{len(parents)}.npy" in names:
         parents.append(read_parents(clustered, len(parents)))
     counts = balanced_counts(parents, cluster_sizes(clustered, len(read_centroids(clustered))), config.num_images)
-    buffer = io.BytesIO()
-    np.save(buffer, counts)
-    return paths.write_bytes(paths.join(output, BALANCED_NAME), buffer.getvalue())
+    return npy.write_arrays(paths.join(output, BALANCED_NAME), counts)
 
 
 def cluster_sizes(clustered: str, num_clusters: int) -> np.ndarray:
@@ -471,7 +468,7 @@ def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nea
     assert len(drawn) == counts.sum(), "counts exceed the clusters' sizes"
     return pa.table(
         {
-            "image_id": schemas.id_column(drawn["image_id"]),
+            "image_id": id_column(drawn["image_id"]),
             "cluster_id": drawn["cluster_id"],
             "rank": rank_in_groups(drawn["cluster_id"]).astype(np.int32),
             "similarity": drawn["similarity"],

@@ -17,6 +17,7 @@ from curation.engine.manifest import require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
 from curation.files.disk_arrays import Buckets, blocks, on_disk
+from curation.files.image_ids import bucket_of, pack_ids, unpack_ids
 from curation.search.top_k import starts_group
 
 # Rows, or ends of pairs, in a bucket: about 300 MB of memory while it is sorted. Ids are hashes, so buckets are alike.
@@ -25,9 +26,6 @@ ROWS_PER_BUCKET = 1 << 20
 _ROLES = ("seed", "holdout", "pool")
 _ROW = np.dtype([("image_id", "S16"), ("row", np.int64), ("role", np.int8), ("pixels", np.int64), ("length", np.int64)])
 _END = np.dtype([("image_id", "S16"), ("place", np.int64)])
-_DIGITS = np.frombuffer(b"0123456789abcdef", np.uint8)
-_DIGIT_VALUES = np.full(256, 255, np.uint8)
-_DIGIT_VALUES[_DIGITS] = np.arange(16)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
         found["role"] = pc.index_in(table["role"], pa.array(_ROLES)).to_numpy()
         found["pixels"] = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
         found["length"] = table["length"].to_numpy()
-        rows.add(_bucket(found["image_id"], num_buckets), found)
+        rows.add(bucket_of(found["image_id"], num_buckets), found)
 
     kind = node_type(num_rows)
     places = on_disk(2 * num_edges, kind)  # the nodes at the first ends of all edges, then at the second ends
@@ -97,7 +95,7 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
             end = np.empty(table.num_rows, _END)
             end["image_id"] = pack_ids(table[name])
             end["place"] = np.arange(start, start + table.num_rows) + offset
-            ends.add(_bucket(end["image_id"], num_buckets), end)
+            ends.add(bucket_of(end["image_id"], num_buckets), end)
 
     columns: dict[str, DTypeLike] = {
         "image_ids": "S16",
@@ -136,16 +134,9 @@ def _find_ends(places: np.ndarray, ends: np.ndarray, image_ids: np.ndarray, firs
         known = place < len(image_ids)
         known[known] = image_ids[place[known]] == wanted[known]
         if not known.all():
-            unknown = id_texts(wanted[~known][:1])[0]
+            unknown = unpack_ids(wanted[~known][:1])[0]
             raise InputError(f"The pairs name image {unknown}, which the ingest does not hold: not of one run.")
         places[ends["place"][part]] = first_node + place
-
-
-def _bucket(image_ids: np.ndarray, num_buckets: int) -> np.ndarray:
-    """The bucket of each id, rising with the ids."""
-    front = np.ascontiguousarray(image_ids).view(">u2").reshape(-1, 8)[:, 0]
-    bucket: np.ndarray = front.astype(np.int64) * num_buckets >> 16
-    return bucket
 
 
 def _num_rows(folder: str, kind: str) -> int:
@@ -167,29 +158,3 @@ def _tables(
                     raise InputError(f"{path}: {table.num_rows} rows, but {file.rows} were written. Redo that stage.")
                 yield start, table
                 start += table.num_rows
-
-
-def pack_ids(column: pa.ChunkedArray) -> np.ndarray:
-    """The 16 bytes of each image_id, (N,) S16, whose order is that of the texts. Raises InputError for other texts."""
-    array = column.combine_chunks()
-    digits = np.full(32 * len(array), ord("?"), np.uint8)
-    if not array.null_count and pc.all(pc.equal(pc.binary_length(array), 32)).as_py() is not False:
-        text = array.cast(pa.binary(32))
-        digits = np.frombuffer(text.buffers()[1], np.uint8)[32 * text.offset :][: 32 * len(text)]
-    values = _DIGIT_VALUES[digits].reshape(-1, 16, 2)
-    if (values > 15).any():
-        wrong = next(text for text in array.to_pylist() if text is None or not _is_id(text))
-        raise InputError(f"'{wrong}' is no image_id: expected 32 hex digits in small letters.")
-    return (values[..., 0] << 4 | values[..., 1]).view("S16").reshape(-1)
-
-
-def _is_id(text: str) -> bool:
-    return len(text) == 32 and set(text) <= set("0123456789abcdef")
-
-
-def id_texts(image_ids: np.ndarray) -> pa.Array:
-    """The image_ids (text) whose bytes `pack_ids` gave."""
-    packed = np.ascontiguousarray(image_ids).view(np.uint8)
-    digits = _DIGITS[np.stack([packed >> 4, packed & 15], axis=-1)]
-    texts = pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(image_ids), [None, pa.py_buffer(digits)])
-    return texts.cast(pa.string())

@@ -12,8 +12,7 @@ import torch
 
 from curation.engine.manifest import MANIFEST_NAME, read_manifest
 from curation.errors import InputError
-from curation.files import parquet, paths, schemas
-from curation.search import low_precision
+from curation.files import npy, parquet, paths, schemas
 
 # Rows of a .npy matrix that are read at a time. Assumed: 168 MB at 1,280 dimensions of float16.
 NPY_ROWS = 65_536
@@ -108,10 +107,8 @@ def _npy_blocks(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
     """Ids (row numbers) and unit vectors of a matrix, NPY_ROWS rows at a time; a block of no rows when it has none."""
     with paths.open_read(path) as file:
         try:
-            version = np.lib.format.read_magic(file)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, by_column, dtype = read_header[version](file)
-        except (ValueError, KeyError) as error:
+            shape, by_column, dtype = npy.read_header(file)
+        except ValueError as error:
             raise InputError(f"{path}: not a readable .npy matrix: {error}.") from None
         if len(shape) != 2 or not np.issubdtype(dtype, np.floating):
             raise InputError(f"{path}: expected a matrix of floats (rows, width). Found: {dtype} {shape}.")
@@ -132,7 +129,8 @@ def _unit(matrix: np.ndarray, image_ids: list[str], path: str) -> np.ndarray:
     if matrix.dtype == np.float16:
         norms = np.empty(len(matrix), np.float32)
         for start in range(0, len(matrix), NORM_ROWS):
-            block = torch.from_numpy(low_precision.to_float32(matrix[start : start + NORM_ROWS]))
+            # A copy, since torch warns of arrays that it may not write to. It converts twice as fast as numpy.
+            block = torch.from_numpy(matrix[start : start + NORM_ROWS].copy()).float()
             norms[start : start + NORM_ROWS] = torch.linalg.vector_norm(block, dim=1).numpy()
     else:  # squares that float32 could not hold
         norms = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64, casting="same_kind")).astype(np.float32)

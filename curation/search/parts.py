@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
-from curation.files.schemas import id_bytes, id_column
+from curation.files.image_ids import id_bytes, id_column
 from curation.models.device import require_device
 from curation.search import exact, ivf, kmeans
 from curation.search.config import SearchConfig

@@ -24,7 +24,6 @@ Legend: N vectors, D dimensions, P probes.
 """
 
 import functools
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,9 +37,9 @@ from curation.engine.manifest import Manifest, ShardRecord, require_manifest, st
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, run_shards
 from curation.errors import InputError
-from curation.files import parquet, paths, vectors
+from curation.files import npy, parquet, paths, vectors
+from curation.files.image_ids import bucket_of, id_bytes, id_column, pack_ids
 from curation.files.prefetch import prefetch
-from curation.files.schemas import id_bytes, id_column
 from curation.models.device import require_device
 from curation.search import exact, ivf
 from curation.search.config import SearchConfig
@@ -153,13 +152,6 @@ def run(
     )
     search.require_recall(manifest.facts)  # it may have been raised since
     return manifest
-
-
-def bucket_of(image_ids: pa.ChunkedArray, num_buckets: int) -> np.ndarray:
-    """The bucket (N,) int64 of each id: `num_buckets` equal ranges of the ids' first 32 bits."""
-    leading = np.array([int(image_id[:8], 16) for image_id in image_ids.to_pylist()], np.uint64)
-    buckets: np.ndarray = ((leading * np.uint64(num_buckets)) >> np.uint64(32)).astype(np.int64)
-    return buckets
 
 
 def read_bucket(folder: str, bucket: int) -> pa.Table:
@@ -288,8 +280,7 @@ def _train_cells(search: SearchConfig, files: Sequence[str], rows: Sequence[int]
     arrays = {"cells.npy": cells[order], "groups.npy": bounds}
     saved = []
     for name, array in arrays.items():
-        np.save(buffer := io.BytesIO(), array)
-        saved.append(paths.write_bytes(paths.join(folder, name), buffer.getvalue()))
+        saved.append(npy.write_arrays(paths.join(folder, name), array))
     chosen = slice(None, None, max(1, len(ids) // search.recall_queries))
     table = vectors.make_table(ids[chosen].astype(str).tolist(), matrix[chosen])
     saved.append(parquet.write_table(paths.join(folder, "sample.parquet"), table))
@@ -321,11 +312,7 @@ def _sample(files: Sequence[str], rows: Sequence[int], wanted: int) -> tuple[np.
 
 
 def _read_cells(folder: str) -> tuple[np.ndarray, np.ndarray]:
-    arrays = []
-    for name in ("cells.npy", "groups.npy"):
-        with paths.open_read(paths.join(folder, name)) as file:
-            arrays.append(np.load(file, allow_pickle=False))
-    return arrays[0], arrays[1]
+    return npy.read_array(paths.join(folder, "cells.npy")), npy.read_array(paths.join(folder, "groups.npy"))
 
 
 def _make_exchange_worker(search: SearchConfig, folder: str) -> Callable[[Shard], ShardRecord]:
@@ -484,7 +471,7 @@ def _make_recall_worker(asked: Neighborhood, spread: str, folder: str) -> Callab
 
 def _write_edges(asked: Neighborhood, output: str, name: str, edges: pa.Table) -> ShardRecord:
     smaller = pc.min_element_wise(edges.column("image_id"), edges.column("other_image_id"))
-    bucket = bucket_of(smaller, asked.num_buckets)
+    bucket = bucket_of(pack_ids(smaller), asked.num_buckets)
     order, bounds = sort_into_groups(bucket, asked.num_buckets)
     ordered = edges.take(pa.array(order))
     spans = enumerate(pairwise(bounds.tolist()))

@@ -9,7 +9,6 @@ that a peer does it; `judge_` compares the two.
 Legend: N vectors, Q queries, D dimensions, K clusters.
 """
 
-import hashlib
 import json
 import sys
 import time
@@ -27,6 +26,7 @@ from curation.copies.components import connected_components, node_type
 from curation.engine.manifest import require_manifest
 from curation.engine.runner import InlineRunner
 from curation.files import disk_arrays, parquet, paths, vectors
+from curation.files.hashes import sha256_of_bytes
 from curation.files.prefetch import prefetch
 from curation.search import exact, kmeans, self_join
 from curation.search.config import SearchConfig
@@ -65,7 +65,7 @@ def make_vectors(
     ):
         held = np.concatenate([held, block])
         while written < num_vectors and len(held) >= (count := min(ROWS_PER_FILE, num_vectors - written)):
-            ids = [hashlib.sha256(str(row).encode()).hexdigest()[:32] for row in range(written, written + count)]
+            ids = [sha256_of_bytes(str(row).encode())[:32] for row in range(written, written + count)]
             path = paths.join(folder, f"vectors-{written // ROWS_PER_FILE:05d}.parquet")
             parquet.write_table(path, vectors.make_table(ids, held[:count]))
             held, written = held[count:], written + count
