@@ -39,7 +39,7 @@ import typer
 from pydantic import Field, model_validator
 
 from curation.config import Settings, load, resolved_toml
-from curation.copies.components import component_sizes, connected_components, family_edges, flatten, join, separate
+from curation.copies.components import component_sizes, connected_components, family_edges, flatten, separate, unite
 from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
@@ -323,7 +323,7 @@ def _connect(config: DedupConfig, edges: Edges, joins: np.ndarray, decision: Dec
         for part in blocks(len(component)):
             component[part][too_large[part]] = part.start + np.flatnonzero(too_large[part])
         for first, second in joined():
-            join(component, first, second)
+            unite(component, first, second)
         sizes = component_sizes(flatten(component))
     decision.guards["max_component_size"] = counts | {"components_still_larger": oversized}
 
@@ -474,7 +474,7 @@ def _sweep(
         for part in blocks(len(edges.first)):
             value = edges.similarity[part]
             band = joins[part] & (value >= threshold) & (value < above)
-            join(parent, edges.first[part][band], edges.second[part][band])
+            unite(parent, edges.first[part][band], edges.second[part][band])
             num_pairs += count_true(band)
         above = threshold
         sizes, has_seed = component_sizes(flatten(parent)), on_disk(num_nodes, bool)

@@ -98,8 +98,8 @@ def run(
 
     def propose() -> ShardRecord:
         floor = config.min_descriptor_similarity
-        asked = Neighborhood(config.search, config.num_neighbors, floor, num_shards)
-        self_join.run(asked, files, described.content_hash, joined, runner, num_rows=places.num_rows)
+        neighborhood = Neighborhood(config.search, config.num_neighbors, floor, num_shards)
+        self_join.run(neighborhood, files, joined, runner, content_hash=described.content_hash)
         if config.max_phash_distance >= 0:
             for number, file in enumerate(_hash_pairs(config, images, places, num_shards)):
                 parquet.write_row_groups(
@@ -222,7 +222,7 @@ class _Judge:
 
 
 def _candidates(joined: str, hashed: str, bucket: int) -> pa.Table:
-    """join.PAIRED of all candidates of one range of ids; the cosine of those by hash alone is NaN."""
+    """self_join.PAIRED of all candidates of one range of ids; the cosine of those by hash alone is NaN."""
     near = self_join.read_bucket(joined, bucket)
     by_hash = [
         parquet.read_row_groups(paths.join(hashed, name), "bucket", bucket, self_join.PAIRED)

@@ -54,8 +54,8 @@ from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
 from curation.quotas import balanced_counts, cluster_counts, retrieval_mode
 from curation.search import exact
-from curation.search.config import SearchConfig
-from curation.search.parts import FOUND, PartSearch, found_table, merge, num_hits
+from curation.search.config import RECALL_QUERIES, SearchConfig
+from curation.search.parts import NEIGHBORS, PartSearch, count_hits, merge_parts, neighbor_table
 from curation.search.top_k import rank_in_groups, top_k_of_groups
 
 BALANCED_NAME = "balanced.npy"
@@ -303,8 +303,8 @@ def _pool_parts(everything: Sequence[KeptShard], rows_per_part: int) -> list[Sha
 def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output: str) -> Callable[[Shard], ShardRecord]:
     """A worker that searches one part of the pool after another for all that ask.
 
-    Writes FOUND, one row group for each of `asking`, and with `ivf` the same for a sample of the seeds, searched with
-    the index and exactly.
+    Writes NEIGHBORS, one row group for each of `asking`, and with `ivf` the same for a sample of the seeds, searched
+    with the index and exactly.
     """
 
     def process(shard: Shard) -> ShardRecord:
@@ -321,16 +321,16 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
                 similarity, row = part.search(queries, k)
                 starts = np.cumsum([0, *(len(seeds) for _, seeds in block)])
                 for (number, _), (start, stop) in zip(block, pairwise(starts.tolist()), strict=True):
-                    yield number, found_table(ids, similarity[start:stop], row[start:stop])
+                    yield number, neighbor_table(ids, similarity[start:stop], row[start:stop])
 
         def exact() -> Iterator[tuple[int, pa.Table]]:
-            for number, (first, every) in enumerate(_sampled(config, asking)):
+            for number, (first, every) in enumerate(_sampled(asking)):
                 seeds = asking[number].read()[1]
                 rows = np.arange(first, len(seeds), every)
-                table = found_table(ids, *part.search_exactly(seeds[rows], asking[number].k))
+                table = neighbor_table(ids, *part.search_exactly(seeds[rows], asking[number].k))
                 yield number, table.set_column(0, "query", pa.array(rows[table["query"].to_numpy()].astype(np.int32)))
 
-        empty = FOUND.empty_table()
+        empty = NEIGHBORS.empty_table()
         path = functools.partial(paths.join, output)
         files = [parquet.write_row_groups(path(f"found-{shard.name}.parquet"), "asking", found(), empty)]
         if config.backend == "ivf":
@@ -355,18 +355,18 @@ def _query_blocks(asking: Sequence[_Asking]) -> Iterator[list[tuple[int, np.ndar
             block = []
 
 
-def _sampled(config: SearchConfig, asking: Sequence[_Asking]) -> list[tuple[int, int]]:
+def _sampled(asking: Sequence[_Asking]) -> list[tuple[int, int]]:
     """For each of those that ask, the first of its seeds that recall is measured on, and the step to the next."""
     counts = [vectors.num_rows(own.shard.vectors) for own in asking]
-    every = max(1, sum(counts) // config.recall_queries)
+    every = max(1, sum(counts) // RECALL_QUERIES)
     starts = np.cumsum([0, *counts[:-1]])
     return [(int(-start % every), every) for start in starts]
 
 
 def _merged(found: str, names: Sequence[str], number: int, k: int) -> pa.Table:
-    """FOUND of one of those that ask, from the files of all parts."""
+    """NEIGHBORS of one of those that ask, from the files of all parts."""
     files = (paths.join(found, name) for name in names)
-    return merge((parquet.read_row_groups(path, "asking", number, FOUND) for path in files), k)
+    return merge_parts((parquet.read_row_groups(path, "asking", number, NEIGHBORS) for path in files), k)
 
 
 def _measure_recall(
@@ -380,7 +380,7 @@ def _measure_recall(
     hits = total = 0
     for number, own in enumerate(asking):
         exact = _merged(found, exactly, number, own.k)
-        own_hits, own_total = num_hits(_merged(found, by_index, number, own.k), exact)
+        own_hits, own_total = count_hits(_merged(found, by_index, number, own.k), exact)
         hits, total = hits + own_hits, total + own_total
     recall = hits / total if total else None
     facts = {"backend": "ivf", "recall": recall, "recall_neighbors": total}

@@ -29,7 +29,7 @@ def connected_components(
     assert parent.shape == (num_nodes,), (parent.shape, num_nodes)
     separate(parent)
     for first, second in edges:
-        join(parent, first, second)
+        unite(parent, first, second)
     return flatten(parent)
 
 
@@ -42,10 +42,10 @@ def separate(parent: np.ndarray) -> None:
         parent[part] = np.arange(part.start, part.stop)
 
 
-def join(parent: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
+def unite(parent: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
     """Join the trees of each edge's two ends, in place."""
     for part in blocks(len(first)):
-        _join_roots(parent, _roots(parent, first[part]), _roots(parent, second[part]))
+        _unite_roots(parent, _roots(parent, first[part]), _roots(parent, second[part]))
 
 
 def flatten(parent: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ def _roots(parent: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     return roots
 
 
-def _join_roots(parent: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
+def _unite_roots(parent: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
     """Join pairs of roots: each is hooked under the smallest that it shares an edge with, round after round.
 
     With the trees flattened after each round this takes O(log^2 n) rounds (Liu and Tarjan, "Simple concurrent labeling

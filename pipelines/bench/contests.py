@@ -99,16 +99,14 @@ def make_edges(folder: str, num_edges: int) -> Measured:
 # All pairs above a similarity
 
 
-def all_pairs(
-    folder: str, output: str, num_vectors: int, rows_per_cell: int, num_probes: int, rows_per_part: int
-) -> Measured:
+def all_pairs(folder: str, output: str, rows_per_cell: int, num_probes: int, rows_per_part: int) -> Measured:
     """The join, from files to files: training, exchange, join, and the recall that it measures itself."""
     search = SearchConfig(
         backend="ivf", rows_per_cell=rows_per_cell, num_probes=num_probes, rows_per_part=rows_per_part, min_recall=0
     )
-    asked = Neighborhood(search, JOIN_NEIGHBORS, JOIN_FLOOR, num_buckets=16)
+    neighborhood = Neighborhood(search, JOIN_NEIGHBORS, JOIN_FLOOR, num_buckets=16)
     started = time.perf_counter()
-    manifest = self_join.run(asked, _files(folder), "mixture", output, InlineRunner(), num_rows=num_vectors)
+    manifest = self_join.run(neighborhood, _files(folder), output, InlineRunner(), content_hash="mixture")
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "edges": float(manifest.totals["edges"])}
 

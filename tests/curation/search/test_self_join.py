@@ -78,9 +78,9 @@ def run(
 ) -> tuple[Manifest, Pairs]:
     """Join some files; the manifest, and all pairs."""
     files = write(folder / "vectors", parts)
-    asked = Neighborhood(SearchConfig(**search), k, floor, num_buckets)
-    output, num_rows = str(folder / name), sum(len(ids) for ids, _ in parts)
-    manifest = self_join.run(asked, files, "hash", output, runner or InlineRunner(), num_rows=num_rows)
+    neighborhood = Neighborhood(SearchConfig(**search), k, floor, num_buckets)
+    output = str(folder / name)
+    manifest = self_join.run(neighborhood, files, output, runner or InlineRunner(), content_hash="hash")
     return manifest, pairs_of(output, num_buckets)
 
 
@@ -179,7 +179,7 @@ def test_measured_recall_is_the_true_one(tmp_path: Path, kind: str, num_probes: 
         "num_probes": num_probes,
         "rows_per_part": rows_per_part,
     }
-    manifest, pairs = run(tmp_path, parts, floor=0.2, min_recall=0, recall_queries=1000, **ivf)
+    manifest, pairs = run(tmp_path, parts, floor=0.2, min_recall=0, **ivf)
     distinct = Distinct(parts)
     nearest = distinct.nearest(4, 0.2, ties="id")
     ids = distinct.ids.tolist()
