@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 
 from curation import ingest
 from curation.config import Settings, load, resolved_toml
-from curation.copies.compare_thumbnails import PairVerifier, VerifyConfig, View
+from curation.copies.compare_thumbnails import PreparedThumbnail, ThumbnailComparer, VerificationConfig
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.engine.runner import Runner, Shard
@@ -58,7 +58,7 @@ class PairsConfig(Settings):
     """Cosine of two descriptors from which they are candidates."""
     max_phash_distance: int = Field(default=4, ge=-1, le=16)
     """Differing bits of two 64-bit perceptual hashes up to which they are candidates; -1 leaves the hashes out."""
-    verification: VerifyConfig | None = None
+    verification: VerificationConfig | None = None
     """How a candidate is verified on its thumbnails; without it, the cosine of the descriptors is the similarity."""
     min_similarity: float = Field(default=0.4, ge=-1, le=1)
     """Pairs below are not written; the lowest threshold that a later stage may use."""
@@ -198,24 +198,24 @@ class _Places:
 class _Judge:
     """Verifies pairs on thumbnails, keeping the views of the images seen last."""
 
-    def __init__(self, config: VerifyConfig) -> None:
-        self._verifier = PairVerifier(config)
-        self._views: OrderedDict[int, View] = OrderedDict()
+    def __init__(self, config: VerificationConfig) -> None:
+        self._comparer = ThumbnailComparer(config)
+        self._views: OrderedDict[int, PreparedThumbnail] = OrderedDict()
 
     def compare(self, place: np.ndarray, thumbnails: dict[int, bytes]) -> tuple[np.ndarray, np.ndarray]:
         """For each pair of places (2, P) its similarity, (P,) float32, and whether it differs locally, (P,) bool."""
         likenesses = [
-            self._verifier.compare(self._view_of(one, thumbnails), self._view_of(other, thumbnails))
+            self._comparer.compare(self._view_of(one, thumbnails), self._view_of(other, thumbnails))
             for one, other in place.T.tolist()
         ]
         similarity = np.array([likeness.similarity for likeness in likenesses], np.float32)
         return similarity, np.array([likeness.differs_locally for likeness in likenesses], bool)
 
-    def _view_of(self, place: int, thumbnails: dict[int, bytes]) -> View:
+    def _view_of(self, place: int, thumbnails: dict[int, bytes]) -> PreparedThumbnail:
         if place in self._views:
             self._views.move_to_end(place)
             return self._views[place]
-        view = self._views[place] = self._verifier.describe(thumbnails[place])
+        view = self._views[place] = self._comparer.prepare(thumbnails[place])
         if len(self._views) > CACHED_VIEWS:
             self._views.popitem(last=False)
         return view
