@@ -51,7 +51,7 @@ from curation.engine.run_log import RunLog
 from curation.engine.runner import InlineRunner, Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError
-from curation.files import parquet, paths, schemas
+from curation.files import npy, parquet, paths, schemas
 from curation.files.paths import FileRecord
 from curation.run_folder import RunFolder, kept_shards, read_centroids, read_kept, read_parents
 from curation.search import exact, kmeans
@@ -256,10 +256,10 @@ def _train(steps: _Steps, shards: list[Shard], output: str) -> ShardRecord:
     for number, level in enumerate(config.levels):
         centroids = _train_level(steps, number, points, step_folder(output, f"level-{number}"))
         path = paths.join(output, f"centroids-{number}.npy")
-        files.append(_write_arrays(path, centroids))
+        files.append(npy.write_arrays(path, centroids))
         if below is not None:
             parents = exact.assign(below, centroids)[0]
-            files.append(_write_arrays(paths.join(output, f"parents-{number - 1}.npy"), parents))
+            files.append(npy.write_arrays(paths.join(output, f"parents-{number - 1}.npy"), parents))
         points, below = (PointFile(path, level.num_clusters),), centroids
     return ShardRecord(name=PREPARED, files=tuple(files))
 
@@ -370,15 +370,15 @@ def _run_kmeans(
 
 def _make_reducer(folder: str, step: str) -> Callable[[Shard], ShardRecord]:
     """A worker that reduces one part after another by the centroids in the state of the k-means in `folder`."""
-    centroids = _read_arrays(paths.join(folder, STATE_NAME), 1)[0]
+    centroids = npy.read_array(paths.join(folder, STATE_NAME))
 
     def process(shard: Shard) -> ShardRecord:
         guess_path = paths.join(folder, "guesses", f"{shard.name}.npy")
-        guess = _read_arrays(guess_path, 1)[0] if paths.exists(guess_path) else None
+        guess = npy.read_array(guess_path) if paths.exists(guess_path) else None
         reduction, found = kmeans.reduce_points(read_blocks(shard.work), centroids, guess=guess)
         arrays = (reduction.sums, reduction.counts, np.array(reduction.objective))
-        file = _write_arrays(paths.join(step, f"reduction-{shard.name}.npy"), *arrays)
-        _write_arrays(guess_path, found)  # only makes the next iteration faster, so it may be of any iteration
+        file = npy.write_arrays(paths.join(step, f"reduction-{shard.name}.npy"), *arrays)
+        npy.write_arrays(guess_path, found)  # only makes the next iteration faster, so it may be of any iteration
         return ShardRecord(name=shard.name, files=(file,))
 
     return process
@@ -400,7 +400,7 @@ def _resample(
     make = functools.partial(_make_drawer, resampling, before, seed, step)
     best = kmeans.Drawn.none()
     for record in steps.over_parts(points, step, make):
-        more = kmeans.Drawn(*_read_arrays(paths.join(step, record.files[0].name), 3))
+        more = kmeans.Drawn(*npy.read_arrays(paths.join(step, record.files[0].name), 3))
         best = kmeans.draw(best, more, resampling.sample_size)
     if len(best.row) < num_clusters:
         raise ConfigError(
@@ -413,7 +413,7 @@ def _resample(
 
 def _make_drawer(resampling: ResamplingConfig, before: str, seed: int, step: str) -> Callable[[Shard], ShardRecord]:
     """A worker that draws from the clusters of one part after another."""
-    centroids = _read_arrays(paths.join(before, STATE_NAME), 1)[0]
+    centroids = npy.read_array(paths.join(before, STATE_NAME))
 
     def process(shard: Shard) -> ShardRecord:
         row, best = shard.work.first, kmeans.Drawn.none()
@@ -427,7 +427,7 @@ def _make_drawer(resampling: ResamplingConfig, before: str, seed: int, step: str
             best = kmeans.draw(best, more, resampling.sample_size)
             row += len(block)
         path = paths.join(step, f"candidates-{shard.name}.npy")
-        return ShardRecord(name=shard.name, files=(_write_arrays(path, best.cluster, best.key, best.row),))
+        return ShardRecord(name=shard.name, files=(npy.write_arrays(path, best.cluster, best.key, best.row),))
 
     return process
 
@@ -435,14 +435,14 @@ def _make_drawer(resampling: ResamplingConfig, before: str, seed: int, step: str
 def _take(steps: _Steps, points: tuple[PointFile, ...], rows: np.ndarray, folder: str) -> tuple[PointFile, ...]:
     """The points with the given ascending `rows`, as files of their own in `folder`."""
     rows_path = folder + "-rows.npy"
-    _write_arrays(rows_path, rows)
+    npy.write_arrays(rows_path, rows)
     done = steps.over_parts(points, folder, functools.partial(_make_taker, rows_path, folder))
     paths.delete(rows_path)
     return _point_files(folder, done)
 
 
 def _make_taker(rows_path: str, folder: str) -> Callable[[Shard], ShardRecord]:
-    rows = _read_arrays(rows_path, 1)[0]
+    rows = npy.read_array(rows_path)
 
     def process(shard: Shard) -> ShardRecord:
         part = shard.work
@@ -477,8 +477,7 @@ def read_blocks(part: Part) -> Iterator[np.ndarray]:
     held = 0
     for path, begin, end in part.pieces:
         with paths.open_read(path) as file:
-            np.lib.format.read_magic(file)
-            (_, width), _, dtype = np.lib.format.read_array_header_1_0(file)
+            (_, width), _, dtype = npy.read_header(file)
             file.seek(begin * width * dtype.itemsize, 1)
             while begin < end:
                 count = min(end - begin, BLOCK_ROWS - held)
@@ -532,41 +531,27 @@ def _read_state(folder: str) -> State | None:
     path = paths.join(folder, STATE_NAME)
     if not paths.exists(path):
         return None
-    centroids, objectives, done = _read_arrays(path, 3)
+    centroids, objectives, done = npy.read_arrays(path, 3)
     return State(centroids, objectives.tolist(), bool(done))
 
 
 def _write_state(folder: str, state: State) -> None:
     path = paths.join(folder, STATE_NAME)
-    _write_arrays(path, state.centroids, np.array(state.objectives, np.float64), np.array(state.done))
+    npy.write_arrays(path, state.centroids, np.array(state.objectives, np.float64), np.array(state.done))
 
 
 def _read_reduction(path: str) -> Reduction:
-    sums, counts, objective = _read_arrays(path, 3)
+    sums, counts, objective = npy.read_arrays(path, 3)
     return Reduction(sums, counts, float(objective))
 
 
 def _write_points(folder: str, name: str, matrix: np.ndarray) -> ShardRecord:
-    file = _write_arrays(paths.join(folder, f"points-{name}.npy"), matrix)
+    file = npy.write_arrays(paths.join(folder, f"points-{name}.npy"), matrix)
     return ShardRecord(name=name, files=(file,), totals={"points": len(matrix)})
 
 
 def _point_files(folder: str, done: Sequence[ShardRecord]) -> tuple[PointFile, ...]:
     return tuple(PointFile(paths.join(folder, record.files[0].name), record.totals["points"]) for record in done)
-
-
-def _write_arrays(path: str, *arrays: np.ndarray) -> FileRecord:
-    """Write arrays to one file, one behind the other; np.load reads the first."""
-    with paths.atomic_write(path) as file:
-        for array in arrays:
-            np.lib.format.write_array(file, array, allow_pickle=False)
-    return FileRecord(name=path.rpartition("/")[2], sha256=file.sha256, bytes=file.size, rows=0)
-
-
-def _read_arrays(path: str, count: int) -> list[np.ndarray]:
-    """The first `count` arrays of a file."""
-    with paths.open_read(path) as file:
-        return [np.lib.format.read_array(file, allow_pickle=False) for _ in range(count)]
 
 
 def command_line(

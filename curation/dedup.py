@@ -39,8 +39,8 @@ import typer
 from pydantic import Field, model_validator
 
 from curation.config import Settings, load
-from curation.copies.components import component_sizes, connected_components, family_edges, flatten, join, separate
-from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, id_texts, pack_ids, read_graph
+from curation.copies.components import component_sizes, connected_components, family_edges, flatten, separate, unite
+from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
 from curation.engine.run_log import RunLog
@@ -49,7 +49,9 @@ from curation.engine.stage import Stage, run_stage
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas
 from curation.files.disk_arrays import blocks, count_true, on_disk
+from curation.files.image_ids import pack_ids, unpack_ids
 from curation.run_folder import RunFolder, require_same_ingest
+from curation.search.top_k import top_k_of_groups
 
 # How many of the largest components the manifest names; the report shows them.
 LARGEST_COMPONENTS = 20
@@ -329,7 +331,7 @@ def _connect(config: DedupConfig, edges: Edges, joins: np.ndarray, decision: Dec
         for part in blocks(len(component)):
             component[part][too_large[part]] = part.start + np.flatnonzero(too_large[part])
         for first, second in joined():
-            join(component, first, second)
+            unite(component, first, second)
         sizes = component_sizes(flatten(component))
     decision.guards["max_component_size"] = counts | {"components_still_larger": oversized}
 
@@ -349,12 +351,9 @@ def _goes_before(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarray
 
 def _offer(nodes: Nodes, chosen: np.ndarray, place: np.ndarray, node: np.ndarray) -> None:
     """Put each node at its place in `chosen` where it goes before the one there, or where there is none (-1)."""
-    keys = (node, -nodes.length[node], -nodes.pixels[node], ~nodes.is_seed[node], place)
-    order = np.lexsort(keys)
-    place, node = place[order], node[order]
-    is_first = np.ones(len(place), bool)
-    is_first[1:] = place[1:] != place[:-1]
-    place, node = place[is_first], node[is_first]
+    keys = (~nodes.is_seed[node], -nodes.pixels[node], -nodes.length[node], node)
+    first = top_k_of_groups(place, 1, *keys)
+    place, node = place[first], node[first]
     there = chosen[place]
     wins = (there < 0) | _goes_before(nodes, node, there)
     chosen[place[wins]] = node[wins]
@@ -483,7 +482,7 @@ def _sweep(
         for part in blocks(len(edges.first)):
             value = edges.similarity[part]
             band = joins[part] & (value >= threshold) & (value < above)
-            join(parent, edges.first[part][band], edges.second[part][band])
+            unite(parent, edges.first[part][band], edges.second[part][band])
             num_pairs += count_true(band)
         above = threshold
         sizes, has_seed = component_sizes(flatten(parent)), on_disk(num_nodes, bool)
@@ -517,7 +516,7 @@ def _facts(graph: DuplicateGraph, decision: Decision) -> dict[str, Any]:
             histogram[int(size)] = histogram.get(int(size), 0) + int(count)
         first = roots[np.lexsort((roots, -sizes[roots]))][:LARGEST_COMPONENTS]
         largest = heapq.nsmallest(LARGEST_COMPONENTS, largest + [(-int(sizes[root]), int(root)) for root in first])
-    names = id_texts(graph.nodes.image_ids[[root for _, root in largest]]).to_pylist() if largest else []
+    names = unpack_ids(graph.nodes.image_ids[[root for _, root in largest]]).to_pylist() if largest else []
     return {
         "unique_images": len(sizes),
         "components_of_two_or_more": sum(histogram.values()),
@@ -538,11 +537,11 @@ def _rows(table: pa.Table, part: slice, graph: DuplicateGraph, decision: Decisio
     matched[copy], score[copy] = node[copy], 1.0
     kept = matched < 0
     names = pa.array(REASONS, pa.string())
-    partner = id_texts(graph.nodes.image_ids[matched])  # at -1 the last, which is no partner
+    partner = unpack_ids(graph.nodes.image_ids[matched])  # at -1 the last, which is no partner
     return pa.table(
         {
             "image_id": table["image_id"].combine_chunks(),
-            "component_id": id_texts(graph.nodes.image_ids[decision.component[node]]),
+            "component_id": unpack_ids(graph.nodes.image_ids[decision.component[node]]),
             "kept": kept,
             "reason": names.take(pa.array(reason)),
             "matched_image_id": pc.if_else(pa.array(kept), pa.scalar(None, pa.string()), partner),

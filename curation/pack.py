@@ -44,11 +44,13 @@ from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas
 from curation.files.hashes import hash_json
+from curation.files.image_ids import id_bytes, id_column
 from curation.images.corpus_tar import Sample, write_tar
 from curation.images.sources import ReferenceReader
 from curation.quotas import DatasetRows, dataset_weights, row_weights
 from curation.retrieve import DatasetConfig
 from curation.run_folder import RunFolder, kept_images, retrieved_tables
+from curation.search.top_k import rank_in_groups, sort_into_groups
 
 PARTS = ("seeds", "retrieval", "clustering")
 PLAN_STEP = "tars"
@@ -315,10 +317,9 @@ def write_plan(
     total = num_samples(config, selection)
     starts = [tar.start for n, tar in enumerate(tars) if n == 0 or tar.number > tars[n - 1].number]  # of each file
     image_of = selection.image if config.repeats else np.arange(num_images)  # of each sample
-    by_image = np.argsort(image_of, kind="stable")  # the samples of one image, then those of the next
-    first = np.searchsorted(image_of[by_image], np.arange(num_images + 1))  # where those of each image begin there
+    by_image, first = sort_into_groups(image_of, num_images)
     repeat = np.empty(total, np.int32)
-    repeat[by_image] = np.arange(total) - first[image_of[by_image]]
+    repeat[by_image] = rank_in_groups(image_of[by_image])
     position = _shuffle(selection.image_ids, image_of, repeat, config.seed)
 
     found = np.zeros(num_images, bool)
@@ -332,9 +333,10 @@ def write_plan(
                 raise InputError(f"'{inputs.dedup}' keeps an image twice: it is not of this ingest.")
             found[image] = True
             count = first[image + 1] - first[image]
-            sample = by_image[np.repeat(first[image] - (np.cumsum(count) - count), count) + np.arange(count.sum())]
+            repeated = np.repeat(image, count)
+            sample = by_image[first[repeated] + rank_in_groups(repeated)]
             table = table.take(pa.array(np.repeat(here, count)))
-            key = _text(_keys(selection.image_ids[image_of[sample]], repeat[sample]))
+            key = id_column(_keys(selection.image_ids[image_of[sample]], repeat[sample]))
             columns = {name: table[name] for name in table.column_names}
             columns |= {"position": position[sample], "key": key, "weight": weight[sample]}
             deal(pa.table({n: columns[n] for n in schemas.PLANNED_SAMPLES.names}, schema=schemas.PLANNED_SAMPLES))
@@ -445,9 +447,9 @@ def dealing(prefix: str, schema: pa.Schema, starts: Sequence[int]) -> Iterator[C
             table = pa.concat_tables([schema.empty_table(), *waiting])
             waiting.clear()
             number = np.searchsorted(starts, table["position"].to_numpy(), side="right") - 1
-            order = np.argsort(number, kind="stable")
-            table, ends = table.take(pa.array(order)), np.searchsorted(number[order], np.arange(len(starts) + 1))
-            for writer, start, stop in zip(writers, ends[:-1], ends[1:], strict=True):
+            order, bounds = sort_into_groups(number, len(starts))
+            table = table.take(pa.array(order))
+            for writer, start, stop in zip(writers, bounds[:-1], bounds[1:], strict=True):
                 if stop > start:
                     writer.write_table(table.slice(start, stop - start))
 
@@ -462,14 +464,10 @@ def dealing(prefix: str, schema: pa.Schema, starts: Sequence[int]) -> Iterator[C
 
 def _ids(column: pa.ChunkedArray) -> np.ndarray:
     """image_ids as bytes, (N,)."""
-    ids = np.asarray(column.to_numpy(zero_copy_only=False), "S")
+    ids = id_bytes(column)
     if ids.itemsize > ID_BYTES:
         raise InputError(f"'{max(ids, key=len).decode()}' is no image_id: it is longer than {ID_BYTES} characters.")
     return ids.astype(f"S{ID_BYTES}")
-
-
-def _text(values: np.ndarray) -> pa.Array:
-    return pa.array(values, pa.binary()).cast(pa.string())
 
 
 # The account

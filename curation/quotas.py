@@ -12,6 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from curation.search.top_k import rank_in_groups, top_k_of_groups
+
 # How many rows a dataset brings
 
 
@@ -120,7 +122,7 @@ def cap_evenly_within(parents: np.ndarray, sizes: np.ndarray, caps: np.ndarray) 
     before = np.concatenate([[0], np.cumsum(size)])
     # With the cut at the j-th smallest child, those before it give all they hold, it and those behind it the cut each.
     smaller = before[:-1] - before[first][parent]
-    behind = count[parent] - (np.arange(len(parent)) - first[parent])
+    behind = count[parent] - rank_in_groups(parent)
     fits = smaller + behind * size <= caps[parent]
     # `fits` falls from true to false once within a parent, so the first child that does not fit stands behind them all.
     num_fitting = np.zeros(len(caps), np.int64)
@@ -135,9 +137,7 @@ def cap_evenly_within(parents: np.ndarray, sizes: np.ndarray, caps: np.ndarray) 
     np.add.at(total, parents, taken)
     left = np.where(num_fitting < count, caps - total, 0)
     more = np.flatnonzero(sizes > cut[parents])
-    more = more[np.argsort(parents[more], kind="stable")]
-    rank = np.arange(len(more)) - np.searchsorted(parents[more], parents[more])
-    taken[more[rank < left[parents[more]]]] += 1
+    taken[more[top_k_of_groups(parents[more], left)]] += 1
     return taken
 
 

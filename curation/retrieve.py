@@ -29,7 +29,6 @@ where A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` 
 """
 
 import functools
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -48,7 +47,8 @@ from curation.engine.run_log import RunLog
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
-from curation.files import parquet, paths, schemas, vectors
+from curation.files import npy, parquet, paths, schemas, vectors
+from curation.files.image_ids import id_bytes, id_column
 from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
 from curation.quotas import balanced_counts, cluster_counts, retrieval_mode
@@ -61,10 +61,12 @@ from curation.run_folder import (
     read_centroids,
     read_kept,
     read_parents,
+    read_vectors,
 )
 from curation.search import exact
-from curation.search.config import SearchConfig
-from curation.search.parts import FOUND, PartSearch, found_table, merge, num_hits
+from curation.search.config import RECALL_QUERIES, SearchConfig
+from curation.search.parts import NEIGHBORS, PartSearch, count_hits, merge_parts, neighbor_table
+from curation.search.top_k import rank_in_groups, top_k_of_groups
 
 BALANCED_NAME = "balanced.npy"
 # Seed images that ask at a time: 84 MB as float16 at 1,280 dimensions, and twice that as float32. Assumed.
@@ -298,13 +300,13 @@ def _pool_parts(everything: Sequence[KeptShard], rows_per_part: int) -> list[Sha
 def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output: str) -> Callable[[Shard], ShardRecord]:
     """A worker that searches one part of the pool after another for all that ask.
 
-    Writes FOUND, one row group for each of `asking`, and with `ivf` the same for a sample of the seeds, searched with
-    the index and exactly.
+    Writes NEIGHBORS, one row group for each of `asking`, and with `ivf` the same for a sample of the seeds, searched
+    with the index and exactly.
     """
 
     def process(shard: Shard) -> ShardRecord:
         read = [own for own in prefetch(functools.partial(read_kept, role="pool"), shard.work) if own[0]]
-        ids = schemas.id_bytes([image_id for own, _ in read for image_id in own])
+        ids = id_bytes([image_id for own, _ in read for image_id in own])
         part = PartSearch(config, [read.pop(0)[1] for _ in range(len(read))])
 
         def found() -> Iterator[tuple[int, pa.Table]]:
@@ -316,16 +318,16 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
                 similarity, row = part.search(queries, k)
                 starts = np.cumsum([0, *(len(seeds) for _, seeds in block)])
                 for (number, _), (start, stop) in zip(block, pairwise(starts.tolist()), strict=True):
-                    yield number, found_table(ids, similarity[start:stop], row[start:stop])
+                    yield number, neighbor_table(ids, similarity[start:stop], row[start:stop])
 
         def exact() -> Iterator[tuple[int, pa.Table]]:
-            for number, (first, every) in enumerate(_sampled(config, asking)):
+            for number, (first, every) in enumerate(_sampled(asking)):
                 seeds = asking[number].read()[1]
                 rows = np.arange(first, len(seeds), every)
-                table = found_table(ids, *part.search_exactly(seeds[rows], asking[number].k))
+                table = neighbor_table(ids, *part.search_exactly(seeds[rows], asking[number].k))
                 yield number, table.set_column(0, "query", pa.array(rows[table["query"].to_numpy()].astype(np.int32)))
 
-        empty = FOUND.empty_table()
+        empty = NEIGHBORS.empty_table()
         path = functools.partial(paths.join, output)
         files = [parquet.write_row_groups(path(f"found-{shard.name}.parquet"), "asking", found(), empty)]
         if config.backend == "ivf":
@@ -350,18 +352,18 @@ def _query_blocks(asking: Sequence[_Asking]) -> Iterator[list[tuple[int, np.ndar
             block = []
 
 
-def _sampled(config: SearchConfig, asking: Sequence[_Asking]) -> list[tuple[int, int]]:
+def _sampled(asking: Sequence[_Asking]) -> list[tuple[int, int]]:
     """For each of those that ask, the first of its seeds that recall is measured on, and the step to the next."""
     counts = [vectors.num_rows(own.shard.vectors) for own in asking]
-    every = max(1, sum(counts) // config.recall_queries)
+    every = max(1, sum(counts) // RECALL_QUERIES)
     starts = np.cumsum([0, *counts[:-1]])
     return [(int(-start % every), every) for start in starts]
 
 
 def _merged(found: str, names: Sequence[str], number: int, k: int) -> pa.Table:
-    """FOUND of one of those that ask, from the files of all parts."""
+    """NEIGHBORS of one of those that ask, from the files of all parts."""
     files = (paths.join(found, name) for name in names)
-    return merge((parquet.read_row_groups(path, "asking", number, FOUND) for path in files), k)
+    return merge_parts((parquet.read_row_groups(path, "asking", number, NEIGHBORS) for path in files), k)
 
 
 def _measure_recall(
@@ -375,7 +377,7 @@ def _measure_recall(
     hits = total = 0
     for number, own in enumerate(asking):
         exact = _merged(found, exactly, number, own.k)
-        own_hits, own_total = num_hits(_merged(found, by_index, number, own.k), exact)
+        own_hits, own_total = count_hits(_merged(found, by_index, number, own.k), exact)
         hits, total = hits + own_hits, total + own_total
     recall = hits / total if total else None
     facts = {"backend": "ivf", "recall": recall, "recall_neighbors": total}
@@ -393,7 +395,7 @@ def _by_sample(dataset: DatasetConfig, seed_ids: list[str], found: pa.Table) -> 
             "seed_source": pa.repeat(pa.scalar(dataset.name, pa.string()), count),
             "seed_image_id": pa.array(seed_ids, pa.string()).take(pa.array(query)),
             "mode": pa.repeat(pa.scalar("sample", pa.string()), count),
-            "rank": (np.arange(count) - np.searchsorted(query, query)).astype(np.int32),
+            "rank": rank_in_groups(query).astype(np.int32),
             "similarity": found["similarity"],
             "cluster_id": pa.nulls(count, pa.int32()),
         },
@@ -414,8 +416,7 @@ def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarra
 def _by_balance(config: RetrieveConfig, clustered: str, output: str, part: int) -> pa.Table:
     """The part of the draw whose clusters begin within its `images_per_shard` images of all that are drawn."""
     assert config.clustering is not None
-    with paths.open_read(paths.join(output, BALANCED_NAME)) as file:
-        counts: np.ndarray = np.load(file, allow_pickle=False)
+    counts = npy.read_array(paths.join(output, BALANCED_NAME))
     counts[(np.cumsum(counts) - counts) // config.clustering.images_per_shard != part] = 0
     return _as_retrieved(draw_images(clustered, counts, config.clustering.draw, config.seed), "balanced", None)
 
@@ -427,9 +428,7 @@ def _balance(config: ClusteringConfig, clustered: str, output: str) -> FileRecor
     while f"parents-{len(parents)}.npy" in names:
         parents.append(read_parents(clustered, len(parents)))
     counts = balanced_counts(parents, cluster_sizes(clustered, len(read_centroids(clustered))), config.num_images)
-    buffer = io.BytesIO()
-    np.save(buffer, counts)
-    return paths.write_bytes(paths.join(output, BALANCED_NAME), buffer.getvalue())
+    return npy.write_arrays(paths.join(output, BALANCED_NAME), counts)
 
 
 def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nearest"], seed: int) -> pa.Table:
@@ -456,12 +455,11 @@ def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nea
             num_rows = len(gathered[0])
     drawn = _first_of_each(gathered, counts)
     assert len(drawn) == counts.sum(), "counts exceed the clusters' sizes"
-    first = np.searchsorted(drawn["cluster_id"], drawn["cluster_id"])
     return pa.table(
         {
-            "image_id": schemas.id_column(drawn["image_id"]),
+            "image_id": id_column(drawn["image_id"]),
             "cluster_id": drawn["cluster_id"],
-            "rank": (np.arange(len(drawn)) - first).astype(np.int32),
+            "rank": rank_in_groups(drawn["cluster_id"]).astype(np.int32),
             "similarity": drawn["similarity"],
         }
     )
@@ -477,10 +475,7 @@ def _first_of_each(parts: list[np.ndarray], counts: np.ndarray) -> np.ndarray:
     """Of each cluster c the first `counts[c]` rows, sorted by cluster, order and image_id. Empties `parts`."""
     rows = np.concatenate(parts)
     parts.clear()
-    order = np.lexsort((rows["image_id"], rows["order"], rows["cluster_id"]))
-    cluster = rows["cluster_id"][order]
-    rank = np.arange(len(rows)) - np.searchsorted(cluster, cluster)
-    first: np.ndarray = rows[order[rank < counts[cluster]]]
+    first: np.ndarray = rows[top_k_of_groups(rows["cluster_id"], counts, rows["order"], rows["image_id"])]
     return first
 
 
@@ -549,9 +544,9 @@ def command_line(
 
 
 def _retrieve_alone(seeds: str, pool: str, k: int, output: str) -> None:
-    parts = list(vectors.read_all(seeds))
+    parts = list(read_vectors(seeds))
     seed_ids = [image_id for ids, _ in parts for image_id in ids]
-    table = nearest(seed_ids, np.concatenate([matrix for _, matrix in parts]), vectors.read_all(pool), k)
+    table = nearest(seed_ids, np.concatenate([matrix for _, matrix in parts]), read_vectors(pool), k)
     parquet.write_table(output, table)
     print(f"{table.num_rows:,} rows: the {k} nearest of the pool for each of {len(seed_ids):,} seeds, in {output}")
 

@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.engine.manifest import Manifest, require_manifest
+from curation.engine.manifest import MANIFEST_NAME, Manifest, read_manifest, require_manifest
 from curation.errors import InputError
-from curation.files import parquet, paths, schemas, vectors
+from curation.files import npy, parquet, paths, schemas, vectors
 
 # The stages in their order. Each has the folder of its name.
 STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus")
@@ -49,6 +49,44 @@ class RunFolder:
     def of(cls, run: str) -> "RunFolder":
         """The folders of the run in the folder `run`."""
         return cls(**{stage: paths.join(run, stage) for stage in STAGES})
+
+
+# Vectors
+
+
+def read_vectors(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Ids and unit vectors (N, D) float16 of every file at `path`: one Parquet file or a block of a matrix at a time.
+
+    `path` is a file; a folder of `.parquet` and `.npy` files; the folder of a stage, where the manifest names the
+    files; or the folder of a run, which stands for its `embed/`. Raises InputError as `vectors.read_file` does, and
+    where there are no vectors or files differ in width.
+    """
+    width: int | None = None
+    for file in _vector_files(path):
+        for image_ids, matrix in vectors.read_blocks(file):
+            if not image_ids:
+                continue
+            if width is not None and matrix.shape[1] != width:
+                raise InputError(f"{file}: vectors of width {matrix.shape[1]}; the files before have {width}.")
+            width = matrix.shape[1]
+            yield image_ids, matrix
+    if width is None:
+        raise InputError(f"'{path}' holds no vectors: its files have no rows.")
+
+
+def _vector_files(path: str) -> list[str]:
+    if not paths.exists(path):
+        raise InputError(f"No file or folder at '{path}'.")
+    if not paths.is_folder(path):
+        return [path]
+    if paths.exists(paths.join(path, "embed", MANIFEST_NAME)):
+        path = paths.join(path, "embed")
+    manifest = read_manifest(path)
+    names = manifest.files("vectors") if manifest else paths.list_names(path)
+    files = [paths.join(path, name) for name in names if name.endswith((".parquet", ".npy"))]
+    if not files:
+        raise InputError(f"'{path}' holds no vectors: no .parquet and no .npy file.")
+    return files
 
 
 # Ingest
@@ -135,12 +173,12 @@ def kept_images(run: RunFolder, columns: list[str]) -> Iterator[pa.Table]:
 
 def read_centroids(folder: str, level: int = 0) -> np.ndarray:
     """The centroids (clusters, D) float32 of a level of a cluster stage, finished or with its centroids trained."""
-    return _read_array(paths.join(folder, f"centroids-{level}.npy"))
+    return npy.read_array(paths.join(folder, f"centroids-{level}.npy"))
 
 
 def read_parents(folder: str, level: int) -> np.ndarray:
     """For each cluster of `level`, its cluster of the level above: (clusters,) int64."""
-    return _read_array(paths.join(folder, f"parents-{level}.npy"))
+    return npy.read_array(paths.join(folder, f"parents-{level}.npy"))
 
 
 def read_assignments(folder: str, columns: list[str]) -> Iterator[pa.Table]:
@@ -186,9 +224,3 @@ def read_corpus(folder: str) -> pa.Table:
 def _read_all(folder: str, kind: str, schema: pa.Schema, columns: list[str] | None, empty: pa.Table) -> pa.Table:
     names = require_manifest(folder).files(kind)
     return pa.concat_tables([empty, *(parquet.read_table(paths.join(folder, name), schema, columns) for name in names)])
-
-
-def _read_array(path: str) -> np.ndarray:
-    with paths.open_read(path) as file:
-        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
-        return array

@@ -14,7 +14,6 @@ Known layouts, told apart by their keys. What each may leave aside is listed bel
 Files are read with `torch.load(weights_only=True)` or safetensors, so a checkpoint can carry no code.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from curation.backbone import NORM_EPSILON, FeedForward, VisionTransformer
 from curation.errors import WeightsError
 from curation.files import paths
+from curation.files.hashes import sha256_of_files
 
 Layout = Literal["released", "training", "timm", "mae", "ijepa", "transformers"]
 SavedLayout = Literal["released", "timm", "transformers"]
@@ -320,12 +320,7 @@ def _read_file(path: str, sha256: str | None) -> Mapping[str, object]:
 def _check_hash(files: Sequence[Path], sha256: str | None, path: str) -> None:
     if sha256 is None:
         return
-    hashed = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while piece := stream.read(1 << 20):
-                hashed.update(piece)
-    if (found := hashed.hexdigest()) != sha256.lower():
+    if (found := sha256_of_files(map(str, files))) != sha256.lower():
         raise WeightsError(f"{path}: SHA-256 is {found}, expected {sha256}. It is another file, or it is damaged.")
 
 

@@ -32,7 +32,6 @@ whose toolbox has the lists and crops; Eigen et al. (arXiv 1406.2283) for the lo
 # mypy: disable-error-code="no-any-return"
 
 import functools
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +48,7 @@ from torch.nn import functional
 from curation.config import Settings
 from curation.engine.ranks import ALONE, World, gather_rows
 from curation.errors import InputError, TrainingError
+from curation.files.hashes import sha256_of_bytes
 from curation.files.prefetch import prefetch
 from evaluation.data.depth_data import (
     LAYOUTS,
@@ -527,7 +527,7 @@ def run(config: DepthConfig, model: Model, output: str) -> list[Result]:
             start = time.monotonic()
             values = _score(model, head, blocks_of(name, model.num_blocks), config, data, samples)
             seconds = training_seconds + time.monotonic() - start
-            data_hash = hashlib.sha256((trained_on + hash_samples(samples)).encode()).hexdigest()
+            data_hash = sha256_of_bytes((trained_on + hash_samples(samples)).encode())
             results += [
                 Result(
                     evaluation="depth",

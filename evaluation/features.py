@@ -43,8 +43,8 @@ from curation.engine.ranks import ALONE, World
 from curation.engine.runner import InlineRunner, Runner, Shard, Worker
 from curation.engine.stage import Stage, run_stage
 from curation.errors import InputError, WeightsError
-from curation.files import paths
-from curation.files.hashes import hash_json
+from curation.files import npy, paths
+from curation.files.hashes import hash_json, sha256_of_file
 from curation.images.decode import Picture, to_shape
 from curation.models import embedders
 from curation.models.embedders import EmbedderConfig, ModelName, Normalization
@@ -186,7 +186,7 @@ def load_model(config: ModelConfig, world: World = ALONE) -> Model:
             )
         )
         read, num_features, mean, deviation = embedder.network, embedder.dimensions, embedder.mean, embedder.deviation
-        facts = [name, hashlib.sha256(Path(path).read_bytes()).hexdigest(), config.precision]
+        facts = [name, sha256_of_file(path), config.precision]
     return Model(
         name=config.label or name,
         hash=_hash({}, facts),
@@ -424,9 +424,7 @@ def _make_worker(
         while batch := list(islice(pixels, config.batch_size)):
             found.append(model.image_features(torch.stack(batch)))
         features = torch.cat(found)
-        buffer = io.BytesIO()
-        np.save(buffer, features.numpy(), allow_pickle=False)
-        record = paths.write_bytes(paths.join(output, f"features-{shard.name}.npy"), buffer.getvalue())
+        record = npy.write_arrays(paths.join(output, f"features-{shard.name}.npy"), features.numpy())
         return ShardRecord(name=shard.name, files=(record,), totals={"images": len(features)})
 
     return process

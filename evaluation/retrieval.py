@@ -18,8 +18,6 @@ Sources: Radenovic et al., Revisiting Oxford and Paris (arXiv 1803.11285) and it
 al., The Met Dataset (arXiv 2202.01747) and its published evaluation; Yildiz et al., AmsterTime (arXiv 2203.16291).
 """
 
-import hashlib
-import io
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -38,8 +36,8 @@ from curation.engine.device import require_device
 from curation.engine.ranks import all_ranks, gather_rows
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
-from curation.files import paths
-from curation.files.hashes import hash_json
+from curation.files import npy, paths
+from curation.files.hashes import hash_json, sha256_of_bytes
 from curation.files.prefetch import prefetch
 from curation.images.decode import ImageLimits, ImageRejected, Picture, decode_picture, decode_rgb, to_shape
 from curation.models import efficientnet
@@ -250,20 +248,18 @@ class _Seen:
 
 def _look(model: Model, photos: Sequence[Photo], view: ViewConfig, cache: str) -> _Seen:
     """The features of `photos`, from `<cache>/retrieval/` where the same model has seen the same bytes the same way."""
-    hashes = prefetch(lambda photo: hashlib.sha256(_read(photo.path)).hexdigest(), photos, threads=READERS)
+    hashes = prefetch(lambda photo: sha256_of_bytes(_read(photo.path)), photos, threads=READERS)
     content = hash_json([[own, photo.box] for own, photo in zip(hashes, photos, strict=True)])
     key = hash_json([model.hash, content, view.resize, view.image_size])
     place = paths.join(cache, "retrieval", f"{key[:32]}.npy")
     if all_ranks(paths.exists(place)):
-        found = torch.from_numpy(np.load(io.BytesIO(paths.read_bytes(place)), allow_pickle=False))
+        found = torch.from_numpy(npy.read_array(place))
     else:
         share = model.world.share(len(photos))
         own = _compute(model, photos[share.start : share.stop], view)
         found = gather_rows(model.world, own, len(photos))
         if model.world.is_first:
-            buffer = io.BytesIO()
-            np.save(buffer, found.numpy(), allow_pickle=False)
-            paths.write_bytes(place, buffer.getvalue())
+            npy.write_arrays(place, found.numpy())
     return _Seen(found, content)
 
 

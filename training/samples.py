@@ -23,7 +23,7 @@ from curation.config import Settings
 from curation.engine.manifest import read_manifest, require_manifest
 from curation.engine.runner import Runner
 from curation.errors import InputError, OutputMismatchError
-from curation.files import parquet, paths, schemas
+from curation.files import npy, parquet, paths, schemas
 from curation.images.decode import ImageLimits
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
@@ -192,8 +192,7 @@ def _write_cumulative(config: DataConfig, weights: NDArray[np.float64], output: 
             f"'{config.path}': row {worst} has the weight {weights[worst]}. Weights are finite, not negative, and not "
             "all 0; set data.use_weights = false to go without."
         )
-    with paths.atomic_write(path) as file:
-        np.save(file, np.cumsum(weights), allow_pickle=False)
+    npy.write_arrays(path, np.cumsum(weights))
 
 
 def _facts(path: str) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Hashes of encoded bytes and of pixels, and the pairs of images whose pixel hashes lie close. Pure functions."""
 
-import hashlib
 from collections.abc import Iterator
 from itertools import combinations, pairwise
 from math import comb
@@ -9,6 +8,8 @@ import imagehash
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from curation.files.hashes import sha256_of_bytes
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]
 
@@ -27,14 +28,9 @@ _TILE_SIDE = 384
 _PAIRS_PER_BLOCK = 1 << 20
 
 
-def sha256_hex(data: bytes) -> str:
-    """The SHA-256 of `data` as 64 hex digits."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def image_id(data: bytes) -> str:
     """The id of an image: the first 128 bits of the SHA-256 of its encoded bytes, as 32 hex digits."""
-    return sha256_hex(data)[:32]
+    return sha256_of_bytes(data)[:32]
 
 
 def perceptual_hash(image: Image.Image) -> int:

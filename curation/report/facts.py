@@ -20,6 +20,7 @@ from curation.config import Settings
 from curation.engine.manifest import Manifest, require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
+from curation.files.image_ids import id_bytes
 from curation.images.decode import ImageLimits, decode_rgb
 from curation.images.sources import ReferenceReader
 from curation.run_folder import (
@@ -541,13 +542,13 @@ def similarity_bins(run: FinishedRun, num_examples: int, max_examples: int) -> l
     counts = np.zeros(len(edges) - 1, np.int64)
     num_examples = min(num_examples, max_examples // len(counts))
     examples: list[list[_Example]] = [[] for _ in counts]
-    image_ids, first = np.unique(run.images["image_id"].to_numpy().astype("S32"), return_index=True)
-    component = np.unique(run.images["component_id"].to_numpy().astype("S32"), return_inverse=True)[1][first]
+    image_ids, first = np.unique(id_bytes(run.images["image_id"]), return_index=True)
+    component = np.unique(id_bytes(run.images["component_id"]), return_inverse=True)[1][first]
     for table in run.tables("pairs", "pairs", schemas.PAIRS):
         # In float32, as dedup compares, so that a pair counts on the side of the threshold on which it was decided.
         number = np.searchsorted(np.array(edges[1:-1], np.float32), table["similarity"].to_numpy(), side="right")
         counts += np.bincount(number, minlength=len(counts))
-        node = [np.searchsorted(image_ids, table[name].to_numpy().astype("S32")) for name in schemas.PAIRS.names[:2]]
+        node = [np.searchsorted(image_ids, id_bytes(table[name])) for name in schemas.PAIRS.names[:2]]
         for own_bin in np.unique(number):
             rows = np.flatnonzero(number == own_bin)
             # Nodes are in the order of hashes; multiplied (Knuth), each bin sees them in another order.

@@ -8,7 +8,6 @@ gives the same bytes. What it says is counted in report_facts.py and set in mark
 """
 
 import base64
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from curation.engine import progress
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError
 from curation.files import paths
-from curation.files.hashes import hash_json
+from curation.files.hashes import hash_json, sha256_of_file
 from curation.report import facts, markup
 from curation.report.facts import (
     OTHER,
@@ -114,7 +113,7 @@ def _fingerprint(config: ReportConfig, output: str) -> str:
     files = [paths.join(output, stage, MANIFEST_NAME) for stage in STAGES]
     files += [paths.join(output, CONFIG_NAME)] + ([config.concepts] if config.concepts else [])
     files += [module for module in (__file__, markup.__file__, facts.__file__) if module]
-    parts = [hashlib.sha256(paths.read_bytes(path)).hexdigest() if paths.exists(path) else None for path in files]
+    parts = [sha256_of_file(path) if paths.exists(path) else None for path in files]
     return hash_json([config.model_dump(mode="json"), *parts])
 
 

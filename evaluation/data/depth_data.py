@@ -3,7 +3,6 @@
 # Calling a torch module is typed Any.
 # mypy: disable-error-code="no-any-return"
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from curation.config import Settings
 from curation.errors import InputError
 from curation.files import paths
+from curation.files.hashes import sha256_of_files
 from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
 
 LayoutName = Literal["nyu", "nyu_arrays", "kitti", "sun_rgbd", "folder"]
@@ -208,9 +208,4 @@ def _array(path: str) -> NDArray[np.generic]:
 
 def hash_samples(samples: Sequence[Sample]) -> str:
     """64 hex digits of the bytes of all files, in order."""
-    hashed = hashlib.sha256()
-    for path in dict.fromkeys(path for sample in samples for path in (sample.image, sample.depth)):
-        with paths.open_read(path) as file:
-            while block := file.read(1 << 20):
-                hashed.update(block)
-    return hashed.hexdigest()
+    return sha256_of_files(dict.fromkeys(path for sample in samples for path in (sample.image, sample.depth)))

@@ -7,7 +7,6 @@ folders      folders of images and of masks with the same names
 stamps       cut-out pictures pasted on others: the alpha channel is the mask
 """
 
-import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 from curation.config import Settings
 from curation.errors import InputError
 from curation.files import paths
-from curation.files.hashes import hash_json
+from curation.files.hashes import hash_json, sha256_of_bytes
 from curation.files.prefetch import prefetch
 from curation.images.decode import ImageLimits, ImageRejected, decode_rgb, read_header
 from curation.images.sources import SourceConfig, list_files
@@ -233,7 +232,7 @@ def _checked_hashes(pair: Pair) -> list[str]:
     # A PNG may say behind its pixels that it lies on its side: only who reads them knows.
     if {header.width, header.height} != set(mask_size):
         _require_same(pair, (header.width, header.height), mask_size)
-    return [hashlib.sha256(data).hexdigest() for data in (image, mask)]
+    return [sha256_of_bytes(data) for data in (image, mask)]
 
 
 def _require_same(pair: Pair, image_size: tuple[int, int], mask_size: tuple[int, int]) -> None:
@@ -292,7 +291,7 @@ def _read_bytes(path: str) -> bytes:
 
 
 def _hash_of(path: str) -> str:
-    return hashlib.sha256(_read_bytes(path)).hexdigest()
+    return sha256_of_bytes(_read_bytes(path))
 
 
 # ------------------------------------------------------------------------------------------------ stamps on pictures
@@ -334,7 +333,7 @@ def _stamp_scenes(data: StampData) -> tuple[Scenes, Scenes]:
 
 def _divide(keys: list[str], data: StampData) -> tuple[list[str], list[str]]:
     """Those to train on and those to score, in an order of the seed."""
-    ordered = sorted(keys, key=lambda key: hashlib.sha256(f"{data.seed} {key}".encode()).digest())
+    ordered = sorted(keys, key=lambda key: sha256_of_bytes(f"{data.seed} {key}".encode()))
     num_test = max(1, round(data.test_share * len(ordered))) if len(ordered) > 1 else 0
     return ordered[num_test:], ordered[:num_test]
 

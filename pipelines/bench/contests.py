@@ -9,7 +9,6 @@ that a peer does it; `judge_` compares the two.
 Legend: N vectors, Q queries, D dimensions, K clusters.
 """
 
-import hashlib
 import json
 import sys
 import time
@@ -27,11 +26,13 @@ from curation.copies.components import connected_components, node_type
 from curation.engine.manifest import require_manifest
 from curation.engine.runner import InlineRunner
 from curation.files import disk_arrays, parquet, paths, vectors
+from curation.files.hashes import sha256_of_bytes
 from curation.files.prefetch import prefetch
 from curation.search import exact, kmeans, self_join
 from curation.search.config import SearchConfig
 from curation.search.parts import PartSearch
 from curation.search.self_join import Neighborhood
+from curation.search.top_k import merge_into_best
 from evaluation import knn
 from evaluation.features import SHARD_IMAGES, Features
 from pipelines.bench import mixture
@@ -64,7 +65,7 @@ def make_vectors(
     ):
         held = np.concatenate([held, block])
         while written < num_vectors and len(held) >= (count := min(ROWS_PER_FILE, num_vectors - written)):
-            ids = [hashlib.sha256(str(row).encode()).hexdigest()[:32] for row in range(written, written + count)]
+            ids = [sha256_of_bytes(str(row).encode())[:32] for row in range(written, written + count)]
             path = paths.join(folder, f"vectors-{written // ROWS_PER_FILE:05d}.parquet")
             parquet.write_table(path, vectors.make_table(ids, held[:count]))
             held, written = held[count:], written + count
@@ -98,16 +99,14 @@ def make_edges(folder: str, num_edges: int) -> Measured:
 # All pairs above a similarity
 
 
-def all_pairs(
-    folder: str, output: str, num_vectors: int, rows_per_cell: int, num_probes: int, rows_per_part: int
-) -> Measured:
+def all_pairs(folder: str, output: str, rows_per_cell: int, num_probes: int, rows_per_part: int) -> Measured:
     """The join, from files to files: training, exchange, join, and the recall that it measures itself."""
     search = SearchConfig(
         backend="ivf", rows_per_cell=rows_per_cell, num_probes=num_probes, rows_per_part=rows_per_part, min_recall=0
     )
-    asked = Neighborhood(search, JOIN_NEIGHBORS, JOIN_FLOOR, num_buckets=16)
+    neighborhood = Neighborhood(search, JOIN_NEIGHBORS, JOIN_FLOOR, num_buckets=16)
     started = time.perf_counter()
-    manifest = self_join.run(asked, _files(folder), "mixture", output, InlineRunner(), num_rows=num_vectors)
+    manifest = self_join.run(neighborhood, _files(folder), output, InlineRunner(), content_hash="mixture")
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "edges": float(manifest.totals["edges"])}
 
@@ -159,21 +158,19 @@ def neighbors(folder: str, output: str, k: int, rows_per_cell: int, num_probes: 
     files = _files(folder)
     searching = 0.0
     started = time.perf_counter()
-    similarity: np.ndarray = np.empty((len(queries), 0), np.float32)
-    row: np.ndarray = np.empty((len(queries), 0), np.int64)
+    best_similarity: np.ndarray = np.full((len(queries), k), -np.inf, np.float32)
+    best_row: np.ndarray = np.full((len(queries), k), -1, np.int64)
     first = 0
     for number in range(0, len(files), files_per_part):
         part = PartSearch(search, list(_stream(files[number : number + files_per_part])))
         built = time.perf_counter()
-        found = part.search(queries, k)
-        similarity = np.concatenate([similarity, found[0]], axis=1)
-        row = np.concatenate([row, np.where(found[1] >= 0, found[1] + first, -1)], axis=1)
-        order = np.lexsort((row, -similarity), axis=1)[:, :k]
-        similarity, row = np.take_along_axis(similarity, order, axis=1), np.take_along_axis(row, order, axis=1)
+        similarity, row = part.search(queries, k)
+        query, column = np.nonzero(row >= 0)
+        merge_into_best(best_similarity, best_row, query, row[query, column] + first, similarity[query, column])
         searching += time.perf_counter() - built
         first += part.num_vectors
     seconds = time.perf_counter() - started
-    np.save(output, row)
+    np.save(output, best_row)
     return {"seconds": seconds, "searching": searching}
 
 

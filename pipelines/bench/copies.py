@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.engine.manifest import require_manifest
-from curation.files import parquet, paths, schemas, vectors
+from curation.files import parquet, paths, schemas
 from curation.images.hashing import hamming_distance
-from curation.run_folder import read_images
+from curation.run_folder import read_images, read_vectors
 
 TRANSFORMS = ("jpeg", "resize", "colour", "mirror", "crop", "border", "overlay", "rotation")
 
@@ -24,7 +24,7 @@ def comparison(run: str, data: str) -> dict[str, dict[str, float]]:
         for row in read_images(paths.join(run, "ingest"), ["image_id", "phash"]).to_pylist()
     }
     descriptor: dict[str, np.ndarray] = {}
-    for image_ids, matrix in vectors.read_all(paths.join(run, "describe")):
+    for image_ids, matrix in read_vectors(paths.join(run, "describe")):
         descriptor.update(zip(image_ids, matrix.astype(np.float32), strict=True))
     component = _components(run)
     copies = {row["copy_image_id"] for row in planted}

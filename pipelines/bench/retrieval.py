@@ -7,8 +7,8 @@ with its concept.
 
 import numpy as np
 
-from curation.files import paths, vectors
-from curation.run_folder import read_images
+from curation.files import paths
+from curation.run_folder import read_images, read_vectors
 from pipelines.demo.concepts import chance, concept_of_drawing, concept_of_stamp, nearest_pairs, share_same_concept
 
 MAX_POOL_PIXELS = 4_000_000
@@ -29,7 +29,7 @@ def shares(run: str) -> dict[str, tuple[float, float, float]]:
         elif row["source"] == "drawings" and row["width"] * row["height"] <= MAX_POOL_PIXELS:
             pool.append((row["image_id"], concept_of_drawing(row["label"])))
     vector_of: dict[str, np.ndarray] = {}
-    for image_ids, matrix in vectors.read_all(paths.join(run, "embed")):
+    for image_ids, matrix in read_vectors(paths.join(run, "embed")):
         vector_of.update(zip(image_ids, matrix, strict=True))
     seed_concepts, pool_concepts = ([concept for _, concept in rows] for rows in (seeds, pool))
     pairs = nearest_pairs(

@@ -156,7 +156,6 @@ def _joined(bench: Bench, num_vectors: int, *, repeats: int) -> Measured:
         repeats=bench.repeats or repeats,
         folder=folder,
         output=output,
-        num_vectors=num_vectors,
         rows_per_part=bench.scaled(JOIN_ROWS_PER_PART),
         **JOIN,
     )

@@ -49,6 +49,7 @@ from curation.engine import command, progress
 from curation.engine.manifest import MANIFEST_NAME, Manifest, Plan, ShardRecord, read_manifest, write_manifest
 from curation.errors import InputError, OutputMismatchError
 from curation.files import parquet, paths
+from curation.files.hashes import sha256_of_file
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason, decode_rgb
 from curation.images.hashing import image_id
 
@@ -341,7 +342,7 @@ def _plant(config: DemoDataConfig, tree: Path) -> tuple[paths.FileRecord, paths.
 
 def _unique_images(tree: Path) -> list[str]:
     """The paths below `tree` of the images that have no exact copy there, sorted."""
-    hashes = {path.relative_to(tree).as_posix(): _sha256(path) for path in tree.rglob("*.png")}
+    hashes = {path.relative_to(tree).as_posix(): sha256_of_file(str(path)) for path in tree.rglob("*.png")}
     counts = Counter(hashes.values())
     return sorted(path for path, sha256 in hashes.items() if counts[sha256] == 1)
 
@@ -562,16 +563,11 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _hashes(debs: dict[str, Path]) -> dict[str, str]:
-    return {package: _sha256(deb) for package, deb in debs.items()}
+    return {package: sha256_of_file(str(deb)) for package, deb in debs.items()}
 
 
 def _sha1(text: str) -> str:
     return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def command_line(

@@ -22,10 +22,9 @@ from curation.engine import progress
 from curation.engine.manifest import read_manifest
 from curation.engine.ray_runner import RayRunner
 from curation.engine.runner import InlineRunner
-from curation.files import vectors
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
-from curation.run_folder import RunFolder
+from curation.run_folder import RunFolder, read_vectors
 from tests.curation.builders import bytes_in, picture_of
 
 SIZES = [(90, 60), (60, 90), (64, 64), (300, 40), (33, 200), (128, 127), (640, 480), (48, 48)]
@@ -67,9 +66,7 @@ def config(weights: str, *, stage: dict[str, Any] | None = None, **options: Any)
 
 
 def matrix_of(output: str) -> dict[str, np.ndarray]:
-    return {
-        image_id: row for ids, matrix in vectors.read_all(output) for image_id, row in zip(ids, matrix, strict=True)
-    }
+    return {image_id: row for ids, matrix in read_vectors(output) for image_id, row in zip(ids, matrix, strict=True)}
 
 
 @pytest.mark.parametrize("resize", ["squash", "keep_aspect"])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from curation.images import hashing
-from curation.images.hashing import Pairs, hamming_distance, image_id, pairs_within, perceptual_hash, sha256_hex
+from curation.images.hashing import Pairs, hamming_distance, image_id, pairs_within, perceptual_hash
 
 
 def near_hashes(seed: int, count: int) -> NDArray[np.uint64]:
@@ -38,8 +38,7 @@ def listed(pairs: Iterable[Pairs]) -> list[tuple[int, int, int]]:
 
 
 def test_ids_are_the_first_half_of_sha256() -> None:
-    assert sha256_hex(b"abc") == hashlib.sha256(b"abc").hexdigest()
-    assert image_id(b"abc") == "ba7816bf8f01cfea414140de5dae2223"
+    assert image_id(b"abc") == hashlib.sha256(b"abc").hexdigest()[:32] == "ba7816bf8f01cfea414140de5dae2223"
 
 
 def test_perceptual_hash_has_the_bits_of_imagehash() -> None:
