@@ -15,7 +15,7 @@ How each colour mode of Pillow becomes RGB:
     LA, RGBA, RGBa, PA      composed onto white
     transparent colour      (tRNS of PNG, GIF) composed onto white, for P also with one alpha per palette entry
     16 bits per channel     the high byte, in every mode: I;16, the I of a PGM, and RGB and RGBA, where Pillow does it
-    other I, F              stretched: the image's smallest value becomes 0, its largest 255; if all are equal, all become 0
+    other I, F              stretched: the image's smallest value becomes 0, its largest 255; equal values become 0
 
 ICC profiles and gamma are ignored, as in loaders like ImageFolder. Of several frames or pages, the first is decoded.
 Orientation from EXIF (else from XMP) is applied; EXIF that cannot be parsed counts as absent.
