@@ -30,7 +30,7 @@ from curation.files import parquet, paths, schemas
 from curation.images import sources
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.hashing import image_id
-from curation.images.sandbox import Prober
+from curation.images.sandbox import ImageSandbox
 from curation.images.sources import SourceConfig
 
 
@@ -94,7 +94,7 @@ def run(
 
 def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardRecord]:
     """A worker that reads and probes the images of one shard after another."""
-    prober = Prober(limits)
+    sandbox = ImageSandbox(limits)
 
     def process(shard: Shard) -> ShardRecord:
         source, chosen = shard.work
@@ -106,7 +106,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
                 rejects.append({"uri": found.uri, "source": source.name, "reason": str(reason), "detail": detail})
                 continue
             try:
-                facts = prober.probe(found.data)
+                facts = sandbox.probe(found.data)
             except ImageRejected as refusal:
                 reason, detail = refusal.reason, refusal.detail
                 rejects.append({"uri": found.uri, "source": source.name, "reason": str(reason), "detail": detail})

@@ -45,7 +45,7 @@ from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas
 from curation.files.hashes import hash_json
 from curation.files.image_ids import id_bytes, id_column
-from curation.images.corpus_tar import Sample, write_tar
+from curation.images.corpus_tar import CorpusSample, write_tar
 from curation.images.sources import ReferenceReader
 from curation.quotas import DatasetRows, dataset_weights, row_weights
 from curation.retrieve import DatasetConfig
@@ -163,11 +163,11 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
     """A worker that writes one tar after another."""
     reader = ReferenceReader()
 
-    def samples(rows: pa.Table) -> Iterator[Sample]:
+    def samples(rows: pa.Table) -> Iterator[CorpusSample]:
         for row in rows.to_pylist():
             data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
             sidecar = {name: row[name] for name in ("source", "uri", "width", "height", "label", "reasons")}
-            yield Sample(row["key"], data, row["format"], sidecar)
+            yield CorpusSample(row["key"], data, row["format"], sidecar)
 
     def process(shard: Shard) -> ShardRecord:
         rows = read_plan(_plan_folder(output), shard.work)

@@ -120,5 +120,5 @@ def test_a_terminal_gets_no_control_characters() -> None:
 
 @pytest.mark.parametrize("name", ["a\x1b[2J", "a\nb", "\u202egnp"])
 def test_a_source_has_a_name_that_can_be_shown(name: str) -> None:
-    with pytest.raises(ValidationError, match="characters that can be printed"):
+    with pytest.raises(ValidationError, match="printable characters only"):
         SourceConfig(name=name, path="p", role="pool")

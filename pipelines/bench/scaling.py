@@ -40,7 +40,7 @@ from curation.engine.stage import Stage, run_stage
 from curation.files import parquet, paths, schemas
 from curation.files.hashes import hash_json
 from curation.files.paths import FileRecord
-from curation.images.corpus_tar import Sample, write_tar
+from curation.images.corpus_tar import CorpusSample, write_tar
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
@@ -86,10 +86,10 @@ def bench_packing(*, scale: int = 1, repeats: int | None = None) -> list[Packing
     return rows
 
 
-def _samples(size: int, number: int) -> list[Sample]:
+def _samples(size: int, number: int) -> list[CorpusSample]:
     data = [os.urandom(size) for _ in range(64)]
     return [
-        Sample(
+        CorpusSample(
             f"{place:032x}",
             data[place % 64],
             "JPEG",
@@ -106,22 +106,22 @@ def _samples(size: int, number: int) -> list[Sample]:
     ]
 
 
-def _ours(path: str, samples: Sequence[Sample]) -> None:
+def _ours(path: str, samples: Sequence[CorpusSample]) -> None:
     write_tar(path, iter(samples))
 
 
-def _peer(target: Any, samples: Sequence[Sample]) -> None:
+def _peer(target: Any, samples: Sequence[CorpusSample]) -> None:
     with webdataset.TarWriter(target) as writer:
         for sample in samples:
             writer.write({"__key__": sample.key, "jpg": sample.data, "json": sample.sidecar})
 
 
-def _peer_hashed(path: str, samples: Sequence[Sample]) -> None:
+def _peer_hashed(path: str, samples: Sequence[CorpusSample]) -> None:
     with paths.atomic_write(path) as file:
         _peer(file, samples)
 
 
-CONTESTANTS: dict[str, Callable[[str, Sequence[Sample]], None]] = {
+CONTESTANTS: dict[str, Callable[[str, Sequence[CorpusSample]], None]] = {
     "ours": _ours,
     "TarWriter": _peer,
     "hashed": _peer_hashed,

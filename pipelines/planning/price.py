@@ -9,10 +9,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from curation.backbone import SIZES
 from curation.files import paths
 from curation.images import sources
-from curation.models.embedders import EmbedderConfig, split_name
+from curation.models.embedders import MODELS
 from curation.search.config import SearchConfig
 from curation.search.ivf import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL
 from pipelines.curate_config import CurateConfig
@@ -153,8 +152,8 @@ def _stages(
     )
     embedded = []
     for name, model in (("embed", config.embed), ("describe", config.describe)):
-        flops, parameters, is_vit = _model(model.embedder)
-        work = images * flops / TERA
+        facts, side = MODELS[model.embedder.name], model.embedder.image_size
+        work, is_vit = images * facts.flops(side) / TERA, facts.vit is not None
         on_gpu = model.embedder.num_gpus > 0
         rate = (
             (rates.gpu_tflops_vit if is_vit else rates.gpu_tflops_convolutions)
@@ -166,17 +165,18 @@ def _stages(
                 name,
                 images,
                 read,
-                images * (2 * width(model.embedder) + (model.thumbnail_side or 0) ** 2 / 4),  # WebP, 2 bits a pixel
+                images * (2 * model.embedder.dimensions + (model.thumbnail_side or 0) ** 2 / 4),  # WebP, 2 bits a pixel
                 num_shards,
                 gpu_seconds=work / rate if on_gpu else 0.0,
                 core_seconds=decoding + (0.0 if on_gpu else work / rate),
                 # Weights, activations of a batch as a few copies of its pixels at the first layer, and pictures ahead.
-                worker_bytes=4 * parameters + 3 * model.embedder.batch_size * 600 * model.embedder.image_size**2 / 10,
+                worker_bytes=4 * facts.num_parameters
+                + 3 * model.embedder.batch_size * 600 * model.embedder.image_size**2 / 10,
             )
         )
     dedup_edges = rates.edges_per_image * images
     iterations = sum(level.num_iterations for level in config.cluster.levels)
-    clusters, wide = config.cluster.levels[0].num_clusters, width(config.embed.embedder)
+    clusters, wide = config.cluster.levels[0].num_clusters, config.embed.embedder.dimensions
     per_cluster = config.cluster.max_points_per_centroid
     points = kept if per_cluster is None else min(kept, per_cluster * clusters)
     cluster = StagePrice(
@@ -219,7 +219,7 @@ def _stages(
 
 
 def _pairs(config: CurateConfig, rates: RatesConfig, images: int, num_shards: int) -> StagePrice:
-    search, wide = config.pairs.search, width(config.describe.embedder)
+    search, wide = config.pairs.search, config.describe.embedder.dimensions
     verifying = images / rates.verified_per_core if config.pairs.verification else 0.0
     judged = max(1, -(-images // config.pairs.images_per_shard))
     if search.backend == "exact":
@@ -293,24 +293,3 @@ def _products(search: SearchConfig, rates: RatesConfig, operations: float) -> tu
     if search.num_gpus:
         return operations / TERA / rates.gpu_tflops_half, 0.0
     return 0.0, operations / TERA / rates.core_tops_int8
-
-
-def width(embedder: EmbedderConfig) -> int:
-    """The values of its vectors."""
-    if found := split_name(embedder.name):
-        return SIZES[found[0]].embed_dim * (2 if embedder.pooling == "cls_patch_mean" else 1)
-    if embedder.name == "sscd_disc_mixup":
-        return 512
-    return 1280 + 320 * (embedder.pooling == "gem_and_bottleneck")
-
-
-def _model(embedder: EmbedderConfig) -> tuple[float, float, bool]:
-    """Operations for an image, parameters, and whether it is a Vision Transformer."""
-    if found := split_name(embedder.name):
-        size, patch = SIZES[found[0]], found[1]
-        tokens, wide = 1 + (embedder.image_size // patch) ** 2, size.embed_dim
-        block = 24 * wide**2 + 4 * tokens * wide  # projections and MLP, two operations a weight; attention
-        return float(tokens * size.depth * block), 12.0 * wide**2 * size.depth, True
-    # Cited: products of one image at 224 pixels (He et al. 2015; EfficientNet-Lite), two operations each; parameters.
-    products, parameters = (4.1e9, 25e6) if embedder.name == "sscd_disc_mixup" else (0.407e9, 4.7e6)
-    return 2 * products * (embedder.image_size / 224) ** 2, parameters, False

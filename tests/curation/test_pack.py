@@ -22,7 +22,7 @@ from curation.engine.runner import InlineRunner, Shard
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import parquet, paths, schemas
 from curation.images import sources
-from curation.images.corpus_tar import Sample, read_tar, write_tar
+from curation.images.corpus_tar import CorpusSample, read_tar, write_tar
 from curation.images.decode import EXTENSION_OF_FORMAT
 from curation.images.hashing import image_id
 from curation.images.sources import SourceConfig
@@ -360,7 +360,8 @@ class Run:
         for n, picture in enumerate(pictures[:10]):
             paths.write_bytes(f"{folder}/seeds/label {n % 2}/::{n}.png", picture)
         samples = iter(
-            Sample(f"{n:04d}", picture, FORMATS[n % 4], {"label": n}) for n, picture in enumerate(pictures[10:], 10)
+            CorpusSample(f"{n:04d}", picture, FORMATS[n % 4], {"label": n})
+            for n, picture in enumerate(pictures[10:], 10)
         )
         write_tar(f"{folder}/web/00000.tar", samples)
         shards = []
@@ -378,7 +379,7 @@ class Run:
         self.output = str(folder / "corpus")
 
     @staticmethod
-    def row(item: sources.Found, name: str, role: str, pictures: list[bytes]) -> dict[str, Any]:
+    def row(item: sources.SourceItem, name: str, role: str, pictures: list[bytes]) -> dict[str, Any]:
         assert item.data is not None
         place = {"uri": item.uri, "offset": item.offset, "length": item.length, "label": item.label}
         number = pictures.index(item.data)
