@@ -57,19 +57,19 @@ class FixedRates:
     """Share of the pool that is left after deduplication."""
     hashed_per_core: float = _rate(240e6, "measured, a core of 2019 without SHA instructions")
     """Bytes of SHA-256 a second. Packing hashes each byte twice: as part of its image, and of its tar."""
-    gpu_tflops_single: float = _rate(40, "assumed, of the H100's class")
+    gpu_tflops_single: float = _rate(40.0, "assumed, of the H100's class")
     """Of a GPU: choosing cells, in float32."""
     core_tops_int8: float = _rate(0.49, "measured (search/low_precision.py), a core of 2019")
     """Of a core: exact search and choosing cells, in 10^12 int8 operations a second."""
     core_tflops_kmeans: float = _rate(0.096, "measured, 2.5e8 points x clusters / s of 384 values on 2 cores")
     """Of a core: k-means."""
-    verified_per_core: float = _rate(25, "measured, the demo: 3,801 images in 77 s on 2 cores")
+    verified_per_core: float = _rate(25.0, "measured, the demo: 3,801 images in 77 s on 2 cores")
     """Images a second whose candidate copies are verified; only with [pairs.verification]."""
     edges_per_second: float = _rate(3.5e6, "measured, one core (docs/benchmarks.md)")
     """Edges a second of connected components."""
-    edges_per_image: float = _rate(4, "assumed")
+    edges_per_image: float = _rate(4.0, "assumed")
     """Edges (pairs of possible copies) per image."""
-    copies_in_exchange: float = _rate(4, "assumed; at most num_probes")
+    copies_in_exchange: float = _rate(4.0, "assumed; at most num_probes")
     """Groups of cells that a vector is copied to in the exchange of `pairs`."""
 
 
