@@ -35,7 +35,6 @@ from curation.run_folder import STAGES, RunFolder
 from pipelines import status
 from pipelines.curate_config import CurateConfig
 from pipelines.demo import dataset
-from pipelines.demo.dataset import DemoDataConfig
 from pipelines.planning.plan import print_plan
 
 
@@ -73,7 +72,7 @@ def command_line(
         return
     page.read_concepts(settings.report)  # a wrong path is better known now than after hours
     if settings.demo_data is not None:
-        dataset.run(DemoDataConfig(), Path(settings.demo_data))
+        dataset.run(Path(settings.demo_data))
     models, searches = (settings.embed, settings.describe), (settings.pairs.search, settings.retrieve.search)
     num_gpus = max(*(model.embedder.num_gpus for model in models), *(search.num_gpus for search in searches))
     with command.open_runner(runner, workers, gpus_per_worker=num_gpus) as chosen:

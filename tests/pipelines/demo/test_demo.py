@@ -1,4 +1,4 @@
-"""The figures that the demo must reach, read from the corpus that `make curate` wrote. Run by `make test-demo`."""
+"""The minimum figures of the demo, read from the corpus that `make curate` wrote. Run by `make test-demo`."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.demo
 
 ROOT = Path(__file__).parents[3]
 DATA, RUN = ROOT / "data" / "demo", ROOT / "runs" / "demo"
-# What must be found of the planted copies at the default thresholds.
+# Minimum recall of planted copies by transform, at the thresholds of demo.toml.
 RECALL = {
     "jpeg": 0.95,
     "resize": 0.95,
@@ -44,8 +44,8 @@ def planted() -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def decided() -> dict[str, dict[str, object]]:
-    """What dedup decided for each image, by image_id; the row that stands for it where there are exact copies."""
+def decisions() -> dict[str, dict[str, object]]:
+    """The row of `duplicates` by image_id: the kept one where there are exact copies."""
     rows: dict[str, dict[str, object]] = {}
     for name in require_manifest(str(RUN / "dedup")).files("duplicates"):
         for row in parquet.read_table(str(RUN / "dedup" / name), schemas.DUPLICATES).to_pylist():
@@ -60,16 +60,16 @@ def corpus() -> pa.Table:
 
 
 @pytest.mark.parametrize("transform", RECALL)
-def test_planted_copies_land_in_the_component_of_their_original(
-    transform: str, planted: pa.Table, decided: dict[str, dict[str, object]]
+def test_planted_copies_are_in_the_component_of_their_original(
+    transform: str, planted: pa.Table, decisions: dict[str, dict[str, object]]
 ) -> None:
     rows = planted.filter(pc.equal(planted["transform"], transform)).to_pylist()
     assert len(rows) >= 40
-    found = [
-        decided[row["copy_image_id"]]["component_id"] == decided[row["original_image_id"]]["component_id"]
+    is_recalled = [
+        decisions[row["copy_image_id"]]["component_id"] == decisions[row["original_image_id"]]["component_id"]
         for row in rows
     ]
-    assert sum(found) / len(found) >= RECALL[transform], f"{sum(found)} of {len(found)}"
+    assert sum(is_recalled) / len(rows) >= RECALL[transform], f"{sum(is_recalled)} of {len(rows)}"
 
 
 def test_no_planted_copy_of_a_holdout_image_is_in_the_corpus(planted: pa.Table, corpus: pa.Table) -> None:
@@ -85,7 +85,7 @@ def test_no_holdout_image_is_in_the_corpus(corpus: pa.Table) -> None:
     assert holdout & set(corpus["image_id"].to_pylist()) == set()
 
 
-def test_odd_files_end_as_expected() -> None:
+def test_odd_files_have_the_expected_outcome() -> None:
     accepted = set(read_images(str(RUN / "ingest"), ["uri"])["uri"].to_pylist())
     names = require_manifest(str(RUN / "ingest")).files("rejects")
     rejects = [parquet.read_table(str(RUN / "ingest" / name), schemas.REJECTS) for name in names]
@@ -130,8 +130,8 @@ def test_ids_in_corpus_retrieved_and_composition_agree(corpus: pa.Table) -> None
     rows = zip(retrieved["seed_source"].to_pylist(), retrieved["image_id"].to_pylist(), strict=True)
     assert from_reasons == set(rows)
     for row in composition["datasets"]:
-        own = pc.sum(pc.equal(retrieved["seed_source"], row["dataset"])).as_py()
-        assert row["retrieved"] == own
+        num_retrieved = pc.sum(pc.equal(retrieved["seed_source"], row["dataset"])).as_py()
+        assert row["retrieved"] == num_retrieved
     funnel = composition["funnel"]
     steps = ("candidates", "after_exact", "after_near_duplicates", "after_decontamination")
     counts = [funnel[step] for step in steps]
