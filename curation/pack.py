@@ -47,7 +47,8 @@ from curation.files.hashes import hash_json
 from curation.files.image_ids import id_bytes, id_column
 from curation.images.corpus_tar import CorpusSample, write_tar
 from curation.images.sources import ReferenceReader
-from curation.quotas import DatasetRows, dataset_weights, row_weights
+from curation.quotas import dataset_weights, row_weights
+from curation.retrieval_modes import MODES
 from curation.retrieve import DatasetConfig
 from curation.run_folder import RunFolder, kept_images, retrieved_tables
 from curation.search.top_k import rank_in_groups, sort_into_groups
@@ -207,12 +208,13 @@ def select(datasets: Sequence[DatasetConfig], inputs: RunFolder) -> Selection:
         bringers.append(dataset[own].astype(np.int16))
     for table in retrieved_tables(inputs.retrieve):
         dataset = pc.fill_null(pc.index_in(table["seed_source"], name_set), -1).to_numpy()
-        balanced = pc.equal(table["mode"], "balanced").to_numpy()
-        if ((dataset < 0) & ~balanced).any():
-            stranger = table["seed_source"][int(np.flatnonzero((dataset < 0) & ~balanced)[0])]
-            raise InputError(f"'{inputs.retrieve}' holds rows of dataset '{stranger}', which its config does not name.")
+        by_clustering = pc.is_null(table["seed_source"]).to_numpy()
+        unknown = np.flatnonzero((dataset < 0) & ~by_clustering)
+        if len(unknown):
+            name = table["seed_source"][int(unknown[0])]
+            raise InputError(f"'{inputs.retrieve}' holds rows of dataset '{name}', which its config does not name.")
         ids.append(_ids(table["image_id"]))
-        bringers.append(np.where(balanced, 2 * len(names), len(names) + dataset).astype(np.int16))
+        bringers.append(np.where(by_clustering, 2 * len(names), len(names) + dataset).astype(np.int16))
         asked = table.filter(pc.is_valid(table["seed_source"])).group_by(["seed_source", "mode"]).aggregate([])
         modes |= {row["seed_source"]: row["mode"] for row in asked.to_pylist()}
     image_ids, image = np.unique(np.concatenate(ids), return_inverse=True)
@@ -416,13 +418,11 @@ def _keys(image_ids: np.ndarray, repeat: np.ndarray) -> np.ndarray:
 
 
 def _reason(table: pa.Table) -> pa.ChunkedArray:
-    """The reason of each row of records.RETRIEVED."""
-    mode, source, cluster = table["mode"], table["seed_source"], table["cluster_id"].cast(pa.string())
-    by_sample = pc.binary_join_element_wise(mode, source, table["seed_image_id"], table["rank"].cast(pa.string()), ":")
-    by_cluster = pc.binary_join_element_wise(mode, source, cluster, ":")
-    by_balance = pc.binary_join_element_wise(mode, cluster, ":")
-    is_sample, is_cluster = pc.equal(mode, "sample"), pc.equal(mode, "cluster")
-    return pc.if_else(is_sample, by_sample, pc.if_else(is_cluster, by_cluster, by_balance))
+    """The reason of each row of RETRIEVED: its mode, then whatever retrieved it, as far as the row names it."""
+    seed, rank = table["seed_image_id"], table["rank"].cast(pa.string())
+    rank_of_seed = pc.if_else(pc.is_valid(seed), rank, pa.scalar(None, pa.string()))
+    parts = (table["mode"], table["seed_source"], seed, rank_of_seed, table["cluster_id"].cast(pa.string()))
+    return pc.binary_join_element_wise(*parts, ":", null_handling="skip")
 
 
 def _reasons(position: np.ndarray, reason: pa.Array) -> pa.Table:
@@ -540,8 +540,8 @@ def _dataset_rows(datasets: Sequence[DatasetConfig], selection: Selection) -> li
                 "as_is": dataset_config.as_is,
                 "seeds": selection.num_seeds[name],
                 "retrieved": found,
-                "cap": dataset_config.cap if mode == "cluster" else None,
-                "rows": DatasetRows(as_is=rows[number], found=found, retrieved=found).rows,
+                "cap": dataset_config.cap if mode in MODES and MODES[mode].is_capped else None,
+                "rows": rows[number] + found,
                 "unique": unique[number],
             }
         )

@@ -51,7 +51,8 @@ from curation.files import npy, parquet, paths, schemas, vectors
 from curation.files.image_ids import id_bytes, id_column
 from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
-from curation.quotas import balanced_counts, cluster_counts, retrieval_mode
+from curation.quotas import balanced_counts, cluster_counts
+from curation.retrieval_modes import Mode, Retrieval, mode_of
 from curation.run_folder import (
     KeptShard,
     RunFolder,
@@ -82,7 +83,7 @@ class DatasetConfig(Settings):
     """A source with role `seed`."""
     as_is: bool = False
     """Whether the seed images themselves are packed."""
-    retrieval: Literal["sample", "cluster", "by_size", "none"] = "by_size"
+    retrieval: Retrieval = "by_size"
     """How the pool is searched; `by_size` is `sample` above `sample_above` seed images, else `cluster`."""
     k: int = Field(default=4, ge=1)
     """By sample: pool images per seed image (4 and 32 in DINOv2)."""
@@ -279,11 +280,11 @@ def _source_of(shard: KeptShard) -> str | None:
     return str(column[0]) if len(column) else None
 
 
-def _mode(config: RetrieveConfig, dataset: DatasetConfig, own: list[KeptShard]) -> str:
+def _mode(config: RetrieveConfig, dataset: DatasetConfig, own: list[KeptShard]) -> Mode:
     if dataset.retrieval != "by_size":
         return dataset.retrieval
     count = sum(len(read_kept(shard, role="seed", source=dataset.name)[0]) for shard in own)
-    return retrieval_mode(dataset.retrieval, count, config.sample_above)
+    return mode_of(dataset.retrieval, count, config.sample_above)
 
 
 def _pool_parts(everything: Sequence[KeptShard], rows_per_part: int) -> list[Shard]:

@@ -224,7 +224,9 @@ class Dataset:
     """What one seed dataset brought."""
 
     name: str
-    mode: str  # 'sample', 'cluster' or 'none'
+    mode: str
+    by_cluster: bool
+    """Whether clusters retrieved its rows, rather than single seeds."""
     as_is: bool
     seeds: int
     retrieved: int
@@ -251,6 +253,7 @@ def datasets(run: FinishedRun) -> list[Dataset]:
             Dataset(
                 name=row["dataset"],
                 mode=_mode(row, found),
+                by_cluster=found["seed_image_id"].null_count == found.num_rows,
                 as_is=row["as_is"],
                 seeds=row["seeds"],
                 retrieved=row["retrieved"],
@@ -292,7 +295,7 @@ def _compare_concepts(concepts: Concepts, images: pa.Table, retrieved: pa.Table)
     same = np.full(retrieved.num_rows, UNKNOWN, np.int8)
     chance = np.zeros(retrieved.num_rows)
     found, seed = code_of(retrieved["image_id"]), code_of(retrieved["seed_image_id"])
-    by_sample = pc.equal(retrieved["mode"], "sample").to_numpy()
+    by_sample = pc.is_valid(retrieved["seed_image_id"]).to_numpy()
     known = by_sample & (found >= 0) & (seed >= 0)
     same[known] = found[known] == seed[known]
     chance[known] = pool_share[seed[known]]
@@ -336,8 +339,8 @@ class Retrieval:
 def gallery(run: FinishedRun, dataset: Dataset, num_retrievals: int, num_seeds: int, num_found: int) -> list[Retrieval]:
     """Some seeds of a dataset with what they brought, or its clusters with the most seeds."""
     own = np.flatnonzero(_asked_by(run, dataset.name))
-    asked_by = run.retrieved["cluster_id" if dataset.mode == "cluster" else "seed_image_id"].take(pa.array(own))
-    if dataset.mode == "cluster":
+    asked_by = run.retrieved["cluster_id" if dataset.by_cluster else "seed_image_id"].take(pa.array(own))
+    if dataset.by_cluster:
         seeds = _seeds_by_cluster(run, dataset.name)
         order = sorted(pc.unique(asked_by).to_pylist(), key=lambda key: (-len(seeds[key]), key))
     else:
@@ -346,11 +349,11 @@ def gallery(run: FinishedRun, dataset: Dataset, num_retrievals: int, num_seeds: 
     rank = run.retrieved["rank"].to_numpy()
     for key in order[:num_retrievals]:
         rows = own[pc.equal(asked_by, key).to_numpy()]
-        askers = sorted(seeds[key]) if dataset.mode == "cluster" else [key]
+        askers = sorted(seeds[key]) if dataset.by_cluster else [key]
         result.append(
             Retrieval(
                 dataset=dataset.name,
-                cluster_id=key if dataset.mode == "cluster" else None,
+                cluster_id=key if dataset.by_cluster else None,
                 seeds=askers[:num_seeds],
                 num_seeds=len(askers),
                 rows=rows[np.argsort(rank[rows], kind="stable")][:num_found].tolist(),

@@ -155,7 +155,7 @@ def _choose(config: ReportConfig, finished: FinishedRun) -> Choice:
     asking = [dataset for dataset in datasets if dataset.retrieved][:GALLERY_DATASETS]
     gallery = {}
     for dataset in asking:
-        by_cluster = dataset.mode == "cluster"
+        by_cluster = dataset.by_cluster
         seeds, found = (SEEDS_PER_CLUSTER, FOUND_PER_CLUSTER) if by_cluster else (1, FOUND_PER_SEED)
         wanted = (config.seeds_per_dataset + 1) // 2 if by_cluster else config.seeds_per_dataset
         count = min(wanted, GALLERY_PICTURES // len(asking) // (seeds + found))

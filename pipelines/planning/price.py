@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from curation.files import paths
 from curation.images import sources
 from curation.models.embedders import MODELS
-from curation.quotas import retrieval_mode
+from curation.retrieval_modes import MODES, mode_of
 from curation.search.config import SearchConfig
 from curation.search.ivf import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL
 from pipelines.curate_config import CurateConfig
@@ -290,7 +290,7 @@ def _price_retrieve(work: _Workload) -> StagePrice:
     queries = sum(
         num_seeds[dataset.name]
         for dataset in config.datasets
-        if retrieval_mode(dataset.retrieval, num_seeds[dataset.name], config.sample_above) == "sample"
+        if MODES[mode_of(dataset.retrieval, num_seeds[dataset.name], config.sample_above)].compares_seeds
     )
     parts, part = math.ceil(kept / search.rows_per_part), min(kept, search.rows_per_part)
     compared = kept if search.backend == "exact" else search.num_probes * search.rows_per_cell
