@@ -576,9 +576,3 @@ def _score(
         rows.append(torch.tensor([[own[metric] for metric in METRICS]], dtype=torch.float64))
     every = gather_rows(model.world, torch.cat(rows), len(samples)).tolist()
     return mean_over_pictures([dict(zip(METRICS, row, strict=True)) for row in every])
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("depth")

@@ -243,9 +243,3 @@ def _unit(features: Tensor, what: str, first_row: int) -> np.ndarray:
         )
     result: np.ndarray = units.cpu().numpy()
     return result
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("knn")

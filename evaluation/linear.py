@@ -398,9 +398,3 @@ def run(
         )
         for metric, value in scores.items()
     ]
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("linear")

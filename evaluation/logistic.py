@@ -174,9 +174,3 @@ def _check(own: Tensor, what: str) -> None:
     wrong = torch.nonzero(~own.isfinite().all(1))
     if len(wrong):
         raise InputError(f"The {what} features hold a value that is not finite in row {int(wrong[0])}.")
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("logistic")

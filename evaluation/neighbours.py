@@ -79,9 +79,3 @@ def _square(split: Split, row: int, side: int) -> Pixels:
         split, [row], lambda picture: to_shape(picture, shape, crop=True), target_side=side, threads=1
     )
     return pixels.transpose(1, 2, 0)
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("neighbours")

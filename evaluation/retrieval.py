@@ -485,9 +485,3 @@ def _view_name(view: ViewConfig) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("retrieval")

@@ -163,9 +163,3 @@ def _allowed(split: Split, labels: list[list[int]], path: str) -> list[list[int]
             )
         found.append(labels[int(number[1]) - 1])
     return found
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("robustness")

@@ -80,16 +80,16 @@ def test_the_command_runs_and_refuses(tmp_path: Path) -> None:
     """
     (tmp_path / "eval.toml").write_text(text)
 
-    def command(*options: str, module: str = "run") -> subprocess.CompletedProcess[str]:
+    def command(*options: str) -> subprocess.CompletedProcess[str]:
         own = ["--config", str(tmp_path / "eval.toml"), "--output", str(tmp_path / "out"), *options]
-        return subprocess.run([sys.executable, "-m", f"evaluation.{module}", *own], capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", "evaluation.run", *own], capture_output=True, text=True)
 
-    done = command("--model", checkpoint(tmp_path / "vit.pth"), module="knn")
+    done = command("--model", checkpoint(tmp_path / "vit.pth"), "--only", "knn")
     assert done.returncode == 0, done.stderr
     assert [(one.model, one.protocol) for one in results.read(str(tmp_path / "out"))] == [
         (f"vit_tiny_patch8 {tmp_path.name}/vit.pth", "k=1")
     ] * 2
-    refused = command("--model", "pixels", module="depth")
+    refused = command("--model", "pixels", "--only", "depth")
     assert refused.returncode == 2 and refused.stderr.endswith("eval.toml has no [[depth]]. It has: knn.\n")
     Path(test, "ring").rename(Path(test, "wheel"))
     refused = command("--model", "pixels")
