@@ -31,7 +31,6 @@ whose toolbox has the lists and crops; Eigen et al. (arXiv 1406.2283) for the lo
 # Calling a torch module is typed Any.
 # mypy: disable-error-code="no-any-return"
 
-import functools
 import hashlib
 import math
 import time
@@ -41,7 +40,6 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
@@ -50,6 +48,7 @@ from curation.config import Settings
 from curation.engine.ranks import ALONE, World, gather_rows
 from curation.errors import InputError, TrainingError
 from curation.files.prefetch import prefetch
+from evaluation import order, results
 from evaluation.data.depth_data import (
     LAYOUTS,
     NYU_INSIDE,
@@ -61,7 +60,8 @@ from evaluation.data.depth_data import (
     read_sample,
 )
 from evaluation.features import Model
-from evaluation.results import Result
+from evaluation.padding import pad_to_patches
+from evaluation.results import Result, Score
 
 HeadName = Literal["linear_1", "linear_4", "dpt"]
 Tokens = Sequence[tuple[Tensor, Tensor]]  # of each block: patch tokens (B, D, h, w) and CLS (B, D)
@@ -76,8 +76,6 @@ LOSS_EPSILON = 1e-3  # metres; cited: DINOv2's sigloss.py
 LOSS_MEAN_WEIGHT = 0.15  # of the squared mean; cited: the same, where Eigen et al. have a half
 DPT_CHANNELS = 256  # cited: DINOv2, hub/depthers.py
 MAX_ROTATION = 2.5  # degrees; cited: BinsFormer's toolbox, as all of `augment`
-# What the padding is filled with: ImageNet's mean, which is 0 once normalised. Cited: DINOv2 pads with 0.
-PADDING_COLOR = (124, 116, 104)
 
 
 class DepthConfig(Settings):
@@ -356,7 +354,7 @@ def predict(
     """
     assert model.patch_size is not None
     height, width = pixels.shape[-2:]
-    padded, top, left = _pad(pixels, model.patch_size)
+    padded, top, left = pad_to_patches(pixels, model.patch_size)
     tokens = _tokens(model, padded, blocks, final_norm=final_norm)
     if all_rows is not None:
         gathered = [[gather_rows(model.world, part, all_rows) for part in block] for block in tokens]
@@ -395,8 +393,6 @@ def train_head(model: Model, name: HeadName, config: DepthConfig, samples: Seque
         pct_start=config.warmup_steps / config.steps,
         cycle_momentum=False,
     )
-    if config.batch_size < model.world.num_ranks:
-        raise InputError(f"batch_size is {config.batch_size}: fewer pictures than the {model.world.num_ranks} ranks.")
     for step, (pixels, truth) in enumerate(training_batches(samples, config, model.world)):
         found = predict(model, head, pixels, blocks, final_norm=config.final_norm, all_rows=config.batch_size)
         loss = sig_loss(found, truth.to(model.device), max_depth=config.cap, mean_alone=step < config.loss_warmup_steps)
@@ -418,11 +414,11 @@ def training_batches(
     A pure function of the seed and the step; threads read ahead.
     """
     size = config.crop_size or ((352, 704) if config.train.layout == "kitti" else (416, 544))
-    share = world.share(config.batch_size)
+    num_crops = len(order.share_of_batch(config.batch_size, world))
 
-    def make(position: int) -> tuple[Tensor, Tensor]:
-        epoch, place = divmod(position, len(samples))
-        sample = samples[_order(config.seed, epoch, len(samples))[place]]
+    def make(item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        position, row = item
+        sample = samples[row]
         image, depth = read_sample(sample, config.train)
         if config.train.layout == "nyu":
             image, depth = image[:, *NYU_INSIDE], depth[NYU_INSIDE]
@@ -437,16 +433,13 @@ def training_batches(
             image, depth = augment(image, depth, random, brightness=brightness)
         return _random_crop(image, depth, size, random)
 
-    positions = (step * config.batch_size + place for step in range(config.steps) for place in share)
-    crops = prefetch(make, positions, threads=READERS, ahead=2 * len(share))
-    while batch := list(islice(crops, len(share))):
+    items = order.share_of_steps(
+        len(samples), config.seed, num_steps=config.steps, batch_size=config.batch_size, world=world
+    )
+    crops = prefetch(make, items, threads=READERS, ahead=2 * num_crops)
+    while batch := list(islice(crops, num_crops)):
         depths = torch.stack([depth for _, depth in batch])
         yield torch.stack([image for image, _ in batch]), gather_rows(world, depths, config.batch_size)
-
-
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 
 def augment(image: Tensor, depth: Tensor, random: np.random.Generator, *, brightness: float) -> tuple[Tensor, Tensor]:
@@ -483,25 +476,13 @@ def _random_crop(
     return image[:, rows, columns], depth[rows, columns]
 
 
-def _pad(pixels: Tensor, multiple: int) -> tuple[Tensor, int, int]:
-    """`pixels` in the middle of a picture whose sides are multiples, and the rows above and the columns left of it."""
-    (above, below), (left, right) = (
-        (-side % multiple // 2, -side % multiple - -side % multiple // 2) for side in pixels.shape[-2:]
-    )
-    height, width = pixels.shape[-2] + above + below, pixels.shape[-1] + left + right
-    padded = torch.tensor(PADDING_COLOR, dtype=torch.uint8)[:, None, None].repeat(len(pixels), 1, height, width)
-    padded[:, :, above : height - below, left : width - right] = pixels
-    return padded, above, left
-
-
 @torch.no_grad()
 def _tokens(model: Model, pixels: Tensor, blocks: Sequence[int], *, final_norm: bool) -> Tokens:
     if final_norm:
         return model.intermediate(pixels, blocks)
     assert model.backbone is not None
-    images = ((pixels.to(model.device).float() - model.mean) / model.deviation).to(model.dtype)
     found = model.backbone.get_intermediate_layers(
-        images, list(blocks), reshape=True, return_class_token=True, norm=False
+        model.normalized(pixels), list(blocks), reshape=True, return_class_token=True, norm=False
     )
     return tuple((patches.float(), cls.float()) for patches, cls in found)
 
@@ -518,7 +499,7 @@ def run(config: DepthConfig, model: Model, output: str) -> list[Result]:
     train = find_samples(config.train, "train")
     tests = [find_samples(data, "test") for data in config.tests]
     trained_on = hash_samples(train)
-    results = []
+    found: list[Result] = []
     for name in config.heads:
         start = time.monotonic()
         head = train_head(model, name, config, train)
@@ -528,23 +509,17 @@ def run(config: DepthConfig, model: Model, output: str) -> list[Result]:
             values = _score(model, head, blocks_of(name, model.num_blocks), config, data, samples)
             seconds = training_seconds + time.monotonic() - start
             data_hash = hashlib.sha256((trained_on + hash_samples(samples)).encode()).hexdigest()
-            results += [
-                Result(
-                    evaluation="depth",
-                    dataset=data.name,
-                    model=model.name,
-                    model_hash=model.hash,
-                    data_hash=data_hash,
-                    protocol=_protocol(name, config, data),
-                    settings={"head": name, "num_train": len(train), "num_test": len(samples)}
-                    | config.model_dump(mode="json"),
-                    metric=metric,
-                    value=value,
-                    seconds=seconds,
-                )
-                for metric, value in values.items()
-            ]
-    return results
+            facts = {"head": name, "num_train": len(train), "num_test": len(samples)}
+            found += results.make(
+                "depth",
+                data.name,
+                model,
+                [Score(_protocol(name, config, data), metric, value) for metric, value in values.items()],
+                data_hash=data_hash,
+                settings=facts | config.model_dump(mode="json"),
+                seconds=seconds,
+            )
+    return found
 
 
 def _protocol(head: HeadName, config: DepthConfig, data: DepthDataConfig) -> str:

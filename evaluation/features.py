@@ -158,10 +158,13 @@ class Model:
         )
         return tuple((_finite(patches.float(), self.name), cls.float()) for patches, cls in found)
 
-    def _normalized(self, pixels: Tensor) -> Tensor:
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 as the network reads it, on the model's device."""
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and pixels.shape[1] == 3, (pixels.dtype, pixels.shape)
-        images = (pixels.to(self.device).float() - self.mean) / self.deviation
-        return images.to(self.dtype, memory_format=torch.channels_last)
+        return ((pixels.to(self.device).float() - self.mean) / self.deviation).to(self.dtype)
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        return self.normalized(pixels).to(memory_format=torch.channels_last)
 
 
 def load_model(config: ModelConfig, world: World = ALONE) -> Model:
@@ -298,6 +301,21 @@ def _finite(features: Tensor, name: str) -> Tensor:
             "weights."
         )
     return features
+
+
+def require_finite_rows(rows: Tensor, name: str, first_row: int = 0) -> None:
+    """Raise InputError where a row of the `name` features (., D) is not finite; rows count from `first_row`."""
+    wrong = torch.nonzero(~rows.isfinite().all(1))
+    if len(wrong):
+        row = first_row + int(wrong[0])
+        raise InputError(f"The {name} features hold a value that is not finite, or too large, in row {row}.")
+
+
+def unit_rows(features: Tensor, name: str, *, dtype: torch.dtype = torch.float32, first_row: int = 0) -> Tensor:
+    """`features` (., D) as rows of length 1, or 0 where they were 0. Raises as `require_finite_rows`."""
+    units = functional.normalize(features.to(dtype), dim=1)
+    require_finite_rows(units, name, first_row)
+    return units
 
 
 def _hash(state: Mapping[str, Tensor], facts: Sequence[str]) -> str:

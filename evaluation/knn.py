@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
 from curation.config import Settings
 from curation.engine.ranks import World, gather_rows
@@ -28,11 +27,11 @@ from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.models.device import require_device
 from curation.search import exact
-from evaluation import features
+from evaluation import features, results
 from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
-from evaluation.features import Model, PicturesConfig
-from evaluation.results import Result
+from evaluation.features import Model, PicturesConfig, unit_rows
+from evaluation.results import Result, Score
 from evaluation.scores import class_mean
 
 BLOCK_ROWS = 16_384  # training images that are float32 at a time: 100 MB at D 1,536. Assumed.
@@ -84,7 +83,7 @@ def neighbors(
     require_device(device)
     if test_features.ndim != 2:
         raise InputError(f"Expected test features (m, D). Found: {list(test_features.shape)}.")
-    queries = _unit(test_features, "test features", 0)
+    queries = unit_rows(test_features, "test").cpu().numpy()
     similarities, rows = exact.search(queries, _units(train_blocks, queries.shape[1]), k, device=device)
     if (rows < 0).any():
         raise InputError(f"k is {k}, and there are only {int((rows[0] >= 0).sum())} training images.")
@@ -164,9 +163,9 @@ def run(
         raise InputError(
             f"k is {max(config.k)}, and {train.path} has only {len(train)} images. Take smaller values of k."
         )
-    found: list[tuple[str, str, float, float | None]] = []
+    found: list[Score] = []
     for k, scores in _scores(config, model.world, own.blocks(), train.labels, asked, test.labels).items():
-        found += [(f"k={k}", metric, value, None) for metric, value in scores.items()]
+        found += [Score(f"k={k}", metric, value) for metric, value in scores.items()]
     for per_class in config.per_class:
         draws = [splits.few_shot(train.labels, per_class, config.seed + number) for number in range(config.tries)]
         tried = [
@@ -181,24 +180,16 @@ def run(
             for metric in tried[0][k]:
                 values = [scores[k][metric] for scores in tried]
                 spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-                found.append((f"k={k}, {per_class} per class", metric, float(np.mean(values)), spread))
-    seconds = time.perf_counter() - started
-    return [
-        Result(
-            evaluation="knn",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=hash_json([train.data_hash, test.data_hash]),
-            protocol=protocol,
-            settings=config.model_dump(mode="json"),
-            metric=metric,
-            value=value,
-            spread=spread,
-            seconds=seconds,
-        )
-        for protocol, metric, value, spread in found
-    ]
+                found.append(Score(f"k={k}, {per_class} per class", metric, float(np.mean(values)), spread))
+    return results.make(
+        "knn",
+        config.name,
+        model,
+        found,
+        data_hash=hash_json([train.data_hash, test.data_hash]),
+        settings=config.model_dump(mode="json"),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _scores(
@@ -229,17 +220,5 @@ def _units(blocks: Iterable[Tensor], width: int) -> Iterator[np.ndarray]:
     for block in blocks:
         if block.ndim != 2 or block.shape[1] != width:
             raise InputError(f"Training features are {list(block.shape)}, test features have {width} dimensions.")
-        yield _unit(block, "training features", first_row)
+        yield unit_rows(block, "training", first_row=first_row).cpu().numpy()
         first_row += len(block)
-
-
-def _unit(features: Tensor, what: str, first_row: int) -> np.ndarray:
-    """`features` (., D) as float32 rows of length 1, or 0 where they were."""
-    units = functional.normalize(features.float(), dim=1)
-    wrong = torch.nonzero(~units.isfinite().all(1))
-    if len(wrong):
-        raise InputError(
-            f"The {what} hold a value that is not finite, or too large, in row {first_row + int(wrong[0])}."
-        )
-    result: np.ndarray = units.cpu().numpy()
-    return result

@@ -15,7 +15,6 @@ Source: DINOv2's published evaluation (eval/linear.py): 13 learning rates, 1 and
 the patch tokens, SGD with momentum 0.9 and no weight decay, cosine to 0 over 12,500 steps of 1,024 images.
 """
 
-import itertools
 import json
 import math
 import time
@@ -42,11 +41,12 @@ from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
 from curation.images.decode import Picture, decode_picture, upright
 from curation.images.sources import ReferenceReader
+from evaluation import order, results
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
 from evaluation.features import Model, PicturesConfig, preprocess
-from evaluation.results import Result
-from evaluation.scores import class_mean
+from evaluation.results import Result, Score
+from evaluation.scores import classifier_scores
 
 Grid = Literal["paper", "code"]
 
@@ -259,8 +259,6 @@ def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head
 def _train(config: LinearConfig, model: Model, train: Split) -> Head:
     own, held = (train.take(rows) for rows in splits.hold_out(train.labels, config.held_out, config.seed))
     readings, num_classes, world = readings_of(config, model), len(train.classes), model.world
-    if config.batch_size < world.num_ranks:
-        raise InputError(f"batch_size is {config.batch_size}: fewer images than the {world.num_ranks} ranks.")
     scaled = [rate * config.batch_size / REFERENCE_BATCH for rate in config.rates]
     heads: list[Heads] = []
     with bar("linear", total=config.steps, unit="steps") as advance:
@@ -306,9 +304,11 @@ def _crops(config: LinearConfig, split: Split, world: World) -> Iterator[tuple[T
     # The smallest crop of a picture that is scaled down to this still has `side` pixels.
     target_side = math.ceil(side / math.sqrt(CROP_AREA[0]))
 
+    share = order.share_of_batch(config.batch_size, world)
+
     def make(item: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
         first, own = item
-        reader, crops, share = ReferenceReader(), [], world.share(len(own))
+        reader, crops = ReferenceReader(), []
         for place, row in zip(share, split.table.take(pa.array([own[one] for one in share])).to_pylist(), strict=True):
             data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
             picture = decode_picture(data, split.limits, target_side=target_side)
@@ -316,17 +316,11 @@ def _crops(config: LinearConfig, split: Split, world: World) -> Iterator[tuple[T
         reader.close()
         return torch.stack(crops), split.labels[torch.tensor(own)]
 
-    rows = _order(len(split), config.seed)
+    rows = order.shuffled_rows(len(split), config.seed)
     starts = range(0, config.steps * config.batch_size, config.batch_size)
     items = ((start, list(islice(rows, config.batch_size))) for start in starts)
     threads = config.pictures.decode_threads
     return prefetch(make, items, threads=threads, ahead=threads)
-
-
-def _order(num_images: int, seed: int) -> Iterator[int]:
-    """Rows without end, every image once before any comes again."""
-    for epoch in itertools.count():
-        yield from np.random.default_rng([seed, 0, epoch]).permutation(num_images).tolist()
 
 
 def middles(split: Split, world: World, config: PicturesConfig, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -371,30 +365,20 @@ def run(
     head = fitted(config, model, train, cache)
     every_class = torch.arange(len(train.classes))
     predicted = predict(head, model, test, config.pictures, config.images_per_pass, every_class)
-    seconds = time.perf_counter() - started
     grid = "own grid" if config.learning_rates else f"grid of the {config.grid}"
+    protocol = f"{len(readings_of(config, model)) * len(config.rates)} heads, {grid}, {config.steps:,} steps"
     chosen = {
         "chosen_rate": head.rate,
         "chosen_blocks": head.reading.blocks,
         "chosen_average": head.reading.average,
         "held_out_top_1": head.held_out_top_1,
     }
-    scores = {
-        "top-1": float((predicted == test.labels).double().mean()),
-        "mean per class": class_mean(predicted, test.labels),
-    }
-    return [
-        Result(
-            evaluation="linear",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=hash_json([train.data_hash, test.data_hash]),
-            protocol=f"{len(readings_of(config, model)) * len(config.rates)} heads, {grid}, {config.steps:,} steps",
-            settings=config.model_dump(mode="json") | chosen,
-            metric=metric,
-            value=value,
-            seconds=seconds,
-        )
-        for metric, value in scores.items()
-    ]
+    return results.make(
+        "linear",
+        config.name,
+        model,
+        [Score(protocol, metric, value) for metric, value in classifier_scores(predicted, test.labels).items()],
+        data_hash=hash_json([train.data_hash, test.data_hash]),
+        settings=config.model_dump(mode="json") | chosen,
+        seconds=time.perf_counter() - started,
+    )

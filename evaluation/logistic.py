@@ -26,12 +26,12 @@ from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from evaluation import features
+from evaluation import features, results
 from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
-from evaluation.features import Model, PicturesConfig
-from evaluation.results import Result
-from evaluation.scores import class_mean
+from evaluation.features import Model, PicturesConfig, require_finite_rows
+from evaluation.results import Result, Score
+from evaluation.scores import classifier_scores
 
 # Cited: DINOv2 eval/log_regression.py. The inverse strengths of the regularisation.
 DEFAULT_C = tuple(float(value) for value in 10 ** np.linspace(-6, 5, 45))
@@ -103,7 +103,7 @@ def predict(
     tolerance: float = 1e-12,
 ) -> Tensor:
     """The class (m,) int64 of each test image by the classifier that fits all training images."""
-    _check(test_features, "test")
+    require_finite_rows(test_features, "test")
     classifier = _classifier(c, max_iterations, tolerance)
     _fit(classifier, train_features, train_labels)
     return torch.from_numpy(classifier.predict(test_features.double().numpy()))
@@ -134,26 +134,16 @@ def run(
         tolerance=config.tolerance,
     )
     predicted = predict(own, train.labels, asked, c, max_iterations=config.max_iterations, tolerance=config.tolerance)
-    seconds = time.perf_counter() - started
-    scores = {
-        "top-1": float((predicted == test.labels).double().mean()),
-        "mean per class": class_mean(predicted, test.labels),
-    }
-    return [
-        Result(
-            evaluation="logistic",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=hash_json([train.data_hash, test.data_hash]),
-            protocol=f"L-BFGS, best of {len(config.c)} C",
-            settings=config.model_dump(mode="json") | {"chosen_c": c, "held_out_top_1": share},
-            metric=metric,
-            value=value,
-            seconds=seconds,
-        )
-        for metric, value in scores.items()
-    ]
+    protocol = f"L-BFGS, best of {len(config.c)} C"
+    return results.make(
+        "logistic",
+        config.name,
+        model,
+        [Score(protocol, metric, value) for metric, value in classifier_scores(predicted, test.labels).items()],
+        data_hash=hash_json([train.data_hash, test.data_hash]),
+        settings=config.model_dump(mode="json") | {"chosen_c": c, "held_out_top_1": share},
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _classifier(c: float, max_iterations: int, tolerance: float) -> LogisticRegression:
@@ -161,16 +151,10 @@ def _classifier(c: float, max_iterations: int, tolerance: float) -> LogisticRegr
 
 
 def _fit(classifier: LogisticRegression, own: Tensor, labels: Tensor) -> None:
-    _check(own, "training")
+    require_finite_rows(own, "training")
     if len(torch.unique(labels)) < 2:
         raise InputError("The training images are all of one class; there is nothing to tell apart.")
     with warnings.catch_warnings():
         # A tolerance of 1e-12 is below what float64 can reach, and the published protocol ends at the iterations.
         warnings.simplefilter("ignore", ConvergenceWarning)
         classifier.fit(own.double().numpy(), labels.numpy())
-
-
-def _check(own: Tensor, what: str) -> None:
-    wrong = torch.nonzero(~own.isfinite().all(1))
-    if len(wrong):
-        raise InputError(f"The {what} features hold a value that is not finite in row {int(wrong[0])}.")

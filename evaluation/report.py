@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from curation.errors import InputError
 from curation.files import paths
+from curation.report import markup
 from curation.report.markup import Markup, tag
 from evaluation import results, visualize
 from evaluation.published import Published, beside
@@ -45,8 +46,6 @@ UNITS = {"rmse": "m", "mae": "m"}
 MAX_COLUMNS = 10
 COLORS = ("#2f6690", "#b5382e", "#2e8b62", "#b07d2b", "#6a4c93", "#4a5a63", "#c2578a", "#3aa0a8")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write(output: str) -> str:
@@ -93,15 +92,7 @@ def page(found: Sequence[Result], pictures: Sequence[tuple[Picture, bytes]]) -> 
         ),
         tag("nav", tag("ol", *(tag("li", tag("a", title, href=f"#{_slug(name)}")) for name, title in links))),
     )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", "Evaluation"),
-        tag("style", Markup(_STYLE)),
-    )
-    return f"<!doctype html>\n{tag('html', head, tag('body', header, *sections), lang='en')}\n"
+    return markup.page("Evaluation", None, header, *sections, style=_STYLE)
 
 
 # ---- tables

@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
 from curation.config import Settings
 from curation.engine.ranks import all_ranks, gather_rows
@@ -40,12 +39,13 @@ from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
-from curation.images.decode import ImageLimits, ImageRejected, Picture, decode_picture, decode_rgb, to_shape
+from curation.images.decode import ImageLimits, Picture, decode_picture, decode_rgb, to_shape
 from curation.models import efficientnet
 from curation.models.device import require_device
 from curation.models.embedders import MAX_ASPECT
-from evaluation import features, knn
+from evaluation import features, knn, results
 from evaluation.data import splits
+from evaluation.data.image_files import read_bytes, rejects_named
 from evaluation.data.retrieval_data import (
     AmsterTimeData,
     LabelledData,
@@ -57,8 +57,8 @@ from evaluation.data.retrieval_data import (
     read_met,
     read_revisited,
 )
-from evaluation.features import Model
-from evaluation.results import Result
+from evaluation.features import Model, unit_rows
+from evaluation.results import Result, Score
 
 CUTOFFS = (1, 5, 10)  # cited: what the evaluation of Revisited Oxford and Paris gives
 DIFFICULTIES = ("easy", "medium", "hard")
@@ -93,10 +93,11 @@ def rank(queries: Tensor, database: Tensor, *, device: str = "cpu") -> Iterator[
         raise InputError(
             f"Expected features (Q, D) and (N, D). Found: {list(queries.shape)} and {list(database.shape)}."
         )
-    columns = _unit(database, "database", device).T
+    columns = unit_rows(database.to(device), "database", dtype=torch.float64).T
     for start in range(0, len(queries), QUERY_ROWS):
         place = slice(start, min(start + QUERY_ROWS, len(queries)))
-        cosines = (_unit(queries[place], "queries", device) @ columns).float()
+        units = unit_rows(queries[place].to(device), "query", dtype=torch.float64, first_row=start)
+        cosines = (units @ columns).float()
         yield place, cosines.argsort(dim=1, descending=True, stable=True).cpu()
 
 
@@ -227,14 +228,6 @@ def paired_precisions(queries: Tensor, database: Tensor, *, device: str = "cpu")
     return found
 
 
-def _unit(features: Tensor, what: str, device: str) -> Tensor:
-    units = functional.normalize(features.to(device, torch.float64), dim=1)
-    wrong = torch.nonzero(~units.isfinite().all(1))
-    if len(wrong):
-        raise InputError(f"The features of the {what} hold a value that is not finite, in row {int(wrong[0])}.")
-    return units
-
-
 # ---------------------------------------------------------------------------------------------------------- features
 
 
@@ -250,7 +243,7 @@ class _Seen:
 
 def _look(model: Model, photos: Sequence[Photo], view: ViewConfig, cache: str) -> _Seen:
     """The features of `photos`, from `<cache>/retrieval/` where the same model has seen the same bytes the same way."""
-    hashes = prefetch(lambda photo: hashlib.sha256(_read(photo.path)).hexdigest(), photos, threads=READERS)
+    hashes = prefetch(lambda photo: hashlib.sha256(read_bytes(photo.path)).hexdigest(), photos, threads=READERS)
     content = hash_json([[own, photo.box] for own, photo in zip(hashes, photos, strict=True)])
     key = hash_json([model.hash, content, view.resize, view.image_size])
     place = paths.join(cache, "retrieval", f"{key[:32]}.npy")
@@ -288,9 +281,9 @@ def _compute(model: Model, photos: Sequence[Photo], view: ViewConfig) -> Tensor:
 
 def see(photo: Photo, view: ViewConfig, multiple: int) -> Tensor:
     """The photo as the model sees it, (3, H, W) uint8. Raises InputError that names the file."""
-    data = _read(photo.path)
+    data = read_bytes(photo.path)
     limits = ImageLimits(min_side=1)
-    try:
+    with rejects_named(photo.path):
         if photo.box is None:
             picture = decode_picture(data, limits, target_side=view.image_size)
         else:
@@ -303,8 +296,6 @@ def see(photo: Photo, view: ViewConfig, multiple: int) -> Tensor:
                 )
             part = whole.crop(box)
             picture = Picture(np.array(part), *part.size, orientation=1)
-    except ImageRejected as error:
-        raise InputError(f"{photo.path}: the image cannot be used: {error}.") from None
     side = view.image_size
     shape = (side, side)
     if view.resize == "keep_aspect":
@@ -315,17 +306,6 @@ def see(photo: Photo, view: ViewConfig, multiple: int) -> Tensor:
         rows, columns = (max(1, round(side / multiple * root)) for root in (aspect**-0.5, aspect**0.5))
         shape = (rows * multiple, columns * multiple)
     return torch.from_numpy(to_shape(picture, shape, crop=view.resize == "center_crop"))
-
-
-def _read(path: str) -> bytes:
-    try:
-        return paths.read_bytes(path)
-    except FileNotFoundError:
-        raise InputError(
-            f"No image at '{path}'. The dataset is not complete, or not in its published layout."
-        ) from None
-    except OSError as error:
-        raise InputError(f"Cannot read '{path}': {error}.") from None
 
 
 # --------------------------------------------------------------------------------------------------------------- run
@@ -359,22 +339,15 @@ def run(
             found = _run_amstertime(config.data, model, cache)
         case LabelledData():
             found = _run_labelled(config.data, config.cutoffs, model, cache, runner)
-    seconds = time.perf_counter() - started
-    return [
-        Result(
-            evaluation="retrieval",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=found.data_hash,
-            protocol=protocol,
-            settings=config.model_dump(mode="json") | found.facts,
-            metric=metric,
-            value=value,
-            seconds=seconds,
-        )
-        for (protocol, metric), value in found.values.items()
-    ]
+    return results.make(
+        "retrieval",
+        config.name,
+        model,
+        [Score(protocol, metric, value) for (protocol, metric), value in found.values.items()],
+        data_hash=found.data_hash,
+        settings=config.model_dump(mode="json") | found.facts,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: Model, cache: str) -> Found:

@@ -30,12 +30,13 @@ from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from evaluation import linear
+from evaluation import linear, results
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
 from evaluation.features import Model
 from evaluation.linear import Head, LinearConfig
-from evaluation.results import Result
+from evaluation.results import Result, Score
+from evaluation.scores import accuracy
 
 Kind = Literal["folders", "places", "corruptions", "real"]
 SEVERITIES = ("1", "2", "3", "4", "5")  # cited: arXiv 1903.12261
@@ -102,8 +103,8 @@ def run(
         for corruption in sorted(config.alexnet_errors):
             for severity in SEVERITIES:
                 split = _load(paths.join(config.path, corruption, severity), train, cache, runner)
-                right = _predicted(config, head, model, split) == split.labels
-                errors.setdefault(corruption, []).append(1 - float(right.double().mean()))
+                predicted = _predicted(config, head, model, split)
+                errors.setdefault(corruption, []).append(1 - accuracy(predicted, split.labels))
                 hashes.append(split.data_hash)
         metric, value = "mCE", mean_corruption_error(errors, config.alexnet_errors)
     else:
@@ -117,21 +118,16 @@ def run(
             metric, value = "ReaL", real_accuracy(predicted, _allowed(split, json.loads(content), config.real_labels))
             hashes.append(hash_json(json.loads(content)))
         else:
-            metric, value = "top-1", float((predicted == split.labels).double().mean())
-    return [
-        Result(
-            evaluation="robustness",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=hash_json([train.data_hash, *hashes]),
-            protocol=f"linear head of {config.linear.name}",
-            settings=config.model_dump(mode="json") | {"chosen_rate": head.rate},
-            metric=metric,
-            value=value,
-            seconds=time.perf_counter() - started,
-        )
-    ]
+            metric, value = "top-1", accuracy(predicted, split.labels)
+    return results.make(
+        "robustness",
+        config.name,
+        model,
+        [Score(f"linear head of {config.linear.name}", metric, value)],
+        data_hash=hash_json([train.data_hash, *hashes]),
+        settings=config.model_dump(mode="json") | {"chosen_rate": head.rate},
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _load(path: str, train: Split, cache: str, runner: Runner, *, places: bool = False) -> Split:

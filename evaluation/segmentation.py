@@ -10,7 +10,6 @@ Legend: B pictures, C classes, D channels of a head, H W pixels, h w patches.
 # Calling a torch module is typed Any, and some of torch's functions are not typed.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +28,12 @@ from curation.engine.ranks import World, gather_rows, sum_over_ranks
 from curation.errors import InputError
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
+from evaluation import order, results
 from evaluation.data.scenes import IGNORED, Scene, SceneData, Scenes, load_scenes
 from evaluation.features import Model
-from evaluation.results import Result
+from evaluation.padding import pad, pad_to_patches
+from evaluation.results import Result, Score
 
-# What a picture is padded with: ImageNet's mean colour, which the model sees as 0.
-PADDING = (124, 116, 104)
 # Tries for a crop with more than one class. Cited: mmsegmentation, RandomCrop.
 CROP_TRIES = 10
 READERS = 2  # threads that read and crop ahead of the model. Assumed.
@@ -140,7 +139,7 @@ def crop_of(scene: Scene, protocol: Protocol, random: np.random.Generator) -> Sc
     if protocol.distort:
         image = _distorted(image, random)
     beyond = (0, protocol.window - width, 0, protocol.window - height)
-    return Scene(_pad(image, beyond), functional.pad(target, beyond, value=IGNORED))
+    return Scene(pad(image, *beyond), functional.pad(target, beyond, value=IGNORED))
 
 
 def _scaled(scene: Scene, factor: float) -> Scene:
@@ -188,24 +187,6 @@ def _distorted(image: Tensor, random: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.astype(np.uint8)))
 
 
-def _pad(image: Tensor, beyond: tuple[int, int, int, int]) -> Tensor:
-    """(..., 3, H, W) uint8 with `beyond` pixels of the mean colour left, right, above and below."""
-    if not any(beyond):
-        return image
-    left, right, above, below = beyond
-    height, width = image.shape[-2:]
-    color = torch.tensor(PADDING, dtype=torch.uint8, device=image.device)[:, None, None]
-    padded = color.expand(*image.shape[:-2], height + above + below, width + left + right).clone()
-    padded[..., above : above + height, left : left + width] = image
-    return padded
-
-
-def _order(num_scenes: int, seed: int) -> Iterator[int]:
-    """Which picture comes next, without end: permutations of all, one after another."""
-    for epoch in itertools.count():
-        yield from np.random.default_rng([seed, 0, epoch]).permutation(num_scenes).tolist()
-
-
 # ---------------------------------------------------------------------------------------------------------- the head
 
 
@@ -235,14 +216,13 @@ def pixel_logits(
     """
     assert model.patch_size is not None and model.num_blocks is not None
     height, width = pixels.shape[-2:]
-    down, across = -height % model.patch_size, -width % model.patch_size
-    padded = _pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2))
+    padded, top, left = pad_to_patches(pixels, model.patch_size)
     blocks = range(model.num_blocks - num_blocks, model.num_blocks)
     tokens = torch.cat([patches for patches, _ in model.intermediate(padded, blocks)], dim=1)
     if all_rows is not None:
         tokens = gather_rows(model.world, tokens, all_rows)
     logits = functional.interpolate(head(tokens), size=padded.shape[-2:], mode="bilinear", align_corners=False)
-    return logits[..., down // 2 : down // 2 + height, across // 2 : across // 2 + width]
+    return logits[..., top : top + height, left : left + width]
 
 
 def learning_rate(step: int, protocol: Protocol) -> float:
@@ -256,8 +236,6 @@ def train_head(model: Model, scenes: Scenes, protocol: Protocol, *, seed: int = 
     but for rounding."""
     head = LinearHead(model.embed_dim * protocol.blocks, scenes.num_classes, seed).to(model.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=protocol.weight_decay)
-    if protocol.batch_size < model.world.num_ranks:
-        raise InputError(f"batch_size is {protocol.batch_size}: fewer crops than the {model.world.num_ranks} ranks.")
     for step, (pixels, targets) in enumerate(_batches(scenes, protocol, seed, model.world)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, protocol)
@@ -274,15 +252,15 @@ def train_head(model: Model, scenes: Scenes, protocol: Protocol, *, seed: int = 
 def _batches(scenes: Scenes, protocol: Protocol, seed: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of the crops (., 3, H, W) of each step, and the targets (B, H, W) of all of them."""
     size = protocol.batch_size
-    share = world.share(size)
+    num_crops = len(order.share_of_batch(size, world))
 
     def make(item: tuple[int, int]) -> Scene:
         position, place = item
         return crop_of(scenes.read(place), protocol, np.random.default_rng([seed, 1, position]))
 
-    places = zip(range(protocol.steps * size), _order(len(scenes.names), seed), strict=False)
-    crops = prefetch(make, (item for item in places if item[0] % size in share), threads=READERS, ahead=2 * len(share))
-    while batch := list(islice(crops, len(share))):
+    items = order.share_of_steps(len(scenes.names), seed, num_steps=protocol.steps, batch_size=size, world=world)
+    crops = prefetch(make, items, threads=READERS, ahead=2 * num_crops)
+    while batch := list(islice(crops, num_crops)):
         targets = torch.stack([crop.target for crop in batch])
         yield torch.stack([crop.image for crop in batch]), gather_rows(world, targets, size)
 
@@ -413,21 +391,15 @@ def run(config: SegmentationConfig, model: Model, output: str) -> list[Result]:
         "mean class accuracy": scores.mean_class_accuracy,
         "pixel accuracy": scores.pixel_accuracy,
     }
-    return [
-        Result(
-            evaluation="segmentation",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=hash_json([train.hash, test.hash]),
-            protocol=_protocol_name(protocol),
-            settings=settings,
-            metric=metric,
-            value=value,
-            seconds=seconds,
-        )
-        for metric, value in found.items()
-    ]
+    return results.make(
+        "segmentation",
+        config.name,
+        model,
+        [Score(_protocol_name(protocol), metric, value) for metric, value in found.items()],
+        data_hash=hash_json([train.hash, test.hash]),
+        settings=settings,
+        seconds=seconds,
+    )
 
 
 def _protocol_name(protocol: Protocol) -> str:

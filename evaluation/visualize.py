@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -36,8 +36,9 @@ from curation.backbone import Block, VisionTransformer
 from curation.config import Settings
 from curation.errors import InputError
 from curation.files import paths
-from curation.images.decode import ImageLimits, ImageRejected, decode_picture, to_shape
-from evaluation import knn
+from curation.images.decode import ImageLimits, decode_picture, to_shape
+from evaluation import knn, records
+from evaluation.data.image_files import read_bytes, rejects_named
 from evaluation.features import Model
 
 Kind = Literal["pca", "matches", "attention", "neighbours"]
@@ -274,10 +275,8 @@ def framed(picture: Pixels, color: tuple[int, int, int], width: int = 4) -> Pixe
 
 def read_square(path: str, size: int) -> Tensor:
     """The largest square in the middle of a picture, (3, size, size) uint8. Raises InputError."""
-    try:
-        picture = decode_picture(paths.read_bytes(path), ImageLimits(), target_side=size)
-    except (ImageRejected, FileNotFoundError) as error:
-        raise InputError(f"Cannot read the picture '{path}': {error}.") from None
+    with rejects_named(path):
+        picture = decode_picture(read_bytes(path), ImageLimits(), target_side=size)
     return torch.from_numpy(to_shape(picture, (size, size), crop=True).copy())
 
 
@@ -289,23 +288,15 @@ def save(output: str, kind: Kind, model: Model, pixels: Pixels, caption: str, *,
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     paths.write_bytes(paths.join(folder, record.file), buffer.getvalue())
-    path = paths.join(folder, PICTURES_FILE)
-    before = paths.read_bytes(path) if paths.exists(path) else b""
-    paths.write_bytes(path, before + record.model_dump_json().encode() + b"\n")
+    records.append(paths.join(folder, PICTURES_FILE), record)
     return record
 
 
 def read_pictures(output: str) -> list[Picture]:
     """The pictures below `output`, oldest first; none where there are none. Raises InputError for a damaged line."""
     path = paths.join(output, PICTURES_FOLDER, PICTURES_FILE)
-    if not paths.exists(path):
-        return []
     found: dict[str, Picture] = {}
-    for number, line in enumerate(paths.read_bytes(path).splitlines(), 1):
-        try:
-            picture = Picture.model_validate_json(line)
-        except ValidationError:
-            raise InputError(f"{path}, line {number}: not a picture. Remove it.") from None
+    for picture in records.read(path, Picture, "picture"):
         found.pop(picture.file, None)
         found[picture.file] = picture
     return list(found.values())
@@ -326,7 +317,7 @@ def run(config: VisualizeConfig, model: Model, output: str) -> list[Picture]:
             raise InputError(f"match = [{one}, {other}], and there are {len(config.images)} pictures, counted from 0.")
     squares = [read_square(path, config.image_size) for path in config.images]
     shown = [square.permute(1, 2, 0).numpy() for square in squares]
-    tokens = torch.cat([_patch_tokens(network, _normalized(model, square[None])) for square in squares])
+    tokens = torch.cat([_patch_tokens(network, model.normalized(square[None])) for square in squares])
     mask = foreground_mask(tokens, config.foreground)
     colors = [enlarge(one, patch_size) for one in pca_colors(tokens, mask)]
     drawn = [
@@ -342,7 +333,7 @@ def run(config: VisualizeConfig, model: Model, output: str) -> list[Picture]:
     if config.attention:
         columns = []
         for square, picture in zip(squares, shown, strict=True):
-            (shares,) = attention(network, _normalized(model, square[None])).mean(dim=1)  # over the heads
+            (shares,) = attention(network, model.normalized(square[None])).mean(dim=1)  # over the heads
             columns.append([picture, *(enlarge(heat(one), patch_size) for one in shares)])
         what = ["the CLS token"] if network.cls_token is not None else []
         what += [f"register {number}" for number in range(1, network.num_register_tokens + 1)]
@@ -382,10 +373,6 @@ def draw_neighbours(
     of_data = f" in {name}" if name else ""
     caption = f"Left the query, behind it the {k} nearest{of_data}: green frames have its label, red ones another."
     return save(output, "neighbours", model, pixels, caption, part=name)
-
-
-def _normalized(model: Model, pixels: Tensor) -> Tensor:
-    return ((pixels.to(model.device).float() - model.mean) / model.deviation).to(model.dtype)
 
 
 @torch.no_grad()

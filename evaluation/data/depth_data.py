@@ -20,7 +20,8 @@ from torch import Tensor
 from curation.config import Settings
 from curation.errors import InputError
 from curation.files import paths
-from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
+from curation.images.decode import ImageLimits
+from evaluation.data.image_files import read_bytes, read_rgb
 
 LayoutName = Literal["nyu", "nyu_arrays", "kitti", "sun_rgbd", "folder"]
 Crop = Literal["none", "eigen", "garg"]
@@ -173,19 +174,14 @@ def read_sample(sample: Sample, data: DepthDataConfig) -> tuple[Tensor, Tensor]:
 def _read_image(sample: Sample) -> NDArray[np.uint8]:
     if sample.row is not None:
         return np.asarray(_array(sample.image)[sample.row], np.uint8).transpose(2, 0, 1)
-    try:
-        return np.asarray(decode_rgb(paths.read_bytes(sample.image), ImageLimits())).transpose(2, 0, 1)
-    except (ImageRejected, FileNotFoundError) as error:
-        raise InputError(f"Cannot read the picture '{sample.image}': {error}.") from None
+    pixels: NDArray[np.uint8] = read_rgb(sample.image, ImageLimits()).numpy()
+    return pixels
 
 
 def _read_depth(sample: Sample, data: DepthDataConfig) -> NDArray[np.float32]:
     if sample.row is not None:
         return np.asarray(_array(sample.depth)[sample.row], np.float32)
-    try:
-        content = paths.read_bytes(sample.depth)
-    except FileNotFoundError:
-        raise InputError(f"No depth at '{sample.depth}', which belongs to '{sample.image}'.") from None
+    content = read_bytes(sample.depth)
     if sample.depth.endswith(".npy"):
         return np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
     with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:

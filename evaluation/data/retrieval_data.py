@@ -13,10 +13,8 @@ from curation.errors import InputError
 from curation.files import paths
 from curation.images.sources import SourceConfig, list_files
 from evaluation.data import plain_pickle
-from evaluation.data.splits import SplitConfig
+from evaluation.data.splits import SplitConfig, listed
 from evaluation.features import PicturesConfig
-
-MAX_LISTED = 5  # assumed: as many names as a person reads
 
 
 class ViewConfig(Settings):
@@ -192,6 +190,6 @@ def read_amstertime(data: AmsterTimeData) -> tuple[list[Photo], list[Photo]]:
     if alone or not old:
         raise InputError(
             f"{data.path}: old/ and new/ hold {len(old)} and {len(new)} images, and {len(alone)} names are in one of "
-            f"them alone: {', '.join(alone[:MAX_LISTED])}."
+            f"them alone: {listed(alone)}."
         )
     return [old[name] for name in sorted(old)], [new[name] for name in sorted(old)]

@@ -24,11 +24,13 @@ from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
-from curation.images.decode import ImageLimits, ImageRejected, decode_rgb, read_header
+from curation.images.decode import ImageLimits, read_header
 from curation.images.sources import SourceConfig, list_files
+from evaluation.data.image_files import read_bytes, read_rgb, rejects_named
+from evaluation.data.splits import listed
 
 IGNORED = 255  # a pixel without a class, in every target here
-MAX_LISTED = 5  # assumed: as many names as a person reads
+LIMITS = ImageLimits(min_side=1)  # an image of any size counts
 
 # Cited: cityscapesScripts, labels.py: the 19 classes that are evaluated, in the order of their train ids.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -197,8 +199,7 @@ def _by_stem(folder: str, suffix: str = "") -> dict[str, str]:
 def _same_names(images: dict[str, str], masks: dict[str, str], where: str) -> list[Pair]:
     missing = sorted(images.keys() - masks.keys())
     if missing:
-        more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
-        raise InputError(f"{where}: no mask for {', '.join(missing[:MAX_LISTED])}{more}.")
+        raise InputError(f"{where}: no mask for {listed(missing)}.")
     return [(path, masks[name]) for name, path in sorted(images.items())]
 
 
@@ -213,7 +214,7 @@ def _lookup(classes: dict[int, int], ignored: Sequence[int]) -> np.ndarray:
 def _file_scenes(pairs: Sequence[Pair], lookup: np.ndarray, num_classes: int) -> Scenes:
     def read(place: int) -> Scene:
         image_path, mask_path = pairs[place]
-        image, target = _read_image(image_path), read_mask(mask_path, lookup)
+        image, target = read_rgb(image_path, LIMITS), read_mask(mask_path, lookup)
         _require_same(pairs[place], (image.shape[2], image.shape[1]), (target.shape[1], target.shape[0]))
         return Scene(image, target)
 
@@ -224,11 +225,9 @@ def _file_scenes(pairs: Sequence[Pair], lookup: np.ndarray, num_classes: int) ->
 
 def _checked_hashes(pair: Pair) -> list[str]:
     """The hashes of an image and its mask. Raises InputError where their headers do not fit, before any training."""
-    image, mask = (_read_bytes(path) for path in pair)
-    try:
-        header = read_header(image, ImageLimits(min_side=1))
-    except ImageRejected as error:
-        raise InputError(f"{pair[0]}: the image cannot be used: {error}.") from None
+    image, mask = (read_bytes(path) for path in pair)
+    with rejects_named(pair[0]):
+        header = read_header(image, LIMITS)
     mask_size = _open_picture(pair[1], mask).size
     # A PNG may say behind its pixels that it lies on its side: only who reads them knows.
     if {header.width, header.height} != set(mask_size):
@@ -259,7 +258,7 @@ def read_mask(path: str, lookup: np.ndarray) -> Tensor:
 
 def _loaded(path: str) -> Image.Image:
     """A picture with its values as stored: no class is a colour."""
-    return _open_picture(path, _read_bytes(path), load=True)
+    return _open_picture(path, read_bytes(path), load=True)
 
 
 def _open_picture(path: str, data: bytes, *, load: bool = False) -> Image.Image:
@@ -273,26 +272,8 @@ def _open_picture(path: str, data: bytes, *, load: bool = False) -> Image.Image:
     return picture
 
 
-def _read_image(path: str) -> Tensor:
-    """(3, H, W) uint8."""
-    try:
-        picture = decode_rgb(_read_bytes(path), ImageLimits(min_side=1))
-    except ImageRejected as error:
-        raise InputError(f"{path}: the image cannot be used: {error}.") from None
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def _read_bytes(path: str) -> bytes:
-    try:
-        return paths.read_bytes(path)
-    except FileNotFoundError:
-        raise InputError(f"No file at '{path}'.") from None
-    except OSError as error:
-        raise InputError(f"Cannot read '{path}': {error}.") from None
-
-
 def _hash_of(path: str) -> str:
-    return hashlib.sha256(_read_bytes(path)).hexdigest()
+    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ stamps on pictures
@@ -352,7 +333,8 @@ def _pasted_scenes(
 
     def read(place: int) -> Scene:
         random = np.random.default_rng([data.seed, split, place])
-        behind = Image.fromarray(_read_image(backgrounds[random.integers(len(backgrounds))]).permute(1, 2, 0).numpy())
+        path = backgrounds[random.integers(len(backgrounds))]
+        behind = Image.fromarray(read_rgb(path, LIMITS).permute(1, 2, 0).numpy())
         canvas = ImageOps.fit(behind, (side, side), Image.Resampling.BICUBIC)
         target = np.zeros((side, side), np.uint8)
         for _ in range(random.integers(1, data.max_stamps + 1)):

@@ -193,8 +193,8 @@ def test_bad_features_are_told() -> None:
     good = torch.ones(3, 2)
     for queries, database, message in (
         (good, torch.ones(3, 4), "Expected features"),
-        (torch.tensor([[1.0, math.nan]]), good, "queries .* row 0"),
-        (good, torch.tensor([[1.0, 1.0], [1.0, math.inf]]), "database .* row 1"),
+        (torch.tensor([[1.0, math.nan]]), good, "query features hold .* row 0"),
+        (good, torch.tensor([[1.0, 1.0], [1.0, math.inf]]), "database features hold .* row 1"),
     ):
         with pytest.raises(InputError, match=message):
             list(rank(queries, database))
@@ -290,7 +290,7 @@ def test_missing_files_are_told(tmp_path: Path) -> None:
     root = revisited(tmp_path)
     data = RevisitedData(layout="revisited", path=str(root), view=VIEW)
     (root / "jpg" / "all_souls_000002.jpg").unlink()
-    with pytest.raises(InputError, match=r"No image at .*all_souls_000002\.jpg"):
+    with pytest.raises(InputError, match=r"No file at .*all_souls_000002\.jpg"):
         retrieval.run(RetrievalConfig(name="x", data=data), load_model(PIXELS), str(tmp_path / "out"))
     (root / "jpg" / "query_000000.jpg").write_bytes(b"<html>")
     with pytest.raises(InputError, match=r"query_000000\.jpg: the image cannot be used: not_an_image"):

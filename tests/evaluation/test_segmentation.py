@@ -14,6 +14,7 @@ from curation.errors import ConfigError, InputError
 from evaluation import segmentation
 from evaluation.data.scenes import IGNORED, Scene, Scenes
 from evaluation.features import Model, ModelConfig, load_model
+from evaluation.padding import PADDING_COLOR
 from evaluation.segmentation import (
     PROTOCOLS,
     LinearHead,
@@ -105,7 +106,7 @@ def test_a_crop_keeps_pixels_and_classes_together(seed: int) -> None:
     assert crop.image.shape == (3, 32, 32) and crop.image.dtype == torch.uint8
     red, blue = (crop.image[0] > 220) & (crop.image[2] < 50), (crop.image[2] > 220) & (crop.image[0] < 50)
     assert set(crop.target[red].tolist()) <= {0, IGNORED} and set(crop.target[blue].tolist()) <= {1, IGNORED}
-    padding = (crop.image == torch.tensor(segmentation.PADDING, dtype=torch.uint8)[:, None, None]).all(0)
+    padding = (crop.image == torch.tensor(PADDING_COLOR, dtype=torch.uint8)[:, None, None]).all(0)
     assert (crop.target[padding] == IGNORED).all()
     distorted = crop_of(scene, protocol.model_copy(update={"distort": True}), np.random.default_rng(seed))
     assert torch.equal(distorted.target, crop.target)
@@ -136,7 +137,7 @@ def test_sides_that_are_no_multiple_of_the_patch_are_padded(model: Model) -> Non
     pixels = torch.randint(256, (2, 3, 27, 34), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = pixel_logits(model, head, pixels, 1)
-        by_hand = torch.tensor(segmentation.PADDING, dtype=torch.uint8)[:, None, None].repeat(2, 1, 32, 40)
+        by_hand = torch.tensor(PADDING_COLOR, dtype=torch.uint8)[:, None, None].repeat(2, 1, 32, 40)
         by_hand[:, :, 2:29, 3:37] = pixels
         expected = pixel_logits(model, head, by_hand, 1)[:, :, 2:29, 3:37]
     assert found.shape == (2, 3, 27, 34)
