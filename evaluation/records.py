@@ -3,15 +3,22 @@
 import os
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from curation.errors import InputError
 from curation.files import paths
 
-RecordType = TypeVar("RecordType", bound=BaseModel)
+
+class Record(BaseModel):
+    """A line of a file of records: closed, frozen, of strict types and finite numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def append(path: str, record: BaseModel) -> None:
+RecordType = TypeVar("RecordType", bound=Record)
+
+
+def append(path: str, record: Record) -> None:
     """Add one record to the file at `path`, which need not exist.
 
     On a local disk the line is appended in one write, so the lines of two processes do not mix. Elsewhere the file is

@@ -8,15 +8,15 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from curation.config import Settings
 from curation.files import paths
 from evaluation import records
 from evaluation.features import Model
+from evaluation.records import Record
 
 RESULTS_FILE = "results.jsonl"
 
 
-class Result(Settings):
+class Result(Record):
     """One number of an evaluation, with everything that it depends on."""
 
     evaluation: str

@@ -13,6 +13,7 @@ Legend: B pictures, C classes, D channels of a head, H W pixels, h w patches.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Literal, Self, final
 
@@ -328,7 +329,8 @@ def confusion(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-class Scores(Settings):
+@dataclass(frozen=True)
+class Scores:
     """Shares between 0 and 1. Classes that neither occur nor are predicted count in none of the means."""
 
     mean_iou: float

@@ -40,6 +40,7 @@ from curation.images.decode import ImageLimits, decode_picture, to_shape
 from evaluation import knn, records
 from evaluation.data.image_files import read_bytes, rejects_named
 from evaluation.features import Model
+from evaluation.records import Record
 
 Kind = Literal["pca", "matches", "attention", "neighbours"]
 Pixels = NDArray[np.uint8]  # (H, W, 3)
@@ -50,7 +51,7 @@ GAP = 4  # pixels between pictures of a sheet
 SAME, OTHER, QUERY = (46, 139, 98), (181, 56, 46), (32, 38, 43)  # colours of frames
 
 
-class Picture(Settings):
+class Picture(Record):
     """One PNG of the report."""
 
     file: str = Field(pattern=r"^[A-Za-z0-9-]+\.png$")
