@@ -54,12 +54,12 @@ from evaluation.data.depth_data import (
     NYU_INSIDE,
     Crop,
     DepthDataConfig,
-    Sample,
+    DepthSample,
     find_samples,
     hash_samples,
     read_sample,
 )
-from evaluation.features import Model
+from evaluation.features import FrozenModel
 from evaluation.padding import pad_to_patches
 from evaluation.results import Result, Score
 
@@ -207,7 +207,7 @@ def depth_of_bins(logits: Tensor, max_depth: float) -> Tensor:
     return torch.einsum("bkhw,k->bhw", weights / weights.sum(dim=1, keepdim=True), bins)
 
 
-class LinearHead(nn.Module):
+class LinearDepthHead(nn.Module):
     """One linear layer on the patch and CLS tokens of L blocks, four times as fine as the patches, to K depths."""
 
     def __init__(self, embed_dim: int, num_blocks: int, max_depth: float) -> None:
@@ -302,15 +302,15 @@ def _convolution(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=bias)
 
 
-def make_head(name: HeadName, embed_dim: int, max_depth: float, seed: int) -> LinearHead | DptHead:
+def make_head(name: HeadName, embed_dim: int, max_depth: float, seed: int) -> LinearDepthHead | DptHead:
     """The head with fresh weights, a pure function of the arguments: PyTorch's own distributions for its layers."""
-    head: LinearHead | DptHead
+    head: LinearDepthHead | DptHead
     with torch.device("meta"):  # allocates nothing and draws from no global generator
         match name:
             case "dpt":
                 head = DptHead(embed_dim)
             case _:
-                head = LinearHead(embed_dim, 1 if name == "linear_1" else 4, max_depth)
+                head = LinearDepthHead(embed_dim, 1 if name == "linear_1" else 4, max_depth)
     head.to_empty(device="cpu")
     random = torch.Generator().manual_seed(seed)
     for module in head.modules():
@@ -340,7 +340,7 @@ def blocks_of(head: HeadName, num_blocks: int) -> tuple[int, ...]:
 
 
 def predict(
-    model: Model,
+    model: FrozenModel,
     head: nn.Module,
     pixels: Tensor,
     blocks: Sequence[int],
@@ -366,7 +366,14 @@ def predict(
 
 @torch.no_grad()
 def predict_for_score(
-    model: Model, head: nn.Module, pixels: Tensor, blocks: Sequence[int], *, final_norm: bool, flip: bool, cap: float
+    model: FrozenModel,
+    head: nn.Module,
+    pixels: Tensor,
+    blocks: Sequence[int],
+    *,
+    final_norm: bool,
+    flip: bool,
+    cap: float,
 ) -> Tensor:
     """As `predict`, on the CPU, cut to what can be scored, and with `flip` the mean with that of the mirror image."""
     found = predict(model, head, pixels, blocks, final_norm=final_norm).clamp(MIN_DEPTH, cap)
@@ -376,7 +383,9 @@ def predict_for_score(
     return found.cpu()
 
 
-def train_head(model: Model, name: HeadName, config: DepthConfig, samples: Sequence[Sample]) -> LinearHead | DptHead:
+def train_head(
+    model: FrozenModel, name: HeadName, config: DepthConfig, samples: Sequence[DepthSample]
+) -> LinearDepthHead | DptHead:
     """A head trained on `samples`: on a CPU the same every time, on a GPU but for rounding.
 
     Raises InputError, and TrainingError where the loss is not finite.
@@ -407,7 +416,7 @@ def train_head(model: Model, name: HeadName, config: DepthConfig, samples: Seque
 
 
 def training_batches(
-    samples: Sequence[Sample], config: DepthConfig, world: World = ALONE
+    samples: Sequence[DepthSample], config: DepthConfig, world: World = ALONE
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of the crops (., 3, H, W) uint8 of every step, and the depths (B, H, W) of all of them.
 
@@ -477,7 +486,7 @@ def _random_crop(
 
 
 @torch.no_grad()
-def _tokens(model: Model, pixels: Tensor, blocks: Sequence[int], *, final_norm: bool) -> Tokens:
+def _tokens(model: FrozenModel, pixels: Tensor, blocks: Sequence[int], *, final_norm: bool) -> Tokens:
     if final_norm:
         return model.intermediate(pixels, blocks)
     assert model.backbone is not None
@@ -490,7 +499,7 @@ def _tokens(model: Model, pixels: Tensor, blocks: Sequence[int], *, final_norm: 
 # ---- the evaluation
 
 
-def run(config: DepthConfig, model: Model, output: str) -> list[Result]:
+def run(config: DepthConfig, model: FrozenModel, output: str) -> list[Result]:
     """Train every head, score it on every test set. One result a metric. `output` is not written to."""
     if model.backbone is None or model.num_blocks is None or model.backbone.cls_token is None:
         raise InputError(
@@ -532,12 +541,12 @@ def _protocol(head: HeadName, config: DepthConfig, data: DepthDataConfig) -> str
 
 
 def _score(
-    model: Model,
+    model: FrozenModel,
     head: nn.Module,
     blocks: Sequence[int],
     config: DepthConfig,
     data: DepthDataConfig,
-    samples: Sequence[Sample],
+    samples: Sequence[DepthSample],
 ) -> dict[str, float]:
     cap = min(config.cap, LAYOUTS[data.layout].max_depth) if data.layout == "sun_rgbd" else config.cap
     crop = data.crop or LAYOUTS[data.layout].crop

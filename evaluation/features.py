@@ -61,7 +61,7 @@ SHARD_IMAGES = 1024
 NOT_IN_PLAN = frozenset({"batch_size", "decode_threads"})
 
 
-class ModelConfig(Settings):
+class FrozenModelConfig(Settings):
     """Which frozen model. Everything but `label` and `device` changes what it computes."""
 
     name: ModelName | Literal["pixels"] | None = None
@@ -107,7 +107,7 @@ class ModelConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Model:
+class FrozenModel:
     """A frozen model on its device. `load_model` makes one."""
 
     name: str
@@ -132,7 +132,7 @@ class Model:
     """Normalised pictures (B, 3, H, W) to features (B, F)."""
     backbone: VisionTransformer | None = field(repr=False)
     """Where the patch tokens come from."""
-    config: ModelConfig = field(repr=False)
+    config: FrozenModelConfig = field(repr=False)
     """What it was loaded from."""
     world: World = field(repr=False)
     """The ranks that hold it: what goes through it is shared out among them."""
@@ -167,7 +167,7 @@ class Model:
         return self.normalized(pixels).to(memory_format=torch.channels_last)
 
 
-def load_model(config: ModelConfig, world: World = ALONE) -> Model:
+def load_model(config: FrozenModelConfig, world: World = ALONE) -> FrozenModel:
     """The model of `config` on its device, frozen; on each rank of `world`. Raises DeviceError and WeightsError."""
     device, dtype = require_device(config.device), getattr(torch, config.precision)
     if config.name is None or embedders.split_name(config.name):
@@ -192,7 +192,7 @@ def load_model(config: ModelConfig, world: World = ALONE) -> Model:
         )
         read, num_features, mean, deviation = embedder.network, embedder.dimensions, embedder.mean, embedder.deviation
         facts = [name, hashlib.sha256(Path(path).read_bytes()).hexdigest(), config.precision]
-    return Model(
+    return FrozenModel(
         name=config.label or name,
         hash=_hash({}, facts),
         embed_dim=num_features,
@@ -210,7 +210,7 @@ def load_model(config: ModelConfig, world: World = ALONE) -> Model:
     )
 
 
-def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype, world: World) -> Model:
+def _load_vit(config: FrozenModelConfig, device: torch.device, dtype: torch.dtype, world: World) -> FrozenModel:
     assert config.weights is not None
     checkpoint = weights.read(config.weights, sha256=config.weights_sha256)
     found = weights.architecture(checkpoint.tensors, checkpoint.path)
@@ -247,7 +247,7 @@ def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype, wor
     mean, deviation = _normalization(embedders.IMAGENET_NORMALIZATION, device)
     place = Path(config.weights)
     label = f"{name} untrained" if fresh else f"{name} {place.parent.name}/{place.name}"
-    return Model(
+    return FrozenModel(
         name=config.label or label,
         hash=own,
         embed_dim=found.embed_dim,
@@ -355,7 +355,7 @@ def preprocess(picture: Picture, config: PicturesConfig) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Features:
+class FeatureFiles:
     """The features of a split, on disk, in its order. Raises InputError where a file cannot be read."""
 
     files: tuple[str, ...]
@@ -381,7 +381,9 @@ class Features:
         return found
 
 
-def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runner: Runner | None = None) -> Features:
+def extract(
+    model: FrozenModel, split: Split, config: PicturesConfig, cache: str, runner: Runner | None = None
+) -> FeatureFiles:
     """The features of the images of `split`, from the cache where they are there.
 
     `runner` may spread the images over workers, each of which loads the model; the ranks of the model's world, which
@@ -420,7 +422,7 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     else:
         follow(model.world, "features", make_worker, shards, folder)
         manifest = require_manifest(folder)
-    found = Features(tuple(paths.join(folder, name) for name in manifest.files("features")))
+    found = FeatureFiles(tuple(paths.join(folder, name) for name in manifest.files("features")))
     shapes = [tuple(block.shape) for block in found.blocks()]
     if shapes != [(shard.num_items, model.num_features) for shard in shards]:
         raise InputError(f"{folder} is damaged: its files hold features of the shapes {shapes}. Delete it.")
@@ -428,7 +430,7 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
 
 
 def _make_worker(
-    load: Callable[[], Model], model_hash: str, split: Split, config: PicturesConfig, output: str
+    load: Callable[[], FrozenModel], model_hash: str, split: Split, config: PicturesConfig, output: str
 ) -> Callable[[Shard], ShardRecord]:
     model = load()
     if model.hash != model_hash:
@@ -458,7 +460,7 @@ def _make_worker(
     return process
 
 
-def _identity(model: Model) -> Model:
+def _identity(model: FrozenModel) -> FrozenModel:
     return model
 
 

@@ -30,7 +30,7 @@ from curation.search import exact
 from evaluation import features, results
 from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
-from evaluation.features import Model, PicturesConfig, unit_rows
+from evaluation.features import FrozenModel, PicturesConfig, unit_rows
 from evaluation.results import Result, Score
 from evaluation.scores import class_mean
 
@@ -150,7 +150,7 @@ class KnnConfig(Settings):
 
 
 def run(
-    config: KnnConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+    config: KnnConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
     """Classify one dataset; features are kept in `cache`, <output>/cache when None. Raises UserError kin."""
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")

@@ -44,7 +44,7 @@ from curation.images.sources import ReferenceReader
 from evaluation import order, results
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
-from evaluation.features import Model, PicturesConfig, preprocess
+from evaluation.features import FrozenModel, PicturesConfig, preprocess
 from evaluation.results import Result, Score
 from evaluation.scores import classifier_scores
 
@@ -150,7 +150,7 @@ class Heads:
         product = inputs @ self.weight.flatten(0, 1).T + self.bias.flatten()
         return product.view(len(inputs), num_rates, num_classes).transpose(0, 1)
 
-    def learn(self, inputs: Tensor, labels: Tensor, factor: float) -> Tensor:
+    def sgd_step(self, inputs: Tensor, labels: Tensor, factor: float) -> Tensor:
         """One step of SGD at `factor` times each head's rate; the losses (L,) before it. inputs (B, F), labels (B,)."""
         logits = self.logits(inputs)
         repeated = labels.expand(len(logits), -1)
@@ -164,7 +164,7 @@ class Heads:
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
+class ChosenHead:
     """The chosen one. `fitted` gives it."""
 
     reading: Reading
@@ -176,13 +176,13 @@ class Head:
     bias: Tensor
     """(C,)."""
 
-    def logits(self, model: Model, pixels: Tensor) -> Tensor:
+    def logits(self, model: FrozenModel, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to (B, C) on the CPU."""
         inputs = read(model, pixels, [self.reading])[0]
         return (inputs @ self.weight.to(inputs.device).T + self.bias.to(inputs.device)).cpu()
 
 
-def read(model: Model, pixels: Tensor, readings: Sequence[Reading]) -> list[Tensor]:
+def read(model: FrozenModel, pixels: Tensor, readings: Sequence[Reading]) -> list[Tensor]:
     """What each of `readings` gives (B, F), from one pass of (B, 3, H, W) uint8, on the model's device."""
     if model.num_blocks is None:
         return [model.image_features(pixels).to(model.device)] * len(readings)
@@ -193,7 +193,7 @@ def read(model: Model, pixels: Tensor, readings: Sequence[Reading]) -> list[Tens
     return [reading.of(tokens) for reading in readings]
 
 
-def readings_of(config: LinearConfig, model: Model) -> list[Reading]:
+def readings_of(config: LinearConfig, model: FrozenModel) -> list[Reading]:
     """What heads of `model` are given; a model without blocks has one feature, and nothing to choose."""
     if model.num_blocks is None:
         return [Reading(0, False)]
@@ -223,7 +223,7 @@ def _crop_box(height: int, width: int, random: np.random.Generator) -> tuple[int
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
-def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head:
+def fitted(config: LinearConfig, model: FrozenModel, train: Split, cache: str) -> ChosenHead:
     """The best head for `train`, from the cache where it is there; all ranks call this and have the same."""
     inputs = [model.hash, train.data_hash]
     plan = config.model_dump(mode="json", exclude={"name", "train", "test", "images_per_pass", "allow_missing_classes"})
@@ -232,7 +232,7 @@ def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head
     if all_ranks(paths.exists(facts_path)):  # written last
         facts = json.loads(paths.read_bytes(facts_path))
         tensors = safetensors.torch.load(paths.read_bytes(tensors_path))
-        return Head(
+        return ChosenHead(
             Reading(facts["blocks"], facts["average"]),
             facts["rate"],
             facts["held_out_top_1"],
@@ -256,7 +256,7 @@ def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head
     return head
 
 
-def _train(config: LinearConfig, model: Model, train: Split) -> Head:
+def _train(config: LinearConfig, model: FrozenModel, train: Split) -> ChosenHead:
     own, held = (train.take(rows) for rows in splits.hold_out(train.labels, config.held_out, config.seed))
     readings, num_classes, world = readings_of(config, model), len(train.classes), model.world
     scaled = [rate * config.batch_size / REFERENCE_BATCH for rate in config.rates]
@@ -272,7 +272,8 @@ def _train(config: LinearConfig, model: Model, train: Split) -> Head:
                 ]
             factor = 0.5 * (1 + math.cos(math.pi * step / config.steps))
             losses = [
-                several.learn(one, labels.to(model.device), factor) for several, one in zip(heads, inputs, strict=True)
+                several.sgd_step(one, labels.to(model.device), factor)
+                for several, one in zip(heads, inputs, strict=True)
             ]
             advance(1, f"least loss {min(float(own_losses.min()) for own_losses in losses):.3f}")
     right = torch.zeros(len(heads), len(scaled), dtype=torch.int64)
@@ -285,7 +286,7 @@ def _train(config: LinearConfig, model: Model, train: Split) -> Head:
     chosen = heads[place]
     if not (chosen.weight.isfinite().all() and chosen.bias.isfinite().all()):
         raise InputError("The best linear head is not finite: every learning rate is too great. Take smaller ones.")
-    return Head(
+    return ChosenHead(
         readings[place],
         config.rates[rate],
         int(right.flatten()[best]) / len(held),
@@ -339,7 +340,9 @@ def middles(split: Split, world: World, config: PicturesConfig, size: int) -> It
         start += len(batch)
 
 
-def predict(head: Head, model: Model, split: Split, pictures: PicturesConfig, size: int, among: Tensor) -> Tensor:
+def predict(
+    head: ChosenHead, model: FrozenModel, split: Split, pictures: PicturesConfig, size: int, among: Tensor
+) -> Tensor:
     """The class (m,) int64 of each picture, the likeliest of the classes `among` (c,); all ranks are told all.
 
     size: pictures that go through the model at once.
@@ -351,7 +354,7 @@ def predict(head: Head, model: Model, split: Split, pictures: PicturesConfig, si
 
 
 def run(
-    config: LinearConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+    config: LinearConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
     """Train, choose and classify one dataset; the head is kept in `cache`, <output>/cache when None.
 

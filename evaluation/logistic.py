@@ -29,7 +29,7 @@ from curation.files.hashes import hash_json
 from evaluation import features, results
 from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
-from evaluation.features import Model, PicturesConfig, require_finite_rows
+from evaluation.features import FrozenModel, PicturesConfig, require_finite_rows
 from evaluation.results import Result, Score
 from evaluation.scores import classifier_scores
 
@@ -110,7 +110,7 @@ def predict(
 
 
 def run(
-    config: LogisticConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+    config: LogisticConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
     """Fit and classify one dataset; features are kept in `cache`, <output>/cache when None. Raises UserError kin.
 

@@ -12,8 +12,8 @@ from curation.images.decode import to_shape
 from evaluation import features, visualize
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
-from evaluation.features import Model, PicturesConfig
-from evaluation.visualize import Picture, Pixels
+from evaluation.features import FrozenModel, PicturesConfig
+from evaluation.visualize import PictureRecord, Pixels
 
 
 class NeighboursConfig(Settings):
@@ -50,8 +50,8 @@ def choose(labels: Tensor, count: int, seed: int) -> list[int]:
 
 
 def run(
-    config: NeighboursConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
-) -> Picture | None:
+    config: NeighboursConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
+) -> PictureRecord | None:
     """Draw one sheet below `output`, on the first rank; features are kept in `cache`, <output>/cache when None."""
     cache = cache or paths.join(output, "cache")
     split = splits.load(config.split, cache, runner or InlineRunner())

@@ -9,16 +9,16 @@ from curation.errors import InputError
 from curation.files import paths
 
 
-class Record(BaseModel):
+class JsonRecord(BaseModel):
     """A line of a file of records: closed, frozen, of strict types and finite numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-RecordType = TypeVar("RecordType", bound=Record)
+RecordType = TypeVar("RecordType", bound=JsonRecord)
 
 
-def append(path: str, record: Record) -> None:
+def append(path: str, record: JsonRecord) -> None:
     """Add one record to the file at `path`, which need not exist.
 
     On a local disk the line is appended in one write, so the lines of two processes do not mix. Elsewhere the file is

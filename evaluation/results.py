@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from curation.files import paths
 from evaluation import records
-from evaluation.features import Model
-from evaluation.records import Record
+from evaluation.features import FrozenModel
+from evaluation.records import JsonRecord
 
 RESULTS_FILE = "results.jsonl"
 
 
-class Result(Record):
+class Result(JsonRecord):
     """One number of an evaluation, with everything that it depends on."""
 
     evaluation: str
@@ -55,7 +55,7 @@ class Score(NamedTuple):
 def make(
     evaluation: str,
     dataset: str,
-    model: Model,
+    model: FrozenModel,
     scores: Iterable[Score],
     *,
     data_hash: str,

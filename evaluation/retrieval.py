@@ -57,7 +57,7 @@ from evaluation.data.retrieval_data import (
     read_met,
     read_revisited,
 )
-from evaluation.features import Model, unit_rows
+from evaluation.features import FrozenModel, unit_rows
 from evaluation.results import Result, Score
 
 CUTOFFS = (1, 5, 10)  # cited: what the evaluation of Revisited Oxford and Paris gives
@@ -145,7 +145,7 @@ def revisited_score(
 
 
 @dataclass(frozen=True)
-class Instances:
+class InstancePredictions:
     """What the k nearest images say of each query, by the Met dataset's classifier."""
 
     predicted: Tensor
@@ -154,7 +154,7 @@ class Instances:
     """(Q,) float64."""
 
 
-def classify_instances(similarities: Tensor, labels: Tensor, num_classes: int, *, scale: float) -> Instances:
+def classify_instances(similarities: Tensor, labels: Tensor, num_classes: int, *, scale: float) -> InstancePredictions:
     """The label of each query, and how sure it is, from its neighbours' cosines (Q, K) and labels (Q, K) integers.
 
     Each class among the neighbours scores its greatest cosine, or 0 where that is negative; each other of the
@@ -174,7 +174,7 @@ def classify_instances(similarities: Tensor, labels: Tensor, num_classes: int, *
     total = torch.logsumexp(torch.cat([logits, absent[:, None]], dim=1), dim=1)
     which = (group == best.indices[:, None]).long().argmax(dim=1)
     predicted = ordered.gather(1, which[:, None])[:, 0]
-    return Instances(predicted, (best.values * scale - total).exp())
+    return InstancePredictions(predicted, (best.values * scale - total).exp())
 
 
 def global_average_precision(correct: Tensor, confidence: Tensor, num_objects: int) -> float:
@@ -241,7 +241,7 @@ class _Seen:
     """Of the bytes of the images, their boxes, and their order."""
 
 
-def _look(model: Model, photos: Sequence[Photo], view: ViewConfig, cache: str) -> _Seen:
+def _look(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, cache: str) -> _Seen:
     """The features of `photos`, from `<cache>/retrieval/` where the same model has seen the same bytes the same way."""
     hashes = prefetch(lambda photo: hashlib.sha256(read_bytes(photo.path)).hexdigest(), photos, threads=READERS)
     content = hash_json([[own, photo.box] for own, photo in zip(hashes, photos, strict=True)])
@@ -260,7 +260,7 @@ def _look(model: Model, photos: Sequence[Photo], view: ViewConfig, cache: str) -
     return _Seen(found, content)
 
 
-def _compute(model: Model, photos: Sequence[Photo], view: ViewConfig) -> Tensor:
+def _compute(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig) -> Tensor:
     result = torch.empty(len(photos), model.num_features)
     multiple = model.patch_size or efficientnet.STRIDE
     pictures = prefetch(
@@ -311,7 +311,7 @@ def see(photo: Photo, view: ViewConfig, multiple: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- run
 
 
-class Found(NamedTuple):
+class DatasetScores(NamedTuple):
     """What one dataset gave."""
 
     values: dict[tuple[str, str], float]
@@ -322,7 +322,7 @@ class Found(NamedTuple):
 
 
 def run(
-    config: RetrievalConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+    config: RetrievalConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
     """Retrieve in one dataset; features are kept in `cache`, <output>/cache when None.
 
@@ -350,7 +350,7 @@ def run(
     )
 
 
-def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: Model, cache: str) -> Found:
+def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: FrozenModel, cache: str) -> DatasetScores:
     published = read_revisited(data)
     queries = _look(model, published.queries, data.view, cache)
     database = _look(model, published.database, data.view, cache)
@@ -371,7 +371,7 @@ def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: Model, ca
             for number, cutoff in enumerate(cutoffs):
                 values[protocol, f"mP@{cutoff}"] = _mean([score.precisions[number] for score in own])
     truth = [[rows[key].tolist() for key in sorted(rows)] for rows in published.rows]
-    return Found(
+    return DatasetScores(
         values,
         hash_json([queries.hash, database.hash, truth]),
         {"queries": {difficulty: len(own) for difficulty, own in scores.items()}},
@@ -390,7 +390,7 @@ def revisited_rows(rows: dict[str, Tensor], difficulty: str) -> tuple[Tensor, Te
             return hard, torch.cat([junk, easy])
 
 
-def _run_met(data: MetData, model: Model, cache: str) -> Found:
+def _run_met(data: MetData, model: FrozenModel, cache: str) -> DatasetScores:
     database, test = read_met(data, data.database), read_met(data, "testset.json")
     num_classes = len(set(database.labels.tolist()))
     seen = _look(model, database.photos, data.view, cache)
@@ -422,24 +422,26 @@ def _run_met(data: MetData, model: Model, cache: str) -> Found:
         chosen = max(choices, key=lambda choice: score(near, tried.labels, *choice)["GAP"])  # the first of equal ones
     values = score(search(asked), test.labels, *chosen)
     protocol = f"{data.database.removesuffix('.json')}, {_view_name(data.view)}"
-    return Found(
+    return DatasetScores(
         {(protocol, metric): value for metric, value in values.items()},
         hash_json(hashes),
         {"chosen": {"neighbors": chosen[0], "scale": chosen[1]}},
     )
 
 
-def _run_amstertime(data: AmsterTimeData, model: Model, cache: str) -> Found:
+def _run_amstertime(data: AmsterTimeData, model: FrozenModel, cache: str) -> DatasetScores:
     old, new = (_look(model, photos, data.view, cache) for photos in read_amstertime(data))
     device = str(model.device)
     there = paired_precisions(old.features, new.features, device=device)
     back = paired_precisions(new.features, old.features, device=device)
     protocols = {"both ways": there + back, "archive to street": there, "street to archive": back}
     values = {(f"{name}, {_view_name(data.view)}", "mAP"): _mean(found) for name, found in protocols.items()}
-    return Found(values, hash_json([old.hash, new.hash]), {"pairs": len(there)})
+    return DatasetScores(values, hash_json([old.hash, new.hash]), {"pairs": len(there)})
 
 
-def _run_labelled(data: LabelledData, cutoffs: Sequence[int], model: Model, cache: str, runner: Runner | None) -> Found:
+def _run_labelled(
+    data: LabelledData, cutoffs: Sequence[int], model: FrozenModel, cache: str, runner: Runner | None
+) -> DatasetScores:
     split = splits.load(data.split, cache, runner or InlineRunner())
     own = features.extract(model, split, data.pictures, cache, runner).matrix()
     # Equally near images come by row, and rows by class where folders are classes: a model to which all images are one
@@ -449,7 +451,7 @@ def _run_labelled(data: LabelledData, cutoffs: Sequence[int], model: Model, cach
     protocol = f"each among the others, {data.pictures.image_size} px"
     values = {(protocol, "mAP"): score.mean_average_precision}
     values |= {(protocol, f"recall@{k}"): value for k, value in score.recalls.items()}
-    return Found(values, split.data_hash, {"images": len(split), "queries": score.num_queries})
+    return DatasetScores(values, split.data_hash, {"images": len(split), "queries": score.num_queries})
 
 
 def _view_name(view: ViewConfig) -> str:

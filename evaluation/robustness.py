@@ -33,12 +33,12 @@ from curation.files.hashes import hash_json
 from evaluation import linear, results
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
-from evaluation.features import Model
-from evaluation.linear import Head, LinearConfig
+from evaluation.features import FrozenModel
+from evaluation.linear import ChosenHead, LinearConfig
 from evaluation.results import Result, Score
 from evaluation.scores import accuracy
 
-Kind = Literal["folders", "places", "corruptions", "real"]
+SetKind = Literal["folders", "places", "corruptions", "real"]
 SEVERITIES = ("1", "2", "3", "4", "5")  # cited: arXiv 1903.12261
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.[^./]+$")
 
@@ -50,7 +50,7 @@ class RobustnessConfig(Settings):
     """What results call the set."""
     path: str
     """Its folder, local or any fsspec URL."""
-    kind: Kind = "folders"
+    kind: SetKind = "folders"
     """"folders": a folder a class (A, R, Sketch). "places": folders are numbers, the places of the classes among the
     sorted ones (V2). "corruptions": a folder a corruption, of five severities (C). "real": ReaL."""
     linear: LinearConfig
@@ -87,7 +87,7 @@ def real_accuracy(predicted: Tensor, allowed: Sequence[Sequence[int]]) -> float:
 
 
 def run(
-    config: RobustnessConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+    config: RobustnessConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
     """Classify one set; the head and the lists of images are kept in `cache`, <output>/cache when None.
 
@@ -141,7 +141,7 @@ def _load(path: str, train: Split, cache: str, runner: Runner, *, places: bool =
     return Split(split.path, split.table, train.classes, numbers[split.labels], split.limits)
 
 
-def _predicted(config: RobustnessConfig, head: Head, model: Model, split: Split) -> Tensor:
+def _predicted(config: RobustnessConfig, head: ChosenHead, model: FrozenModel, split: Split) -> Tensor:
     """The class (m,) of each image, among those that occur in `split`."""
     settings = config.linear
     return linear.predict(head, model, split, settings.pictures, settings.images_per_pass, torch.unique(split.labels))

@@ -48,7 +48,7 @@ from evaluation import (
     visualize,
 )
 from evaluation.depth import DepthConfig
-from evaluation.features import Model, ModelConfig, load_model
+from evaluation.features import FrozenModel, FrozenModelConfig, load_model
 from evaluation.knn import KnnConfig
 from evaluation.linear import LinearConfig
 from evaluation.logistic import LogisticConfig
@@ -68,7 +68,7 @@ TIMEOUT_SECONDS = 86_400.0
 class EvaluationConfig(Settings):
     """Which model, and what to find out about it."""
 
-    model: ModelConfig
+    model: FrozenModelConfig
     """The frozen model. The option --model sets its weights or its name."""
     knn: tuple[KnnConfig, ...] = ()
     """The vote of the nearest neighbours."""
@@ -92,7 +92,7 @@ class EvaluationConfig(Settings):
 
 def evaluate(
     config: EvaluationConfig,
-    model: Model,
+    model: FrozenModel,
     output: str,
     *,
     cache: str | None = None,

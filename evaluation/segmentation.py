@@ -31,7 +31,7 @@ from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
 from evaluation import order, results
 from evaluation.data.scenes import IGNORED, Scene, SceneData, Scenes, load_scenes
-from evaluation.features import Model
+from evaluation.features import FrozenModel
 from evaluation.padding import pad, pad_to_patches
 from evaluation.results import Result, Score
 
@@ -192,7 +192,7 @@ def _distorted(image: Tensor, random: np.random.Generator) -> Tensor:
 
 
 @final
-class LinearHead(nn.Module):
+class LinearSegmentationHead(nn.Module):
     """Batch normalisation and one linear layer on each patch: (B, D, h, w) to logits (B, C, h, w)."""
 
     def __init__(self, channels: int, num_classes: int, seed: int) -> None:
@@ -208,7 +208,7 @@ class LinearHead(nn.Module):
 
 
 def pixel_logits(
-    model: Model, head: LinearHead, pixels: Tensor, num_blocks: int, *, all_rows: int | None = None
+    model: FrozenModel, head: LinearSegmentationHead, pixels: Tensor, num_blocks: int, *, all_rows: int | None = None
 ) -> Tensor:
     """Logits of every pixel: (B, 3, H, W) uint8 to (B, C, H, W) float32 on the model's device.
 
@@ -232,10 +232,10 @@ def learning_rate(step: int, protocol: Protocol) -> float:
     return protocol.learning_rate * (1 - step / protocol.steps) * warmup
 
 
-def train_head(model: Model, scenes: Scenes, protocol: Protocol, *, seed: int = 0) -> LinearHead:
+def train_head(model: FrozenModel, scenes: Scenes, protocol: Protocol, *, seed: int = 0) -> LinearSegmentationHead:
     """A head trained on `scenes`, in evaluation mode. The same seed gives the same head on the same device; on a GPU
     but for rounding."""
-    head = LinearHead(model.embed_dim * protocol.blocks, scenes.num_classes, seed).to(model.device)
+    head = LinearSegmentationHead(model.embed_dim * protocol.blocks, scenes.num_classes, seed).to(model.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=protocol.weight_decay)
     for step, (pixels, targets) in enumerate(_batches(scenes, protocol, seed, model.world)):
         for group in optimizer.param_groups:
@@ -270,7 +270,9 @@ def _batches(scenes: Scenes, protocol: Protocol, seed: int, world: World) -> Ite
 
 
 @torch.no_grad()
-def predict(model: Model, head: LinearHead, image: Tensor, protocol: Protocol, *, windows_per_pass: int = 4) -> Tensor:
+def predict(
+    model: FrozenModel, head: LinearSegmentationHead, image: Tensor, protocol: Protocol, *, windows_per_pass: int = 4
+) -> Tensor:
     """The class of every pixel of (3, H, W) uint8, (H, W) int64: of the mean probability over scales and mirrors."""
     height, width = image.shape[1:]
     total: Tensor | None = None
@@ -330,7 +332,7 @@ def confusion(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Scores:
+class SegmentationScores:
     """Shares between 0 and 1. Classes that neither occur nor are predicted count in none of the means."""
 
     mean_iou: float
@@ -341,7 +343,7 @@ class Scores:
     """By class; None where it neither occurs nor is predicted."""
 
 
-def scores_of(counts: Tensor) -> Scores:
+def scores_of(counts: Tensor) -> SegmentationScores:
     """The scores of a confusion matrix (C, C). Raises InputError where no pixel has a class."""
     counts = counts.double()
     hit, occurs, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
@@ -350,7 +352,7 @@ def scores_of(counts: Tensor) -> Scores:
     union = occurs + predicted - hit
     ious = [float(own / total) if total else None for own, total in zip(hit, union, strict=True)]
     present = [iou for iou in ious if iou is not None]
-    return Scores(
+    return SegmentationScores(
         mean_iou=math.fsum(present) / len(present),
         mean_class_accuracy=float((hit[occurs > 0] / occurs[occurs > 0]).mean()),
         pixel_accuracy=float(hit.sum() / counts.sum()),
@@ -358,7 +360,9 @@ def scores_of(counts: Tensor) -> Scores:
     )
 
 
-def score(model: Model, head: LinearHead, scenes: Scenes, protocol: Protocol, *, windows_per_pass: int = 4) -> Scores:
+def score(
+    model: FrozenModel, head: LinearSegmentationHead, scenes: Scenes, protocol: Protocol, *, windows_per_pass: int = 4
+) -> SegmentationScores:
     """The scores of `head` on `scenes`, one picture at a time; ranks share the pictures."""
     counts = torch.zeros(scenes.num_classes, scenes.num_classes, dtype=torch.int64)
     for scene in prefetch(scenes.read, model.world.share(len(scenes.names)), threads=READERS, ahead=READERS):
@@ -367,7 +371,7 @@ def score(model: Model, head: LinearHead, scenes: Scenes, protocol: Protocol, *,
     return scores_of(sum_over_ranks(counts.to(model.world.device)).cpu())
 
 
-def run(config: SegmentationConfig, model: Model, output: str) -> list[Result]:
+def run(config: SegmentationConfig, model: FrozenModel, output: str) -> list[Result]:
     """Train a head on the dataset's training pictures and score it on its others: mIoU and two accuracies.
 
     Raises InputError for bad data, and for a model without patch tokens or with fewer blocks than the protocol takes.

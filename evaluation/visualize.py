@@ -39,10 +39,10 @@ from curation.files import paths
 from curation.images.decode import ImageLimits, decode_picture, to_shape
 from evaluation import knn, records
 from evaluation.data.image_files import read_bytes, rejects_named
-from evaluation.features import Model
-from evaluation.records import Record
+from evaluation.features import FrozenModel
+from evaluation.records import JsonRecord
 
-Kind = Literal["pca", "matches", "attention", "neighbours"]
+PictureKind = Literal["pca", "matches", "attention", "neighbours"]
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 PICTURES_FOLDER = "pictures"
@@ -51,12 +51,12 @@ GAP = 4  # pixels between pictures of a sheet
 SAME, OTHER, QUERY = (46, 139, 98), (181, 56, 46), (32, 38, 43)  # colours of frames
 
 
-class Picture(Record):
+class PictureRecord(JsonRecord):
     """One PNG of the report."""
 
     file: str = Field(pattern=r"^[A-Za-z0-9-]+\.png$")
     """Its name in the folder of pictures."""
-    kind: Kind
+    kind: PictureKind
     model: str
     """Name of the model, for people."""
     caption: str
@@ -281,10 +281,12 @@ def read_square(path: str, size: int) -> Tensor:
     return torch.from_numpy(to_shape(picture, (size, size), crop=True).copy())
 
 
-def save(output: str, kind: Kind, model: Model, pixels: Pixels, caption: str, *, part: str = "") -> Picture:
+def save(
+    output: str, kind: PictureKind, model: FrozenModel, pixels: Pixels, caption: str, *, part: str = ""
+) -> PictureRecord:
     """Write a PNG below `output` and note it for the report. `part` tells pictures of one kind apart."""
     words = re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{part}-{model.name}").strip("-")
-    record = Picture(file=f"{words[:80]}-{model.hash[:8]}.png", kind=kind, model=model.name, caption=caption)
+    record = PictureRecord(file=f"{words[:80]}-{model.hash[:8]}.png", kind=kind, model=model.name, caption=caption)
     folder = paths.join(output, PICTURES_FOLDER)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
@@ -293,17 +295,17 @@ def save(output: str, kind: Kind, model: Model, pixels: Pixels, caption: str, *,
     return record
 
 
-def read_pictures(output: str) -> list[Picture]:
+def read_pictures(output: str) -> list[PictureRecord]:
     """The pictures below `output`, oldest first; none where there are none. Raises InputError for a damaged line."""
     path = paths.join(output, PICTURES_FOLDER, PICTURES_FILE)
-    found: dict[str, Picture] = {}
-    for picture in records.read(path, Picture, "picture"):
+    found: dict[str, PictureRecord] = {}
+    for picture in records.read(path, PictureRecord, "picture"):
         found.pop(picture.file, None)
         found[picture.file] = picture
     return list(found.values())
 
 
-def run(config: VisualizeConfig, model: Model, output: str) -> list[Picture]:
+def run(config: VisualizeConfig, model: FrozenModel, output: str) -> list[PictureRecord]:
     """Draw the principal components, the matches and the attention of `config`'s pictures below `output`."""
     network, patch_size = model.backbone, model.patch_size
     if network is None or patch_size is None or model.num_blocks is None:
@@ -344,7 +346,7 @@ def run(config: VisualizeConfig, model: Model, output: str) -> list[Picture]:
 
 
 def draw_neighbours(
-    model: Model,
+    model: FrozenModel,
     output: str,
     features: Tensor,
     labels: Sequence[str | None],
@@ -353,7 +355,7 @@ def draw_neighbours(
     queries: Sequence[int],
     k: int = 8,
     name: str = "",
-) -> Picture:
+) -> PictureRecord:
     """A sheet of the `k` pictures nearest in cosine to each of `queries`, the picture itself apart.
 
     name: of the data, for the caption.

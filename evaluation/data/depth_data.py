@@ -31,7 +31,7 @@ KITTI_ROWS, KITTI_COLUMNS = 352, 1216  # the bottom rows and the middle columns;
 
 
 @dataclass(frozen=True)
-class Layout:
+class DepthLayout:
     """What is particular to one published data set."""
 
     train_list: str | None
@@ -43,12 +43,12 @@ class Layout:
     """The part of a test picture that is scored."""
 
 
-LAYOUTS: dict[LayoutName, Layout] = {
-    "nyu": Layout("nyu_train.txt", "nyu_test.txt", 1000, 10, "eigen"),
-    "nyu_arrays": Layout(None, None, 1, 10, "eigen"),
-    "kitti": Layout("kitti_eigen_train.txt", "kitti_eigen_test.txt", 256, 80, "garg"),
-    "sun_rgbd": Layout(None, "SUNRGBD_val_splits.txt", 1000, 8, "eigen"),
-    "folder": Layout(None, None, 1000, 10, "none"),
+LAYOUTS: dict[LayoutName, DepthLayout] = {
+    "nyu": DepthLayout("nyu_train.txt", "nyu_test.txt", 1000, 10, "eigen"),
+    "nyu_arrays": DepthLayout(None, None, 1, 10, "eigen"),
+    "kitti": DepthLayout("kitti_eigen_train.txt", "kitti_eigen_test.txt", 256, 80, "garg"),
+    "sun_rgbd": DepthLayout(None, "SUNRGBD_val_splits.txt", 1000, 8, "eigen"),
+    "folder": DepthLayout(None, None, 1000, 10, "none"),
 }
 
 
@@ -80,7 +80,7 @@ class DepthDataConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Sample:
+class DepthSample:
     """Where a picture and its depth lie."""
 
     image: str
@@ -89,13 +89,13 @@ class Sample:
     """Where both are arrays of many."""
 
 
-def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list[Sample]:
+def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list[DepthSample]:
     """The pairs of a data set, in the order of the pictures' names. Raises InputError where there are none."""
     if data.layout == "folder":
         samples = _pairs_of_folder(data)
     elif data.layout == "nyu_arrays":
         files = [paths.join(data.folder, f"eigen_test_{kind}.npy") for kind in ("rgb", "depth")]
-        samples = [Sample(files[0], files[1], row) for row in range(len(_array(files[0])))]
+        samples = [DepthSample(files[0], files[1], row) for row in range(len(_array(files[0])))]
     else:
         samples = _pairs_of_list(data, split)
     if not samples:
@@ -103,7 +103,7 @@ def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list
     return samples
 
 
-def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> list[Sample]:
+def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> list[DepthSample]:
     layout = LAYOUTS[data.layout]
     name = data.list_file or (layout.train_list if split == "train" else layout.test_list)
     assert name is not None
@@ -125,11 +125,11 @@ def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> li
         image, depth = (
             paths.join(data.folder, folder, part.lstrip("/")) for folder, part in zip(below, parts[:2], strict=True)
         )
-        samples.append(Sample(image, depth))
+        samples.append(DepthSample(image, depth))
     return sorted(samples, key=lambda sample: sample.image)
 
 
-def _pairs_of_folder(data: DepthDataConfig) -> list[Sample]:
+def _pairs_of_folder(data: DepthDataConfig) -> list[DepthSample]:
     found: list[dict[str, str]] = []
     for folder in (data.images, data.depths):
         place = paths.join(data.folder, folder)
@@ -143,10 +143,10 @@ def _pairs_of_folder(data: DepthDataConfig) -> list[Sample]:
             f"{data.folder}: {len(alone)} of the pictures and depths have no partner of the same name, such as "
             f"'{alone[0]}'. Remove them."
         )
-    return [Sample(images[name], depths[name]) for name in sorted(images)]
+    return [DepthSample(images[name], depths[name]) for name in sorted(images)]
 
 
-def read_sample(sample: Sample, data: DepthDataConfig) -> tuple[Tensor, Tensor]:
+def read_sample(sample: DepthSample, data: DepthDataConfig) -> tuple[Tensor, Tensor]:
     """A picture (3, H, W) uint8 and its depth (H, W) float32 in metres, 0 where unknown; KITTI's without its border.
 
     Raises InputError.
@@ -171,14 +171,14 @@ def read_sample(sample: Sample, data: DepthDataConfig) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(image.copy()), torch.from_numpy(depth.copy())
 
 
-def _read_image(sample: Sample) -> NDArray[np.uint8]:
+def _read_image(sample: DepthSample) -> NDArray[np.uint8]:
     if sample.row is not None:
         return np.asarray(_array(sample.image)[sample.row], np.uint8).transpose(2, 0, 1)
     pixels: NDArray[np.uint8] = read_rgb(sample.image, ImageLimits()).numpy()
     return pixels
 
 
-def _read_depth(sample: Sample, data: DepthDataConfig) -> NDArray[np.float32]:
+def _read_depth(sample: DepthSample, data: DepthDataConfig) -> NDArray[np.float32]:
     if sample.row is not None:
         return np.asarray(_array(sample.depth)[sample.row], np.float32)
     content = read_bytes(sample.depth)
@@ -202,7 +202,7 @@ def _array(path: str) -> NDArray[np.generic]:
     return array
 
 
-def hash_samples(samples: Sequence[Sample]) -> str:
+def hash_samples(samples: Sequence[DepthSample]) -> str:
     """64 hex digits of the bytes of all files, in order."""
     hashed = hashlib.sha256()
     for path in dict.fromkeys(path for sample in samples for path in (sample.image, sample.depth)):

@@ -43,11 +43,11 @@ def data(folder: Path, layout: depth_data.LayoutName = "folder", **settings: obj
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> features.Model:
+def model(tmp_path_factory: pytest.TempPathFactory) -> features.FrozenModel:
     network = backbone.build("vit_tiny", patch_size=8, image_size=32, depth=4, layer_scale=1.0, seed=3)
     path = str(tmp_path_factory.mktemp("weights") / "teacher.pth")
     weights.save(network, path)
-    return features.load_model(features.ModelConfig(weights=path))
+    return features.load_model(features.FrozenModelConfig(weights=path))
 
 
 # ---- metrics and loss
@@ -144,7 +144,7 @@ def test_bins_give_their_mean() -> None:
 def test_the_linear_head_is_one_linear_layer_on_upsampled_tokens() -> None:
     random = torch.Generator().manual_seed(0)
     tokens = [(torch.randn(2, 6, 3, 5, generator=random), torch.randn(2, 6, generator=random)) for _ in range(4)]
-    head = depth.LinearHead(6, 4, 10)
+    head = depth.LinearDepthHead(6, 4, 10)
     head.load_state_dict(depth.make_head("linear_4", 6, 10, seed=1).state_dict())
     joined = torch.cat([torch.cat([p, c[:, :, None, None].expand_as(p)], 1) for p, c in tokens], 1)
     fine = functional.interpolate(joined, scale_factor=4, mode="bilinear")
@@ -308,7 +308,7 @@ def test_turning_a_picture_turns_its_depth() -> None:
     assert 4 < moved < 12
 
 
-def test_prediction_knows_no_padding_and_no_mirror(model: features.Model) -> None:
+def test_prediction_knows_no_padding_and_no_mirror(model: features.FrozenModel) -> None:
     head = depth.make_head("linear_1", model.embed_dim, 10, seed=0)
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (2, 3, 24, 40), generator=random, dtype=torch.uint8)
@@ -323,7 +323,7 @@ def test_prediction_knows_no_padding_and_no_mirror(model: features.Model) -> Non
     assert odd.shape == (2, 21, 37) and odd.std() > 0
 
 
-def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path, model: features.Model) -> None:
+def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path, model: features.FrozenModel) -> None:
     depth_scene(tmp_path / "train", 12, seed=0)
     depth_scene(tmp_path / "test", 3, seed=1)
     settings = {
@@ -353,7 +353,7 @@ def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path,
     assert {one.data_hash for one in again} == {one.data_hash for one in barely}
 
 
-def test_dpt_trains_to_numbers(tmp_path: Path, model: features.Model) -> None:
+def test_dpt_trains_to_numbers(tmp_path: Path, model: features.FrozenModel) -> None:
     depth_scene(tmp_path, 2, seed=0)
     config = DepthConfig(
         train=data(tmp_path),

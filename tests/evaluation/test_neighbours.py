@@ -8,7 +8,7 @@ from PIL import Image
 
 from evaluation import neighbours
 from evaluation.data.splits import SplitConfig
-from evaluation.features import ModelConfig, PicturesConfig, load_model
+from evaluation.features import FrozenModelConfig, PicturesConfig, load_model
 from evaluation.neighbours import NeighboursConfig, choose
 from evaluation.visualize import GAP, OTHER, SAME
 from tests.evaluation.builders import image_folder
@@ -32,7 +32,7 @@ def test_the_sheet_shows_what_is_near(tmp_path: Path) -> None:
         k=2,
         side=40,
     )
-    model = load_model(ModelConfig(name="pixels"))
+    model = load_model(FrozenModelConfig(name="pixels"))
     picture = neighbours.run(config, model, str(tmp_path / "out"))
     assert picture is not None and picture.kind == "neighbours" and "2 nearest in toy" in picture.caption
     drawn = np.asarray(Image.open(tmp_path / "out" / "pictures" / picture.file))

@@ -24,7 +24,7 @@ from evaluation.data.retrieval_data import (
     read_met,
     read_revisited,
 )
-from evaluation.features import ModelConfig, load_model
+from evaluation.features import FrozenModelConfig, load_model
 from evaluation.results import Result
 from evaluation.retrieval import (
     RetrievalConfig,
@@ -39,7 +39,7 @@ from evaluation.retrieval import (
     see,
 )
 
-PIXELS = ModelConfig(name="pixels")
+PIXELS = FrozenModelConfig(name="pixels")
 VIEW = ViewConfig(resize="squash", image_size=32)
 
 
@@ -402,7 +402,7 @@ def test_features_are_kept_for_the_same_model_and_bytes_alone(tmp_path: Path) ->
     np.save(kept, np.full((6, 3072), 7, np.float32))
     assert (retrieval._look(model, photos, VIEW, cache).features == 7).all()  # it is read
     for change in (
-        lambda: retrieval._look(load_model(ModelConfig(name="efficientnet_lite0")), photos, VIEW, cache),
+        lambda: retrieval._look(load_model(FrozenModelConfig(name="efficientnet_lite0")), photos, VIEW, cache),
         lambda: retrieval._look(model, photos, VIEW.model_copy(update={"resize": "center_crop"}), cache),
         lambda: retrieval._look(model, [photo._replace(box=(0, 0, 9, 9)) for photo in photos], VIEW, cache),
         lambda: retrieval._look(model, photos[::-1], VIEW, cache),

@@ -9,7 +9,7 @@ import torch
 from curation.errors import InputError
 from evaluation import robustness
 from evaluation.data.splits import SplitConfig
-from evaluation.features import ModelConfig, PicturesConfig, load_model
+from evaluation.features import FrozenModelConfig, PicturesConfig, load_model
 from evaluation.linear import LinearConfig
 from evaluation.robustness import RobustnessConfig, mean_corruption_error, real_accuracy
 from tests.evaluation.builders import CLASSES, encoded, image_folder
@@ -38,7 +38,7 @@ def test_every_set_is_read_as_published(tmp_path: Path) -> None:
         steps=40,
         held_out=0.25,
     )
-    model, cache = load_model(ModelConfig(name="pixels")), str(tmp_path / "cache")
+    model, cache = load_model(FrozenModelConfig(name="pixels")), str(tmp_path / "cache")
 
     def value(kind: str, path: Path, **more: object) -> tuple[str, float]:
         config = RobustnessConfig.model_validate(

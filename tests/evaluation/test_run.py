@@ -10,7 +10,7 @@ import torch
 from curation.errors import InputError
 from evaluation import knn, results, run
 from evaluation.data.splits import SplitConfig
-from evaluation.features import ModelConfig, PicturesConfig, load_model
+from evaluation.features import FrozenModelConfig, PicturesConfig, load_model
 from evaluation.knn import KnnConfig
 from evaluation.run import EvaluationConfig, evaluate
 from evaluation.scores import class_mean
@@ -34,7 +34,7 @@ def knn_config(tmp_path: Path, **changes: object) -> KnnConfig:
 
 
 def test_knn_of_pictures_with_few_shots(tmp_path: Path) -> None:
-    config, model = knn_config(tmp_path), load_model(ModelConfig(name="pixels"))
+    config, model = knn_config(tmp_path), load_model(FrozenModelConfig(name="pixels"))
     found = knn.run(config, model, str(tmp_path / "out"))
     scores = {(result.protocol, result.metric): result for result in found}
     assert {protocol for protocol, _ in scores} == {"k=1", "k=5", "k=12", "k=1, 3 per class", "k=5, 3 per class"}
@@ -60,7 +60,7 @@ def test_the_mean_over_classes_weighs_each_alike() -> None:
 def test_what_was_found_stays_when_a_later_evaluation_fails(tmp_path: Path) -> None:
     good = knn_config(tmp_path, per_class=())
     bad = good.model_copy(update={"name": "bad", "test": SplitConfig(path=str(tmp_path / "absent"))})
-    config = EvaluationConfig(model=ModelConfig(name="pixels"), knn=(good, bad))
+    config = EvaluationConfig(model=FrozenModelConfig(name="pixels"), knn=(good, bad))
     with pytest.raises(InputError, match="absent"):
         evaluate(config, load_model(config.model), str(tmp_path / "out"))
     assert [result.dataset for result in results.read(str(tmp_path / "out"))] == ["toy"] * 6
