@@ -75,6 +75,9 @@ UPSAMPLING = 4  # of the patch grid before the head; cited: DINOv2, hub/depthers
 LOSS_EPSILON = 1e-3  # metres; cited: DINOv2's sigloss.py
 LOSS_MEAN_WEIGHT = 0.15  # of the squared mean; cited: the same, where Eigen et al. have a half
 DPT_CHANNELS = 256  # cited: DINOv2, hub/depthers.py
+LOSS_WARMUP_STEPS = 100  # first steps, in which the loss is the mean error alone; cited: the same
+WEIGHT_DECAY = 0.01  # of AdamW; cited: DINOv3's NYU config
+GRADIENT_CLIP = 35.0  # greatest norm of the gradient; cited: the same
 MAX_ROTATION = 2.5  # degrees; cited: BinsFormer's toolbox, as all of `augment`
 
 
@@ -102,16 +105,6 @@ class DepthConfig(Settings):
     """Crops a step. Cited: 2 on each of 8 GPUs."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """The highest. Cited: DINOv3's NYU config."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Of AdamW. Cited: the same."""
-    gradient_clip: float = Field(default=35.0, gt=0)
-    """Greatest norm of the gradient. Cited: the same."""
-    loss_warmup_steps: int = Field(default=100, ge=0)
-    """First steps in which the loss is the mean error alone. Cited: DINOv2's sigloss.py."""
-    augment: bool = True
-    """Whether training crops are turned by up to 2.5 degrees, flipped, and changed in brightness and colour."""
-    flip_average: bool = True
-    """Whether a prediction is the mean of those for the picture and its mirror image."""
     seed: int = Field(default=0, ge=0)
     """Of the head's first weights, the order of the pictures and the crops."""
 
@@ -119,7 +112,7 @@ class DepthConfig(Settings):
     def _check(self) -> Self:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; expected less than steps, {self.steps}")
-        if self.train.layout in ("nyu_arrays", "sun_rgbd") and self.train.list_file is None:
+        if self.train.layout in ("nyu_arrays", "sun_rgbd"):
             raise ValueError(f"train: layout {self.train.layout} has a test split only")
         return self
 
@@ -384,7 +377,13 @@ def predict_for_score(
 
 
 def train_head(
-    model: FrozenModel, name: HeadName, config: DepthConfig, samples: Sequence[DepthSample]
+    model: FrozenModel,
+    name: HeadName,
+    config: DepthConfig,
+    samples: Sequence[DepthSample],
+    *,
+    augmented: bool = True,
+    loss_warmup_steps: int = LOSS_WARMUP_STEPS,
 ) -> LinearDepthHead | DptHead:
     """A head trained on `samples`: on a CPU the same every time, on a GPU but for rounding.
 
@@ -393,7 +392,7 @@ def train_head(
     assert model.num_blocks is not None
     blocks = blocks_of(name, model.num_blocks)
     head = make_head(name, model.embed_dim, config.cap, config.seed).to(model.device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=WEIGHT_DECAY)
     # Cited: OneCycle, whose other defaults (from 1/25 of the highest rate, down to 1/250,000 of it) are PyTorch's.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -402,21 +401,21 @@ def train_head(
         pct_start=config.warmup_steps / config.steps,
         cycle_momentum=False,
     )
-    for step, (pixels, truth) in enumerate(training_batches(samples, config, model.world)):
+    for step, (pixels, truth) in enumerate(training_batches(samples, config, model.world, augmented=augmented)):
         found = predict(model, head, pixels, blocks, final_norm=config.final_norm, all_rows=config.batch_size)
-        loss = sig_loss(found, truth.to(model.device), max_depth=config.cap, mean_alone=step < config.loss_warmup_steps)
+        loss = sig_loss(found, truth.to(model.device), max_depth=config.cap, mean_alone=step < loss_warmup_steps)
         if not loss.isfinite():
             raise TrainingError(f"The loss of the depth head '{name}' is {loss.item()} at step {step}.")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own is untyped
-        nn.utils.clip_grad_norm_(head.parameters(), config.gradient_clip)
+        nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_CLIP)
         optimizer.step()
         schedule.step()
     return head.eval()
 
 
 def training_batches(
-    samples: Sequence[DepthSample], config: DepthConfig, world: World = ALONE
+    samples: Sequence[DepthSample], config: DepthConfig, world: World = ALONE, *, augmented: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of the crops (., 3, H, W) uint8 of every step, and the depths (B, H, W) of all of them.
 
@@ -437,7 +436,7 @@ def training_batches(
                 f"{size[0]} x {size[1]}. Set a smaller crop_size."
             )
         random = np.random.default_rng([config.seed, 1, position])
-        if config.augment:
+        if augmented:
             brightness = 0.1 if config.train.layout == "kitti" else 0.25
             image, depth = augment(image, depth, random, brightness=brightness)
         return _random_crop(image, depth, size, random)
@@ -515,7 +514,7 @@ def run(config: DepthConfig, model: FrozenModel, output: str) -> list[Result]:
         training_seconds = time.monotonic() - start
         for data, samples in zip(config.tests, tests, strict=True):
             start = time.monotonic()
-            values = _score(model, head, blocks_of(name, model.num_blocks), config, data, samples)
+            values = score(model, head, blocks_of(name, model.num_blocks), config, data, samples)
             seconds = training_seconds + time.monotonic() - start
             data_hash = hashlib.sha256((trained_on + hash_samples(samples)).encode()).hexdigest()
             facts = {"head": name, "num_train": len(train), "num_test": len(samples)}
@@ -540,7 +539,7 @@ def _protocol(head: HeadName, config: DepthConfig, data: DepthDataConfig) -> str
     return ", ".join(parts)
 
 
-def _score(
+def score(
     model: FrozenModel,
     head: nn.Module,
     blocks: Sequence[int],
@@ -549,14 +548,11 @@ def _score(
     samples: Sequence[DepthSample],
 ) -> dict[str, float]:
     cap = min(config.cap, LAYOUTS[data.layout].max_depth) if data.layout == "sun_rgbd" else config.cap
-    crop = data.crop or LAYOUTS[data.layout].crop
     share = model.world.share(len(samples))
     rows = [torch.empty(0, len(METRICS), dtype=torch.float64)]
     for image, truth in prefetch(lambda place: read_sample(samples[place], data), share, threads=READERS):
-        (found,) = predict_for_score(
-            model, head, image[None], blocks, final_norm=config.final_norm, flip=config.flip_average, cap=cap
-        )
-        own = measure(found, truth, valid_mask(truth, max_depth=config.cap, crop=crop))
+        (found,) = predict_for_score(model, head, image[None], blocks, final_norm=config.final_norm, flip=True, cap=cap)
+        own = measure(found, truth, valid_mask(truth, max_depth=config.cap, crop=LAYOUTS[data.layout].crop))
         rows.append(torch.tensor([[own[metric] for metric in METRICS]], dtype=torch.float64))
     every = gather_rows(model.world, torch.cat(rows), len(samples)).tolist()
     return mean_over_pictures([dict(zip(METRICS, row, strict=True)) for row in every])

@@ -70,8 +70,6 @@ class FrozenModelConfig(Settings):
     weights: str | None = None
     """Local path of a checkpoint in a layout of `curation.weights`: a file, or a folder of transformers. Left out,
     efficientnet_lite0 takes the weights of its package."""
-    weights_sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
-    """SHA-256 in hex that the checkpoint must have; of a folder, that of its weight files one after another."""
     label: str | None = None
     """What results call the model. Left out, its name and the name of the checkpoint."""
     untrained_seed: int | None = None
@@ -184,7 +182,6 @@ def load_model(config: FrozenModelConfig, world: World = ALONE) -> FrozenModel:
             EmbedderConfig(
                 name=config.name,
                 weights=path,
-                weights_sha256=config.weights_sha256,
                 pooling="average" if config.name == "efficientnet_lite0" else "gem",
                 device=config.device,
                 precision=config.precision,
@@ -212,7 +209,7 @@ def load_model(config: FrozenModelConfig, world: World = ALONE) -> FrozenModel:
 
 def _load_vit(config: FrozenModelConfig, device: torch.device, dtype: torch.dtype, world: World) -> FrozenModel:
     assert config.weights is not None
-    checkpoint = weights.read(config.weights, sha256=config.weights_sha256)
+    checkpoint = weights.read(config.weights)
     found = weights.architecture(checkpoint.tensors, checkpoint.path)
     size = next((name for name, size in backbone.SIZES.items() if size.embed_dim == found.embed_dim), None)
     if size is None:

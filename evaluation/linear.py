@@ -56,6 +56,8 @@ LEARNING_RATES: dict[Grid, tuple[float, ...]] = {
     "code": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
 }
 REFERENCE_BATCH = 256
+# Whether a head also reads the mean of the last block's patch tokens; each is tried. Cited: eval/linear.py.
+AVERAGES = (False, True)
 MOMENTUM = 0.9  # cited: as above
 INITIAL_DEVIATION = 0.01  # cited: as above
 CROP_AREA, CROP_ASPECT, CROP_ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # cited: the usual crop of ImageNet training
@@ -78,8 +80,6 @@ class LinearConfig(Settings):
     """Learning rates in place of the grid's."""
     blocks: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 4), min_length=1)
     """Of how many last blocks a head reads the CLS tokens; each is tried."""
-    average: tuple[bool, ...] = Field(default=(False, True), min_length=1)
-    """Whether a head also reads the mean of the last block's patch tokens; each is tried."""
     batch_size: int = Field(default=1024, ge=1)
     """Images of a step. Learning rates are scaled by it over 256."""
     images_per_pass: int = Field(default=128, ge=1)
@@ -95,7 +95,7 @@ class LinearConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "LinearConfig":
-        for name in ("learning_rates", "blocks", "average"):
+        for name in ("learning_rates", "blocks"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has a value twice: {list(values)}")
@@ -197,7 +197,7 @@ def readings_of(config: LinearConfig, model: FrozenModel) -> list[Reading]:
     """What heads of `model` are given; a model without blocks has one feature, and nothing to choose."""
     if model.num_blocks is None:
         return [Reading(0, False)]
-    return [Reading(blocks, average) for blocks in config.blocks for average in config.average]
+    return [Reading(blocks, average) for blocks in config.blocks for average in AVERAGES]
 
 
 def random_crop(picture: Picture, side: int, random: np.random.Generator) -> Tensor:

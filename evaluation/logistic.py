@@ -35,6 +35,8 @@ from evaluation.scores import classifier_scores
 
 # Cited: DINOv2 eval/log_regression.py. The inverse strengths of the regularisation.
 DEFAULT_C = tuple(float(value) for value in 10 ** np.linspace(-6, 5, 45))
+HELD_OUT_SEED = 0  # draws the held-out share. Cited: the same
+TOLERANCE = 1e-12  # of the gradient, at which a fit ends sooner. Cited: the same
 
 
 class LogisticConfig(Settings):
@@ -52,12 +54,8 @@ class LogisticConfig(Settings):
     """The inverse strengths of regularisation to choose from."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of each class's training images to choose by."""
-    seed: int = 0
-    """Of that share."""
     max_iterations: int = Field(default=1000, ge=1)
     """Of L-BFGS, for each fit."""
-    tolerance: float = Field(default=1e-12, gt=0)
-    """Of the gradient, at which a fit ends sooner."""
     allow_missing_classes: bool = False
     """Whether the test images may lack classes of the training images."""
 
@@ -68,9 +66,8 @@ def choose(
     c: tuple[float, ...],
     *,
     held_out: float = 0.1,
-    seed: int = 0,
+    seed: int = HELD_OUT_SEED,
     max_iterations: int = 1000,
-    tolerance: float = 1e-12,
 ) -> tuple[float, float]:
     """The best of `c` on a held-out share, and its accuracy there; of equally good ones the first.
 
@@ -79,7 +76,7 @@ def choose(
     """
     own, held = splits.hold_out(train_labels, held_out, seed)
     truth = train_labels[held].numpy()
-    classifier = _classifier(c[0], max_iterations, tolerance)
+    classifier = _classifier(c[0], max_iterations)
     classifier.set_params(warm_start=True)
     best, best_share = c[0], -1.0
     with bar("logistic", total=len(c), unit="fits") as advance:
@@ -100,11 +97,10 @@ def predict(
     c: float,
     *,
     max_iterations: int = 1000,
-    tolerance: float = 1e-12,
 ) -> Tensor:
     """The class (m,) int64 of each test image by the classifier that fits all training images."""
     require_finite_rows(test_features, "test")
-    classifier = _classifier(c, max_iterations, tolerance)
+    classifier = _classifier(c, max_iterations)
     _fit(classifier, train_features, train_labels)
     return torch.from_numpy(classifier.predict(test_features.double().numpy()))
 
@@ -129,11 +125,9 @@ def run(
         train.labels,
         config.c,
         held_out=config.held_out,
-        seed=config.seed,
         max_iterations=config.max_iterations,
-        tolerance=config.tolerance,
     )
-    predicted = predict(own, train.labels, asked, c, max_iterations=config.max_iterations, tolerance=config.tolerance)
+    predicted = predict(own, train.labels, asked, c, max_iterations=config.max_iterations)
     protocol = f"L-BFGS, best of {len(config.c)} C"
     return results.make(
         "logistic",
@@ -146,8 +140,8 @@ def run(
     )
 
 
-def _classifier(c: float, max_iterations: int, tolerance: float) -> LogisticRegression:
-    return LogisticRegression(C=c, solver="lbfgs", max_iter=max_iterations, tol=tolerance)
+def _classifier(c: float, max_iterations: int) -> LogisticRegression:
+    return LogisticRegression(C=c, solver="lbfgs", max_iter=max_iterations, tol=TOLERANCE)
 
 
 def _fit(classifier: LogisticRegression, own: Tensor, labels: Tensor) -> None:

@@ -15,6 +15,9 @@ from evaluation.data.splits import Split, SplitConfig
 from evaluation.features import FrozenModel, PicturesConfig
 from evaluation.visualize import PictureRecord, Pixels
 
+# Side in pixels of a picture on the sheet. Assumed: nine fit beside one another on a page.
+SIDE = 96
+
 
 class NeighboursConfig(Settings):
     """Whose neighbours are drawn. Features are those of k-NN, from the cache where they are there."""
@@ -26,16 +29,12 @@ class NeighboursConfig(Settings):
     pictures: PicturesConfig = PicturesConfig()
     """What the model sees of them."""
     queries: int = Field(default=8, ge=1)
-    """How many are asked for: drawn by `seed`, one of each class before a second of any."""
+    """How many are asked for: drawn, one of each class before a second of any."""
     k: int = Field(default=8, ge=1)
     """Neighbours of each."""
-    side: int = Field(default=96, ge=16)
-    """Side in pixels of a picture on the sheet."""
-    seed: int = 0
-    """Of the draw."""
 
 
-def choose(labels: Tensor, count: int, seed: int) -> list[int]:
+def choose(labels: Tensor, count: int, seed: int = 0) -> list[int]:
     """`count` rows, or all where there are fewer: one of each class before a second of any, drawn by `seed`.
 
     labels: (n,) integers from 0.
@@ -59,23 +58,23 @@ def run(
     if not model.world.is_first:
         return None
     labels = [split.classes[label] for label in split.labels.tolist()]
-    rows = choose(split.labels, config.queries, config.seed)
+    rows = choose(split.labels, config.queries)
     return visualize.draw_neighbours(
         model,
         output,
         found.matrix(),
         labels,
-        lambda row: _square(split, row, config.side),
+        lambda row: _square(split, row),
         queries=rows,
         k=config.k,
         name=config.name,
     )
 
 
-def _square(split: Split, row: int, side: int) -> Pixels:
-    """The largest square in the middle of a picture, (side, side, 3)."""
-    shape = (side, side)
+def _square(split: Split, row: int) -> Pixels:
+    """The largest square in the middle of a picture, (SIDE, SIDE, 3)."""
+    shape = (SIDE, SIDE)
     ((_, pixels),) = splits.pictures(
-        split, [row], lambda picture: to_shape(picture, shape, crop=True), target_side=side, threads=1
+        split, [row], lambda picture: to_shape(picture, shape, crop=True), target_side=SIDE, threads=1
     )
     return pixels.transpose(1, 2, 0)

@@ -60,8 +60,10 @@ from evaluation.data.retrieval_data import (
 from evaluation.features import FrozenModel, unit_rows
 from evaluation.results import Result, Score
 
-CUTOFFS = (1, 5, 10)  # cited: what the evaluation of Revisited Oxford and Paris gives
+CUTOFFS = (1, 5, 10)  # the k of mP@k and recall@k. Cited: the evaluation of Revisited Oxford and Paris
 DIFFICULTIES = ("easy", "medium", "hard")
+# Photos a forward pass; changes the speed alone, but for rounding. Assumed.
+PHOTOS_PER_PASS = 8
 READERS = 2  # threads that read and decode ahead of the model. Assumed.
 # Queries that are ranked at a time: with a million images 0.5 GB of products. Assumed.
 QUERY_ROWS = 64
@@ -74,8 +76,6 @@ class RetrievalConfig(Settings):
     """What results call it."""
     data: Annotated[RevisitedData | MetData | AmsterTimeData | LabelledData, Field(discriminator="layout")]
     """Where it is."""
-    cutoffs: tuple[Annotated[int, Field(ge=1)], ...] = CUTOFFS
-    """The k of mP@k and recall@k."""
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -251,7 +251,7 @@ def _look(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, cache: 
         found = torch.from_numpy(np.load(io.BytesIO(paths.read_bytes(place)), allow_pickle=False))
     else:
         share = model.world.share(len(photos))
-        own = _compute(model, photos[share.start : share.stop], view)
+        own = _compute(model, photos[share.start : share.stop], view, PHOTOS_PER_PASS)
         found = gather_rows(model.world, own, len(photos))
         if model.world.is_first:
             buffer = io.BytesIO()
@@ -260,16 +260,16 @@ def _look(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, cache: 
     return _Seen(found, content)
 
 
-def _compute(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig) -> Tensor:
+def _compute(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, batch_size: int) -> Tensor:
     result = torch.empty(len(photos), model.num_features)
     multiple = model.patch_size or efficientnet.STRIDE
     pictures = prefetch(
         lambda item: (item[0], see(item[1], view, multiple)),
         enumerate(photos),
         threads=READERS,
-        ahead=2 * view.batch_size,
+        ahead=2 * batch_size,
     )
-    while batch := list(islice(pictures, view.batch_size)):
+    while batch := list(islice(pictures, batch_size)):
         by_shape: dict[torch.Size, list[tuple[int, Tensor]]] = {}
         for row, pixels in batch:
             by_shape.setdefault(pixels.shape, []).append((row, pixels))
@@ -332,13 +332,13 @@ def run(
     cache = cache or paths.join(output, "cache")
     match config.data:
         case RevisitedData():
-            found = _run_revisited(config.data, config.cutoffs, model, cache)
+            found = _run_revisited(config.data, model, cache)
         case MetData():
             found = _run_met(config.data, model, cache)
         case AmsterTimeData():
             found = _run_amstertime(config.data, model, cache)
         case LabelledData():
-            found = _run_labelled(config.data, config.cutoffs, model, cache, runner)
+            found = _run_labelled(config.data, model, cache, runner)
     return results.make(
         "retrieval",
         config.name,
@@ -350,7 +350,7 @@ def run(
     )
 
 
-def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: FrozenModel, cache: str) -> DatasetScores:
+def _run_revisited(data: RevisitedData, model: FrozenModel, cache: str) -> DatasetScores:
     published = read_revisited(data)
     queries = _look(model, published.queries, data.view, cache)
     database = _look(model, published.database, data.view, cache)
@@ -359,7 +359,7 @@ def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: FrozenMod
         for rows, ranking in zip(published.rows[place], rankings, strict=True):
             for difficulty in DIFFICULTIES:
                 positives, junk = revisited_rows(rows, difficulty)
-                score = revisited_score(ranking, positives, junk, cutoffs)
+                score = revisited_score(ranking, positives, junk)
                 if score is not None:
                     scores[difficulty].append(score)
     asked = "queries cropped" if data.query == "box" else "whole queries"
@@ -368,7 +368,7 @@ def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: FrozenMod
         if own:
             protocol = f"{difficulty}, {asked}, {_view_name(data.view)}"
             values[protocol, "mAP"] = _mean([score.average_precision for score in own])
-            for number, cutoff in enumerate(cutoffs):
+            for number, cutoff in enumerate(CUTOFFS):
                 values[protocol, f"mP@{cutoff}"] = _mean([score.precisions[number] for score in own])
     truth = [[rows[key].tolist() for key in sorted(rows)] for rows in published.rows]
     return DatasetScores(
@@ -439,15 +439,13 @@ def _run_amstertime(data: AmsterTimeData, model: FrozenModel, cache: str) -> Dat
     return DatasetScores(values, hash_json([old.hash, new.hash]), {"pairs": len(there)})
 
 
-def _run_labelled(
-    data: LabelledData, cutoffs: Sequence[int], model: FrozenModel, cache: str, runner: Runner | None
-) -> DatasetScores:
+def _run_labelled(data: LabelledData, model: FrozenModel, cache: str, runner: Runner | None) -> DatasetScores:
     split = splits.load(data.split, cache, runner or InlineRunner())
     own = features.extract(model, split, data.pictures, cache, runner).matrix()
     # Equally near images come by row, and rows by class where folders are classes: a model to which all images are one
     # would rank each class first. Ids are hashes, so their order favours none.
     order = torch.tensor(np.argsort(np.array(split.table["image_id"].to_pylist())))
-    score = labelled_score(own[order], split.labels[order], cutoffs=cutoffs, device=str(model.device))
+    score = labelled_score(own[order], split.labels[order], device=str(model.device))
     protocol = f"each among the others, {data.pictures.image_size} px"
     values = {(protocol, "mAP"): score.mean_average_precision}
     values |= {(protocol, f"recall@{k}"): value for k, value in score.recalls.items()}

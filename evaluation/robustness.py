@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from curation.config import Settings
@@ -40,6 +40,25 @@ from evaluation.scores import accuracy
 
 SetKind = Literal["folders", "places", "corruptions", "real"]
 SEVERITIES = ("1", "2", "3", "4", "5")  # cited: arXiv 1903.12261
+# AlexNet's error on each corruption of ImageNet-C, the mean over the severities; mCE divides by them. Cited: arXiv
+# 1903.12261 and github.com/hendrycks/robustness.
+ALEXNET_ERRORS = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.[^./]+$")
 
 
@@ -55,20 +74,13 @@ class RobustnessConfig(Settings):
     sorted ones (V2). "corruptions": a folder a corruption, of five severities (C). "real": ReaL."""
     linear: LinearConfig
     """The probe whose head is used; `train` is ImageNet. Read from the cache where it was trained before."""
-    alexnet_errors: dict[str, float] = Field(default_factory=dict)
-    """For "corruptions": AlexNet's error on each corruption to count, the mean over the severities, between 0 and 1.
-    mCE divides by them; they are in the paper and in its repository."""
     real_labels: str | None = None
     """For "real": path of real.json, a list of lists of places of classes, one for each validation image by number."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.kind == "corruptions") != bool(self.alexnet_errors):
-            raise ValueError("kind 'corruptions', and no other, needs alexnet_errors, an error for each corruption")
         if (self.kind == "real") != (self.real_labels is not None):
             raise ValueError("kind 'real', and no other, needs real_labels, the path of real.json")
-        if any(not 0 < error <= 1 for error in self.alexnet_errors.values()):
-            raise ValueError("alexnet_errors are shares above 0 and at most 1")
         return self
 
 
@@ -87,11 +99,17 @@ def real_accuracy(predicted: Tensor, allowed: Sequence[Sequence[int]]) -> float:
 
 
 def run(
-    config: RobustnessConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
+    config: RobustnessConfig,
+    model: FrozenModel,
+    output: str,
+    *,
+    cache: str | None = None,
+    runner: Runner | None = None,
+    alexnet_errors: Mapping[str, float] = ALEXNET_ERRORS,
 ) -> list[Result]:
     """Classify one set; the head and the lists of images are kept in `cache`, <output>/cache when None.
 
-    Raises UserError kin.
+    alexnet_errors: for "corruptions", by the folders that are read. Raises UserError kin.
     """
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     runner = runner or InlineRunner()
@@ -100,13 +118,13 @@ def run(
     if config.kind == "corruptions":
         errors: dict[str, list[float]] = {}
         hashes = []
-        for corruption in sorted(config.alexnet_errors):
+        for corruption in sorted(alexnet_errors):
             for severity in SEVERITIES:
                 split = _load(paths.join(config.path, corruption, severity), train, cache, runner)
                 predicted = _predicted(config, head, model, split)
                 errors.setdefault(corruption, []).append(1 - accuracy(predicted, split.labels))
                 hashes.append(split.data_hash)
-        metric, value = "mCE", mean_corruption_error(errors, config.alexnet_errors)
+        metric, value = "mCE", mean_corruption_error(errors, alexnet_errors)
     else:
         split = _load(config.path, train, cache, runner, places=config.kind == "places")
         predicted, hashes = _predicted(config, head, model, split), [split.data_hash]

@@ -37,6 +37,12 @@ from evaluation.results import Result, Score
 
 # Tries for a crop with more than one class. Cited: mmsegmentation, RandomCrop.
 CROP_TRIES = 10
+# A crop is drawn again while one class has more of it. Cited: mmsegmentation, RandomCrop's cat_max_ratio in DINOv2's
+# configs.
+MAX_SHARE = 0.75
+WEIGHT_DECAY = 1e-4  # of AdamW, on all parameters. Cited: DINOv2's configs, as the protocols below
+# Windows that the model sees at a time when pictures are scored; changes no score but for rounding. Assumed.
+WINDOWS_PER_PASS = 4
 READERS = 2  # threads that read and crop ahead of the model. Assumed.
 
 
@@ -57,10 +63,6 @@ class Protocol(Settings):
     """Factors on `image_side` whose probabilities are averaged."""
     flip: bool = False
     """Whether the mirrored picture is averaged in too."""
-    max_share: float = Field(default=0.75, gt=0, le=1)
-    """A crop is drawn again, some times, while one class has more of it."""
-    distort: bool = True
-    """Whether brightness, contrast, saturation and hue of crops vary."""
     batch_size: int = Field(default=16, ge=2)
     """Crops a step."""
     steps: int = Field(default=40_000, ge=1)
@@ -69,8 +71,6 @@ class Protocol(Settings):
     """In which the learning rate rises from 0; all the while it falls to 0 at the end."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Of AdamW."""
-    weight_decay: float = Field(default=1e-4, ge=0)
-    """Of AdamW, on all parameters."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -113,14 +113,12 @@ class SegmentationConfig(Settings):
     """A published one by its name, or all of one's own."""
     seed: int = 0
     """Of the head, the order of pictures and the crops."""
-    windows_per_pass: int = Field(default=4, ge=1)
-    """Windows that the model sees at a time when pictures are scored; changes no score but for rounding."""
 
 
 # --------------------------------------------------------------------------------------------------- crops and order
 
 
-def crop_of(scene: Scene, protocol: Protocol, random: np.random.Generator) -> Scene:
+def crop_of(scene: Scene, protocol: Protocol, random: np.random.Generator, *, distort: bool = True) -> Scene:
     """A crop of `window` pixels a side to train on: scaled, perhaps mirrored and distorted, padded where too small."""
     factor = random.uniform(*protocol.train_scales)
     scaled = _scaled(scene, protocol.image_side * factor / min(scene.target.shape))
@@ -132,12 +130,12 @@ def crop_of(scene: Scene, protocol: Protocol, random: np.random.Generator) -> Sc
         )
         target = scaled.target[top : top + height, left : left + width]
         counts = torch.bincount(target[target != IGNORED].long().flatten())
-        if (counts > 0).sum() > 1 and counts.max() < protocol.max_share * counts.sum():
+        if (counts > 0).sum() > 1 and counts.max() < MAX_SHARE * counts.sum():
             break
     image = scaled.image[:, top : top + height, left : left + width]
     if random.random() < 0.5:
         image, target = image.flip(2), target.flip(1)
-    if protocol.distort:
+    if distort:
         image = _distorted(image, random)
     beyond = (0, protocol.window - width, 0, protocol.window - height)
     return Scene(pad(image, *beyond), functional.pad(target, beyond, value=IGNORED))
@@ -236,7 +234,7 @@ def train_head(model: FrozenModel, scenes: Scenes, protocol: Protocol, *, seed: 
     """A head trained on `scenes`, in evaluation mode. The same seed gives the same head on the same device; on a GPU
     but for rounding."""
     head = LinearSegmentationHead(model.embed_dim * protocol.blocks, scenes.num_classes, seed).to(model.device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=protocol.weight_decay)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=WEIGHT_DECAY)
     for step, (pixels, targets) in enumerate(_batches(scenes, protocol, seed, model.world)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, protocol)
@@ -271,7 +269,12 @@ def _batches(scenes: Scenes, protocol: Protocol, seed: int, world: World) -> Ite
 
 @torch.no_grad()
 def predict(
-    model: FrozenModel, head: LinearSegmentationHead, image: Tensor, protocol: Protocol, *, windows_per_pass: int = 4
+    model: FrozenModel,
+    head: LinearSegmentationHead,
+    image: Tensor,
+    protocol: Protocol,
+    *,
+    windows_per_pass: int = WINDOWS_PER_PASS,
 ) -> Tensor:
     """The class of every pixel of (3, H, W) uint8, (H, W) int64: of the mean probability over scales and mirrors."""
     height, width = image.shape[1:]
@@ -361,7 +364,12 @@ def scores_of(counts: Tensor) -> SegmentationScores:
 
 
 def score(
-    model: FrozenModel, head: LinearSegmentationHead, scenes: Scenes, protocol: Protocol, *, windows_per_pass: int = 4
+    model: FrozenModel,
+    head: LinearSegmentationHead,
+    scenes: Scenes,
+    protocol: Protocol,
+    *,
+    windows_per_pass: int = WINDOWS_PER_PASS,
 ) -> SegmentationScores:
     """The scores of `head` on `scenes`, one picture at a time; ranks share the pictures."""
     counts = torch.zeros(scenes.num_classes, scenes.num_classes, dtype=torch.int64)
@@ -384,7 +392,7 @@ def run(config: SegmentationConfig, model: FrozenModel, output: str) -> list[Res
     started = time.perf_counter()
     train, test = load_scenes(config.data)
     head = train_head(model, train, protocol, seed=config.seed)
-    scores = score(model, head, test, protocol, windows_per_pass=config.windows_per_pass)
+    scores = score(model, head, test, protocol, windows_per_pass=WINDOWS_PER_PASS)
     seconds = time.perf_counter() - started
     settings = config.model_dump(mode="json") | {
         "protocol": protocol.model_dump(mode="json"),

@@ -47,6 +47,7 @@ Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 PICTURES_FOLDER = "pictures"
 PICTURES_FILE = "pictures.jsonl"
+NUM_MATCHES = 20  # how many matches are drawn, the most alike first. Assumed.
 GAP = 4  # pixels between pictures of a sheet
 SAME, OTHER, QUERY = (46, 139, 98), (181, 56, 46), (32, 38, 43)  # colours of frames
 
@@ -75,8 +76,6 @@ class VisualizeConfig(Settings):
     patches. -100 colours everything."""
     match: tuple[tuple[int, int], ...] = ()
     """Pairs of pictures, counted from 0, whose patches are matched."""
-    num_matches: int = Field(default=20, ge=1)
-    """How many matches are drawn, the most alike first."""
     attention: bool = True
     """Whether the attention of the CLS and register tokens is drawn."""
 
@@ -328,7 +327,7 @@ def run(config: VisualizeConfig, model: FrozenModel, output: str) -> list[Pictur
     ]
     for one, other in config.match:
         pairs, alike = match_patches(tokens[one], tokens[other], first_mask=mask[one], second_mask=mask[other])
-        pairs, alike = pairs[: config.num_matches], alike[: config.num_matches]
+        pairs, alike = pairs[:NUM_MATCHES], alike[:NUM_MATCHES]
         width = tokens.shape[-1]
         pixels = match_picture(shown[one], shown[other], pairs, patch_size=patch_size, columns=(width, width))
         caption = f"The {len(pairs)} pairs of foreground patches most alike that are each other's nearest."

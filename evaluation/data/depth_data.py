@@ -30,6 +30,10 @@ NYU_INSIDE = (slice(45, 472), slice(43, 608))
 KITTI_ROWS, KITTI_COLUMNS = 352, 1216  # the bottom rows and the middle columns; cited: the same ("KB crop")
 
 
+# Layout "folder": folders of the pictures and of the depths. Ours.
+FOLDER_IMAGES, FOLDER_DEPTHS = "rgb", "depth"
+
+
 @dataclass(frozen=True)
 class DepthLayout:
     """What is particular to one published data set."""
@@ -40,7 +44,9 @@ class DepthLayout:
     max_depth: float
     """Metres. Beyond it nothing is trained on or scored."""
     crop: Crop
-    """The part of a test picture that is scored."""
+    """The part of a test picture that is scored. "eigen": rows 45 to 470 and columns 41 to 600, made for 480 x 640.
+    "garg": shares of the sides, made for KITTI. Cited: Eigen et al. (arXiv 1406.2283), Garg et al. (arXiv 1603.04992),
+    as in BinsFormer's toolbox."""
 
 
 LAYOUTS: dict[LayoutName, DepthLayout] = {
@@ -61,19 +67,8 @@ class DepthDataConfig(Settings):
     """How the files lie; see the top of this module."""
     folder: str
     """Where they lie."""
-    list_file: str | None = None
-    """The list of pairs in `folder`. Left out, that of the published split: nyu_train.txt or nyu_test.txt,
-    kitti_eigen_train.txt or kitti_eigen_test.txt, SUNRGBD_val_splits.txt."""
-    images: str = Field(default="rgb")
-    """Layout "folder": where the pictures lie in it."""
-    depths: str = Field(default="depth")
-    """Layout "folder": where the depths lie in it."""
     units_per_metre: float = Field(default=1000, gt=0)
     """Layout "folder": what a PNG says for one metre."""
-    crop: Crop | None = None
-    """The part of a test picture that is scored. "eigen": rows 45 to 470 and columns 41 to 600, made for 480 x 640.
-    "garg": shares of the sides, made for KITTI. Left out, that of the layout: eigen for NYU and SUN RGB-D, garg for
-    KITTI, none for folders."""
 
 
 # ---- reading
@@ -105,7 +100,7 @@ def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list
 
 def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> list[DepthSample]:
     layout = LAYOUTS[data.layout]
-    name = data.list_file or (layout.train_list if split == "train" else layout.test_list)
+    name = layout.train_list if split == "train" else layout.test_list
     assert name is not None
     path = paths.join(data.folder, name)
     try:
@@ -131,11 +126,11 @@ def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> li
 
 def _pairs_of_folder(data: DepthDataConfig) -> list[DepthSample]:
     found: list[dict[str, str]] = []
-    for folder in (data.images, data.depths):
+    for folder in (FOLDER_IMAGES, FOLDER_DEPTHS):
         place = paths.join(data.folder, folder)
         names = [name for name in paths.list_names(place) if not name.startswith(".")]
         if not names:
-            raise InputError(f"No files in '{place}'. Layout 'folder' has {data.images}/ and {data.depths}/.")
+            raise InputError(f"No files in '{place}'. Layout 'folder' has {FOLDER_IMAGES}/ and {FOLDER_DEPTHS}/.")
         found.append({PurePosixPath(name).stem: paths.join(place, name) for name in names})
     images, depths = found
     if alone := sorted(images.keys() ^ depths.keys()):

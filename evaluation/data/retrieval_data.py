@@ -25,8 +25,6 @@ class ViewConfig(Settings):
     a square."""
     image_size: int = Field(default=448, ge=8, le=4096)
     """Side in pixels of the square, or of one with as many pixels. Assumed: DINOv2's is not published."""
-    batch_size: int = Field(default=8, ge=1)
-    """Pictures a forward pass; changes the speed alone, but for rounding."""
 
 
 class RevisitedData(Settings):

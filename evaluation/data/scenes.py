@@ -11,12 +11,12 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from curation.config import Settings
@@ -35,6 +35,11 @@ LIMITS = ImageLimits(min_side=1)  # an image of any size counts
 # Cited: cityscapesScripts, labels.py: the 19 classes that are evaluated, in the order of their train ids.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 ADE20K_CLASSES, VOC_CLASSES = 150, 21
+
+# Pictures of stamps, all assumed.
+TEST_SHARE = 0.25  # of the stamps of each class, and of the backgrounds: only scored pictures are made of them
+MAX_STAMPS = 3  # in one picture, which has at least one
+STAMP_SIDES = (0.3, 0.7)  # range of the longer side of a stamp, in sides of the picture
 
 
 class PublishedData(Settings):
@@ -80,21 +85,6 @@ class StampData(Settings):
     """Pictures to train on."""
     test_pictures: int = Field(default=100, ge=1)
     """Pictures to score."""
-    test_share: float = Field(default=0.25, gt=0, lt=1)
-    """Share of the stamps of each class, and of the backgrounds, that only scored pictures are made of."""
-    max_stamps: int = Field(default=3, ge=1)
-    """Each picture has one to so many."""
-    stamp_sides: tuple[float, float] = (0.3, 0.7)
-    """Least and greatest longer side of a stamp, in sides of the picture."""
-    seed: int = 0
-    """Of which stamps go where."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        least, greatest = self.stamp_sides
-        if not 0 < least <= greatest <= 1:
-            raise ValueError(f"stamp_sides {self.stamp_sides}: expected 0 < least <= greatest <= 1")
-        return self
 
 
 SceneData = PublishedData | FolderData | StampData
@@ -123,10 +113,13 @@ class Scenes:
     """64 hex digits: of all bytes that the pictures and targets are made of."""
 
 
-def load_scenes(data: SceneData) -> tuple[Scenes, Scenes]:
-    """The pictures to train on, and those to score. Raises InputError for a folder or a mask that is missing."""
+def load_scenes(data: SceneData, *, stamp_seed: int = 0) -> tuple[Scenes, Scenes]:
+    """The pictures to train on, and those to score. Raises InputError for a folder or a mask that is missing.
+
+    stamp_seed: draws which stamps are pasted where. The same for every model, so that scores can be compared.
+    """
     if isinstance(data, StampData):
-        return _stamp_scenes(data)
+        return _stamp_scenes(data, stamp_seed)
     if isinstance(data, FolderData):
         lookup = _lookup(dict(zip(range(data.num_classes), range(data.num_classes), strict=True)), data.ignored)
         train, test = (data.train_images, data.train_masks), (data.test_images, data.test_masks)
@@ -279,7 +272,7 @@ def _hash_of(path: str) -> str:
 # ------------------------------------------------------------------------------------------------ stamps on pictures
 
 
-def _stamp_scenes(data: StampData) -> tuple[Scenes, Scenes]:
+def _stamp_scenes(data: StampData, seed: int) -> tuple[Scenes, Scenes]:
     """Scenes that are made when they are read: of the config and their place alone."""
     stamps: dict[str, tuple[str, str]] = {}  # by the hash of the bytes, so that none is in both splits: class and path
     for name, path in _by_stem(data.stamps).items():
@@ -297,7 +290,7 @@ def _stamp_scenes(data: StampData) -> tuple[Scenes, Scenes]:
             f"{data.stamps}: {len(classes)} folders; at most {IGNORED - 1} classes of stamps are possible."
         )
     own = [[key for key, (folder, _) in stamps.items() if folder == one] for one in classes]
-    halves = [_divide(keys, data) for keys in (*own, list(backgrounds))]
+    halves = [_divide(keys, seed) for keys in (*own, list(backgrounds))]
     split: list[Scenes] = []
     for number, count in enumerate((data.train_pictures, data.test_pictures)):
         *of_class, behind = [half[number] for half in halves]
@@ -307,21 +300,23 @@ def _stamp_scenes(data: StampData) -> tuple[Scenes, Scenes]:
                 f"{data.stamps}: {len(stamps)} stamps and {len(backgrounds)} backgrounds are too few to divide; a "
                 "class needs two, and so do the backgrounds."
             )
-        facts = [data.model_dump(mode="json"), number, [*of_class, behind]]
+        drawn_by = {"test_share": TEST_SHARE, "max_stamps": MAX_STAMPS, "stamp_sides": STAMP_SIDES, "seed": seed}
+        facts = [data.model_dump(mode="json") | drawn_by, number, [*of_class, behind]]
         files = [backgrounds[key] for key in behind]
-        split.append(_pasted_scenes(data, number, count, chosen, files, len(classes) + 1, hash_json(facts)))
+        split.append(_pasted_scenes(data, seed, number, count, chosen, files, len(classes) + 1, hash_json(facts)))
     return split[0], split[1]
 
 
-def _divide(keys: list[str], data: StampData) -> tuple[list[str], list[str]]:
+def _divide(keys: list[str], seed: int) -> tuple[list[str], list[str]]:
     """Those to train on and those to score, in an order of the seed."""
-    ordered = sorted(keys, key=lambda key: hashlib.sha256(f"{data.seed} {key}".encode()).digest())
-    num_test = max(1, round(data.test_share * len(ordered))) if len(ordered) > 1 else 0
+    ordered = sorted(keys, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
+    num_test = max(1, round(TEST_SHARE * len(ordered))) if len(ordered) > 1 else 0
     return ordered[num_test:], ordered[:num_test]
 
 
 def _pasted_scenes(
     data: StampData,
+    seed: int,
     split: int,
     count: int,
     stamps: list[tuple[str, int]],
@@ -332,17 +327,17 @@ def _pasted_scenes(
     side = data.side
 
     def read(place: int) -> Scene:
-        random = np.random.default_rng([data.seed, split, place])
+        random = np.random.default_rng([seed, split, place])
         path = backgrounds[random.integers(len(backgrounds))]
         behind = Image.fromarray(read_rgb(path, LIMITS).permute(1, 2, 0).numpy())
         canvas = ImageOps.fit(behind, (side, side), Image.Resampling.BICUBIC)
         target = np.zeros((side, side), np.uint8)
-        for _ in range(random.integers(1, data.max_stamps + 1)):
+        for _ in range(random.integers(1, MAX_STAMPS + 1)):
             path, label = stamps[random.integers(len(stamps))]
             stamp = _loaded(path).convert("RGBA")
             if random.random() < 0.5:
                 stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            factor = random.uniform(*data.stamp_sides) * side / max(stamp.size)
+            factor = random.uniform(*STAMP_SIDES) * side / max(stamp.size)
             width, height = (max(1, round(length * factor)) for length in stamp.size)
             stamp = stamp.resize((width, height), Image.Resampling.BICUBIC)
             left, top = int(random.integers(side - width + 1)), int(random.integers(side - height + 1))

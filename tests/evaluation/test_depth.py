@@ -335,22 +335,31 @@ def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path,
         "warmup_steps": 2,
         "batch_size": 4,
         "learning_rate": 3e-3,
-        "loss_warmup_steps": 2,
-        "augment": False,
-        "flip_average": False,
     }
-    trained = depth.run(DepthConfig(steps=40, **settings), model, str(tmp_path))
-    barely = depth.run(DepthConfig(steps=3, **settings), model, str(tmp_path))
-    assert [one.metric for one in trained] == list(depth.METRICS) * 2
-    assert {(one.protocol, one.dataset) for one in trained} == {
-        ("linear 1, 40 steps of 4, last norm", "scene"),
-        ("linear 1, 40 steps of 4, last norm, trained on scene", "other"),
+    config = DepthConfig(steps=40, **settings)
+    samples = [depth_data.find_samples(one, "test") for one in config.tests]
+    head, untrained = (
+        depth.train_head(
+            model,
+            "linear_1",
+            config.model_copy(update={"steps": steps}),
+            samples[1],
+            augmented=False,
+            loss_warmup_steps=2,
+        )
+        for steps in (40, 3)
+    )
+    for tested, pairs in zip(config.tests, samples, strict=True):
+        after, before = (depth.score(model, one, (3,), config, tested, pairs)["silog"] for one in (head, untrained))
+        assert after < 0.5 * before
+    first, again = (depth.run(DepthConfig(steps=3, **settings), model, str(tmp_path)) for _ in range(2))
+    assert [one.metric for one in first] == list(depth.METRICS) * 2
+    assert {(one.protocol, one.dataset) for one in first} == {
+        ("linear 1, 3 steps of 4, last norm", "scene"),
+        ("linear 1, 3 steps of 4, last norm, trained on scene", "other"),
     }
-    silog, before = ([one.value for one in found if one.metric == "silog"] for found in (trained, barely))
-    assert all(value < 0.5 * start for value, start in zip(silog, before, strict=True))
-    again = depth.run(DepthConfig(steps=3, **settings), model, str(tmp_path))
-    assert [one.value for one in again] == [one.value for one in barely]
-    assert {one.data_hash for one in again} == {one.data_hash for one in barely}
+    assert [one.value for one in again] == [one.value for one in first]
+    assert {one.data_hash for one in again} == {one.data_hash for one in first}
 
 
 def test_dpt_trains_to_numbers(tmp_path: Path, model: features.FrozenModel) -> None:
@@ -371,12 +380,10 @@ def test_dpt_trains_to_numbers(tmp_path: Path, model: features.FrozenModel) -> N
 def test_every_picture_is_seen_before_one_comes_again(tmp_path: Path) -> None:
     depth_scene(tmp_path, 6, seed=0)
     settings = data(tmp_path)
-    config = DepthConfig(
-        train=settings, tests=(settings,), steps=3, warmup_steps=2, batch_size=4, crop_size=(40, 48), augment=False
-    )
-    seen = torch.cat([truth for _, truth in depth.training_batches(depth_data.find_samples(settings, "train"), config)])
+    config = DepthConfig(train=settings, tests=(settings,), steps=3, warmup_steps=2, batch_size=4, crop_size=(40, 48))
+    samples = depth_data.find_samples(settings, "train")
+    seen = torch.cat([truth for _, truth in depth.training_batches(samples, config, augmented=False)])
     for epoch in (seen[:6], seen[6:]):
         assert len({tuple(one.flatten().tolist()) for one in epoch}) == 6
     with pytest.raises(InputError, match="Set a smaller crop_size"):
-        samples = depth_data.find_samples(settings, "train")
         next(depth.training_batches(samples, config.model_copy(update={"crop_size": None})))

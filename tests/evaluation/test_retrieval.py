@@ -416,9 +416,8 @@ def test_features_are_kept_for_the_same_model_and_bytes_alone(tmp_path: Path) ->
 def test_the_batch_changes_nothing(tmp_path: Path, resize: Any) -> None:
     root = revisited(tmp_path)
     photos = [Photo(str(path)) for path in sorted((root / "jpg").iterdir())]
-    view = ViewConfig(resize=resize, image_size=32, batch_size=1)
-    alone = retrieval._compute(load_model(PIXELS), photos, view)
-    together = retrieval._compute(load_model(PIXELS), photos, view.model_copy(update={"batch_size": 4}))
+    view = ViewConfig(resize=resize, image_size=32)
+    alone, together = (retrieval._compute(load_model(PIXELS), photos, view, batch_size=size) for size in (1, 4))
     torch.testing.assert_close(alone, together)
     shape = see(Photo(photos[-1].path), view.model_copy(update={"image_size": 64}), 8).shape
     assert shape == ((3, 56, 72) if resize == "keep_aspect" else (3, 64, 64))  # of 120 x 96 pixels

@@ -28,7 +28,6 @@ def knn_config(tmp_path: Path, **changes: object) -> KnnConfig:
         "pictures": SMALL,
         "k": (1, 5, 12),
         "per_class": (3,),
-        "tries": 4,
     }
     return KnnConfig.model_validate(fields | changes)
 
