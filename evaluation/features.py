@@ -44,12 +44,11 @@ from curation.engine.stage import run_shards
 from curation.errors import InputError, WeightsError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.images.decode import Picture, to_shape
 from curation.models import embedders
 from curation.models.device import require_device
 from curation.models.embedders import EmbedderConfig, ModelName, Normalization
-from evaluation.data import splits
 from evaluation.data.splits import Split
+from evaluation.data.views import PicturesConfig, read_squares
 
 Pooling = Literal["cls", "patch_mean", "cls_patch_mean"]
 
@@ -323,34 +322,6 @@ def _hash(state: Mapping[str, Tensor], facts: Sequence[str]) -> str:
     return hashed.hexdigest()
 
 
-class PicturesConfig(Settings):
-    """How a picture becomes what the model sees: its middle square, scaled, and of that the middle."""
-
-    resize_size: int = Field(default=256, ge=8, le=4096)
-    """Side in pixels to which the middle square is scaled, bicubic with antialiasing. Cited: DINOv2's k-NN and linear
-    evaluation, which scales the whole picture so that its shorter side has this length; the same within a pixel."""
-    image_size: int = Field(default=224, ge=8, le=4096)
-    """Side in pixels of the square in the middle of that, which the model sees. Cited: as above."""
-    batch_size: int = Field(default=32, ge=1)
-    """Pictures a forward pass; changes the speed alone, but for rounding."""
-    decode_threads: int = Field(default=2, ge=1)
-    """Threads that decode pictures ahead of the model."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.image_size > self.resize_size:
-            raise ValueError(f"image_size {self.image_size} is greater than resize_size {self.resize_size}")
-        return self
-
-
-def preprocess(picture: Picture, config: PicturesConfig) -> Tensor:
-    """One picture as the model sees it, (3, image_size, image_size) uint8."""
-    square = to_shape(picture, (config.resize_size, config.resize_size), crop=True)
-    start = (config.resize_size - config.image_size) // 2
-    middle = slice(start, start + config.image_size)
-    return torch.from_numpy(np.ascontiguousarray(square[:, middle, middle]))
-
-
 @dataclass(frozen=True, eq=False)
 class FeatureFiles:
     """The features of a split, on disk, in its order. Raises InputError where a file cannot be read."""
@@ -434,17 +405,7 @@ def _make_worker(
         raise InputError(f"{model.config.weights} has changed since the evaluation began. Start it again.")
 
     def process(shard: Shard) -> ShardRecord:
-        pixels = (
-            own
-            for _, own in splits.pictures(
-                split,
-                shard.work,
-                lambda picture: preprocess(picture, config),
-                target_side=config.resize_size,
-                threads=config.decode_threads,
-                ahead=2 * config.batch_size,
-            )
-        )
+        pixels = read_squares(split, shard.work, config, ahead=2 * config.batch_size)
         found = []
         while batch := list(islice(pixels, config.batch_size)):
             found.append(model.image_features(torch.stack(batch)))

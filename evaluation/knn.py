@@ -30,7 +30,8 @@ from curation.search import exact
 from evaluation import features, results
 from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
-from evaluation.features import FrozenModel, PicturesConfig, unit_rows
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModel, unit_rows
 from evaluation.results import Result, Score
 from evaluation.scores import class_mean
 

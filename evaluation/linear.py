@@ -44,7 +44,8 @@ from curation.images.sources import ReferenceReader
 from evaluation import order, results
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
-from evaluation.features import FrozenModel, PicturesConfig, preprocess
+from evaluation.data.views import PicturesConfig, read_squares
+from evaluation.features import FrozenModel
 from evaluation.results import Result, Score
 from evaluation.scores import classifier_scores
 
@@ -327,15 +328,9 @@ def _crops(config: LinearConfig, split: Split, world: World) -> Iterator[tuple[T
 def middles(split: Split, world: World, config: PicturesConfig, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The middles of this rank's share of the pictures (B, 3, side, side) and their labels (B,), `size` at a time."""
     share = world.share(len(split))
-    found = splits.pictures(
-        split,
-        share,
-        lambda picture: preprocess(picture, config),
-        target_side=config.resize_size,
-        threads=config.decode_threads,
-    )
+    squares = read_squares(split, share, config)
     start = share.start
-    while batch := [pixels for _, pixels in islice(found, size)]:
+    while batch := list(islice(squares, size)):
         yield torch.stack(batch), split.labels[start : start + len(batch)]
         start += len(batch)
 

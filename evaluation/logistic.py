@@ -29,7 +29,8 @@ from curation.files.hashes import hash_json
 from evaluation import features, results
 from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
-from evaluation.features import FrozenModel, PicturesConfig, require_finite_rows
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModel, require_finite_rows
 from evaluation.results import Result, Score
 from evaluation.scores import classifier_scores
 

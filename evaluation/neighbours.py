@@ -12,7 +12,8 @@ from curation.images.decode import to_shape
 from evaluation import features, visualize
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
-from evaluation.features import FrozenModel, PicturesConfig
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModel
 from evaluation.visualize import PictureRecord, Pixels
 
 # Side in pixels of a picture on the sheet. Assumed: nine fit beside one another on a page.

@@ -52,11 +52,11 @@ from evaluation.data.retrieval_data import (
     MetData,
     Photo,
     RevisitedData,
-    ViewConfig,
     read_amstertime,
     read_met,
     read_revisited,
 )
+from evaluation.data.views import ViewConfig
 from evaluation.features import FrozenModel, unit_rows
 from evaluation.results import Result, Score
 

@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from curation.config import Settings
@@ -14,17 +13,7 @@ from curation.files import paths
 from curation.images.sources import SourceConfig, list_files
 from evaluation.data import plain_pickle
 from evaluation.data.splits import SplitConfig, listed
-from evaluation.features import PicturesConfig
-
-
-class ViewConfig(Settings):
-    """How a picture becomes what the model sees."""
-
-    resize: Literal["keep_aspect", "squash", "center_crop"] = "keep_aspect"
-    """The whole picture at its own aspect ratio, both sides multiples of the patch; the whole of it, or its middle, as
-    a square."""
-    image_size: int = Field(default=448, ge=8, le=4096)
-    """Side in pixels of the square, or of one with as many pixels. Assumed: DINOv2's is not published."""
+from evaluation.data.views import PicturesConfig, ViewConfig
 
 
 class RevisitedData(Settings):

@@ -11,7 +11,8 @@ from curation.engine.runner import InlineRunner
 from curation.errors import InputError, WeightsError
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
-from evaluation.features import FeatureFiles, FrozenModelConfig, PicturesConfig, extract, load_model
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FeatureFiles, FrozenModelConfig, extract, load_model
 from tests.evaluation.builders import checkpoint, image_folder, model_config
 
 SMALL = PicturesConfig(resize_size=40, image_size=32)

@@ -12,7 +12,8 @@ from curation.engine.runner import InlineRunner
 from evaluation import linear
 from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
-from evaluation.features import FrozenModelConfig, PicturesConfig, load_model
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModelConfig, load_model
 from evaluation.linear import LEARNING_RATES, Heads, LinearConfig, Reading, fitted, random_crop, read, readings_of
 from tests.curation.builders import picture_of
 from tests.evaluation.builders import drawn, image_folder, model_config

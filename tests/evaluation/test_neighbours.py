@@ -8,7 +8,8 @@ from PIL import Image
 
 from evaluation import neighbours
 from evaluation.data.splits import SplitConfig
-from evaluation.features import FrozenModelConfig, PicturesConfig, load_model
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModelConfig, load_model
 from evaluation.neighbours import SIDE, NeighboursConfig, choose
 from evaluation.visualize import GAP, OTHER, SAME
 from tests.evaluation.builders import image_folder

@@ -19,11 +19,11 @@ from evaluation.data.retrieval_data import (
     MetData,
     Photo,
     RevisitedData,
-    ViewConfig,
     read_amstertime,
     read_met,
     read_revisited,
 )
+from evaluation.data.views import ViewConfig
 from evaluation.features import FrozenModelConfig, load_model
 from evaluation.results import Result
 from evaluation.retrieval import (

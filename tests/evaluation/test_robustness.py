@@ -9,7 +9,8 @@ import torch
 from curation.errors import InputError, UserError
 from evaluation import robustness
 from evaluation.data.splits import SplitConfig
-from evaluation.features import FrozenModelConfig, PicturesConfig, load_model
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModelConfig, load_model
 from evaluation.linear import LinearConfig
 from evaluation.robustness import ALEXNET_ERRORS, RobustnessConfig, mean_corruption_error, real_accuracy
 from tests.evaluation.builders import CLASSES, encoded, image_folder

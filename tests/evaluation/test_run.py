@@ -10,7 +10,8 @@ import torch
 from curation.errors import InputError
 from evaluation import knn, results, run
 from evaluation.data.splits import SplitConfig
-from evaluation.features import FrozenModelConfig, PicturesConfig, load_model
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModelConfig, load_model
 from evaluation.knn import KnnConfig
 from evaluation.run import EvaluationConfig, evaluate
 from evaluation.scores import class_mean
