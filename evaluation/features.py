@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from torch.nn import functional
 
 from curation import backbone, weights
 from curation.backbone import VisionTransformer
-from curation.config import NotInPlan, Settings, plan_values
+from curation.config import Settings, plan_values
 from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest
 from curation.engine.rank_runner import RankRunner, follow
@@ -45,11 +45,10 @@ from curation.engine.stage import Stage, run_stage
 from curation.errors import InputError, WeightsError
 from curation.files import npy, paths
 from curation.files.hashes import hash_json, sha256_of_file
-from curation.images.decode import Picture, to_shape
 from curation.models import embedders, vit
 from curation.models.embedders import EmbedderConfig, ModelName
-from evaluation.data import splits
 from evaluation.data.splits import Split
+from evaluation.data.views import PicturesConfig, read_squares
 
 # Side in pixels of what "pixels" reads of a picture. Assumed: as CIFAR's, at which photographs can still be told apart.
 PIXELS_SIDE = 32
@@ -57,7 +56,7 @@ PIXELS_SIDE = 32
 SHARD_IMAGES = 1024
 
 
-class ModelConfig(Settings):
+class FrozenModelConfig(Settings):
     """Which frozen model. Everything but `label` and `device` changes what it computes."""
 
     name: ModelName | Literal["pixels"] | None = None
@@ -66,8 +65,6 @@ class ModelConfig(Settings):
     weights: str | None = None
     """Local path of a checkpoint in a layout of `curation.weights`: a file, or a folder of transformers. Left out,
     efficientnet_lite0 takes the weights of its package."""
-    weights_sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
-    """SHA-256 in hex that the checkpoint must have; of a folder, that of its weight files one after another."""
     label: str | None = None
     """What results call the model. Left out, its name and the name of the checkpoint."""
     untrained_seed: int | None = None
@@ -105,7 +102,7 @@ class ModelConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Model:
+class FrozenModel:
     """A frozen model on its device. `load_model` makes one."""
 
     name: str
@@ -130,7 +127,7 @@ class Model:
     """Normalised pictures (B, 3, H, W) to features (B, F)."""
     backbone: VisionTransformer | None = field(repr=False)
     """Where the patch tokens come from."""
-    config: ModelConfig = field(repr=False)
+    config: FrozenModelConfig = field(repr=False)
     """What it was loaded from."""
     world: World = field(repr=False)
     """The ranks that hold it: what goes through it is shared out among them."""
@@ -156,13 +153,16 @@ class Model:
         )
         return tuple((_finite(patches.float(), self.name), cls.float()) for patches, cls in found)
 
-    def _normalized(self, pixels: Tensor) -> Tensor:
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 as the network reads it, on the model's device."""
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and pixels.shape[1] == 3, (pixels.dtype, pixels.shape)
-        images = (pixels.to(self.device).float() - self.mean) / self.deviation
-        return images.to(self.dtype, memory_format=torch.channels_last)
+        return ((pixels.to(self.device).float() - self.mean) / self.deviation).to(self.dtype)
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        return self.normalized(pixels).to(memory_format=torch.channels_last)
 
 
-def load_model(config: ModelConfig, world: World = ALONE) -> Model:
+def load_model(config: FrozenModelConfig, world: World = ALONE) -> FrozenModel:
     """The model of `config` on its device, frozen; on each rank of `world`. Raises DeviceError and WeightsError."""
     device, dtype = require_device(config.device), getattr(torch, config.precision)
     embedder_model = embedders.MODELS.get(config.name or "")
@@ -179,7 +179,6 @@ def load_model(config: ModelConfig, world: World = ALONE) -> Model:
             EmbedderConfig(
                 name=config.name,
                 weights=path,
-                weights_sha256=config.weights_sha256,
                 pooling=next(iter(embedder_model.dimensions)),
                 device=config.device,
                 precision=config.precision,
@@ -187,7 +186,7 @@ def load_model(config: ModelConfig, world: World = ALONE) -> Model:
         )
         read, num_features, mean, deviation = embedder.network, embedder.dimensions, embedder.mean, embedder.deviation
         facts = [name, sha256_of_file(path), config.precision]
-    return Model(
+    return FrozenModel(
         name=config.label or name,
         hash=_hash({}, facts),
         embed_dim=num_features,
@@ -205,9 +204,9 @@ def load_model(config: ModelConfig, world: World = ALONE) -> Model:
     )
 
 
-def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype, world: World) -> Model:
+def _load_vit(config: FrozenModelConfig, device: torch.device, dtype: torch.dtype, world: World) -> FrozenModel:
     assert config.weights is not None
-    checkpoint = weights.read(config.weights, sha256=config.weights_sha256)
+    checkpoint = weights.read(config.weights)
     found = weights.architecture(checkpoint.tensors, checkpoint.path)
     size = next((name for name, size in backbone.SIZES.items() if size.embed_dim == found.embed_dim), None)
     if size is None:
@@ -239,7 +238,7 @@ def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype, wor
     mean, deviation = embedders.normalization_tensors(embedders.IMAGENET_NORMALIZATION, device)
     place = Path(config.weights)
     label = f"{name} untrained" if fresh else f"{name} {place.parent.name}/{place.name}"
-    return Model(
+    return FrozenModel(
         name=config.label or label,
         hash=own,
         embed_dim=found.embed_dim,
@@ -277,6 +276,21 @@ def _finite(features: Tensor, name: str) -> Tensor:
     return features
 
 
+def require_finite_rows(rows: Tensor, name: str, first_row: int = 0) -> None:
+    """Raise InputError where a row of the `name` features (., D) is not finite; rows count from `first_row`."""
+    wrong = torch.nonzero(~rows.isfinite().all(1))
+    if len(wrong):
+        row = first_row + int(wrong[0])
+        raise InputError(f"The {name} features hold a value that is not finite, or too large, in row {row}.")
+
+
+def unit_rows(features: Tensor, name: str, *, dtype: torch.dtype = torch.float32, first_row: int = 0) -> Tensor:
+    """`features` (., D) as rows of length 1, or 0 where they were 0. Raises as `require_finite_rows`."""
+    units = functional.normalize(features.to(dtype), dim=1)
+    require_finite_rows(units, name, first_row)
+    return units
+
+
 def _hash(state: Mapping[str, Tensor], facts: Sequence[str]) -> str:
     hashed = hashlib.sha256("\n".join(facts).encode())
     for name, value in sorted(state.items()):
@@ -285,36 +299,8 @@ def _hash(state: Mapping[str, Tensor], facts: Sequence[str]) -> str:
     return hashed.hexdigest()
 
 
-class PicturesConfig(Settings):
-    """How a picture becomes what the model sees: its middle square, scaled, and of that the middle."""
-
-    resize_size: int = Field(default=256, ge=8, le=4096)
-    """Side in pixels to which the middle square is scaled, bicubic with antialiasing. Cited: DINOv2's k-NN and linear
-    evaluation, which scales the whole picture so that its shorter side has this length; the same within a pixel."""
-    image_size: int = Field(default=224, ge=8, le=4096)
-    """Side in pixels of the square in the middle of that, which the model sees. Cited: as above."""
-    batch_size: Annotated[int, NotInPlan] = Field(default=32, ge=1)
-    """Pictures a forward pass; changes the speed alone, but for rounding."""
-    decode_threads: Annotated[int, NotInPlan] = Field(default=2, ge=1)
-    """Threads that decode pictures ahead of the model."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.image_size > self.resize_size:
-            raise ValueError(f"image_size {self.image_size} is greater than resize_size {self.resize_size}")
-        return self
-
-
-def preprocess(picture: Picture, config: PicturesConfig) -> Tensor:
-    """One picture as the model sees it, (3, image_size, image_size) uint8."""
-    square = to_shape(picture, (config.resize_size, config.resize_size), crop=True)
-    start = (config.resize_size - config.image_size) // 2
-    middle = slice(start, start + config.image_size)
-    return torch.from_numpy(np.ascontiguousarray(square[:, middle, middle]))
-
-
 @dataclass(frozen=True, eq=False)
-class Features:
+class FeatureFiles:
     """The features of a split, on disk, in its order. Raises InputError where a file cannot be read."""
 
     files: tuple[str, ...]
@@ -340,7 +326,9 @@ class Features:
         return found
 
 
-def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runner: Runner | None = None) -> Features:
+def extract(
+    model: FrozenModel, split: Split, config: PicturesConfig, cache: str, runner: Runner | None = None
+) -> FeatureFiles:
     """The features of the images of `split`, from the cache where they are there.
 
     `runner` may spread the images over workers, each of which loads the model; the ranks of the model's world, which
@@ -373,7 +361,7 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     else:
         follow(model.world, "features", make_worker, shards, folder)
         manifest = require_manifest(folder)
-    found = Features(tuple(paths.join(folder, name) for name in manifest.files("features")))
+    found = FeatureFiles(tuple(paths.join(folder, name) for name in manifest.files("features")))
     shapes = [tuple(block.shape) for block in found.blocks()]
     if shapes != [(shard.num_items, model.num_features) for shard in shards]:
         raise InputError(f"{folder} is damaged: its files hold features of the shapes {shapes}. Delete it.")
@@ -381,24 +369,14 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
 
 
 def _make_worker(
-    load: Callable[[], Model], model_hash: str, split: Split, config: PicturesConfig, output: str
+    load: Callable[[], FrozenModel], model_hash: str, split: Split, config: PicturesConfig, output: str
 ) -> Callable[[Shard], ShardRecord]:
     model = load()
     if model.hash != model_hash:
         raise InputError(f"{model.config.weights} has changed since the evaluation began. Start it again.")
 
     def process(shard: Shard) -> ShardRecord:
-        pixels = (
-            own
-            for _, own in splits.pictures(
-                split,
-                shard.work,
-                lambda picture: preprocess(picture, config),
-                target_side=config.resize_size,
-                threads=config.decode_threads,
-                ahead=2 * config.batch_size,
-            )
-        )
+        pixels = read_squares(split, shard.work, config, ahead=2 * config.batch_size)
         found = []
         while batch := list(islice(pixels, config.batch_size)):
             found.append(model.image_features(torch.stack(batch)))
@@ -409,7 +387,7 @@ def _make_worker(
     return process
 
 
-def _identity(model: Model) -> Model:
+def _identity(model: FrozenModel) -> FrozenModel:
     return model
 
 

@@ -69,7 +69,7 @@ def evaluation_page(name: str) -> str:
         result(**names | {"model": name + "2"}, model_hash="c" * 64),
         *(result(**names | {"protocol": f"{name}={k}"}) for k in (1, 2, 3)),
     ]
-    picture = visualize.Picture(file="pca-a.png", kind="pca", model=name, caption=name)
+    picture = visualize.PictureRecord(file="pca-a.png", kind="pca", model=name, caption=name)
     return report.page(found, [(picture, b"\x89PNG")])
 
 

@@ -34,7 +34,7 @@ from curation.search.parts import PartSearch
 from curation.search.self_join import Neighborhood
 from curation.search.top_k import merge_into_best
 from evaluation import knn
-from evaluation.features import SHARD_IMAGES, Features
+from evaluation.features import SHARD_IMAGES, FeatureFiles
 from pipelines.bench import mixture
 
 Measured = dict[str, float]
@@ -209,7 +209,7 @@ def make_features(folder: str, vectors_folder: str) -> Measured:
 def classify_neighbors(folder: str, vectors_folder: str, output: str, k: int, num_files: int) -> Measured:
     """The neighbours that vote in k-NN evaluation, among the features of the first files, streamed."""
     names = [name for name in paths.list_names(folder) if name.endswith(".npy")][:num_files]
-    own = Features(tuple(paths.join(folder, name) for name in names))
+    own = FeatureFiles(tuple(paths.join(folder, name) for name in names))
     queries = torch.from_numpy(np.load(Path(vectors_folder, "queries.npy"), allow_pickle=False))
     started = time.perf_counter()
     rows = knn.neighbors(own.blocks(), queries, k=k)[1]
