@@ -50,7 +50,7 @@ _DRAWS = 2 * ATTEMPTS + 13
 Fraction = Field(ge=0, le=1)
 
 
-class View(Settings):
+class CropView(Settings):
     """Crops of a group that are treated alike."""
 
     num: int = Field(default=1, ge=1)
@@ -71,7 +71,7 @@ class CropGroup(Settings):
     """Side in pixels; a multiple of the patch size."""
     scale: tuple[float, float]
     """Least and greatest area of a crop's window, as a share of the picture's."""
-    views: tuple[View, ...] = Field(min_length=1)
+    views: tuple[CropView, ...] = Field(min_length=1)
     """Its crops, in order."""
 
     @property
@@ -94,10 +94,10 @@ def released_crops(
     blur: tuple[float, float, float] = EFFECTIVE_BLUR,
 ) -> tuple[CropGroup, ...]:
     """DINOv2's two global crops and its local ones. Patches of 14 pixels want local crops of 98."""
-    views = (View(blur=blur[0]), View(blur=blur[1], solarize=0.2))
+    views = (CropView(blur=blur[0]), CropView(blur=blur[1], solarize=0.2))
     groups = [CropGroup(name="global", size=global_size, scale=(0.32, 1.0), views=views)]
     if num_local:
-        local = (View(num=num_local, blur=blur[2]),)
+        local = (CropView(num=num_local, blur=blur[2]),)
         groups.append(CropGroup(name="local", size=local_size, scale=(0.05, 0.32), views=local))
     return tuple(groups)
 
@@ -180,7 +180,9 @@ def draw_crops(
     )
 
 
-def _crop(config: AugmentConfig, group: CropGroup, view: View, width: int, height: int, numbers: list[float]) -> Crop:
+def _crop(
+    config: AugmentConfig, group: CropGroup, view: CropView, width: int, height: int, numbers: list[float]
+) -> Crop:
     across, down, flip, jitter, order, brightness, contrast, saturation, hue, gray, blur, sigma, solarize = numbers[:13]
     left, top, window_width, window_height = _window(config, group, width, height, across, down, numbers[13:])
     return Crop(

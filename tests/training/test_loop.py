@@ -25,7 +25,7 @@ from curation.errors import ConfigError, InputError, OutputMismatchError, Reject
 from tests.training.builders import random_batch, train_config, write_images
 from training import checkpoint, loop, samples
 from training.loop import TrainConfig, train
-from training.model import teach
+from training.model import teacher_targets
 
 Ranks = Callable[..., list[Any]]
 Arrays = dict[str, np.ndarray]
@@ -142,18 +142,18 @@ def test_two_ranks_go_on_as_one(images: str, tmp_path: Path, ranks: Ranks) -> No
 
 def prepared(config: TrainConfig, output: Path) -> loop.Trainer:
     samples.prepare(config.data, str(output), InlineRunner())
-    return loop.prepare(config, World(0, 1, 0, torch.device("cpu")))
+    return loop.build_trainer(config, World(0, 1, 0, torch.device("cpu")))
 
 
 def test_a_step_that_is_not_finite_changes_nothing(images: str, tmp_path: Path) -> None:
     trainer = prepared(train_config(images), tmp_path)
     loop.step(trainer, [random_batch(4, num_local=2), random_batch(4, seed=1, num_local=2)], 0)
-    before = {name: of.clone() for name, of in checkpoint._flat(loop._parts(trainer)).items()}
+    before = {name: of.clone() for name, of in checkpoint._flat(loop._checkpoint_parts(trainer)).items()}
     bad = random_batch(4, seed=2, num_local=2)
     bad.crops[1][3, 0, 5, 5] = float("nan")
     result = loop.step(trainer, [random_batch(4, seed=3, num_local=2), bad], 1)
     assert not result.finite
-    assert_equal(checkpoint._flat(loop._parts(trainer)), before)
+    assert_equal(checkpoint._flat(loop._checkpoint_parts(trainer)), before)
     assert all(parameter.grad is None for parameter in trainer.model.student.parameters())
     assert loop.step(trainer, [random_batch(4, seed=3, num_local=2)] * 2, 1).finite
 
@@ -294,8 +294,8 @@ def test_distillation_and_higher_resolution_start_from_an_export(images: str, tm
     assert torch.equal(vit.cls_token, found["average.backbone.cls_token"])  # type: ignore[arg-type]
     # All 16 patches of both global crops of 4 images are asked about.
     trainer = prepared(distilled, tmp_path / "again")
-    (lesson,) = teach(trainer.model, [random_batch(4, num_local=2)], 0.05, sum_over_ranks, max_over_ranks)
-    assert len(lesson.places) == 2 * 4 * 16 and lesson.patch_weights.sum().item() == pytest.approx(8)
+    (targets,) = teacher_targets(trainer.model, [random_batch(4, num_local=2)], 0.05, sum_over_ranks, max_over_ranks)
+    assert len(targets.patch_indices) == 2 * 4 * 16 and targets.patch_weights.sum().item() == pytest.approx(8)
 
     high = train_config(
         images,
