@@ -191,7 +191,8 @@ def require_config(path: str, record: Record, config: Mapping[str, Any]) -> None
         more = f"\n  and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
         raise OutputMismatchError(
             f"'{path}' is a checkpoint of another config:\n" + "\n".join(lines) + more + "\n"
-            "Nothing was changed. Resume with the config that it was written with, or give another --output."
+            "Nothing was changed. Resume with the config and the version of Seedbed that wrote it, or give another "
+            "--output."
         )
 
 

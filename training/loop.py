@@ -61,6 +61,9 @@ from training.samples import DataConfig
 # Called with the student's EMA and the number of steps done. Its results are written with the metrics.
 Evaluate = Callable[[VisionTransformer, int], dict[str, float]]
 
+# Steps in a row that may be skipped because the loss or a gradient is not finite. Assumed; DINOv3's trainer allows 2.
+MAX_SKIPPED_STEPS = 10
+
 # Fields of TrainConfig that may change when a run continues: where and how fast it runs, and what it reports.
 _MAY_CHANGE: dict[str, Any] = {
     **dict.fromkeys(
@@ -70,10 +73,8 @@ _MAY_CHANGE: dict[str, Any] = {
             "compile",
             "recompute",
             "reshard_after_forward",
-            "max_skipped_steps",
             "log_every",
             "export_every",
-            "export_layouts",
             "evaluate_every",
             "peak_teraflops",
             "checkpoint",
@@ -110,14 +111,10 @@ class TrainConfig(Settings):
     `full`."""
     reshard_after_forward: bool = True
     """Free the student's gathered parameters after the forward pass; the backward pass gathers them again."""
-    max_skipped_steps: int = Field(default=10, ge=0)
-    """Steps in a row that may be skipped because the loss or a gradient is not finite."""
     log_every: int = Field(default=10, gt=0)
     """Steps between two lines of metrics."""
     export_every: int = Field(default=12_500, gt=0)
     """Steps between two exports. The last step is always exported."""
-    export_layouts: tuple[export.ExportLayout, ...] = export.DEFAULT_LAYOUTS
-    """Layouts to export."""
     evaluate_every: int = Field(default=12_500, gt=0)
     """Steps between two evaluations, if the caller passes one to `train`. The first and last step are always evaluated.
     """
@@ -362,12 +359,12 @@ def _run(
             counters.skipped += not result.finite
             counters.skipped_in_a_row = 0 if result.finite else counters.skipped_in_a_row + 1
             writer.add(counters.step, _step_metrics(config, number, result, counters, seconds_waited))
-            if counters.skipped_in_a_row > config.max_skipped_steps:
+            if counters.skipped_in_a_row > MAX_SKIPPED_STEPS:
                 _save(trainer, output, counters)
                 image_ids = [image_id for batch in passes for image_id in batch.image_ids]
                 raise TrainingError(
                     f"Step {number}: the loss or a gradient is not finite, for {counters.skipped_in_a_row} steps in a "
-                    f"row (max_skipped_steps is {config.max_skipped_steps}). Losses: "
+                    f"row; at most {MAX_SKIPPED_STEPS} are allowed. Losses: "
                     f"{ {name: value.item() for name, value in result.losses.items()} }. Lower the learning rate, or "
                     f"look at the images of this rank's batch: {', '.join(image_ids)}."
                 )
@@ -509,7 +506,7 @@ def _export(trainer: Trainer, output: str, number: int) -> None:
     if trainer.world.is_first:
         backbone = backbone_from_state(trainer.config.model.backbone, state)
         heads = {name: value for name, value in state.items() if not name.startswith("backbone.")}
-        export.export(backbone, heads, export.folder(output, number), trainer.config.export_layouts)
+        export.export(backbone, heads, export.folder(output, number))
     barrier()
 
 

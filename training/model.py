@@ -73,8 +73,6 @@ class BackboneConfig(Settings):
     """Stochastic depth: share of the crops that each residual branch skips, the same at every depth."""
     weights: str | None = None
     """Checkpoint to start from, in any layout that curation.weights reads. Its positional embedding is resized."""
-    weights_sha256: str | None = None
-    """SHA-256 that the checkpoint must have."""
 
 
 class ObjectiveConfig(Settings):
@@ -264,7 +262,7 @@ def build_backbone(config: BackboneConfig, seed: int) -> VisionTransformer:
         seed=seed,
     )
     if config.weights is not None:
-        checkpoint = weights.read(config.weights, sha256=config.weights_sha256)
+        checkpoint = weights.read(config.weights)
         grid_size = weights.architecture(checkpoint.tensors, checkpoint.path).grid_size
         model.resize_positions(grid_size)
         weights.fill(model, checkpoint)

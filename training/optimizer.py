@@ -13,7 +13,7 @@ Source: Oquab et al., DINOv2 (arXiv 2304.07193), and its published code and conf
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import Annotated, Any, TypedDict, cast
 
 import torch
 from pydantic import Field
@@ -71,8 +71,6 @@ class OptimizerConfig(Settings):
     """Another factor for the patch projection."""
     clip_norm: float = Field(default=3.0, gt=0)
     """Greatest norm of the gradients of the backbone and of each head, separately."""
-    implementation: Literal["fused", "foreach"] = "fused"
-    """PyTorch's one kernel for all, or one for each operation."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def make_optimizer(config: OptimizerConfig, groups: Sequence[ParameterGroup]) ->
         betas=config.betas,
         eps=config.epsilon,
         weight_decay=0.0,
-        **{config.implementation: True},
+        fused=True,  # one kernel for a group; cited: DINOv3's trainer
     )
 
 

@@ -159,11 +159,11 @@ def test_a_step_that_is_not_finite_changes_nothing(images: str, tmp_path: Path) 
 
 
 def test_too_many_steps_that_are_not_finite_end_the_run(images: str, tmp_path: Path) -> None:
-    config = train_config(images, num_steps=9, schedule__base_learning_rate=1e38, max_skipped_steps=2)
-    with pytest.raises(TrainingError, match=r"for 3 steps in a row.*[0-9a-f]{32}, [0-9a-f]{32}"):
+    config = train_config(images, num_steps=14, schedule__base_learning_rate=1e38)
+    with pytest.raises(TrainingError, match=r"for 11 steps in a row.*[0-9a-f]{32}, [0-9a-f]{32}"):
         train(config, str(tmp_path / "run"))
     found = lines(tmp_path / "run")
-    assert found[-1]["skipped_steps"] == 3
+    assert found[-1]["skipped_steps"] == 11
     assert checkpoint.steps(str(tmp_path / "run" / "checkpoints"))[-1] == found[-1]["step"]
 
 
@@ -260,7 +260,7 @@ def test_what_cannot_work_is_refused_before_any_image(images: str, tmp_path: Pat
 
 
 def test_what_is_exported_is_the_average(images: str, tmp_path: Path) -> None:
-    train(train_config(images, export_layouts=["released"]), str(tmp_path / "run"))
+    train(train_config(images), str(tmp_path / "run"))
     vit = backbone.build("vit_tiny", depth=2, patch_size=8, image_size=32, seed=None)
     weights.load(vit, str(tmp_path / "run" / "export" / "step-0000004" / "teacher.pth"))
     expected = state(tmp_path / "run", 4)
