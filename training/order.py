@@ -16,6 +16,8 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from curation.files.hashes import split_mix_rounds
+
 # Purposes of generators, a part of their seeds: any numbers that differ from each other and from those in data.py and
 # masking.py.
 ORDER_PURPOSE, SHIFT_PURPOSE = 0x6F72, 0x7368
@@ -60,8 +62,7 @@ def permute(indices: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> 
     """Apply the permutation of range(size) that `keys` (ROUNDS,) choose to `indices` (P,), without storing it.
 
     A Feistel network permutes the range up to the next power of four. A value outside range(size) goes through it again
-    until it is inside (cycle walking, Black and Rogaway 2002). The round function is the mixer of SplitMix64 (Steele,
-    Lea and Flood 2014).
+    until it is inside (cycle walking, Black and Rogaway 2002). The round function is that of SplitMix64.
     """
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)
@@ -70,9 +71,7 @@ def permute(indices: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> 
     while len(outside):
         left, right = values[outside] >> half_bits, values[outside] & mask
         for key in keys:
-            mixed = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+            left, right = right, left ^ (split_mix_rounds(right ^ key) & mask)
         values[outside] = (left << half_bits) | right
         outside = outside[values[outside] >= np.uint64(size)]
     return values.astype(np.int64)
