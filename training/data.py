@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from typing import Any, Protocol, cast, final
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from curation.images.decode import ImageRejected, RejectReason
 from curation.images.hashing import image_id
 from curation.images.sources import PARQUET_URI, ReferenceReader
 from curation.models.embedders import IMAGENET_NORMALIZATION
-from training.augment import AugmentConfig, Pixels, make_crops
+from training.augment import AugmentConfig, Pixels, make_crops, use_one_thread
 from training.masking import mask_token_weights
 from training.order import SampleOrder
 from training.samples import SAMPLES_FOLDER, DataConfig, SampleList, SampleReference
@@ -230,7 +229,7 @@ class _PassDataset(Dataset[Batch | UserError]):
     def _open_source(self) -> _Source:
         """The samples, opened at the first call in this process."""
         if self._source is None:
-            cv2.setNumThreads(1)
+            use_one_thread()
             settings = self._settings
             samples = SampleList(settings.samples_folder)
             self._source = _Source(

@@ -19,9 +19,9 @@ from training.augment import (
     CropGroup,
     CropView,
     cut_crops,
+    decode_reduction,
     draw_crops,
     make_crops,
-    reduction,
     released_crops,
 )
 
@@ -193,7 +193,7 @@ def test_a_large_jpeg_is_decoded_smaller_where_no_crop_is_enlarged() -> None:
     small = AugmentConfig(crops=sizes, jitter=0.0, solarize_threshold=256)
     picture = decoding.draw(1200, 1000, np.random.default_rng(1))
     data, same = encoded(picture, quality=95, subsampling=0), encoded(picture, "PNG")
-    by = [reduction(small, own) for own in drawn(small, 30, *picture.size)]
+    by = [decode_reduction(small, own) for own in drawn(small, 30, *picture.size)]
     for own, scaled_by in zip(drawn(small, 30, *picture.size), by, strict=True):
         spare = min(
             min(c.width, c.height) / side for side, crops_of in zip((64, 32), own, strict=True) for c in crops_of
