@@ -48,6 +48,7 @@ from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
 from curation.files import npy, parquet, paths, schemas, vectors
+from curation.files.hashes import split_mix
 from curation.files.image_ids import id_bytes, id_column
 from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
@@ -483,15 +484,12 @@ def _first_of_each(parts: list[np.ndarray], counts: np.ndarray) -> np.ndarray:
 def shuffled(image_ids: np.ndarray, seed: int) -> np.ndarray:
     """A number in [0, 1) for each image_id (N,) of 32 bytes, which depends on it and the seed alone: (N,) float64.
 
-    The finalizer of SplitMix64 (Steele, Lea and Flood 2014) over the seed and the four words of the image_id.
+    SplitMix64 over the seed and the four words of the image_id.
     """
     words = np.ascontiguousarray(image_ids).view(">u8").reshape(len(image_ids), 4).astype(np.uint64)
     state = np.full(len(image_ids), seed % 2**64, np.uint64)
     for word in words.T:
-        state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
+        state = split_mix(state ^ word)
     return (state >> np.uint64(11)) * 2.0**-53
 
 

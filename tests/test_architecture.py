@@ -25,7 +25,6 @@ DOORS = {
     "cv2": {
         "curation/copies/compare_thumbnails.py",
         "training/augment.py",
-        "training/data.py",
         "pipelines/bench/crops.py",
     },
     "torch.distributed": {"curation/engine/ranks.py", "training/distributed.py", "training/checkpoint.py"},

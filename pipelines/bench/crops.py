@@ -175,7 +175,7 @@ def reading(num_samples: int, runs: int) -> Row:
     """Samples read by reference in random order, against webdataset's in the order of the tars."""
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
-        listed: list[samples.Sample] = []
+        listed: list[samples.SampleReference] = []
         for start in range(0, num_samples, SAMPLES_PER_TAR):
             images = [generator.bytes(SAMPLE_BYTES) for _ in range(min(SAMPLES_PER_TAR, num_samples - start))]
             path = str(Path(folder, f"corpus-{start // SAMPLES_PER_TAR:06d}.tar"))
@@ -183,11 +183,11 @@ def reading(num_samples: int, runs: int) -> Row:
             sidecar = {"source": "bench", "reasons": ["as_is:bench"]}
             members = (CorpusSample(key, image, "JPEG", sidecar) for key, image in zip(ids, images, strict=True))
             _, places = write_tar(path, members)
-            listed += [samples.Sample(key, path, *place) for key, place in zip(ids, places, strict=True)]
+            listed += [samples.SampleReference(key, path, *place) for key, place in zip(ids, places, strict=True)]
         order = generator.permutation(num_samples).tolist()
 
         def ours() -> None:
-            reader = data.Reader(named=True, hashed=False)
+            reader = data.SampleReader(names_are_ids=True, verify_hashes=False)
             assert sum(len(reader.read(listed[row])) for row in order) == num_samples * SAMPLE_BYTES
             reader.close()
 

@@ -45,7 +45,7 @@ from training.augment import make_crops
 from training.data import Batch
 from training.loop import TrainConfig, Trainer
 from training.masking import mask_token_weights, step_masks
-from training.model import Outputs, crop_pairs, draw_kept
+from training.model import NetworkOutputs, crop_pair_weights, draw_kept
 
 NAME = "train"
 DROP_PATH = 0.4
@@ -128,7 +128,7 @@ def tables(*, scale: int = 1, repeats: int | None = None) -> list[Table]:
 def steps(name: str, num_images: int, repeats: int, device: str) -> dict[str, float]:
     """Seconds of a step of every variant, medians of `repeats` by turns after one to warm up."""
     config = _config(name, num_images, device)
-    trainer = loop.prepare(config, World(0, 1, 0, torch.device(device)))
+    trainer = loop.build_trainer(config, World(0, 1, 0, torch.device(device)))
     batch = make_batch(config).to(trainer.world.device)
     plain = torch.optim.AdamW(trainer.model.student.parameters(), lr=1e-5)  # one operation at a time
     works: dict[str, Callable[[int], Any]] = {
@@ -163,8 +163,8 @@ def make_batch(config: TrainConfig) -> Batch:
     return Batch(
         crops=tuple(torch.from_numpy(np.stack(group, axis=1)).flatten(0, 1) for group in zip(*cut, strict=True)),
         masks=masks,
-        places=masks.flatten().nonzero()[:, 0],
-        patch_weights=mask_token_weights(masks),
+        masked_indices=masks.flatten().nonzero()[:, 0],
+        masked_weights=mask_token_weights(masks),
         image_ids=[str(image) for image in range(config.batch_size)],
         positions=torch.arange(config.batch_size),
         rejected={},
@@ -180,7 +180,7 @@ def plain_step(
     generator = torch.Generator().manual_seed(number)
     precision = torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
     with precision, torch.no_grad():
-        taught = model.teacher([batch.crops[0]], None, batch.places)
+        taught = model.teacher([batch.crops[0]], None, batch.masked_indices)
     with precision:
         masks: list[Tensor | None] = [batch.masks, None]
         if variant.kept_only:
@@ -206,10 +206,10 @@ def plain_step(
             cls_tokens = [of_group[:, 0] for of_group in tokens]
             patches = tokens[0][:, 1 + backbone.num_register_tokens :]
         images = torch.cat(cls_tokens)
-        out = Outputs(
+        out = NetworkOutputs(
             tuple(cls_tokens),
             *model.student.dino_head(images),
-            *model.student.dino_head(patches.flatten(0, 1)[batch.places]),
+            *model.student.dino_head(patches.flatten(0, 1)[batch.masked_indices]),
         )
         loss = (_chunked_losses if variant.chunked else _whole_losses)(config, taught, out, batch)
         for crop in cls_tokens[0].unflatten(0, (2, num_images)):
@@ -239,7 +239,7 @@ def plain_forward(
     return backbone.norm(x)
 
 
-def _whole_losses(config: TrainConfig, taught: Outputs, said: Outputs, batch: Batch) -> Tensor:
+def _whole_losses(config: TrainConfig, taught: NetworkOutputs, said: NetworkOutputs, batch: Batch) -> Tensor:
     """Of matrices of all scores."""
     num_images = len(batch.image_ids)
     with torch.no_grad():
@@ -247,9 +247,9 @@ def _whole_losses(config: TrainConfig, taught: Outputs, said: Outputs, batch: Ba
         patches = losses.sinkhorn_knopp(taught.patch_features @ taught.patch_prototypes.T, 0.04)
     targets = images.unflatten(0, (2, num_images))
     scores = (said.image_features @ said.image_prototypes.T).unflatten(0, (-1, num_images))
-    pairs = crop_pairs(len(scores))
+    pairs = crop_pair_weights(len(scores))
     total = losses.ibot_loss(
-        said.patch_features @ said.patch_prototypes.T, patches, batch.patch_weights, 2 * num_images
+        said.patch_features @ said.patch_prototypes.T, patches, batch.masked_weights, 2 * num_images
     )
     for crop, own in enumerate(scores):
         for other, target in enumerate(targets):
@@ -258,7 +258,7 @@ def _whole_losses(config: TrainConfig, taught: Outputs, said: Outputs, batch: Ba
     return total
 
 
-def _chunked_losses(config: TrainConfig, taught: Outputs, said: Outputs, batch: Batch) -> Tensor:
+def _chunked_losses(config: TrainConfig, taught: NetworkOutputs, said: NetworkOutputs, batch: Batch) -> Tensor:
     """Of a chunk of scores at a time."""
     num_images, rows = len(batch.image_ids), config.model.objective.rows_per_chunk
 
@@ -272,7 +272,7 @@ def _chunked_losses(config: TrainConfig, taught: Outputs, said: Outputs, batch: 
         images,
         said.image_prototypes,
         targets(taught.image_features, taught.image_prototypes, 2),
-        crop_pairs(len(images)),
+        crop_pair_weights(len(images)),
         whole,
         0.1,
         rows_per_chunk=rows,
@@ -282,7 +282,7 @@ def _chunked_losses(config: TrainConfig, taught: Outputs, said: Outputs, batch: 
         said.patch_prototypes,
         targets(taught.patch_features, taught.patch_prototypes, 1),
         torch.ones(1, 1),
-        batch.patch_weights / (2 * num_images),
+        batch.masked_weights / (2 * num_images),
         0.1,
         rows_per_chunk=rows,
     )
@@ -305,7 +305,7 @@ def memory(chunked: bool, prototypes: int, num_images: int, rows: int) -> dict[s
             student[0].unflatten(0, (10, -1)),
             student[1],
             targets,
-            crop_pairs(10),
+            crop_pair_weights(10),
             torch.full((num_images,), 1 / num_images),
             0.1,
             rows_per_chunk=rows,
@@ -326,7 +326,7 @@ def gpu(name: str, num_images: int, repeats: int, packed: str, compile: bool) ->
     """Images/s, share of the GPU's peak (cited: 989 TFLOP/s in bfloat16 of an H100 or H200, 312 of an A100), and peak
     bytes, of training.loop.step at the short recipe."""
     config = _config(name, num_images, "cuda", packed_attention=packed, compile=compile)
-    trainer = loop.prepare(config, World(0, 1, 0, torch.device("cuda")))
+    trainer = loop.build_trainer(config, World(0, 1, 0, torch.device("cuda")))
     batch = make_batch(config).to(trainer.world.device)
     seconds = []
     for number in range(3 + repeats):

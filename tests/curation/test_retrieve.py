@@ -291,6 +291,8 @@ def test_shuffled_is_even_and_depends_on_seed_and_image() -> None:
     assert retrieve.shuffled(ids[5:6], 3) == values[5], "the others do not matter"
     assert retrieve.shuffled(ids[:0], 3).shape == (0,)
     np.testing.assert_array_equal(retrieve.shuffled(ids, -1), retrieve.shuffled(ids, 2**64 - 1))
+    fixed = np.array([f"{number:032x}" for number in (0, 1, 2**127)], "S32")
+    assert retrieve.shuffled(fixed, 3).tolist() == [0.05865357986800668, 0.8755547017368056, 0.29866282784651077]
 
 
 class Hierarchy:
