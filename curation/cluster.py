@@ -37,14 +37,13 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import typer
 from pydantic import Field, field_validator
 
-from curation.config import Settings, load
+from curation.config import Settings
 from curation.engine import command, progress
 from curation.engine.manifest import PROGRESS_NAME, Manifest, ShardRecord, require_manifest, step_folder
 from curation.engine.run_log import RunLog
@@ -56,6 +55,7 @@ from curation.files.paths import FileRecord
 from curation.run_folder import RunFolder, kept_shards, read_centroids, read_kept, read_parents
 from curation.search import exact, kmeans
 from curation.search.kmeans import Reduction
+from curation.stage_command import stage_command
 
 # Points that are read at a time. Measured (D 384, 4,096 clusters): half as many cost an eighth more and save 70 MB.
 BLOCK_ROWS = 32_768
@@ -554,28 +554,9 @@ def _point_files(folder: str, done: Sequence[ShardRecord]) -> tuple[PointFile, .
     return tuple(PointFile(paths.join(folder, record.files[0].name), record.totals["points"]) for record in done)
 
 
-def command_line(
-    config: command.ConfigOption,
-    images: Annotated[str, typer.Option("--images", help="Folder of the finished ingest.")],
-    deduplicated: Annotated[str, typer.Option("--dedup", help="Folder of the finished dedup.")],
-    embedded: Annotated[str, typer.Option("--vectors", help="Folder of the finished embed.")],
-    output: command.OutputOption,
-    runner: command.RunnerOption = "ray",
-    workers: command.WorkersOption = None,
-    overrides: command.SetOption = None,
-    plan: command.PlanOption = False,
-    replace: command.ReplaceOption = False,
-) -> None:
-    """Cluster the kept pool images."""
-    settings = load(ClusterConfig, config, overrides or (), section="cluster")
-    inputs = RunFolder(ingest=images, dedup=deduplicated, embed=embedded)
-    command.plan_or_run(
-        settings,
-        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
-        plan=plan,
-        runner=runner,
-        workers=workers,
-    )
+command_line = stage_command(
+    "cluster", ClusterConfig, run, "Cluster the kept pool images.", reads=("ingest", "dedup", "embed")
+)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Annotated
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from curation.config import NotInPlan, Settings, load
+from curation.config import NotInPlan, Settings
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, sum_counts
 from curation.engine.run_log import RunLog
@@ -32,6 +32,8 @@ from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.hashing import image_id
 from curation.images.sandbox import ImageSandbox
 from curation.images.sources import SourceConfig
+from curation.run_folder import RunFolder
+from curation.stage_command import stage_command
 
 
 class IngestConfig(Settings):
@@ -183,24 +185,11 @@ def _first_damage(output: str) -> str:
     raise AssertionError(f"no damaged archive in {output}")
 
 
-def command_line(
-    config: command.ConfigOption,
-    output: command.OutputOption,
-    runner: command.RunnerOption = "ray",
-    workers: command.WorkersOption = None,
-    overrides: command.SetOption = None,
-    plan: command.PlanOption = False,
-    replace: command.ReplaceOption = False,
-) -> None:
-    """Read every source into one row per image."""
-    settings = load(IngestConfig, config, overrides or (), section="ingest")
-    command.plan_or_run(
-        settings,
-        lambda chosen: run(settings, output, chosen, replace=replace),
-        plan=plan,
-        runner=runner,
-        workers=workers,
-    )
+def _run_alone(config: IngestConfig, inputs: RunFolder, output: str, runner: Runner, *, replace: bool) -> Manifest:
+    return run(config, output, runner, replace=replace)
+
+
+command_line = stage_command("ingest", IngestConfig, _run_alone, "Read every source into one row per image.")
 
 
 if __name__ == "__main__":
