@@ -32,7 +32,7 @@ def write_run(
     for count in [*rng.integers(0, 15, 5).tolist(), 2]:
         drawn = rng.integers(0, 30, count).tolist()
         numbers |= set(drawn)
-        roles = rng.choice(schemas.ROLES, count).tolist()
+        roles = rng.choice(["seed", "pool", "holdout"], count).tolist()
         shards.append(
             [
                 image_row(name(n), role, role, width=n + 1, height=3, length=7 * n)
