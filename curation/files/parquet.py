@@ -13,7 +13,7 @@ from curation.files.paths import FileRecord, atomic_write, open_read
 
 
 def write_table(path: str, table: pa.Table) -> FileRecord:
-    """Write an Arrow table as Parquet to `path` atomically and return what was written."""
+    """Write an Arrow table as Parquet to `path` atomically; returns the record of the file."""
     with atomic_write(path) as file:
         pq.write_table(table, pa.PythonFile(file, mode="w"), **_encoding(table.schema))
     return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=table.num_rows)

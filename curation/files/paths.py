@@ -176,7 +176,7 @@ def atomic_write(path: str, *, durable: bool = True) -> Iterator[HashingFile]:
 
 
 def write_bytes(path: str, data: bytes, *, durable: bool = True) -> "FileRecord":
-    """Write `data` to `path` atomically and return what was written."""
+    """Write `data` to `path` atomically; returns the record of the file."""
     with atomic_write(path, durable=durable) as file:
         file.write(data)
     return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=0)

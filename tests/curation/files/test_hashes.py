@@ -1,4 +1,4 @@
-"""Hashes are SHA-256, whatever the size of a file and wherever it lies."""
+"""Hashes are SHA-256, for files of any size on any filesystem."""
 
 import hashlib
 from pathlib import Path

@@ -45,7 +45,7 @@ def exact_codes(matrix: np.ndarray) -> Codes:
 
 
 def both_codes(queries: np.ndarray, vectors: np.ndarray, kind: str) -> tuple[Codes, Codes]:
-    """Codes of both sides: float32, or those that are native to this machine."""
+    """Codes of both sides: float32, or native to this machine."""
     if kind == "float32":
         return exact_codes(queries), exact_codes(vectors)
     return low_precision.encode_rows(queries, "cpu"), low_precision.encode([vectors], "cpu")

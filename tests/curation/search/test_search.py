@@ -348,7 +348,7 @@ def sharing(rng: np.random.Generator, num_rows: int, num_cells: int, each: int) 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("kind", ["random", "clustered", "tied"])
 @pytest.mark.parametrize("seed", range(2))
-def test_search_cells_finds_the_nearest_of_those_that_share_a_cell(
+def test_search_cells_finds_the_nearest_vectors_that_share_a_cell(
     seed: int, kind: str, dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(seed)
