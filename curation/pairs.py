@@ -24,17 +24,18 @@ import pyarrow as pa
 import typer
 from pydantic import Field, field_validator
 
-from curation import ingest
-from curation.config import Settings, load, resolved_toml
+from curation.config import Settings, load
 from curation.copies.compare_thumbnails import PreparedThumbnail, ThumbnailComparer, VerificationConfig
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.run_log import RunLog
 from curation.engine.runner import Runner, Shard
-from curation.engine.stage import PREPARED, run_shards
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.files.image_ids import bucket_of, id_bytes, id_column, pack_ids
 from curation.images.hashing import pairs_within
+from curation.run_folder import RunFolder, read_images
 from curation.search import exact, self_join
 from curation.search.config import SearchConfig
 from curation.search.self_join import Neighborhood
@@ -77,13 +78,22 @@ class PairsConfig(Settings):
 
 
 def run(
-    config: PairsConfig, images: str, descriptors: str, output: str, runner: Runner, *, replace: bool = False
+    config: PairsConfig,
+    inputs: RunFolder,
+    output: str,
+    runner: Runner,
+    *,
+    replace: bool = False,
+    log: RunLog | None = None,
 ) -> Manifest:
     """Find and judge the pairs among all images of a finished ingest and describe; returns the manifest.
+
+    Its facts are `search`, and `min_similarity`: no pair below it is written.
 
     Raises InputError when the descriptors are of other images, and ConfigError when they lack thumbnails that
     verification needs, or when the search's recall is too low.
     """
+    images, descriptors = inputs.ingest, inputs.describe
     ingested, described = require_manifest(images), require_manifest(descriptors)
     if described.plan.inputs.get("images") != ingested.content_hash:
         raise InputError(f"'{descriptors}' has descriptors of other images than those of '{images}': not of one run.")
@@ -99,7 +109,7 @@ def run(
     def propose() -> ShardRecord:
         floor = config.min_descriptor_similarity
         neighborhood = Neighborhood(config.search, config.num_neighbors, floor, num_shards)
-        self_join.run(neighborhood, files, joined, runner, content_hash=described.content_hash)
+        self_join.run(neighborhood, files, joined, runner, content_hash=described.content_hash, log=log)
         if config.max_phash_distance >= 0:
             for number, file in enumerate(_hash_pairs(config, images, places, num_shards)):
                 parquet.write_row_groups(
@@ -110,19 +120,18 @@ def run(
     def facts(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         return {"search": require_manifest(joined).facts}, None
 
-    manifest = run_shards(
-        "pairs",
+    stage = Stage(
+        name="pairs",
         config=config,
         inputs={"images": ingested.content_hash, "descriptors": described.content_hash},
         output=output,
-        runner=runner,
         shards=[Shard(f"{bucket:05d}", bucket, places.num_rows // num_shards) for bucket in range(num_shards)],
         make_worker=functools.partial(make_worker, config, places, joined, hashed, output),
-        replace=replace,
         prepare=propose,
         finish=facts,
-        not_in_plan=frozenset({"search.min_recall"}),
+        facts={"min_similarity": config.min_similarity},
     )
+    manifest = run_stage(stage, runner, replace=replace, log=log)
     config.search.require_recall(manifest.facts["search"])  # min_recall may have been raised since
     return manifest
 
@@ -238,7 +247,7 @@ def _hash_pairs(
     config: PairsConfig, images: str, places: _Places, num_buckets: int
 ) -> Iterator[Iterator[tuple[int, pa.Table]]]:
     """The pairs of near perceptual hashes, some at a time, each time by bucket."""
-    rows = ingest.read_images(images, ["image_id", "phash"])
+    rows = read_images(images, ["image_id", "phash"])
     known, row = np.unique(id_bytes(rows["image_id"]), return_index=True)
     ids, first = places.first_of_each()
     if missing := sorted(set(known.tolist()).difference(ids.tolist())):
@@ -279,11 +288,15 @@ def command_line(
 ) -> None:
     """Find the pairs of images that may be copies."""
     settings = load(PairsConfig, config, overrides or (), section="pairs")
-    if plan:
-        print(resolved_toml(settings), end="")
-        return
-    with command.open_runner(runner, workers, gpus_per_worker=settings.search.num_gpus) as chosen:
-        run(settings, images, descriptors, output, chosen, replace=replace)
+    inputs = RunFolder(ingest=images, describe=descriptors)
+    command.plan_or_run(
+        settings,
+        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
+        plan=plan,
+        runner=runner,
+        workers=workers,
+        gpus_per_worker=settings.search.num_gpus,
+    )
 
 
 if __name__ == "__main__":

@@ -6,71 +6,16 @@ the first groups that can have more, so that nothing depends on a generator.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 
 from curation.search.top_k import rank_in_groups, top_k_of_groups
 
-# How many rows a dataset brings
-
-
-@dataclass(frozen=True)
-class DatasetRows:
-    """The rows that a dataset brings into the corpus, repeats included: a line of DINOv2's table 15."""
-
-    as_is: int
-    """Its own images."""
-    found: int
-    """What the search of the pool gave, before the cap."""
-    retrieved: int
-    """What is taken of it."""
-
-    @property
-    def rows(self) -> int:
-        return self.as_is + self.retrieved
-
-
-def retrieval_mode(
-    retrieval: Literal["sample", "cluster", "by_size", "none"], num_seeds: int, sample_above: int
-) -> Literal["sample", "cluster", "none"]:
-    """How a dataset searches the pool: what it says, or by its size."""
-    if retrieval == "by_size":
-        return "sample" if num_seeds > sample_above else "cluster"
-    return retrieval
-
 
 def cluster_counts(sizes: Sequence[int], images_per_cluster: int, cap: int | None) -> list[int]:
     """How many images to take from each chosen cluster: at most `images_per_cluster`, and at most `cap` of all."""
     return cap_evenly([min(size, images_per_cluster) for size in sizes], cap)
-
-
-def selection_rows(
-    mode: Literal["sample", "cluster", "none"],
-    *,
-    num_seeds: int,
-    as_is: bool,
-    k: int,
-    cluster_sizes: Sequence[int],
-    images_per_cluster: int,
-    cap: int | None,
-) -> DatasetRows:
-    """The rows of a dataset of `num_seeds` images; `cluster_sizes` are of the clusters chosen for it.
-
-    By sample: `k` for each seed, the same image as often as it is found. By cluster: see `cluster_counts`. The pool is
-    taken to hold `k` images at least.
-    """
-    match mode:
-        case "sample":
-            found = retrieved = num_seeds * k
-        case "cluster":
-            found = sum(cluster_counts(cluster_sizes, images_per_cluster, None))
-            retrieved = sum(cluster_counts(cluster_sizes, images_per_cluster, cap))
-        case "none":
-            found = retrieved = 0
-    return DatasetRows(as_is=num_seeds if as_is else 0, found=found, retrieved=retrieved)
 
 
 def most_clusters(num_seeds: int, more_than_seeds: int) -> int:

@@ -40,27 +40,36 @@ import pyarrow.compute as pc
 import typer
 from pydantic import Field, field_validator
 
-from curation.cluster import read_centroids, read_parents
-from curation.config import Settings, load, resolved_toml
-from curation.dedup import KeptShard, kept_shards, read_kept
+from curation.config import Settings, load
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.run_log import RunLog
 from curation.engine.runner import Runner, Shard
-from curation.engine.stage import PREPARED, run_shards
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
 from curation.files import npy, parquet, paths, schemas, vectors
 from curation.files.image_ids import id_bytes, id_column
 from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
-from curation.quotas import balanced_counts, cluster_counts, retrieval_mode
+from curation.quotas import balanced_counts, cluster_counts
+from curation.retrieval_modes import Mode, Retrieval, mode_of
+from curation.run_folder import (
+    KeptShard,
+    RunFolder,
+    cluster_sizes,
+    kept_shards,
+    read_assignments,
+    read_centroids,
+    read_kept,
+    read_parents,
+    read_vectors,
+)
 from curation.search import exact
 from curation.search.config import RECALL_QUERIES, SearchConfig
 from curation.search.parts import NEIGHBORS, PartSearch, count_hits, merge_parts, neighbor_table
 from curation.search.top_k import rank_in_groups, top_k_of_groups
 
 BALANCED_NAME = "balanced.npy"
-# What guards the search without shaping what it finds: a run that it stopped goes on once it is lowered.
-NOT_IN_PLAN = frozenset({"search.min_recall"})
 # Seed images that ask at a time: 84 MB as float16 at 1,280 dimensions, and twice that as float32. Assumed.
 QUERY_ROWS = 32_768
 # Rows that are gathered, at the least, before those that cannot be drawn any more are dropped. Assumed: 12 MB.
@@ -74,7 +83,7 @@ class DatasetConfig(Settings):
     """A source with role `seed`."""
     as_is: bool = False
     """Whether the seed images themselves are packed."""
-    retrieval: Literal["sample", "cluster", "by_size", "none"] = "by_size"
+    retrieval: Retrieval = "by_size"
     """How the pool is searched; `by_size` is `sample` above `sample_above` seed images, else `cluster`."""
     k: int = Field(default=4, ge=1)
     """By sample: pool images per seed image (4 and 32 in DINOv2)."""
@@ -126,17 +135,16 @@ class RetrieveConfig(Settings):
 
 def run(
     config: RetrieveConfig,
-    images: str,
-    deduplicated: str,
-    embedded: str,
-    clustered: str,
+    inputs: RunFolder,
     output: str,
     runner: Runner,
     *,
     replace: bool = False,
+    log: RunLog | None = None,
 ) -> Manifest:
-    """Retrieve for every seed dataset; returns the manifest. A dataset may be a source's name only once."""
-    everything = kept_shards(images, deduplicated, embedded)
+    """Retrieve for every seed dataset; returns the manifest. Its facts are `search` and `datasets`."""
+    everything = kept_shards(inputs)
+    clustered = inputs.cluster
     sources = [_source_of(shard) for shard in everything]
     shards: list[Shard] = []
     asking: list[_Asking] = []
@@ -156,50 +164,48 @@ def run(
     if config.clustering is not None:
         num_parts = -(-config.clustering.num_images // config.clustering.images_per_shard)
         shards += [Shard(f"{len(shards) + n:05d}", (None, "balanced", n)) for n in range(num_parts)]
-    inputs = {
+    hashes = {
         name: require_manifest(folder).content_hash
         for name, folder in (
-            ("images", images),
-            ("dedup", deduplicated),
-            ("vectors", embedded),
-            ("clusters", clustered),
+            ("images", inputs.ingest),
+            ("dedup", inputs.dedup),
+            ("vectors", inputs.embed),
+            ("clusters", inputs.cluster),
         )
     }
     found = step_folder(output, "search")
 
     def prepare() -> ShardRecord:
         if asking:
-            run_shards(
-                "search",
+            search = Stage(
+                name="search",
                 config=config,
-                inputs=inputs,
+                inputs=hashes,
                 output=found,
-                runner=runner,
                 shards=_pool_parts(everything, config.search.rows_per_part),
                 make_worker=functools.partial(_make_search_worker, config.search, asking, found),
                 finish=functools.partial(_measure_recall, config.search, asking, found),
-                not_in_plan=NOT_IN_PLAN,
             )
+            run_stage(search, runner, log=log)
         counts = () if config.clustering is None else (_balance(config.clustering, clustered, output),)
         return ShardRecord(name=PREPARED, files=counts)
 
     def finish(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         return ({"search": require_manifest(found).facts} if asking else {}), None
 
-    manifest = run_shards(
-        "retrieve",
+    stage = Stage(
+        name="retrieve",
         config=config,
-        inputs=inputs,
+        inputs=hashes,
         output=output,
-        runner=runner,
         shards=shards,
         make_worker=functools.partial(make_worker, config, asking, found, clustered, output),
-        replace=replace,
         prepare=prepare,
         finish=finish,
+        facts=config.model_dump(mode="json", include={"datasets"}),
         unit="rows",
-        not_in_plan=NOT_IN_PLAN,
     )
+    manifest = run_stage(stage, runner, replace=replace, log=log)
     config.search.require_recall(manifest.facts.get("search", {}))  # min_recall may have been raised since
     return manifest
 
@@ -242,14 +248,6 @@ def make_worker(
     return process
 
 
-def read_retrieved(folder: str) -> pa.Table:
-    """All rows of a finished retrieve, dataset by dataset."""
-    manifest = require_manifest(folder)
-    names = manifest.files("retrieved")
-    tables = [parquet.read_table(paths.join(folder, name), schemas.RETRIEVED) for name in names]
-    return pa.concat_tables([schemas.RETRIEVED.empty_table(), *tables])
-
-
 def nearest(seed_ids: list[str], seeds: np.ndarray, pool: Iterable[tuple[list[str], np.ndarray]], k: int) -> pa.Table:
     """The `k` pool images nearest to each seed: columns seed_image_id, image_id, rank, similarity, in that order.
 
@@ -282,11 +280,11 @@ def _source_of(shard: KeptShard) -> str | None:
     return str(column[0]) if len(column) else None
 
 
-def _mode(config: RetrieveConfig, dataset: DatasetConfig, own: list[KeptShard]) -> str:
+def _mode(config: RetrieveConfig, dataset: DatasetConfig, own: list[KeptShard]) -> Mode:
     if dataset.retrieval != "by_size":
         return dataset.retrieval
     count = sum(len(read_kept(shard, role="seed", source=dataset.name)[0]) for shard in own)
-    return retrieval_mode(dataset.retrieval, count, config.sample_above)
+    return mode_of(dataset.retrieval, count, config.sample_above)
 
 
 def _pool_parts(everything: Sequence[KeptShard], rows_per_part: int) -> list[Shard]:
@@ -434,14 +432,6 @@ def _balance(config: ClusteringConfig, clustered: str, output: str) -> FileRecor
     return npy.write_arrays(paths.join(output, BALANCED_NAME), counts)
 
 
-def cluster_sizes(clustered: str, num_clusters: int) -> np.ndarray:
-    """How many images each of the finest clusters of a finished cluster stage holds, (num_clusters,) int64."""
-    sizes = np.zeros(num_clusters, np.int64)
-    for table in _assignments(clustered, ["cluster_id"]):
-        sizes += np.bincount(table["cluster_id"].to_numpy(), minlength=num_clusters)
-    return sizes
-
-
 def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nearest"], seed: int) -> pa.Table:
     """`counts[c]` images of each of the finest clusters c: columns image_id, cluster_id, rank, similarity.
 
@@ -453,7 +443,7 @@ def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nea
     most = max(2 * int(counts.sum()), GATHERED_ROWS)
     gathered, num_rows = [_DRAWN[:0]], 0
     columns = ["image_id", "cluster_id", "similarity"]
-    for table in _assignments(clustered, columns) if len(wanted) else ():
+    for table in read_assignments(clustered, columns) if len(wanted) else ():
         table = table.filter(pc.is_in(table["cluster_id"], wanted))
         rows = np.empty(table.num_rows, _DRAWN.dtype)
         rows["image_id"] = table["image_id"].to_numpy(zero_copy_only=False)
@@ -505,13 +495,6 @@ def shuffled(image_ids: np.ndarray, seed: int) -> np.ndarray:
     return (state >> np.uint64(11)) * 2.0**-53
 
 
-def _assignments(clustered: str, columns: list[str]) -> Iterator[pa.Table]:
-    """The named columns of the rows of level 0 of a finished cluster stage, file by file."""
-    for name in require_manifest(clustered).files("assignments"):
-        table = parquet.read_table(paths.join(clustered, name), schemas.ASSIGNMENTS, [*columns, "level"])
-        yield table.filter(pc.equal(table["level"], 0))
-
-
 def _as_retrieved(drawn: pa.Table, mode: str, seed_source: str | None) -> pa.Table:
     columns = {name: drawn[name] for name in drawn.column_names}
     constant = {"seed_source": seed_source, "seed_image_id": None, "mode": mode}
@@ -550,17 +533,21 @@ def command_line(
     if images is None or deduplicated is None or embedded is None or clustered is None:
         raise ConfigError("With --config, also give --images, --dedup, --vectors and --clusters.")
     settings = load(RetrieveConfig, config, overrides or (), section="retrieve")
-    if plan:
-        print(resolved_toml(settings), end="")
-        return
-    with command.open_runner(runner, workers, gpus_per_worker=settings.search.num_gpus) as chosen:
-        run(settings, images, deduplicated, embedded, clustered, output, chosen, replace=replace)
+    inputs = RunFolder(ingest=images, dedup=deduplicated, embed=embedded, cluster=clustered)
+    command.plan_or_run(
+        settings,
+        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
+        plan=plan,
+        runner=runner,
+        workers=workers,
+        gpus_per_worker=settings.search.num_gpus,
+    )
 
 
 def _retrieve_alone(seeds: str, pool: str, k: int, output: str) -> None:
-    parts = list(vectors.read_all(seeds))
+    parts = list(read_vectors(seeds))
     seed_ids = [image_id for ids, _ in parts for image_id in ids]
-    table = nearest(seed_ids, np.concatenate([matrix for _, matrix in parts]), vectors.read_all(pool), k)
+    table = nearest(seed_ids, np.concatenate([matrix for _, matrix in parts]), read_vectors(pool), k)
     parquet.write_table(output, table)
     print(f"{table.num_rows:,} rows: the {k} nearest of the pool for each of {len(seed_ids):,} seeds, in {output}")
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -35,30 +35,26 @@ from torch.nn import functional
 
 from curation import backbone, weights
 from curation.backbone import VisionTransformer
-from curation.config import Settings
+from curation.config import NotInPlan, Settings, plan_values
+from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest
 from curation.engine.rank_runner import RankRunner, follow
 from curation.engine.ranks import ALONE, World
 from curation.engine.runner import InlineRunner, Runner, Shard, Worker
-from curation.engine.stage import run_shards
+from curation.engine.stage import Stage, run_stage
 from curation.errors import InputError, WeightsError
 from curation.files import npy, paths
 from curation.files.hashes import hash_json, sha256_of_file
 from curation.images.decode import Picture, to_shape
-from curation.models import embedders
-from curation.models.device import require_device
-from curation.models.embedders import EmbedderConfig, ModelName, Normalization
+from curation.models import embedders, vit
+from curation.models.embedders import EmbedderConfig, ModelName
 from evaluation.data import splits
 from evaluation.data.splits import Split
-
-Pooling = Literal["cls", "patch_mean", "cls_patch_mean"]
 
 # Side in pixels of what "pixels" reads of a picture. Assumed: as CIFAR's, at which photographs can still be told apart.
 PIXELS_SIDE = 32
 # Images of one file of features, which one worker or rank computes: 4 MB at F 1,024. Assumed.
 SHARD_IMAGES = 1024
-# What says how features are computed and shapes none of them, rounding apart.
-NOT_IN_PLAN = frozenset({"batch_size", "decode_threads"})
 
 
 class ModelConfig(Settings):
@@ -78,7 +74,7 @@ class ModelConfig(Settings):
     """Vision Transformers: take the checkpoint's architecture alone, and fresh weights drawn from this seed."""
     untrained_layer_scale: float = Field(default=1e-5, gt=0)
     """With untrained_seed: what LayerScale starts from, where the checkpoint has it. Cited: DINOv2."""
-    pooling: Pooling | None = None
+    pooling: vit.Pooling | None = None
     """Vision Transformers: what stands for the whole picture. Left out, the CLS token, or the mean of the patches where
     there is none."""
     position_interpolation: backbone.PositionInterpolation | None = None
@@ -92,10 +88,12 @@ class ModelConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
-        is_vit = self.name is None or embedders.split_name(self.name) is not None
+        embedder = embedders.MODELS.get(self.name or "")
+        is_vit = self.name is None or (embedder is not None and embedder.vit is not None)
         if self.name == "pixels" and self.weights is not None:
             problems.append("pixels have no weights")
-        if self.weights is None and self.name not in ("pixels", "efficientnet_lite0"):
+        packaged = embedder is not None and embedder.packaged_weights is not None
+        if self.weights is None and self.name != "pixels" and not packaged:
             problems.append(f"{self.name or 'a Vision Transformer'} needs weights: give the path of a checkpoint")
         if not is_vit:
             for key in ("untrained_seed", "pooling", "position_interpolation"):
@@ -167,22 +165,22 @@ class Model:
 def load_model(config: ModelConfig, world: World = ALONE) -> Model:
     """The model of `config` on its device, frozen; on each rank of `world`. Raises DeviceError and WeightsError."""
     device, dtype = require_device(config.device), getattr(torch, config.precision)
-    if config.name is None or embedders.split_name(config.name):
+    embedder_model = embedders.MODELS.get(config.name or "")
+    if config.name is None or (embedder_model is not None and embedder_model.vit is not None):
         return _load_vit(config, device, dtype, world)
-    if config.name == "pixels":
+    if embedder_model is None:
         name, path, facts = "pixels", None, [f"pixels {PIXELS_SIDE}"]
         read: Callable[[Tensor], Tensor] = _pixels
         num_features = 3 * PIXELS_SIDE**2
-        mean, deviation = _normalization(embedders.IMAGENET_NORMALIZATION, device)
+        mean, deviation = embedders.normalization_tensors(embedders.IMAGENET_NORMALIZATION, device)
     else:
-        assert config.name in ("efficientnet_lite0", "sscd_disc_mixup")
-        name, path = config.name, config.weights or embedders.packaged_efficientnet_weights()
+        name, path = config.name, embedder_model.weights_path(config.weights)
         embedder = embedders.load_embedder(
             EmbedderConfig(
                 name=config.name,
                 weights=path,
                 weights_sha256=config.weights_sha256,
-                pooling="average" if config.name == "efficientnet_lite0" else "gem",
+                pooling=next(iter(embedder_model.dimensions)),
                 device=config.device,
                 precision=config.precision,
             )
@@ -216,24 +214,21 @@ def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype, wor
         known = ", ".join(f"{one.embed_dim} ({name})" for name, one in backbone.SIZES.items())
         raise WeightsError(f"{config.weights}: its tokens are {found.embed_dim} wide. Known widths: {known}.")
     name = f"{size}_patch{found.patch_size}"
-    if config.name is not None and embedders.split_name(config.name) != (size, found.patch_size):
+    variant = None if config.name is None else embedders.MODELS[config.name].vit
+    if variant is not None and (variant.size, variant.patch_size) != (size, found.patch_size):
         raise WeightsError(f"{config.weights} holds a {name}; the config says {config.name}. Leave the name out.")
     pooling = config.pooling or ("cls" if found.has_cls_token else "patch_mean")
     if pooling != "patch_mean" and not found.has_cls_token:
         raise WeightsError(f"{config.weights} has no CLS token. Set model.pooling = 'patch_mean'.")
-    interpolation = config.position_interpolation or _interpolation(config.name, checkpoint.layout, found)
+    interpolation = config.position_interpolation or vit.interpolation(
+        _family(variant, checkpoint.layout, found), found.num_register_tokens
+    )
     fresh = config.untrained_seed is not None
-    network = backbone.build(
+    network = weights.build_like(
+        found,
         size,
-        patch_size=found.patch_size,
-        image_size=found.grid_size * found.patch_size,
-        num_register_tokens=found.num_register_tokens,
-        cls_token=found.has_cls_token,
-        in_channels=found.in_channels,
-        feed_forward=found.feed_forward,
-        layer_scale=config.untrained_layer_scale if found.has_layer_scale else None,
+        layer_scale=config.untrained_layer_scale,
         position_interpolation=interpolation,
-        depth=found.depth,
         seed=config.untrained_seed,
     )
     if not fresh:
@@ -241,54 +236,36 @@ def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype, wor
     network.eval().requires_grad_(False)
     own = _hash(network.state_dict(), [name, interpolation, pooling, config.precision])
     network.to(device, dtype, memory_format=torch.channels_last)
-    mean, deviation = _normalization(embedders.IMAGENET_NORMALIZATION, device)
+    mean, deviation = embedders.normalization_tensors(embedders.IMAGENET_NORMALIZATION, device)
     place = Path(config.weights)
     label = f"{name} untrained" if fresh else f"{name} {place.parent.name}/{place.name}"
     return Model(
         name=config.label or label,
         hash=own,
         embed_dim=found.embed_dim,
-        num_features=found.embed_dim * (2 if pooling == "cls_patch_mean" else 1),
+        num_features=vit.num_features(found.embed_dim, pooling),
         patch_size=found.patch_size,
         num_blocks=found.depth,
         device=device,
         dtype=dtype,
         mean=mean,
         deviation=deviation,
-        read=_pooled(network, pooling),
+        read=vit.PooledTransformer(network, pooling),
         backbone=network,
         config=config,
         world=world,
     )
 
 
-def _interpolation(
-    name: str | None, layout: weights.Layout, found: weights.Architecture
-) -> backbone.PositionInterpolation:
-    """As the weights' authors do it; `curation.models.embedders` has the sources."""
-    if layout in ("mae", "ijepa") or not found.has_cls_token or (name or "").startswith("mae"):
-        return "plain"
-    return "antialias" if found.num_register_tokens else "offset"
-
-
-def _pooled(network: VisionTransformer, pooling: Pooling) -> Callable[[Tensor], Tensor]:
-    def read(images: Tensor) -> Tensor:
-        features = network.forward_features(images)
-        if pooling == "cls":
-            return features["x_norm_clstoken"]
-        patch_mean = features["x_norm_patchtokens"].mean(dim=1)
-        return patch_mean if pooling == "patch_mean" else torch.cat([features["x_norm_clstoken"], patch_mean], dim=1)
-
-    return read
+def _family(variant: vit.Variant | None, layout: weights.Layout, found: weights.Architecture) -> vit.Family:
+    """The family by the model's name, where it has one, and by the checkpoint."""
+    if layout == "ijepa" or not found.has_cls_token:
+        return "ijepa"
+    return "mae" if layout == "mae" or (variant is not None and variant.family == "mae") else "vit"
 
 
 def _pixels(images: Tensor) -> Tensor:
     return functional.interpolate(images.float(), size=(PIXELS_SIDE, PIXELS_SIDE), mode="area").flatten(1)
-
-
-def _normalization(values: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, deviation = (torch.tensor(of, device=device).view(1, 3, 1, 1) for of in values)
-    return mean, deviation
 
 
 def _finite(features: Tensor, name: str) -> Tensor:
@@ -316,9 +293,9 @@ class PicturesConfig(Settings):
     evaluation, which scales the whole picture so that its shorter side has this length; the same within a pixel."""
     image_size: int = Field(default=224, ge=8, le=4096)
     """Side in pixels of the square in the middle of that, which the model sees. Cited: as above."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: Annotated[int, NotInPlan] = Field(default=32, ge=1)
     """Pictures a forward pass; changes the speed alone, but for rounding."""
-    decode_threads: int = Field(default=2, ge=1)
+    decode_threads: Annotated[int, NotInPlan] = Field(default=2, ge=1)
     """Threads that decode pictures ahead of the model."""
 
     @model_validator(mode="after")
@@ -370,7 +347,7 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     all call this, share them instead. Raises InputError for features that are not finite or a cache that is damaged.
     """
     inputs = {"model": model.hash, "images": split.images_hash}
-    plan = config.model_dump(mode="json", exclude=set(NOT_IN_PLAN))
+    plan = plan_values(config)
     folder = paths.join(cache, "features", hash_json([inputs, plan])[:32])
     runner = runner or InlineRunner()
     starts = range(0, len(split), SHARD_IMAGES)
@@ -382,16 +359,10 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     make_worker: Callable[[], Worker] = functools.partial(_make_worker, load, model.hash, split, config, folder)
 
     def lead(chosen: Runner) -> Manifest:
-        return run_shards(
-            "features",
-            config=config,
-            inputs=inputs,
-            output=folder,
-            runner=chosen,
-            shards=shards,
-            make_worker=make_worker,
-            not_in_plan=NOT_IN_PLAN,
+        stage = Stage(
+            name="features", config=config, inputs=inputs, output=folder, shards=shards, make_worker=make_worker
         )
+        return run_stage(stage, chosen)
 
     if model.world.num_ranks == 1:
         manifest = lead(runner)

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from curation.config import Settings
+from curation.engine.device import require_device
 from curation.engine.ranks import World, gather_rows
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.models.device import require_device
 from curation.search import exact
 from evaluation import features
 from evaluation.data import splits

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from curation.config import Settings
+from curation.engine.device import require_device
 from curation.engine.ranks import all_ranks, gather_rows
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
@@ -40,7 +41,6 @@ from curation.files.hashes import hash_json, sha256_of_bytes
 from curation.files.prefetch import prefetch
 from curation.images.decode import ImageLimits, ImageRejected, Picture, decode_picture, decode_rgb, to_shape
 from curation.models import efficientnet
-from curation.models.device import require_device
 from curation.models.embedders import MAX_ASPECT
 from evaluation import features, knn
 from evaluation.data import splits

@@ -1,10 +1,10 @@
-"""What a run has done, is doing and has left, from its files alone: another process may run it, or nobody.
+"""Prints the status of a run from its files alone, whether or not a process works on it.
 
     python -m pipelines.status runs/demo
 
-A shard is done when its marker is there, whatever the log says; the log (engine/run_log.py) adds who works on what,
-whether the driver still lives, and how long things took. On standard output a line a stage, and the steps of the one
-that is under way.
+A shard is done when its marker exists, whatever the log says. The log (engine/run_log.py) adds the shard of each
+worker, the driver's last sign of life, and times. Standard output has one line for each stage, and for each step of the
+stage that is running.
 """
 
 import time
@@ -23,66 +23,67 @@ from curation.engine.run_log import Driver, Note, StageTimes
 from curation.engine.stage import PREPARED
 from curation.errors import InputError
 from curation.files import paths
-from curation.report.facts import STAGES
+from curation.run_folder import STAGES
 
-# How often the files are looked at again when they were being moved at that moment. Assumed.
-ATTEMPTS = 5
-# Shards under way that are named, of each stage.
-MOST_NOTES = 20
+# Attempts to read the files, since a stage may move them meanwhile. Assumed.
+MAX_ATTEMPTS = 5
+# Unfinished shards that are printed, of each stage. Assumed.
+MAX_NOTES = 20
 State = Literal["done", "running", "stale", "stopped", "left"]
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """What there is of one stage, or of a step of one. Numbers count shards."""
+    """The status of one stage, or of a step of a stage. Numbers count shards."""
 
     name: str
     state: State
-    """`stale`: begun by a driver that gives no sign of life any more; `stopped`: by one that ended in order."""
+    """`stale`: unfinished, and its driver gives no sign of life; `stopped`: the same, but its driver ended in order."""
     num_shards: int | None
     """None while the stage has not begun."""
     done: int
     running: tuple[Note, ...]
-    """What workers are at."""
+    """The unfinished shards of workers."""
     stale: tuple[Note, ...]
-    """What workers were at when the driver was lost."""
+    """The unfinished shards of workers whose driver was lost."""
     seconds_left: float | None
-    """At the rate since the driver began with this stage; None where there is no rate, or no driver."""
+    """At the rate since the driver began this stage; None where there is no rate, or no driver."""
 
     @property
     def left(self) -> int | None:
-        """Shards that nobody has begun."""
+        """Shards that no worker has begun."""
         return None if self.num_shards is None else max(0, self.num_shards - self.done - len(self.running))
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What there is of a run."""
+    """The status of a run."""
 
     run: str
     driver: Driver | None
     seconds_silent: float | None
     """Since the driver's last sign of life."""
     state: State
-    """Of what is begun and not done."""
+    """Of the stages that are begun and not done."""
     why_stopped: str | None
     stages: tuple[StageStatus, ...]
 
 
 def read(run: str, *, now: float | None = None) -> RunStatus:
-    """The status of the run in the folder `run`, as of `now` (seconds since 1970). Raises InputError where none is."""
+    """The status of the run in the folder `run` at `now` (seconds since 1970). Raises InputError if there is no run."""
     now = time.time() if now is None else now
     if not paths.is_folder(run):
-        raise InputError(f"No run at '{run}': {'it is a file' if paths.exists(run) else 'there is nothing'}.")
+        problem = "it is a file" if paths.exists(run) else "there is no such folder"
+        raise InputError(f"No run at '{run}': {problem}. Give the --output of pipelines.curate.")
     names = set(paths.list_names(run))
     if not names & {"run.toml", run_log.FOLDER, *STAGES}:
-        what = "the folder of one stage" if MANIFEST_NAME in names else "no folder that a run wrote"
-        raise InputError(f"No run at '{run}': it is {what}. Give what --output named for pipelines.curate.")
-    for attempt in range(ATTEMPTS):
+        problem = "it is the folder of one stage" if MANIFEST_NAME in names else "no run wrote this folder"
+        raise InputError(f"No run at '{run}': {problem}. Give the --output of pipelines.curate.")
+    for attempt in range(MAX_ATTEMPTS):
         try:
             return _read(run, names, now)
-        except FileNotFoundError:  # of a stage that ended just now, or of markers that were gathered
-            if attempt == ATTEMPTS - 1:
+        except FileNotFoundError:  # a stage ended meanwhile, or its markers were gathered
+            if attempt == MAX_ATTEMPTS - 1:
                 raise
     raise AssertionError
 
@@ -106,7 +107,7 @@ def _left(name: str) -> StageStatus:
 def _stage(
     folder: str, name: str, state: State, notes: Sequence[Note], times: dict[str, StageTimes], now: float
 ) -> list[StageStatus]:
-    """The status of the stage in `folder`, and of the steps of an unfinished one behind it."""
+    """The status of the stage in `folder`, followed by the steps of an unfinished stage."""
     if paths.exists(paths.join(folder, MANIFEST_NAME)):
         num_shards = times[name].num_shards if name in times else require_manifest(folder).plan.num_shards
         return [StageStatus(name, "done", num_shards, num_shards, (), (), None)]
@@ -114,7 +115,7 @@ def _stage(
     if plan is None:
         return [_left(name)]
     marked = done_shards(folder) - {PREPARED}
-    own = tuple(note for note in notes if note.stage == name and note.shard not in marked)
+    unfinished = tuple(note for note in notes if note.stage == name and note.shard not in marked)
     steps: list[StageStatus] = []
     for step in paths.list_names(paths.join(folder, PROGRESS_NAME)):
         path = step_folder(folder, step)
@@ -123,7 +124,7 @@ def _stage(
     log, seconds_left = times.get(name), None
     if state == "running" and log is not None and log.shards_since:
         seconds_left = (plan.num_shards - len(marked)) * (now - log.begun) / log.shards_since
-    running, stale = (own, ()) if state == "running" else ((), own)
+    running, stale = (unfinished, ()) if state == "running" else ((), unfinished)
     return [StageStatus(name, state, plan.num_shards, len(marked), running, stale, seconds_left), *steps]
 
 
@@ -142,9 +143,9 @@ def print_status(status: RunStatus, *, now: float | None = None) -> None:
         table.add_row(stage.name, stage.state, *cells, duration(stage.seconds_left))
     console.print(table)
     for stage in status.stages:
-        for note in (*stage.running, *stage.stale)[:MOST_NOTES]:
-            since = duration(max(0.0, now - note.started))
-            console.print(f"{stage.name}, shard {note.shard}: begun {since} ago by {note.worker}", soft_wrap=True)
+        for note in (*stage.running, *stage.stale)[:MAX_NOTES]:
+            age = duration(max(0.0, now - note.started))
+            console.print(f"{stage.name}, shard {note.shard}: begun {age} ago by {note.worker}", soft_wrap=True)
     console.print(_summary(status), soft_wrap=True)
 
 
@@ -152,29 +153,29 @@ def _summary(status: RunStatus) -> str:
     if all(stage.state == "done" for stage in status.stages):
         return "All stages are done."
     if status.driver is None:
-        why = f" It stopped with: {status.why_stopped}" if status.why_stopped else ""
-        return "Nobody works on this run. The same command goes on with it." + why
-    who = f"process {status.driver.process} on {status.driver.machine}"
-    silent = duration(status.seconds_silent)
+        reason = f" It stopped with: {status.why_stopped}" if status.why_stopped else ""
+        return "No process works on this run. Run the same command again to resume it." + reason
+    driver = f"process {status.driver.process} on {status.driver.machine}"
+    silence = duration(status.seconds_silent)
     if status.state == "stale":
-        return f"Lost: {who} gave no sign of life for {silent}. The same command goes on with the run."
-    now = [stage for stage in status.stages if stage.state == "running"]
+        return f"Lost: {driver} gave no sign of life for {silence}. Run the same command again to resume the run."
+    running = [stage for stage in status.stages if stage.state == "running"]
     waiting = [stage.name for stage in status.stages if stage.state == "left"]
-    known = [stage.seconds_left for stage in now if stage.seconds_left is not None]
-    left = f"about {duration(max(known))} for what is under way" if known else "not known before the first shards"
-    behind = f", and then {', '.join(waiting)}, which no rate is known of before they begin" if waiting else ""
-    return f"Running: {who}, last sign of life {silent} ago. Time left: {left}{behind}."
+    known = [stage.seconds_left for stage in running if stage.seconds_left is not None]
+    left = f"about {duration(max(known))} for the running stage" if known else "unknown before the first shards"
+    rest = f"; then {', '.join(waiting)}, whose rates are unknown before they begin" if waiting else ""
+    return f"Running: {driver}, last sign of life {silence} ago. Time left: {left}{rest}."
 
 
 def print_times(run: str) -> None:
-    """Print what each stage took, of all drivers that worked on the run, on standard output."""
+    """Print the time of each stage, summed over all drivers of the run, on standard output."""
     Console(markup=False, emoji=False, highlight=False).print(times_table(run_log.times(run)))
 
 
 def times_table(times: dict[str, StageTimes]) -> Table:
     """Time, bytes, images per second and idle share of each stage, and of its steps."""
     table = Table(
-        title="What each stage took (a step's time is in its stage's)", title_justify="left", box=box.SIMPLE_HEAD
+        title="Time of each stage (a step's time is part of its stage's)", title_justify="left", box=box.SIMPLE_HEAD
     )
     table.add_column("stage", no_wrap=True)
     for column in ("time", "shards", "images", "images/s", "MB written", "idle"):
@@ -190,7 +191,7 @@ def times_table(times: dict[str, StageTimes]) -> Table:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them; empty for None."""
+    """Seconds in the unit that suits their size; empty for None."""
     if seconds is None:
         return ""
     if seconds < 100:
@@ -205,13 +206,13 @@ def duration(seconds: float | None) -> str:
 def command_line(
     run: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the run, local or any fsspec URL.")],
 ) -> None:
-    """What is done, running, stale and left of a run, from its files alone."""
+    """Print which stages and shards of a run are done, running, stale and left, from its files alone."""
     print_status(read(run))
     if times := run_log.times(run):
         Console(markup=False, emoji=False, highlight=False).print(times_table(times))
 
 
 if __name__ == "__main__":
-    from pipelines import status  # by its real name, or its classes would exist twice
+    from pipelines import status  # by its real name: otherwise each class would exist twice
 
     command.main(status.command_line)

@@ -63,7 +63,7 @@ def test_the_dockerfile_is_sound() -> None:
 def test_the_image_has_what_is_installed_and_is_not_root() -> None:
     copied = {name for kind, rest in instructions() if kind == "COPY" for name in rest.split()[:-1]}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     wanted = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
     assert copied == packages | wanted and all((ROOT / name).exists() for name in copied)
     let_through = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()

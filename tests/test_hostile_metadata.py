@@ -111,7 +111,7 @@ def test_a_terminal_gets_no_control_characters() -> None:
     for text in texts:
         shown = progress.printable(f"a{text}b\nc ü☃")
         assert shown.replace("\n", "").isprintable() and shown.startswith("a") and shown.endswith("b\nc ü☃")
-    code = "from curation import errors\\nfrom curation.engine import command, progress\nprogress.say({0!r})\n"
+    code = "from curation import errors\nfrom curation.engine import command, progress\nprogress.say({0!r})\n"
     code += "def run() -> None:\n    raise errors.InputError({0!r})\ncommand.main(run)"
     done = subprocess.run([sys.executable, "-c", code.format("a.png".join(texts))], capture_output=True, timeout=100)
     assert done.returncode == 2 and b"Traceback" not in done.stderr
@@ -120,5 +120,5 @@ def test_a_terminal_gets_no_control_characters() -> None:
 
 @pytest.mark.parametrize("name", ["a\x1b[2J", "a\nb", "\u202egnp"])
 def test_a_source_has_a_name_that_can_be_shown(name: str) -> None:
-    with pytest.raises(ValidationError, match="characters that can be printed"):
+    with pytest.raises(ValidationError, match="printable characters only"):
         SourceConfig(name=name, path="p", role="pool")

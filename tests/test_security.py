@@ -43,7 +43,7 @@ EXCEPTIONS = {
     ("tests/evaluation/data/test_plain_pickle.py", "pickle"): "makes the hostile pickles that it is tested on",
     ("tests/evaluation/data/test_plain_pickle.py", "exec"): "is named in such a pickle",
     ("tests/evaluation/test_retrieval.py", "pickle"): "writes ground truth as it is published",
-    ("tests/curation/test_vectors.py", "allow_pickle"): "writes a matrix of objects, which has to be refused",
+    ("tests/curation/files/test_vectors.py", "allow_pickle"): "writes a matrix of objects, which has to be refused",
 }
 
 

@@ -101,8 +101,7 @@ def _is_ingested(asked: IngestConfig, folder: str) -> bool:
     manifest = read_manifest(folder)
     if manifest is None:
         return False
-    found = IngestConfig.model_validate(manifest.plan.config, strict=False)
-    return (found.sources, found.limits) == (asked.sources, asked.limits)
+    return manifest.facts == asked.model_dump(mode="json", include={"sources", "limits"})
 
 
 def _corpus_tables(folder: str) -> Iterator[pa.Table]:

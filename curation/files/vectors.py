@@ -3,14 +3,12 @@
 Legend: N vectors, D dimensions.
 """
 
-import posixpath
 from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from curation.engine.manifest import MANIFEST_NAME, read_manifest
 from curation.errors import InputError
 from curation.files import npy, parquet, paths, schemas
 
@@ -63,40 +61,12 @@ def read_file(path: str) -> tuple[list[str], np.ndarray]:
     return image_ids, _unit(values.to_numpy(zero_copy_only=False).reshape(len(column), width), image_ids, path)
 
 
-def read_all(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Ids and unit vectors of every file at `path`, one Parquet file or NPY_ROWS rows of a matrix at a time.
-
-    `path` is a file, or a folder with `.parquet` and `.npy` files. Of a stage, the files that its manifest names are
-    read; of a run, the files of its `embed/`. Raises InputError as `read_file` does, and when there are no vectors or
-    files differ in width.
-    """
-    width: int | None = None
-    for name in _files(path):
-        for image_ids, matrix in _npy_blocks(name) if name.endswith(".npy") else [read_file(name)]:
-            if not image_ids:
-                continue
-            if width is not None and matrix.shape[1] != width:
-                raise InputError(f"{name}: vectors of width {matrix.shape[1]}; the files before have {width}.")
-            width = matrix.shape[1]
-            yield image_ids, matrix
-    if width is None:
-        raise InputError(f"'{path}' holds no vectors: its files have no rows.")
-
-
-def _files(path: str) -> list[str]:
-    """The vectors files at `path`, as `read_all` describes them."""
-    if not paths.exists(path):
-        raise InputError(f"No file or folder at '{path}'.")
-    if not paths.is_folder(path):
-        return [path]
-    if paths.exists(paths.join(path, "embed", MANIFEST_NAME)):
-        path = paths.join(path, "embed")
-    manifest = read_manifest(path)
-    names = manifest.files("vectors") if manifest else paths.list_names(path)
-    files = [paths.join(path, name) for name in names if posixpath.splitext(name)[1] in (".parquet", ".npy")]
-    if not files:
-        raise InputError(f"'{path}' holds no vectors: no .parquet and no .npy file.")
-    return files
+def read_blocks(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
+    """As `read_file`, but NPY_ROWS rows of a matrix at a time."""
+    if path.endswith(".npy"):
+        yield from _npy_blocks(path)
+    else:
+        yield read_file(path)
 
 
 def _read_npy(path: str) -> tuple[list[str], np.ndarray]:

@@ -26,7 +26,6 @@ from curation.report import facts, markup
 from curation.report.facts import (
     OTHER,
     SAME,
-    STAGES,
     UNKNOWN,
     Concepts,
     Dataset,
@@ -42,6 +41,7 @@ from curation.report.facts import (
     Step,
 )
 from curation.report.markup import Markup, clip, join, quoted, tag
+from curation.run_folder import STAGES
 
 REPORT_NAME = "report.html"
 CONFIG_NAME = "run.toml"
@@ -155,7 +155,7 @@ def _choose(config: ReportConfig, finished: FinishedRun) -> Choice:
     asking = [dataset for dataset in datasets if dataset.retrieved][:GALLERY_DATASETS]
     gallery = {}
     for dataset in asking:
-        by_cluster = dataset.mode == "cluster"
+        by_cluster = dataset.by_cluster
         seeds, found = (SEEDS_PER_CLUSTER, FOUND_PER_CLUSTER) if by_cluster else (1, FOUND_PER_SEED)
         wanted = (config.seeds_per_dataset + 1) // 2 if by_cluster else config.seeds_per_dataset
         count = min(wanted, GALLERY_PICTURES // len(asking) // (seeds + found))
@@ -381,7 +381,7 @@ def _retrieval(retrieval: Retrieval, finished: FinishedRun, pictures: Mapping[st
 def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Picture]) -> Markup:
     funnel = finished.composition["funnel"]
     exact = funnel["candidates"] - funnel["after_exact"]
-    dedup = finished.manifests["dedup"].plan.config
+    keeps_unlike_images = finished.manifests["dedup"].facts["guard_settings"]["matches_kept"]
     sizes = facts.component_sizes(finished)
     parts = [
         tag(
@@ -389,7 +389,7 @@ def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pictur
             f"Dropped for having the bytes of another: {_count(exact, 'file')}. Images that look alike form groups: "
             f"{_count(sum(count for _, count in sizes), 'group')} of two or more unique images. Of each, the seeds are "
             "kept, or else the image with the most pixels"
-            + (", and what is no copy of these." if dedup["matches_kept"] else "."),
+            + (", and what is no copy of these." if keeps_unlike_images else "."),
         ),
         tag("h3", "Guards against chains of copies"),
         markup.table(("option", "what it is for", "what it did"), [_guard(guard) for guard in facts.guards(finished)]),
@@ -473,8 +473,8 @@ def _fate(member: Member) -> str:
 
 def _threshold(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Picture]) -> Markup:
     total = sum(similarity.count for similarity in choice.bins)
-    settings = finished.manifests["dedup"].plan.config
-    threshold, holdout_threshold = settings["threshold"], settings["holdout_threshold"]
+    dedup_facts = finished.manifests["dedup"].facts
+    threshold, holdout_threshold = dedup_facts["threshold"], dedup_facts["holdout_threshold"]
     text = (
         f"{_count(total, 'pair')} of images were found similar. From {threshold:g} on, two images are copies; from "
         f"{holdout_threshold:g} on, an image matches one of the holdout."

@@ -1,11 +1,11 @@
 """The settings of every search for nearest neighbours."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from curation.config import Settings
+from curation.config import NotInPlan, Settings
 from curation.errors import ConfigError
 
 # Limits of faiss on a GPU: neighbours selected and cells probed at once (GPU_MAX_SELECTION_K), and code lengths of
@@ -38,7 +38,7 @@ class SearchConfig(Settings):
     """With `pq`: bytes per vector; must divide the vectors' width."""
     overfetch: int = Field(default=4, ge=1)
     """With `pq`: candidates that are fetched by code, in multiples of k."""
-    min_recall: float = Field(default=0.95, ge=0, le=1)
+    min_recall: Annotated[float, NotInPlan] = Field(default=0.95, ge=0, le=1)
     """With `ivf`: share of the true neighbours of a sample of queries, below which the stage stops."""
 
     @model_validator(mode="after")

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
+from curation.engine.device import require_device
 from curation.files.image_ids import id_bytes, id_column
-from curation.models.device import require_device
 from curation.search import exact, ivf
 from curation.search.config import SearchConfig
 from curation.search.ivf import CellLists

@@ -33,14 +33,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.run_log import RunLog
 from curation.engine.runner import Runner, Shard
-from curation.engine.stage import PREPARED, run_shards
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import InputError
 from curation.files import npy, parquet, paths, vectors
 from curation.files.image_ids import bucket_of, id_bytes, id_column, pack_ids
 from curation.files.prefetch import prefetch
-from curation.models.device import require_device
 from curation.search import exact, ivf
 from curation.search.config import RECALL_QUERIES, SearchConfig
 from curation.search.ivf import CellLists
@@ -64,8 +65,6 @@ PAIRED = EDGES.append(pa.field("mutual", pa.bool_()))
 ROWS_PER_BLOCK = 65_536
 # Images that the recall's sample is compared with at a time. Assumed.
 ROWS_PER_RECALL_BLOCK = 16_384
-# Settings that guard the result without shaping it: a run stopped by one goes on when it is lowered.
-NOT_IN_PLAN = frozenset({"min_recall"})
 # Rows read for a sample, in multiples of its size. Assumed enough to see every kind of image.
 FILES_READ = 16
 
@@ -94,7 +93,13 @@ class Images:
 
 
 def run(
-    neighborhood: Neighborhood, files: Sequence[str], output: str, runner: Runner, *, content_hash: str
+    neighborhood: Neighborhood,
+    files: Sequence[str],
+    output: str,
+    runner: Runner,
+    *,
+    content_hash: str,
+    log: RunLog | None = None,
 ) -> Manifest:
     """Find the pairs of near vectors in `files` (Parquet) and return the manifest of `output`.
 
@@ -108,26 +113,25 @@ def run(
     parts = list(zip(files, (int(first) for first in np.cumsum([0, *rows])), strict=False))
 
     def exchange() -> ShardRecord:
-        run_shards(
-            "exchange",
+        stage = Stage(
+            name="exchange",
             config=search,
             inputs={"vectors": content_hash},
             output=exchange_folder,
-            runner=runner,
             shards=[
                 Shard(f"{number:05d}", part, count)
                 for number, (part, count) in enumerate(zip(parts, rows, strict=True))
             ],
             make_worker=functools.partial(_make_exchange_worker, search, exchange_folder),
-            not_in_plan=NOT_IN_PLAN,
             prepare=functools.partial(_train_cells, search, files, rows, exchange_folder),
         )
+        run_stage(stage, runner, log=log)
         return ShardRecord(name=PREPARED)
 
     def recall(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         edges = [paths.join(output, file.name) for record in done for file in record.files]
         blocks = _blocks(parts, rows, ROWS_PER_RECALL_BLOCK)
-        return _measure_recall(neighborhood, blocks, content_hash, exchange_folder, output, runner, edges), None
+        return _measure_recall(neighborhood, blocks, content_hash, exchange_folder, output, runner, edges, log), None
 
     make_worker: Callable[[], Callable[[Shard], ShardRecord]]
     if search.backend == "exact" or num_rows == 0:
@@ -139,8 +143,8 @@ def run(
         shards = [Shard(f"{group:05d}", group, num_rows // num_groups) for group in range(num_groups)]
         make_worker = functools.partial(_make_cells_worker, neighborhood, exchange_folder, output)
         prepare, finish = exchange, recall
-    manifest = run_shards(
-        "join",
+    stage = Stage(
+        name="join",
         config=search,
         inputs={
             "vectors": content_hash,
@@ -149,13 +153,12 @@ def run(
             "files": str(len(files)),
         },
         output=output,
-        runner=runner,
         shards=shards,
         make_worker=make_worker,
         prepare=prepare,
         finish=finish,
-        not_in_plan=NOT_IN_PLAN,
     )
+    manifest = run_stage(stage, runner, log=log)
     search.require_recall(manifest.facts)  # min_recall may have been raised since
     return manifest
 
@@ -439,19 +442,19 @@ def _measure_recall(
     output: str,
     runner: Runner,
     edges: Sequence[str],
+    log: RunLog | None,
 ) -> dict[str, Any]:
     """The share of the exact neighbours of a sample of images that are pairs in the `edges` files."""
     folder = step_folder(output, "recall")
-    manifest = run_shards(
-        "recall",
+    stage = Stage(
+        name="recall",
         config=neighborhood.search,
         inputs={"vectors": content_hash},
         output=folder,
-        runner=runner,
         shards=blocks,
         make_worker=functools.partial(_make_recall_worker, neighborhood, exchange_folder, folder),
-        not_in_plan=NOT_IN_PLAN,
     )
+    manifest = run_stage(stage, runner, log=log)
     tables = [parquet.read_table(paths.join(folder, name), EDGES) for name in manifest.files("exact")]
     merged = pa.concat_tables(tables).group_by(["image_id", "other_image_id"], use_threads=False)
     merged = merged.aggregate([("place", "min"), ("other_place", "min"), ("cosine", "max")])

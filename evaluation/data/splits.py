@@ -31,6 +31,7 @@ from curation.images import sources
 from curation.images.decode import ImageLimits, Picture, decode_picture
 from curation.images.sources import Layout, ReferenceReader, Role, SourceConfig
 from curation.ingest import IngestConfig
+from curation.run_folder import read_images
 
 Prepared = TypeVar("Prepared")
 
@@ -110,8 +111,8 @@ def load(config: SplitConfig, cache: str, runner: Runner) -> Split:
     Raises InputError for a split that is missing or empty, or images without a label, and RejectBudgetError.
     """
     folder = config.path if config.layout == "ingest" else _ingested(config, cache, runner)
-    limits = require_manifest(folder).plan.config["limits"]
-    table = ingest.read_images(folder, COLUMNS)
+    limits = require_manifest(folder).facts["limits"]
+    table = read_images(folder, COLUMNS)
     for column, wanted in (("role", config.roles), ("source", config.sources)):
         if wanted:
             table = table.filter(pc.is_in(table[column], pa.array(wanted)))

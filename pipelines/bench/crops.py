@@ -26,7 +26,7 @@ import webdataset
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from rich.table import Table
 
-from curation.images.corpus_tar import Sample, write_tar
+from curation.images.corpus_tar import CorpusSample, write_tar
 from curation.images.decode import ImageLimits, decode_picture, read_header
 from curation.images.hashing import image_id
 from pipelines.bench import decoding
@@ -181,7 +181,7 @@ def reading(num_samples: int, runs: int) -> Row:
             path = str(Path(folder, f"corpus-{start // SAMPLES_PER_TAR:06d}.tar"))
             ids = [image_id(image) for image in images]
             sidecar = {"source": "bench", "reasons": ["as_is:bench"]}
-            members = (Sample(key, image, "JPEG", sidecar) for key, image in zip(ids, images, strict=True))
+            members = (CorpusSample(key, image, "JPEG", sidecar) for key, image in zip(ids, images, strict=True))
             _, places = write_tar(path, members)
             listed += [samples.Sample(key, path, *place) for key, place in zip(ids, places, strict=True)]
         order = generator.permutation(num_samples).tolist()

@@ -39,7 +39,9 @@ from curation.files.prefetch import Meter
 from curation.images.decode import ImageLimits
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
-from curation.models.embedders import load_embedder, split_name
+from curation.models import embedders
+from curation.models.embedders import load_embedder
+from curation.run_folder import RunFolder
 from pipelines.bench import contests, decoding
 from pipelines.bench.processes import in_process
 
@@ -155,7 +157,8 @@ def memory(folder: str) -> dict[str, float]:
     """The peak of memory of embedding what `make` made, beyond what imports take."""
     config = _config(folder, SMALL_MODEL)
     before = contests.memory("VmRSS")
-    embed.run(config, paths.join(folder, "ingest"), paths.join(folder, "embed"), InlineRunner())
+    run_folder = RunFolder.of(folder)
+    embed.run(config, run_folder, run_folder.embed, InlineRunner())
     return {"peak": contests.memory("VmHWM") - before}
 
 
@@ -184,10 +187,10 @@ def draw_tars(folder: str, num_images: int, size: tuple[int, int], images_per_ta
 def _config(folder: str, name: str) -> EmbedConfig:
     """The model `name` with fresh weights in `folder`, which compute as long as any."""
     chosen: dict[str, Any] = {"name": name}
-    if vit := split_name(name):
+    if vit := embedders.MODELS[name].vit:
         chosen |= {"weights": paths.join(folder, "weights.pth"), "image_size": 32 if name == SMALL_MODEL else 224}
         if not paths.exists(chosen["weights"]):
-            model = backbone.build(vit[0], patch_size=vit[1], image_size=chosen["image_size"])
+            model = backbone.build(vit.size, patch_size=vit.patch_size, image_size=chosen["image_size"])
             torch.save(model.state_dict(), chosen["weights"])
     else:
         chosen["pooling"] = "gem"

@@ -36,15 +36,16 @@ from curation.config import Settings
 from curation.engine import command
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
 from curation.engine.runner import InlineRunner, Runner, Shard, Worker
-from curation.engine.stage import run_shards
+from curation.engine.stage import Stage, run_stage
 from curation.files import parquet, paths, schemas
 from curation.files.hashes import hash_json
 from curation.files.paths import FileRecord
-from curation.images.corpus_tar import Sample, write_tar
+from curation.images.corpus_tar import CorpusSample, write_tar
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
+from curation.run_folder import RunFolder
 from pipelines.bench import contests, embedding
 from pipelines.bench.processes import in_process
 
@@ -85,10 +86,10 @@ def bench_packing(*, scale: int = 1, repeats: int | None = None) -> list[Packing
     return rows
 
 
-def _samples(size: int, number: int) -> list[Sample]:
+def _samples(size: int, number: int) -> list[CorpusSample]:
     data = [os.urandom(size) for _ in range(64)]
     return [
-        Sample(
+        CorpusSample(
             f"{place:032x}",
             data[place % 64],
             "JPEG",
@@ -105,22 +106,22 @@ def _samples(size: int, number: int) -> list[Sample]:
     ]
 
 
-def _ours(path: str, samples: Sequence[Sample]) -> None:
+def _ours(path: str, samples: Sequence[CorpusSample]) -> None:
     write_tar(path, iter(samples))
 
 
-def _peer(target: Any, samples: Sequence[Sample]) -> None:
+def _peer(target: Any, samples: Sequence[CorpusSample]) -> None:
     with webdataset.TarWriter(target) as writer:
         for sample in samples:
             writer.write({"__key__": sample.key, "jpg": sample.data, "json": sample.sidecar})
 
 
-def _peer_hashed(path: str, samples: Sequence[Sample]) -> None:
+def _peer_hashed(path: str, samples: Sequence[CorpusSample]) -> None:
     with paths.atomic_write(path) as file:
         _peer(file, samples)
 
 
-CONTESTANTS: dict[str, Callable[[str, Sequence[Sample]], None]] = {
+CONTESTANTS: dict[str, Callable[[str, Sequence[CorpusSample]], None]] = {
     "ours": _ours,
     "TarWriter": _peer,
     "hashed": _peer_hashed,
@@ -191,9 +192,9 @@ def stages(folder: str, num_workers: int) -> dict[str, float]:
             list(runner.map("warm", functools.partial(_meet, str(met)), meeting))
             timed("ingest", lambda: ingest.run(config, f"{output}/ingest", runner))
             _pretend(output)
-            images, kept, found, corpus = (f"{output}/{name}" for name in ("ingest", "dedup", "retrieve", "corpus"))
+            folder_of = RunFolder.of(output)
             packing = PackConfig(images_per_shard=PER_TAR)
-            timed("pack", lambda: pack.run(packing, images, kept, found, corpus, runner))
+            timed("pack", lambda: pack.run(packing, folder_of, folder_of.corpus, runner))
         finally:
             runner.close()
     return seconds
@@ -242,10 +243,11 @@ def _pretend(output: str) -> None:
         counts = {"rows": len(rows), "kept": len(rows), "near": 0, "holdout_rows": 0}
         done.append(ShardRecord(name=name, files=(file,), totals=counts))
     retrieve = RetrieveConfig(datasets=(DatasetConfig(name="drawn", as_is=True, retrieval="none"),))
-    for stage, shards, config in (("dedup", done, {}), ("retrieve", [], retrieve.model_dump(mode="json"))):
-        plan = Plan(stage=stage, config=config, inputs={"images": images.content_hash}, num_shards=len(shards))
+    datasets = retrieve.model_dump(mode="json", include={"datasets"})
+    for stage, shards, facts in (("dedup", done, {}), ("retrieve", [], datasets)):
+        plan = Plan(stage=stage, config={}, inputs={"images": images.content_hash}, num_shards=len(shards))
         totals = sum_counts(record.totals for record in shards)
-        manifest = Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={})
+        manifest = Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={}, facts=facts)
         write_manifest(f"{output}/{stage}", manifest)
 
 
@@ -304,16 +306,16 @@ def shards(folder: str, num_shards: int, runner: command.RunnerName) -> dict[str
         watch = _Watch(chosen, num_shards - 1)
         before, began, began_cpu = contests.memory("VmRSS"), time.perf_counter(), time.process_time()
         with contextlib.suppress(_Stopped):
-            run_shards(
-                "tiny",
+            stage = Stage(
+                name="tiny",
                 config=Settings(),
                 inputs={},
                 output=folder + "/tiny",
-                runner=watch,
                 shards=[Shard(f"{number:06d}", None, 10) for number in range(num_shards)],
                 make_worker=_tiny,
                 check=lambda done: None,
             )
+            run_stage(stage, watch)
         return {
             "first": watch.first - began,
             "first_cpu": watch.first_cpu - began_cpu,

@@ -1,11 +1,9 @@
-"""Whether retrieval on the demo data finds pictures of the same thing: the concepts of its labels, and the measure.
+"""Measures whether retrieval on the demo data finds images of the same concept.
 
-A concept is a topic that both sources file pictures under: `animals/birds/owl` among the stamps and
+A concept is a topic that both sources have a folder for: `animals/birds/owl` among the stamps and
 `animals/mammals/dogs` among the drawings are both "animals". The stamps' `vehicles` are the drawings' `transportation`.
 
-The protocol behind the figures of the benchmark page: every stamp of a concept is a query; the pool is the first 3,000
-drawings by SHA-1 of their file name, less those over 4 megapixels; a query's score is the share of its 4 nearest
-drawings, by cosine, with its concept. Chance is the share of the pool with that concept.
+pipelines/bench/retrieval.py states the protocol.
 """
 
 from collections import Counter
@@ -28,17 +26,17 @@ def concept_of_drawing(label: str) -> str | None:
 
 
 def share_same_concept(pairs: Iterable[tuple[str | None, str | None]]) -> dict[str, float]:
-    """Of (concept of the seed, concept of what it found) pairs, the share that agree, by the seed's concept.
+    """The share of pairs (seed's concept, neighbour's concept) that agree, by the seed's concept.
 
-    Pairs whose seed has no concept are left out; a find without one is a miss.
+    Pairs whose seed has no concept are left out; a neighbour without one counts as a miss.
     """
-    asked: Counter[str] = Counter()
-    agreed: Counter[str] = Counter()
-    for seed, found in pairs:
+    num_pairs: Counter[str] = Counter()
+    num_agreeing: Counter[str] = Counter()
+    for seed, neighbor in pairs:
         if seed is not None:
-            asked[seed] += 1
-            agreed[seed] += seed == found
-    return {concept: agreed[concept] / count for concept, count in sorted(asked.items())}
+            num_pairs[seed] += 1
+            num_agreeing[seed] += seed == neighbor
+    return {concept: num_agreeing[concept] / count for concept, count in sorted(num_pairs.items())}
 
 
 def nearest_pairs(
@@ -49,9 +47,9 @@ def nearest_pairs(
     *,
     k: int = 4,
 ) -> list[tuple[str | None, str | None]]:
-    """The pairs for `share_same_concept` of each seed and its `k` nearest by exact search.
+    """The pairs for `share_same_concept` of each seed and its `k` nearest neighbours by exact search.
 
-    Vectors are (S, D) and (P, D), of unit length; of equally near ones the first in the pool counts.
+    Vectors are (S, D) and (P, D), of unit length; ties go to the first in the pool.
     """
     similarities = seed_vectors.astype(np.float32) @ pool_vectors.astype(np.float32).T
     nearest = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
@@ -59,6 +57,6 @@ def nearest_pairs(
 
 
 def chance(pool_concepts: Sequence[str | None]) -> dict[str, float]:
-    """The share of the pool with each concept: what random retrieval would score."""
+    """The share of the pool with each concept: the score of random retrieval."""
     counts = Counter(concept for concept in pool_concepts if concept is not None)
     return {concept: count / len(pool_concepts) for concept, count in sorted(counts.items())}

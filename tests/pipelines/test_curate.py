@@ -17,7 +17,7 @@ from curation.config import load
 from curation.engine.manifest import require_manifest
 from curation.errors import ConfigError
 from curation.files.folder_lock import sole_writer
-from curation.report.facts import STAGES
+from curation.run_folder import STAGES
 from pipelines.curate_config import CurateConfig
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +158,7 @@ def test_same_bytes_inline_and_on_ray_with_one_worker_and_two(home: Path) -> Non
             for record in require_manifest(str(home / f"ray{workers}" / stage)).shards:
                 assert (stage, record.name) in finished or record.name in ("prepared", "composition")
         assert {line["stage"] for line in lines if line["event"] == "end"} >= set(STAGES)
-        assert "What each stage took" in on_ray.stdout
+        assert "Time of each stage" in on_ray.stdout
 
 
 def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depends_on_it(home: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is said of a run that goes on, was killed, stopped, finished or is new, read while it is another process's."""
+"""The status of a run that is running, killed, stopped, finished or new; the run belongs to another process."""
 
 import json
 import os
@@ -16,26 +16,21 @@ from curation.engine import run_log
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import InputError
 from curation.files import paths
-from curation.report.facts import STAGES
+from curation.run_folder import STAGES
 from pipelines import status
 
 ROOT = Path(__file__).parents[2]
-# A run of one stage with a step. A shard waits for the file of its name in the folder `go`; one that reads "no" there
-# fails.
+# A run of one stage with a step. A shard waits for the file of its name in the folder `go`, and fails if it reads "no".
 DRIVER = """
 import sys, time
 from pathlib import Path
-from curation.engine import command
-from curation.engine import run_log
-from curation.files import paths
-from curation.engine.manifest import ShardRecord
-from curation.engine.manifest import step_folder
 from curation.config import Settings
+from curation.engine import command, run_log
+from curation.engine.manifest import ShardRecord, step_folder
+from curation.engine.runner import InlineRunner, Shard
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import InputError
-from curation.engine.runner import InlineRunner
-from curation.engine.runner import Shard
-from curation.engine.stage import PREPARED
-from curation.engine.stage import run_shards
+from curation.files import paths
 
 run = sys.argv.pop()
 
@@ -49,19 +44,20 @@ def make_worker(folder):
         return ShardRecord(name=shard.name, files=(file,), totals={"images": 5})
     return lambda: process
 
-def stage(folder, names, prepare=None):
+def do(folder, names, log, prepare=None):
     shards = [Shard(name, None, 5) for name in names]
-    run_shards("ingest", config=Settings(), inputs={}, output=folder, runner=InlineRunner(), shards=shards,
-               make_worker=make_worker(folder), prepare=prepare)
-
-def step():
-    stage(step_folder(f"{run}/ingest", "step"), ["s0"])
-    return ShardRecord(name=PREPARED)
+    stage = Stage(name="ingest", config=Settings(), inputs={}, output=folder, shards=shards,
+                  make_worker=make_worker(folder), prepare=prepare)
+    run_stage(stage, InlineRunner(), log=log)
 
 def work():
-    with run_log.keeping(run) as log:
+    with run_log.open_log(run) as log:
+        def step():
+            do(step_folder(f"{run}/ingest", "step"), ["s0"], log)
+            return ShardRecord(name=PREPARED)
+
         log.start()
-        stage(f"{run}/ingest", ["a", "b", "c", "d"], step)
+        do(f"{run}/ingest", ["a", "b", "c", "d"], log, step)
 
 command.main(work)
 """
@@ -89,21 +85,21 @@ def allow(home: Path, *names: str, word: str = "") -> None:
         (home / "go" / name).write_text(word)
 
 
-def until(home: Path, holds: Callable[[status.RunStatus], bool]) -> status.RunStatus:
-    """The status as soon as something holds of it."""
+def until(home: Path, condition: Callable[[status.RunStatus], bool]) -> status.RunStatus:
+    """The first status that meets the condition."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if (home / "out").exists() and holds(found := status.read(str(home / "out"))):
-            return found
+        if (home / "out").exists() and condition(run_status := status.read(str(home / "out"))):
+            return run_status
         time.sleep(0.05)
-    raise AssertionError("it never came true")
+    raise AssertionError("the condition was not met within 60 s")
 
 
-def at(shard: str) -> Callable[[status.RunStatus], bool]:
-    return lambda found: any(note.shard == shard for stage in found.stages for note in stage.running)
+def is_running(shard: str) -> Callable[[status.RunStatus], bool]:
+    return lambda run_status: any(note.shard == shard for stage in run_status.stages for note in stage.running)
 
 
-def said(home: Path) -> str:
+def printed_status(home: Path) -> str:
     result = subprocess.run(
         [sys.executable, "-m", "pipelines.status", "out"],
         cwd=home,
@@ -117,16 +113,15 @@ def said(home: Path) -> str:
 
 def test_running_killed_resumed_and_done(home: Path) -> None:
     process = start(home)
-    found = until(home, at("s0"))
-    assert [(stage.name, stage.state) for stage in found.stages[:3]] == [
+    run_status = until(home, is_running("s0"))
+    assert [(stage.name, stage.state) for stage in run_status.stages[:3]] == [
         ("ingest", "running"),
         ("ingest/step", "running"),
         ("embed", "left"),
     ]
-    assert found.stages[0].seconds_left is None
+    assert run_status.stages[0].seconds_left is None
     allow(home, "s0", "a", "b")
-    found = until(home, at("c"))
-    ingest, step = found.stages[:2]
+    ingest, step = until(home, is_running("c")).stages[:2]
     assert (ingest.num_shards, ingest.done, ingest.left, step.state) == (4, 2, 1, "done")
     assert ingest.seconds_left is not None and ingest.seconds_left > 0
 
@@ -137,10 +132,10 @@ def test_running_killed_resumed_and_done(home: Path) -> None:
     assert (ingest.state, [note.shard for note in ingest.stale], ingest.running) == ("stale", ["c"], ())
     assert (ingest.done, ingest.left, ingest.seconds_left) == (2, 2, None)
     (log,) = (home / "out/log").glob("*.jsonl")
-    log.write_bytes(log.read_bytes() + b'{"event": "sha')  # as a kill may leave it
+    log.write_bytes(log.read_bytes() + b'{"event": "sha')  # as a kill may leave the line
 
     process = start(home)
-    assert [note.shard for note in until(home, at("c")).stages[0].running] == ["c"]
+    assert [note.shard for note in until(home, is_running("c")).stages[0].running] == ["c"]
     allow(home, "c", "d")
     assert process.wait() == 0, process.communicate()
     done = status.read(str(home / "out"))
@@ -150,47 +145,48 @@ def test_running_killed_resumed_and_done(home: Path) -> None:
     assert times["ingest"].shards == 4 and times["ingest"].items == 20 and times["ingest"].bytes == 400
     assert times["ingest"].seconds >= times["ingest/step"].seconds > 0 and times["ingest"].done
     assert sorted(path.suffix for path in (home / "out/log").iterdir()) == [".jsonl", ".jsonl"]
-    assert "ingest" in said(home) and "Nobody works on this run" in said(home)
+    assert "ingest" in printed_status(home) and "No process works on this run" in printed_status(home)
 
 
-def test_run_that_stopped_says_why(home: Path) -> None:
+def test_stopped_run_has_its_reason(home: Path) -> None:
     allow(home, "s0", "a", "b")
     allow(home, "c", word="no")
     process = start(home)
     assert process.communicate() and process.returncode == 2
-    assert "It stopped with: ingest, shard c: the worker says no" in said(home)
-    found = status.read(str(home / "out"))
-    assert (found.stages[0].state, found.stages[0].done, found.stages[0].left) == ("stopped", 2, 2)
-    assert found.driver is None and not list((home / "out/log").glob(".tmp*"))
+    assert "It stopped with: ingest, shard c: the worker says no" in printed_status(home)
+    run_status = status.read(str(home / "out"))
+    ingest = run_status.stages[0]
+    assert (ingest.state, ingest.done, ingest.left) == ("stopped", 2, 2)
+    assert run_status.driver is None and not list((home / "out/log").glob(".tmp*"))
 
 
-def test_orderly_end_by_a_signal_leaves_no_driver(home: Path) -> None:
+def test_signal_ends_the_run_in_order_and_leaves_no_driver(home: Path) -> None:
     process = start(home)
-    until(home, at("s0"))
+    until(home, is_running("s0"))
     process.send_signal(signal.SIGTERM)
     assert process.communicate() and process.returncode == 143
     assert not (home / "out/log/driver.json").exists() and not (home / "out/log/workers").exists()
     assert status.read(str(home / "out")).state == "stopped"
 
 
-def test_new_run_has_everything_left(tmp_path: Path) -> None:
+def test_new_run_has_all_stages_left(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("")
-    found = status.read(str(tmp_path))
-    assert [stage.state for stage in found.stages] == ["left"] * len(STAGES)
-    assert found.why_stopped is None
+    run_status = status.read(str(tmp_path))
+    assert [stage.state for stage in run_status.stages] == ["left"] * len(STAGES)
+    assert run_status.why_stopped is None
 
 
-@pytest.mark.parametrize("what", ["nothing", "a file", "strangers", "a stage"])
-def test_what_is_no_run_is_one_message(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("kind", ["nothing", "a file", "other files", "a stage"])
+def test_path_without_a_run_is_one_message(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "out"
-    if what == "a file":
+    if kind == "a file":
         path.write_text("")
-    elif what != "nothing":
+    elif kind != "nothing":
         path.mkdir()
-        (path / ("holiday.png" if what == "strangers" else MANIFEST_NAME)).write_text("")
+        (path / ("holiday.png" if kind == "other files" else MANIFEST_NAME)).write_text("")
     with pytest.raises(InputError, match="No run at"):
         status.read(str(path))
-    if what == "nothing":
+    if kind == "nothing":
         result = subprocess.run(
             [sys.executable, "-m", "pipelines.status", str(path)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -200,10 +196,10 @@ def test_what_is_no_run_is_one_message(tmp_path: Path, what: str) -> None:
         assert (result.returncode, result.stderr.count("error:"), result.stdout) == (2, 1, "")
 
 
-def test_log_on_an_object_store_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_on_an_object_store_is_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_log, "SECONDS_BETWEEN_PIECES", -1.0)
     run = f"memory://{os.urandom(4).hex()}"
-    with run_log.keeping(run) as log:
+    with run_log.open_log(run) as log:
         for number in range(3):
             log.write("stopped", why=str(number))
         assert run_log.read_driver(run) is not None
@@ -215,7 +211,7 @@ def test_log_on_an_object_store_comes_in_pieces(monkeypatch: pytest.MonkeyPatch)
     fsspec.filesystem("memory").rm(run, recursive=True)
 
 
-def test_stage_that_is_made_anew_is_timed_anew(tmp_path: Path) -> None:
+def test_times_of_a_redone_stage_start_from_zero(tmp_path: Path) -> None:
     def line(event: str, at: float, **facts: object) -> str:
         return json.dumps({"event": event, "time": at, "stage": "ingest", **facts}) + "\n"
 
@@ -226,14 +222,14 @@ def test_stage_that_is_made_anew_is_timed_anew(tmp_path: Path) -> None:
     (tmp_path / "log/shards-1.jsonl").write_text("".join(first))
     (killed,) = run_log.times(str(tmp_path)).values()
     assert (killed.seconds, killed.capacity, killed.busy, killed.idle, killed.done) == (4, 8, 4, 0.5, False)
-    again = [
+    resumed = [
         line("begin", 200, plan="x", **begin | {"done_before": 1}),
         line("shard", 201, shard="b", seconds=1, **shard),
         line("end", 202, seconds=2),
     ]
-    (tmp_path / "log/shards-2.jsonl").write_text("".join(again))
+    (tmp_path / "log/shards-2.jsonl").write_text("".join(resumed))
     (whole,) = run_log.times(str(tmp_path)).values()
     assert (whole.seconds, whole.capacity, whole.busy, whole.shards, whole.done) == (6, 12, 5, 2, True)
     (tmp_path / "log/shards-3.jsonl").write_text(line("begin", 300, plan="y", **begin) + line("end", 301, seconds=1))
-    (anew,) = run_log.times(str(tmp_path)).values()
-    assert (anew.seconds, anew.shards) == (1, 0)
+    (redone,) = run_log.times(str(tmp_path)).values()
+    assert (redone.seconds, redone.shards) == (1, 0)

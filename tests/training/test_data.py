@@ -18,7 +18,7 @@ from torch import Tensor
 from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError, OutputMismatchError, RejectBudgetError
 from curation.files import parquet, paths, schemas
-from curation.images.corpus_tar import Sample as Packed
+from curation.images.corpus_tar import CorpusSample as Packed
 from curation.images.corpus_tar import write_tar
 from curation.images.hashing import image_id
 from tests.curation.builders import encoded_image, image_row, write_ingest, write_stage

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from curation import ingest
+from curation.run_folder import read_images
 from pipelines.bench import contests, crops, decoding, embedding, mixture, similarity
 from pipelines.bench.processes import in_process
 
@@ -110,7 +110,7 @@ def test_the_stage_is_held_against_its_halves(tmp_path: Path) -> None:
     assert measured.keys() == {"stage", "decoding", "model"} and min(measured.values()) > 0
     folder = str(tmp_path)
     assert embedding.make(folder, 30, (64, 48))["images"] == 30
-    assert len(ingest.read_images(f"{folder}/ingest")) == 30, "all are different"
+    assert len(read_images(f"{folder}/ingest")) == 30, "all are different"
     peak = embedding.memory(folder)["peak"]
     torch.set_num_threads(threads)
     text = shown(embedding.tables([embedding.Rates("vit", 8.0, 20.0, 10.0)], {30: peak}))

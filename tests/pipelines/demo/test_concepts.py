@@ -6,12 +6,12 @@ import pytest
 from pipelines.demo import concepts
 
 
-def test_the_topics_of_both_sources_meet() -> None:
+def test_topics_of_both_sources_map_to_the_same_concepts() -> None:
     assert concepts.concept_of_stamp("vehicles/emergency/fire.png") == "vehicles"
     assert concepts.concept_of_drawing("transportation/vehicles") == "vehicles"
     assert concepts.concept_of_stamp("animals") == concepts.concept_of_drawing("animals/bugs/ant.png") == "animals"
     assert concepts.concept_of_stamp("symbols/money") is None
-    assert concepts.concept_of_drawing("vehicles") is None  # no topic of the drawings
+    assert concepts.concept_of_drawing("vehicles") is None  # the drawings have no such topic
     assert set(concepts.STAMP_CONCEPTS.values()) == set(concepts.DRAWING_CONCEPTS.values())
 
 
@@ -22,7 +22,7 @@ def test_shares_are_counted_by_the_seeds_concept() -> None:
     assert concepts.share_same_concept([]) == {}
 
 
-def test_nearest_pairs_are_the_nearest() -> None:
+def test_nearest_pairs_are_of_the_k_nearest() -> None:
     angles = np.radians([0.0, 10, 20, 30, 90])
     pool = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     seeds = np.array([[1.0, 0.0], [0.0, 1.0]], np.float16)
@@ -37,7 +37,7 @@ def test_nearest_pairs_are_the_nearest() -> None:
     ]
 
 
-def test_chance_is_what_random_retrieval_scores() -> None:
+def test_chance_is_the_score_of_random_retrieval() -> None:
     rng = np.random.default_rng(0)
     pool = [str(name) if name != "other" else None for name in rng.choice(["food", "plants", "other"], 300)]
     evenly, anywhere = np.arange(300) * 2 * np.pi / 300, rng.uniform(0, 2 * np.pi, 3000)

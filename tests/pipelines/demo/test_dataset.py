@@ -1,5 +1,6 @@
-"""The demo data from two small packages, built here in the layout of the real ones."""
+"""The demo data made from two small packages, which are built here in the layout of the real ones."""
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -17,14 +18,15 @@ from curation.errors import InputError, OutputMismatchError
 from curation.files import parquet
 from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
 from curation.images.hashing import image_id
-from pipelines.demo import dataset
-from pipelines.demo.dataset import DemoDataConfig
+from pipelines.demo import dataset, odd_files, planted_copies
+from pipelines.demo.dataset import DemoRecipe
+from pipelines.demo.packages import DRAWINGS, IMAGES_IN_PACKAGE, STAMPS
 
 pytestmark = pytest.mark.skipif(
     shutil.which("dpkg-deb") is None, reason="builds and unpacks .deb files: needs dpkg-deb"
 )
 
-CONFIG = DemoDataConfig(holdout_every=2, pool_size=80, num_pool_copies=2, num_holdout_copies=1)
+RECIPE = DemoRecipe(holdout_every=2, pool_size=80, num_pool_copies=2, num_holdout_copies=1)
 STAMP_FOLDERS = (
     "animals/birds",
     "animals/mammals/cats",
@@ -34,7 +36,7 @@ STAMP_FOLDERS = (
     "symbols/signs",
 )
 DRAWING_FOLDERS = ("animals", "computer/icons", "shapes/stars")
-LINKS = {  # one beside its target, under another name; one in another folder, under the same name
+LINKS = {  # one beside its target with another name; one in another folder with the same name
     "animals/link.png": "drawing_00.png",
     "shapes/drawing_01.png": "../computer/icons/drawing_01.png",
 }
@@ -52,28 +54,28 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     drawings["shapes/blank.png"] = _png(Image.new("L", (80, 80), 250))
     drawings["shapes/small.png"] = _png(Image.new("L", (8, 8)))
     drawings |= {f"shapes/ring_{number:02d}.png": _ring(number) for number in range(40)}
-    _build_package(folder, dataset.STAMPS, stamps)
-    _build_package(folder, dataset.DRAWINGS, drawings, LINKS)
+    _build_package(folder, STAMPS, stamps)
+    _build_package(folder, DRAWINGS, drawings, LINKS)
     return folder
 
 
 @pytest.fixture(scope="module")
 def demo(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Finished demo data; not to be changed."""
+    """Finished demo data; tests must not change it."""
     output = tmp_path_factory.mktemp("data") / "demo"
-    dataset.run(CONFIG, output, packages)
+    dataset.run(output, packages, RECIPE)
     return output
 
 
-def test_every_second_stamp_by_hash_is_held_out_and_the_rest_of_four_folders_are_seeds(demo: Path) -> None:
+def test_every_second_stamp_by_hash_is_held_out_and_the_others_of_four_folders_are_seeds(demo: Path) -> None:
     stamps = [f"{STAMP_FOLDERS[number % 6]}/stamp_{number:02d}.png" for number in range(24)]
     by_hash = sorted(stamps, key=lambda name: hashlib.sha1(name.encode()).hexdigest())
     assert _images(demo / "holdout") == sorted(by_hash[::2])
-    rest = [name for name in by_hash[1::2] if not name.startswith("symbols/")]
-    assert _images(demo / "seeds") == sorted(f"{name.split('/')[0]}/{name}" for name in rest)
+    others = [name for name in by_hash[1::2] if not name.startswith("symbols/")]
+    assert _images(demo / "seeds") == sorted(f"{name.split('/')[0]}/{name}" for name in others)
 
 
-def test_the_pool_is_the_first_drawings_by_hash_of_the_file_name(demo: Path) -> None:
+def test_pool_is_the_first_drawings_by_hash_of_the_file_name(demo: Path) -> None:
     pool, rest = _images(demo / "pool"), _images(demo / "pool_rest")
     assert len(pool) == 80 and len(rest) == 6
     assert set(LINKS) <= set(pool + rest)
@@ -93,42 +95,42 @@ def test_links_become_files_with_the_bytes_of_their_target(demo: Path) -> None:
     assert files["shapes/drawing_01.png"].read_bytes() == files["computer/icons/drawing_01.png"].read_bytes()
 
 
-def test_the_copyright_lies_beside_the_images(demo: Path) -> None:
+def test_copyright_file_lies_beside_the_images(demo: Path) -> None:
     for root in ("seeds", "holdout", "planted"):
-        assert (demo / root / f"copyright-{dataset.STAMPS}").read_text() == f"Copyright of {dataset.STAMPS}\n"
+        assert (demo / root / f"copyright-{STAMPS}").read_text() == f"Copyright of {STAMPS}\n"
     for root in ("pool", "pool_rest", "planted", "odd"):
-        assert (demo / root / f"copyright-{dataset.DRAWINGS}").read_text() == f"Copyright of {dataset.DRAWINGS}\n"
+        assert (demo / root / f"copyright-{DRAWINGS}").read_text() == f"Copyright of {DRAWINGS}\n"
 
 
-def test_the_truth_names_every_copy_and_one_original_each(demo: Path) -> None:
-    rows = parquet.read_table(str(demo / "planted.parquet"), dataset.PLANTED).to_pylist()
+def test_planted_table_lists_every_copy_with_one_original_each(demo: Path) -> None:
+    rows = parquet.read_table(str(demo / "planted.parquet"), planted_copies.PLANTED).to_pylist()
     assert sorted(row["copy"] for row in rows) == [f"planted/{name}" for name in _images(demo / "planted")]
-    assert [row["transform"] for row in rows] == [name for name in dataset.TRANSFORMS for _ in range(3)]
-    assert [row["original_role"] for row in rows] == ["pool", "pool", "holdout"] * len(dataset.TRANSFORMS)
+    assert [row["transform"] for row in rows] == [name for name in planted_copies.TRANSFORMS for _ in range(3)]
+    assert [row["original_role"] for row in rows] == ["pool", "pool", "holdout"] * len(planted_copies.TRANSFORMS)
     assert len({row["original_image_id"] for row in rows}) == len(rows)
-    everything = [image_id(path.read_bytes()) for path in _walk(demo)]
+    all_ids = [image_id(path.read_bytes()) for path in _walk(demo)]
     for row in rows:
         assert row["original"].startswith(row["original_role"] + "/")
         assert row["copy_image_id"] == image_id((demo / row["copy"]).read_bytes())
         assert row["original_image_id"] == image_id((demo / row["original"]).read_bytes())
-        assert everything.count(row["copy_image_id"]) == 1
-    odd = parquet.read_table(str(demo / "odd.parquet"), dataset.ODD).to_pylist()
+        assert all_ids.count(row["copy_image_id"]) == 1
+    odd = parquet.read_table(str(demo / "odd.parquet"), odd_files.ODD).to_pylist()
     renamed = [row["image_id"] for row in odd if row["file"] == "odd/renamed.png"]
-    assert all(everything.count(row["original_image_id"]) == 1 for row in rows)
-    assert everything.count(renamed[0]) == 2
+    assert all(all_ids.count(row["original_image_id"]) == 1 for row in rows)
+    assert all_ids.count(renamed[0]) == 2
 
 
-def test_originals_are_neither_blank_nor_small_nor_copies_and_mirrored_ones_have_a_left_and_a_right(demo: Path) -> None:
-    rows = parquet.read_table(str(demo / "planted.parquet"), dataset.PLANTED).to_pylist()
+def test_originals_are_neither_blank_nor_small_nor_copies_and_mirrored_ones_are_asymmetric(demo: Path) -> None:
+    rows = parquet.read_table(str(demo / "planted.parquet"), planted_copies.PLANTED).to_pylist()
     names = {row["original"].rpartition("/")[2] for row in rows}
     assert not names & {"blank.png", "small.png", "link.png", "drawing_00.png", "drawing_01.png"}
     assert any("ring" in row["original"] for row in rows)
     assert not any("ring" in row["original"] for row in rows if row["transform"] == "mirror")
 
 
-@pytest.mark.parametrize("transform", dataset.TRANSFORMS)
-def test_a_copy_shows_its_original_changed_as_stated(demo: Path, transform: str) -> None:
-    rows = parquet.read_table(str(demo / "planted.parquet"), dataset.PLANTED).to_pylist()
+@pytest.mark.parametrize("transform", planted_copies.TRANSFORMS)
+def test_copy_is_its_original_changed_by_the_stated_parameters(demo: Path, transform: str) -> None:
+    rows = parquet.read_table(str(demo / "planted.parquet"), planted_copies.PLANTED).to_pylist()
     for row in (row for row in rows if row["transform"] == transform):
         original, copy = (_decode(demo / row[key]) for key in ("original", "copy"))
         words = row["parameters"].replace(",", "").split()
@@ -149,7 +151,7 @@ def test_a_copy_shows_its_original_changed_as_stated(demo: Path, transform: str)
                 assert _difference(original.crop((left, top, right, bottom)), copy) == 0
             case "colour":
                 assert copy.size == original.size and _difference(original, copy) > 0
-                assert dataset._correlation(original, copy) >= dataset.MIN_COLOUR_CORRELATION
+                assert planted_copies.correlation(original, copy) >= planted_copies.MIN_COLOUR_CORRELATION
             case "mirror":
                 assert _difference(ImageOps.mirror(original), copy) == 0 and _difference(original, copy) > 0
             case "border":
@@ -168,8 +170,8 @@ def test_a_copy_shows_its_original_changed_as_stated(demo: Path, transform: str)
                 assert _difference(original.crop(middle), turned_back.crop(middle)) < 12
 
 
-def test_odd_files_fare_as_expected_and_accepted_ones_show_their_original(demo: Path) -> None:
-    rows = parquet.read_table(str(demo / "odd.parquet"), dataset.ODD).to_pylist()
+def test_odd_files_have_the_expected_outcome_and_accepted_ones_show_their_original(demo: Path) -> None:
+    rows = parquet.read_table(str(demo / "odd.parquet"), odd_files.ODD).to_pylist()
     assert [row["file"] for row in sorted(rows, key=lambda row: row["file"])] == [
         f"odd/{x}" for x in _files(demo / "odd")
     ]
@@ -179,107 +181,109 @@ def test_odd_files_fare_as_expected_and_accepted_ones_show_their_original(demo: 
         if row["expected"] == "accepted":
             picture, original = decode_rgb(data, ImageLimits()), _decode(demo / row["original"])
             assert picture.size == original.size
-            assert dataset._correlation(picture, original) > 0.98
+            assert planted_copies.correlation(picture, original) > 0.98
         else:
             with pytest.raises(ImageRejected) as rejected:
                 decode_rgb(data, ImageLimits())
             assert rejected.value.reason == row["expected"]
 
 
-def test_the_same_packages_give_the_same_bytes(packages: Path, demo: Path, tmp_path: Path) -> None:
-    dataset.run(CONFIG, tmp_path / "again", packages)
+def test_same_packages_give_the_same_bytes(packages: Path, demo: Path, tmp_path: Path) -> None:
+    dataset.run(tmp_path / "again", packages, RECIPE)
     assert _snapshot(tmp_path / "again") == _snapshot(demo)
-    other = CONFIG.model_copy(update={"seed": 1})
-    dataset.run(other, tmp_path / "other", packages)
+    dataset.run(tmp_path / "other", packages, dataclasses.replace(RECIPE, seed=1))
     assert _snapshot(tmp_path / "other") != _snapshot(demo)
     assert _images(tmp_path / "other" / "pool") == _images(demo / "pool")
 
 
-def test_finished_data_is_left_alone(packages: Path, demo: Path) -> None:
+def test_finished_data_is_not_changed(packages: Path, demo: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
-    manifest = dataset.run(CONFIG, demo)  # without packages: to download would fail in tests
-    assert manifest == dataset.run(CONFIG, demo, packages)
+    manifest = dataset.run(demo, recipe=RECIPE)  # without packages: a download would fail in tests
+    assert manifest == dataset.run(demo, packages, RECIPE)
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before
     assert manifest.totals["holdout"] == 12 and manifest.totals["planted/crop"] == 3 and manifest.totals["odd"] == 11
 
 
-def test_a_failed_run_leaves_nothing_behind_under_the_final_name(packages: Path, demo: Path, tmp_path: Path) -> None:
+def test_failed_run_leaves_nothing_under_the_final_name(packages: Path, demo: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holdout/ hold too few originals.*num_holdout_copies"):
-        dataset.run(CONFIG.model_copy(update={"num_holdout_copies": 100}), tmp_path / "demo", packages)
+        dataset.run(tmp_path / "demo", packages, dataclasses.replace(RECIPE, num_holdout_copies=100))
     assert not (tmp_path / "demo").exists()
-    dataset.run(CONFIG, tmp_path / "demo", packages)
+    dataset.run(tmp_path / "demo", packages, RECIPE)
     assert _snapshot(tmp_path / "demo") == _snapshot(demo)
     assert os.listdir(tmp_path) == ["demo"]
 
 
-def test_a_folder_of_something_else_is_refused(packages: Path, demo: Path, tmp_path: Path) -> None:
+def test_folder_of_other_files_is_refused(packages: Path, demo: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputMismatchError, match="other settings"):
-        dataset.run(DemoDataConfig(), demo, packages)
+        dataset.run(demo, packages)
     (tmp_path / "thesis.txt").write_text("mine")
     for output in (tmp_path, tmp_path / "thesis.txt"):
         with pytest.raises(OutputMismatchError, match="not demo data"):
-            dataset.run(CONFIG, output, packages)
+            dataset.run(output, packages, RECIPE)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_packages_that_are_not_as_expected_are_refused(packages: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="found none"):
-        dataset.run(CONFIG, tmp_path / "demo", tmp_path)
-    _build_package(tmp_path, dataset.STAMPS, {"animals/a.png": _drawing(1)})
-    (tmp_path / f"{dataset.DRAWINGS}_0_all.deb").write_bytes(b"not a package\n" * 100)
+def test_unexpected_packages_are_refused(packages: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"exactly one file .* Found: none"):
+        dataset.run(tmp_path / "demo", tmp_path, RECIPE)
+    _build_package(tmp_path, STAMPS, {"animals/a.png": _drawing(1)})
+    (tmp_path / f"{DRAWINGS}_0_all.deb").write_bytes(b"not a package\n" * 100)
     with pytest.raises(InputError, match=r"(?s)dpkg-deb failed with status 2.*not a Debian format archive"):
-        dataset.run(CONFIG, tmp_path / "demo", tmp_path)
-    (tmp_path / f"{dataset.DRAWINGS}_0_all.deb").unlink()
-    _build_package(tmp_path, dataset.DRAWINGS, {})
+        dataset.run(tmp_path / "demo", tmp_path, RECIPE)
+    (tmp_path / f"{DRAWINGS}_0_all.deb").unlink()
+    _build_package(tmp_path, DRAWINGS, {})
     with pytest.raises(InputError, match="holds no images in usr/share/openclipart/png"):
-        dataset.run(CONFIG, tmp_path / "demo", tmp_path)
+        dataset.run(tmp_path / "demo", tmp_path, RECIPE)
     (tmp_path / "private.png").write_bytes(_drawing(2))
-    _build_package(tmp_path, dataset.DRAWINGS, {"a.png": _drawing(1)}, {"b.png": str(tmp_path / "private.png")})
+    _build_package(tmp_path, DRAWINGS, {"a.png": _drawing(1)}, {"b.png": str(tmp_path / "private.png")})
     with pytest.raises(InputError, match=r"b\.png' is a link to"):
-        dataset.run(CONFIG, tmp_path / "demo", tmp_path)
+        dataset.run(tmp_path / "demo", tmp_path, RECIPE)
     assert not (tmp_path / "demo").exists()
 
 
-def test_the_command_says_what_to_do_where_apt_is_missing(tmp_path: Path) -> None:
-    done = _command(["--output", str(tmp_path / "demo")], PATH=str(tmp_path))
-    assert done.returncode == 2
-    assert "There is no apt-get on this machine" in done.stderr and "pipelines/configs/demo.toml" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "demo").exists()
+def test_missing_apt_is_a_message_with_the_alternative(tmp_path: Path) -> None:
+    completed = _command(["--output", str(tmp_path / "demo")], PATH=str(tmp_path))
+    assert completed.returncode == 2
+    assert "There is no apt-get on this machine" in completed.stderr
+    assert "pipelines/configs/demo.toml" in completed.stderr
+    assert "Traceback" not in completed.stderr and not (tmp_path / "demo").exists()
 
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt-get")
-def test_the_command_downloads_with_apt_and_touches_nothing_else(packages: Path, demo: Path, tmp_path: Path) -> None:
-    """From a repository in a folder: no network, no root."""
+def test_download_with_apt_changes_nothing_else_on_the_system(packages: Path, demo: Path, tmp_path: Path) -> None:
+    """The repository is a folder: no network and no root are needed."""
     repository = tmp_path / "repository"
     shutil.copytree(packages, repository)
     (repository / "Packages").write_text("\n".join(_index_entry(deb) for deb in sorted(repository.glob("*.deb"))))
-    settings = [f"--set=holdout_every={CONFIG.holdout_every}", f"--set=pool_size={CONFIG.pool_size}"]
-    settings += [
-        f"--set=num_pool_copies={CONFIG.num_pool_copies}",
-        f"--set=num_holdout_copies={CONFIG.num_holdout_copies}",
-    ]
     output = tmp_path / "with space" / "demo"
-    done = _command(["--output", str(output), *settings], APT_CONFIG=str(_apt_config(tmp_path, f"file:{repository}")))
-    assert done.returncode == 0, done.stderr
+    code = (
+        f"from pathlib import Path\nfrom pipelines.demo.dataset import *\nrun(Path({str(output)!r}), recipe={RECIPE!r})"
+    )
+    completed = _python(["-c", code], APT_CONFIG=str(_apt_config(tmp_path, f"file:{repository}")))
+    assert completed.returncode == 0, completed.stderr
     assert _snapshot(output) == _snapshot(demo)
     assert os.listdir(output.parent) == ["demo"]
     assert not (tmp_path / "hook-ran").exists()
 
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt-get")
-@pytest.mark.parametrize("address", ["file:/nowhere", "http://127.0.0.1:9"])  # nothing answers at port 9, "discard"
-def test_the_command_repeats_what_apt_said_when_it_fails(address: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", ["file:/nowhere", "http://127.0.0.1:9"])  # no server listens on port 9, "discard"
+def test_failed_download_repeats_the_output_of_apt(address: str, tmp_path: Path) -> None:
     config = _apt_config(tmp_path, address)
-    done = _command(["--output", str(tmp_path / "demo")], APT_CONFIG=str(config), no_proxy="127.0.0.1")
-    assert done.returncode == 2
-    assert "apt-get failed with status 100" in done.stderr and "--packages" in done.stderr
-    assert f"Failed to fetch {address}" in done.stderr or f"The repository '{address}" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "demo").exists()
+    completed = _command(["--output", str(tmp_path / "demo")], APT_CONFIG=str(config), no_proxy="127.0.0.1")
+    assert completed.returncode == 2
+    assert "apt-get failed with status 100" in completed.stderr and "--packages" in completed.stderr
+    assert f"Failed to fetch {address}" in completed.stderr or f"The repository '{address}" in completed.stderr
+    assert "Traceback" not in completed.stderr and not (tmp_path / "demo").exists()
 
 
 def _command(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return _python(["-m", "pipelines.demo.dataset", *arguments], **environment)
+
+
+def _python(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipelines.demo.dataset", *arguments],
+        [sys.executable, *arguments],
         cwd=REPOSITORY,
         env={**os.environ, **environment},
         capture_output=True,
@@ -288,7 +292,7 @@ def _command(arguments: Sequence[str], **environment: str) -> subprocess.Complet
 
 
 def _apt_config(folder: Path, address: str) -> Path:
-    """A config of apt that knows one repository, and has a hook as systems have them."""
+    """A config of apt with one repository and a hook like those of real systems."""
     (folder / "sources.list").write_text(f"deb [trusted=yes] {address} ./\n")
     config = folder / "apt.conf"
     config.write_text(
@@ -308,11 +312,11 @@ def _index_entry(deb: Path) -> str:
 def _build_package(folder: Path, package: str, images: dict[str, bytes], links: dict[str, str] | None = None) -> None:
     root = folder / package
     for name, data in images.items():
-        path = root / dataset.IMAGES_IN_PACKAGE[package] / name
+        path = root / IMAGES_IN_PACKAGE[package] / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     for name, target in (links or {}).items():
-        (root / dataset.IMAGES_IN_PACKAGE[package] / name).symlink_to(target)
+        (root / IMAGES_IN_PACKAGE[package] / name).symlink_to(target)
     documents = root / "usr/share/doc" / package
     documents.mkdir(parents=True)
     (documents / "copyright").write_text(f"Copyright of {package}\n")
@@ -327,7 +331,7 @@ def _build_package(folder: Path, package: str, images: dict[str, bytes], links: 
 
 
 def _drawing(seed: int) -> bytes:
-    """A PNG of some coloured shapes on a transparent ground, without symmetry."""
+    """A PNG of some coloured shapes on a transparent background, without symmetry."""
     generator = np.random.default_rng(seed)
     picture = Image.new("RGBA", (90 + 2 * (seed % 7), 84))
     draw = ImageDraw.Draw(picture)
@@ -340,7 +344,7 @@ def _drawing(seed: int) -> bytes:
 
 
 def _ring(seed: int) -> bytes:
-    """A PNG of a ring, which its mirror image equals."""
+    """A PNG of a ring, equal to its mirror image."""
     picture = Image.new("RGBA", (90, 90))
     ImageDraw.Draw(picture).ellipse((10, 10, 79, 79), (0, 0, 4 * seed), "red", 9)
     return _png(picture)

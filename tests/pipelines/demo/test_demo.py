@@ -1,4 +1,4 @@
-"""The figures that the demo must reach, read from the corpus that `make curate` wrote. Run by `make test-demo`."""
+"""The minimum figures of the demo, read from the corpus that `make curate` wrote. Run by `make test-demo`."""
 
 import hashlib
 import io
@@ -15,17 +15,17 @@ import pytest
 import webdataset
 from PIL import Image
 
-from curation import dedup, ingest, pack
 from curation.engine.manifest import require_manifest
 from curation.files import parquet, schemas
-from curation.retrieve import read_retrieved
+from curation.run_folder import kept_shards, read_corpus, read_images, read_kept, read_retrieved
 from pipelines.bench import retrieval
+from tests.curation.builders import stages_of
 
 pytestmark = pytest.mark.demo
 
 ROOT = Path(__file__).parents[3]
 DATA, RUN = ROOT / "data" / "demo", ROOT / "runs" / "demo"
-# What must be found of the planted copies at the default thresholds.
+# Minimum recall of planted copies by transform, at the thresholds of demo.toml.
 RECALL = {
     "jpeg": 0.95,
     "resize": 0.95,
@@ -44,8 +44,8 @@ def planted() -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def decided() -> dict[str, dict[str, object]]:
-    """What dedup decided for each image, by image_id; the row that stands for it where there are exact copies."""
+def decisions() -> dict[str, dict[str, object]]:
+    """The row of `duplicates` by image_id: the kept one where there are exact copies."""
     rows: dict[str, dict[str, object]] = {}
     for name in require_manifest(str(RUN / "dedup")).files("duplicates"):
         for row in parquet.read_table(str(RUN / "dedup" / name), schemas.DUPLICATES).to_pylist():
@@ -56,20 +56,20 @@ def decided() -> dict[str, dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def corpus() -> pa.Table:
-    return pack.read_corpus(str(RUN / "corpus"))
+    return read_corpus(str(RUN / "corpus"))
 
 
 @pytest.mark.parametrize("transform", RECALL)
-def test_planted_copies_land_in_the_component_of_their_original(
-    transform: str, planted: pa.Table, decided: dict[str, dict[str, object]]
+def test_planted_copies_are_in_the_component_of_their_original(
+    transform: str, planted: pa.Table, decisions: dict[str, dict[str, object]]
 ) -> None:
     rows = planted.filter(pc.equal(planted["transform"], transform)).to_pylist()
     assert len(rows) >= 40
-    found = [
-        decided[row["copy_image_id"]]["component_id"] == decided[row["original_image_id"]]["component_id"]
+    is_recalled = [
+        decisions[row["copy_image_id"]]["component_id"] == decisions[row["original_image_id"]]["component_id"]
         for row in rows
     ]
-    assert sum(found) / len(found) >= RECALL[transform], f"{sum(found)} of {len(found)}"
+    assert sum(is_recalled) / len(rows) >= RECALL[transform], f"{sum(is_recalled)} of {len(rows)}"
 
 
 def test_no_planted_copy_of_a_holdout_image_is_in_the_corpus(planted: pa.Table, corpus: pa.Table) -> None:
@@ -79,14 +79,14 @@ def test_no_planted_copy_of_a_holdout_image_is_in_the_corpus(planted: pa.Table, 
 
 
 def test_no_holdout_image_is_in_the_corpus(corpus: pa.Table) -> None:
-    images = ingest.read_images(str(RUN / "ingest"), ["image_id", "role"])
+    images = read_images(str(RUN / "ingest"), ["image_id", "role"])
     holdout = set(images.filter(pc.equal(images["role"], "holdout"))["image_id"].to_pylist())
     assert len(holdout) >= 100
     assert holdout & set(corpus["image_id"].to_pylist()) == set()
 
 
-def test_odd_files_end_as_expected() -> None:
-    accepted = set(ingest.read_images(str(RUN / "ingest"), ["uri"])["uri"].to_pylist())
+def test_odd_files_have_the_expected_outcome() -> None:
+    accepted = set(read_images(str(RUN / "ingest"), ["uri"])["uri"].to_pylist())
     names = require_manifest(str(RUN / "ingest")).files("rejects")
     rejects = [parquet.read_table(str(RUN / "ingest" / name), schemas.REJECTS) for name in names]
     reasons = {row["uri"]: row["reason"] for table in rejects for row in table.to_pylist()}
@@ -130,8 +130,8 @@ def test_ids_in_corpus_retrieved_and_composition_agree(corpus: pa.Table) -> None
     rows = zip(retrieved["seed_source"].to_pylist(), retrieved["image_id"].to_pylist(), strict=True)
     assert from_reasons == set(rows)
     for row in composition["datasets"]:
-        own = pc.sum(pc.equal(retrieved["seed_source"], row["dataset"])).as_py()
-        assert row["retrieved"] == own
+        num_retrieved = pc.sum(pc.equal(retrieved["seed_source"], row["dataset"])).as_py()
+        assert row["retrieved"] == num_retrieved
     funnel = composition["funnel"]
     steps = ("candidates", "after_exact", "after_near_duplicates", "after_decontamination")
     counts = [funnel[step] for step in steps]
@@ -149,8 +149,8 @@ def test_report_is_self_contained() -> None:
 def test_every_kept_image_has_a_vector() -> None:
     folders = (str(RUN / "ingest"), str(RUN / "dedup"), str(RUN / "embed"))
     kept = require_manifest(folders[1]).totals["kept"]
-    shards = dedup.kept_shards(*folders)
-    assert sum(len(dedup.read_kept(shard, role=role)[0]) for shard in shards for role in ("seed", "pool")) == kept
+    shards = kept_shards(stages_of(*folders))
+    assert sum(len(read_kept(shard, role=role)[0]) for shard in shards for role in ("seed", "pool")) == kept
 
 
 def test_retrieval_finds_the_same_concept() -> None:

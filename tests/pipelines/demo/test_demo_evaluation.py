@@ -1,4 +1,4 @@
-"""The figures of the demo: how training went, and what the evaluations found of its result. Run by `make test-demo`."""
+"""The minimum figures of the demo: its training, and the evaluation of its result. Run by `make test-demo`."""
 
 import json
 from pathlib import Path
@@ -15,15 +15,15 @@ TRAIN, EVALUATE = ROOT / "runs" / "train", ROOT / "runs" / "evaluate"
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[tuple[str, str, str, str], float]:
+def values() -> dict[tuple[str, str, str, str], float]:
     """Values by model, evaluation, protocol and metric."""
     return {
-        (one.model, one.evaluation, one.protocol, one.metric): one.value
-        for one in results.latest(results.read(str(EVALUATE)))
+        (result.model, result.evaluation, result.protocol, result.metric): result.value
+        for result in results.latest(results.read(str(EVALUATE)))
     }
 
 
-def test_training_gets_better_and_does_not_collapse() -> None:
+def test_training_improves_and_does_not_collapse() -> None:
     lines = [json.loads(line) for line in (TRAIN / "metrics.jsonl").read_text().splitlines()]
     losses, scores = ([line for line in lines if key in line] for key in ("loss", "knn"))
     assert losses[-1]["loss"] < losses[0]["loss"] - 0.5
@@ -34,28 +34,30 @@ def test_training_gets_better_and_does_not_collapse() -> None:
 
 
 @pytest.mark.parametrize("metric", ["mAP", "mIoU"])
-def test_what_training_changed_is_seen(metric: str, found: dict[tuple[str, str, str, str], float]) -> None:
+def test_trained_model_scores_above_the_untrained(metric: str, values: dict[tuple[str, str, str, str], float]) -> None:
     trained, untrained = (
-        [value for (model, *_, of), value in found.items() if (model, of) == (name, metric)]
+        [value for (model, *_, of), value in values.items() if (model, of) == (name, metric)]
         for name in ("trained", "untrained")
     )
     assert len(trained) == len(untrained) == 1 and trained[0] > untrained[0]
 
 
-def test_a_model_of_a_million_photographs_stands_above_all(found: dict[tuple[str, str, str, str], float]) -> None:
+def test_model_trained_on_a_million_photographs_scores_above_all(
+    values: dict[tuple[str, str, str, str], float],
+) -> None:
     for evaluation, protocol, metric in (
         ("knn", "k=10", "top-1"),
         ("logistic", "L-BFGS, best of 9 C", "top-1"),
     ):
-        own = {
-            model: found[model, evaluation, protocol, metric] for model in ("EfficientNet-Lite0", "trained", "pixels")
+        score = {
+            model: values[model, evaluation, protocol, metric] for model in ("EfficientNet-Lite0", "trained", "pixels")
         }
-        assert own["EfficientNet-Lite0"] > own["trained"] + 0.1 and own["trained"] >= own["pixels"]
+        assert score["EfficientNet-Lite0"] > score["trained"] + 0.1 and score["trained"] >= score["pixels"]
 
 
-def test_the_pictures_are_in_the_report() -> None:
+def test_report_shows_every_picture() -> None:
     drawn = read_pictures(str(EVALUATE))
-    # What has no patches has neighbours to show, and nothing else.
+    # A model without patches has pictures of neighbours only.
     of_patches = {picture.model for picture in drawn if picture.kind != "neighbours"}
     assert of_patches == {"trained", "untrained"}
     assert len({picture.model for picture in drawn if picture.kind == "neighbours"}) == 4

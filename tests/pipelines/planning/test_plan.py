@@ -1,5 +1,6 @@
-"""What --plan says a run takes: the arithmetic of docs/scaling.md, counts of files at hand, and rates with sources."""
+"""The price that --plan prints: the arithmetic of docs/scaling.md, counts of local files, and rates with sources."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -7,23 +8,23 @@ import pytest
 
 from curation.config import load, parse
 from pipelines.curate_config import CurateConfig
-from pipelines.planning.plan import _total_rows, print_plan
-from pipelines.planning.price import Price, count_images, price
-from pipelines.planning.rates import RatesConfig
+from pipelines.planning.plan import print_plan, total_rows
+from pipelines.planning.price import Price, count_images, price_run
+from pipelines.planning.rates import FixedRates, RatesConfig
 
 LVD = Path(__file__).parents[3] / "pipelines/configs/lvd142m.toml"
 
 
-def lvd(*overrides: str) -> Price:
+def lvd_price(*overrides: str) -> Price:
     config = load(CurateConfig, str(LVD), overrides)
-    return price(config, _total_rows(config))
+    return price_run(config, total_rows(config))
 
 
-def test_lvd142m_is_what_the_scaling_document_works_out() -> None:
-    found = lvd()
-    stages = {stage.stage: stage for stage in found.stages}
-    assert sum(found.counted.values()) == stages["ingest"].images > 1.3e9
-    assert found.without == ("evaluation_sets",)
+def test_price_of_lvd142m_agrees_with_the_scaling_document() -> None:
+    price = lvd_price()
+    stages = {stage.stage: stage for stage in price.stages}
+    assert sum(price.image_counts.values()) == stages["ingest"].images > 1.3e9
+    assert price.uncounted == ("evaluation_sets",)
     assert stages["corpus"].images == 142_109_386
     assert stages["corpus"].shards == 14_211
     hours = {name: stage.gpu_seconds / 3600 for name, stage in stages.items()}
@@ -35,30 +36,30 @@ def test_lvd142m_is_what_the_scaling_document_works_out() -> None:
     assert stages["cluster"].worker_bytes == pytest.approx(1.6e9, rel=0.05)
 
 
-def test_machines_are_as_few_as_the_hours_allow() -> None:
-    found = lvd()
-    fewer = Price(found.stages, found.rates, found.machines - 1, found.counted, found.without)
-    assert found.hours <= found.rates.hours_wanted < fewer.hours
-    for stage in found.stages:
-        assert stage.total_seconds(found.rates, 2) <= stage.total_seconds(found.rates, 1)
-    assert lvd("rates.hours_wanted=1000").machines == 1
+def test_machines_are_the_fewest_that_finish_in_time() -> None:
+    price = lvd_price()
+    fewer = Price(price.stages, price.rates, price.machines - 1, price.image_counts, price.uncounted)
+    assert price.hours <= price.rates.hours_wanted < fewer.hours
+    for stage in price.stages:
+        assert stage.total_seconds(price.rates, 2) <= stage.total_seconds(price.rates, 1)
+    assert lvd_price("rates.hours_wanted=1000").machines == 1
 
 
-def test_work_follows_the_images() -> None:
-    once, twice = lvd(), lvd("stated_counts.web_pool=2_600_000_000")
+def test_time_grows_with_the_images() -> None:
+    once, twice = lvd_price(), lvd_price("stated_counts.web_pool=2_600_000_000")
     ratio = twice.stages[0].images / once.stages[0].images
     for name, grows_as in (("ingest", 1), ("embed", 1), ("describe", 1), ("dedup", 1)):
         seconds = [
-            next(s for s in found.stages if s.stage == name).total_seconds(found.rates, 1) for found in (once, twice)
+            next(s for s in price.stages if s.stage == name).total_seconds(price.rates, 1) for price in (once, twice)
         ]
         assert math.log(seconds[1] / seconds[0]) / math.log(ratio) == pytest.approx(grows_as)
 
 
-def test_files_at_hand_are_counted(tmp_path: Path) -> None:
+def test_local_files_are_counted(tmp_path: Path) -> None:
     for role, number in (("seeds", 3), ("pool", 5)):
         (tmp_path / role).mkdir()
-        for place in range(number):
-            (tmp_path / role / f"{place}.jpg").write_bytes(b"x" * 1000)
+        for index in range(number):
+            (tmp_path / role / f"{index}.jpg").write_bytes(b"x" * 1000)
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars/0.tar").write_bytes(b"x" * 50_000)
     source = {"layout": "folder"}
@@ -87,19 +88,23 @@ def test_files_at_hand_are_counted(tmp_path: Path) -> None:
     counts, image_bytes = count_images(config)
     assert counts == {"seeds": 3, "pool": 5, "tars": 5}
     assert image_bytes == 1000
-    found = price(config, 9)
-    assert found.without == ("far",)
-    assert found.stages[0].shards == 2 + 3 + 1
-    assert found.rates.machine_gpus == 0 and found.machines == 1
-    assert all(stage.gpu_seconds == 0 for stage in found.stages)
+    price = price_run(config, 9)
+    assert price.uncounted == ("far",)
+    assert price.stages[0].shards == 2 + 3 + 1
+    assert price.rates.machine_gpus == 0 and price.machines == 1
+    assert all(stage.gpu_seconds == 0 for stage in price.stages)
 
 
-def test_page_says_all_of_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_has_price_machines_and_rates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     print_plan(load(CurateConfig, str(LVD), ["rates.gpu_tflops_vit=75"]))
     text = capsys.readouterr().out
     page = text[: text.index("Profile:")]
-    for words in ("To be done within 48 hours it wants", "machines of 8 GPUs, 128 cores", "Without evaluation_sets"):
+    for words in (
+        "To finish within 48 hours, the run needs",
+        "machines of 8 GPUs, 128 cores",
+        "Not in the price: evaluation_sets.",
+    ):
         assert words in page
     assert len(page.splitlines()) < 30
     assert "1,242" in page  # GPU-hours of embed at half the rate
@@ -107,6 +112,9 @@ def test_page_says_all_of_it(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert "75" in line and "your config" in line
 
 
-def test_every_rate_says_where_it_is_from() -> None:
-    for name, field in RatesConfig.model_fields.items():
-        assert str(field.description).split(",")[0].split()[0].strip(":;") in ("measured", "cited", "assumed"), name
+def test_every_rate_has_a_source() -> None:
+    sources = {name: str(field.description) for name, field in RatesConfig.model_fields.items()}
+    sources |= {rate.name: rate.metadata["source"] for rate in dataclasses.fields(FixedRates)}
+    assert len(sources) == 21
+    for name, source in sources.items():
+        assert source.split(",")[0].split()[0].strip(":;") in ("measured", "cited", "assumed"), name

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from curation.config import load
-from curation.quotas import DatasetRows, most_clusters
+from curation.quotas import most_clusters
+from curation.retrieval_modes import DatasetRows
 from pipelines.curate_config import CurateConfig
-from pipelines.planning.plan import dataset_rows, doubts
+from pipelines.planning.plan import contradictions, dataset_rows
 
 CONFIG = load(CurateConfig, str(Path(__file__).parents[3] / "pipelines/configs/lvd142m.toml"))
-# Dataset, images, how it is searched, retrieved, final: as the paper prints them.
+# Dataset, images, retrieval, retrieved, final: as the paper prints them.
 TABLE_15 = """
 imagenet22k            14,197,086  as is    -           14,197,086
 imagenet22k            14,197,086  sample   56,788,344  56,788,344
@@ -43,11 +44,11 @@ revisited_paris_base        6,322  cluster   3,660,000   1,000,000
 """
 
 
-def published() -> Iterator[tuple[str, int, str, int | None, int]]:
+def published_rows() -> Iterator[tuple[str, int, str, int | None, int]]:
     for line in TABLE_15.strip().splitlines():
-        name, images, *way, retrieved, final = line.split()
-        number = None if retrieved == "-" else int(retrieved.replace(",", ""))
-        yield name, int(images.replace(",", "")), " ".join(way), number, int(final.replace(",", ""))
+        name, images, *retrieval, retrieved, final = line.split()
+        num_retrieved = None if retrieved == "-" else int(retrieved.replace(",", ""))
+        yield name, int(images.replace(",", "")), " ".join(retrieval), num_retrieved, int(final.replace(",", ""))
 
 
 def rows_of(name: str, config: CurateConfig = CONFIG) -> DatasetRows:
@@ -57,27 +58,26 @@ def rows_of(name: str, config: CurateConfig = CONFIG) -> DatasetRows:
     return rows
 
 
-@pytest.mark.parametrize("row", list(published()), ids=lambda row: f"{row[0]}-{row[2]}")
-def test_each_row(row: tuple[str, int, str, int | None, int]) -> None:
-    name, images, way, retrieved, final = row
+@pytest.mark.parametrize("row", list(published_rows()), ids=lambda row: f"{row[0]}-{row[2]}")
+def test_recipe_gives_each_published_row(row: tuple[str, int, str, int | None, int]) -> None:
+    name, images, retrieval, retrieved, final = row
     assert CONFIG.stated_counts[name] == images
     (dataset,) = [dataset for dataset in CONFIG.retrieve.datasets if dataset.name == name]
     rows = rows_of(name)
-    if way == "as is":
+    if retrieval == "as is":
         assert rows.as_is == final
     else:
-        assert (dataset.retrieval, rows.found, rows.retrieved) == (way, retrieved, final)
+        assert (dataset.retrieval, rows.before_cap, rows.retrieved) == (retrieval, retrieved, final)
 
 
-def test_total() -> None:
-    assert sum(final for *_, final in published()) == 142_109_386, "the table is copied right"
-    assert {dataset.name for dataset in CONFIG.retrieve.datasets} == {name for name, *_ in published()}
+def test_total_is_142_109_386() -> None:
+    assert sum(final for *_, final in published_rows()) == 142_109_386, "the table is not copied right"
+    assert {dataset.name for dataset in CONFIG.retrieve.datasets} == {name for name, *_ in published_rows()}
     assert sum(rows_of(dataset.name).rows for dataset in CONFIG.retrieve.datasets) == 142_109_386
 
 
-def test_modes_are_those_that_the_sizes_give() -> None:
-    """The paper searches by sample for datasets of more than a million images, except where they are taken as they are
-    only; so the recipe need not have said which."""
+def test_by_size_gives_the_modes_of_the_recipe() -> None:
+    """The paper retrieves by sample for datasets of more than a million images, except for those only taken as is."""
     by_size = [d.model_copy(update={"retrieval": "by_size"}) for d in CONFIG.retrieve.datasets if d.retrieval != "none"]
     retrieve = CONFIG.retrieve.model_copy(update={"datasets": tuple(by_size)})
     config = CONFIG.model_copy(update={"retrieve": retrieve})
@@ -85,7 +85,11 @@ def test_modes_are_those_that_the_sizes_give() -> None:
 
 
 def test_every_cluster_row_but_one_has_enough_seeds() -> None:
-    cluster_rows = {name: (images, retrieved) for name, images, way, retrieved, _ in published() if way == "cluster"}
+    cluster_rows = {
+        name: (images, retrieved)
+        for name, images, retrieval, retrieved, _ in published_rows()
+        if retrieval == "cluster"
+    }
     assert len(cluster_rows) == 21 and cluster_rows.keys() == CONFIG.stated_clusters.keys()
     impossible = []
     for name, (images, retrieved) in cluster_rows.items():
@@ -93,12 +97,14 @@ def test_every_cluster_row_but_one_has_enough_seeds() -> None:
         if CONFIG.stated_clusters[name] > most_clusters(images, CONFIG.retrieve.more_than_seeds):
             impossible.append(name)
     assert impossible == ["voc2012_trainaug"]
-    (doubt,) = doubts(CONFIG)
-    assert doubt.startswith("voc2012_trainaug: 1,014 clusters with more than 3 seeds each need 4,056 seeds, but 1,464")
+    (contradiction,) = contradictions(CONFIG)
+    assert contradiction.startswith(
+        "voc2012_trainaug: 1,014 clusters with more than 3 seeds each need 4,056 seeds, but 1,464"
+    )
 
 
-def test_without_stated_clusters_the_seeds_bound_the_rows() -> None:
+def test_seeds_bound_the_rows_without_stated_clusters() -> None:
     config = CONFIG.model_copy(update={"stated_clusters": {}})
-    assert rows_of("flowers102_train", config).found == 255 * 10_000
-    assert rows_of("met_train", config).found == 99_280 * 10_000
-    assert doubts(config) == []
+    assert rows_of("flowers102_train", config).before_cap == 255 * 10_000
+    assert rows_of("met_train", config).before_cap == 99_280 * 10_000
+    assert contradictions(config) == []
