@@ -19,7 +19,7 @@ from curation.run_folder import read_centroids, read_parents
 from curation.search import kmeans
 from tests.curation.builders import (
     Killed,
-    MortalRunner,
+    KilledRunner,
     bytes_in,
     id_of,
     image_row,
@@ -232,15 +232,15 @@ def test_same_bytes_on_ray(tmp_path: Path, num_workers: int) -> None:
 def test_every_kill_resumes_at_the_unfinished_part(tmp_path: Path) -> None:
     stages, _ = small_run(tmp_path, [["pool"] * 30, ["pool"] * 25])
     config = hierarchy(rows_per_part=19, max_points_per_centroid=4)
-    straight, counter = str(tmp_path / "straight"), MortalRunner(10**6)
+    straight, counter = str(tmp_path / "straight"), KilledRunner(10**6)
     cluster.run(config, stages_of(*stages), straight, counter)
-    num_shards = 10**6 - counter.left
+    num_shards = 10**6 - counter.calls_left
     assert num_shards > 30
     for lives_for in (1, 2, 5):
         output, deaths = str(tmp_path / str(lives_for)), 0
         while read_manifest(output) is None:
             try:
-                cluster.run(config, stages_of(*stages), output, MortalRunner(lives_for))
+                cluster.run(config, stages_of(*stages), output, KilledRunner(lives_for))
             except Killed:
                 deaths += 1
         assert deaths == (num_shards - 1) // lives_for, "a shard that was done is never done again"
