@@ -194,7 +194,7 @@ def _search(bench: SimilarityBench) -> None:
         files_per_part=-(-_num_files(num_vectors) // SEARCH_PARTS),
         **SEARCH,
     )
-    recall = bench.run("compare_neighbors", true=bench.path("flat.npy"), found=output)["recall"]
+    recall = bench.run("compare_neighbors", true=bench.path("flat.npy"), ours=output)["recall"]
     work = f"{NUM_NEIGHBORS} neighbours of {num_queries:,} in {num_vectors:,} x {WIDTH_SEARCH}"
     quality = f"recall {recall:.4f} (0.95)"
     for part, seconds, target in (("search alone", "searching", "10"), ("with building", "seconds", "3")):
@@ -212,7 +212,7 @@ def _exact(bench: SimilarityBench) -> None:
         ours = bench.run("exact_neighbors", folder=folder, output=output, k=NUM_NEIGHBORS, num_files=num_files)
         size = min(num_vectors, num_files * ROWS_PER_FILE)
         bench.grow("exact search from disk", size, ours, input_bytes * size / num_vectors)
-    recall = bench.run("compare_neighbors", true=bench.path("flat.npy"), found=output)["recall"]
+    recall = bench.run("compare_neighbors", true=bench.path("flat.npy"), ours=output)["recall"]
     work = f"the same, exact, streamed from disk: {num_vectors:,}"
     bench.compare(work, "IndexFlatIP in memory", ours, peer_seconds, "1.2", f"recall {recall:.4f}", input_bytes)
 
@@ -236,7 +236,7 @@ def _knn(bench: SimilarityBench) -> None:
         )
         size = min(num_vectors, num_files * SHARD_IMAGES)
         bench.grow("neighbours that vote", size, ours, input_bytes * size / num_vectors)
-    recall = bench.run("compare_neighbors", true=true, found=output)["recall"]
+    recall = bench.run("compare_neighbors", true=true, ours=output)["recall"]
     work = f"k-NN evaluation, the {k} neighbours of {num_queries:,} in {num_vectors:,} x {WIDTH_SEARCH}, streamed"
     quality = f"recall {recall:.4f}"
     bench.compare(work, "torch.cdist and topk", ours, peer["seconds"], "1", quality, input_bytes)

@@ -240,10 +240,10 @@ def peer_classify_neighbors(vectors_folder: str, output: str, k: int) -> Measure
     return {"seconds": seconds}
 
 
-def compare_neighbors(true: str, found: str) -> Measurements:
-    """Recall: the share of the true neighbours that were found."""
-    true_rows, found_rows = (np.load(path, allow_pickle=False) for path in (true, found))
-    return {"recall": float((true_rows[:, :, None] == found_rows[:, None, :]).any(axis=2).mean())}
+def compare_neighbors(true: str, ours: str) -> Measurements:
+    """Recall: the share of the true neighbours that are among ours."""
+    true_rows, our_rows = (np.load(path, allow_pickle=False) for path in (true, ours))
+    return {"recall": float((true_rows[:, :, None] == our_rows[:, None, :]).any(axis=2).mean())}
 
 
 # Clusters
