@@ -1,13 +1,13 @@
-"""The Vision Transformer: embeds images here, is trained in training/, is scored in evaluation/.
+"""The Vision Transformer: curation embeds with it, training trains it, evaluation scores it.
 
-One model for all three, with the key layout and the calling conventions of the released DINOv2 weights, so that any of
-them loads without renaming. Which options a checkpoint needs is written beside `build`.
+All three use this one model, with the key layout and the calling conventions of the released DINOv2 weights, so that
+these load without renaming. The docstring of `build` has the options that a checkpoint needs.
 
 Shapes:
     B  images        C  in_channels    H, W  pixels, multiples of P    P  patch_size
     h, w = H/P, W/P  N = h*w patches   R     register tokens         T = 1 + R + N tokens: [CLS | registers | patches]
                                                                      (R + N where there is no CLS token)
-    D  embed_dim     A  heads          M     side of the square grid that the positional embedding was made for
+    D  embed_dim     A  heads          M     side of the square grid of the positional embedding
 
 Source: Oquab et al., DINOv2 (arXiv 2304.07193); Darcet et al., Vision Transformers Need Registers (arXiv 2309.16588).
 """
@@ -31,12 +31,12 @@ Name = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vi
 FeedForward = Literal["mlp", "swiglu"]
 PositionInterpolation = Literal["offset", "plain", "antialias"]
 PackedAttention = Literal["grouped", "varlen"]
-Kept = tuple[Sequence[Tensor], Sequence[Tensor]]  # of the two branches of a block: the kept images of each batch
+Kept = tuple[Sequence[Tensor], Sequence[Tensor]]  # for the two branches of a block: the kept images of each batch
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a name stands for. `feed_forward` is the released choice for that size."""
+    """The dimensions of a model. `feed_forward` is the released choice for that size."""
 
     embed_dim: int
     depth: int
@@ -45,7 +45,7 @@ class Size:
 
 
 # Cited: Dosovitskiy et al. (arXiv 2010.11929) tables 1 and Touvron et al. (2012.12877) for tiny and small; the giant is
-# DINOv2's own (1536 wide, 24 heads, SwiGLU), chosen there for kernels that like multiples of 64 and 256.
+# DINOv2's own (1536 wide, 24 heads, SwiGLU), whose multiples of 64 and 256 suit GPU kernels.
 SIZES: dict[Name, Size] = {
     "vit_tiny": Size(192, 12, 3, "mlp"),
     "vit_small": Size(384, 12, 6, "mlp"),
@@ -55,8 +55,9 @@ SIZES: dict[Name, Size] = {
     "vit_giant": Size(1536, 40, 24, "swiglu"),
 }
 
-NORM_EPSILON = 1e-6  # cited: DINOv2, and every ViT it descends from
-POSITION_OFFSET = 0.1  # cited: DINOv2's interpolation; a historical kludge that the released weights were scored with
+NORM_EPSILON = 1e-6  # cited: DINOv2 and the ViTs before it
+# Cited: DINOv2's interpolation; a historical workaround, used when the released weights were scored.
+POSITION_OFFSET = 0.1
 
 
 def build(
@@ -73,25 +74,25 @@ def build(
     depth: int | None = None,
     seed: int | None = 0,
 ) -> "VisionTransformer":
-    """The Vision Transformer `name` with fresh weights, a pure function of the arguments.
+    """The Vision Transformer `name` with fresh weights, a pure function of the arguments. Raises ConfigError.
 
-    image_size: side in pixels that the positional embedding is made for; other sizes interpolate it.
-    cls_token: False leaves the CLS token and its position out (I-JEPA).
-    feed_forward, depth: None takes the released choice for the name.
-    layer_scale: the starting value of LayerScale; None leaves it out (MAE, I-JEPA).
-    position_interpolation: "offset" scales by (h + 0.1) / M; "plain" goes to (h, w), as transformers' Dinov2Model does;
-        "antialias" goes there with antialiasing.
-    seed: of the fresh weights; None leaves the memory as it is, for a checkpoint that is about to fill all of it.
+    image_size: side in pixels of the images for the positional embedding; other sizes interpolate it.
+    cls_token: False leaves out the CLS token and its position (I-JEPA).
+    feed_forward, depth: None selects the released choice for the name.
+    layer_scale: the initial value of LayerScale; None leaves it out (MAE, I-JEPA).
+    position_interpolation: "offset" scales by (h + 0.1) / M; "plain" resizes to (h, w), as transformers' Dinov2Model
+        does; "antialias" resizes to (h, w) with antialiasing.
+    seed: of the fresh weights; None leaves the memory uninitialised, for a checkpoint that fills all of it.
 
-    The released DINOv2 weights are image_size=518, patch_size=14 and "offset"; those with registers are
-    num_register_tokens=4 and "antialias". Raises ConfigError.
+    The released DINOv2 weights need image_size=518, patch_size=14 and "offset"; those with registers need
+    num_register_tokens=4 and "antialias".
     """
     if name not in SIZES:
         raise ConfigError(f"No backbone is called {name!r}. Choose from: {', '.join(SIZES)}.")
     if patch_size < 1 or image_size < patch_size or image_size % patch_size:
         raise ConfigError(f"{name}: image_size {image_size} is not a multiple of patch_size {patch_size}.")
     size = SIZES[name]
-    with torch.device("meta"):  # allocates nothing and draws from no global generator
+    with torch.device("meta"):  # allocates nothing and does not use the global generator
         model = VisionTransformer(
             embed_dim=size.embed_dim,
             depth=size.depth if depth is None else depth,
@@ -112,10 +113,10 @@ def build(
 
 
 class Features(TypedDict):
-    """What `forward_features` gives."""
+    """The output of `forward_features`."""
 
     x_norm_clstoken: NotRequired[Tensor]
-    """(B, D), after the last norm. A backbone without a CLS token leaves the key out."""
+    """(B, D), after the last norm. Absent for a backbone without a CLS token."""
     x_norm_regtokens: Tensor
     """(B, R, D), after the last norm."""
     x_norm_patchtokens: Tensor
@@ -142,7 +143,7 @@ class PatchEmbed(nn.Module):
 
 
 class Packing(NamedTuple):
-    """How the tokens of several batches lie one after another in one matrix (S, D)."""
+    """The layout of several batches of tokens, concatenated into one matrix (S, D)."""
 
     shapes: tuple[tuple[int, int], ...]
     """(images, tokens an image) of each batch."""
@@ -151,19 +152,19 @@ class Packing(NamedTuple):
 
 
 def _pack(groups: Sequence[Tensor]) -> tuple[Tensor, Packing]:
-    """Batches (B, T, D) as one matrix (S, D)."""
+    """Concatenates batches (B, T, D) into one matrix (S, D)."""
     shapes = tuple((group.shape[0], group.shape[1]) for group in groups)
     return torch.cat([group.flatten(0, 1) for group in groups]), Packing(shapes, tuple(b * t for b, t in shapes))
 
 
 def _unpack(tokens: Tensor, packing: Packing) -> list[Tensor]:
-    """The matrix (S, C) as batches (B, T, C) again."""
+    """Splits the matrix (S, C) into batches (B, T, C)."""
     parts = torch.split(tokens, list(packing.lengths))
     return [part.reshape(*shape, -1) for part, shape in zip(parts, packing.shapes, strict=True)]
 
 
 class Attention(nn.Module):
-    """Self-attention over (B, T, D) tokens; given a packing, over (S, D) tokens, each image's among themselves."""
+    """Self-attention within each image: over (B, T, D) tokens or, given a packing, over (S, D) tokens."""
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -187,8 +188,8 @@ class Attention(nn.Module):
         return attended.transpose(1, 2).flatten(2)
 
     def _attend_varlen(self, qkv: Tensor, packing: Packing) -> Tensor:
-        """(S, 3D) to (S, D) in one call for images of any number of tokens."""
-        from torch.nn.attention.varlen import varlen_attn  # on import it looks for a GPU
+        """(S, 3D) to (S, D) in one call, for images with different numbers of tokens."""
+        from torch.nn.attention.varlen import varlen_attn  # its import looks for a GPU
 
         queries, keys, values = qkv.reshape(len(qkv), 3, self.num_heads, -1).unbind(1)  # each (S, A, D/A)
         starts, longest = _starts(packing.shapes, qkv.device), max(tokens for _, tokens in packing.shapes)
@@ -199,13 +200,13 @@ class Attention(nn.Module):
 
 @functools.lru_cache(maxsize=16)
 def _starts(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """Where each image begins in the matrix, and its end: int32, (images + 1,). Every block asks for the same."""
+    """Start of each image in the matrix, and the end of the last: int32, (images + 1,). Cached: all blocks use it."""
     tokens = torch.cat([torch.full((images,), tokens) for images, tokens in shapes])
     return functional.pad(tokens.cumsum(0), (1, 0)).to(device, torch.int32)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between, 4D wide."""
+    """Two linear layers, 4D wide, with GELU between them."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -217,7 +218,7 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """A SiLU-gated linear unit, 8/3 D wide and rounded up to a multiple of 8: as many weights as the Mlp."""
+    """A SiLU-gated linear unit, 8/3 D wide, rounded up to a multiple of 8; about as many weights as the Mlp."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -268,11 +269,11 @@ class Block(nn.Module):
 def _add_branch(
     groups: list[Tensor], kept: Sequence[Tensor] | None, branch: Callable[[Tensor, Packing], Tensor]
 ) -> list[Tensor]:
-    """Add a residual branch to every batch, all of them computed as one matrix.
+    """Adds a residual branch to every batch; the branch of all batches is computed as one matrix.
 
-    With `kept`, it is computed for those images alone and scaled up by how few they are.
+    With `kept`, the branch is computed for those images only and scaled by the inverse of their share of the batch.
     """
-    chosen = groups if kept is None else [of.index_select(0, rows) for of, rows in zip(groups, kept, strict=True)]
+    chosen = groups if kept is None else [group.index_select(0, rows) for group, rows in zip(groups, kept, strict=True)]
     tokens, packing = _pack(chosen)
     parts = _unpack(branch(tokens, packing), packing)
     if kept is None:
@@ -284,9 +285,9 @@ def _add_branch(
 
 
 class VisionTransformer(nn.Module):
-    """A Vision Transformer; `build` makes one. Called on (B, C, H, W) images it gives their CLS tokens (B, D).
+    """A Vision Transformer; `build` creates it. A call with (B, C, H, W) images gives their CLS tokens (B, D).
 
-    Called with `is_training=True` it gives what `forward_features` gives, as DINOv2's does.
+    A call with `is_training=True` gives the output of `forward_features`, as in DINOv2.
     """
 
     def __init__(
@@ -313,7 +314,7 @@ class VisionTransformer(nn.Module):
         self.position_interpolation = position_interpolation
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if cls_token else None
-        # Of the CLS token, where there is one, and the patches.
+        # For the CLS token, if any, and the patches.
         self.pos_embed = nn.Parameter(torch.empty(1, int(cls_token) + grid_size**2, embed_dim))
         self.register_tokens = (
             nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
@@ -324,7 +325,7 @@ class VisionTransformer(nn.Module):
             Block(embed_dim, num_heads, feed_forward, layer_scale is not None) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPSILON)
-        self.head = nn.Identity()  # a place for users' own; it has no weights
+        self.head = nn.Identity()  # users may replace it; it has no weights
 
     @overload
     def forward(self, x: Tensor, *, is_training: Literal[False] = False, masks: Tensor | None = None) -> Tensor: ...
@@ -344,7 +345,7 @@ class VisionTransformer(nn.Module):
         if is_training:
             return features
         if self.cls_token is None:
-            raise InputError("This backbone has no CLS token. Take x_norm_patchtokens of forward_features.")
+            raise InputError("This backbone has no CLS token. Use x_norm_patchtokens of forward_features.")
         return self.head(features["x_norm_clstoken"])
 
     @overload
@@ -359,11 +360,11 @@ class VisionTransformer(nn.Module):
         masks: Tensor | Sequence[Tensor | None] | None = None,
         kept: Sequence[Kept] | None = None,
     ) -> Features | list[Features]:
-        """The tokens of (B, C, H, W) images; where `masks` (B, N) is True, the mask token stands for the patch.
+        """The tokens of (B, C, H, W) images. Where `masks` (B, N) is True, the mask token replaces the patch.
 
-        Batches of several sizes may come as a list, with a list of masks or Nones, and give a list. They go through
-        the blocks together, one matrix product for all. `kept` is stochastic depth: for each block and branch, which
-        images of each batch it is computed for; the rest pass it by.
+        A list of batches of several sizes, with a list of masks or Nones, gives a list. The batches pass the blocks
+        together, in one matrix product. `kept` is stochastic depth: for each block and branch, the images of each
+        batch for which the branch is computed; it is skipped for the others.
         """
         if isinstance(x, Tensor):
             assert (masks is None or isinstance(masks, Tensor)) and kept is None
@@ -397,24 +398,24 @@ class VisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
-        """The patch tokens after several blocks: the last `n`, or the blocks with the indices `n`, first block first.
+        """The patch tokens after several blocks: the last `n`, or the blocks with the indices `n`, in block order.
 
         Each is (B, N, D), or with `reshape` (B, D, h, w); with `return_class_token` each is a pair with the CLS token
         (B, D). With `norm` the last norm is applied to each.
         """
         if return_class_token and self.cls_token is None:
             raise InputError("This backbone has no CLS token. Leave return_class_token False.")
-        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
-        absent = sorted(index for index in wanted if not 0 <= index < self.n_blocks)
+        indices = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
+        absent = sorted(index for index in indices if not 0 <= index < self.n_blocks)
         if absent:
-            raise InputError(f"Blocks {absent} were asked for; this backbone has {self.n_blocks}, counted from 0.")
+            raise InputError(f"Blocks {absent} were requested; this backbone has {self.n_blocks}, counted from 0.")
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         patch_tokens: list[Tensor] = []
         class_tokens: list[Tensor] = []
         tokens = self._embed(x, None)
         for index, block in enumerate(self.blocks):
             tokens = block(tokens)
-            if index in wanted:
+            if index in indices:
                 cls, _, patches = self._split(self.norm(tokens) if norm else tokens)
                 if reshape:
                     patches = patches.transpose(1, 2).reshape(len(x), self.embed_dim, *grid)
@@ -425,13 +426,13 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def resize_positions(self, grid_size: int) -> None:
-        """Make the positional embedding one for grid_size x grid_size patches, interpolated as images of that size
-        would have it. Training at another resolution starts so."""
+        """Resizes the positional embedding to grid_size x grid_size patches, by the interpolation for images of that
+        size. For training that starts at another resolution."""
         positions = self._positions(grid_size, grid_size)
         self.pos_embed = nn.Parameter(positions.to(self.pos_embed.dtype).clone(), self.pos_embed.requires_grad)
 
     def _embed(self, x: Tensor, masks: Tensor | None) -> Tensor:
-        """The (B, T, D) tokens that enter the first block. Registers have no position: they join after it is added."""
+        """The (B, T, D) input of the first block. Registers have no position, so they are added after it."""
         height, width = x.shape[-2:]
         patches = self.patch_embed(x)
         if masks is not None:
@@ -448,13 +449,13 @@ class VisionTransformer(nn.Module):
 
     @property
     def _first_register(self) -> int:
-        """How many tokens stand before the registers: the CLS token, or none."""
+        """Number of tokens before the registers: 1 with a CLS token, else 0."""
         return int(self.cls_token is not None)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
-        """The positional embedding (1, 1 + h*w, D) for a grid of rows x columns patches, interpolated in float32.
+        """The positional embedding (1, 1 + h*w, D) for rows x columns patches, interpolated in float32.
 
-        Without a CLS token it is (1, h*w, D).
+        Without a CLS token the shape is (1, h*w, D).
         """
         first = self._first_register
         side = math.isqrt(self.pos_embed.shape[1] - first)
@@ -480,7 +481,7 @@ class VisionTransformer(nn.Module):
 
 
 def _initialize(model: VisionTransformer, layer_scale: float | None, generator: torch.Generator) -> None:
-    """Fill every parameter. Cited: DINOv2's initialisation; the patch projection keeps PyTorch's own for Conv2d."""
+    """Fills every parameter. Cited: DINOv2's initialisation; the patch projection has PyTorch's default for Conv2d."""
     for module in model.modules():
         match module:
             case nn.Linear():

@@ -44,15 +44,16 @@ import pyarrow as pa
 import typer
 from pydantic import Field, field_validator
 
-from curation.config import Settings, load, resolved_toml
-from curation.dedup import kept_shards, read_kept
+from curation.config import Settings, load
 from curation.engine import command, progress
 from curation.engine.manifest import PROGRESS_NAME, Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.run_log import RunLog
 from curation.engine.runner import InlineRunner, Runner, Shard
-from curation.engine.stage import PREPARED, run_shards
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError
-from curation.files import parquet, paths, schemas
+from curation.files import npy, parquet, paths, schemas
 from curation.files.paths import FileRecord
+from curation.run_folder import RunFolder, kept_shards, read_centroids, read_kept, read_parents
 from curation.search import exact, kmeans
 from curation.search.kmeans import Reduction
 
@@ -140,37 +141,76 @@ class State:
 
 def run(
     config: ClusterConfig,
-    images: str,
-    deduplicated: str,
-    embedded: str,
+    inputs: RunFolder,
     output: str,
     runner: Runner,
     *,
     replace: bool = False,
+    log: RunLog | None = None,
 ) -> Manifest:
     """Cluster the kept pool images; returns the manifest. Raises ConfigError for more clusters than images."""
-    counts = [record.totals["accepted"] for record in require_manifest(images).shards]
+    counts = [record.totals["accepted"] for record in require_manifest(inputs.ingest).shards]
     shards = [
         Shard(f"{number:05d}", shard, count)
-        for number, (shard, count) in enumerate(zip(kept_shards(images, deduplicated, embedded), counts, strict=True))
+        for number, (shard, count) in enumerate(zip(kept_shards(inputs), counts, strict=True))
     ]
-    # What a single part holds is not worth the start of workers.
-    small = sum(counts) <= config.rows_per_part
-    return run_shards(
-        "cluster",
+    # The points of a single part are clustered before workers would have started.
+    is_small = sum(counts) <= config.rows_per_part
+    steps = _Steps(config, InlineRunner() if is_small else runner, log)
+    stage = Stage(
+        name="cluster",
         config=config,
         inputs={
             name: require_manifest(folder).content_hash
-            for name, folder in (("images", images), ("dedup", deduplicated), ("vectors", embedded))
+            for name, folder in (("images", inputs.ingest), ("dedup", inputs.dedup), ("vectors", inputs.embed))
         },
         output=output,
-        runner=runner,
         shards=shards,
         make_worker=functools.partial(make_worker, output, len(config.levels)),
-        replace=replace,
-        prepare=functools.partial(_train, config, shards, output, InlineRunner() if small else runner),
+        prepare=functools.partial(_train, steps, shards, output),
         finish=functools.partial(_finish, config, output),
     )
+    return run_stage(stage, runner, replace=replace, log=log)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """How the steps of this stage run: each is a stage of its own in the progress folder."""
+
+    config: ClusterConfig
+    runner: Runner
+    log: RunLog | None
+
+    def over_shards(
+        self,
+        folder: str,
+        make_worker: Callable[[], Callable[[Shard], ShardRecord]],
+        shards: list[Shard],
+        unit: str = "images",
+    ) -> Sequence[ShardRecord]:
+        """The records of the step in `folder`, whose name is its path below the progress folder."""
+        stage = Stage(
+            name="cluster " + folder.rpartition(f"/{PROGRESS_NAME}/")[2],
+            config=self.config,
+            inputs={},
+            output=folder,
+            shards=shards,
+            make_worker=make_worker,
+            unit=unit,
+        )
+        return run_stage(stage, self.runner, log=self.log).shards
+
+    def over_parts(
+        self,
+        points: tuple[PointFile, ...],
+        folder: str,
+        make_worker: Callable[[], Callable[[Shard], ShardRecord]],
+    ) -> Sequence[ShardRecord]:
+        """The records of a step over the parts of `points`. A single part is done at once and leaves no step behind."""
+        shards = [Shard(part.name, part, part.rows) for part in cut(points, self.config.rows_per_part)]
+        if len(shards) == 1:
+            return [make_worker()(shards[0])]
+        return self.over_shards(folder, make_worker, shards, unit="points")
 
 
 def make_worker(output: str, num_levels: int) -> Callable[[Shard], ShardRecord]:
@@ -199,19 +239,10 @@ def make_worker(output: str, num_levels: int) -> Callable[[Shard], ShardRecord]:
     return process
 
 
-def read_centroids(folder: str, level: int = 0) -> np.ndarray:
-    """The centroids (clusters, D) float32 of a level of a cluster stage."""
-    return _read_arrays(paths.join(folder, f"centroids-{level}.npy"), 1)[0]
-
-
-def read_parents(folder: str, level: int) -> np.ndarray:
-    """The cluster (clusters,) int64 of the level above that each cluster of `level` is in."""
-    return _read_arrays(paths.join(folder, f"parents-{level}.npy"), 1)[0]
-
-
-def _train(config: ClusterConfig, shards: list[Shard], output: str, runner: Runner) -> ShardRecord:
+def _train(steps: _Steps, shards: list[Shard], output: str) -> ShardRecord:
     """Find the centroids of every level, and write them and the parents."""
-    points = _training_points(config, shards, output, runner)
+    config = steps.config
+    points = _training_points(steps, shards, output)
     num_points = sum(file.rows for file in points)
     if (num_clusters := config.levels[0].num_clusters) > num_points:
         for step in ("count", "points"):  # so that another config needs no --replace
@@ -223,26 +254,26 @@ def _train(config: ClusterConfig, shards: list[Shard], output: str, runner: Runn
     files: list[FileRecord] = []
     below: np.ndarray | None = None
     for number, level in enumerate(config.levels):
-        centroids = _train_level(config, number, points, step_folder(output, f"level-{number}"), runner)
+        centroids = _train_level(steps, number, points, step_folder(output, f"level-{number}"))
         path = paths.join(output, f"centroids-{number}.npy")
-        files.append(_write_arrays(path, centroids))
+        files.append(npy.write_arrays(path, centroids))
         if below is not None:
             parents = exact.assign(below, centroids)[0]
-            files.append(_write_arrays(paths.join(output, f"parents-{number - 1}.npy"), parents))
+            files.append(npy.write_arrays(paths.join(output, f"parents-{number - 1}.npy"), parents))
         points, below = (PointFile(path, level.num_clusters),), centroids
     return ShardRecord(name=PREPARED, files=tuple(files))
 
 
-def _training_points(config: ClusterConfig, shards: list[Shard], output: str, runner: Runner) -> tuple[PointFile, ...]:
+def _training_points(steps: _Steps, shards: list[Shard], output: str) -> tuple[PointFile, ...]:
     """The vectors of the kept pool, or of a sample of it, as files that are quick to read."""
-    share = 1.0
+    config, share = steps.config, 1.0
     if config.max_points_per_centroid is not None:
-        counted = _step(config, step_folder(output, "count"), _make_counter, shards, runner)
-        num_images = sum(record.totals["points"] for record in counted.shards)
+        counts = steps.over_shards(step_folder(output, "count"), _make_counter, shards)
+        num_images = sum(record.totals["points"] for record in counts)
         share = config.max_points_per_centroid * config.levels[0].num_clusters / max(num_images, 1)
     folder = step_folder(output, "points")
     make = functools.partial(_make_extractor, folder, config.seed, share)
-    return _point_files(folder, _step(config, folder, make, shards, runner).shards)
+    return _point_files(folder, steps.over_shards(folder, make, shards))
 
 
 def _make_counter() -> Callable[[Shard], ShardRecord]:
@@ -267,10 +298,9 @@ def _fraction(seed: int, image_id: str) -> float:
     return int.from_bytes(hashlib.sha256(f"cluster:{seed}:{image_id}".encode()).digest()[:7], "big") / 2**56
 
 
-def _train_level(
-    config: ClusterConfig, number: int, points: tuple[PointFile, ...], folder: str, runner: Runner
-) -> np.ndarray:
+def _train_level(steps: _Steps, number: int, points: tuple[PointFile, ...], folder: str) -> np.ndarray:
     """The centroids of a level over `points`: a k-means, and one more on what each resampling draws."""
+    config = steps.config
     level = config.levels[number]
     state: State | None = None
     for round_number in range(1 + (level.resampling.num_rounds if level.resampling else 0)):
@@ -281,8 +311,8 @@ def _train_level(
             drawn = points
             if round_number > 0:
                 before = paths.join(folder, f"round-{round_number - 1}")
-                drawn = _resample(config, number, points, before, seed, own, runner)
-            following = _run_kmeans(config, level, drawn, following, seed, own, runner)
+                drawn = _resample(steps, number, points, before, seed, own)
+            following = _run_kmeans(steps, level, drawn, following, seed, own)
             progress.say(
                 f"cluster: level {number}, round {round_number}: {level.num_clusters:,} clusters of "
                 f"{sum(file.rows for file in drawn):,} points, {len(following.objectives)} iterations, "
@@ -296,21 +326,21 @@ def _train_level(
 
 
 def _run_kmeans(
-    config: ClusterConfig,
+    steps: _Steps,
     level: LevelConfig,
     points: tuple[PointFile, ...],
     state: State | None,
     seed: int,
     folder: str,
-    runner: Runner,
 ) -> State:
     """K-means over `points`, going on from `state` where there is one; its state is kept in `folder`."""
-    parts = cut(points, config.rows_per_part)
+    rows_per_part = steps.config.rows_per_part
+    parts = cut(points, rows_per_part)
     num_points = sum(part.rows for part in parts)
     if state is None:
         rows = kmeans.start_rows(num_points, level.num_clusters, level.start, seed)
-        started = _take(config, points, rows, paths.join(folder, "start"), runner)
-        sample = np.concatenate([block for part in cut(started, config.rows_per_part) for block in read_blocks(part)])
+        started = _take(steps, points, rows, paths.join(folder, "start"))
+        sample = np.concatenate([block for part in cut(started, rows_per_part) for block in read_blocks(part)])
         state = State(kmeans.initial_centroids(sample, level.num_clusters, level.start, seed), [], False)
         del sample
         _write_state(folder, state)
@@ -323,7 +353,7 @@ def _run_kmeans(
             reduction, guess = kmeans.reduce_points(read_blocks(parts[0]), centroids, guess=guess)
             return reduction
         step = paths.join(folder, f"iteration-{len(objectives):05d}")
-        done = _over_parts(config, points, step, functools.partial(_make_reducer, folder, step), runner)
+        done = steps.over_parts(points, step, functools.partial(_make_reducer, folder, step))
         return kmeans.merge(_read_reduction(paths.join(step, record.files[0].name)) for record in done)
 
     saved = time.monotonic()
@@ -340,37 +370,37 @@ def _run_kmeans(
 
 def _make_reducer(folder: str, step: str) -> Callable[[Shard], ShardRecord]:
     """A worker that reduces one part after another by the centroids in the state of the k-means in `folder`."""
-    centroids = _read_arrays(paths.join(folder, STATE_NAME), 1)[0]
+    centroids = npy.read_array(paths.join(folder, STATE_NAME))
 
     def process(shard: Shard) -> ShardRecord:
         guess_path = paths.join(folder, "guesses", f"{shard.name}.npy")
-        guess = _read_arrays(guess_path, 1)[0] if paths.exists(guess_path) else None
+        guess = npy.read_array(guess_path) if paths.exists(guess_path) else None
         reduction, found = kmeans.reduce_points(read_blocks(shard.work), centroids, guess=guess)
         arrays = (reduction.sums, reduction.counts, np.array(reduction.objective))
-        file = _write_arrays(paths.join(step, f"reduction-{shard.name}.npy"), *arrays)
-        _write_arrays(guess_path, found)  # only makes the next iteration faster, so it may be of any iteration
+        file = npy.write_arrays(paths.join(step, f"reduction-{shard.name}.npy"), *arrays)
+        npy.write_arrays(guess_path, found)  # only makes the next iteration faster, so it may be of any iteration
         return ShardRecord(name=shard.name, files=(file,))
 
     return process
 
 
 def _resample(
-    config: ClusterConfig,
+    steps: _Steps,
     number: int,
     points: tuple[PointFile, ...],
     before: str,
     seed: int,
     folder: str,
-    runner: Runner,
 ) -> tuple[PointFile, ...]:
     """The points that are drawn from each cluster of the k-means in `before`; raises ConfigError for too few."""
-    resampling, num_clusters = config.levels[number].resampling, config.levels[number].num_clusters
+    level = steps.config.levels[number]
+    resampling, num_clusters = level.resampling, level.num_clusters
     assert resampling is not None
     step = paths.join(folder, "candidates")
     make = functools.partial(_make_drawer, resampling, before, seed, step)
     best = kmeans.Drawn.none()
-    for record in _over_parts(config, points, step, make, runner):
-        more = kmeans.Drawn(*_read_arrays(paths.join(step, record.files[0].name), 3))
+    for record in steps.over_parts(points, step, make):
+        more = kmeans.Drawn(*npy.read_arrays(paths.join(step, record.files[0].name), 3))
         best = kmeans.draw(best, more, resampling.sample_size)
     if len(best.row) < num_clusters:
         raise ConfigError(
@@ -378,12 +408,12 @@ def _resample(
             f"{len(best.row):,} points of the {len(np.unique(best.cluster)):,} clusters that are not empty; "
             f"{num_clusters:,} clusters cannot be made of them. Raise it, or leave resampling out."
         )
-    return _take(config, points, np.sort(best.row), paths.join(folder, "drawn"), runner)
+    return _take(steps, points, np.sort(best.row), paths.join(folder, "drawn"))
 
 
 def _make_drawer(resampling: ResamplingConfig, before: str, seed: int, step: str) -> Callable[[Shard], ShardRecord]:
     """A worker that draws from the clusters of one part after another."""
-    centroids = _read_arrays(paths.join(before, STATE_NAME), 1)[0]
+    centroids = npy.read_array(paths.join(before, STATE_NAME))
 
     def process(shard: Shard) -> ShardRecord:
         row, best = shard.work.first, kmeans.Drawn.none()
@@ -397,24 +427,22 @@ def _make_drawer(resampling: ResamplingConfig, before: str, seed: int, step: str
             best = kmeans.draw(best, more, resampling.sample_size)
             row += len(block)
         path = paths.join(step, f"candidates-{shard.name}.npy")
-        return ShardRecord(name=shard.name, files=(_write_arrays(path, best.cluster, best.key, best.row),))
+        return ShardRecord(name=shard.name, files=(npy.write_arrays(path, best.cluster, best.key, best.row),))
 
     return process
 
 
-def _take(
-    config: ClusterConfig, points: tuple[PointFile, ...], rows: np.ndarray, folder: str, runner: Runner
-) -> tuple[PointFile, ...]:
+def _take(steps: _Steps, points: tuple[PointFile, ...], rows: np.ndarray, folder: str) -> tuple[PointFile, ...]:
     """The points with the given ascending `rows`, as files of their own in `folder`."""
     rows_path = folder + "-rows.npy"
-    _write_arrays(rows_path, rows)
-    done = _over_parts(config, points, folder, functools.partial(_make_taker, rows_path, folder), runner)
+    npy.write_arrays(rows_path, rows)
+    done = steps.over_parts(points, folder, functools.partial(_make_taker, rows_path, folder))
     paths.delete(rows_path)
     return _point_files(folder, done)
 
 
 def _make_taker(rows_path: str, folder: str) -> Callable[[Shard], ShardRecord]:
-    rows = _read_arrays(rows_path, 1)[0]
+    rows = npy.read_array(rows_path)
 
     def process(shard: Shard) -> ShardRecord:
         part = shard.work
@@ -449,8 +477,7 @@ def read_blocks(part: Part) -> Iterator[np.ndarray]:
     held = 0
     for path, begin, end in part.pieces:
         with paths.open_read(path) as file:
-            np.lib.format.read_magic(file)
-            (_, width), _, dtype = np.lib.format.read_array_header_1_0(file)
+            (_, width), _, dtype = npy.read_header(file)
             file.seek(begin * width * dtype.itemsize, 1)
             while begin < end:
                 count = min(end - begin, BLOCK_ROWS - held)
@@ -461,35 +488,6 @@ def read_blocks(part: Part) -> Iterator[np.ndarray]:
                     pending, held = [], 0
     if pending:
         yield np.concatenate(pending)
-
-
-def _over_parts(
-    config: ClusterConfig,
-    points: tuple[PointFile, ...],
-    folder: str,
-    make_worker: Callable[[], Callable[[Shard], ShardRecord]],
-    runner: Runner,
-) -> Sequence[ShardRecord]:
-    """What a worker makes of each part of `points`. A single part is done here and now, without a trace of a stage."""
-    shards = [Shard(part.name, part, part.rows) for part in cut(points, config.rows_per_part)]
-    if len(shards) == 1:
-        return [make_worker()(shards[0])]
-    return _step(config, folder, make_worker, shards, runner, unit="points").shards
-
-
-def _step(
-    config: ClusterConfig,
-    folder: str,
-    make_worker: Callable[[], Callable[[Shard], ShardRecord]],
-    shards: list[Shard],
-    runner: Runner,
-    unit: str = "images",
-) -> Manifest:
-    """One step of this stage as a stage of its own in `folder`; named by its path below the progress folder."""
-    name = "cluster " + folder.rpartition(f"/{PROGRESS_NAME}/")[2]
-    return run_shards(
-        name, config=config, inputs={}, output=folder, runner=runner, shards=shards, make_worker=make_worker, unit=unit
-    )
 
 
 def _finish(config: ClusterConfig, output: str, done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
@@ -533,41 +531,27 @@ def _read_state(folder: str) -> State | None:
     path = paths.join(folder, STATE_NAME)
     if not paths.exists(path):
         return None
-    centroids, objectives, done = _read_arrays(path, 3)
+    centroids, objectives, done = npy.read_arrays(path, 3)
     return State(centroids, objectives.tolist(), bool(done))
 
 
 def _write_state(folder: str, state: State) -> None:
     path = paths.join(folder, STATE_NAME)
-    _write_arrays(path, state.centroids, np.array(state.objectives, np.float64), np.array(state.done))
+    npy.write_arrays(path, state.centroids, np.array(state.objectives, np.float64), np.array(state.done))
 
 
 def _read_reduction(path: str) -> Reduction:
-    sums, counts, objective = _read_arrays(path, 3)
+    sums, counts, objective = npy.read_arrays(path, 3)
     return Reduction(sums, counts, float(objective))
 
 
 def _write_points(folder: str, name: str, matrix: np.ndarray) -> ShardRecord:
-    file = _write_arrays(paths.join(folder, f"points-{name}.npy"), matrix)
+    file = npy.write_arrays(paths.join(folder, f"points-{name}.npy"), matrix)
     return ShardRecord(name=name, files=(file,), totals={"points": len(matrix)})
 
 
 def _point_files(folder: str, done: Sequence[ShardRecord]) -> tuple[PointFile, ...]:
     return tuple(PointFile(paths.join(folder, record.files[0].name), record.totals["points"]) for record in done)
-
-
-def _write_arrays(path: str, *arrays: np.ndarray) -> FileRecord:
-    """Write arrays to one file, one behind the other; np.load reads the first."""
-    with paths.atomic_write(path) as file:
-        for array in arrays:
-            np.lib.format.write_array(file, array, allow_pickle=False)
-    return FileRecord(name=path.rpartition("/")[2], sha256=file.sha256, bytes=file.size, rows=0)
-
-
-def _read_arrays(path: str, count: int) -> list[np.ndarray]:
-    """The first `count` arrays of a file."""
-    with paths.open_read(path) as file:
-        return [np.lib.format.read_array(file, allow_pickle=False) for _ in range(count)]
 
 
 def command_line(
@@ -584,11 +568,14 @@ def command_line(
 ) -> None:
     """Cluster the kept pool images."""
     settings = load(ClusterConfig, config, overrides or (), section="cluster")
-    if plan:
-        print(resolved_toml(settings), end="")
-        return
-    with command.open_runner(runner, workers) as chosen:
-        run(settings, images, deduplicated, embedded, output, chosen, replace=replace)
+    inputs = RunFolder(ingest=images, dedup=deduplicated, embed=embedded)
+    command.plan_or_run(
+        settings,
+        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
+        plan=plan,
+        runner=runner,
+        workers=workers,
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ default filled in.
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,6 +27,37 @@ class Settings(BaseModel):
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+class NotInPlan:
+    """Marks a field that guards the work of a stage without shaping its bytes: `Annotated[float, NotInPlan]`.
+
+    Such a field may change between two runs of a stage without the stage being done again.
+    """
+
+
+def plan_values(settings: Settings) -> dict[str, Any]:
+    """The values of `settings` as JSON, without the fields that are marked NotInPlan, in sections below too."""
+    return settings.model_dump(mode="json", exclude=_not_in_plan(type(settings)))
+
+
+def _not_in_plan(model: type[BaseModel]) -> dict[str, Any]:
+    """The fields of `model` marked NotInPlan, as the mapping of mappings that pydantic excludes by."""
+    excluded: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if NotInPlan in field.metadata:
+            excluded[name] = True
+            continue
+        for section in _sections(field.annotation):
+            if nested := _not_in_plan(section):
+                excluded[name] = nested
+    return excluded
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field holds: itself, or one of a union."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def load(
@@ -86,6 +118,13 @@ def parse(
 def resolved_toml(settings: Settings) -> str:
     """The settings as TOML text with every default filled in; reading it back gives equal settings."""
     return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+
+
+def write_resolved(settings: Settings, path: str) -> None:
+    """Write `resolved_toml` to `path`, unless the file already holds this text."""
+    text = resolved_toml(settings).encode()
+    if not paths.exists(path) or paths.read_bytes(path) != text:
+        paths.write_bytes(path, text)
 
 
 def _to_json(tree: Mapping[str, Any]) -> str:

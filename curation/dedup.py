@@ -38,21 +38,27 @@ import pyarrow.compute as pc
 import typer
 from pydantic import Field, model_validator
 
-from curation.config import Settings, load, resolved_toml
-from curation.copies.components import component_sizes, connected_components, family_edges, flatten, join, separate
-from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, id_texts, pack_ids, read_graph
+from curation.config import Settings, load
+from curation.copies.components import component_sizes, connected_components, family_edges, flatten, separate, unite
+from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
+from curation.engine.run_log import RunLog
 from curation.engine.runner import InlineRunner, Runner, Shard
-from curation.engine.stage import run_shards
+from curation.engine.stage import Stage, run_stage
 from curation.errors import ConfigError, InputError
-from curation.files import parquet, paths, schemas, vectors
+from curation.files import parquet, paths, schemas
 from curation.files.disk_arrays import blocks, count_true, on_disk
+from curation.files.image_ids import pack_ids, unpack_ids
+from curation.run_folder import RunFolder, require_same_ingest
+from curation.search.top_k import top_k_of_groups
 
 # How many of the largest components the manifest names; the report shows them.
 LARGEST_COMPONENTS = 20
 # Similarity between two rows of the threshold sweep. Assumed: a dozen rows are enough to choose by.
 SWEEP_STEP = 0.05
+# The settings that guard against chains of copies; the facts hold the value of each and its effect.
+GUARDS = ("mutual_neighbors", "families", "max_component_size", "matches_kept", "holdout_cosine")
 # What a reason's number stands for.
 REASONS = (None, "exact", "near", "holdout")
 KEPT, EXACT, NEAR, HOLDOUT = range(4)
@@ -121,27 +127,27 @@ class Decision:
 
 def run(
     config: DedupConfig,
-    images: str,
-    pairs: str,
+    inputs: RunFolder,
     output: str,
     runner: Runner,
     *,
-    min_similarity: float = -1.0,
     replace: bool = False,
+    log: RunLog | None = None,
 ) -> Manifest:
-    """Decide for every row of the finished ingest in `images`; returns the manifest.
+    """Decide for every row of the finished ingest; returns the manifest.
 
-    `min_similarity` is the one that the pairs were written with, where their manifest does not say; a threshold below
-    it is a ConfigError. The decision lies on the driver's disk, so whatever the `runner`, the shards are written here.
+    Raises ConfigError for a threshold below the `min_similarity` that the pairs were written with. The decision lies on
+    the disk of the driver, which therefore writes all shards itself: `runner` is not used.
     """
+    images, pairs = inputs.ingest, inputs.pairs
     ingested, paired = require_manifest(images), require_manifest(pairs)
-    written = paired.plan.config.get("min_similarity", min_similarity)
+    written = paired.facts["min_similarity"]
     if config.holdout_threshold < written:
         raise ConfigError(
             f"dedup.holdout_threshold is {config.holdout_threshold:g}, but pairs below {written:g} were not written. "
             "Lower pairs.min_similarity, or raise the threshold."
         )
-    _require_inputs(pairs, paired, images, ingested)
+    require_same_ingest(pairs, paired, images, ingested)
     shards, start = [], 0
     for record, name in zip(ingested.shards, ingested.files("images"), strict=True):
         count = record.totals["accepted"]
@@ -157,17 +163,21 @@ def run(
         graph = read_graph(images, pairs)
         return graph, decide(config, graph.nodes, graph.edges, sweep_from=written)
 
-    return run_shards(
-        "dedup",
+    stage = Stage(
+        name="dedup",
         config=config,
         inputs={"images": ingested.content_hash, "pairs": paired.content_hash},
         output=output,
-        runner=InlineRunner(),
         shards=shards,
         make_worker=lambda: make_worker(output, *decided()),
-        replace=replace,
         finish=lambda done: (_facts(*decided()), None),
+        facts={
+            "threshold": config.threshold,
+            "holdout_threshold": config.holdout_threshold,
+            "guard_settings": {name: config.model_dump(mode="json")[name] for name in GUARDS},
+        },
     )
+    return run_stage(stage, InlineRunner(), replace=replace, log=log)
 
 
 def make_worker(output: str, graph: DuplicateGraph, decision: Decision) -> Callable[[Shard], ShardRecord]:
@@ -321,7 +331,7 @@ def _connect(config: DedupConfig, edges: Edges, joins: np.ndarray, decision: Dec
         for part in blocks(len(component)):
             component[part][too_large[part]] = part.start + np.flatnonzero(too_large[part])
         for first, second in joined():
-            join(component, first, second)
+            unite(component, first, second)
         sizes = component_sizes(flatten(component))
     decision.guards["max_component_size"] = counts | {"components_still_larger": oversized}
 
@@ -341,12 +351,9 @@ def _goes_before(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarray
 
 def _offer(nodes: Nodes, chosen: np.ndarray, place: np.ndarray, node: np.ndarray) -> None:
     """Put each node at its place in `chosen` where it goes before the one there, or where there is none (-1)."""
-    keys = (node, -nodes.length[node], -nodes.pixels[node], ~nodes.is_seed[node], place)
-    order = np.lexsort(keys)
-    place, node = place[order], node[order]
-    is_first = np.ones(len(place), bool)
-    is_first[1:] = place[1:] != place[:-1]
-    place, node = place[is_first], node[is_first]
+    keys = (~nodes.is_seed[node], -nodes.pixels[node], -nodes.length[node], node)
+    first = top_k_of_groups(place, 1, *keys)
+    place, node = place[first], node[first]
     there = chosen[place]
     wins = (there < 0) | _goes_before(nodes, node, there)
     chosen[place[wins]] = node[wins]
@@ -475,7 +482,7 @@ def _sweep(
         for part in blocks(len(edges.first)):
             value = edges.similarity[part]
             band = joins[part] & (value >= threshold) & (value < above)
-            join(parent, edges.first[part][band], edges.second[part][band])
+            unite(parent, edges.first[part][band], edges.second[part][band])
             num_pairs += count_true(band)
         above = threshold
         sizes, has_seed = component_sizes(flatten(parent)), on_disk(num_nodes, bool)
@@ -509,7 +516,7 @@ def _facts(graph: DuplicateGraph, decision: Decision) -> dict[str, Any]:
             histogram[int(size)] = histogram.get(int(size), 0) + int(count)
         first = roots[np.lexsort((roots, -sizes[roots]))][:LARGEST_COMPONENTS]
         largest = heapq.nsmallest(LARGEST_COMPONENTS, largest + [(-int(sizes[root]), int(root)) for root in first])
-    names = id_texts(graph.nodes.image_ids[[root for _, root in largest]]).to_pylist() if largest else []
+    names = unpack_ids(graph.nodes.image_ids[[root for _, root in largest]]).to_pylist() if largest else []
     return {
         "unique_images": len(sizes),
         "components_of_two_or_more": sum(histogram.values()),
@@ -530,11 +537,11 @@ def _rows(table: pa.Table, part: slice, graph: DuplicateGraph, decision: Decisio
     matched[copy], score[copy] = node[copy], 1.0
     kept = matched < 0
     names = pa.array(REASONS, pa.string())
-    partner = id_texts(graph.nodes.image_ids[matched])  # at -1 the last, which is no partner
+    partner = unpack_ids(graph.nodes.image_ids[matched])  # at -1 the last, which is no partner
     return pa.table(
         {
             "image_id": table["image_id"].combine_chunks(),
-            "component_id": id_texts(graph.nodes.image_ids[decision.component[node]]),
+            "component_id": unpack_ids(graph.nodes.image_ids[decision.component[node]]),
             "kept": kept,
             "reason": names.take(pa.array(reason)),
             "matched_image_id": pc.if_else(pa.array(kept), pa.scalar(None, pa.string()), partner),
@@ -542,61 +549,6 @@ def _rows(table: pa.Table, part: slice, graph: DuplicateGraph, decision: Decisio
         },
         schema=schemas.DUPLICATES,
     ), reason
-
-
-@dataclass(frozen=True)
-class KeptShard:
-    """The three files that belong to one shard of ingest: its images, what dedup decided, its vectors."""
-
-    images: str
-    duplicates: str
-    vectors: str
-
-
-def kept_shards(images: str, deduplicated: str, embedded: str) -> list[KeptShard]:
-    """The shards of three finished stages side by side. Raises InputError when they are not of one run."""
-    manifests = [require_manifest(folder) for folder in (images, deduplicated, embedded)]
-    for folder, manifest in zip((deduplicated, embedded), manifests[1:], strict=True):
-        _require_inputs(folder, manifest, images, manifests[0])
-    names = [
-        [paths.join(folder, name) for name in manifest.files(kind)]
-        for folder, manifest, kind in zip(
-            (images, deduplicated, embedded), manifests, ("images", "duplicates", "vectors"), strict=True
-        )
-    ]
-    if len({len(column) for column in names}) > 1:
-        raise InputError(
-            f"'{images}', '{deduplicated}' and '{embedded}' differ in their number of shards "
-            f"({', '.join(str(len(column)) for column in names)}); they are not stages of one run."
-        )
-    return [KeptShard(*files) for files in zip(*names, strict=True)]
-
-
-def _require_inputs(folder: str, manifest: Manifest, images: str, ingested: Manifest) -> None:
-    """Raise InputError unless the stage in `folder` was made from this very ingest."""
-    if (found := manifest.plan.inputs.get("images")) != ingested.content_hash:
-        raise InputError(
-            f"'{folder}' was made from another ingest than '{images}' (content hash {found}, here "
-            f"{ingested.content_hash}); they are not stages of one run. Run {manifest.plan.stage} again with --replace."
-        )
-
-
-def read_kept(shard: KeptShard, *, role: str, source: str | None = None) -> tuple[list[str], np.ndarray]:
-    """Ids and vectors (N, D) float16 of one shard's kept images of a role, and of a source where one is named."""
-    rows = parquet.read_table(shard.images, schemas.IMAGES, ["image_id", "role", "source"])
-    kept = parquet.read_table(shard.duplicates, schemas.DUPLICATES, ["image_id", "kept"])
-    if not rows["image_id"].equals(kept["image_id"]):
-        raise InputError(f"{shard.duplicates}: other images than in {shard.images}; run dedup again with --replace.")
-    wanted = pc.and_(kept["kept"], pc.equal(rows["role"], role))
-    if source is not None:
-        wanted = pc.and_(wanted, pc.equal(rows["source"], source))
-    wanted_ids = pc.unique(rows["image_id"].filter(wanted))
-    ids, matrix = vectors.read_file(shard.vectors)
-    found = pa.array(ids, pa.string())
-    if missing := wanted_ids.filter(pc.invert(pc.is_in(wanted_ids, found))).to_pylist():
-        raise InputError(f"{shard.vectors}: no vector of image {min(missing)}, which is in {shard.images}.")
-    chosen = np.flatnonzero(pc.is_in(found, wanted_ids).to_numpy(zero_copy_only=False))
-    return found.take(pa.array(chosen)).to_pylist(), matrix[chosen]
 
 
 def command_line(
@@ -612,11 +564,14 @@ def command_line(
 ) -> None:
     """Decide which images are copies, and which are kept."""
     settings = load(DedupConfig, config, overrides or (), section="dedup")
-    if plan:
-        print(resolved_toml(settings), end="")
-        return
-    with command.open_runner(runner, workers) as chosen:
-        run(settings, images, pairs, output, chosen, replace=replace)
+    inputs = RunFolder(ingest=images, pairs=pairs)
+    command.plan_or_run(
+        settings,
+        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
+        plan=plan,
+        runner=runner,
+        workers=workers,
+    )
 
 
 if __name__ == "__main__":

@@ -37,11 +37,12 @@ from PIL import Image
 from pydantic import Field
 
 from curation import ingest
-from curation.config import Settings, load, parse_section, resolved_toml
+from curation.config import NotInPlan, Settings, load, parse_section
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, read_manifest, require_manifest
+from curation.engine.run_log import RunLog
 from curation.engine.runner import Runner, Shard
-from curation.engine.stage import run_shards
+from curation.engine.stage import Stage, run_stage
 from curation.errors import ConfigError
 from curation.files import parquet, paths, schemas
 from curation.files.prefetch import Meter, prefetch
@@ -50,14 +51,13 @@ from curation.images.decode import ImageLimits, decode_picture, upright
 from curation.images.sources import Layout, ReferenceReader, SourceConfig
 from curation.ingest import IngestConfig
 from curation.models.embedders import Embedder, EmbedderConfig, load_embedder
+from curation.run_folder import RunFolder
 
 # WebP keeps a 96-pixel drawing recognisable in 1-3 kB. Assumed enough for verification and for the report.
 THUMBNAIL_QUALITY = 90
 # Threads that read images which lie in files of their own; those of one tar are read one after the other. Assumed: an
 # object store answers in 50 to 200 ms.
 READERS = 8
-# What says how many pictures are decoded at a time and shapes no vector.
-NOT_IN_PLAN = frozenset({"decode_threads"})
 
 
 class EmbedConfig(Settings):
@@ -69,7 +69,7 @@ class EmbedConfig(Settings):
     """Threads of the model in each worker, on a CPU. Several workers of one thread are faster than one of several,
     whose threads wait for the one that decoding holds up (measured: docs/benchmarks.md). Part of the plan: sums of
     another order round differently."""
-    decode_threads: int = Field(default=2, ge=1)
+    decode_threads: Annotated[int, NotInPlan] = Field(default=2, ge=1)
     """Threads of each worker that decode pictures ahead of the model. A GPU wants as many as keep it fed: a core
     decodes some hundred photographs a second."""
     thumbnail_side: int = Field(default=0, ge=0, le=1024)
@@ -77,32 +77,39 @@ class EmbedConfig(Settings):
 
 
 def run(
-    config: EmbedConfig, images: str, output: str, runner: Runner, *, stage: str = "embed", replace: bool = False
+    config: EmbedConfig,
+    inputs: RunFolder,
+    output: str,
+    runner: Runner,
+    *,
+    name: Literal["embed", "describe"] = "embed",
+    replace: bool = False,
+    log: RunLog | None = None,
 ) -> Manifest:
-    """Embed every accepted image of the finished ingest in `images`; returns the manifest of the stage.
+    """Embed every accepted image of the finished ingest; returns the manifest of the stage `name`.
 
     Raises InputError when a source has changed since it was ingested, DeviceError or WeightsError for the model.
     """
-    ingest = require_manifest(images)
-    limits = ImageLimits.model_validate(ingest.plan.config["limits"], strict=False)
+    ingested = require_manifest(inputs.ingest)
+    limits = ImageLimits.model_validate(ingested.facts["limits"], strict=False)
     shards = [
         Shard(
-            name.removeprefix("images-").removesuffix(".parquet"), paths.join(images, name), record.totals["accepted"]
+            file.removeprefix("images-").removesuffix(".parquet"),
+            paths.join(inputs.ingest, file),
+            record.totals["accepted"],
         )
-        for record, name in zip(ingest.shards, ingest.files("images"), strict=True)
+        for record, file in zip(ingested.shards, ingested.files("images"), strict=True)
     ]
-    return run_shards(
-        stage,
+    stage = Stage(
+        name=name,
         config=config,
-        inputs={"images": ingest.content_hash},
+        inputs={"images": ingested.content_hash},
         output=output,
-        runner=runner,
         shards=shards,
         make_worker=functools.partial(make_worker, config, limits, output),
-        replace=replace,
         note=_note,
-        not_in_plan=NOT_IN_PLAN,
     )
+    return run_stage(stage, runner, replace=replace, log=log)
 
 
 def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callable[[Shard], ShardRecord]:
@@ -255,17 +262,21 @@ def command_line(
         settings = parse_section(
             EmbedConfig, {stage: {"embedder": embedder}}, overrides or (), section=stage, origin="options"
         )
-    if plan:
-        print(resolved_toml(settings), end="")
-        return
-    with command.open_runner(runner, workers, gpus_per_worker=settings.embedder.num_gpus) as chosen:
-        if read_manifest(images) is None and config is None:
-            name = posixpath.basename(images.rstrip("/"))
-            source = SourceConfig(name=name, path=images, role="pool", layout=layout or "folder")
-            images = paths.join(output, "ingest")
-            ingest.run(IngestConfig(sources=(source,)), images, chosen, replace=replace)
-            output = paths.join(output, stage)
-        run(settings, images, output, chosen, stage=stage, replace=replace)
+
+    def work(chosen: Runner) -> None:
+        if config is not None or read_manifest(images) is not None:
+            run(settings, RunFolder(ingest=images), output, chosen, name=stage, replace=replace)
+            return
+        source = SourceConfig(
+            name=posixpath.basename(images.rstrip("/")), path=images, role="pool", layout=layout or "folder"
+        )
+        folder = RunFolder.of(output)
+        ingest.run(IngestConfig(sources=(source,)), folder.ingest, chosen, replace=replace)
+        run(settings, folder, paths.join(output, stage), chosen, name=stage, replace=replace)
+
+    command.plan_or_run(
+        settings, work, plan=plan, runner=runner, workers=workers, gpus_per_worker=settings.embedder.num_gpus
+    )
 
 
 if __name__ == "__main__":

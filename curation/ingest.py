@@ -14,21 +14,23 @@ tar or Parquet file that cannot be read to its end is one reject, beside the ima
 
 import functools
 from collections.abc import Callable
+from typing import Annotated
 
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from curation.config import Settings, load, resolved_toml
+from curation.config import NotInPlan, Settings, load
 from curation.engine import command
-from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
+from curation.engine.manifest import Manifest, ShardRecord, sum_counts
+from curation.engine.run_log import RunLog
 from curation.engine.runner import Runner, Shard
-from curation.engine.stage import Tally, run_shards
-from curation.errors import InputError, RejectBudgetError
+from curation.engine.stage import Stage, Tally, run_stage
+from curation.errors import RejectBudgetError
 from curation.files import parquet, paths, schemas
 from curation.images import sources
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.hashing import image_id
-from curation.images.sandbox import Prober
+from curation.images.sandbox import ImageSandbox
 from curation.images.sources import SourceConfig
 
 
@@ -39,9 +41,9 @@ class IngestConfig(Settings):
     """The datasets, seeds, pool and holdout."""
     limits: ImageLimits = ImageLimits()
     """What an image may cost."""
-    max_reject_fraction: float = Field(default=0.05, ge=0, le=1)
+    max_reject_fraction: Annotated[float, NotInPlan] = Field(default=0.05, ge=0, le=1)
     """The share of all images, and of all tars and Parquet files, that may be rejected before the stage stops."""
-    max_poison_shards: int = Field(default=0, ge=0)
+    max_poison_shards: Annotated[int, NotInPlan] = Field(default=0, ge=0)
     """Shards that may be left out because they kill their worker every time. The manifest names them (`set_aside`), and
     a run that allows fewer tries them again."""
     images_per_shard: int = Field(default=1000, ge=1)
@@ -57,8 +59,10 @@ class IngestConfig(Settings):
         return value
 
 
-def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = False) -> Manifest:
-    """Read every source; returns the manifest of the stage.
+def run(
+    config: IngestConfig, output: str, runner: Runner, *, replace: bool = False, log: RunLog | None = None
+) -> Manifest:
+    """Read every source; returns the manifest. Its facts are `sources` and `limits`, for later stages.
 
     Raises InputError for a source that is missing or empty, RejectBudgetError past the budget; what was finished until
     then stays, and the stage goes on from there.
@@ -74,24 +78,23 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
             shards.append(Shard(f"{len(shards):05d}", (source, chosen), num_items))
     num_archives = sum(len(listings[source.name]) for source in config.sources if source.layout != "folder")
     expected = sum(shard.num_items for shard in shards) if all(shard.num_items for shard in shards) else None
-    return run_shards(
-        "ingest",
+    stage = Stage(
+        name="ingest",
         config=config,
         inputs={name: sources.listing_hash(files) for name, files in listings.items()},
         output=output,
-        runner=runner,
         shards=shards,
         make_worker=functools.partial(make_worker, config.limits, output),
-        replace=replace,
         check=functools.partial(_check_budget, config.max_reject_fraction, expected, len(shards), num_archives, output),
-        not_in_plan=frozenset({"max_reject_fraction", "max_poison_shards"}),
+        facts=config.model_dump(mode="json", include={"sources", "limits"}),
         max_poison_shards=config.max_poison_shards,
     )
+    return run_stage(stage, runner, replace=replace, log=log)
 
 
 def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardRecord]:
     """A worker that reads and probes the images of one shard after another."""
-    prober = Prober(limits)
+    sandbox = ImageSandbox(limits)
 
     def process(shard: Shard) -> ShardRecord:
         source, chosen = shard.work
@@ -103,7 +106,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
                 rejects.append({"uri": found.uri, "source": source.name, "reason": str(reason), "detail": detail})
                 continue
             try:
-                facts = prober.probe(found.data)
+                facts = sandbox.probe(found.data)
             except ImageRejected as refusal:
                 reason, detail = refusal.reason, refusal.detail
                 rejects.append({"uri": found.uri, "source": source.name, "reason": str(reason), "detail": detail})
@@ -180,19 +183,6 @@ def _first_damage(output: str) -> str:
     raise AssertionError(f"no damaged archive in {output}")
 
 
-def read_images(folder: str, columns: list[str] | None = None) -> pa.Table:
-    """All rows of the images files of a finished ingest, in shard order."""
-    manifest = require_manifest(folder)
-    schema = schemas.IMAGES if columns is None else pa.schema([schemas.IMAGES.field(name) for name in columns])
-    tables = [
-        parquet.read_table(paths.join(folder, name), schemas.IMAGES, columns) for name in manifest.files("images")
-    ]
-    table = pa.concat_tables([schema.empty_table(), *tables])
-    if table.num_rows == 0:
-        raise InputError(f"'{folder}' holds no accepted image. See its rejects-*.parquet for the reasons.")
-    return table
-
-
 def command_line(
     config: command.ConfigOption,
     output: command.OutputOption,
@@ -204,11 +194,13 @@ def command_line(
 ) -> None:
     """Read every source into one row per image."""
     settings = load(IngestConfig, config, overrides or (), section="ingest")
-    if plan:
-        print(resolved_toml(settings), end="")
-        return
-    with command.open_runner(runner, workers) as chosen:
-        run(settings, output, chosen, replace=replace)
+    command.plan_or_run(
+        settings,
+        lambda chosen: run(settings, output, chosen, replace=replace),
+        plan=plan,
+        runner=runner,
+        workers=workers,
+    )
 
 
 if __name__ == "__main__":

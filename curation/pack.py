@@ -35,18 +35,23 @@ import pyarrow.parquet as pq
 import typer
 from pydantic import Field, model_validator
 
-from curation.config import Settings, load, resolved_toml
+from curation.config import Settings, load
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.run_log import RunLog
 from curation.engine.runner import Runner, Shard
-from curation.engine.stage import PREPARED, run_shards
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas
 from curation.files.hashes import hash_json
-from curation.images.corpus_tar import Sample, write_tar
+from curation.files.image_ids import id_bytes, id_column
+from curation.images.corpus_tar import CorpusSample, write_tar
 from curation.images.sources import ReferenceReader
-from curation.quotas import DatasetRows, dataset_weights, row_weights
-from curation.retrieve import DatasetConfig, RetrieveConfig
+from curation.quotas import dataset_weights, row_weights
+from curation.retrieval_modes import MODES
+from curation.retrieve import DatasetConfig
+from curation.run_folder import RunFolder, kept_images, retrieved_tables
+from curation.search.top_k import rank_in_groups, sort_into_groups
 
 PARTS = ("seeds", "retrieval", "clustering")
 PLAN_STEP = "tars"
@@ -121,51 +126,49 @@ class TarPlan:
 
 def run(
     config: PackConfig,
-    images: str,
-    deduplicated: str,
-    retrieved: str,
+    inputs: RunFolder,
     output: str,
     runner: Runner,
     *,
     replace: bool = False,
+    log: RunLog | None = None,
 ) -> Manifest:
     """Pack what the datasets of the finished retrieve bring as they are and what it found; returns the manifest."""
     stages = {
         name: require_manifest(folder)
-        for name, folder in (("images", images), ("dedup", deduplicated), ("retrieved", retrieved))
+        for name, folder in (("images", inputs.ingest), ("dedup", inputs.dedup), ("retrieved", inputs.retrieve))
     }
-    datasets = RetrieveConfig.model_validate(stages["retrieved"].plan.config, strict=False).datasets
-    selection = select(datasets, images, deduplicated, retrieved)
+    datasets = [DatasetConfig.model_validate(row, strict=False) for row in stages["retrieved"].facts["datasets"]]
+    selection = select(datasets, inputs)
     if not len(selection.image):
         raise InputError("Nothing to pack: no dataset is taken as it is, and nothing was retrieved.")
     weight, mass = weigh(config, selection)
     tars = plan_tars(config, selection)
-    return run_shards(
-        "pack",
+    stage = Stage(
+        name="pack",
         config=config,
         inputs={
             "datasets": hash_json([dataset.model_dump(mode="json") for dataset in datasets]),
             **{name: manifest.content_hash for name, manifest in stages.items()},
         },
         output=output,
-        runner=runner,
         shards=[Shard(f"{number:06d}", tar, tar.stop - tar.start) for number, tar in enumerate(tars)],
         make_worker=functools.partial(make_worker, output),
-        replace=replace,
-        prepare=functools.partial(_prepare, config, selection, weight, tars, images, deduplicated, retrieved, output),
+        prepare=functools.partial(_prepare, config, selection, weight, tars, inputs, output),
         finish=functools.partial(_finish, config, datasets, stages, selection, mass, output),
     )
+    return run_stage(stage, runner, replace=replace, log=log)
 
 
 def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
     """A worker that writes one tar after another."""
     reader = ReferenceReader()
 
-    def samples(rows: pa.Table) -> Iterator[Sample]:
+    def samples(rows: pa.Table) -> Iterator[CorpusSample]:
         for row in rows.to_pylist():
             data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
             sidecar = {name: row[name] for name in ("source", "uri", "width", "height", "label", "reasons")}
-            yield Sample(row["key"], data, row["format"], sidecar)
+            yield CorpusSample(row["key"], data, row["format"], sidecar)
 
     def process(shard: Shard) -> ShardRecord:
         rows = read_plan(_plan_folder(output), shard.work)
@@ -185,23 +188,17 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
     return process
 
 
-def read_corpus(folder: str) -> pa.Table:
-    """All rows of records.CORPUS of a finished pack, in the order of the tars."""
-    names = [name for name in require_manifest(folder).files("corpus") if name.endswith(".parquet")]
-    return pa.concat_tables([parquet.read_table(paths.join(folder, name), schemas.CORPUS) for name in names])
-
-
 # What is packed
 
 
-def select(datasets: Sequence[DatasetConfig], images: str, deduplicated: str, retrieved: str) -> Selection:
+def select(datasets: Sequence[DatasetConfig], inputs: RunFolder) -> Selection:
     """What the datasets bring as they are, and what was retrieved. Raises InputError for rows of another dataset."""
     names = [dataset.name for dataset in datasets]
     name_set, is_as_is = pa.array(names, pa.string()), np.array([dataset.as_is for dataset in datasets], bool)
     ids, bringers = [np.empty(0, f"S{ID_BYTES}")], [np.empty(0, np.int16)]
     modes: dict[str, str] = {}
     num_seeds, num_kept = np.zeros(len(names), np.int64), 0
-    for table in _kept(images, deduplicated, ["image_id", "source", "role"]):
+    for table in kept_images(inputs, ["image_id", "source", "role"]):
         num_kept += table.num_rows
         table = table.filter(pc.equal(table["role"], "seed"))
         dataset = pc.fill_null(pc.index_in(table["source"], name_set), -1).to_numpy()
@@ -209,14 +206,15 @@ def select(datasets: Sequence[DatasetConfig], images: str, deduplicated: str, re
         own = np.flatnonzero(np.isin(dataset, np.flatnonzero(is_as_is)))
         ids.append(_ids(table["image_id"].take(pa.array(own))))
         bringers.append(dataset[own].astype(np.int16))
-    for table in _retrieved(retrieved):
+    for table in retrieved_tables(inputs.retrieve):
         dataset = pc.fill_null(pc.index_in(table["seed_source"], name_set), -1).to_numpy()
-        balanced = pc.equal(table["mode"], "balanced").to_numpy()
-        if ((dataset < 0) & ~balanced).any():
-            stranger = table["seed_source"][int(np.flatnonzero((dataset < 0) & ~balanced)[0])]
-            raise InputError(f"'{retrieved}' holds rows of dataset '{stranger}', which its config does not name.")
+        by_clustering = pc.is_null(table["seed_source"]).to_numpy()
+        unknown = np.flatnonzero((dataset < 0) & ~by_clustering)
+        if len(unknown):
+            name = table["seed_source"][int(unknown[0])]
+            raise InputError(f"'{inputs.retrieve}' holds rows of dataset '{name}', which its config does not name.")
         ids.append(_ids(table["image_id"]))
-        bringers.append(np.where(balanced, 2 * len(names), len(names) + dataset).astype(np.int16))
+        bringers.append(np.where(by_clustering, 2 * len(names), len(names) + dataset).astype(np.int16))
         asked = table.filter(pc.is_valid(table["seed_source"])).group_by(["seed_source", "mode"]).aggregate([])
         modes |= {row["seed_source"]: row["mode"] for row in asked.to_pylist()}
     image_ids, image = np.unique(np.concatenate(ids), return_inverse=True)
@@ -310,9 +308,7 @@ def write_plan(
     selection: Selection,
     weight: np.ndarray,
     tars: Sequence[TarPlan],
-    images: str,
-    deduplicated: str,
-    retrieved: str,
+    inputs: RunFolder,
     folder: str,
 ) -> None:
     """Write where each sample of `tars` comes from, why it is here and its `weight` (S,), for `read_plan`.
@@ -323,26 +319,26 @@ def write_plan(
     total = num_samples(config, selection)
     starts = [tar.start for n, tar in enumerate(tars) if n == 0 or tar.number > tars[n - 1].number]  # of each file
     image_of = selection.image if config.repeats else np.arange(num_images)  # of each sample
-    by_image = np.argsort(image_of, kind="stable")  # the samples of one image, then those of the next
-    first = np.searchsorted(image_of[by_image], np.arange(num_images + 1))  # where those of each image begin there
+    by_image, first = sort_into_groups(image_of, num_images)
     repeat = np.empty(total, np.int32)
-    repeat[by_image] = np.arange(total) - first[image_of[by_image]]
+    repeat[by_image] = rank_in_groups(image_of[by_image])
     position = _shuffle(selection.image_ids, image_of, repeat, config.seed)
 
     found = np.zeros(num_images, bool)
     with dealing(paths.join(folder, "samples"), schemas.PLANNED_SAMPLES, starts) as deal:
-        for table in _kept(images, deduplicated, schemas.IMAGES.names):
+        for table in kept_images(inputs, schemas.IMAGES.names):
             ids = _ids(table["image_id"])
             place = np.minimum(np.searchsorted(selection.image_ids, ids), num_images - 1)
             here = np.flatnonzero(selection.image_ids[place] == ids)
             image = place[here]
             if found[image].any() or len(np.unique(image)) < len(image):
-                raise InputError(f"'{deduplicated}' keeps an image twice: it is not of this ingest.")
+                raise InputError(f"'{inputs.dedup}' keeps an image twice: it is not of this ingest.")
             found[image] = True
             count = first[image + 1] - first[image]
-            sample = by_image[np.repeat(first[image] - (np.cumsum(count) - count), count) + np.arange(count.sum())]
+            repeated = np.repeat(image, count)
+            sample = by_image[first[repeated] + rank_in_groups(repeated)]
             table = table.take(pa.array(np.repeat(here, count)))
-            key = _text(_keys(selection.image_ids[image_of[sample]], repeat[sample]))
+            key = id_column(_keys(selection.image_ids[image_of[sample]], repeat[sample]))
             columns = {name: table[name] for name in table.column_names}
             columns |= {"position": position[sample], "key": key, "weight": weight[sample]}
             deal(pa.table({n: columns[n] for n in schemas.PLANNED_SAMPLES.names}, schema=schemas.PLANNED_SAMPLES))
@@ -358,7 +354,7 @@ def write_plan(
             rows = slice(start, min(start + DEALT_ROWS, num_as_is))
             deal(_reasons(position_of_row[rows], as_is.take(pa.array(selection.bringer[rows]))))
         start = num_as_is
-        for table in _retrieved(retrieved):
+        for table in retrieved_tables(inputs.retrieve):
             deal(_reasons(position_of_row[start : start + table.num_rows], _reason(table)))
             start += table.num_rows
         assert start == num_rows, (start, num_rows)
@@ -390,12 +386,10 @@ def _prepare(
     selection: Selection,
     weight: np.ndarray,
     tars: Sequence[TarPlan],
-    images: str,
-    deduplicated: str,
-    retrieved: str,
+    inputs: RunFolder,
     output: str,
 ) -> ShardRecord:
-    write_plan(config, selection, weight, tars, images, deduplicated, retrieved, _plan_folder(output))
+    write_plan(config, selection, weight, tars, inputs, _plan_folder(output))
     return ShardRecord(name=PREPARED)  # the plan is gone when the corpus is done
 
 
@@ -424,13 +418,11 @@ def _keys(image_ids: np.ndarray, repeat: np.ndarray) -> np.ndarray:
 
 
 def _reason(table: pa.Table) -> pa.ChunkedArray:
-    """The reason of each row of records.RETRIEVED."""
-    mode, source, cluster = table["mode"], table["seed_source"], table["cluster_id"].cast(pa.string())
-    by_sample = pc.binary_join_element_wise(mode, source, table["seed_image_id"], table["rank"].cast(pa.string()), ":")
-    by_cluster = pc.binary_join_element_wise(mode, source, cluster, ":")
-    by_balance = pc.binary_join_element_wise(mode, cluster, ":")
-    is_sample, is_cluster = pc.equal(mode, "sample"), pc.equal(mode, "cluster")
-    return pc.if_else(is_sample, by_sample, pc.if_else(is_cluster, by_cluster, by_balance))
+    """The reason of each row of RETRIEVED: its mode, then whatever retrieved it, as far as the row names it."""
+    seed, rank = table["seed_image_id"], table["rank"].cast(pa.string())
+    rank_of_seed = pc.if_else(pc.is_valid(seed), rank, pa.scalar(None, pa.string()))
+    parts = (table["mode"], table["seed_source"], seed, rank_of_seed, table["cluster_id"].cast(pa.string()))
+    return pc.binary_join_element_wise(*parts, ":", null_handling="skip")
 
 
 def _reasons(position: np.ndarray, reason: pa.Array) -> pa.Table:
@@ -455,9 +447,9 @@ def dealing(prefix: str, schema: pa.Schema, starts: Sequence[int]) -> Iterator[C
             table = pa.concat_tables([schema.empty_table(), *waiting])
             waiting.clear()
             number = np.searchsorted(starts, table["position"].to_numpy(), side="right") - 1
-            order = np.argsort(number, kind="stable")
-            table, ends = table.take(pa.array(order)), np.searchsorted(number[order], np.arange(len(starts) + 1))
-            for writer, start, stop in zip(writers, ends[:-1], ends[1:], strict=True):
+            order, bounds = sort_into_groups(number, len(starts))
+            table = table.take(pa.array(order))
+            for writer, start, stop in zip(writers, bounds[:-1], bounds[1:], strict=True):
                 if stop > start:
                     writer.write_table(table.slice(start, stop - start))
 
@@ -470,33 +462,12 @@ def dealing(prefix: str, schema: pa.Schema, starts: Sequence[int]) -> Iterator[C
         flush()
 
 
-def _kept(images: str, deduplicated: str, columns: list[str]) -> Iterator[pa.Table]:
-    """The kept seed and pool images, shard by shard of ingest."""
-    names = (
-        require_manifest(images).files("images"),
-        require_manifest(deduplicated).files("duplicates"),
-    )
-    for image_name, duplicate_name in zip(*names, strict=True):
-        rows = parquet.read_table(paths.join(images, image_name), schemas.IMAGES, columns)
-        keep = parquet.read_table(paths.join(deduplicated, duplicate_name), schemas.DUPLICATES, ["kept"])
-        yield rows.filter(keep["kept"])
-
-
-def _retrieved(folder: str) -> Iterator[pa.Table]:
-    for name in require_manifest(folder).files("retrieved"):
-        yield parquet.read_table(paths.join(folder, name), schemas.RETRIEVED)
-
-
 def _ids(column: pa.ChunkedArray) -> np.ndarray:
     """image_ids as bytes, (N,)."""
-    ids = np.asarray(column.to_numpy(zero_copy_only=False), "S")
+    ids = id_bytes(column)
     if ids.itemsize > ID_BYTES:
         raise InputError(f"'{max(ids, key=len).decode()}' is no image_id: it is longer than {ID_BYTES} characters.")
     return ids.astype(f"S{ID_BYTES}")
-
-
-def _text(values: np.ndarray) -> pa.Array:
-    return pa.array(values, pa.binary()).cast(pa.string())
 
 
 # The account
@@ -569,8 +540,8 @@ def _dataset_rows(datasets: Sequence[DatasetConfig], selection: Selection) -> li
                 "as_is": dataset_config.as_is,
                 "seeds": selection.num_seeds[name],
                 "retrieved": found,
-                "cap": dataset_config.cap if mode == "cluster" else None,
-                "rows": DatasetRows(as_is=rows[number], found=found, retrieved=found).rows,
+                "cap": dataset_config.cap if mode in MODES and MODES[mode].is_capped else None,
+                "rows": rows[number] + found,
                 "unique": unique[number],
             }
         )
@@ -609,11 +580,14 @@ def command_line(
 ) -> None:
     """Write the corpus."""
     settings = load(PackConfig, config, overrides or (), section="pack")
-    if plan:
-        print(resolved_toml(settings), end="")
-        return
-    with command.open_runner(runner, workers) as chosen:
-        run(settings, images, deduplicated, retrieved, output, chosen, replace=replace)
+    inputs = RunFolder(ingest=images, dedup=deduplicated, retrieve=retrieved)
+    command.plan_or_run(
+        settings,
+        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
+        plan=plan,
+        runner=runner,
+        workers=workers,
+    )
 
 
 if __name__ == "__main__":

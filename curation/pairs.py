@@ -24,19 +24,22 @@ import pyarrow as pa
 import typer
 from pydantic import Field, field_validator
 
-from curation import ingest
-from curation.config import Settings, load, resolved_toml
-from curation.copies.compare_thumbnails import PairVerifier, VerifyConfig, View
+from curation.config import Settings, load
+from curation.copies.compare_thumbnails import PreparedThumbnail, ThumbnailComparer, VerificationConfig
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.run_log import RunLog
 from curation.engine.runner import Runner, Shard
-from curation.engine.stage import PREPARED, run_shards
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
+from curation.files.image_ids import bucket_of, id_bytes, id_column, pack_ids
 from curation.images.hashing import pairs_within
+from curation.run_folder import RunFolder, read_images
 from curation.search import exact, self_join
 from curation.search.config import SearchConfig
 from curation.search.self_join import Neighborhood
+from curation.search.top_k import starts_group
 
 # Prepared thumbnails that a worker keeps at hand, each up to 0.8 MB. Assumed: a shard of pairs, sorted by its first
 # image, needs few more.
@@ -56,7 +59,7 @@ class PairsConfig(Settings):
     """Cosine of two descriptors from which they are candidates."""
     max_phash_distance: int = Field(default=4, ge=-1, le=16)
     """Differing bits of two 64-bit perceptual hashes up to which they are candidates; -1 leaves the hashes out."""
-    verification: VerifyConfig | None = None
+    verification: VerificationConfig | None = None
     """How a candidate is verified on its thumbnails; without it, the cosine of the descriptors is the similarity."""
     min_similarity: float = Field(default=0.4, ge=-1, le=1)
     """Pairs below are not written; the lowest threshold that a later stage may use."""
@@ -75,13 +78,22 @@ class PairsConfig(Settings):
 
 
 def run(
-    config: PairsConfig, images: str, descriptors: str, output: str, runner: Runner, *, replace: bool = False
+    config: PairsConfig,
+    inputs: RunFolder,
+    output: str,
+    runner: Runner,
+    *,
+    replace: bool = False,
+    log: RunLog | None = None,
 ) -> Manifest:
     """Find and judge the pairs among all images of a finished ingest and describe; returns the manifest.
+
+    Its facts are `search`, and `min_similarity`: no pair below it is written.
 
     Raises InputError when the descriptors are of other images, and ConfigError when they lack thumbnails that
     verification needs, or when the search's recall is too low.
     """
+    images, descriptors = inputs.ingest, inputs.describe
     ingested, described = require_manifest(images), require_manifest(descriptors)
     if described.plan.inputs.get("images") != ingested.content_hash:
         raise InputError(f"'{descriptors}' has descriptors of other images than those of '{images}': not of one run.")
@@ -96,8 +108,8 @@ def run(
 
     def propose() -> ShardRecord:
         floor = config.min_descriptor_similarity
-        asked = Neighborhood(config.search, config.num_neighbors, floor, num_shards)
-        self_join.run(asked, files, described.content_hash, joined, runner, num_rows=places.num_rows)
+        neighborhood = Neighborhood(config.search, config.num_neighbors, floor, num_shards)
+        self_join.run(neighborhood, files, joined, runner, content_hash=described.content_hash, log=log)
         if config.max_phash_distance >= 0:
             for number, file in enumerate(_hash_pairs(config, images, places, num_shards)):
                 parquet.write_row_groups(
@@ -108,19 +120,18 @@ def run(
     def facts(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         return {"search": require_manifest(joined).facts}, None
 
-    manifest = run_shards(
-        "pairs",
+    stage = Stage(
+        name="pairs",
         config=config,
         inputs={"images": ingested.content_hash, "descriptors": described.content_hash},
         output=output,
-        runner=runner,
         shards=[Shard(f"{bucket:05d}", bucket, places.num_rows // num_shards) for bucket in range(num_shards)],
         make_worker=functools.partial(make_worker, config, places, joined, hashed, output),
-        replace=replace,
         prepare=propose,
         finish=facts,
-        not_in_plan=frozenset({"search.min_recall"}),
+        facts={"min_similarity": config.min_similarity},
     )
+    manifest = run_stage(stage, runner, replace=replace, log=log)
     config.search.require_recall(manifest.facts["search"])  # min_recall may have been raised since
     return manifest
 
@@ -164,7 +175,7 @@ class _Places:
     def first_of_each(self) -> tuple[np.ndarray, np.ndarray]:
         """All ids (N,), ascending, as bytes, and the first place of each, (N,)."""
         columns = [parquet.read_table_columns(file, ["image_id"]).column(0) for file in self._files]
-        ids, first = np.unique(np.concatenate([schemas.id_bytes(column) for column in columns]), return_index=True)
+        ids, first = np.unique(np.concatenate([id_bytes(column) for column in columns]), return_index=True)
         return ids, first
 
     def cosine(self, place: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -196,49 +207,48 @@ class _Places:
 class _Judge:
     """Verifies pairs on thumbnails, keeping the views of the images seen last."""
 
-    def __init__(self, config: VerifyConfig) -> None:
-        self._verifier = PairVerifier(config)
-        self._views: OrderedDict[int, View] = OrderedDict()
+    def __init__(self, config: VerificationConfig) -> None:
+        self._comparer = ThumbnailComparer(config)
+        self._views: OrderedDict[int, PreparedThumbnail] = OrderedDict()
 
     def compare(self, place: np.ndarray, thumbnails: dict[int, bytes]) -> tuple[np.ndarray, np.ndarray]:
         """For each pair of places (2, P) its similarity, (P,) float32, and whether it differs locally, (P,) bool."""
         likenesses = [
-            self._verifier.compare(self._view_of(one, thumbnails), self._view_of(other, thumbnails))
+            self._comparer.compare(self._view_of(one, thumbnails), self._view_of(other, thumbnails))
             for one, other in place.T.tolist()
         ]
         similarity = np.array([likeness.similarity for likeness in likenesses], np.float32)
         return similarity, np.array([likeness.differs_locally for likeness in likenesses], bool)
 
-    def _view_of(self, place: int, thumbnails: dict[int, bytes]) -> View:
+    def _view_of(self, place: int, thumbnails: dict[int, bytes]) -> PreparedThumbnail:
         if place in self._views:
             self._views.move_to_end(place)
             return self._views[place]
-        view = self._views[place] = self._verifier.describe(thumbnails[place])
+        view = self._views[place] = self._comparer.prepare(thumbnails[place])
         if len(self._views) > CACHED_VIEWS:
             self._views.popitem(last=False)
         return view
 
 
 def _candidates(joined: str, hashed: str, bucket: int) -> pa.Table:
-    """join.PAIRED of all candidates of one range of ids; the cosine of those by hash alone is NaN."""
+    """self_join.PAIRED of all candidates of one range of ids; the cosine of those by hash alone is NaN."""
     near = self_join.read_bucket(joined, bucket)
     by_hash = [
         parquet.read_row_groups(paths.join(hashed, name), "bucket", bucket, self_join.PAIRED)
         for name in paths.list_names(hashed)
     ]
     table = pa.concat_tables([near, *by_hash])
-    one, other = schemas.id_bytes(table["image_id"]), schemas.id_bytes(table["other_image_id"])
-    order = np.lexsort((np.arange(len(one)), other, one))  # what the join found first
-    same = (one[order][1:] == one[order][:-1]) & (other[order][1:] == other[order][:-1])
-    return table.take(pa.array(np.delete(order, np.flatnonzero(same) + 1)))
+    one, other = id_bytes(table["image_id"]), id_bytes(table["other_image_id"])
+    order = np.lexsort((other, one))  # stable: of equal pairs that of the join comes first
+    return table.take(pa.array(order[starts_group(one[order], other[order])]))
 
 
 def _hash_pairs(
     config: PairsConfig, images: str, places: _Places, num_buckets: int
 ) -> Iterator[Iterator[tuple[int, pa.Table]]]:
     """The pairs of near perceptual hashes, some at a time, each time by bucket."""
-    rows = ingest.read_images(images, ["image_id", "phash"])
-    known, row = np.unique(schemas.id_bytes(rows["image_id"]), return_index=True)
+    rows = read_images(images, ["image_id", "phash"])
+    known, row = np.unique(id_bytes(rows["image_id"]), return_index=True)
     ids, first = places.first_of_each()
     if missing := sorted(set(known.tolist()).difference(ids.tolist())):
         raise InputError(f"There is no descriptor of image {missing[0].decode()}, which is in '{images}'.")
@@ -248,10 +258,10 @@ def _hash_pairs(
     def by_bucket(pairs: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
         low, high = pairs  # ids are sorted, so the smaller row has the smaller id
         count = len(low)
-        columns = [schemas.id_column(ids[low]), schemas.id_column(ids[high]), first[low], first[high]]
+        columns = [id_column(ids[low]), id_column(ids[high]), first[low], first[high]]
         unknown = [np.full(count, np.nan, np.float32), np.zeros(count, bool)]
         table = pa.table([*columns, *unknown], schema=self_join.PAIRED)
-        bucket = self_join.bucket_of(table["image_id"], num_buckets)
+        bucket = bucket_of(pack_ids(table["image_id"]), num_buckets)
         for number in np.unique(bucket).tolist():
             yield number, table.take(pa.array(np.flatnonzero(bucket == number)))
 
@@ -278,11 +288,15 @@ def command_line(
 ) -> None:
     """Find the pairs of images that may be copies."""
     settings = load(PairsConfig, config, overrides or (), section="pairs")
-    if plan:
-        print(resolved_toml(settings), end="")
-        return
-    with command.open_runner(runner, workers, gpus_per_worker=settings.search.num_gpus) as chosen:
-        run(settings, images, descriptors, output, chosen, replace=replace)
+    inputs = RunFolder(ingest=images, describe=descriptors)
+    command.plan_or_run(
+        settings,
+        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
+        plan=plan,
+        runner=runner,
+        workers=workers,
+        gpus_per_worker=settings.search.num_gpus,
+    )
 
 
 if __name__ == "__main__":

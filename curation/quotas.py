@@ -6,69 +6,16 @@ the first groups that can have more, so that nothing depends on a generator.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 
-# How many rows a dataset brings
-
-
-@dataclass(frozen=True)
-class DatasetRows:
-    """The rows that a dataset brings into the corpus, repeats included: a line of DINOv2's table 15."""
-
-    as_is: int
-    """Its own images."""
-    found: int
-    """What the search of the pool gave, before the cap."""
-    retrieved: int
-    """What is taken of it."""
-
-    @property
-    def rows(self) -> int:
-        return self.as_is + self.retrieved
-
-
-def retrieval_mode(
-    retrieval: Literal["sample", "cluster", "by_size", "none"], num_seeds: int, sample_above: int
-) -> Literal["sample", "cluster", "none"]:
-    """How a dataset searches the pool: what it says, or by its size."""
-    if retrieval == "by_size":
-        return "sample" if num_seeds > sample_above else "cluster"
-    return retrieval
+from curation.search.top_k import rank_in_groups, top_k_of_groups
 
 
 def cluster_counts(sizes: Sequence[int], images_per_cluster: int, cap: int | None) -> list[int]:
     """How many images to take from each chosen cluster: at most `images_per_cluster`, and at most `cap` of all."""
     return cap_evenly([min(size, images_per_cluster) for size in sizes], cap)
-
-
-def selection_rows(
-    mode: Literal["sample", "cluster", "none"],
-    *,
-    num_seeds: int,
-    as_is: bool,
-    k: int,
-    cluster_sizes: Sequence[int],
-    images_per_cluster: int,
-    cap: int | None,
-) -> DatasetRows:
-    """The rows of a dataset of `num_seeds` images; `cluster_sizes` are of the clusters chosen for it.
-
-    By sample: `k` for each seed, the same image as often as it is found. By cluster: see `cluster_counts`. The pool is
-    taken to hold `k` images at least.
-    """
-    match mode:
-        case "sample":
-            found = retrieved = num_seeds * k
-        case "cluster":
-            found = sum(cluster_counts(cluster_sizes, images_per_cluster, None))
-            retrieved = sum(cluster_counts(cluster_sizes, images_per_cluster, cap))
-        case "none":
-            found = retrieved = 0
-    return DatasetRows(as_is=num_seeds if as_is else 0, found=found, retrieved=retrieved)
 
 
 def most_clusters(num_seeds: int, more_than_seeds: int) -> int:
@@ -120,7 +67,7 @@ def cap_evenly_within(parents: np.ndarray, sizes: np.ndarray, caps: np.ndarray) 
     before = np.concatenate([[0], np.cumsum(size)])
     # With the cut at the j-th smallest child, those before it give all they hold, it and those behind it the cut each.
     smaller = before[:-1] - before[first][parent]
-    behind = count[parent] - (np.arange(len(parent)) - first[parent])
+    behind = count[parent] - rank_in_groups(parent)
     fits = smaller + behind * size <= caps[parent]
     # `fits` falls from true to false once within a parent, so the first child that does not fit stands behind them all.
     num_fitting = np.zeros(len(caps), np.int64)
@@ -135,9 +82,7 @@ def cap_evenly_within(parents: np.ndarray, sizes: np.ndarray, caps: np.ndarray) 
     np.add.at(total, parents, taken)
     left = np.where(num_fitting < count, caps - total, 0)
     more = np.flatnonzero(sizes > cut[parents])
-    more = more[np.argsort(parents[more], kind="stable")]
-    rank = np.arange(len(more)) - np.searchsorted(parents[more], parents[more])
-    taken[more[rank < left[parents[more]]]] += 1
+    taken[more[top_k_of_groups(parents[more], left)]] += 1
     return taken
 
 

@@ -29,7 +29,6 @@ where A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` 
 """
 
 import functools
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -41,25 +40,37 @@ import pyarrow.compute as pc
 import typer
 from pydantic import Field, field_validator
 
-from curation.cluster import read_centroids, read_parents
-from curation.config import Settings, load, resolved_toml
-from curation.dedup import KeptShard, kept_shards, read_kept
+from curation.config import Settings, load
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.run_log import RunLog
 from curation.engine.runner import Runner, Shard
-from curation.engine.stage import PREPARED, run_shards
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
-from curation.files import parquet, paths, schemas, vectors
+from curation.files import npy, parquet, paths, schemas, vectors
+from curation.files.hashes import split_mix
+from curation.files.image_ids import id_bytes, id_column
 from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
-from curation.quotas import balanced_counts, cluster_counts, retrieval_mode
+from curation.quotas import balanced_counts, cluster_counts
+from curation.retrieval_modes import Mode, Retrieval, mode_of
+from curation.run_folder import (
+    KeptShard,
+    RunFolder,
+    cluster_sizes,
+    kept_shards,
+    read_assignments,
+    read_centroids,
+    read_kept,
+    read_parents,
+    read_vectors,
+)
 from curation.search import exact
-from curation.search.config import SearchConfig
-from curation.search.parts import FOUND, PartSearch, found_table, merge, num_hits
+from curation.search.config import RECALL_QUERIES, SearchConfig
+from curation.search.parts import NEIGHBORS, PartSearch, count_hits, merge_parts, neighbor_table
+from curation.search.top_k import rank_in_groups, top_k_of_groups
 
 BALANCED_NAME = "balanced.npy"
-# What guards the search without shaping what it finds: a run that it stopped goes on once it is lowered.
-NOT_IN_PLAN = frozenset({"search.min_recall"})
 # Seed images that ask at a time: 84 MB as float16 at 1,280 dimensions, and twice that as float32. Assumed.
 QUERY_ROWS = 32_768
 # Rows that are gathered, at the least, before those that cannot be drawn any more are dropped. Assumed: 12 MB.
@@ -73,7 +84,7 @@ class DatasetConfig(Settings):
     """A source with role `seed`."""
     as_is: bool = False
     """Whether the seed images themselves are packed."""
-    retrieval: Literal["sample", "cluster", "by_size", "none"] = "by_size"
+    retrieval: Retrieval = "by_size"
     """How the pool is searched; `by_size` is `sample` above `sample_above` seed images, else `cluster`."""
     k: int = Field(default=4, ge=1)
     """By sample: pool images per seed image (4 and 32 in DINOv2)."""
@@ -125,17 +136,16 @@ class RetrieveConfig(Settings):
 
 def run(
     config: RetrieveConfig,
-    images: str,
-    deduplicated: str,
-    embedded: str,
-    clustered: str,
+    inputs: RunFolder,
     output: str,
     runner: Runner,
     *,
     replace: bool = False,
+    log: RunLog | None = None,
 ) -> Manifest:
-    """Retrieve for every seed dataset; returns the manifest. A dataset may be a source's name only once."""
-    everything = kept_shards(images, deduplicated, embedded)
+    """Retrieve for every seed dataset; returns the manifest. Its facts are `search` and `datasets`."""
+    everything = kept_shards(inputs)
+    clustered = inputs.cluster
     sources = [_source_of(shard) for shard in everything]
     shards: list[Shard] = []
     asking: list[_Asking] = []
@@ -155,50 +165,48 @@ def run(
     if config.clustering is not None:
         num_parts = -(-config.clustering.num_images // config.clustering.images_per_shard)
         shards += [Shard(f"{len(shards) + n:05d}", (None, "balanced", n)) for n in range(num_parts)]
-    inputs = {
+    hashes = {
         name: require_manifest(folder).content_hash
         for name, folder in (
-            ("images", images),
-            ("dedup", deduplicated),
-            ("vectors", embedded),
-            ("clusters", clustered),
+            ("images", inputs.ingest),
+            ("dedup", inputs.dedup),
+            ("vectors", inputs.embed),
+            ("clusters", inputs.cluster),
         )
     }
     found = step_folder(output, "search")
 
     def prepare() -> ShardRecord:
         if asking:
-            run_shards(
-                "search",
+            search = Stage(
+                name="search",
                 config=config,
-                inputs=inputs,
+                inputs=hashes,
                 output=found,
-                runner=runner,
                 shards=_pool_parts(everything, config.search.rows_per_part),
                 make_worker=functools.partial(_make_search_worker, config.search, asking, found),
                 finish=functools.partial(_measure_recall, config.search, asking, found),
-                not_in_plan=NOT_IN_PLAN,
             )
+            run_stage(search, runner, log=log)
         counts = () if config.clustering is None else (_balance(config.clustering, clustered, output),)
         return ShardRecord(name=PREPARED, files=counts)
 
     def finish(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         return ({"search": require_manifest(found).facts} if asking else {}), None
 
-    manifest = run_shards(
-        "retrieve",
+    stage = Stage(
+        name="retrieve",
         config=config,
-        inputs=inputs,
+        inputs=hashes,
         output=output,
-        runner=runner,
         shards=shards,
         make_worker=functools.partial(make_worker, config, asking, found, clustered, output),
-        replace=replace,
         prepare=prepare,
         finish=finish,
+        facts=config.model_dump(mode="json", include={"datasets"}),
         unit="rows",
-        not_in_plan=NOT_IN_PLAN,
     )
+    manifest = run_stage(stage, runner, replace=replace, log=log)
     config.search.require_recall(manifest.facts.get("search", {}))  # min_recall may have been raised since
     return manifest
 
@@ -241,14 +249,6 @@ def make_worker(
     return process
 
 
-def read_retrieved(folder: str) -> pa.Table:
-    """All rows of a finished retrieve, dataset by dataset."""
-    manifest = require_manifest(folder)
-    names = manifest.files("retrieved")
-    tables = [parquet.read_table(paths.join(folder, name), schemas.RETRIEVED) for name in names]
-    return pa.concat_tables([schemas.RETRIEVED.empty_table(), *tables])
-
-
 def nearest(seed_ids: list[str], seeds: np.ndarray, pool: Iterable[tuple[list[str], np.ndarray]], k: int) -> pa.Table:
     """The `k` pool images nearest to each seed: columns seed_image_id, image_id, rank, similarity, in that order.
 
@@ -281,11 +281,11 @@ def _source_of(shard: KeptShard) -> str | None:
     return str(column[0]) if len(column) else None
 
 
-def _mode(config: RetrieveConfig, dataset: DatasetConfig, own: list[KeptShard]) -> str:
+def _mode(config: RetrieveConfig, dataset: DatasetConfig, own: list[KeptShard]) -> Mode:
     if dataset.retrieval != "by_size":
         return dataset.retrieval
     count = sum(len(read_kept(shard, role="seed", source=dataset.name)[0]) for shard in own)
-    return retrieval_mode(dataset.retrieval, count, config.sample_above)
+    return mode_of(dataset.retrieval, count, config.sample_above)
 
 
 def _pool_parts(everything: Sequence[KeptShard], rows_per_part: int) -> list[Shard]:
@@ -302,13 +302,13 @@ def _pool_parts(everything: Sequence[KeptShard], rows_per_part: int) -> list[Sha
 def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output: str) -> Callable[[Shard], ShardRecord]:
     """A worker that searches one part of the pool after another for all that ask.
 
-    Writes FOUND, one row group for each of `asking`, and with `ivf` the same for a sample of the seeds, searched with
-    the index and exactly.
+    Writes NEIGHBORS, one row group for each of `asking`, and with `ivf` the same for a sample of the seeds, searched
+    with the index and exactly.
     """
 
     def process(shard: Shard) -> ShardRecord:
         read = [own for own in prefetch(functools.partial(read_kept, role="pool"), shard.work) if own[0]]
-        ids = schemas.id_bytes([image_id for own, _ in read for image_id in own])
+        ids = id_bytes([image_id for own, _ in read for image_id in own])
         part = PartSearch(config, [read.pop(0)[1] for _ in range(len(read))])
 
         def found() -> Iterator[tuple[int, pa.Table]]:
@@ -320,16 +320,16 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
                 similarity, row = part.search(queries, k)
                 starts = np.cumsum([0, *(len(seeds) for _, seeds in block)])
                 for (number, _), (start, stop) in zip(block, pairwise(starts.tolist()), strict=True):
-                    yield number, found_table(ids, similarity[start:stop], row[start:stop])
+                    yield number, neighbor_table(ids, similarity[start:stop], row[start:stop])
 
         def exact() -> Iterator[tuple[int, pa.Table]]:
-            for number, (first, every) in enumerate(_sampled(config, asking)):
+            for number, (first, every) in enumerate(_sampled(asking)):
                 seeds = asking[number].read()[1]
                 rows = np.arange(first, len(seeds), every)
-                table = found_table(ids, *part.search_exactly(seeds[rows], asking[number].k))
+                table = neighbor_table(ids, *part.search_exactly(seeds[rows], asking[number].k))
                 yield number, table.set_column(0, "query", pa.array(rows[table["query"].to_numpy()].astype(np.int32)))
 
-        empty = FOUND.empty_table()
+        empty = NEIGHBORS.empty_table()
         path = functools.partial(paths.join, output)
         files = [parquet.write_row_groups(path(f"found-{shard.name}.parquet"), "asking", found(), empty)]
         if config.backend == "ivf":
@@ -354,18 +354,18 @@ def _query_blocks(asking: Sequence[_Asking]) -> Iterator[list[tuple[int, np.ndar
             block = []
 
 
-def _sampled(config: SearchConfig, asking: Sequence[_Asking]) -> list[tuple[int, int]]:
+def _sampled(asking: Sequence[_Asking]) -> list[tuple[int, int]]:
     """For each of those that ask, the first of its seeds that recall is measured on, and the step to the next."""
     counts = [vectors.num_rows(own.shard.vectors) for own in asking]
-    every = max(1, sum(counts) // config.recall_queries)
+    every = max(1, sum(counts) // RECALL_QUERIES)
     starts = np.cumsum([0, *counts[:-1]])
     return [(int(-start % every), every) for start in starts]
 
 
 def _merged(found: str, names: Sequence[str], number: int, k: int) -> pa.Table:
-    """FOUND of one of those that ask, from the files of all parts."""
+    """NEIGHBORS of one of those that ask, from the files of all parts."""
     files = (paths.join(found, name) for name in names)
-    return merge((parquet.read_row_groups(path, "asking", number, FOUND) for path in files), k)
+    return merge_parts((parquet.read_row_groups(path, "asking", number, NEIGHBORS) for path in files), k)
 
 
 def _measure_recall(
@@ -379,7 +379,7 @@ def _measure_recall(
     hits = total = 0
     for number, own in enumerate(asking):
         exact = _merged(found, exactly, number, own.k)
-        own_hits, own_total = num_hits(_merged(found, by_index, number, own.k), exact)
+        own_hits, own_total = count_hits(_merged(found, by_index, number, own.k), exact)
         hits, total = hits + own_hits, total + own_total
     recall = hits / total if total else None
     facts = {"backend": "ivf", "recall": recall, "recall_neighbors": total}
@@ -397,7 +397,7 @@ def _by_sample(dataset: DatasetConfig, seed_ids: list[str], found: pa.Table) -> 
             "seed_source": pa.repeat(pa.scalar(dataset.name, pa.string()), count),
             "seed_image_id": pa.array(seed_ids, pa.string()).take(pa.array(query)),
             "mode": pa.repeat(pa.scalar("sample", pa.string()), count),
-            "rank": (np.arange(count) - np.searchsorted(query, query)).astype(np.int32),
+            "rank": rank_in_groups(query).astype(np.int32),
             "similarity": found["similarity"],
             "cluster_id": pa.nulls(count, pa.int32()),
         },
@@ -418,8 +418,7 @@ def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarra
 def _by_balance(config: RetrieveConfig, clustered: str, output: str, part: int) -> pa.Table:
     """The part of the draw whose clusters begin within its `images_per_shard` images of all that are drawn."""
     assert config.clustering is not None
-    with paths.open_read(paths.join(output, BALANCED_NAME)) as file:
-        counts: np.ndarray = np.load(file, allow_pickle=False)
+    counts = npy.read_array(paths.join(output, BALANCED_NAME))
     counts[(np.cumsum(counts) - counts) // config.clustering.images_per_shard != part] = 0
     return _as_retrieved(draw_images(clustered, counts, config.clustering.draw, config.seed), "balanced", None)
 
@@ -431,17 +430,7 @@ def _balance(config: ClusteringConfig, clustered: str, output: str) -> FileRecor
     while f"parents-{len(parents)}.npy" in names:
         parents.append(read_parents(clustered, len(parents)))
     counts = balanced_counts(parents, cluster_sizes(clustered, len(read_centroids(clustered))), config.num_images)
-    buffer = io.BytesIO()
-    np.save(buffer, counts)
-    return paths.write_bytes(paths.join(output, BALANCED_NAME), buffer.getvalue())
-
-
-def cluster_sizes(clustered: str, num_clusters: int) -> np.ndarray:
-    """How many images each of the finest clusters of a finished cluster stage holds, (num_clusters,) int64."""
-    sizes = np.zeros(num_clusters, np.int64)
-    for table in _assignments(clustered, ["cluster_id"]):
-        sizes += np.bincount(table["cluster_id"].to_numpy(), minlength=num_clusters)
-    return sizes
+    return npy.write_arrays(paths.join(output, BALANCED_NAME), counts)
 
 
 def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nearest"], seed: int) -> pa.Table:
@@ -455,7 +444,7 @@ def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nea
     most = max(2 * int(counts.sum()), GATHERED_ROWS)
     gathered, num_rows = [_DRAWN[:0]], 0
     columns = ["image_id", "cluster_id", "similarity"]
-    for table in _assignments(clustered, columns) if len(wanted) else ():
+    for table in read_assignments(clustered, columns) if len(wanted) else ():
         table = table.filter(pc.is_in(table["cluster_id"], wanted))
         rows = np.empty(table.num_rows, _DRAWN.dtype)
         rows["image_id"] = table["image_id"].to_numpy(zero_copy_only=False)
@@ -468,12 +457,11 @@ def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nea
             num_rows = len(gathered[0])
     drawn = _first_of_each(gathered, counts)
     assert len(drawn) == counts.sum(), "counts exceed the clusters' sizes"
-    first = np.searchsorted(drawn["cluster_id"], drawn["cluster_id"])
     return pa.table(
         {
-            "image_id": schemas.id_column(drawn["image_id"]),
+            "image_id": id_column(drawn["image_id"]),
             "cluster_id": drawn["cluster_id"],
-            "rank": (np.arange(len(drawn)) - first).astype(np.int32),
+            "rank": rank_in_groups(drawn["cluster_id"]).astype(np.int32),
             "similarity": drawn["similarity"],
         }
     )
@@ -489,33 +477,20 @@ def _first_of_each(parts: list[np.ndarray], counts: np.ndarray) -> np.ndarray:
     """Of each cluster c the first `counts[c]` rows, sorted by cluster, order and image_id. Empties `parts`."""
     rows = np.concatenate(parts)
     parts.clear()
-    order = np.lexsort((rows["image_id"], rows["order"], rows["cluster_id"]))
-    cluster = rows["cluster_id"][order]
-    rank = np.arange(len(rows)) - np.searchsorted(cluster, cluster)
-    first: np.ndarray = rows[order[rank < counts[cluster]]]
+    first: np.ndarray = rows[top_k_of_groups(rows["cluster_id"], counts, rows["order"], rows["image_id"])]
     return first
 
 
 def shuffled(image_ids: np.ndarray, seed: int) -> np.ndarray:
     """A number in [0, 1) for each image_id (N,) of 32 bytes, which depends on it and the seed alone: (N,) float64.
 
-    The finalizer of SplitMix64 (Steele, Lea and Flood 2014) over the seed and the four words of the image_id.
+    SplitMix64 over the seed and the four words of the image_id.
     """
     words = np.ascontiguousarray(image_ids).view(">u8").reshape(len(image_ids), 4).astype(np.uint64)
     state = np.full(len(image_ids), seed % 2**64, np.uint64)
     for word in words.T:
-        state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
+        state = split_mix(state ^ word)
     return (state >> np.uint64(11)) * 2.0**-53
-
-
-def _assignments(clustered: str, columns: list[str]) -> Iterator[pa.Table]:
-    """The named columns of the rows of level 0 of a finished cluster stage, file by file."""
-    for name in require_manifest(clustered).files("assignments"):
-        table = parquet.read_table(paths.join(clustered, name), schemas.ASSIGNMENTS, [*columns, "level"])
-        yield table.filter(pc.equal(table["level"], 0))
 
 
 def _as_retrieved(drawn: pa.Table, mode: str, seed_source: str | None) -> pa.Table:
@@ -556,17 +531,21 @@ def command_line(
     if images is None or deduplicated is None or embedded is None or clustered is None:
         raise ConfigError("With --config, also give --images, --dedup, --vectors and --clusters.")
     settings = load(RetrieveConfig, config, overrides or (), section="retrieve")
-    if plan:
-        print(resolved_toml(settings), end="")
-        return
-    with command.open_runner(runner, workers, gpus_per_worker=settings.search.num_gpus) as chosen:
-        run(settings, images, deduplicated, embedded, clustered, output, chosen, replace=replace)
+    inputs = RunFolder(ingest=images, dedup=deduplicated, embed=embedded, cluster=clustered)
+    command.plan_or_run(
+        settings,
+        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
+        plan=plan,
+        runner=runner,
+        workers=workers,
+        gpus_per_worker=settings.search.num_gpus,
+    )
 
 
 def _retrieve_alone(seeds: str, pool: str, k: int, output: str) -> None:
-    parts = list(vectors.read_all(seeds))
+    parts = list(read_vectors(seeds))
     seed_ids = [image_id for ids, _ in parts for image_id in ids]
-    table = nearest(seed_ids, np.concatenate([matrix for _, matrix in parts]), vectors.read_all(pool), k)
+    table = nearest(seed_ids, np.concatenate([matrix for _, matrix in parts]), read_vectors(pool), k)
     parquet.write_table(output, table)
     print(f"{table.num_rows:,} rows: the {k} nearest of the pool for each of {len(seed_ids):,} seeds, in {output}")
 

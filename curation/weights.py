@@ -1,66 +1,66 @@
-"""Checkpoints in and out of the Vision Transformer: whatever layout a file has, every key fits or nothing loads.
+"""Checkpoints of the Vision Transformer, read and written in several layouts: every key fits, or nothing is loaded.
 
-Known layouts, told apart by their keys. What each may leave aside is listed below and is no more than that:
+The layouts, recognised by their keys, and the only parts of each that may be left aside:
 
     released      cls_token, pos_embed, mask_token, blocks.0.norm1.weight    DINOv2's .pth files; .safetensors alike
-    training      {"teacher": {"backbone.cls_token", "dino_head..."}}        less the heads; with or without chunks of
-                                                                             blocks: blocks.0.3.norm1.weight
-    timm          reg_token, fc1 and fc2 also for SwiGLU, no mask_token      MAE's own encoder files are alike
-    mae           {"model": {..., "decoder_embed.weight": ...}}              less the decoder
-    ijepa         {"encoder", "predictor", "target_encoder", ...}            the target encoder alone
+    training      {"teacher": {"backbone.cls_token", "dino_head..."}}        without the heads; with or without chunks
+                                                                             of blocks: blocks.0.3.norm1.weight
+    timm          reg_token, fc1 and fc2 also for SwiGLU, no mask_token      also MAE's own encoder files
+    mae           {"model": {..., "decoder_embed.weight": ...}}              without the decoder
+    ijepa         {"encoder", "predictor", "target_encoder", ...}            only the target encoder
     transformers  a folder of config.json and model.safetensors              Dinov2, Dinov2WithRegisters, IJepa, ViTMAE
 
-`read` gives any of them under the released keys; `save` writes three of them. docs/weights.md has what each one loses.
-Files are read with `torch.load(weights_only=True)` or safetensors, so a checkpoint can carry no code.
+`read` gives any of them under the released keys; `save` writes three of them. docs/weights.md lists the losses of each.
+Files are read with `torch.load(weights_only=True)` or safetensors, so a checkpoint cannot run code.
 """
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, TypeGuard, cast, get_args
+from typing import IO, Literal, TypeGuard, TypeVar, cast, get_args
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from curation.backbone import NORM_EPSILON, FeedForward, VisionTransformer
+from curation.backbone import NORM_EPSILON, FeedForward, Name, PositionInterpolation, VisionTransformer, build
 from curation.errors import WeightsError
 from curation.files import paths
+from curation.files.hashes import sha256_of_files
 
 Layout = Literal["released", "training", "timm", "mae", "ijepa", "transformers"]
 SavedLayout = Literal["released", "timm", "transformers"]
 Family = Literal["dinov2", "vit"]
 
-MAX_LISTED = 10  # assumed: as many keys as a person reads
+MAX_LISTED = 10  # keys in a message; assumed: a person reads no more
 STEP_COUNTER = ".num_batches_tracked"
 CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
-# A file that wraps its state_dict: the key that holds it, and what may lie beside it. Cited: DINOv2 train/train.py,
-# DINO main_dino.py, I-JEPA src/train.py, MAE util/misc.py.
-BESIDE: dict[str, frozenset[str]] = {
+# For a file that wraps its state_dict: the key of the state_dict, and the other keys that may occur. Cited: DINOv2
+# train/train.py, DINO main_dino.py, I-JEPA src/train.py, MAE util/misc.py.
+WRAPPERS: dict[str, frozenset[str]] = {
     "teacher": frozenset({"student", "optimizer", "scheduler", "iteration", "epoch"}),
     "target_encoder": frozenset(
         {"encoder", "predictor", "opt", "scaler", "epoch", "loss", "batch_size", "world_size", "lr"}
     ),
     "model": frozenset({"optimizer", "epoch", "scaler"}),
 }
-# Tensors that are no part of a backbone; for transformers see FOLDERS. Cited: the same files, and timm's.
+# Tensors that do not belong to a backbone; for transformers see FOLDERS. Cited: the same files, and timm's.
 _HEADS = re.compile(r"(dino|ibot)_head\..+")
 LEFT_ASIDE: dict[str, re.Pattern[str]] = {
     "released": _HEADS,
     "training": _HEADS,
     "timm": re.compile(r"head\.(weight|bias)"),
-    "mae": re.compile(r"decoder_.+|mask_token"),  # its mask token enters the decoder and has that width
+    "mae": re.compile(r"decoder_.+|mask_token"),  # MAE's mask token enters the decoder and has its width
     "ijepa": re.compile(r"(?!)"),  # nothing
 }
 
-# The names of transformers for those of the released layout, without `.weight` and `.bias`; several names are stacked
-# by rows. Cited: transformers 5.23, the modeling files for `current`, which is what its modules are called, and
-# conversion_mapping.py for `published`, which is what files hold.
+# transformers' names and those of the released layout, without `.weight` and `.bias`; the tensors of several names are
+# stacked by rows. Cited: transformers 5.23, the modeling files for `current` (the names of its modules), and
+# conversion_mapping.py for `published` (the names in files).
 STEM = {
     "embeddings.cls_token": "cls_token",
     "embeddings.mask_token": "mask_token",
@@ -111,19 +111,19 @@ BLOCK: dict[tuple[Family, Literal["published", "current"]], dict[str, tuple[str,
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What is particular to one model_type of config.json."""
+    """The properties of one model_type of config.json."""
 
     model: str
-    """The class that is the backbone alone."""
+    """The class of the backbone without a head."""
     prefix: str
-    """What stands before the backbone's keys in a class with a head."""
+    """Prefix of the backbone's keys in a class with a head."""
     left_aside: re.Pattern[str]
     norm_epsilons: tuple[float, ...]
-    """What config.json may say."""
+    """Values that config.json may state."""
 
 
-# MAE was trained with an epsilon of 1e-6 (cited: its models_mae.py), whatever transformers' default of 1e-12 says, and
-# so was I-JEPA; this computes with 1e-6.
+# MAE was trained with an epsilon of 1e-6 (cited: its models_mae.py), although transformers' default is 1e-12. So was
+# I-JEPA. This module computes with 1e-6.
 _CLASSIFIER = re.compile(r"classifier\..+")
 FOLDERS = {
     "dinov2": FolderKind("Dinov2Model", "dinov2.", _CLASSIFIER, (1e-6,)),
@@ -136,13 +136,13 @@ TRANSFORMERS_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a backbone's tensors say. The number of heads is not among it."""
+    """The properties of a backbone that follow from its tensors' shapes. They do not give the number of heads."""
 
     embed_dim: int
     depth: int
     patch_size: int
     grid_size: int
-    """Side of the square grid of patches that the positional embedding is for."""
+    """Side of the square grid of patches of the positional embedding."""
     in_channels: int
     num_register_tokens: int
     has_cls_token: bool
@@ -152,28 +152,28 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. `read` makes one."""
+    """The content of a file or folder; `read` creates it."""
 
     path: str
     layout: Layout
     tensors: Mapping[str, Tensor]
-    """Under the keys of the released layout, in the file's own types."""
+    """Under the keys of the released layout, with the types of the file."""
     left_aside: tuple[str, ...]
-    """Names in the file that are no part of the backbone."""
+    """Names in the file that do not belong to the backbone."""
     num_heads: int | None
-    """Heads of the attention, which only transformers' config.json states."""
+    """Heads of the attention; only transformers' config.json states them."""
 
 
 def read(path: str, *, sha256: str | None = None) -> Checkpoint:
-    """What the local file or transformers folder at `path` holds, in any of the layouts above.
+    """The content of the local file or transformers folder at `path`, in any of the layouts above.
 
-    sha256: hash in hex that the file must have; of a folder's weights, one after another in the order of their names.
-    A mask token that the layout has no place for is zero, as DINOv2's is before training. Raises WeightsError.
+    sha256: hash in hex that the file must have; for a folder, that of its weight files one after another, by name.
+    The mask token of a layout without one is zero, as DINOv2's is before training. Raises WeightsError.
     """
     if Path(path).is_dir():
         return _read_folder(Path(path), sha256)
     content = _read_file(path, sha256)
-    wrapper = next((key for key in BESIDE if key in content), None)
+    wrapper = next((key for key in WRAPPERS if key in content), None)
     beside: list[str] = []
     layout: Layout
     if wrapper is not None:
@@ -181,10 +181,10 @@ def read(path: str, *, sha256: str | None = None) -> Checkpoint:
         if not isinstance(state, Mapping):
             raise WeightsError(f"{path}: its '{wrapper}' is a {type(state).__name__}, not a state_dict.")
         beside = sorted(str(key) for key in content if key != wrapper)
-        if strangers := [key for key in beside if key not in BESIDE[wrapper]]:
+        if unknown := [key for key in beside if key not in WRAPPERS[wrapper]]:
             raise WeightsError(
-                f"{path}: beside '{wrapper}' it holds {_some(strangers)}, which no known layout has. Save the "
-                "state_dict of the backbone alone."
+                f"{path}: beside '{wrapper}' it holds {_some(unknown)}, which no known layout has. Save only the "
+                "state_dict of the backbone."
             )
         content = state
     tensors = _renamed(_tensors(content, path), _without_prefixes, path)
@@ -203,9 +203,9 @@ def read(path: str, *, sha256: str | None = None) -> Checkpoint:
 
 
 def load(backbone: VisionTransformer, path: str, *, sha256: str | None = None) -> tuple[str, ...]:
-    """Fill a Vision Transformer with the weights at `path`, as `read` reads them; returns the names left aside.
+    """Fills a Vision Transformer with the weights at `path`, as `read` gives them; returns the names left aside.
 
-    Raises WeightsError, and then `backbone` is unchanged.
+    Raises WeightsError and then leaves `backbone` unchanged.
     """
     checkpoint = read(path, sha256=sha256)
     fill(backbone, checkpoint)
@@ -213,7 +213,7 @@ def load(backbone: VisionTransformer, path: str, *, sha256: str | None = None) -
 
 
 def fill(backbone: VisionTransformer, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint into a Vision Transformer. Raises WeightsError, and then `backbone` is unchanged."""
+    """Copies a checkpoint into a Vision Transformer. Raises WeightsError and then leaves `backbone` unchanged."""
     if checkpoint.num_heads not in (None, backbone.num_heads):
         raise WeightsError(
             f"{checkpoint.path}: config.json says {checkpoint.num_heads} heads of attention, and the model has "
@@ -223,12 +223,24 @@ def fill(backbone: VisionTransformer, checkpoint: Checkpoint) -> None:
 
 
 def load_exactly(module: nn.Module, path: str, *, sha256: str | None = None) -> None:
-    """Fill `module` from a local file whose keys are the module's own. Otherwise as `load`."""
+    """Fills `module` from a local file that has the module's own keys. Otherwise as `load`."""
     _fill(module, _tensors(_read_file(path, sha256), path), path)
 
 
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+
+def load_module(kind: type[ModuleType], path: str, *, sha256: str | None = None) -> ModuleType:
+    """A new `kind()`, filled as by `load_exactly`. Its initialisation is skipped, since every value is overwritten."""
+    with torch.device("meta"):
+        module = kind()
+    module.to_empty(device="cpu")
+    load_exactly(module, path, sha256=sha256)
+    return module
+
+
 def architecture(tensors: Mapping[str, Tensor], origin: str) -> Architecture:
-    """What kind of backbone the tensors are for, by their shapes. `origin` names them in a WeightsError."""
+    """The architecture of the backbone that the tensors fit, by their shapes. `origin` names them in a WeightsError."""
     absent = [name for name in ("patch_embed.proj.weight", "pos_embed") if name not in tensors]
     if absent:
         raise WeightsError(
@@ -244,7 +256,7 @@ def architecture(tensors: Mapping[str, Tensor], origin: str) -> Architecture:
             f"expected (D, C, P, P) and (1, {'1 + ' if has_cls_token else ''}M * M, D)."
         )
     registers = tensors.get("register_tokens")
-    blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+    blocks = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     return Architecture(
         embed_dim=projection[0],
         depth=len(blocks),
@@ -258,15 +270,42 @@ def architecture(tensors: Mapping[str, Tensor], origin: str) -> Architecture:
     )
 
 
+def build_like(
+    architecture: Architecture,
+    name: Name,
+    *,
+    layer_scale: float = 1.0,
+    position_interpolation: PositionInterpolation = "offset",
+    seed: int | None = None,
+) -> VisionTransformer:
+    """A Vision Transformer into which the tensors of `architecture` fit; `name` gives the number of heads.
+
+    The other arguments are those of `curation.backbone.build`; an architecture without LayerScale leaves it out.
+    """
+    return build(
+        name,
+        patch_size=architecture.patch_size,
+        image_size=architecture.grid_size * architecture.patch_size,
+        num_register_tokens=architecture.num_register_tokens,
+        cls_token=architecture.has_cls_token,
+        in_channels=architecture.in_channels,
+        feed_forward=architecture.feed_forward,
+        layer_scale=layer_scale if architecture.has_layer_scale else None,
+        position_interpolation=position_interpolation,
+        depth=architecture.depth,
+        seed=seed,
+    )
+
+
 def save(backbone: VisionTransformer, path: str, layout: SavedLayout = "released") -> None:
-    """Write the weights of a Vision Transformer so that others can read them, and `load` too.
+    """Writes the weights of a Vision Transformer for other libraries and for `load`.
 
     released       a .pth or .safetensors file; nothing is lost
-    timm           a .safetensors file; loses the mask token, and with registers how much of the CLS token was position
+    timm           a .safetensors file; loses the mask token, and with registers the CLS token's own position
     transformers   a folder with config.json and model.safetensors; IJepa and ViTMAE lose the mask token
 
-    Which class of transformers it is follows from the model. Raises WeightsError where it has none, or for a path of
-    another kind.
+    The model determines the class of transformers. Raises WeightsError where no class fits, or where the path does not
+    fit the layout.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
     suffix = Path(path).suffix
@@ -282,7 +321,7 @@ def save(backbone: VisionTransformer, path: str, layout: SavedLayout = "released
         _save_safetensors(_to_timm(state) if layout == "timm" else state, path)
     elif suffix == ".pth" and layout == "released":
         with paths.atomic_write(path) as file:
-            torch.save(state, cast(IO[bytes], file))  # all it needs of a file is `write`
+            torch.save(state, cast(IO[bytes], file))  # torch only calls `write`
     else:
         kinds = ".safetensors" if layout == "timm" else ".pth or .safetensors"
         raise WeightsError(f"'{path}': the layout '{layout}' is written to a file that ends in {kinds}.")
@@ -292,7 +331,7 @@ def save(backbone: VisionTransformer, path: str, layout: SavedLayout = "released
 
 
 def _read_file(path: str, sha256: str | None) -> Mapping[str, object]:
-    """What the file holds, on the CPU."""
+    """The content of the file, on the CPU."""
     file = Path(path)
     if not file.is_file():
         raise WeightsError(
@@ -301,7 +340,7 @@ def _read_file(path: str, sha256: str | None) -> Mapping[str, object]:
         )
     _check_hash([file], sha256, path)
     try:
-        # Both readers raise whatever the broken byte happens to cause, so every failure here is the file's.
+        # A damaged byte can cause any exception in both readers, so every exception here is an error of the file.
         if file.suffix == ".safetensors":
             content = safetensors.torch.load_file(file)
         else:
@@ -320,42 +359,37 @@ def _read_file(path: str, sha256: str | None) -> Mapping[str, object]:
 def _check_hash(files: Sequence[Path], sha256: str | None, path: str) -> None:
     if sha256 is None:
         return
-    hashed = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while piece := stream.read(1 << 20):
-                hashed.update(piece)
-    if (found := hashed.hexdigest()) != sha256.lower():
-        raise WeightsError(f"{path}: SHA-256 is {found}, expected {sha256}. It is another file, or it is damaged.")
+    if (actual := sha256_of_files(map(str, files))) != sha256.lower():
+        raise WeightsError(f"{path}: SHA-256 is {actual}, expected {sha256}. It is another file, or it is damaged.")
 
 
 def _tensors(content: Mapping[str, object], path: str) -> dict[str, Tensor]:
-    """`content`, all of which must be tensors, less the counters of batch norms, which only training reads."""
-    if strangers := [f"{name} ({type(value).__name__})" for name, value in content.items() if not _is_tensor(value)]:
+    """The tensors of `content`, which must all be tensors, without the counters of batch norms (for training only)."""
+    if others := [f"{name} ({type(value).__name__})" for name, value in content.items() if not _is_tensor(value)]:
         raise WeightsError(
-            f"{path}: {len(strangers)} of its {len(content)} entries are no tensors: {_some(strangers)}. Expected a "
+            f"{path}: {len(others)} of its {len(content)} entries are no tensors: {_some(others)}. Expected a "
             "state_dict, or a checkpoint with one under 'teacher', 'target_encoder' or 'model'."
         )
     return {name: value for name, value in content.items() if _is_tensor(value) and not name.endswith(STEP_COUNTER)}
 
 
 def _without_prefixes(name: str) -> str:
-    """A released name out of what wrappers and trainers put around it."""
+    """The released name, without the prefixes of wrappers and trainers."""
     return CHUNKED_BLOCK.sub(r"blocks.\1.", name.removeprefix("module.").removeprefix("backbone."))
 
 
 def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str], path: str) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        short = rename(name)
-        if short in result:
-            raise WeightsError(f"{path}: two tensors are called '{short}' once prefixes are taken off.")
-        result[short] = tensor
+        new_name = rename(name)
+        if new_name in result:
+            raise WeightsError(f"{path}: two tensors are called '{new_name}' after prefixes are removed.")
+        result[new_name] = tensor
     return result
 
 
 def _layout_of(tensors: Mapping[str, Tensor], path: str) -> Layout:
-    """The layout of a plain state_dict. What fits none is taken for a released one, whose keys the error then lists."""
+    """The layout of a plain state_dict. If none fits, "released", whose keys a later error then lists."""
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
         raise WeightsError(f"{path}: these are weights of transformers. Give their folder, with config.json in it.")
     if "decoder_embed.weight" in tensors:
@@ -366,7 +400,7 @@ def _layout_of(tensors: Mapping[str, Tensor], path: str) -> Layout:
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    """Copy `tensors` into `module`, which must have exactly their names and shapes."""
+    """Copies `tensors` into `module`, which must have exactly their names and shapes."""
     expected = {name: value for name, value in module.state_dict().items() if not name.endswith(STEP_COUNTER)}
     misshapen = [
         f"{name} (expected {tuple(expected[name].shape)}, found {tuple(tensors[name].shape)})"
@@ -385,28 +419,29 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
             + "\n".join(lines)
             + "\nCheck the name of the model and its options, such as patch size, image size and register tokens."
         )
-    module.load_state_dict(dict(tensors), strict=False)  # all that is missing by now are step counters
+    module.load_state_dict(dict(tensors), strict=False)  # only step counters can be missing here
 
 
 # --- timm ---------------------------------------------------------------------------------------------------------
-# Cited: timm/models/vision_transformer.py (_convert_dinov2) for the names and for the CLS token that takes up its
-# position; timm/layers/mlp.py for SwiGLUPacked, a GluMlp with gate_last=False: the first half of fc1 is the gate, as it
-# is in w12.
+# Cited: timm/models/vision_transformer.py (_convert_dinov2) for the names, and for the CLS token that includes its
+# position; timm/layers/mlp.py for SwiGLUPacked, a GluMlp with gate_last=False: the first half of fc1 is the gate, as in
+# w12.
 
 
 def _from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """timm's tensors under the released keys. MAE's and I-JEPA's own files have timm's names."""
     result: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if found := re.fullmatch(r"(blocks\.\d+\.mlp\.)(fc[12])\.(weight|bias)", name):
-            block, layer, kind = found.groups()
+        if match := re.fullmatch(r"(blocks\.\d+\.mlp\.)(fc[12])\.(weight|bias)", name):
+            block, layer, kind = match.groups()
             if _is_gated(tensors, block):
                 name = f"{block}{ {'fc1': 'w12', 'fc2': 'w3'}[layer] }.{kind}"
         result["register_tokens" if name == "reg_token" else name] = value
     positions = result.get("pos_embed")
     if positions is not None and positions.ndim == 3:
         num_positions, embed_dim = positions.shape[1:]
-        if "cls_token" in result and math.isqrt(num_positions) ** 2 == num_positions:  # only the patches have one
+        is_square = math.isqrt(num_positions) ** 2 == num_positions
+        if "cls_token" in result and is_square:  # only the patches have positions
             result["pos_embed"] = torch.cat([positions.new_zeros(1, 1, embed_dim), positions], dim=1)
         result["mask_token"] = positions.new_zeros(1, embed_dim)
     return result
@@ -440,11 +475,11 @@ def _read_folder(folder: Path, sha256: str | None) -> Checkpoint:
             "give the file model.safetensors in it."
         )
     kind = FOLDERS[str(model_type)]
-    computed = {"hidden_act": ("gelu",), "qkv_bias": (True,), "layer_norm_eps": kind.norm_epsilons}
+    supported = {"hidden_act": ("gelu",), "qkv_bias": (True,), "layer_norm_eps": kind.norm_epsilons}
     problems = [
-        f"{key} is {config[key]!r}, and only {' or '.join(map(repr, known))} is computed here"
-        for key, known in computed.items()
-        if key in config and config[key] not in known
+        f"{key} is {config[key]!r}, and only {' or '.join(map(repr, values))} is supported"
+        for key, values in supported.items()
+        if key in config and config[key] not in values
     ]
     num_heads = config.get("num_attention_heads")
     if not isinstance(num_heads, int):
@@ -456,12 +491,12 @@ def _read_folder(folder: Path, sha256: str | None) -> Checkpoint:
     _check_hash(files, sha256, str(folder))
     tensors: dict[str, Tensor] = {}
     for file in files:
-        held = _tensors(_read_file(str(file), None), str(file))
-        if twice := held.keys() & tensors.keys():
-            raise WeightsError(f"{folder}: several of its files hold {_some(sorted(twice))}.")
-        tensors |= held
-    if listed is not None and (odd := listed ^ tensors.keys()):
-        raise WeightsError(f"{folder}: its index and its files disagree about {_some(sorted(odd))}.")
+        tensors_of_file = _tensors(_read_file(str(file), None), str(file))
+        if repeated := tensors_of_file.keys() & tensors.keys():
+            raise WeightsError(f"{folder}: several of its files hold {_some(sorted(repeated))}.")
+        tensors |= tensors_of_file
+    if listed is not None and (different := listed ^ tensors.keys()):
+        raise WeightsError(f"{folder}: its index and its files disagree about {_some(sorted(different))}.")
     tensors = _renamed(tensors, lambda name: name.removeprefix(kind.prefix), str(folder))
     aside = tuple(name for name in tensors if kind.left_aside.fullmatch(name))
     kept = {name: value for name, value in tensors.items() if name not in aside}
@@ -474,7 +509,7 @@ def _read_folder(folder: Path, sha256: str | None) -> Checkpoint:
 
 def _read_json(path: Path) -> dict[str, object]:
     if not path.is_file():
-        raise WeightsError(f"No file '{path}'. A folder of weights is one of transformers, with config.json in it.")
+        raise WeightsError(f"No file '{path}'. A folder of weights must be one of transformers, with config.json.")
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
@@ -485,7 +520,7 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], set[str] | None]:
-    """The files with the tensors, by name, and the names of the tensors where an index lists them."""
+    """The files with the tensors, by name, and the names of the tensors if an index lists them."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name], None
@@ -505,38 +540,38 @@ def _family(model_type: str) -> Family:
 
 
 def _from_transformers(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """transformers' tensors under the released keys. Unknown names stay as they are: nothing will expect them."""
+    """transformers' tensors under the released keys. Unknown names are kept, so that a later error lists them."""
     current = any(".attention.q_proj." in name for name in tensors)
     names = BLOCK[family, "current" if current else "published"]
-    places = {theirs: (ours, part) for ours, parts in names.items() for part, theirs in enumerate(parts)}
+    released_of = {name: (released, part) for released, parts in names.items() for part, name in enumerate(parts)}
     result: dict[str, Tensor] = {}
-    stacks: dict[tuple[str, str, str], dict[int, str]] = {}  # block, our module, leaf: their names by part
+    stacks: dict[tuple[str, str, str], dict[int, str]] = {}  # block, released module, leaf: transformers' names by part
     for name, value in tensors.items():
         module, leaf = _split_leaf(name)
         block = TRANSFORMERS_BLOCK.fullmatch(module)
         if module in STEM:
             result[STEM[module] + leaf] = value
-        elif block and block[2] in places:
-            ours, part = places[block[2]]
-            stacks.setdefault((block[1], ours, leaf), {})[part] = name
+        elif block and block[2] in released_of:
+            released, part = released_of[block[2]]
+            stacks.setdefault((block[1], released, leaf), {})[part] = name
         else:
             result[name] = value
-    for (index, ours, leaf), parts in stacks.items():
+    for (index, released, leaf), parts in stacks.items():
         values = [tensors[parts[part]] for part in sorted(parts)]
-        if len(parts) == len(names[ours]) and len({value.shape for value in values}) == 1:
-            result[f"blocks.{index}.{ours}{leaf}"] = values[0] if len(values) == 1 else torch.cat(values)
+        if len(parts) == len(names[released]) and len({value.shape for value in values}) == 1:
+            result[f"blocks.{index}.{released}{leaf}"] = values[0] if len(values) == 1 else torch.cat(values)
         else:
             result |= {name: tensors[name] for name in parts.values()}
-    if (mask_token := result.get("mask_token")) is not None and mask_token.ndim == 3:  # IJepa's has one axis more
+    if (mask_token := result.get("mask_token")) is not None and mask_token.ndim == 3:  # IJepa's has one more axis
         result["mask_token"] = mask_token.squeeze(0)
     return result
 
 
 def _to_transformers(state: Mapping[str, Tensor], num_heads: int) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The config and the tensors, under the names of published files, which every version of transformers reads."""
-    of = architecture(state, "the model to save")
-    gated = of.feed_forward == "swiglu"
-    match of.has_cls_token, of.has_layer_scale, of.num_register_tokens > 0:
+    """The config, and the tensors under the names of published files, which every version of transformers reads."""
+    shape = architecture(state, "the model to save")
+    gated = shape.feed_forward == "swiglu"
+    match shape.has_cls_token, shape.has_layer_scale, shape.num_register_tokens > 0:
         case True, True, False:
             model_type = "dinov2"
         case True, True, True:
@@ -546,30 +581,30 @@ def _to_transformers(state: Mapping[str, Tensor], num_heads: int) -> tuple[dict[
         case False, False, False if not gated:
             model_type = "ijepa"
         case _:
-            raise WeightsError(f"transformers has no model like this one: {of}. Save it in the layout 'released'.")
+            raise WeightsError(f"transformers has no model like this one: {shape}. Save it in the layout 'released'.")
     config: dict[str, object] = {
         "architectures": [FOLDERS[model_type].model],
         "dtype": str(state["pos_embed"].dtype).removeprefix("torch."),
         "hidden_act": "gelu",
-        "hidden_size": of.embed_dim,
-        "image_size": of.grid_size * of.patch_size,
+        "hidden_size": shape.embed_dim,
+        "image_size": shape.grid_size * shape.patch_size,
         "layer_norm_eps": NORM_EPSILON,
         "model_type": model_type,
         "num_attention_heads": num_heads,
-        "num_channels": of.in_channels,
-        "num_hidden_layers": of.depth,
-        "patch_size": of.patch_size,
+        "num_channels": shape.in_channels,
+        "num_hidden_layers": shape.depth,
+        "patch_size": shape.patch_size,
         "qkv_bias": True,
     }
     family = _family(model_type)
     if family == "dinov2":
         config |= {"mlp_ratio": 4, "use_swiglu_ffn": gated}
     else:
-        config["intermediate_size"] = 4 * of.embed_dim
+        config["intermediate_size"] = 4 * shape.embed_dim
     if model_type == "dinov2_with_registers":
-        config["num_register_tokens"] = of.num_register_tokens
+        config["num_register_tokens"] = shape.num_register_tokens
 
-    blocks, stem = BLOCK[family, "published"], {ours: theirs for theirs, ours in STEM.items()}
+    blocks, stem = BLOCK[family, "published"], {released: name for name, released in STEM.items()}
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         module, leaf = _split_leaf(name)
@@ -578,19 +613,19 @@ def _to_transformers(state: Mapping[str, Tensor], num_heads: int) -> tuple[dict[
         if module in stem:
             tensors[stem[module] + leaf] = value
         else:
-            _, index, ours = module.split(".", 2)
-            parts = blocks[ours]
-            pieces = [piece.clone() for piece in value.chunk(len(parts))] if len(parts) > 1 else [value]  # no views
-            for theirs, piece in zip(parts, pieces, strict=True):
-                tensors[f"encoder.layer.{index}.{theirs}{leaf}"] = piece
+            _, index, released = module.split(".", 2)
+            parts = blocks[released]
+            chunks = [chunk.clone() for chunk in value.chunk(len(parts))] if len(parts) > 1 else [value]  # no views
+            for part, chunk in zip(parts, chunks, strict=True):
+                tensors[f"encoder.layer.{index}.{part}{leaf}"] = chunk
     return config, tensors
 
 
 def _split_leaf(name: str) -> tuple[str, str]:
-    """`norm1.weight` to ("norm1", ".weight"); a parameter of its own, such as `cls_token`, to itself and nothing."""
-    found = re.fullmatch(r"(.+?)(\.weight|\.bias)?", name)
-    assert found, name
-    return found[1], found[2] or ""
+    """`norm1.weight` to ("norm1", ".weight"); a parameter without a suffix, such as `cls_token`, to (name, "")."""
+    match = re.fullmatch(r"(.+?)(\.weight|\.bias)?", name)
+    assert match, name
+    return match[1], match[2] or ""
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: str) -> None:

@@ -31,8 +31,6 @@ whose toolbox has the lists and crops; Eigen et al. (arXiv 1406.2283) for the lo
 # Calling a torch module is typed Any.
 # mypy: disable-error-code="no-any-return"
 
-import functools
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +39,6 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
@@ -49,19 +46,22 @@ from torch.nn import functional
 from curation.config import Settings
 from curation.engine.ranks import ALONE, World, gather_rows
 from curation.errors import InputError, TrainingError
+from curation.files.hashes import sha256_of_bytes
 from curation.files.prefetch import prefetch
+from evaluation import order, results
 from evaluation.data.depth_data import (
     LAYOUTS,
     NYU_INSIDE,
     Crop,
     DepthDataConfig,
-    Sample,
+    DepthSample,
     find_samples,
     hash_samples,
     read_sample,
 )
-from evaluation.features import Model
-from evaluation.results import Result
+from evaluation.features import FrozenModel
+from evaluation.padding import pad_to_patches
+from evaluation.results import Result, Score
 
 HeadName = Literal["linear_1", "linear_4", "dpt"]
 Tokens = Sequence[tuple[Tensor, Tensor]]  # of each block: patch tokens (B, D, h, w) and CLS (B, D)
@@ -75,9 +75,10 @@ UPSAMPLING = 4  # of the patch grid before the head; cited: DINOv2, hub/depthers
 LOSS_EPSILON = 1e-3  # metres; cited: DINOv2's sigloss.py
 LOSS_MEAN_WEIGHT = 0.15  # of the squared mean; cited: the same, where Eigen et al. have a half
 DPT_CHANNELS = 256  # cited: DINOv2, hub/depthers.py
+LOSS_WARMUP_STEPS = 100  # first steps, in which the loss is the mean error alone; cited: the same
+WEIGHT_DECAY = 0.01  # of AdamW; cited: DINOv3's NYU config
+GRADIENT_CLIP = 35.0  # greatest norm of the gradient; cited: the same
 MAX_ROTATION = 2.5  # degrees; cited: BinsFormer's toolbox, as all of `augment`
-# What the padding is filled with: ImageNet's mean, which is 0 once normalised. Cited: DINOv2 pads with 0.
-PADDING_COLOR = (124, 116, 104)
 
 
 class DepthConfig(Settings):
@@ -104,16 +105,6 @@ class DepthConfig(Settings):
     """Crops a step. Cited: 2 on each of 8 GPUs."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """The highest. Cited: DINOv3's NYU config."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Of AdamW. Cited: the same."""
-    gradient_clip: float = Field(default=35.0, gt=0)
-    """Greatest norm of the gradient. Cited: the same."""
-    loss_warmup_steps: int = Field(default=100, ge=0)
-    """First steps in which the loss is the mean error alone. Cited: DINOv2's sigloss.py."""
-    augment: bool = True
-    """Whether training crops are turned by up to 2.5 degrees, flipped, and changed in brightness and colour."""
-    flip_average: bool = True
-    """Whether a prediction is the mean of those for the picture and its mirror image."""
     seed: int = Field(default=0, ge=0)
     """Of the head's first weights, the order of the pictures and the crops."""
 
@@ -121,7 +112,7 @@ class DepthConfig(Settings):
     def _check(self) -> Self:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; expected less than steps, {self.steps}")
-        if self.train.layout in ("nyu_arrays", "sun_rgbd") and self.train.list_file is None:
+        if self.train.layout in ("nyu_arrays", "sun_rgbd"):
             raise ValueError(f"train: layout {self.train.layout} has a test split only")
         return self
 
@@ -209,7 +200,7 @@ def depth_of_bins(logits: Tensor, max_depth: float) -> Tensor:
     return torch.einsum("bkhw,k->bhw", weights / weights.sum(dim=1, keepdim=True), bins)
 
 
-class LinearHead(nn.Module):
+class LinearDepthHead(nn.Module):
     """One linear layer on the patch and CLS tokens of L blocks, four times as fine as the patches, to K depths."""
 
     def __init__(self, embed_dim: int, num_blocks: int, max_depth: float) -> None:
@@ -304,15 +295,15 @@ def _convolution(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=bias)
 
 
-def make_head(name: HeadName, embed_dim: int, max_depth: float, seed: int) -> LinearHead | DptHead:
+def make_head(name: HeadName, embed_dim: int, max_depth: float, seed: int) -> LinearDepthHead | DptHead:
     """The head with fresh weights, a pure function of the arguments: PyTorch's own distributions for its layers."""
-    head: LinearHead | DptHead
+    head: LinearDepthHead | DptHead
     with torch.device("meta"):  # allocates nothing and draws from no global generator
         match name:
             case "dpt":
                 head = DptHead(embed_dim)
             case _:
-                head = LinearHead(embed_dim, 1 if name == "linear_1" else 4, max_depth)
+                head = LinearDepthHead(embed_dim, 1 if name == "linear_1" else 4, max_depth)
     head.to_empty(device="cpu")
     random = torch.Generator().manual_seed(seed)
     for module in head.modules():
@@ -342,7 +333,7 @@ def blocks_of(head: HeadName, num_blocks: int) -> tuple[int, ...]:
 
 
 def predict(
-    model: Model,
+    model: FrozenModel,
     head: nn.Module,
     pixels: Tensor,
     blocks: Sequence[int],
@@ -356,7 +347,7 @@ def predict(
     """
     assert model.patch_size is not None
     height, width = pixels.shape[-2:]
-    padded, top, left = _pad(pixels, model.patch_size)
+    padded, top, left = pad_to_patches(pixels, model.patch_size)
     tokens = _tokens(model, padded, blocks, final_norm=final_norm)
     if all_rows is not None:
         gathered = [[gather_rows(model.world, part, all_rows) for part in block] for block in tokens]
@@ -368,7 +359,14 @@ def predict(
 
 @torch.no_grad()
 def predict_for_score(
-    model: Model, head: nn.Module, pixels: Tensor, blocks: Sequence[int], *, final_norm: bool, flip: bool, cap: float
+    model: FrozenModel,
+    head: nn.Module,
+    pixels: Tensor,
+    blocks: Sequence[int],
+    *,
+    final_norm: bool,
+    flip: bool,
+    cap: float,
 ) -> Tensor:
     """As `predict`, on the CPU, cut to what can be scored, and with `flip` the mean with that of the mirror image."""
     found = predict(model, head, pixels, blocks, final_norm=final_norm).clamp(MIN_DEPTH, cap)
@@ -378,7 +376,15 @@ def predict_for_score(
     return found.cpu()
 
 
-def train_head(model: Model, name: HeadName, config: DepthConfig, samples: Sequence[Sample]) -> LinearHead | DptHead:
+def train_head(
+    model: FrozenModel,
+    name: HeadName,
+    config: DepthConfig,
+    samples: Sequence[DepthSample],
+    *,
+    augmented: bool = True,
+    loss_warmup_steps: int = LOSS_WARMUP_STEPS,
+) -> LinearDepthHead | DptHead:
     """A head trained on `samples`: on a CPU the same every time, on a GPU but for rounding.
 
     Raises InputError, and TrainingError where the loss is not finite.
@@ -386,7 +392,7 @@ def train_head(model: Model, name: HeadName, config: DepthConfig, samples: Seque
     assert model.num_blocks is not None
     blocks = blocks_of(name, model.num_blocks)
     head = make_head(name, model.embed_dim, config.cap, config.seed).to(model.device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=WEIGHT_DECAY)
     # Cited: OneCycle, whose other defaults (from 1/25 of the highest rate, down to 1/250,000 of it) are PyTorch's.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -395,34 +401,32 @@ def train_head(model: Model, name: HeadName, config: DepthConfig, samples: Seque
         pct_start=config.warmup_steps / config.steps,
         cycle_momentum=False,
     )
-    if config.batch_size < model.world.num_ranks:
-        raise InputError(f"batch_size is {config.batch_size}: fewer pictures than the {model.world.num_ranks} ranks.")
-    for step, (pixels, truth) in enumerate(training_batches(samples, config, model.world)):
+    for step, (pixels, truth) in enumerate(training_batches(samples, config, model.world, augmented=augmented)):
         found = predict(model, head, pixels, blocks, final_norm=config.final_norm, all_rows=config.batch_size)
-        loss = sig_loss(found, truth.to(model.device), max_depth=config.cap, mean_alone=step < config.loss_warmup_steps)
+        loss = sig_loss(found, truth.to(model.device), max_depth=config.cap, mean_alone=step < loss_warmup_steps)
         if not loss.isfinite():
             raise TrainingError(f"The loss of the depth head '{name}' is {loss.item()} at step {step}.")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own is untyped
-        nn.utils.clip_grad_norm_(head.parameters(), config.gradient_clip)
+        nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_CLIP)
         optimizer.step()
         schedule.step()
     return head.eval()
 
 
 def training_batches(
-    samples: Sequence[Sample], config: DepthConfig, world: World = ALONE
+    samples: Sequence[DepthSample], config: DepthConfig, world: World = ALONE, *, augmented: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of the crops (., 3, H, W) uint8 of every step, and the depths (B, H, W) of all of them.
 
     A pure function of the seed and the step; threads read ahead.
     """
     size = config.crop_size or ((352, 704) if config.train.layout == "kitti" else (416, 544))
-    share = world.share(config.batch_size)
+    num_crops = len(order.share_of_batch(config.batch_size, world))
 
-    def make(position: int) -> tuple[Tensor, Tensor]:
-        epoch, place = divmod(position, len(samples))
-        sample = samples[_order(config.seed, epoch, len(samples))[place]]
+    def make(item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        position, row = item
+        sample = samples[row]
         image, depth = read_sample(sample, config.train)
         if config.train.layout == "nyu":
             image, depth = image[:, *NYU_INSIDE], depth[NYU_INSIDE]
@@ -432,21 +436,18 @@ def training_batches(
                 f"{size[0]} x {size[1]}. Set a smaller crop_size."
             )
         random = np.random.default_rng([config.seed, 1, position])
-        if config.augment:
+        if augmented:
             brightness = 0.1 if config.train.layout == "kitti" else 0.25
             image, depth = augment(image, depth, random, brightness=brightness)
         return _random_crop(image, depth, size, random)
 
-    positions = (step * config.batch_size + place for step in range(config.steps) for place in share)
-    crops = prefetch(make, positions, threads=READERS, ahead=2 * len(share))
-    while batch := list(islice(crops, len(share))):
+    items = order.share_of_steps(
+        len(samples), config.seed, num_steps=config.steps, batch_size=config.batch_size, world=world
+    )
+    crops = prefetch(make, items, threads=READERS, ahead=2 * num_crops)
+    while batch := list(islice(crops, num_crops)):
         depths = torch.stack([depth for _, depth in batch])
         yield torch.stack([image for image, _ in batch]), gather_rows(world, depths, config.batch_size)
-
-
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 
 def augment(image: Tensor, depth: Tensor, random: np.random.Generator, *, brightness: float) -> tuple[Tensor, Tensor]:
@@ -483,25 +484,13 @@ def _random_crop(
     return image[:, rows, columns], depth[rows, columns]
 
 
-def _pad(pixels: Tensor, multiple: int) -> tuple[Tensor, int, int]:
-    """`pixels` in the middle of a picture whose sides are multiples, and the rows above and the columns left of it."""
-    (above, below), (left, right) = (
-        (-side % multiple // 2, -side % multiple - -side % multiple // 2) for side in pixels.shape[-2:]
-    )
-    height, width = pixels.shape[-2] + above + below, pixels.shape[-1] + left + right
-    padded = torch.tensor(PADDING_COLOR, dtype=torch.uint8)[:, None, None].repeat(len(pixels), 1, height, width)
-    padded[:, :, above : height - below, left : width - right] = pixels
-    return padded, above, left
-
-
 @torch.no_grad()
-def _tokens(model: Model, pixels: Tensor, blocks: Sequence[int], *, final_norm: bool) -> Tokens:
+def _tokens(model: FrozenModel, pixels: Tensor, blocks: Sequence[int], *, final_norm: bool) -> Tokens:
     if final_norm:
         return model.intermediate(pixels, blocks)
     assert model.backbone is not None
-    images = ((pixels.to(model.device).float() - model.mean) / model.deviation).to(model.dtype)
     found = model.backbone.get_intermediate_layers(
-        images, list(blocks), reshape=True, return_class_token=True, norm=False
+        model.normalized(pixels), list(blocks), reshape=True, return_class_token=True, norm=False
     )
     return tuple((patches.float(), cls.float()) for patches, cls in found)
 
@@ -509,7 +498,7 @@ def _tokens(model: Model, pixels: Tensor, blocks: Sequence[int], *, final_norm: 
 # ---- the evaluation
 
 
-def run(config: DepthConfig, model: Model, output: str) -> list[Result]:
+def run(config: DepthConfig, model: FrozenModel, output: str) -> list[Result]:
     """Train every head, score it on every test set. One result a metric. `output` is not written to."""
     if model.backbone is None or model.num_blocks is None or model.backbone.cls_token is None:
         raise InputError(
@@ -518,33 +507,27 @@ def run(config: DepthConfig, model: Model, output: str) -> list[Result]:
     train = find_samples(config.train, "train")
     tests = [find_samples(data, "test") for data in config.tests]
     trained_on = hash_samples(train)
-    results = []
+    found: list[Result] = []
     for name in config.heads:
         start = time.monotonic()
         head = train_head(model, name, config, train)
         training_seconds = time.monotonic() - start
         for data, samples in zip(config.tests, tests, strict=True):
             start = time.monotonic()
-            values = _score(model, head, blocks_of(name, model.num_blocks), config, data, samples)
+            values = score(model, head, blocks_of(name, model.num_blocks), config, data, samples)
             seconds = training_seconds + time.monotonic() - start
-            data_hash = hashlib.sha256((trained_on + hash_samples(samples)).encode()).hexdigest()
-            results += [
-                Result(
-                    evaluation="depth",
-                    dataset=data.name,
-                    model=model.name,
-                    model_hash=model.hash,
-                    data_hash=data_hash,
-                    protocol=_protocol(name, config, data),
-                    settings={"head": name, "num_train": len(train), "num_test": len(samples)}
-                    | config.model_dump(mode="json"),
-                    metric=metric,
-                    value=value,
-                    seconds=seconds,
-                )
-                for metric, value in values.items()
-            ]
-    return results
+            data_hash = sha256_of_bytes((trained_on + hash_samples(samples)).encode())
+            facts = {"head": name, "num_train": len(train), "num_test": len(samples)}
+            found += results.make(
+                "depth",
+                data.name,
+                model,
+                [Score(_protocol(name, config, data), metric, value) for metric, value in values.items()],
+                data_hash=data_hash,
+                settings=facts | config.model_dump(mode="json"),
+                seconds=seconds,
+            )
+    return found
 
 
 def _protocol(head: HeadName, config: DepthConfig, data: DepthDataConfig) -> str:
@@ -556,29 +539,20 @@ def _protocol(head: HeadName, config: DepthConfig, data: DepthDataConfig) -> str
     return ", ".join(parts)
 
 
-def _score(
-    model: Model,
+def score(
+    model: FrozenModel,
     head: nn.Module,
     blocks: Sequence[int],
     config: DepthConfig,
     data: DepthDataConfig,
-    samples: Sequence[Sample],
+    samples: Sequence[DepthSample],
 ) -> dict[str, float]:
     cap = min(config.cap, LAYOUTS[data.layout].max_depth) if data.layout == "sun_rgbd" else config.cap
-    crop = data.crop or LAYOUTS[data.layout].crop
     share = model.world.share(len(samples))
     rows = [torch.empty(0, len(METRICS), dtype=torch.float64)]
     for image, truth in prefetch(lambda place: read_sample(samples[place], data), share, threads=READERS):
-        (found,) = predict_for_score(
-            model, head, image[None], blocks, final_norm=config.final_norm, flip=config.flip_average, cap=cap
-        )
-        own = measure(found, truth, valid_mask(truth, max_depth=config.cap, crop=crop))
+        (found,) = predict_for_score(model, head, image[None], blocks, final_norm=config.final_norm, flip=True, cap=cap)
+        own = measure(found, truth, valid_mask(truth, max_depth=config.cap, crop=LAYOUTS[data.layout].crop))
         rows.append(torch.tensor([[own[metric] for metric in METRICS]], dtype=torch.float64))
     every = gather_rows(model.world, torch.cat(rows), len(samples)).tolist()
     return mean_over_pictures([dict(zip(METRICS, row, strict=True)) for row in every])
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("depth")

@@ -35,33 +35,28 @@ from torch.nn import functional
 
 from curation import backbone, weights
 from curation.backbone import VisionTransformer
-from curation.config import Settings
+from curation.config import Settings, plan_values
+from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest
 from curation.engine.rank_runner import RankRunner, follow
 from curation.engine.ranks import ALONE, World
 from curation.engine.runner import InlineRunner, Runner, Shard, Worker
-from curation.engine.stage import run_shards
+from curation.engine.stage import Stage, run_stage
 from curation.errors import InputError, WeightsError
-from curation.files import paths
-from curation.files.hashes import hash_json
-from curation.images.decode import Picture, to_shape
-from curation.models import embedders
-from curation.models.device import require_device
-from curation.models.embedders import EmbedderConfig, ModelName, Normalization
-from evaluation.data import splits
+from curation.files import npy, paths
+from curation.files.hashes import hash_json, sha256_of_file
+from curation.models import embedders, vit
+from curation.models.embedders import EmbedderConfig, ModelName
 from evaluation.data.splits import Split
-
-Pooling = Literal["cls", "patch_mean", "cls_patch_mean"]
+from evaluation.data.views import PicturesConfig, read_squares
 
 # Side in pixels of what "pixels" reads of a picture. Assumed: as CIFAR's, at which photographs can still be told apart.
 PIXELS_SIDE = 32
 # Images of one file of features, which one worker or rank computes: 4 MB at F 1,024. Assumed.
 SHARD_IMAGES = 1024
-# What says how features are computed and shapes none of them, rounding apart.
-NOT_IN_PLAN = frozenset({"batch_size", "decode_threads"})
 
 
-class ModelConfig(Settings):
+class FrozenModelConfig(Settings):
     """Which frozen model. Everything but `label` and `device` changes what it computes."""
 
     name: ModelName | Literal["pixels"] | None = None
@@ -70,15 +65,13 @@ class ModelConfig(Settings):
     weights: str | None = None
     """Local path of a checkpoint in a layout of `curation.weights`: a file, or a folder of transformers. Left out,
     efficientnet_lite0 takes the weights of its package."""
-    weights_sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
-    """SHA-256 in hex that the checkpoint must have; of a folder, that of its weight files one after another."""
     label: str | None = None
     """What results call the model. Left out, its name and the name of the checkpoint."""
     untrained_seed: int | None = None
     """Vision Transformers: take the checkpoint's architecture alone, and fresh weights drawn from this seed."""
     untrained_layer_scale: float = Field(default=1e-5, gt=0)
     """With untrained_seed: what LayerScale starts from, where the checkpoint has it. Cited: DINOv2."""
-    pooling: Pooling | None = None
+    pooling: vit.Pooling | None = None
     """Vision Transformers: what stands for the whole picture. Left out, the CLS token, or the mean of the patches where
     there is none."""
     position_interpolation: backbone.PositionInterpolation | None = None
@@ -92,10 +85,12 @@ class ModelConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
-        is_vit = self.name is None or embedders.split_name(self.name) is not None
+        embedder = embedders.MODELS.get(self.name or "")
+        is_vit = self.name is None or (embedder is not None and embedder.vit is not None)
         if self.name == "pixels" and self.weights is not None:
             problems.append("pixels have no weights")
-        if self.weights is None and self.name not in ("pixels", "efficientnet_lite0"):
+        packaged = embedder is not None and embedder.packaged_weights is not None
+        if self.weights is None and self.name != "pixels" and not packaged:
             problems.append(f"{self.name or 'a Vision Transformer'} needs weights: give the path of a checkpoint")
         if not is_vit:
             for key in ("untrained_seed", "pooling", "position_interpolation"):
@@ -107,7 +102,7 @@ class ModelConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Model:
+class FrozenModel:
     """A frozen model on its device. `load_model` makes one."""
 
     name: str
@@ -132,7 +127,7 @@ class Model:
     """Normalised pictures (B, 3, H, W) to features (B, F)."""
     backbone: VisionTransformer | None = field(repr=False)
     """Where the patch tokens come from."""
-    config: ModelConfig = field(repr=False)
+    config: FrozenModelConfig = field(repr=False)
     """What it was loaded from."""
     world: World = field(repr=False)
     """The ranks that hold it: what goes through it is shared out among them."""
@@ -158,38 +153,40 @@ class Model:
         )
         return tuple((_finite(patches.float(), self.name), cls.float()) for patches, cls in found)
 
-    def _normalized(self, pixels: Tensor) -> Tensor:
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 as the network reads it, on the model's device."""
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and pixels.shape[1] == 3, (pixels.dtype, pixels.shape)
-        images = (pixels.to(self.device).float() - self.mean) / self.deviation
-        return images.to(self.dtype, memory_format=torch.channels_last)
+        return ((pixels.to(self.device).float() - self.mean) / self.deviation).to(self.dtype)
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        return self.normalized(pixels).to(memory_format=torch.channels_last)
 
 
-def load_model(config: ModelConfig, world: World = ALONE) -> Model:
+def load_model(config: FrozenModelConfig, world: World = ALONE) -> FrozenModel:
     """The model of `config` on its device, frozen; on each rank of `world`. Raises DeviceError and WeightsError."""
     device, dtype = require_device(config.device), getattr(torch, config.precision)
-    if config.name is None or embedders.split_name(config.name):
+    embedder_model = embedders.MODELS.get(config.name or "")
+    if config.name is None or (embedder_model is not None and embedder_model.vit is not None):
         return _load_vit(config, device, dtype, world)
-    if config.name == "pixels":
+    if embedder_model is None:
         name, path, facts = "pixels", None, [f"pixels {PIXELS_SIDE}"]
         read: Callable[[Tensor], Tensor] = _pixels
         num_features = 3 * PIXELS_SIDE**2
-        mean, deviation = _normalization(embedders.IMAGENET_NORMALIZATION, device)
+        mean, deviation = embedders.normalization_tensors(embedders.IMAGENET_NORMALIZATION, device)
     else:
-        assert config.name in ("efficientnet_lite0", "sscd_disc_mixup")
-        name, path = config.name, config.weights or embedders.packaged_efficientnet_weights()
+        name, path = config.name, embedder_model.weights_path(config.weights)
         embedder = embedders.load_embedder(
             EmbedderConfig(
                 name=config.name,
                 weights=path,
-                weights_sha256=config.weights_sha256,
-                pooling="average" if config.name == "efficientnet_lite0" else "gem",
+                pooling=next(iter(embedder_model.dimensions)),
                 device=config.device,
                 precision=config.precision,
             )
         )
         read, num_features, mean, deviation = embedder.network, embedder.dimensions, embedder.mean, embedder.deviation
-        facts = [name, hashlib.sha256(Path(path).read_bytes()).hexdigest(), config.precision]
-    return Model(
+        facts = [name, sha256_of_file(path), config.precision]
+    return FrozenModel(
         name=config.label or name,
         hash=_hash({}, facts),
         embed_dim=num_features,
@@ -207,33 +204,30 @@ def load_model(config: ModelConfig, world: World = ALONE) -> Model:
     )
 
 
-def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype, world: World) -> Model:
+def _load_vit(config: FrozenModelConfig, device: torch.device, dtype: torch.dtype, world: World) -> FrozenModel:
     assert config.weights is not None
-    checkpoint = weights.read(config.weights, sha256=config.weights_sha256)
+    checkpoint = weights.read(config.weights)
     found = weights.architecture(checkpoint.tensors, checkpoint.path)
     size = next((name for name, size in backbone.SIZES.items() if size.embed_dim == found.embed_dim), None)
     if size is None:
         known = ", ".join(f"{one.embed_dim} ({name})" for name, one in backbone.SIZES.items())
         raise WeightsError(f"{config.weights}: its tokens are {found.embed_dim} wide. Known widths: {known}.")
     name = f"{size}_patch{found.patch_size}"
-    if config.name is not None and embedders.split_name(config.name) != (size, found.patch_size):
+    variant = None if config.name is None else embedders.MODELS[config.name].vit
+    if variant is not None and (variant.size, variant.patch_size) != (size, found.patch_size):
         raise WeightsError(f"{config.weights} holds a {name}; the config says {config.name}. Leave the name out.")
     pooling = config.pooling or ("cls" if found.has_cls_token else "patch_mean")
     if pooling != "patch_mean" and not found.has_cls_token:
         raise WeightsError(f"{config.weights} has no CLS token. Set model.pooling = 'patch_mean'.")
-    interpolation = config.position_interpolation or _interpolation(config.name, checkpoint.layout, found)
+    interpolation = config.position_interpolation or vit.interpolation(
+        _family(variant, checkpoint.layout, found), found.num_register_tokens
+    )
     fresh = config.untrained_seed is not None
-    network = backbone.build(
+    network = weights.build_like(
+        found,
         size,
-        patch_size=found.patch_size,
-        image_size=found.grid_size * found.patch_size,
-        num_register_tokens=found.num_register_tokens,
-        cls_token=found.has_cls_token,
-        in_channels=found.in_channels,
-        feed_forward=found.feed_forward,
-        layer_scale=config.untrained_layer_scale if found.has_layer_scale else None,
+        layer_scale=config.untrained_layer_scale,
         position_interpolation=interpolation,
-        depth=found.depth,
         seed=config.untrained_seed,
     )
     if not fresh:
@@ -241,54 +235,36 @@ def _load_vit(config: ModelConfig, device: torch.device, dtype: torch.dtype, wor
     network.eval().requires_grad_(False)
     own = _hash(network.state_dict(), [name, interpolation, pooling, config.precision])
     network.to(device, dtype, memory_format=torch.channels_last)
-    mean, deviation = _normalization(embedders.IMAGENET_NORMALIZATION, device)
+    mean, deviation = embedders.normalization_tensors(embedders.IMAGENET_NORMALIZATION, device)
     place = Path(config.weights)
     label = f"{name} untrained" if fresh else f"{name} {place.parent.name}/{place.name}"
-    return Model(
+    return FrozenModel(
         name=config.label or label,
         hash=own,
         embed_dim=found.embed_dim,
-        num_features=found.embed_dim * (2 if pooling == "cls_patch_mean" else 1),
+        num_features=vit.num_features(found.embed_dim, pooling),
         patch_size=found.patch_size,
         num_blocks=found.depth,
         device=device,
         dtype=dtype,
         mean=mean,
         deviation=deviation,
-        read=_pooled(network, pooling),
+        read=vit.PooledTransformer(network, pooling),
         backbone=network,
         config=config,
         world=world,
     )
 
 
-def _interpolation(
-    name: str | None, layout: weights.Layout, found: weights.Architecture
-) -> backbone.PositionInterpolation:
-    """As the weights' authors do it; `curation.models.embedders` has the sources."""
-    if layout in ("mae", "ijepa") or not found.has_cls_token or (name or "").startswith("mae"):
-        return "plain"
-    return "antialias" if found.num_register_tokens else "offset"
-
-
-def _pooled(network: VisionTransformer, pooling: Pooling) -> Callable[[Tensor], Tensor]:
-    def read(images: Tensor) -> Tensor:
-        features = network.forward_features(images)
-        if pooling == "cls":
-            return features["x_norm_clstoken"]
-        patch_mean = features["x_norm_patchtokens"].mean(dim=1)
-        return patch_mean if pooling == "patch_mean" else torch.cat([features["x_norm_clstoken"], patch_mean], dim=1)
-
-    return read
+def _family(variant: vit.Variant | None, layout: weights.Layout, found: weights.Architecture) -> vit.Family:
+    """The family by the model's name, where it has one, and by the checkpoint."""
+    if layout == "ijepa" or not found.has_cls_token:
+        return "ijepa"
+    return "mae" if layout == "mae" or (variant is not None and variant.family == "mae") else "vit"
 
 
 def _pixels(images: Tensor) -> Tensor:
     return functional.interpolate(images.float(), size=(PIXELS_SIDE, PIXELS_SIDE), mode="area").flatten(1)
-
-
-def _normalization(values: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, deviation = (torch.tensor(of, device=device).view(1, 3, 1, 1) for of in values)
-    return mean, deviation
 
 
 def _finite(features: Tensor, name: str) -> Tensor:
@@ -300,6 +276,21 @@ def _finite(features: Tensor, name: str) -> Tensor:
     return features
 
 
+def require_finite_rows(rows: Tensor, name: str, first_row: int = 0) -> None:
+    """Raise InputError where a row of the `name` features (., D) is not finite; rows count from `first_row`."""
+    wrong = torch.nonzero(~rows.isfinite().all(1))
+    if len(wrong):
+        row = first_row + int(wrong[0])
+        raise InputError(f"The {name} features hold a value that is not finite, or too large, in row {row}.")
+
+
+def unit_rows(features: Tensor, name: str, *, dtype: torch.dtype = torch.float32, first_row: int = 0) -> Tensor:
+    """`features` (., D) as rows of length 1, or 0 where they were 0. Raises as `require_finite_rows`."""
+    units = functional.normalize(features.to(dtype), dim=1)
+    require_finite_rows(units, name, first_row)
+    return units
+
+
 def _hash(state: Mapping[str, Tensor], facts: Sequence[str]) -> str:
     hashed = hashlib.sha256("\n".join(facts).encode())
     for name, value in sorted(state.items()):
@@ -308,36 +299,8 @@ def _hash(state: Mapping[str, Tensor], facts: Sequence[str]) -> str:
     return hashed.hexdigest()
 
 
-class PicturesConfig(Settings):
-    """How a picture becomes what the model sees: its middle square, scaled, and of that the middle."""
-
-    resize_size: int = Field(default=256, ge=8, le=4096)
-    """Side in pixels to which the middle square is scaled, bicubic with antialiasing. Cited: DINOv2's k-NN and linear
-    evaluation, which scales the whole picture so that its shorter side has this length; the same within a pixel."""
-    image_size: int = Field(default=224, ge=8, le=4096)
-    """Side in pixels of the square in the middle of that, which the model sees. Cited: as above."""
-    batch_size: int = Field(default=32, ge=1)
-    """Pictures a forward pass; changes the speed alone, but for rounding."""
-    decode_threads: int = Field(default=2, ge=1)
-    """Threads that decode pictures ahead of the model."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.image_size > self.resize_size:
-            raise ValueError(f"image_size {self.image_size} is greater than resize_size {self.resize_size}")
-        return self
-
-
-def preprocess(picture: Picture, config: PicturesConfig) -> Tensor:
-    """One picture as the model sees it, (3, image_size, image_size) uint8."""
-    square = to_shape(picture, (config.resize_size, config.resize_size), crop=True)
-    start = (config.resize_size - config.image_size) // 2
-    middle = slice(start, start + config.image_size)
-    return torch.from_numpy(np.ascontiguousarray(square[:, middle, middle]))
-
-
 @dataclass(frozen=True, eq=False)
-class Features:
+class FeatureFiles:
     """The features of a split, on disk, in its order. Raises InputError where a file cannot be read."""
 
     files: tuple[str, ...]
@@ -363,14 +326,16 @@ class Features:
         return found
 
 
-def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runner: Runner | None = None) -> Features:
+def extract(
+    model: FrozenModel, split: Split, config: PicturesConfig, cache: str, runner: Runner | None = None
+) -> FeatureFiles:
     """The features of the images of `split`, from the cache where they are there.
 
     `runner` may spread the images over workers, each of which loads the model; the ranks of the model's world, which
     all call this, share them instead. Raises InputError for features that are not finite or a cache that is damaged.
     """
     inputs = {"model": model.hash, "images": split.images_hash}
-    plan = config.model_dump(mode="json", exclude=set(NOT_IN_PLAN))
+    plan = plan_values(config)
     folder = paths.join(cache, "features", hash_json([inputs, plan])[:32])
     runner = runner or InlineRunner()
     starts = range(0, len(split), SHARD_IMAGES)
@@ -382,16 +347,10 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     make_worker: Callable[[], Worker] = functools.partial(_make_worker, load, model.hash, split, config, folder)
 
     def lead(chosen: Runner) -> Manifest:
-        return run_shards(
-            "features",
-            config=config,
-            inputs=inputs,
-            output=folder,
-            runner=chosen,
-            shards=shards,
-            make_worker=make_worker,
-            not_in_plan=NOT_IN_PLAN,
+        stage = Stage(
+            name="features", config=config, inputs=inputs, output=folder, shards=shards, make_worker=make_worker
         )
+        return run_stage(stage, chosen)
 
     if model.world.num_ranks == 1:
         manifest = lead(runner)
@@ -402,7 +361,7 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
     else:
         follow(model.world, "features", make_worker, shards, folder)
         manifest = require_manifest(folder)
-    found = Features(tuple(paths.join(folder, name) for name in manifest.files("features")))
+    found = FeatureFiles(tuple(paths.join(folder, name) for name in manifest.files("features")))
     shapes = [tuple(block.shape) for block in found.blocks()]
     if shapes != [(shard.num_items, model.num_features) for shard in shards]:
         raise InputError(f"{folder} is damaged: its files hold features of the shapes {shapes}. Delete it.")
@@ -410,37 +369,25 @@ def extract(model: Model, split: Split, config: PicturesConfig, cache: str, runn
 
 
 def _make_worker(
-    load: Callable[[], Model], model_hash: str, split: Split, config: PicturesConfig, output: str
+    load: Callable[[], FrozenModel], model_hash: str, split: Split, config: PicturesConfig, output: str
 ) -> Callable[[Shard], ShardRecord]:
     model = load()
     if model.hash != model_hash:
         raise InputError(f"{model.config.weights} has changed since the evaluation began. Start it again.")
 
     def process(shard: Shard) -> ShardRecord:
-        pixels = (
-            own
-            for _, own in splits.pictures(
-                split,
-                shard.work,
-                lambda picture: preprocess(picture, config),
-                target_side=config.resize_size,
-                threads=config.decode_threads,
-                ahead=2 * config.batch_size,
-            )
-        )
+        pixels = read_squares(split, shard.work, config, ahead=2 * config.batch_size)
         found = []
         while batch := list(islice(pixels, config.batch_size)):
             found.append(model.image_features(torch.stack(batch)))
         features = torch.cat(found)
-        buffer = io.BytesIO()
-        np.save(buffer, features.numpy(), allow_pickle=False)
-        record = paths.write_bytes(paths.join(output, f"features-{shard.name}.npy"), buffer.getvalue())
+        record = npy.write_arrays(paths.join(output, f"features-{shard.name}.npy"), features.numpy())
         return ShardRecord(name=shard.name, files=(record,), totals={"images": len(features)})
 
     return process
 
 
-def _identity(model: Model) -> Model:
+def _identity(model: FrozenModel) -> FrozenModel:
     return model
 
 

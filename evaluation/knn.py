@@ -12,29 +12,32 @@ DINOv2's published evaluation, which takes T = 0.07 and k of 10, 20, 100 and 200
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
 from curation.config import Settings
-from curation.engine.ranks import World, gather_rows
+from curation.engine.device import require_device
+from curation.engine.ranks import gather_rows
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.models.device import require_device
 from curation.search import exact
-from evaluation import features
+from evaluation import features, results
 from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
-from evaluation.features import Model, PicturesConfig
-from evaluation.results import Result
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModel, unit_rows
+from evaluation.results import Result, Score
 from evaluation.scores import class_mean
 
+TEMPERATURE = 0.07  # of the weights exp(cosine / temperature). Cited: DINOv2, eval/knn.py
+# Draws of each few-shot variant, with the seeds 0, 1, ... as in DINOv2's eval/knn.py. Assumed.
+TRIES = 5
 BLOCK_ROWS = 16_384  # training images that are float32 at a time: 100 MB at D 1,536. Assumed.
 
 
@@ -44,7 +47,7 @@ def classify(
     test_features: Tensor,
     *,
     k: int,
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
     device: str = "cpu",
 ) -> Tensor:
     """Class probabilities (m, C) float32 by the weighted vote of the `k` training images nearest in cosine.
@@ -84,14 +87,14 @@ def neighbors(
     require_device(device)
     if test_features.ndim != 2:
         raise InputError(f"Expected test features (m, D). Found: {list(test_features.shape)}.")
-    queries = _unit(test_features, "test features", 0)
+    queries = unit_rows(test_features, "test").cpu().numpy()
     similarities, rows = exact.search(queries, _units(train_blocks, queries.shape[1]), k, device=device)
     if (rows < 0).any():
         raise InputError(f"k is {k}, and there are only {int((rows[0] >= 0).sum())} training images.")
     return torch.from_numpy(similarities), torch.from_numpy(rows)
 
 
-def vote(similarities: Tensor, labels: Tensor, num_classes: int, *, temperature: float = 0.07) -> Tensor:
+def vote(similarities: Tensor, labels: Tensor, num_classes: int, *, temperature: float = TEMPERATURE) -> Tensor:
     """Class probabilities (m, C) float32: each neighbour counts exp(cosine / temperature), and all sum to 1.
 
     similarities, labels: (m, k), of the neighbours. DINOv2's evaluation makes one softmax over the greatest k and sums
@@ -136,22 +139,14 @@ class KnnConfig(Settings):
     """What the model sees of them."""
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(10, 20, 100, 200), min_length=1)
     """How many neighbours vote; each gives a result."""
-    temperature: float = Field(default=0.07, gt=0)
-    """Of the weights exp(cosine / temperature)."""
     per_class: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Few-shot variants: how many images of each class vote. Of `k`, those apply that are at most all of these."""
-    tries: int = Field(default=5, ge=1)
-    """Draws of each few-shot variant; the mean is the result, the standard deviation its spread."""
-    seed: int = 0
-    """Of the draws."""
     allow_missing_classes: bool = False
     """Whether the test images may lack classes of the training images."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where neighbours are searched."""
 
 
 def run(
-    config: KnnConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+    config: KnnConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
     """Classify one dataset; features are kept in `cache`, <output>/cache when None. Raises UserError kin."""
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
@@ -164,14 +159,12 @@ def run(
         raise InputError(
             f"k is {max(config.k)}, and {train.path} has only {len(train)} images. Take smaller values of k."
         )
-    found: list[tuple[str, str, float, float | None]] = []
-    for k, scores in _scores(config, model.world, own.blocks(), train.labels, asked, test.labels).items():
-        found += [(f"k={k}", metric, value, None) for metric, value in scores.items()]
+    found: list[Score] = []
+    for k, scores in _scores(config, model, own.blocks(), train.labels, asked, test.labels).items():
+        found += [Score(f"k={k}", metric, value) for metric, value in scores.items()]
     for per_class in config.per_class:
-        draws = [splits.few_shot(train.labels, per_class, config.seed + number) for number in range(config.tries)]
-        tried = [
-            _scores(config, model.world, [own.take(rows)], train.labels[rows], asked, test.labels) for rows in draws
-        ]
+        draws = [splits.few_shot(train.labels, per_class, seed) for seed in range(TRIES)]
+        tried = [_scores(config, model, [own.take(rows)], train.labels[rows], asked, test.labels) for rows in draws]
         if not tried[0]:
             raise InputError(
                 f"{per_class} images a class are {len(draws[0])}, fewer than every k of {list(config.k)}. Take a "
@@ -180,29 +173,21 @@ def run(
         for k in tried[0]:
             for metric in tried[0][k]:
                 values = [scores[k][metric] for scores in tried]
-                spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-                found.append((f"k={k}, {per_class} per class", metric, float(np.mean(values)), spread))
-    seconds = time.perf_counter() - started
-    return [
-        Result(
-            evaluation="knn",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=hash_json([train.data_hash, test.data_hash]),
-            protocol=protocol,
-            settings=config.model_dump(mode="json"),
-            metric=metric,
-            value=value,
-            spread=spread,
-            seconds=seconds,
-        )
-        for protocol, metric, value, spread in found
-    ]
+                spread = float(np.std(values, ddof=1))
+                found.append(Score(f"k={k}, {per_class} per class", metric, float(np.mean(values)), spread))
+    return results.make(
+        "knn",
+        config.name,
+        model,
+        found,
+        data_hash=hash_json([train.data_hash, test.data_hash]),
+        settings=config.model_dump(mode="json"),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _scores(
-    config: KnnConfig, world: World, blocks: Iterable[Tensor], labels: Tensor, asked: Tensor, truth: Tensor
+    config: KnnConfig, model: FrozenModel, blocks: Iterable[Tensor], labels: Tensor, asked: Tensor, truth: Tensor
 ) -> dict[int, dict[str, float]]:
     """By k, of those that the training images suffice for, what the vote of that many scores.
 
@@ -211,15 +196,15 @@ def _scores(
     wanted = [k for k in config.k if k <= len(labels)]
     if not wanted:
         return {}
-    share = world.share(len(asked))
+    share = model.world.share(len(asked))
     similarities, rows = (
-        gather_rows(world, own, len(asked))
-        for own in neighbors(blocks, asked[share.start : share.stop], k=max(wanted), device=config.device)
+        gather_rows(model.world, own, len(asked))
+        for own in neighbors(blocks, asked[share.start : share.stop], k=max(wanted), device=str(model.device))
     )
     num_classes = int(labels.max()) + 1
     scores = {}
     for k in wanted:
-        votes = vote(similarities[:, :k], labels[rows[:, :k]], num_classes, temperature=config.temperature)
+        votes = vote(similarities[:, :k], labels[rows[:, :k]], num_classes)
         scores[k] = {"top-1": accuracy(votes, truth), "mean per class": class_mean(votes.argmax(1), truth)}
     return scores
 
@@ -229,23 +214,5 @@ def _units(blocks: Iterable[Tensor], width: int) -> Iterator[np.ndarray]:
     for block in blocks:
         if block.ndim != 2 or block.shape[1] != width:
             raise InputError(f"Training features are {list(block.shape)}, test features have {width} dimensions.")
-        yield _unit(block, "training features", first_row)
+        yield unit_rows(block, "training", first_row=first_row).cpu().numpy()
         first_row += len(block)
-
-
-def _unit(features: Tensor, what: str, first_row: int) -> np.ndarray:
-    """`features` (., D) as float32 rows of length 1, or 0 where they were."""
-    units = functional.normalize(features.float(), dim=1)
-    wrong = torch.nonzero(~units.isfinite().all(1))
-    if len(wrong):
-        raise InputError(
-            f"The {what} hold a value that is not finite, or too large, in row {first_row + int(wrong[0])}."
-        )
-    result: np.ndarray = units.cpu().numpy()
-    return result
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("knn")

@@ -15,7 +15,6 @@ Source: DINOv2's published evaluation (eval/linear.py): 13 learning rates, 1 and
 the patch tokens, SGD with momentum 0.9 and no weight decay, cosine to 0 over 12,500 steps of 1,024 images.
 """
 
-import itertools
 import json
 import math
 import time
@@ -42,11 +41,13 @@ from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
 from curation.images.decode import Picture, decode_picture, upright
 from curation.images.sources import ReferenceReader
+from evaluation import order, results
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
-from evaluation.features import Model, PicturesConfig, preprocess
-from evaluation.results import Result
-from evaluation.scores import class_mean
+from evaluation.data.views import PicturesConfig, read_squares
+from evaluation.features import FrozenModel
+from evaluation.results import Result, Score
+from evaluation.scores import classifier_scores
 
 Grid = Literal["paper", "code"]
 
@@ -56,6 +57,8 @@ LEARNING_RATES: dict[Grid, tuple[float, ...]] = {
     "code": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
 }
 REFERENCE_BATCH = 256
+# Whether a head also reads the mean of the last block's patch tokens; each is tried. Cited: eval/linear.py.
+AVERAGES = (False, True)
 MOMENTUM = 0.9  # cited: as above
 INITIAL_DEVIATION = 0.01  # cited: as above
 CROP_AREA, CROP_ASPECT, CROP_ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # cited: the usual crop of ImageNet training
@@ -78,8 +81,6 @@ class LinearConfig(Settings):
     """Learning rates in place of the grid's."""
     blocks: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 4), min_length=1)
     """Of how many last blocks a head reads the CLS tokens; each is tried."""
-    average: tuple[bool, ...] = Field(default=(False, True), min_length=1)
-    """Whether a head also reads the mean of the last block's patch tokens; each is tried."""
     batch_size: int = Field(default=1024, ge=1)
     """Images of a step. Learning rates are scaled by it over 256."""
     images_per_pass: int = Field(default=128, ge=1)
@@ -95,7 +96,7 @@ class LinearConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "LinearConfig":
-        for name in ("learning_rates", "blocks", "average"):
+        for name in ("learning_rates", "blocks"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has a value twice: {list(values)}")
@@ -150,7 +151,7 @@ class Heads:
         product = inputs @ self.weight.flatten(0, 1).T + self.bias.flatten()
         return product.view(len(inputs), num_rates, num_classes).transpose(0, 1)
 
-    def learn(self, inputs: Tensor, labels: Tensor, factor: float) -> Tensor:
+    def sgd_step(self, inputs: Tensor, labels: Tensor, factor: float) -> Tensor:
         """One step of SGD at `factor` times each head's rate; the losses (L,) before it. inputs (B, F), labels (B,)."""
         logits = self.logits(inputs)
         repeated = labels.expand(len(logits), -1)
@@ -164,7 +165,7 @@ class Heads:
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
+class ChosenHead:
     """The chosen one. `fitted` gives it."""
 
     reading: Reading
@@ -176,13 +177,13 @@ class Head:
     bias: Tensor
     """(C,)."""
 
-    def logits(self, model: Model, pixels: Tensor) -> Tensor:
+    def logits(self, model: FrozenModel, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to (B, C) on the CPU."""
         inputs = read(model, pixels, [self.reading])[0]
         return (inputs @ self.weight.to(inputs.device).T + self.bias.to(inputs.device)).cpu()
 
 
-def read(model: Model, pixels: Tensor, readings: Sequence[Reading]) -> list[Tensor]:
+def read(model: FrozenModel, pixels: Tensor, readings: Sequence[Reading]) -> list[Tensor]:
     """What each of `readings` gives (B, F), from one pass of (B, 3, H, W) uint8, on the model's device."""
     if model.num_blocks is None:
         return [model.image_features(pixels).to(model.device)] * len(readings)
@@ -193,11 +194,11 @@ def read(model: Model, pixels: Tensor, readings: Sequence[Reading]) -> list[Tens
     return [reading.of(tokens) for reading in readings]
 
 
-def readings_of(config: LinearConfig, model: Model) -> list[Reading]:
+def readings_of(config: LinearConfig, model: FrozenModel) -> list[Reading]:
     """What heads of `model` are given; a model without blocks has one feature, and nothing to choose."""
     if model.num_blocks is None:
         return [Reading(0, False)]
-    return [Reading(blocks, average) for blocks in config.blocks for average in config.average]
+    return [Reading(blocks, average) for blocks in config.blocks for average in AVERAGES]
 
 
 def random_crop(picture: Picture, side: int, random: np.random.Generator) -> Tensor:
@@ -223,7 +224,7 @@ def _crop_box(height: int, width: int, random: np.random.Generator) -> tuple[int
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
-def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head:
+def fitted(config: LinearConfig, model: FrozenModel, train: Split, cache: str) -> ChosenHead:
     """The best head for `train`, from the cache where it is there; all ranks call this and have the same."""
     inputs = [model.hash, train.data_hash]
     plan = config.model_dump(mode="json", exclude={"name", "train", "test", "images_per_pass", "allow_missing_classes"})
@@ -232,7 +233,7 @@ def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head
     if all_ranks(paths.exists(facts_path)):  # written last
         facts = json.loads(paths.read_bytes(facts_path))
         tensors = safetensors.torch.load(paths.read_bytes(tensors_path))
-        return Head(
+        return ChosenHead(
             Reading(facts["blocks"], facts["average"]),
             facts["rate"],
             facts["held_out_top_1"],
@@ -256,11 +257,9 @@ def fitted(config: LinearConfig, model: Model, train: Split, cache: str) -> Head
     return head
 
 
-def _train(config: LinearConfig, model: Model, train: Split) -> Head:
+def _train(config: LinearConfig, model: FrozenModel, train: Split) -> ChosenHead:
     own, held = (train.take(rows) for rows in splits.hold_out(train.labels, config.held_out, config.seed))
     readings, num_classes, world = readings_of(config, model), len(train.classes), model.world
-    if config.batch_size < world.num_ranks:
-        raise InputError(f"batch_size is {config.batch_size}: fewer images than the {world.num_ranks} ranks.")
     scaled = [rate * config.batch_size / REFERENCE_BATCH for rate in config.rates]
     heads: list[Heads] = []
     with bar("linear", total=config.steps, unit="steps") as advance:
@@ -274,7 +273,8 @@ def _train(config: LinearConfig, model: Model, train: Split) -> Head:
                 ]
             factor = 0.5 * (1 + math.cos(math.pi * step / config.steps))
             losses = [
-                several.learn(one, labels.to(model.device), factor) for several, one in zip(heads, inputs, strict=True)
+                several.sgd_step(one, labels.to(model.device), factor)
+                for several, one in zip(heads, inputs, strict=True)
             ]
             advance(1, f"least loss {min(float(own_losses.min()) for own_losses in losses):.3f}")
     right = torch.zeros(len(heads), len(scaled), dtype=torch.int64)
@@ -287,7 +287,7 @@ def _train(config: LinearConfig, model: Model, train: Split) -> Head:
     chosen = heads[place]
     if not (chosen.weight.isfinite().all() and chosen.bias.isfinite().all()):
         raise InputError("The best linear head is not finite: every learning rate is too great. Take smaller ones.")
-    return Head(
+    return ChosenHead(
         readings[place],
         config.rates[rate],
         int(right.flatten()[best]) / len(held),
@@ -306,9 +306,11 @@ def _crops(config: LinearConfig, split: Split, world: World) -> Iterator[tuple[T
     # The smallest crop of a picture that is scaled down to this still has `side` pixels.
     target_side = math.ceil(side / math.sqrt(CROP_AREA[0]))
 
+    share = order.share_of_batch(config.batch_size, world)
+
     def make(item: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
         first, own = item
-        reader, crops, share = ReferenceReader(), [], world.share(len(own))
+        reader, crops = ReferenceReader(), []
         for place, row in zip(share, split.table.take(pa.array([own[one] for one in share])).to_pylist(), strict=True):
             data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
             picture = decode_picture(data, split.limits, target_side=target_side)
@@ -316,36 +318,26 @@ def _crops(config: LinearConfig, split: Split, world: World) -> Iterator[tuple[T
         reader.close()
         return torch.stack(crops), split.labels[torch.tensor(own)]
 
-    rows = _order(len(split), config.seed)
+    rows = order.shuffled_rows(len(split), config.seed)
     starts = range(0, config.steps * config.batch_size, config.batch_size)
     items = ((start, list(islice(rows, config.batch_size))) for start in starts)
     threads = config.pictures.decode_threads
     return prefetch(make, items, threads=threads, ahead=threads)
 
 
-def _order(num_images: int, seed: int) -> Iterator[int]:
-    """Rows without end, every image once before any comes again."""
-    for epoch in itertools.count():
-        yield from np.random.default_rng([seed, 0, epoch]).permutation(num_images).tolist()
-
-
 def middles(split: Split, world: World, config: PicturesConfig, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The middles of this rank's share of the pictures (B, 3, side, side) and their labels (B,), `size` at a time."""
     share = world.share(len(split))
-    found = splits.pictures(
-        split,
-        share,
-        lambda picture: preprocess(picture, config),
-        target_side=config.resize_size,
-        threads=config.decode_threads,
-    )
+    squares = read_squares(split, share, config)
     start = share.start
-    while batch := [pixels for _, pixels in islice(found, size)]:
+    while batch := list(islice(squares, size)):
         yield torch.stack(batch), split.labels[start : start + len(batch)]
         start += len(batch)
 
 
-def predict(head: Head, model: Model, split: Split, pictures: PicturesConfig, size: int, among: Tensor) -> Tensor:
+def predict(
+    head: ChosenHead, model: FrozenModel, split: Split, pictures: PicturesConfig, size: int, among: Tensor
+) -> Tensor:
     """The class (m,) int64 of each picture, the likeliest of the classes `among` (c,); all ranks are told all.
 
     size: pictures that go through the model at once.
@@ -357,7 +349,7 @@ def predict(head: Head, model: Model, split: Split, pictures: PicturesConfig, si
 
 
 def run(
-    config: LinearConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+    config: LinearConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
     """Train, choose and classify one dataset; the head is kept in `cache`, <output>/cache when None.
 
@@ -371,36 +363,20 @@ def run(
     head = fitted(config, model, train, cache)
     every_class = torch.arange(len(train.classes))
     predicted = predict(head, model, test, config.pictures, config.images_per_pass, every_class)
-    seconds = time.perf_counter() - started
     grid = "own grid" if config.learning_rates else f"grid of the {config.grid}"
+    protocol = f"{len(readings_of(config, model)) * len(config.rates)} heads, {grid}, {config.steps:,} steps"
     chosen = {
         "chosen_rate": head.rate,
         "chosen_blocks": head.reading.blocks,
         "chosen_average": head.reading.average,
         "held_out_top_1": head.held_out_top_1,
     }
-    scores = {
-        "top-1": float((predicted == test.labels).double().mean()),
-        "mean per class": class_mean(predicted, test.labels),
-    }
-    return [
-        Result(
-            evaluation="linear",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=hash_json([train.data_hash, test.data_hash]),
-            protocol=f"{len(readings_of(config, model)) * len(config.rates)} heads, {grid}, {config.steps:,} steps",
-            settings=config.model_dump(mode="json") | chosen,
-            metric=metric,
-            value=value,
-            seconds=seconds,
-        )
-        for metric, value in scores.items()
-    ]
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("linear")
+    return results.make(
+        "linear",
+        config.name,
+        model,
+        [Score(protocol, metric, value) for metric, value in classifier_scores(predicted, test.labels).items()],
+        data_hash=hash_json([train.data_hash, test.data_hash]),
+        settings=config.model_dump(mode="json") | chosen,
+        seconds=time.perf_counter() - started,
+    )

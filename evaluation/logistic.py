@@ -26,15 +26,18 @@ from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from evaluation import features
+from evaluation import features, results
 from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
-from evaluation.features import Model, PicturesConfig
-from evaluation.results import Result
-from evaluation.scores import class_mean
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModel, require_finite_rows
+from evaluation.results import Result, Score
+from evaluation.scores import classifier_scores
 
 # Cited: DINOv2 eval/log_regression.py. The inverse strengths of the regularisation.
 DEFAULT_C = tuple(float(value) for value in 10 ** np.linspace(-6, 5, 45))
+HELD_OUT_SEED = 0  # draws the held-out share. Cited: the same
+TOLERANCE = 1e-12  # of the gradient, at which a fit ends sooner. Cited: the same
 
 
 class LogisticConfig(Settings):
@@ -52,12 +55,8 @@ class LogisticConfig(Settings):
     """The inverse strengths of regularisation to choose from."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of each class's training images to choose by."""
-    seed: int = 0
-    """Of that share."""
     max_iterations: int = Field(default=1000, ge=1)
     """Of L-BFGS, for each fit."""
-    tolerance: float = Field(default=1e-12, gt=0)
-    """Of the gradient, at which a fit ends sooner."""
     allow_missing_classes: bool = False
     """Whether the test images may lack classes of the training images."""
 
@@ -68,9 +67,8 @@ def choose(
     c: tuple[float, ...],
     *,
     held_out: float = 0.1,
-    seed: int = 0,
+    seed: int = HELD_OUT_SEED,
     max_iterations: int = 1000,
-    tolerance: float = 1e-12,
 ) -> tuple[float, float]:
     """The best of `c` on a held-out share, and its accuracy there; of equally good ones the first.
 
@@ -79,7 +77,7 @@ def choose(
     """
     own, held = splits.hold_out(train_labels, held_out, seed)
     truth = train_labels[held].numpy()
-    classifier = _classifier(c[0], max_iterations, tolerance)
+    classifier = _classifier(c[0], max_iterations)
     classifier.set_params(warm_start=True)
     best, best_share = c[0], -1.0
     with bar("logistic", total=len(c), unit="fits") as advance:
@@ -100,17 +98,16 @@ def predict(
     c: float,
     *,
     max_iterations: int = 1000,
-    tolerance: float = 1e-12,
 ) -> Tensor:
     """The class (m,) int64 of each test image by the classifier that fits all training images."""
-    _check(test_features, "test")
-    classifier = _classifier(c, max_iterations, tolerance)
+    require_finite_rows(test_features, "test")
+    classifier = _classifier(c, max_iterations)
     _fit(classifier, train_features, train_labels)
     return torch.from_numpy(classifier.predict(test_features.double().numpy()))
 
 
 def run(
-    config: LogisticConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+    config: LogisticConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
     """Fit and classify one dataset; features are kept in `cache`, <output>/cache when None. Raises UserError kin.
 
@@ -129,54 +126,30 @@ def run(
         train.labels,
         config.c,
         held_out=config.held_out,
-        seed=config.seed,
         max_iterations=config.max_iterations,
-        tolerance=config.tolerance,
     )
-    predicted = predict(own, train.labels, asked, c, max_iterations=config.max_iterations, tolerance=config.tolerance)
-    seconds = time.perf_counter() - started
-    scores = {
-        "top-1": float((predicted == test.labels).double().mean()),
-        "mean per class": class_mean(predicted, test.labels),
-    }
-    return [
-        Result(
-            evaluation="logistic",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=hash_json([train.data_hash, test.data_hash]),
-            protocol=f"L-BFGS, best of {len(config.c)} C",
-            settings=config.model_dump(mode="json") | {"chosen_c": c, "held_out_top_1": share},
-            metric=metric,
-            value=value,
-            seconds=seconds,
-        )
-        for metric, value in scores.items()
-    ]
+    predicted = predict(own, train.labels, asked, c, max_iterations=config.max_iterations)
+    protocol = f"L-BFGS, best of {len(config.c)} C"
+    return results.make(
+        "logistic",
+        config.name,
+        model,
+        [Score(protocol, metric, value) for metric, value in classifier_scores(predicted, test.labels).items()],
+        data_hash=hash_json([train.data_hash, test.data_hash]),
+        settings=config.model_dump(mode="json") | {"chosen_c": c, "held_out_top_1": share},
+        seconds=time.perf_counter() - started,
+    )
 
 
-def _classifier(c: float, max_iterations: int, tolerance: float) -> LogisticRegression:
-    return LogisticRegression(C=c, solver="lbfgs", max_iter=max_iterations, tol=tolerance)
+def _classifier(c: float, max_iterations: int) -> LogisticRegression:
+    return LogisticRegression(C=c, solver="lbfgs", max_iter=max_iterations, tol=TOLERANCE)
 
 
 def _fit(classifier: LogisticRegression, own: Tensor, labels: Tensor) -> None:
-    _check(own, "training")
+    require_finite_rows(own, "training")
     if len(torch.unique(labels)) < 2:
         raise InputError("The training images are all of one class; there is nothing to tell apart.")
     with warnings.catch_warnings():
         # A tolerance of 1e-12 is below what float64 can reach, and the published protocol ends at the iterations.
         warnings.simplefilter("ignore", ConvergenceWarning)
         classifier.fit(own.double().numpy(), labels.numpy())
-
-
-def _check(own: Tensor, what: str) -> None:
-    wrong = torch.nonzero(~own.isfinite().all(1))
-    if len(wrong):
-        raise InputError(f"The {what} features hold a value that is not finite in row {int(wrong[0])}.")
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("logistic")

@@ -12,8 +12,12 @@ from curation.images.decode import to_shape
 from evaluation import features, visualize
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
-from evaluation.features import Model, PicturesConfig
-from evaluation.visualize import Picture, Pixels
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModel
+from evaluation.visualize import PictureRecord, Pixels
+
+# Side in pixels of a picture on the sheet. Assumed: nine fit beside one another on a page.
+SIDE = 96
 
 
 class NeighboursConfig(Settings):
@@ -26,16 +30,12 @@ class NeighboursConfig(Settings):
     pictures: PicturesConfig = PicturesConfig()
     """What the model sees of them."""
     queries: int = Field(default=8, ge=1)
-    """How many are asked for: drawn by `seed`, one of each class before a second of any."""
+    """How many are asked for: drawn, one of each class before a second of any."""
     k: int = Field(default=8, ge=1)
     """Neighbours of each."""
-    side: int = Field(default=96, ge=16)
-    """Side in pixels of a picture on the sheet."""
-    seed: int = 0
-    """Of the draw."""
 
 
-def choose(labels: Tensor, count: int, seed: int) -> list[int]:
+def choose(labels: Tensor, count: int, seed: int = 0) -> list[int]:
     """`count` rows, or all where there are fewer: one of each class before a second of any, drawn by `seed`.
 
     labels: (n,) integers from 0.
@@ -50,8 +50,8 @@ def choose(labels: Tensor, count: int, seed: int) -> list[int]:
 
 
 def run(
-    config: NeighboursConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
-) -> Picture | None:
+    config: NeighboursConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
+) -> PictureRecord | None:
     """Draw one sheet below `output`, on the first rank; features are kept in `cache`, <output>/cache when None."""
     cache = cache or paths.join(output, "cache")
     split = splits.load(config.split, cache, runner or InlineRunner())
@@ -59,29 +59,23 @@ def run(
     if not model.world.is_first:
         return None
     labels = [split.classes[label] for label in split.labels.tolist()]
-    rows = choose(split.labels, config.queries, config.seed)
+    rows = choose(split.labels, config.queries)
     return visualize.draw_neighbours(
         model,
         output,
         found.matrix(),
         labels,
-        lambda row: _square(split, row, config.side),
+        lambda row: _square(split, row),
         queries=rows,
         k=config.k,
         name=config.name,
     )
 
 
-def _square(split: Split, row: int, side: int) -> Pixels:
-    """The largest square in the middle of a picture, (side, side, 3)."""
-    shape = (side, side)
+def _square(split: Split, row: int) -> Pixels:
+    """The largest square in the middle of a picture, (SIDE, SIDE, 3)."""
+    shape = (SIDE, SIDE)
     ((_, pixels),) = splits.pictures(
-        split, [row], lambda picture: to_shape(picture, shape, crop=True), target_side=side, threads=1
+        split, [row], lambda picture: to_shape(picture, shape, crop=True), target_side=SIDE, threads=1
     )
     return pixels.transpose(1, 2, 0)
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("neighbours")

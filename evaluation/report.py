@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from curation.errors import InputError
 from curation.files import paths
+from curation.report import markup
 from curation.report.markup import Markup, tag
 from evaluation import results, visualize
 from evaluation.published import Published, beside
 from evaluation.results import Result
-from evaluation.visualize import PICTURES_FOLDER, Kind, Picture
+from evaluation.visualize import PICTURES_FOLDER, PictureKind, PictureRecord
 
 REPORT_FILE = "report.html"
 
@@ -31,7 +32,7 @@ TITLES = {
     "segmentation": "Segmentation",
     "depth": "Depth",
 }
-PICTURE_TITLES: dict[Kind, str] = {
+PICTURE_TITLES: dict[PictureKind, str] = {
     "pca": "Principal components of patch tokens",
     "matches": "Patches matched between pictures",
     "attention": "Attention",
@@ -45,8 +46,6 @@ UNITS = {"rmse": "m", "mae": "m"}
 MAX_COLUMNS = 10
 COLORS = ("#2f6690", "#b5382e", "#2e8b62", "#b07d2b", "#6a4c93", "#4a5a63", "#c2578a", "#3aa0a8")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write(output: str) -> str:
@@ -66,7 +65,7 @@ def write(output: str) -> str:
     return path
 
 
-def page(found: Sequence[Result], pictures: Sequence[tuple[Picture, bytes]]) -> str:
+def page(found: Sequence[Result], pictures: Sequence[tuple[PictureRecord, bytes]]) -> str:
     """The whole document. pictures: each with the bytes of its PNG."""
     evaluations = sorted({one.evaluation for one in found}, key=_place)
     sections = [_evaluation(name, [one for one in found if one.evaluation == name]) for name in evaluations]
@@ -93,22 +92,14 @@ def page(found: Sequence[Result], pictures: Sequence[tuple[Picture, bytes]]) -> 
         ),
         tag("nav", tag("ol", *(tag("li", tag("a", title, href=f"#{_slug(name)}")) for name, title in links))),
     )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", "Evaluation"),
-        tag("style", Markup(_STYLE)),
-    )
-    return f"<!doctype html>\n{tag('html', head, tag('body', header, *sections), lang='en')}\n"
+    return markup.page("Evaluation", None, header, *sections, style=_STYLE)
 
 
 # ---- tables
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """One line of a table."""
 
     model: str
@@ -139,7 +130,7 @@ def _dataset(found: Sequence[Result]) -> list[Markup]:
     return parts
 
 
-def table_rows(found: Sequence[Result], columns: Sequence[tuple[str, str]]) -> list[Row]:
+def table_rows(found: Sequence[Result], columns: Sequence[tuple[str, str]]) -> list[ModelRow]:
     """One's own models in the order of the results, then what was published. columns: protocols and metrics.
 
     Models of one name and other weights, or the same on other data, have a row each.
@@ -149,7 +140,7 @@ def table_rows(found: Sequence[Result], columns: Sequence[tuple[str, str]]) -> l
         own.setdefault((one.model, one.model_hash, one.data_hash), {})[one.protocol, one.metric] = one
     names = [model for model, _, _ in own]
     rows = [
-        Row(
+        ModelRow(
             model if names.count(model) == 1 else f"{model} ({model_hash[:8]} on {data_hash[:8]})",
             tuple(cells.get(column) for column in columns),
             published=False,
@@ -160,10 +151,10 @@ def table_rows(found: Sequence[Result], columns: Sequence[tuple[str, str]]) -> l
     for one in found:
         for published in beside(one):
             others.setdefault(published.model, {})[one.protocol, one.metric] = published
-    return rows + [Row(model, tuple(map(cells.get, columns)), published=True) for model, cells in others.items()]
+    return rows + [ModelRow(model, tuple(map(cells.get, columns)), published=True) for model, cells in others.items()]
 
 
-def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Row]) -> Markup:
+def _table(columns: Sequence[tuple[str, str]], rows: Sequence[ModelRow]) -> Markup:
     best = [
         (min if metric in LESS_IS_BETTER else max)(
             (cell.value for row in rows if not row.published and (cell := row.cells[index]) is not None), default=None
@@ -215,7 +206,7 @@ def _metric_title(metric: str) -> str:
     return f"{metric} ({UNITS[metric]})" if metric in UNITS else metric
 
 
-def _sources(rows: Sequence[Row]) -> list[Markup]:
+def _sources(rows: Sequence[ModelRow]) -> list[Markup]:
     cells = [cell for row in rows for cell in row.cells if isinstance(cell, Published)]
     lines = list(dict.fromkeys(cell.source for cell in cells))
     remarks = list(dict.fromkeys(cell.remark for cell in cells if cell.remark))
@@ -249,7 +240,7 @@ def _details(found: Sequence[Result]) -> Markup:
 # ---- plots
 
 
-def _plots(columns: Sequence[tuple[str, str]], rows: Sequence[Row]) -> list[Markup]:
+def _plots(columns: Sequence[tuple[str, str]], rows: Sequence[ModelRow]) -> list[Markup]:
     """Lines of the first metric over a number that the protocols name, such as k; else bars of one column: the first
     for which there are published numbers, or simply the first."""
     metric = columns[0][1]
@@ -341,7 +332,7 @@ def _family(protocol: str) -> str:
 # ---- pictures
 
 
-def _pictures(kind: Kind, title: str, pictures: Sequence[tuple[Picture, bytes]]) -> Markup:
+def _pictures(kind: PictureKind, title: str, pictures: Sequence[tuple[PictureRecord, bytes]]) -> Markup:
     figures = [
         tag(
             "figure",

@@ -1,90 +1,98 @@
-"""What evaluations found, one record a number, in a file that grows and is never rewritten.
+"""Results of evaluations, one record a number.
 
 <output>/
   results.jsonl     one line a record: the fields of Result
 """
 
 import json
-import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
-from curation.config import Settings
-from curation.errors import InputError
 from curation.files import paths
+from evaluation import records
+from evaluation.features import FrozenModel
+from evaluation.records import JsonRecord
 
 RESULTS_FILE = "results.jsonl"
 
 
-class Result(Settings):
-    """One number that an evaluation found, and all that it depends on."""
+class Result(JsonRecord):
+    """One number of an evaluation, with everything that it depends on."""
 
     evaluation: str
-    """The module that found it: "knn", "linear", "segmentation", ..."""
+    """The module of the evaluation: "knn", "linear", "segmentation", ..."""
     dataset: str
     """Name of the data in the config."""
     model: str
     """Name of the model, for people."""
     model_hash: str
-    """Of its weights and of all that its features depend on."""
+    """Of its weights and of everything else that its features depend on."""
     data_hash: str
-    """Of the images and their labels, of every split that was used."""
+    """Of the images and labels of every split that was used."""
     protocol: str
-    """What was done, as tables group and compare it: "k=20", "paper, 4 blocks, 640 px"."""
+    """Name of the procedure. Tables group and compare results by it: "k=20", "paper, 4 blocks, 640 px"."""
     settings: dict[str, Any]
-    """The resolved config of the evaluation, and what it chose, such as a learning rate."""
+    """The resolved config of the evaluation, and its choices, such as a learning rate."""
     metric: str
     """What `value` measures: "top-1", "mAP", "mIoU"."""
     value: float
     """Shares are between 0 and 1."""
     spread: float | None = None
-    """The standard deviation (n - 1) over repeated tries, where there are some."""
+    """The standard deviation (n - 1) over repeated draws, where there are any."""
     seconds: float
-    """How long the evaluation took, what it took from the cache apart."""
+    """Time of the evaluation. Work that was read from the cache is not in it."""
+
+
+class Score(NamedTuple):
+    """The part of a result that differs between the numbers of one evaluation."""
+
+    protocol: str
+    metric: str
+    value: float
+    spread: float | None = None
+
+
+def make(
+    evaluation: str,
+    dataset: str,
+    model: FrozenModel,
+    scores: Iterable[Score],
+    *,
+    data_hash: str,
+    settings: dict[str, Any],
+    seconds: float,
+) -> list[Result]:
+    """One result for each of `scores`; the other fields are equal in all of them."""
+    return [
+        Result(
+            evaluation=evaluation,
+            dataset=dataset,
+            model=model.name,
+            model_hash=model.hash,
+            data_hash=data_hash,
+            protocol=score.protocol,
+            settings=settings,
+            metric=score.metric,
+            value=score.value,
+            spread=score.spread,
+            seconds=seconds,
+        )
+        for score in scores
+    ]
 
 
 def append(folder: str, result: Result) -> None:
-    """Add one record to the results in `folder`.
-
-    On a local disk the line is appended in one write, so two processes do not mix theirs; elsewhere the file is written
-    anew.
-    """
-    path = paths.join(folder, RESULTS_FILE)
-    line = (result.model_dump_json() + "\n").encode()
-    fs, inner = paths.filesystem(path)
-    if paths.is_local(path):
-        os.makedirs(os.path.dirname(inner), exist_ok=True)
-        descriptor = os.open(inner, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        return
-    before = paths.read_bytes(path) if fs.exists(inner) else b""
-    paths.write_bytes(path, before + line)
+    """Add one record to the results in `folder`."""
+    records.append(paths.join(folder, RESULTS_FILE), result)
 
 
 def read(folder: str) -> list[Result]:
     """The records in `folder`, oldest first; none where there is no file. Raises InputError for a damaged line."""
-    path = paths.join(folder, RESULTS_FILE)
-    if not paths.exists(path):
-        return []
-    found = []
-    for number, line in enumerate(paths.read_bytes(path).splitlines(), 1):
-        try:
-            found.append(Result.model_validate_json(line))
-        except ValidationError as error:
-            reason = error.errors()[0]
-            place = ".".join(str(part) for part in reason["loc"])
-            raise InputError(f"{path}, line {number}: not a result ({place}: {reason['msg']}). Remove it.") from None
-    return found
+    return records.read(paths.join(folder, RESULTS_FILE), Result, "result")
 
 
 def latest(results: Sequence[Result]) -> list[Result]:
-    """Of records that say the same of the same model and data, the last one."""
+    """The last of all records with the same evaluation, data, model, protocol and metric."""
     return list({_identity(result): result for result in results}.values())
 
 

@@ -18,8 +18,6 @@ Sources: Radenovic et al., Revisiting Oxford and Paris (arXiv 1803.11285) and it
 al., The Met Dataset (arXiv 2202.01747) and its published evaluation; Yildiz et al., AmsterTime (arXiv 2203.16291).
 """
 
-import hashlib
-import io
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -31,37 +29,39 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
 from curation.config import Settings
+from curation.engine.device import require_device
 from curation.engine.ranks import all_ranks, gather_rows
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
-from curation.files import paths
-from curation.files.hashes import hash_json
+from curation.files import npy, paths
+from curation.files.hashes import hash_json, sha256_of_bytes
 from curation.files.prefetch import prefetch
-from curation.images.decode import ImageLimits, ImageRejected, Picture, decode_picture, decode_rgb, to_shape
+from curation.images.decode import ImageLimits, Picture, decode_picture, decode_rgb, to_shape
 from curation.models import efficientnet
-from curation.models.device import require_device
 from curation.models.embedders import MAX_ASPECT
-from evaluation import features, knn
+from evaluation import features, knn, results
 from evaluation.data import splits
+from evaluation.data.image_files import read_bytes, rejects_named
 from evaluation.data.retrieval_data import (
     AmsterTimeData,
     LabelledData,
     MetData,
     Photo,
     RevisitedData,
-    ViewConfig,
     read_amstertime,
     read_met,
     read_revisited,
 )
-from evaluation.features import Model
-from evaluation.results import Result
+from evaluation.data.views import ViewConfig
+from evaluation.features import FrozenModel, unit_rows
+from evaluation.results import Result, Score
 
-CUTOFFS = (1, 5, 10)  # cited: what the evaluation of Revisited Oxford and Paris gives
+CUTOFFS = (1, 5, 10)  # the k of mP@k and recall@k. Cited: the evaluation of Revisited Oxford and Paris
 DIFFICULTIES = ("easy", "medium", "hard")
+# Photos a forward pass; changes the speed alone, but for rounding. Assumed.
+PHOTOS_PER_PASS = 8
 READERS = 2  # threads that read and decode ahead of the model. Assumed.
 # Queries that are ranked at a time: with a million images 0.5 GB of products. Assumed.
 QUERY_ROWS = 64
@@ -74,8 +74,6 @@ class RetrievalConfig(Settings):
     """What results call it."""
     data: Annotated[RevisitedData | MetData | AmsterTimeData | LabelledData, Field(discriminator="layout")]
     """Where it is."""
-    cutoffs: tuple[Annotated[int, Field(ge=1)], ...] = CUTOFFS
-    """The k of mP@k and recall@k."""
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -93,10 +91,11 @@ def rank(queries: Tensor, database: Tensor, *, device: str = "cpu") -> Iterator[
         raise InputError(
             f"Expected features (Q, D) and (N, D). Found: {list(queries.shape)} and {list(database.shape)}."
         )
-    columns = _unit(database, "database", device).T
+    columns = unit_rows(database.to(device), "database", dtype=torch.float64).T
     for start in range(0, len(queries), QUERY_ROWS):
         place = slice(start, min(start + QUERY_ROWS, len(queries)))
-        cosines = (_unit(queries[place], "queries", device) @ columns).float()
+        units = unit_rows(queries[place].to(device), "query", dtype=torch.float64, first_row=start)
+        cosines = (units @ columns).float()
         yield place, cosines.argsort(dim=1, descending=True, stable=True).cpu()
 
 
@@ -144,7 +143,7 @@ def revisited_score(
 
 
 @dataclass(frozen=True)
-class Instances:
+class InstancePredictions:
     """What the k nearest images say of each query, by the Met dataset's classifier."""
 
     predicted: Tensor
@@ -153,7 +152,7 @@ class Instances:
     """(Q,) float64."""
 
 
-def classify_instances(similarities: Tensor, labels: Tensor, num_classes: int, *, scale: float) -> Instances:
+def classify_instances(similarities: Tensor, labels: Tensor, num_classes: int, *, scale: float) -> InstancePredictions:
     """The label of each query, and how sure it is, from its neighbours' cosines (Q, K) and labels (Q, K) integers.
 
     Each class among the neighbours scores its greatest cosine, or 0 where that is negative; each other of the
@@ -173,7 +172,7 @@ def classify_instances(similarities: Tensor, labels: Tensor, num_classes: int, *
     total = torch.logsumexp(torch.cat([logits, absent[:, None]], dim=1), dim=1)
     which = (group == best.indices[:, None]).long().argmax(dim=1)
     predicted = ordered.gather(1, which[:, None])[:, 0]
-    return Instances(predicted, (best.values * scale - total).exp())
+    return InstancePredictions(predicted, (best.values * scale - total).exp())
 
 
 def global_average_precision(correct: Tensor, confidence: Tensor, num_objects: int) -> float:
@@ -227,14 +226,6 @@ def paired_precisions(queries: Tensor, database: Tensor, *, device: str = "cpu")
     return found
 
 
-def _unit(features: Tensor, what: str, device: str) -> Tensor:
-    units = functional.normalize(features.to(device, torch.float64), dim=1)
-    wrong = torch.nonzero(~units.isfinite().all(1))
-    if len(wrong):
-        raise InputError(f"The features of the {what} hold a value that is not finite, in row {int(wrong[0])}.")
-    return units
-
-
 # ---------------------------------------------------------------------------------------------------------- features
 
 
@@ -248,35 +239,33 @@ class _Seen:
     """Of the bytes of the images, their boxes, and their order."""
 
 
-def _look(model: Model, photos: Sequence[Photo], view: ViewConfig, cache: str) -> _Seen:
+def _look(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, cache: str) -> _Seen:
     """The features of `photos`, from `<cache>/retrieval/` where the same model has seen the same bytes the same way."""
-    hashes = prefetch(lambda photo: hashlib.sha256(_read(photo.path)).hexdigest(), photos, threads=READERS)
+    hashes = prefetch(lambda photo: sha256_of_bytes(read_bytes(photo.path)), photos, threads=READERS)
     content = hash_json([[own, photo.box] for own, photo in zip(hashes, photos, strict=True)])
     key = hash_json([model.hash, content, view.resize, view.image_size])
     place = paths.join(cache, "retrieval", f"{key[:32]}.npy")
     if all_ranks(paths.exists(place)):
-        found = torch.from_numpy(np.load(io.BytesIO(paths.read_bytes(place)), allow_pickle=False))
+        found = torch.from_numpy(npy.read_array(place))
     else:
         share = model.world.share(len(photos))
-        own = _compute(model, photos[share.start : share.stop], view)
+        own = _compute(model, photos[share.start : share.stop], view, PHOTOS_PER_PASS)
         found = gather_rows(model.world, own, len(photos))
         if model.world.is_first:
-            buffer = io.BytesIO()
-            np.save(buffer, found.numpy(), allow_pickle=False)
-            paths.write_bytes(place, buffer.getvalue())
+            npy.write_arrays(place, found.numpy())
     return _Seen(found, content)
 
 
-def _compute(model: Model, photos: Sequence[Photo], view: ViewConfig) -> Tensor:
+def _compute(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, batch_size: int) -> Tensor:
     result = torch.empty(len(photos), model.num_features)
     multiple = model.patch_size or efficientnet.STRIDE
     pictures = prefetch(
         lambda item: (item[0], see(item[1], view, multiple)),
         enumerate(photos),
         threads=READERS,
-        ahead=2 * view.batch_size,
+        ahead=2 * batch_size,
     )
-    while batch := list(islice(pictures, view.batch_size)):
+    while batch := list(islice(pictures, batch_size)):
         by_shape: dict[torch.Size, list[tuple[int, Tensor]]] = {}
         for row, pixels in batch:
             by_shape.setdefault(pixels.shape, []).append((row, pixels))
@@ -288,9 +277,9 @@ def _compute(model: Model, photos: Sequence[Photo], view: ViewConfig) -> Tensor:
 
 def see(photo: Photo, view: ViewConfig, multiple: int) -> Tensor:
     """The photo as the model sees it, (3, H, W) uint8. Raises InputError that names the file."""
-    data = _read(photo.path)
+    data = read_bytes(photo.path)
     limits = ImageLimits(min_side=1)
-    try:
+    with rejects_named(photo.path):
         if photo.box is None:
             picture = decode_picture(data, limits, target_side=view.image_size)
         else:
@@ -303,8 +292,6 @@ def see(photo: Photo, view: ViewConfig, multiple: int) -> Tensor:
                 )
             part = whole.crop(box)
             picture = Picture(np.array(part), *part.size, orientation=1)
-    except ImageRejected as error:
-        raise InputError(f"{photo.path}: the image cannot be used: {error}.") from None
     side = view.image_size
     shape = (side, side)
     if view.resize == "keep_aspect":
@@ -317,21 +304,10 @@ def see(photo: Photo, view: ViewConfig, multiple: int) -> Tensor:
     return torch.from_numpy(to_shape(picture, shape, crop=view.resize == "center_crop"))
 
 
-def _read(path: str) -> bytes:
-    try:
-        return paths.read_bytes(path)
-    except FileNotFoundError:
-        raise InputError(
-            f"No image at '{path}'. The dataset is not complete, or not in its published layout."
-        ) from None
-    except OSError as error:
-        raise InputError(f"Cannot read '{path}': {error}.") from None
-
-
 # --------------------------------------------------------------------------------------------------------------- run
 
 
-class Found(NamedTuple):
+class DatasetScores(NamedTuple):
     """What one dataset gave."""
 
     values: dict[tuple[str, str], float]
@@ -342,7 +318,7 @@ class Found(NamedTuple):
 
 
 def run(
-    config: RetrievalConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+    config: RetrievalConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
     """Retrieve in one dataset; features are kept in `cache`, <output>/cache when None.
 
@@ -352,32 +328,25 @@ def run(
     cache = cache or paths.join(output, "cache")
     match config.data:
         case RevisitedData():
-            found = _run_revisited(config.data, config.cutoffs, model, cache)
+            found = _run_revisited(config.data, model, cache)
         case MetData():
             found = _run_met(config.data, model, cache)
         case AmsterTimeData():
             found = _run_amstertime(config.data, model, cache)
         case LabelledData():
-            found = _run_labelled(config.data, config.cutoffs, model, cache, runner)
-    seconds = time.perf_counter() - started
-    return [
-        Result(
-            evaluation="retrieval",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=found.data_hash,
-            protocol=protocol,
-            settings=config.model_dump(mode="json") | found.facts,
-            metric=metric,
-            value=value,
-            seconds=seconds,
-        )
-        for (protocol, metric), value in found.values.items()
-    ]
+            found = _run_labelled(config.data, model, cache, runner)
+    return results.make(
+        "retrieval",
+        config.name,
+        model,
+        [Score(protocol, metric, value) for (protocol, metric), value in found.values.items()],
+        data_hash=found.data_hash,
+        settings=config.model_dump(mode="json") | found.facts,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: Model, cache: str) -> Found:
+def _run_revisited(data: RevisitedData, model: FrozenModel, cache: str) -> DatasetScores:
     published = read_revisited(data)
     queries = _look(model, published.queries, data.view, cache)
     database = _look(model, published.database, data.view, cache)
@@ -386,7 +355,7 @@ def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: Model, ca
         for rows, ranking in zip(published.rows[place], rankings, strict=True):
             for difficulty in DIFFICULTIES:
                 positives, junk = revisited_rows(rows, difficulty)
-                score = revisited_score(ranking, positives, junk, cutoffs)
+                score = revisited_score(ranking, positives, junk)
                 if score is not None:
                     scores[difficulty].append(score)
     asked = "queries cropped" if data.query == "box" else "whole queries"
@@ -395,10 +364,10 @@ def _run_revisited(data: RevisitedData, cutoffs: Sequence[int], model: Model, ca
         if own:
             protocol = f"{difficulty}, {asked}, {_view_name(data.view)}"
             values[protocol, "mAP"] = _mean([score.average_precision for score in own])
-            for number, cutoff in enumerate(cutoffs):
+            for number, cutoff in enumerate(CUTOFFS):
                 values[protocol, f"mP@{cutoff}"] = _mean([score.precisions[number] for score in own])
     truth = [[rows[key].tolist() for key in sorted(rows)] for rows in published.rows]
-    return Found(
+    return DatasetScores(
         values,
         hash_json([queries.hash, database.hash, truth]),
         {"queries": {difficulty: len(own) for difficulty, own in scores.items()}},
@@ -417,7 +386,7 @@ def revisited_rows(rows: dict[str, Tensor], difficulty: str) -> tuple[Tensor, Te
             return hard, torch.cat([junk, easy])
 
 
-def _run_met(data: MetData, model: Model, cache: str) -> Found:
+def _run_met(data: MetData, model: FrozenModel, cache: str) -> DatasetScores:
     database, test = read_met(data, data.database), read_met(data, "testset.json")
     num_classes = len(set(database.labels.tolist()))
     seen = _look(model, database.photos, data.view, cache)
@@ -449,34 +418,34 @@ def _run_met(data: MetData, model: Model, cache: str) -> Found:
         chosen = max(choices, key=lambda choice: score(near, tried.labels, *choice)["GAP"])  # the first of equal ones
     values = score(search(asked), test.labels, *chosen)
     protocol = f"{data.database.removesuffix('.json')}, {_view_name(data.view)}"
-    return Found(
+    return DatasetScores(
         {(protocol, metric): value for metric, value in values.items()},
         hash_json(hashes),
         {"chosen": {"neighbors": chosen[0], "scale": chosen[1]}},
     )
 
 
-def _run_amstertime(data: AmsterTimeData, model: Model, cache: str) -> Found:
+def _run_amstertime(data: AmsterTimeData, model: FrozenModel, cache: str) -> DatasetScores:
     old, new = (_look(model, photos, data.view, cache) for photos in read_amstertime(data))
     device = str(model.device)
     there = paired_precisions(old.features, new.features, device=device)
     back = paired_precisions(new.features, old.features, device=device)
     protocols = {"both ways": there + back, "archive to street": there, "street to archive": back}
     values = {(f"{name}, {_view_name(data.view)}", "mAP"): _mean(found) for name, found in protocols.items()}
-    return Found(values, hash_json([old.hash, new.hash]), {"pairs": len(there)})
+    return DatasetScores(values, hash_json([old.hash, new.hash]), {"pairs": len(there)})
 
 
-def _run_labelled(data: LabelledData, cutoffs: Sequence[int], model: Model, cache: str, runner: Runner | None) -> Found:
+def _run_labelled(data: LabelledData, model: FrozenModel, cache: str, runner: Runner | None) -> DatasetScores:
     split = splits.load(data.split, cache, runner or InlineRunner())
     own = features.extract(model, split, data.pictures, cache, runner).matrix()
     # Equally near images come by row, and rows by class where folders are classes: a model to which all images are one
     # would rank each class first. Ids are hashes, so their order favours none.
     order = torch.tensor(np.argsort(np.array(split.table["image_id"].to_pylist())))
-    score = labelled_score(own[order], split.labels[order], cutoffs=cutoffs, device=str(model.device))
+    score = labelled_score(own[order], split.labels[order], device=str(model.device))
     protocol = f"each among the others, {data.pictures.image_size} px"
     values = {(protocol, "mAP"): score.mean_average_precision}
     values |= {(protocol, f"recall@{k}"): value for k, value in score.recalls.items()}
-    return Found(values, split.data_hash, {"images": len(split), "queries": score.num_queries})
+    return DatasetScores(values, split.data_hash, {"images": len(split), "queries": score.num_queries})
 
 
 def _view_name(view: ViewConfig) -> str:
@@ -485,9 +454,3 @@ def _view_name(view: ViewConfig) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("retrieval")

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from curation.config import Settings
@@ -30,15 +30,35 @@ from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from evaluation import linear
+from evaluation import linear, results
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
-from evaluation.features import Model
-from evaluation.linear import Head, LinearConfig
-from evaluation.results import Result
+from evaluation.features import FrozenModel
+from evaluation.linear import ChosenHead, LinearConfig
+from evaluation.results import Result, Score
+from evaluation.scores import accuracy
 
-Kind = Literal["folders", "places", "corruptions", "real"]
+SetKind = Literal["folders", "places", "corruptions", "real"]
 SEVERITIES = ("1", "2", "3", "4", "5")  # cited: arXiv 1903.12261
+# AlexNet's error on each corruption of ImageNet-C, the mean over the severities; mCE divides by them. Cited: arXiv
+# 1903.12261 and github.com/hendrycks/robustness.
+ALEXNET_ERRORS = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.[^./]+$")
 
 
@@ -49,25 +69,18 @@ class RobustnessConfig(Settings):
     """What results call the set."""
     path: str
     """Its folder, local or any fsspec URL."""
-    kind: Kind = "folders"
+    kind: SetKind = "folders"
     """"folders": a folder a class (A, R, Sketch). "places": folders are numbers, the places of the classes among the
     sorted ones (V2). "corruptions": a folder a corruption, of five severities (C). "real": ReaL."""
     linear: LinearConfig
     """The probe whose head is used; `train` is ImageNet. Read from the cache where it was trained before."""
-    alexnet_errors: dict[str, float] = Field(default_factory=dict)
-    """For "corruptions": AlexNet's error on each corruption to count, the mean over the severities, between 0 and 1.
-    mCE divides by them; they are in the paper and in its repository."""
     real_labels: str | None = None
     """For "real": path of real.json, a list of lists of places of classes, one for each validation image by number."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.kind == "corruptions") != bool(self.alexnet_errors):
-            raise ValueError("kind 'corruptions', and no other, needs alexnet_errors, an error for each corruption")
         if (self.kind == "real") != (self.real_labels is not None):
             raise ValueError("kind 'real', and no other, needs real_labels, the path of real.json")
-        if any(not 0 < error <= 1 for error in self.alexnet_errors.values()):
-            raise ValueError("alexnet_errors are shares above 0 and at most 1")
         return self
 
 
@@ -86,11 +99,17 @@ def real_accuracy(predicted: Tensor, allowed: Sequence[Sequence[int]]) -> float:
 
 
 def run(
-    config: RobustnessConfig, model: Model, output: str, *, cache: str | None = None, runner: Runner | None = None
+    config: RobustnessConfig,
+    model: FrozenModel,
+    output: str,
+    *,
+    cache: str | None = None,
+    runner: Runner | None = None,
+    alexnet_errors: Mapping[str, float] = ALEXNET_ERRORS,
 ) -> list[Result]:
     """Classify one set; the head and the lists of images are kept in `cache`, <output>/cache when None.
 
-    Raises UserError kin.
+    alexnet_errors: for "corruptions", by the folders that are read. Raises UserError kin.
     """
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     runner = runner or InlineRunner()
@@ -99,13 +118,13 @@ def run(
     if config.kind == "corruptions":
         errors: dict[str, list[float]] = {}
         hashes = []
-        for corruption in sorted(config.alexnet_errors):
+        for corruption in sorted(alexnet_errors):
             for severity in SEVERITIES:
                 split = _load(paths.join(config.path, corruption, severity), train, cache, runner)
-                right = _predicted(config, head, model, split) == split.labels
-                errors.setdefault(corruption, []).append(1 - float(right.double().mean()))
+                predicted = _predicted(config, head, model, split)
+                errors.setdefault(corruption, []).append(1 - accuracy(predicted, split.labels))
                 hashes.append(split.data_hash)
-        metric, value = "mCE", mean_corruption_error(errors, config.alexnet_errors)
+        metric, value = "mCE", mean_corruption_error(errors, alexnet_errors)
     else:
         split = _load(config.path, train, cache, runner, places=config.kind == "places")
         predicted, hashes = _predicted(config, head, model, split), [split.data_hash]
@@ -117,21 +136,16 @@ def run(
             metric, value = "ReaL", real_accuracy(predicted, _allowed(split, json.loads(content), config.real_labels))
             hashes.append(hash_json(json.loads(content)))
         else:
-            metric, value = "top-1", float((predicted == split.labels).double().mean())
-    return [
-        Result(
-            evaluation="robustness",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=hash_json([train.data_hash, *hashes]),
-            protocol=f"linear head of {config.linear.name}",
-            settings=config.model_dump(mode="json") | {"chosen_rate": head.rate},
-            metric=metric,
-            value=value,
-            seconds=time.perf_counter() - started,
-        )
-    ]
+            metric, value = "top-1", accuracy(predicted, split.labels)
+    return results.make(
+        "robustness",
+        config.name,
+        model,
+        [Score(f"linear head of {config.linear.name}", metric, value)],
+        data_hash=hash_json([train.data_hash, *hashes]),
+        settings=config.model_dump(mode="json") | {"chosen_rate": head.rate},
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _load(path: str, train: Split, cache: str, runner: Runner, *, places: bool = False) -> Split:
@@ -145,7 +159,7 @@ def _load(path: str, train: Split, cache: str, runner: Runner, *, places: bool =
     return Split(split.path, split.table, train.classes, numbers[split.labels], split.limits)
 
 
-def _predicted(config: RobustnessConfig, head: Head, model: Model, split: Split) -> Tensor:
+def _predicted(config: RobustnessConfig, head: ChosenHead, model: FrozenModel, split: Split) -> Tensor:
     """The class (m,) of each image, among those that occur in `split`."""
     settings = config.linear
     return linear.predict(head, model, split, settings.pictures, settings.images_per_pass, torch.unique(split.labels))
@@ -163,9 +177,3 @@ def _allowed(split: Split, labels: list[list[int]], path: str) -> list[list[int]
             )
         found.append(labels[int(number[1]) - 1])
     return found
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("robustness")

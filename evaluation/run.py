@@ -1,7 +1,7 @@
 """The command: a model and a config in, results out.
 
     python -m evaluation.run --model PATH --config EVAL.toml --output DIR
-    python -m evaluation.knn ...                       its [[knn]] alone; so for every other evaluation
+    python -m evaluation.run --only knn ...            the [[knn]] tables alone; likewise for every other evaluation
     torchrun --nproc-per-node 8 -m evaluation.run ...  on eight devices, which share what goes through the model
 
     DIR/
@@ -48,7 +48,7 @@ from evaluation import (
     visualize,
 )
 from evaluation.depth import DepthConfig
-from evaluation.features import Model, ModelConfig, load_model
+from evaluation.features import FrozenModel, FrozenModelConfig, load_model
 from evaluation.knn import KnnConfig
 from evaluation.linear import LinearConfig
 from evaluation.logistic import LogisticConfig
@@ -68,7 +68,7 @@ TIMEOUT_SECONDS = 86_400.0
 class EvaluationConfig(Settings):
     """Which model, and what to find out about it."""
 
-    model: ModelConfig
+    model: FrozenModelConfig
     """The frozen model. The option --model sets its weights or its name."""
     knn: tuple[KnnConfig, ...] = ()
     """The vote of the nearest neighbours."""
@@ -92,7 +92,7 @@ class EvaluationConfig(Settings):
 
 def evaluate(
     config: EvaluationConfig,
-    model: Model,
+    model: FrozenModel,
     output: str,
     *,
     cache: str | None = None,
@@ -148,47 +148,42 @@ def _listed(config: EvaluationConfig) -> list[tuple[str, Settings]]:
     ]
 
 
-def main(kind: str | None = None) -> None:
-    """The command: of every evaluation, or of those of one kind, as `python -m evaluation.knn`."""
-
-    def command_line(
-        config: command.ConfigOption,
-        output: command.OutputOption,
-        model: Annotated[
-            str | None, typer.Option("--model", help="Checkpoint, or the name of a model that needs none.")
-        ] = None,
-        cache: Annotated[
-            str | None, typer.Option("--cache", help="Folder of the cache; default: OUTPUT/cache.")
-        ] = None,
-        only: Annotated[list[str] | None, typer.Option("--only", help="Run the evaluations of this kind.")] = None,
-        runner: command.RunnerOption = "inline",
-        workers: command.WorkersOption = None,
-        overrides: command.SetOption = None,
-        plan: command.PlanOption = False,
-    ) -> None:
-        """Evaluate a frozen model; under torchrun, on all its ranks."""
-        own = list(overrides or ())
-        if model is not None:
-            own.append(f"model.{'name' if model in WITHOUT_WEIGHTS else 'weights'}={json.dumps(model)}")
-        settings = load(EvaluationConfig, config, own)
-        kinds = tuple(only or ()) if kind is None else (kind,)
-        _require(config, settings, kinds)
-        if plan:
-            print(resolved_toml(settings), end="")
-            return
-        with open_world(settings.model.device, timeout_seconds=TIMEOUT_SECONDS) as world:
-            if world.num_ranks > 1 and runner != "inline":
-                raise ConfigError(f"--runner {runner} under torchrun: its ranks share the work. Leave --runner out.")
-            loaded = load_model(settings.model, world)
-            gpus = int(settings.model.device == "cuda")
-            with command.open_runner(runner, workers, gpus_per_worker=gpus) as chosen:
-                found = evaluate(settings, loaded, output, cache=cache, runner=chosen, only=kinds)
-            if world.is_first:
-                if found:
-                    print_table(found)
-                print(f"The report is {report.write(output)}")
-
-    command.main(command_line)
+def command_line(
+    config: command.ConfigOption,
+    output: command.OutputOption,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Checkpoint, or the name of a model that needs none.")
+    ] = None,
+    cache: Annotated[str | None, typer.Option("--cache", help="Folder of the cache; default: OUTPUT/cache.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Run one kind of evaluation, such as knn. Repeatable.")
+    ] = None,
+    runner: command.RunnerOption = "inline",
+    workers: command.WorkersOption = None,
+    overrides: command.SetOption = None,
+    plan: command.PlanOption = False,
+) -> None:
+    """Evaluate a frozen model; under torchrun, on all its ranks."""
+    changes = list(overrides or ())
+    if model is not None:
+        changes.append(f"model.{'name' if model in WITHOUT_WEIGHTS else 'weights'}={json.dumps(model)}")
+    settings = load(EvaluationConfig, config, changes)
+    kinds = tuple(only or ())
+    _require(config, settings, kinds)
+    if plan:
+        print(resolved_toml(settings), end="")
+        return
+    with open_world(settings.model.device, timeout_seconds=TIMEOUT_SECONDS) as world:
+        if world.num_ranks > 1 and runner != "inline":
+            raise ConfigError(f"--runner {runner} under torchrun: its ranks share the work. Leave --runner out.")
+        loaded = load_model(settings.model, world)
+        gpus = int(settings.model.device == "cuda")
+        with command.open_runner(runner, workers, gpus_per_worker=gpus) as chosen:
+            found = evaluate(settings, loaded, output, cache=cache, runner=chosen, only=kinds)
+        if world.is_first:
+            if found:
+                print_table(found)
+            print(f"The report is {report.write(output)}")
 
 
 def _require(path: str, config: EvaluationConfig, kinds: tuple[str, ...]) -> None:
@@ -220,4 +215,4 @@ def table(found: list[Result]) -> Table:
 if __name__ == "__main__":
     from evaluation import run as this  # by its real name, or its classes would exist twice
 
-    this.main()
+    command.main(this.command_line)

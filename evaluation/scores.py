@@ -1,4 +1,4 @@
-"""How right a classifier is, where the share of right answers is not the published measure.
+"""Scores of a classifier.
 
 Legend: m images, C classes.
 """
@@ -7,6 +7,16 @@ import torch
 from torch import Tensor
 
 from curation.errors import InputError
+
+
+def classifier_scores(predicted: Tensor, labels: Tensor) -> dict[str, float]:
+    """By metric, the scores of predicted classes (m,) against the labels (m,)."""
+    return {"top-1": accuracy(predicted, labels), "mean per class": class_mean(predicted, labels)}
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """The share of right answers."""
+    return float((predicted == labels).double().mean())
 
 
 def class_mean(predicted: Tensor, labels: Tensor) -> float:

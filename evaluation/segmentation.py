@@ -10,10 +10,10 @@ Legend: B pictures, C classes, D channels of a head, H W pixels, h w patches.
 # Calling a torch module is typed Any, and some of torch's functions are not typed.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Literal, Self, final
 
@@ -29,14 +29,20 @@ from curation.engine.ranks import World, gather_rows, sum_over_ranks
 from curation.errors import InputError
 from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
+from evaluation import order, results
 from evaluation.data.scenes import IGNORED, Scene, SceneData, Scenes, load_scenes
-from evaluation.features import Model
-from evaluation.results import Result
+from evaluation.features import FrozenModel
+from evaluation.padding import pad, pad_to_patches
+from evaluation.results import Result, Score
 
-# What a picture is padded with: ImageNet's mean colour, which the model sees as 0.
-PADDING = (124, 116, 104)
 # Tries for a crop with more than one class. Cited: mmsegmentation, RandomCrop.
 CROP_TRIES = 10
+# A crop is drawn again while one class has more of it. Cited: mmsegmentation, RandomCrop's cat_max_ratio in DINOv2's
+# configs.
+MAX_SHARE = 0.75
+WEIGHT_DECAY = 1e-4  # of AdamW, on all parameters. Cited: DINOv2's configs, as the protocols below
+# Windows that the model sees at a time when pictures are scored; changes no score but for rounding. Assumed.
+WINDOWS_PER_PASS = 4
 READERS = 2  # threads that read and crop ahead of the model. Assumed.
 
 
@@ -57,10 +63,6 @@ class Protocol(Settings):
     """Factors on `image_side` whose probabilities are averaged."""
     flip: bool = False
     """Whether the mirrored picture is averaged in too."""
-    max_share: float = Field(default=0.75, gt=0, le=1)
-    """A crop is drawn again, some times, while one class has more of it."""
-    distort: bool = True
-    """Whether brightness, contrast, saturation and hue of crops vary."""
     batch_size: int = Field(default=16, ge=2)
     """Crops a step."""
     steps: int = Field(default=40_000, ge=1)
@@ -69,8 +71,6 @@ class Protocol(Settings):
     """In which the learning rate rises from 0; all the while it falls to 0 at the end."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Of AdamW."""
-    weight_decay: float = Field(default=1e-4, ge=0)
-    """Of AdamW, on all parameters."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -113,14 +113,12 @@ class SegmentationConfig(Settings):
     """A published one by its name, or all of one's own."""
     seed: int = 0
     """Of the head, the order of pictures and the crops."""
-    windows_per_pass: int = Field(default=4, ge=1)
-    """Windows that the model sees at a time when pictures are scored; changes no score but for rounding."""
 
 
 # --------------------------------------------------------------------------------------------------- crops and order
 
 
-def crop_of(scene: Scene, protocol: Protocol, random: np.random.Generator) -> Scene:
+def crop_of(scene: Scene, protocol: Protocol, random: np.random.Generator, *, distort: bool = True) -> Scene:
     """A crop of `window` pixels a side to train on: scaled, perhaps mirrored and distorted, padded where too small."""
     factor = random.uniform(*protocol.train_scales)
     scaled = _scaled(scene, protocol.image_side * factor / min(scene.target.shape))
@@ -132,15 +130,15 @@ def crop_of(scene: Scene, protocol: Protocol, random: np.random.Generator) -> Sc
         )
         target = scaled.target[top : top + height, left : left + width]
         counts = torch.bincount(target[target != IGNORED].long().flatten())
-        if (counts > 0).sum() > 1 and counts.max() < protocol.max_share * counts.sum():
+        if (counts > 0).sum() > 1 and counts.max() < MAX_SHARE * counts.sum():
             break
     image = scaled.image[:, top : top + height, left : left + width]
     if random.random() < 0.5:
         image, target = image.flip(2), target.flip(1)
-    if protocol.distort:
+    if distort:
         image = _distorted(image, random)
     beyond = (0, protocol.window - width, 0, protocol.window - height)
-    return Scene(_pad(image, beyond), functional.pad(target, beyond, value=IGNORED))
+    return Scene(pad(image, *beyond), functional.pad(target, beyond, value=IGNORED))
 
 
 def _scaled(scene: Scene, factor: float) -> Scene:
@@ -188,29 +186,11 @@ def _distorted(image: Tensor, random: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.astype(np.uint8)))
 
 
-def _pad(image: Tensor, beyond: tuple[int, int, int, int]) -> Tensor:
-    """(..., 3, H, W) uint8 with `beyond` pixels of the mean colour left, right, above and below."""
-    if not any(beyond):
-        return image
-    left, right, above, below = beyond
-    height, width = image.shape[-2:]
-    color = torch.tensor(PADDING, dtype=torch.uint8, device=image.device)[:, None, None]
-    padded = color.expand(*image.shape[:-2], height + above + below, width + left + right).clone()
-    padded[..., above : above + height, left : left + width] = image
-    return padded
-
-
-def _order(num_scenes: int, seed: int) -> Iterator[int]:
-    """Which picture comes next, without end: permutations of all, one after another."""
-    for epoch in itertools.count():
-        yield from np.random.default_rng([seed, 0, epoch]).permutation(num_scenes).tolist()
-
-
 # ---------------------------------------------------------------------------------------------------------- the head
 
 
 @final
-class LinearHead(nn.Module):
+class LinearSegmentationHead(nn.Module):
     """Batch normalisation and one linear layer on each patch: (B, D, h, w) to logits (B, C, h, w)."""
 
     def __init__(self, channels: int, num_classes: int, seed: int) -> None:
@@ -226,7 +206,7 @@ class LinearHead(nn.Module):
 
 
 def pixel_logits(
-    model: Model, head: LinearHead, pixels: Tensor, num_blocks: int, *, all_rows: int | None = None
+    model: FrozenModel, head: LinearSegmentationHead, pixels: Tensor, num_blocks: int, *, all_rows: int | None = None
 ) -> Tensor:
     """Logits of every pixel: (B, 3, H, W) uint8 to (B, C, H, W) float32 on the model's device.
 
@@ -235,14 +215,13 @@ def pixel_logits(
     """
     assert model.patch_size is not None and model.num_blocks is not None
     height, width = pixels.shape[-2:]
-    down, across = -height % model.patch_size, -width % model.patch_size
-    padded = _pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2))
+    padded, top, left = pad_to_patches(pixels, model.patch_size)
     blocks = range(model.num_blocks - num_blocks, model.num_blocks)
     tokens = torch.cat([patches for patches, _ in model.intermediate(padded, blocks)], dim=1)
     if all_rows is not None:
         tokens = gather_rows(model.world, tokens, all_rows)
     logits = functional.interpolate(head(tokens), size=padded.shape[-2:], mode="bilinear", align_corners=False)
-    return logits[..., down // 2 : down // 2 + height, across // 2 : across // 2 + width]
+    return logits[..., top : top + height, left : left + width]
 
 
 def learning_rate(step: int, protocol: Protocol) -> float:
@@ -251,13 +230,11 @@ def learning_rate(step: int, protocol: Protocol) -> float:
     return protocol.learning_rate * (1 - step / protocol.steps) * warmup
 
 
-def train_head(model: Model, scenes: Scenes, protocol: Protocol, *, seed: int = 0) -> LinearHead:
+def train_head(model: FrozenModel, scenes: Scenes, protocol: Protocol, *, seed: int = 0) -> LinearSegmentationHead:
     """A head trained on `scenes`, in evaluation mode. The same seed gives the same head on the same device; on a GPU
     but for rounding."""
-    head = LinearHead(model.embed_dim * protocol.blocks, scenes.num_classes, seed).to(model.device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=protocol.weight_decay)
-    if protocol.batch_size < model.world.num_ranks:
-        raise InputError(f"batch_size is {protocol.batch_size}: fewer crops than the {model.world.num_ranks} ranks.")
+    head = LinearSegmentationHead(model.embed_dim * protocol.blocks, scenes.num_classes, seed).to(model.device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=WEIGHT_DECAY)
     for step, (pixels, targets) in enumerate(_batches(scenes, protocol, seed, model.world)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, protocol)
@@ -274,15 +251,15 @@ def train_head(model: Model, scenes: Scenes, protocol: Protocol, *, seed: int = 
 def _batches(scenes: Scenes, protocol: Protocol, seed: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of the crops (., 3, H, W) of each step, and the targets (B, H, W) of all of them."""
     size = protocol.batch_size
-    share = world.share(size)
+    num_crops = len(order.share_of_batch(size, world))
 
     def make(item: tuple[int, int]) -> Scene:
         position, place = item
         return crop_of(scenes.read(place), protocol, np.random.default_rng([seed, 1, position]))
 
-    places = zip(range(protocol.steps * size), _order(len(scenes.names), seed), strict=False)
-    crops = prefetch(make, (item for item in places if item[0] % size in share), threads=READERS, ahead=2 * len(share))
-    while batch := list(islice(crops, len(share))):
+    items = order.share_of_steps(len(scenes.names), seed, num_steps=protocol.steps, batch_size=size, world=world)
+    crops = prefetch(make, items, threads=READERS, ahead=2 * num_crops)
+    while batch := list(islice(crops, num_crops)):
         targets = torch.stack([crop.target for crop in batch])
         yield torch.stack([crop.image for crop in batch]), gather_rows(world, targets, size)
 
@@ -291,7 +268,14 @@ def _batches(scenes: Scenes, protocol: Protocol, seed: int, world: World) -> Ite
 
 
 @torch.no_grad()
-def predict(model: Model, head: LinearHead, image: Tensor, protocol: Protocol, *, windows_per_pass: int = 4) -> Tensor:
+def predict(
+    model: FrozenModel,
+    head: LinearSegmentationHead,
+    image: Tensor,
+    protocol: Protocol,
+    *,
+    windows_per_pass: int = WINDOWS_PER_PASS,
+) -> Tensor:
     """The class of every pixel of (3, H, W) uint8, (H, W) int64: of the mean probability over scales and mirrors."""
     height, width = image.shape[1:]
     total: Tensor | None = None
@@ -350,7 +334,8 @@ def confusion(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-class Scores(Settings):
+@dataclass(frozen=True)
+class SegmentationScores:
     """Shares between 0 and 1. Classes that neither occur nor are predicted count in none of the means."""
 
     mean_iou: float
@@ -361,7 +346,7 @@ class Scores(Settings):
     """By class; None where it neither occurs nor is predicted."""
 
 
-def scores_of(counts: Tensor) -> Scores:
+def scores_of(counts: Tensor) -> SegmentationScores:
     """The scores of a confusion matrix (C, C). Raises InputError where no pixel has a class."""
     counts = counts.double()
     hit, occurs, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
@@ -370,7 +355,7 @@ def scores_of(counts: Tensor) -> Scores:
     union = occurs + predicted - hit
     ious = [float(own / total) if total else None for own, total in zip(hit, union, strict=True)]
     present = [iou for iou in ious if iou is not None]
-    return Scores(
+    return SegmentationScores(
         mean_iou=math.fsum(present) / len(present),
         mean_class_accuracy=float((hit[occurs > 0] / occurs[occurs > 0]).mean()),
         pixel_accuracy=float(hit.sum() / counts.sum()),
@@ -378,7 +363,14 @@ def scores_of(counts: Tensor) -> Scores:
     )
 
 
-def score(model: Model, head: LinearHead, scenes: Scenes, protocol: Protocol, *, windows_per_pass: int = 4) -> Scores:
+def score(
+    model: FrozenModel,
+    head: LinearSegmentationHead,
+    scenes: Scenes,
+    protocol: Protocol,
+    *,
+    windows_per_pass: int = WINDOWS_PER_PASS,
+) -> SegmentationScores:
     """The scores of `head` on `scenes`, one picture at a time; ranks share the pictures."""
     counts = torch.zeros(scenes.num_classes, scenes.num_classes, dtype=torch.int64)
     for scene in prefetch(scenes.read, model.world.share(len(scenes.names)), threads=READERS, ahead=READERS):
@@ -387,7 +379,7 @@ def score(model: Model, head: LinearHead, scenes: Scenes, protocol: Protocol, *,
     return scores_of(sum_over_ranks(counts.to(model.world.device)).cpu())
 
 
-def run(config: SegmentationConfig, model: Model, output: str) -> list[Result]:
+def run(config: SegmentationConfig, model: FrozenModel, output: str) -> list[Result]:
     """Train a head on the dataset's training pictures and score it on its others: mIoU and two accuracies.
 
     Raises InputError for bad data, and for a model without patch tokens or with fewer blocks than the protocol takes.
@@ -400,7 +392,7 @@ def run(config: SegmentationConfig, model: Model, output: str) -> list[Result]:
     started = time.perf_counter()
     train, test = load_scenes(config.data)
     head = train_head(model, train, protocol, seed=config.seed)
-    scores = score(model, head, test, protocol, windows_per_pass=config.windows_per_pass)
+    scores = score(model, head, test, protocol, windows_per_pass=WINDOWS_PER_PASS)
     seconds = time.perf_counter() - started
     settings = config.model_dump(mode="json") | {
         "protocol": protocol.model_dump(mode="json"),
@@ -413,21 +405,15 @@ def run(config: SegmentationConfig, model: Model, output: str) -> list[Result]:
         "mean class accuracy": scores.mean_class_accuracy,
         "pixel accuracy": scores.pixel_accuracy,
     }
-    return [
-        Result(
-            evaluation="segmentation",
-            dataset=config.name,
-            model=model.name,
-            model_hash=model.hash,
-            data_hash=hash_json([train.hash, test.hash]),
-            protocol=_protocol_name(protocol),
-            settings=settings,
-            metric=metric,
-            value=value,
-            seconds=seconds,
-        )
-        for metric, value in found.items()
-    ]
+    return results.make(
+        "segmentation",
+        config.name,
+        model,
+        [Score(_protocol_name(protocol), metric, value) for metric, value in found.items()],
+        data_hash=hash_json([train.hash, test.hash]),
+        settings=settings,
+        seconds=seconds,
+    )
 
 
 def _protocol_name(protocol: Protocol) -> str:
@@ -439,9 +425,3 @@ def _protocol_name(protocol: Protocol) -> str:
     flip = ", flip" if protocol.flip else ""
     blocks = "last block" if protocol.blocks == 1 else f"last {protocol.blocks} blocks"
     return f"{blocks}, {protocol.image_side} px{many}{flip}, {protocol.steps} steps"
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("segmentation")

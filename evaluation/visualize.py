@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -36,25 +36,28 @@ from curation.backbone import Block, VisionTransformer
 from curation.config import Settings
 from curation.errors import InputError
 from curation.files import paths
-from curation.images.decode import ImageLimits, ImageRejected, decode_picture, to_shape
-from evaluation import knn
-from evaluation.features import Model
+from curation.images.decode import ImageLimits, decode_picture, to_shape
+from evaluation import knn, records
+from evaluation.data.image_files import read_bytes, rejects_named
+from evaluation.features import FrozenModel
+from evaluation.records import JsonRecord
 
-Kind = Literal["pca", "matches", "attention", "neighbours"]
+PictureKind = Literal["pca", "matches", "attention", "neighbours"]
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 PICTURES_FOLDER = "pictures"
 PICTURES_FILE = "pictures.jsonl"
+NUM_MATCHES = 20  # how many matches are drawn, the most alike first. Assumed.
 GAP = 4  # pixels between pictures of a sheet
 SAME, OTHER, QUERY = (46, 139, 98), (181, 56, 46), (32, 38, 43)  # colours of frames
 
 
-class Picture(Settings):
+class PictureRecord(JsonRecord):
     """One PNG of the report."""
 
     file: str = Field(pattern=r"^[A-Za-z0-9-]+\.png$")
     """Its name in the folder of pictures."""
-    kind: Kind
+    kind: PictureKind
     model: str
     """Name of the model, for people."""
     caption: str
@@ -73,8 +76,6 @@ class VisualizeConfig(Settings):
     patches. -100 colours everything."""
     match: tuple[tuple[int, int], ...] = ()
     """Pairs of pictures, counted from 0, whose patches are matched."""
-    num_matches: int = Field(default=20, ge=1)
-    """How many matches are drawn, the most alike first."""
     attention: bool = True
     """Whether the attention of the CLS and register tokens is drawn."""
 
@@ -274,44 +275,36 @@ def framed(picture: Pixels, color: tuple[int, int, int], width: int = 4) -> Pixe
 
 def read_square(path: str, size: int) -> Tensor:
     """The largest square in the middle of a picture, (3, size, size) uint8. Raises InputError."""
-    try:
-        picture = decode_picture(paths.read_bytes(path), ImageLimits(), target_side=size)
-    except (ImageRejected, FileNotFoundError) as error:
-        raise InputError(f"Cannot read the picture '{path}': {error}.") from None
+    with rejects_named(path):
+        picture = decode_picture(read_bytes(path), ImageLimits(), target_side=size)
     return torch.from_numpy(to_shape(picture, (size, size), crop=True).copy())
 
 
-def save(output: str, kind: Kind, model: Model, pixels: Pixels, caption: str, *, part: str = "") -> Picture:
+def save(
+    output: str, kind: PictureKind, model: FrozenModel, pixels: Pixels, caption: str, *, part: str = ""
+) -> PictureRecord:
     """Write a PNG below `output` and note it for the report. `part` tells pictures of one kind apart."""
     words = re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{part}-{model.name}").strip("-")
-    record = Picture(file=f"{words[:80]}-{model.hash[:8]}.png", kind=kind, model=model.name, caption=caption)
+    record = PictureRecord(file=f"{words[:80]}-{model.hash[:8]}.png", kind=kind, model=model.name, caption=caption)
     folder = paths.join(output, PICTURES_FOLDER)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     paths.write_bytes(paths.join(folder, record.file), buffer.getvalue())
-    path = paths.join(folder, PICTURES_FILE)
-    before = paths.read_bytes(path) if paths.exists(path) else b""
-    paths.write_bytes(path, before + record.model_dump_json().encode() + b"\n")
+    records.append(paths.join(folder, PICTURES_FILE), record)
     return record
 
 
-def read_pictures(output: str) -> list[Picture]:
+def read_pictures(output: str) -> list[PictureRecord]:
     """The pictures below `output`, oldest first; none where there are none. Raises InputError for a damaged line."""
     path = paths.join(output, PICTURES_FOLDER, PICTURES_FILE)
-    if not paths.exists(path):
-        return []
-    found: dict[str, Picture] = {}
-    for number, line in enumerate(paths.read_bytes(path).splitlines(), 1):
-        try:
-            picture = Picture.model_validate_json(line)
-        except ValidationError:
-            raise InputError(f"{path}, line {number}: not a picture. Remove it.") from None
+    found: dict[str, PictureRecord] = {}
+    for picture in records.read(path, PictureRecord, "picture"):
         found.pop(picture.file, None)
         found[picture.file] = picture
     return list(found.values())
 
 
-def run(config: VisualizeConfig, model: Model, output: str) -> list[Picture]:
+def run(config: VisualizeConfig, model: FrozenModel, output: str) -> list[PictureRecord]:
     """Draw the principal components, the matches and the attention of `config`'s pictures below `output`."""
     network, patch_size = model.backbone, model.patch_size
     if network is None or patch_size is None or model.num_blocks is None:
@@ -326,7 +319,7 @@ def run(config: VisualizeConfig, model: Model, output: str) -> list[Picture]:
             raise InputError(f"match = [{one}, {other}], and there are {len(config.images)} pictures, counted from 0.")
     squares = [read_square(path, config.image_size) for path in config.images]
     shown = [square.permute(1, 2, 0).numpy() for square in squares]
-    tokens = torch.cat([_patch_tokens(network, _normalized(model, square[None])) for square in squares])
+    tokens = torch.cat([_patch_tokens(network, model.normalized(square[None])) for square in squares])
     mask = foreground_mask(tokens, config.foreground)
     colors = [enlarge(one, patch_size) for one in pca_colors(tokens, mask)]
     drawn = [
@@ -334,7 +327,7 @@ def run(config: VisualizeConfig, model: Model, output: str) -> list[Picture]:
     ]
     for one, other in config.match:
         pairs, alike = match_patches(tokens[one], tokens[other], first_mask=mask[one], second_mask=mask[other])
-        pairs, alike = pairs[: config.num_matches], alike[: config.num_matches]
+        pairs, alike = pairs[:NUM_MATCHES], alike[:NUM_MATCHES]
         width = tokens.shape[-1]
         pixels = match_picture(shown[one], shown[other], pairs, patch_size=patch_size, columns=(width, width))
         caption = f"The {len(pairs)} pairs of foreground patches most alike that are each other's nearest."
@@ -342,7 +335,7 @@ def run(config: VisualizeConfig, model: Model, output: str) -> list[Picture]:
     if config.attention:
         columns = []
         for square, picture in zip(squares, shown, strict=True):
-            (shares,) = attention(network, _normalized(model, square[None])).mean(dim=1)  # over the heads
+            (shares,) = attention(network, model.normalized(square[None])).mean(dim=1)  # over the heads
             columns.append([picture, *(enlarge(heat(one), patch_size) for one in shares)])
         what = ["the CLS token"] if network.cls_token is not None else []
         what += [f"register {number}" for number in range(1, network.num_register_tokens + 1)]
@@ -352,7 +345,7 @@ def run(config: VisualizeConfig, model: Model, output: str) -> list[Picture]:
 
 
 def draw_neighbours(
-    model: Model,
+    model: FrozenModel,
     output: str,
     features: Tensor,
     labels: Sequence[str | None],
@@ -361,7 +354,7 @@ def draw_neighbours(
     queries: Sequence[int],
     k: int = 8,
     name: str = "",
-) -> Picture:
+) -> PictureRecord:
     """A sheet of the `k` pictures nearest in cosine to each of `queries`, the picture itself apart.
 
     name: of the data, for the caption.
@@ -384,19 +377,9 @@ def draw_neighbours(
     return save(output, "neighbours", model, pixels, caption, part=name)
 
 
-def _normalized(model: Model, pixels: Tensor) -> Tensor:
-    return ((pixels.to(model.device).float() - model.mean) / model.deviation).to(model.dtype)
-
-
 @torch.no_grad()
 def _patch_tokens(network: VisionTransformer, images: Tensor) -> Tensor:
     """Of the last block, behind the last norm: (B, D, h, w) float32."""
     (tokens,) = network.get_intermediate_layers(images, 1, reshape=True)
     assert isinstance(tokens, Tensor)
     return tokens.float()
-
-
-if __name__ == "__main__":
-    from evaluation.run import main
-
-    main("visualize")

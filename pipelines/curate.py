@@ -22,37 +22,37 @@ and with it only the stages that read what came out different.
 from pathlib import Path
 
 from curation import cluster, dedup, embed, ingest, pack, pairs, retrieve
-from curation.config import load, resolved_toml
-from curation.engine import command, run_log
+from curation.config import load, write_resolved
+from curation.engine import command
 from curation.engine.manifest import MANIFEST_NAME
+from curation.engine.run_log import RunLog, open_log
 from curation.engine.runner import Runner
 from curation.files import paths
 from curation.files.folder_lock import sole_writer
 from curation.report import page
-from curation.report.facts import STAGES
+from curation.report.page import CONFIG_NAME
+from curation.run_folder import STAGES, RunFolder
 from pipelines import status
 from pipelines.curate_config import CurateConfig
 from pipelines.demo import dataset
 from pipelines.planning.plan import print_plan
 
 
-def run(config: CurateConfig, output: str, runner: Runner, *, replace: bool = False) -> None:
+def run(config: CurateConfig, output: str, runner: Runner, *, replace: bool = False, log: RunLog | None = None) -> None:
     """Run every stage that is not done, and write the report."""
-    folder = {stage: paths.join(output, stage) for stage in STAGES}
-    images, vectors, descriptors = folder["ingest"], folder["embed"], folder["describe"]
-    copies, kept, clusters, found = folder["pairs"], folder["dedup"], folder["cluster"], folder["retrieve"]
-
-    if not paths.exists(paths.join(output, "run.toml")):
-        _write_config(config, output)
-    ingest.run(config.ingest, images, runner, replace=replace)
-    embed.run(config.embed, images, vectors, runner, replace=replace)
-    embed.run(config.describe, images, descriptors, runner, stage="describe", replace=replace)
-    pairs.run(config.pairs, images, descriptors, copies, runner, replace=replace)
-    dedup.run(config.dedup, images, copies, kept, runner, replace=replace)
-    cluster.run(config.cluster, images, kept, vectors, clusters, runner, replace=replace)
-    retrieve.run(config.retrieve, images, kept, vectors, clusters, found, runner, replace=replace)
-    pack.run(config.pack, images, kept, found, folder["corpus"], runner, replace=replace)
-    _write_config(config, output)  # only now: a config that a stage refuses must not take the place of the run's own
+    folder = RunFolder.of(output)
+    saved_config = paths.join(output, CONFIG_NAME)
+    if not paths.exists(saved_config):
+        write_resolved(config, saved_config)
+    ingest.run(config.ingest, folder.ingest, runner, replace=replace, log=log)
+    embed.run(config.embed, folder, folder.embed, runner, replace=replace, log=log)
+    embed.run(config.describe, folder, folder.describe, runner, name="describe", replace=replace, log=log)
+    pairs.run(config.pairs, folder, folder.pairs, runner, replace=replace, log=log)
+    dedup.run(config.dedup, folder, folder.dedup, runner, replace=replace, log=log)
+    cluster.run(config.cluster, folder, folder.cluster, runner, replace=replace, log=log)
+    retrieve.run(config.retrieve, folder, folder.retrieve, runner, replace=replace, log=log)
+    pack.run(config.pack, folder, folder.corpus, runner, replace=replace, log=log)
+    write_resolved(config, saved_config)  # last: a config that a stage refuses must not replace the saved one
     page.run(config.report, output)
 
 
@@ -76,20 +76,13 @@ def command_line(
     models, searches = (settings.embed, settings.describe), (settings.pairs.search, settings.retrieve.search)
     num_gpus = max(*(model.embedder.num_gpus for model in models), *(search.num_gpus for search in searches))
     with command.open_runner(runner, workers, gpus_per_worker=num_gpus) as chosen:
-        with sole_writer(output), run_log.keeping(output) as log:
+        with sole_writer(output), open_log(output) as log:
             if not all(paths.exists(paths.join(output, stage, MANIFEST_NAME)) for stage in STAGES):
                 log.start()
-            run(settings, output, chosen, replace=replace)
+            run(settings, output, chosen, replace=replace, log=log)
     page.print_summary(output)
     if log.started:
         status.print_times(output)
-
-
-def _write_config(config: CurateConfig, output: str) -> None:
-    """Save the resolved config, unless this very text is there already."""
-    path, text = paths.join(output, "run.toml"), resolved_toml(config).encode()
-    if not paths.exists(path) or paths.read_bytes(path) != text:
-        paths.write_bytes(path, text)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ class EvaluateConfig(Settings):
     """Which models, and what to find out about each."""
 
     models: tuple[dict[str, Any], ...] = Field(min_length=1)
-    """A table each: the settings of evaluation.features.ModelConfig, and `image_size`, the side in pixels of what the
-    model sees of a labelled picture."""
+    """A table each: the settings of evaluation.features.FrozenModelConfig, and `image_size`, the side in pixels of the
+    square that the model sees of a labelled picture."""
     evaluations: dict[str, Any]
     """The evaluations, as `python -m evaluation.run` reads them."""
 

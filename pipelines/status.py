@@ -23,7 +23,7 @@ from curation.engine.run_log import Driver, Note, StageTimes
 from curation.engine.stage import PREPARED
 from curation.errors import InputError
 from curation.files import paths
-from curation.report.facts import STAGES
+from curation.run_folder import STAGES
 
 # Attempts to read the files, since a stage may move them meanwhile. Assumed.
 MAX_ATTEMPTS = 5

@@ -1,9 +1,9 @@
-"""Train on a corpus and see it get better: the trainer with a k-NN of labelled images handed in.
+"""Train on a corpus and measure the k-NN accuracy of labelled images during training.
 
     python -m pipelines.train --config pipelines/configs/train/demo.toml --images runs/demo/ingest --output runs/train
 
-The images are those that ingest listed: labelled seeds, and a holdout of which nothing like it was allowed into the
-corpus. Accuracy is measured before the first step, every `evaluate_every` steps and at the end.
+The images are those of a finished ingest: labelled seeds, and the holdout, whose copies were kept out of the corpus.
+Accuracy is measured before the first step, every `evaluate_every` steps and at the end.
 """
 
 import json
@@ -31,52 +31,60 @@ from curation.models.embedders import IMAGENET_NORMALIZATION
 from evaluation import knn
 from training.loop import TrainConfig, train
 
-NEIGHBORS = 10  # assumed: the least of DINOv2's 10, 20, 100 and 200, for a reference set of a few hundred images
+NUM_NEIGHBORS = 10  # assumed: the smallest of DINOv2's 10, 20, 100 and 200, for a few hundred reference images
 BATCH_SIZE = 64
 
 
 def knn_of_holdout(images: str, side: int) -> Callable[[VisionTransformer, int], dict[str, float]]:
-    """What classifies the holdout of a finished ingest by its labelled images, all as squares of `side` pixels.
+    """An evaluation that classifies the holdout of a finished ingest, with all images as squares of `side` pixels.
 
-    An image's class is the first folder of its label. Each holdout image is classified by the seeds and the other
-    images of the holdout, where its class has another image at all. Gives `knn`, the share that is classified rightly,
-    `knn_of_classes`, its mean over the classes, and `knn_by_seeds`, the share among the classes that the seeds have,
-    classified by the seeds alone.
+    An image's class is the first folder of its label. The evaluation gives
+
+        knn               accuracy of holdout images, classified by the seeds and the other holdout images
+        knn_of_classes    the same, as the mean over classes
+        knn_by_seeds      accuracy of holdout images, classified by the seeds alone
+
+    A holdout image counts for the first two if its class has another image, for the last if its class has a seed.
     """
     pixels, labels, is_test = _labelled(images, side)
     names = sorted(set(labels))
     classes = torch.tensor([names.index(label) for label in labels])
     counts = classes.bincount(minlength=len(names))
-    of_seeds = classes[~is_test].bincount(minlength=len(names))
+    seed_counts = classes[~is_test].bincount(minlength=len(names))
     tested = (is_test & (counts[classes] > 1)).nonzero()[:, 0]
-    by_seeds = (is_test & (of_seeds[classes] > 0)).nonzero()[:, 0]
-    if len(torch.unique(classes[tested])) < 2 or len(by_seeds) == 0:
+    tested_by_seeds = (is_test & (seed_counts[classes] > 0)).nonzero()[:, 0]
+    if len(torch.unique(classes[tested])) < 2 or len(tested_by_seeds) == 0:
         raise InputError(
-            f"'{images}': of {len(names)} classes of labels, the holdout needs two with several images, and one that "
-            "the seeds have, to be classified by k-NN."
+            f"'{images}': of {len(names)} classes of labels, the holdout needs two with several images, and one with "
+            "seeds, to be classified by k-NN."
         )
 
     def evaluate(backbone: VisionTransformer, step: int) -> dict[str, float]:
         features = _features(backbone, pixels)
-        near, rows = knn.neighbors([features], features[tested], k=min(NEIGHBORS + 1, len(features)))
-        other = rows != tested[:, None]
-        other[other.all(1), -1] = False  # an image that is not among its own neighbours, being one of many equal ones
-        near, rows = (of[other].reshape(len(tested), -1) for of in (near, rows))
-        right = knn.vote(near, classes[rows], len(names)).argmax(1) == classes[tested]
-        of_each = [right[classes[tested] == label].float().mean().item() for label in torch.unique(classes[tested])]
-        probabilities = knn.classify(features[~is_test], classes[~is_test], features[by_seeds], k=NEIGHBORS)
+        similarities, rows = knn.neighbors([features], features[tested], k=min(NUM_NEIGHBORS + 1, len(features)))
+        is_other = rows != tested[:, None]
+        # With many equal images, an image may be missing among its own neighbours; the last neighbour then goes.
+        is_other[is_other.all(1), -1] = False
+        similarities, rows = (matrix[is_other].reshape(len(tested), -1) for matrix in (similarities, rows))
+        correct = knn.vote(similarities, classes[rows], len(names)).argmax(1) == classes[tested]
+        accuracies = [
+            correct[classes[tested] == label].float().mean().item() for label in torch.unique(classes[tested])
+        ]
+        probabilities = knn.classify(features[~is_test], classes[~is_test], features[tested_by_seeds], k=NUM_NEIGHBORS)
         return {
-            "knn": right.float().mean().item(),
-            "knn_of_classes": sum(of_each) / len(of_each),
-            "knn_by_seeds": knn.accuracy(probabilities, classes[by_seeds]),
+            "knn": correct.float().mean().item(),
+            "knn_of_classes": sum(accuracies) / len(accuracies),
+            "knn_by_seeds": knn.accuracy(probabilities, classes[tested_by_seeds]),
         }
 
     return evaluate
 
 
 def _labelled(images: str, side: int) -> tuple[Tensor, list[str], Tensor]:
-    """The images (n, 3, side, side) uint8 of seeds and holdout that have a label, the first folder of each label, and
-    which are of the holdout (n,)."""
+    """The labelled images of seeds and holdout.
+
+    Gives pixels (n, 3, side, side) uint8, the first folder of each label (n), and whether each is of the holdout (n,).
+    """
     columns = ["image_id", "uri", "offset", "length", "role", "label"]
     tables = [
         parquet.read_table(paths.join(images, name), schemas.IMAGES, columns)
@@ -101,7 +109,7 @@ def _features(backbone: VisionTransformer, pixels: Tensor) -> Tensor:
     """The CLS tokens (n, D) of (n, 3, H, W) uint8, on the CPU."""
     device = backbone.pos_embed.device
     mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET_NORMALIZATION)
-    batches = (part.to(device).float().sub_(mean).div_(deviation) for part in torch.split(pixels, BATCH_SIZE))
+    batches = (batch.to(device).float().sub_(mean).div_(deviation) for batch in torch.split(pixels, BATCH_SIZE))
     return torch.cat([backbone(batch).float().cpu() for batch in batches])
 
 
@@ -111,14 +119,14 @@ def command_line(
     output: command.OutputOption = "runs/train",
     overrides: command.SetOption = None,
 ) -> None:
-    """Train, and print how the loss and the k-NN of the holdout went."""
+    """Train, and print the losses and the k-NN accuracy of the holdout over time."""
     settings = load(TrainConfig, config, overrides or ())
     train(settings, output, knn_of_holdout(images, settings.model.backbone.image_size))
     print_curve(output)
 
 
 def print_curve(output: str, num_rows: int = 20) -> None:
-    """Print the losses of a run over time, and what the evaluations found."""
+    """Print the losses of a run over time, in at most `num_rows` rows, and the scores of its evaluations."""
     lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
     console = Console(highlight=False)
     losses = [line for line in lines if "loss" in line]
@@ -126,18 +134,18 @@ def print_curve(output: str, num_rows: int = 20) -> None:
     table = Table(title="Training", title_justify="left")
     for column in columns:
         table.add_column(column, justify="right")
-    every = -(-len(losses) // num_rows)
-    for line in losses[every - 1 :: every]:
+    lines_per_row = -(-len(losses) // num_rows)
+    for line in losses[lines_per_row - 1 :: lines_per_row]:
         table.add_row(f"{line['step']:,}", *(f"{line[column]:.3f}" for column in columns[1:] if column in line))
     console.print(table)
-    found = Table(title=f"{NEIGHBORS}-NN of the holdout", title_justify="left")
+    scores = Table(title=f"{NUM_NEIGHBORS}-NN of the holdout", title_justify="left")
     names = {"knn": "accuracy", "knn_of_classes": "mean of classes", "knn_by_seeds": "by the seeds alone"}
     for column in ("steps", *names.values()):
-        found.add_column(column, justify="right")
+        scores.add_column(column, justify="right")
     for line in lines:
         if "knn" in line:
-            found.add_row(f"{line['step']:,}", *(f"{line[name]:.3f}" for name in names))
-    console.print(found)
+            scores.add_row(f"{line['step']:,}", *(f"{line[name]:.3f}" for name in names))
+    console.print(scores)
 
 
 if __name__ == "__main__":

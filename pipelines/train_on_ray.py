@@ -1,10 +1,10 @@
-"""The trainer on a Ray cluster: each worker of Ray Train is a rank, and runs what `python -m training.train` runs.
+"""The trainer on a Ray cluster: each worker of Ray Train is a rank and runs the loop of `python -m training.train`.
 
-Ray places the workers, opens the process group and, with --max-failures, starts them again from the last checkpoint.
-The run on disk is the same as under torchrun, beside a folder `ray` with Ray Train's own notes; output and data lie
-where every machine sees them. What a worker prints stays in Ray's logs: watch metrics.jsonl or TensorBoard.
+Ray places the workers and opens the process group. With --max-failures, Ray starts them again from the last checkpoint.
+The run on disk is the same as under torchrun, plus a folder `ray` with Ray Train's state. Every machine must see the
+output and the data. A worker's output stays in Ray's logs: watch metrics.jsonl or TensorBoard.
 
-Needs the packages of `ray[train]`. A local Ray is started where RAY_ADDRESS names none (curation/engine/ray_runner.py).
+Needs the packages of `ray[train]`. If RAY_ADDRESS is not set, a local Ray is started (curation/engine/ray_runner.py).
 """
 
 import os
@@ -28,9 +28,9 @@ def run(
     use_gpu: bool,
     max_failures: int = 0,
 ) -> None:
-    """Call `function(arguments)` once in every worker, with a process group open between them, until all are done.
+    """Call `function(arguments)` once in every worker, with a process group open between them; wait for all of them.
 
-    Raises what the first worker raised, where the user can mend it, and DeviceError without the packages of Ray Train.
+    Raises a worker's UserError as itself, and DeviceError if the packages of Ray Train are missing.
     """
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -59,10 +59,10 @@ def run(
 
 
 def _work(job: dict[str, Any]) -> None:
-    """One worker: in the folder that the run was started in, so that relative paths mean the same."""
+    """Run one worker in the folder in which the run was started, so that relative paths mean the same."""
     if not os.path.isdir(job["folder"]):
         raise InputError(
-            f"The folder '{job['folder']}' that the run was started in is not on machine {os.uname().nodename}. "
+            f"The run was started in the folder '{job['folder']}', which machine {os.uname().nodename} does not have. "
             "Start in a folder that every machine sees."
         )
     os.chdir(job["folder"])
@@ -70,14 +70,14 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def _train(arguments: dict[str, Any]) -> None:
-    from training import loop  # takes seconds, and only workers need it
+    from training import loop  # takes seconds; only workers need it
 
     settings = config.parse(loop.TrainConfig, arguments["config"], origin="the config of the run")
     loop.train(settings, arguments["output"])
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
-    """The error of the user's that Ray has wrapped into its own, or None."""
+    """The UserError that Ray has wrapped in errors of its own, or None."""
     while error is not None and not isinstance(error, UserError):
         error = getattr(error, "base_exc", None) or error.__cause__
     return error
@@ -92,9 +92,7 @@ def command_line(
     output: command.OutputOption,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Ranks: one for each GPU of the cluster.")],
     cpu: Annotated[bool, typer.Option("--cpu", help="Ask Ray for no GPUs.")] = False,
-    max_failures: Annotated[
-        int, typer.Option("--max-failures", min=0, help="How often to start again after a worker was lost.")
-    ] = 0,
+    max_failures: Annotated[int, typer.Option("--max-failures", min=0, help="Restarts after a lost worker.")] = 0,
     overrides: command.SetOption = None,
     plan: command.PlanOption = False,
 ) -> None:

@@ -1,6 +1,10 @@
-"""The house keeps its shape: who may import whom, and one door each for ray, faiss and OpenCV."""
+"""The structure of the code: which package and room imports which, no circles, one door for each heavy dependency."""
 
 import ast
+import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,40 +18,82 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "curation"},
     "pipelines": {"pipelines", "curation", "training", "evaluation"},
 }
+# The files of all four packages that import a heavy dependency. Benchmarks also call it as the peer.
 DOORS = {
-    "ray": {"curation/engine/ray_runner.py"},
-    "faiss": {"curation/index.py"},
-    "cv2": {"curation/copies/compare_thumbnails.py"},
+    "ray": {"curation/engine/ray_runner.py", "pipelines/train_on_ray.py"},
+    "faiss": {"curation/search/ivf.py", "pipelines/bench/contests.py"},
+    "cv2": {
+        "curation/copies/compare_thumbnails.py",
+        "training/augment.py",
+        "pipelines/bench/crops.py",
+    },
+    "torch.distributed": {"curation/engine/ranks.py", "training/distributed.py", "training/checkpoint.py"},
 }
 NOWHERE = {"torchvision"}
+# Entries of curation/ besides __init__.py: a newcomer reads them all at a glance.
+MAX_ENTRIES = 24
+# The rooms of curation/, the lowest first. A file imports from its own room and from lower ones; the stages and the
+# other files at the front stand between `models` and `report`, apart from those that every room uses.
+ROOMS = ("files", "images", "engine", "search", "copies", "models", "", "report")
+USED_BY_EVERY_ROOM = {"curation.errors", "curation.config", "curation.profiles"}
+USED_BY_MODELS = {"curation.backbone", "curation.weights"}
 
 
-def imported_modules(path: Path) -> Iterator[str]:
+def sources() -> list[Path]:
+    """Every module of the four packages."""
+    modules = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    assert len(modules) > 100
+    return modules
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in sources()}
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """The dotted names that a module imports anywhere in it: modules, and names out of modules."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module or ""
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield "torch.distributed"
 
 
-def sources() -> list[Path]:
-    found = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    assert len(found) > 20
-    return found
+def imported_modules(path: Path) -> set[str]:
+    """The modules of this repository that a module imports."""
+    names = set(imported_names(path))
+    return {name if name in MODULES else name.rpartition(".")[0] for name in names} & MODULES.keys()
+
+
+def room_of(module: str) -> str:
+    """The room of a module of curation: "" for the files at the front."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 2 else ""
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_keep_their_direction(path: Path) -> None:
+def test_packages_import_only_lower_packages(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
-    name = str(path.relative_to(ROOT))
-    for module in imported_modules(path):
-        top = module.partition(".")[0]
-        if top in PACKAGES:
-            assert top in MAY_IMPORT[package], f"{name} imports {module}"
-        assert top not in NOWHERE, f"{name} imports {module}"
-        if top in DOORS and package == "curation":
-            assert name in DOORS[top], f"{name} imports {module}; its door is {DOORS[top]}"
+    for name in imported_names(path):
+        top = name.partition(".")[0]
+        assert top not in PACKAGES or top in MAY_IMPORT[package], f"{path} imports {name}"
+        assert top not in NOWHERE, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("dependency", DOORS)
+def test_heavy_dependencies_have_few_doors(dependency: str) -> None:
+    importers = {
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if any(name == dependency or name.startswith(dependency + ".") for name in imported_names(path))
+    }
+    assert importers == DOORS[dependency]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -56,23 +102,50 @@ def test_modules_say_why_they_exist(path: Path) -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
 
 
-def names_process_groups(node: ast.AST) -> bool:
-    """Whether `node` imports torch.distributed, or reaches it through `torch`."""
-    match node:
-        case ast.Import():
-            return any(alias.name.startswith("torch.distributed") for alias in node.names)
-        case ast.ImportFrom():
-            full = [f"{node.module}.{alias.name}" for alias in node.names]
-            return any(name.startswith("torch.distributed") for name in full)
-        case ast.Attribute():
-            return ast.unparse(node) == "torch.distributed"
-    return False
+def test_no_import_circle_among_files() -> None:
+    imports = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
+    finished: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way[way.index(module) :], module))
+        if module not in finished:
+            for imported in sorted(imports[module]):
+                visit(imported, (*way, module))
+            finished.add(module)
+
+    for module in imports:
+        visit(module, ())
 
 
-def test_process_groups_have_few_doors() -> None:
-    found = {
-        str(path.relative_to(ROOT))
-        for path in sources()
-        if any(names_process_groups(node) for node in ast.walk(ast.parse(path.read_text())))
-    }
-    assert found == {"curation/engine/ranks.py", "training/distributed.py", "training/checkpoint.py"}
+def test_rooms_of_curation_import_only_lower_rooms() -> None:
+    for module, path in MODULES.items():
+        if not module.startswith("curation."):
+            continue
+        room = room_of(module)
+        for imported in imported_modules(path) - USED_BY_EVERY_ROOM:
+            if (room == "models" and imported in USED_BY_MODELS) or module in USED_BY_EVERY_ROOM | USED_BY_MODELS:
+                continue
+            assert ROOMS.index(room_of(imported)) <= ROOMS.index(room), f"{module} imports {imported}"
+
+
+def test_the_front_of_curation_has_few_entries() -> None:
+    entries = {path.relative_to(ROOT / "curation").parts[0] for path in (ROOT / "curation").rglob("*.py")}
+    assert len(entries - {"__init__.py"}) <= MAX_ENTRIES
+    rooms = {entry for entry in entries if not entry.endswith(".py")}
+    assert rooms == set(ROOMS) - {""}
+
+
+def test_a_wheel_holds_every_module(tmp_path: Path) -> None:
+    """An editable install would hide a package that the wheel lacks."""
+    source = tmp_path / "source"
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "--wheel-dir", tmp_path, source], check=True, timeout=300)
+    (wheel,) = tmp_path.glob("seedbed-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    configs = {str(path.relative_to(ROOT)) for path in (ROOT / "pipelines/configs").rglob("*.toml")}
+    assert packed == {str(path.relative_to(ROOT)) for path in sources()} | configs

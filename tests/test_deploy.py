@@ -63,7 +63,7 @@ def test_dockerfile_passes_hadolint() -> None:
 def test_image_holds_the_installed_packages_and_does_not_run_as_root() -> None:
     copied = {name for kind, rest in instructions() if kind == "COPY" for name in rest.split()[:-1]}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     others = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
     assert copied == packages | others and all((ROOT / name).exists() for name in copied)
     ignore_rules = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()

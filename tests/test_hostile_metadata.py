@@ -69,7 +69,7 @@ def evaluation_page(name: str) -> str:
         result(**names | {"model": name + "2"}, model_hash="c" * 64),
         *(result(**names | {"protocol": f"{name}={k}"}) for k in (1, 2, 3)),
     ]
-    picture = visualize.Picture(file="pca-a.png", kind="pca", model=name, caption=name)
+    picture = visualize.PictureRecord(file="pca-a.png", kind="pca", model=name, caption=name)
     return report.page(results, [(picture, b"\x89PNG")])
 
 
@@ -111,7 +111,7 @@ def test_terminal_receives_no_control_characters() -> None:
     for text in texts:
         shown = progress.printable(f"a{text}b\nc ü☃")
         assert shown.replace("\n", "").isprintable() and shown.startswith("a") and shown.endswith("b\nc ü☃")
-    code = "from curation import errors\\nfrom curation.engine import command, progress\nprogress.say({0!r})\n"
+    code = "from curation import errors\nfrom curation.engine import command, progress\nprogress.say({0!r})\n"
     code += "def run() -> None:\n    raise errors.InputError({0!r})\ncommand.main(run)"
     done = subprocess.run([sys.executable, "-c", code.format("a.png".join(texts))], capture_output=True, timeout=100)
     assert done.returncode == 2 and b"Traceback" not in done.stderr
@@ -120,5 +120,5 @@ def test_terminal_receives_no_control_characters() -> None:
 
 @pytest.mark.parametrize("name", ["a\x1b[2J", "a\nb", "\u202egnp"])
 def test_source_name_must_be_printable(name: str) -> None:
-    with pytest.raises(ValidationError, match="characters that can be printed"):
+    with pytest.raises(ValidationError, match="printable characters only"):
         SourceConfig(name=name, path="p", role="pool")

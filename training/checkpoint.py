@@ -1,16 +1,16 @@
-"""Checkpoints of a run: saved by any number of ranks, resumed by any other, whole or not there at all.
+"""Checkpoints of a run: saved on any number of ranks, resumed on any other number, and never visible half-written.
 
     <folder>/
       step-0001000/
-        checkpoint.json      what is in it: step, progress, config, the names and shapes of all tensors, sizes of files
-        .metadata            torch.distributed.checkpoint's own: which slice of which tensor lies where
+        checkpoint.json      the record: step, progress, config, names and shapes of all tensors, sizes of files
+        .metadata            index of torch.distributed.checkpoint: the place of each slice of each tensor
         __0_0.distcp  ...    the slices, one file a rank
-      .tmp-step-0002000/     only while one is written, or after a kill; the next save removes it
+      .tmp-step-0002000/     only during a save, or after a kill; the next save removes it
 
-`.metadata` is a pickle, which runs whatever its writer put there when it is read. So a checkpoint is for the run that
-wrote it; what is handed to others is an export (export.py), which carries no code.
+`.metadata` is a pickle: reading it runs any code that its writer put there. So only the run that wrote a checkpoint
+should read it. An export (export.py) carries no code and can be handed to others.
 
-Nothing random is stored: what a run draws follows from its seed and step.
+A checkpoint holds no generator state: all random draws follow from the run's seed and step.
 """
 
 import json
@@ -35,40 +35,40 @@ from curation.files import paths
 
 RECORD_NAME = "checkpoint.json"
 PREFIX = "step-"
-MAX_LISTED = 8  # assumed: as many differences as a person reads
-# The version of what this file writes. Checkpoints of another version are refused, not converted.
+MAX_LISTED = 8  # differences in a message; assumed: as many as a person reads
+# The version of the format written here. Checkpoints of another version are refused, not converted.
 FORMAT_VERSION = 1
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 class CheckpointConfig(Settings):
-    """When checkpoints are written, and how many stay."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = Field(default=1000, ge=1)
-    """Steps between two."""
+    """Steps between two checkpoints."""
     keep: int = Field(default=2, ge=1)
-    """How many of the last ones stay. With 1, a disk that damages the newest leaves nothing to go back to."""
+    """Number of latest checkpoints to keep. With 1, no other is left if the disk damages it."""
 
 
 class Record(BaseModel):
-    """What `checkpoint.json` says."""
+    """The content of `checkpoint.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int = FORMAT_VERSION
     step: int
-    """Optimizer steps that were done."""
+    """Optimizer steps done."""
     num_ranks: int
-    """How many ranks wrote it."""
+    """Ranks that wrote the checkpoint."""
     progress: dict[str, Any]
-    """The run's own counters."""
+    """The run's counters."""
     config: dict[str, Any]
-    """What the run's numbers depend on."""
+    """The settings that the run's numbers depend on."""
     tensors: dict[str, tuple[str, tuple[int, ...]]]
-    """Type and full shape of each tensor, under `<part>.<name>`."""
+    """Type and full shape of each tensor, by `<part>.<name>`."""
     files: dict[str, int]
-    """Size in bytes of each other file."""
+    """Size in bytes of each file but this one."""
 
 
 def save(
@@ -81,16 +81,16 @@ def save(
     keep: int,
     world: World,
 ) -> str:
-    """Write the checkpoint of `step` and drop all but the last `keep`. Every rank calls it; gives its path.
+    """Write the checkpoint of `step` and delete all but the last `keep`. Every rank calls it. Gives its path.
 
     folder: on a filesystem that every rank sees.
-    parts: state_dicts by name, and of the optimizer what `optimizer_tensors` gives. Slices of a sharded model are
-        written by the ranks that have them; a plain tensor is taken to be equal on all of them.
-    progress, config: as JSON can hold them; equal on all ranks.
+    parts: state_dicts by name, and the result of `optimizer_tensors` for the optimizer. Each rank writes its slices of
+        a sharded model. A plain tensor must be equal on all ranks.
+    progress, config: values that JSON can hold, equal on all ranks.
     """
     final, temporary = _path(folder, step), Path(_local(folder)) / f"{paths.TEMPORARY_PREFIX}{PREFIX}{step:07d}"
     tensors = _flat(parts)
-    said = _as_json({"progress": dict(progress), "config": dict(config)})  # fails on all ranks, or on none
+    json_fields = _as_json({"progress": dict(progress), "config": dict(config)})  # fails on all ranks, or on none
     if world.is_first:
         _remove_unfinished(folder)
         temporary.mkdir(parents=True)
@@ -101,12 +101,12 @@ def save(
         record = Record(
             step=step,
             num_ranks=world.num_ranks,
-            **said,
+            **json_fields,
             tensors=_shapes(tensors),
             files={file.name: file.stat().st_size for file in sorted(temporary.iterdir())},
         )
         paths.write_bytes(str(temporary / RECORD_NAME), (record.model_dump_json(indent=1) + "\n").encode())
-        _set_aside(final)  # a run that went back to an earlier step comes by again
+        _set_aside(final)  # exists if the run resumed from an earlier step
         os.rename(temporary, final)
         _sync(final.parent)
         for number in steps(folder)[:-keep]:
@@ -117,12 +117,12 @@ def save(
 
 
 def load(path: str, parts: Parts, *, config: Mapping[str, Any], world: World) -> Record:
-    """Fill the tensors of `parts`, in place, with the checkpoint at `path`. Every rank calls it.
+    """Fill the tensors of `parts`, in place, from the checkpoint at `path`. Every rank calls it.
 
-    parts: as for `save`, of as many ranks as there are now. Raises OutputMismatchError where `config` is not the one
-    that the checkpoint was written with, and InputError where it is damaged or holds other tensors.
+    parts: as for `save`, on the current number of ranks.
+    Raises OutputMismatchError if the checkpoint has another config, InputError if it is damaged or has other tensors.
     """
-    record = require(path)
+    record = read_record(path)
     require_config(path, record, config)
     tensors = _flat(parts)
     _require_tensors(path, record, _shapes(tensors))
@@ -131,31 +131,31 @@ def load(path: str, parts: Parts, *, config: Mapping[str, Any], world: World) ->
 
 
 def load_tensors(path: str, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it: whole, on the CPU, read by this process alone."""
-    record = require(path)
-    found = {
+    """The tensors whose names begin with `prefix`, by the rest of the name: whole, on the CPU, without other ranks."""
+    record = read_record(path)
+    tensors = {
         name: torch.empty(shape, dtype=getattr(torch, kind))
         for name, (kind, shape) in record.tensors.items()
         if name.startswith(prefix)
     }
-    _read(path, found, no_dist=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    _read(path, tensors, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def steps(folder: str) -> list[int]:
-    """The steps that `folder` has checkpoints of, in order."""
+    """The steps of the checkpoints in `folder`, in order."""
     names = [name.removeprefix(PREFIX) for name in paths.list_names(folder) if name.startswith(PREFIX)]
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def latest(folder: str) -> str | None:
     """The path of the last checkpoint in `folder`, or None."""
-    found = steps(folder)
-    return str(_path(folder, found[-1])) if found else None
+    numbers = steps(folder)
+    return str(_path(folder, numbers[-1])) if numbers else None
 
 
-def require(path: str) -> Record:
-    """What the checkpoint at `path` says about itself. Raises InputError where it is none, or not whole."""
+def read_record(path: str) -> Record:
+    """The record of the checkpoint at `path`. Raises InputError if there is no checkpoint, or a file is not whole."""
     record_path = Path(_local(path)) / RECORD_NAME
     try:
         record = Record.model_validate_json(record_path.read_bytes())
@@ -169,21 +169,22 @@ def require(path: str) -> Record:
     if record.format_version != FORMAT_VERSION:
         raise InputError(
             f"{record_path}: written in format {record.format_version}, and this version of Seedbed reads "
-            f"{FORMAT_VERSION}. Resume with the version that wrote it, or start a run anew from its export."
+            f"{FORMAT_VERSION}. Resume with the version that wrote it, or start a new run from its export."
         )
     for name, size in record.files.items():
         file = record_path.with_name(name)
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
+        current_size = file.stat().st_size if file.is_file() else None
+        if current_size != size:
+            problem = "it is missing" if current_size is None else f"it has {current_size:,} bytes"
             raise InputError(
-                f"{file}: {'it is missing' if found is None else f'it has {found:,} bytes'}, and the checkpoint was "
-                f"written with {size:,} there. Copy it again, or delete '{path}' to resume from the one before."
+                f"{file}: {problem}, and the checkpoint was written with {size:,} there. Copy it again, or delete "
+                f"'{path}' to resume from the one before."
             )
     return record
 
 
 def require_config(path: str, record: Record, config: Mapping[str, Any]) -> None:
-    """Raises OutputMismatchError naming what differs between `config` and what the checkpoint was written with."""
+    """Raises OutputMismatchError with the differences between `config` and the checkpoint's config."""
     before, after = _leaves(record.config), _leaves(_as_json(dict(config)))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     if changed:
@@ -191,31 +192,32 @@ def require_config(path: str, record: Record, config: Mapping[str, Any]) -> None
         more = f"\n  and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
         raise OutputMismatchError(
             f"'{path}' is a checkpoint of another config:\n" + "\n".join(lines) + more + "\n"
-            "Nothing was changed. Resume with the config that it was written with, or give another --output."
+            "Nothing was changed. Resume with the config and the version of Seedbed that wrote it, or give another "
+            "--output."
         )
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an AdamW over the parameters of `module`, by the parameters' names: the tensors that it works on.
+    """The state of an AdamW over the parameters of `module`, by parameter name: the optimizer's tensors, not copies.
 
-    A parameter without a step so far gets its state here, as the optimizer would make it, so that the names are the
-    same in every run. Learning rates and weight decays are no part of it: they follow from the step.
+    A parameter that had no step yet gets its state here, equal to the state that the optimizer would make. The names
+    are then the same in every run. Learning rates and weight decays are left out: they follow from the step.
     """
     assert isinstance(optimizer, torch.optim.AdamW), type(optimizer)
     names = {parameter: name for name, parameter in module.named_parameters()}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         assert not group["amsgrad"], "amsgrad has one more state, which is not saved"
         on_device = group["fused"] or group["capturable"]
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             if not state:  # cited: torch/optim/adam.py, _init_group, of torch 2.13
-                place = parameter.device if on_device else torch.device("cpu")
-                state["step"] = torch.zeros((), dtype=torch.float32, device=place)
+                step_device = parameter.device if on_device else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            found |= {f"{names[parameter]}.{kind}": tensor for kind, tensor in state.items()}
-    return found
+            tensors |= {f"{names[parameter]}.{kind}": tensor for kind, tensor in state.items()}
+    return tensors
 
 
 def _read(path: str, tensors: dict[str, Tensor], *, no_dist: bool) -> None:
@@ -232,14 +234,14 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ..
     return {name: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in tensors.items()}
 
 
-def _require_tensors(path: str, record: Record, wanted: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def _require_tensors(path: str, record: Record, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     problems = {
-        "missing": [name for name in wanted if name not in record.tensors],
-        "unexpected": [name for name in record.tensors if name not in wanted],
+        "missing": [name for name in expected if name not in record.tensors],
+        "unexpected": [name for name in record.tensors if name not in expected],
         "of another type or shape": [
-            f"{name} (expected {wanted[name]}, found {found})"
-            for name, found in record.tensors.items()
-            if name in wanted and wanted[name] != found
+            f"{name} (expected {expected[name]}, found {saved})"
+            for name, saved in record.tensors.items()
+            if name in expected and expected[name] != saved
         ],
     }
     if any(problems.values()):
@@ -249,14 +251,14 @@ def _require_tensors(path: str, record: Record, wanted: Mapping[str, tuple[str, 
             if names
         ]
         raise InputError(
-            f"{path}: its tensors are not those of this model ({len(wanted)} expected, {len(record.tensors)} found):\n"
+            f"{path}: its tensors do not fit this model ({len(expected)} expected, {len(record.tensors)} found):\n"
             + "\n".join(lines)
-            + "\nIt was written by another version of Seedbed. Resume with that one, or start anew from its export."
+            + "\nAnother version of Seedbed wrote it. Resume with that one, or start a new run from its export."
         )
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """`value` as it comes back out of JSON, where a tuple is a list."""
+    """`value` after a round trip through JSON, which turns tuples into lists."""
     return dict(json.loads(json.dumps(value, allow_nan=False)))
 
 
@@ -280,14 +282,14 @@ def _path(folder: str, step: int) -> Path:
 def _local(folder: str) -> str:
     if not paths.is_local(folder):
         raise ConfigError(
-            f"'{folder}': checkpoints are written to a filesystem that is mounted, where a folder takes its name at "
-            "once. Give such an --output, shared by all machines of the run, and copy what is to be kept."
+            f"'{folder}': checkpoints need a mounted filesystem, where renaming a folder is atomic. Give such an "
+            "--output, shared by all machines of the run, and copy it elsewhere afterwards."
         )
     return paths.filesystem(folder)[1]
 
 
 def _set_aside(path: Path) -> None:
-    """Take the checkpoint at `path` out of sight at once; deleting it takes a while, and may be cut short."""
+    """Rename the checkpoint at `path` to a temporary name. Deleting it takes longer and may be interrupted."""
     if path.exists():
         os.rename(path, path.with_name(f"{paths.TEMPORARY_PREFIX}old-{path.name}"))
 
@@ -299,7 +301,7 @@ def _remove_unfinished(folder: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the names in `folder` survive a power cut."""
+    """Write the names in `folder` to disk, so that they survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -309,7 +311,7 @@ def _sync(folder: Path) -> None:
 
 @contextmanager
 def _without_warning() -> Iterator[None]:
-    """torch warns of a single process, which is no mistake here."""
+    """Hide torch's warning about a single process, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield

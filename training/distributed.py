@@ -1,10 +1,10 @@
-"""What splits a model over the ranks of a world (curation/engine/ranks.py), and what it is wrapped in.
+"""Sharding a model over ranks (curation/engine/ranks.py), recomputing activations, and compiling blocks.
 
-A model is prepared in this order, block by block, and the names of its parameters stay what they are:
+A model is prepared in this order, block by block. The names of its parameters do not change:
 
-    checkpoint_activations(block)    what the backward pass computes again instead of keeping
-    compile_forward(block)           the forward that is now there, as one compiled function
-    shard(model, ...)                FSDP2: each rank keeps a slice of every parameter, of its gradient, of its averages
+    checkpoint_activations(block)    the backward pass computes activations again instead of keeping them
+    compile_forward(block)           compiles the forward that the block has now
+    shard(model, ...)                FSDP2: each rank keeps a slice of every parameter, gradient and optimizer moment
 """
 
 import functools
@@ -26,12 +26,12 @@ Recompute = Literal["none", "selective", "full"]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of `tensor`: its slice of a sharded one, sharing memory with it, or all of a plain one."""
+    """This rank's slice of a sharded tensor, sharing its memory, or a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the whole state_dict on the CPU of the first rank, nothing on the others. Every rank calls it."""
+    """A copy of the whole state_dict on the CPU of the first rank; empty on other ranks. Every rank calls it."""
     is_first = not distributed.is_initialized() or distributed.get_rank() == 0
     state = {}
     for name, tensor in module.state_dict().items():
@@ -41,10 +41,11 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-# --- what a model is wrapped in -----------------------------------------------------------------------------------
+# --- preparing a model --------------------------------------------------------------------------------------------
 
-# What `selective` keeps: the products, which take most of the time to compute again. All else (norms, GELU, softmax of
-# the heads, gathers) is cheap to compute and large to keep. Cited: the policy of DINOv3 and of torchtitan.
+# Operations whose results `selective` keeps: the products, which are the most expensive to compute again. The others
+# (norms, GELU, softmax of the heads, gathers) are cheap to compute and large to keep. Cited: the policy of DINOv3 and
+# of torchtitan.
 _aten = torch.ops.aten
 KEPT_BY_SELECTIVE = [
     _aten.mm.default,
@@ -59,13 +60,13 @@ KEPT_BY_SELECTIVE = [
 
 
 def checkpoint_activations(block: nn.Module, policy: Recompute) -> None:
-    """Have the backward pass through `block` compute again what its forward pass would otherwise keep.
+    """Make the backward pass through `block` compute activations again instead of keeping them from the forward pass.
 
     none        keeps everything
     selective   keeps the results of matrix products and of attention
-    full        keeps the inputs alone
+    full        keeps only the inputs
 
-    The forward must give the same twice: it may draw nothing at random itself.
+    The forward must give the same result twice, so it may not draw random numbers.
     """
     match policy:
         case "none":
@@ -74,14 +75,14 @@ def checkpoint_activations(block: nn.Module, policy: Recompute) -> None:
             contexts: Any = functools.partial(create_selective_checkpoint_contexts, KEPT_BY_SELECTIVE)
         case "full":
             contexts = noop_context_fn
-    # In place of the forward, not around the module: a wrapper would put its own name into those of the parameters.
+    # Replaces the forward and does not wrap the module: a wrapper would add its name to those of the parameters.
     block.forward = functools.partial(
         checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
 
 
 def compile_forward(block: nn.Module, *, backend: str = "inductor") -> None:
-    """Compile what `block` computes when it is called. Hooks, and so FSDP's, stay outside of what is compiled."""
+    """Compile the forward of `block`. Hooks, FSDP's among them, stay outside of the compiled function."""
     block.forward = torch.compile(block.forward, backend=backend)
 
 
@@ -93,29 +94,30 @@ def shard(
     param_dtype: torch.dtype | None,
     reshard_after_forward: bool = True,
 ) -> None:
-    """Split `model` over the ranks: each of `units` is gathered when it is called, the rest when the model is.
+    """Shard `model` over the ranks. Each of `units` is gathered when it is called, the rest when the model is called.
 
-    units: submodules in the order in which they are called, blocks first and then heads. All of a unit's parameters are
-        read inside its own forward, and all others inside the forward of `model`; every rank calls every unit in every
-        pass, with an empty batch if need be, or ranks wait for each other.
-    param_dtype: what parameters are gathered and computed in; None is their own type. Slices, gradients after the
-        exchange and the exchange itself are float32.
-    reshard_after_forward: whether gathered parameters are freed until the backward pass gathers them again: less memory
-        for a second exchange. A model that is never run backward must, or what it averages would not be its slices.
+    units: submodules in the order of their calls, blocks first and then heads. A unit's parameters are read only in the
+        unit's forward, all others only in the forward of `model`. Every rank must call every unit in every pass, with
+        an empty batch if necessary, or the ranks wait for each other.
+    param_dtype: type in which parameters are gathered and computed; None keeps their type. Slices, the exchange of
+        gradients and its result are float32.
+    reshard_after_forward: free gathered parameters until the backward pass gathers them again. This saves memory and
+        costs a second exchange. A model that never runs backward needs it: its parameters would stay gathered, and an
+        EMA update would not reach its slices.
 
-    Gradients are averaged over the ranks. Each unit fetches its neighbour's parameters ahead while it computes. A world
-    of one is left as it is, in its own types.
+    Gradients are averaged over the ranks. Each unit prefetches the next unit's parameters while it computes. With one
+    rank, the model is left unchanged, in its own types.
     """
     if world.num_ranks == 1:
         return
     mesh = init_device_mesh(world.device.type, (world.num_ranks,))
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    gathered = [
+    sharded = [
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         for module in (*units, model)
     ]
-    *chain, root = gathered
-    for first, second in itertools.pairwise((root, *chain)):
-        first.set_modules_to_forward_prefetch([second])
-    for first, second in itertools.pairwise(chain):
-        second.set_modules_to_backward_prefetch([first])
+    *chain, root = sharded
+    for earlier, later in itertools.pairwise((root, *chain)):
+        earlier.set_modules_to_forward_prefetch([later])
+    for earlier, later in itertools.pairwise(chain):
+        later.set_modules_to_backward_prefetch([earlier])

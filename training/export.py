@@ -1,13 +1,13 @@
-"""Checkpoints out of a run, in files that other programs read: no ranks, no optimizer, no pickled code.
+"""Exports of a run's checkpoints for other programs: whole tensors, without ranks, optimizer or pickled code.
 
     <output>/
       teacher.pth     the backbone under the released keys
-      heads.pth       its projection heads, to go on training from
-      hf/             the backbone as a folder of transformers
-      timm/           the same for timm, as model.safetensors
+      heads.pth       its projection heads, for further training
+      hf/             the backbone as a folder for transformers
+      timm/           the backbone for timm, as model.safetensors
 
-A run that distils exports the average of its student instead of the teacher. What each layout loses is in
-docs/weights.md. The command reads a checkpoint of any number of ranks in one process.
+A distillation run exports the EMA of its student instead of the teacher. docs/weights.md lists the information that
+each layout loses. The command reads a checkpoint of any number of ranks in one process.
 
     heads.pth holds, for each <head> (dino_head, and ibot_head where it is untied)
         <head>.mlp.{0,2,4}.{weight,bias}    three linear layers, down to d
@@ -39,9 +39,9 @@ FILES: dict[ExportLayout, str] = {
     "timm": "timm/model.safetensors",
 }
 HEADS_FILE = "heads.pth"
-# Who is exported, first choice first: the parts of a checkpoint.
+# The part of a checkpoint to export: the first of these that it has.
 EXPORTED = ("average", "teacher")
-# What a run's config says about its backbone, in [model.backbone]. What is optional is None where it is left out.
+# Keys of [model.backbone] in a run's config that describe the backbone. Optional ones are None if absent.
 REQUIRED = ("name", "patch_size", "image_size", "num_register_tokens", "position_interpolation", "layer_scale")
 OPTIONAL = ("feed_forward", "depth")
 
@@ -58,9 +58,9 @@ def export(
     output: str,
     layouts: Sequence[ExportLayout] = DEFAULT_LAYOUTS,
 ) -> list[str]:
-    """Write a backbone and its heads to the folder `output`; gives the paths. Whole tensors, not slices.
+    """Write a backbone and its heads, of whole tensors, to the folder `output`. Gives the paths.
 
-    heads: as in `heads.pth`. Raises WeightsError where a layout has no place for the backbone.
+    heads: as in `heads.pth`. Raises WeightsError if a layout cannot hold the backbone.
     """
     files = []
     for layout in layouts:
@@ -70,39 +70,39 @@ def export(
     files.append(paths.join(output, HEADS_FILE))
     with paths.atomic_write(files[-1]) as file:
         whole = {name: value.detach().cpu().contiguous() for name, value in heads.items()}
-        torch.save(whole, cast(IO[bytes], file))  # all it needs of a file is `write`
+        torch.save(whole, cast(IO[bytes], file))  # it calls only `write`
     return files
 
 
 def export_checkpoint(path: str, output: str, layouts: Sequence[ExportLayout] = DEFAULT_LAYOUTS) -> list[str]:
-    """Write what the checkpoint at `path` trained to the folder `output`, in this process alone; gives the paths.
+    """Write the trained backbone and heads of the checkpoint at `path` to the folder `output`. Gives the paths.
 
     Raises InputError, WeightsError.
     """
-    record = checkpoint.require(path)
+    record = checkpoint.read_record(path)
     parts = {name.partition(".")[0] for name in record.tensors}
     part = next((part for part in EXPORTED if part in parts), None)
     if part is None:
         raise InputError(f"{path}: it holds {', '.join(sorted(parts))}, and neither of {', '.join(EXPORTED)}.")
     tensors = checkpoint.load_tensors(path, f"{part}.")
     model = _build(record.config, path)
-    own = {name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")}
-    weights.fill(model, weights.Checkpoint(f"{path} ({part})", "released", own, (), None))
+    state = {name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")}
+    weights.fill(model, weights.Checkpoint(f"{path} ({part})", "released", state, (), None))
     heads = {name: value for name, value in tensors.items() if _HEAD_KEY.fullmatch(name)}
     return export(model, heads, output, layouts)
 
 
 def read_heads(path: str, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The heads in the `heads.pth` at `path`, on the CPU, or those in a checkpoint that DINOv2's trainer exported.
+    """The heads in the `heads.pth` at `path`, or in a checkpoint that DINOv2's trainer exported, on the CPU.
 
-    expected: heads that they are for, whose names and shapes they must have. Raises WeightsError.
+    expected: tensors whose names and shapes the heads must have. Raises WeightsError.
     """
     content: object
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"No heads at '{path}'. Give the path of a {HEADS_FILE}.") from None
-    except Exception as error:  # torch raises many kinds for a file that is not its own
+    except Exception as error:  # torch raises many kinds of errors for other files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{path}: cannot be read as heads ({reason}). The file is damaged or incomplete.") from error
     if isinstance(content, Mapping) and isinstance(content.get("teacher"), Mapping):
@@ -117,17 +117,17 @@ def read_heads(path: str, expected: Mapping[str, Tensor] | None = None) -> dict[
 
 
 def _build(config: Mapping[str, Any], path: str) -> VisionTransformer:
-    """The backbone that the config of a checkpoint describes, not filled yet."""
+    """The backbone that the config of a checkpoint describes, without weights."""
     section: Mapping[str, Any] = config.get("model", {}).get("backbone", {})
     if absent := [key for key in REQUIRED if key not in section]:
-        raise InputError(f"{path}: its config does not say {', '.join(f'model.backbone.{key}' for key in absent)}.")
+        raise InputError(f"{path}: its config lacks {', '.join(f'model.backbone.{key}' for key in absent)}.")
     options: dict[str, Any] = {key: section[key] for key in REQUIRED} | {key: section.get(key) for key in OPTIONAL}
     options["layer_scale"] = options["layer_scale"] or None
     return backbone.build(**options, seed=None)
 
 
 def _require_heads(heads: Mapping[str, Tensor], origin: str) -> None:
-    """Raises WeightsError unless these are one or two whole heads whose layers fit each other."""
+    """Raises WeightsError unless these are one or two complete heads whose layers fit each other."""
     problems = [f"{name} is no part of a head" for name in heads if not _HEAD_KEY.fullmatch(name)]
     kinds = {name.partition(".")[0] for name in heads} & {"dino_head", "ibot_head"}
     for kind in sorted({"dino_head"} | kinds):
@@ -136,7 +136,7 @@ def _require_heads(heads: Mapping[str, Tensor], origin: str) -> None:
             continue
         shapes = {key: tuple(heads[f"{kind}.{key}"].shape) for key in _HEAD_KEYS}
         if any(len(shapes[key]) != (1 if key.endswith("bias") else 2) for key in _HEAD_KEYS):
-            problems.append(f"{kind} has shapes of no linear layers: {shapes}")
+            problems.append(f"{kind} has shapes that no linear layers have: {shapes}")
             continue
         hidden, middle, bottleneck = (shapes[f"mlp.{layer}.weight"] for layer in (0, 2, 4))
         num_prototypes, directions = shapes["last_layer.weight_v"]
@@ -154,42 +154,43 @@ def _require_heads(heads: Mapping[str, Tensor], origin: str) -> None:
 
 
 def _require_equal_shapes(heads: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str) -> None:
-    found, wanted = ({name: tuple(value.shape) for name, value in side.items()} for side in (heads, expected))
-    differing = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
+    shapes, expected_shapes = ({name: tuple(value.shape) for name, value in side.items()} for side in (heads, expected))
+    names = sorted(shapes.keys() | expected_shapes.keys())
+    differing = [name for name in names if shapes.get(name) != expected_shapes.get(name)]
     if differing:
-        lines = [f"  {name}: expected {wanted.get(name)}, found {found.get(name)}" for name in differing]
+        lines = [f"  {name}: expected {expected_shapes.get(name)}, found {shapes.get(name)}" for name in differing]
         raise WeightsError(
-            f"{path}: its heads are not those of this run (None: not there):\n" + "\n".join(lines) + "\n"
-            "Set the number of prototypes, the widths and whether the heads are untied as they were trained."
+            f"{path}: its heads do not fit this run (None: absent):\n" + "\n".join(lines) + "\n"
+            "Set the numbers of prototypes, the widths, and tied or untied heads as they were trained."
         )
 
 
 def folder(output: str, step: int) -> str:
-    """Where a run with that output exports the step."""
+    """The folder of an export: of the run in `output`, after `step` steps."""
     return paths.join(output, "export", f"{checkpoint.PREFIX}{step:07d}")
 
 
 def find_checkpoint(path: str) -> str:
-    """The checkpoint at `path`, or the last one of the run there. Raises InputError."""
+    """The checkpoint at `path`, or the last checkpoint of the run at `path`. Raises InputError."""
     if paths.exists(paths.join(path, checkpoint.RECORD_NAME)):
         return path
-    for place in (paths.join(path, "checkpoints"), path):
-        if (found := checkpoint.latest(place)) is not None:
-            return found
+    for checkpoints in (paths.join(path, "checkpoints"), path):
+        if (latest := checkpoint.latest(checkpoints)) is not None:
+            return latest
     raise InputError(f"No checkpoint at '{path}'. Give the folder of a run, or a '{checkpoint.PREFIX}...' in it.")
 
 
 def command_line(
-    checkpoint_path: Annotated[str, typer.Option("--checkpoint", help="A run, or one checkpoint of it.")],
+    checkpoint_path: Annotated[str, typer.Option("--checkpoint", help="Folder of a run, or of one checkpoint.")],
     output: command.OutputOption,
     layouts: Annotated[str, typer.Option("--layouts", help="Comma-separated: " + ", ".join(LAYOUTS) + ".")] = ",".join(
         DEFAULT_LAYOUTS
     ),
 ) -> None:
-    """Write the trained backbone and its heads for other programs."""
+    """Write the trained backbone and its heads in files for other programs."""
     names = [name.strip() for name in layouts.split(",")]
     if unknown := [name for name in names if name not in LAYOUTS]:
-        raise ConfigError(f"--layouts: no layout is called {', '.join(unknown)}. Choose from: {', '.join(LAYOUTS)}.")
+        raise ConfigError(f"--layouts: unknown {', '.join(unknown)}. Choose from: {', '.join(LAYOUTS)}.")
     chosen = [layout for layout in LAYOUTS if layout in names]
     path = find_checkpoint(checkpoint_path)
     for written in export_checkpoint(path, output, chosen):

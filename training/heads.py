@@ -1,7 +1,7 @@
-"""The projection heads: what turns a token into scores over prototypes, in training alone.
+"""The projection heads, which turn a token into scores over prototypes. Only training uses them.
 
-A head gives a unit vector and the prototypes it is compared with, not their product: 131,072 scores for every token
-would be the largest thing in memory, and the losses make them a chunk at a time. Parameter names are those of DINOv2's
+A head gives a unit vector and the prototypes, not their product. Scores of every token over 131,072 prototypes would be
+the largest tensor in memory, so the losses compute them a chunk at a time. Parameter names are those of DINOv2's
 training checkpoints (`mlp.0`, `mlp.2`, `mlp.4`, `last_layer.weight_g`, `last_layer.weight_v`).
 
 Shapes:
@@ -30,11 +30,11 @@ class HeadConfig(Settings):
     hidden_dim: int = Field(default=2048, ge=1)
     """Width of the two hidden layers."""
     train_prototype_norms: bool = True
-    """Whether the length of each prototype is learned. Cited: DINOv2 learns it, DINO (v1) holds it at 1."""
+    """Train the length of each prototype. Cited: DINOv2 trains it, DINO (v1) fixes it at 1."""
 
 
 class Prototypes(nn.Module):
-    """The last layer: K directions with a length each (weight normalisation)."""
+    """The last layer: K directions, each with a length (weight normalisation)."""
 
     def __init__(self, num_prototypes: int, bottleneck_dim: int, train_norms: bool) -> None:
         super().__init__()
@@ -42,12 +42,12 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim))
 
     def forward(self) -> Tensor:
-        """(K, d), float32: gathered weights may be less."""
+        """(K, d), float32, even if the weights are gathered in a smaller type."""
         return functional.normalize(self.weight_v.float(), dim=-1) * self.weight_g
 
 
 class ProjectionHead(nn.Module):
-    """Three linear layers with GELU between, down to a unit vector; `build` makes one."""
+    """Three linear layers with GELU between them, down to a unit vector. `build` makes one."""
 
     def __init__(self, in_dim: int, config: HeadConfig) -> None:
         super().__init__()
@@ -63,16 +63,19 @@ class ProjectionHead(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The unit vectors (S, d) of the tokens (S, D), and the prototypes (K, d). Their product is the logits.
 
-        Both in the type that the linear layers compute in.
+        Both have the type of the linear layers' outputs.
         """
-        bottleneck = self.mlp(tokens)
+        bottleneck = self.mlp(tokens)  # (S, d)
         unit = functional.normalize(bottleneck.float(), dim=-1)
         return unit.to(bottleneck.dtype), self.last_layer().to(bottleneck.dtype)
 
 
 def build(in_dim: int, config: HeadConfig, generator: torch.Generator) -> ProjectionHead:
-    """A head with fresh weights. Cited: DINOv2's initialisation (truncated normal 0.02; lengths 1; directions as
-    PyTorch fills a linear layer)."""
+    """A head with fresh weights.
+
+    Cited: DINOv2's initialisation. Linear layers are truncated normal with deviation 0.02, and lengths are 1.
+    Directions are drawn as PyTorch fills a linear layer.
+    """
     with torch.device("meta"):
         head = ProjectionHead(in_dim, config)
     head.to_empty(device="cpu")

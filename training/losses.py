@@ -1,17 +1,19 @@
-"""The objectives of DINOv2, on whole matrices of scores and, for the trainer, a chunk of rows at a time.
+"""The objectives of DINOv2: on whole matrices of scores, and for the trainer on a chunk of rows at a time.
 
-The student's probabilities for a crop are pulled towards the teacher's for another crop of the same image (DINO), and
-for the patches that the student was not shown (iBOT). What keeps all from becoming equal is how the teacher's scores
-are made into probabilities: Sinkhorn-Knopp lets every prototype be used as much as any other over the whole batch,
-centering subtracts a running mean. Both come down to one number a prototype that is added before the softmax:
+DINO pulls the student's probabilities for a crop towards the teacher's for another crop of the same image. iBOT does so
+for the patches that are hidden from the student. KoLeo spreads the features of a batch apart.
+
+Two ways of turning the teacher's scores into probabilities prevent collapse. Sinkhorn-Knopp uses all prototypes equally
+often over the whole batch; centering subtracts the EMA of the scores. Both reduce to one number a prototype, added
+before the softmax:
 
     p = softmax(logits / temperature + bias)
 
-so `sinkhorn_bias` and `centering_bias` are all that a batch has to agree upon, over ranks and accumulated passes, and
-no more than a chunk of the (rows, K) scores is ever there. KoLeo spreads the features of a batch apart.
+So only `sinkhorn_bias` or `centering_bias` (K,) is shared by the passes and ranks of a batch. The (rows, K) scores are
+never in memory beyond one chunk.
 
 Shapes:
-    n  images (or masked patches)    K  prototypes    d  bottleneck_dim    D  embed_dim
+    n  images (or patches of the patch-level loss)    K  prototypes    d  bottleneck_dim    D  embed_dim
     G  student crops    H  teacher crops    (of one image; 1 and 1 for patches)
 
 Source: Caron et al., DINO (arXiv 2104.14294); Zhou et al., iBOT (2111.07832); Caron et al., SwAV (2006.09882) for
@@ -27,15 +29,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# Combines a tensor over all ranks, such as curation.engine.ranks.sum_over_ranks.
 Reduce = Callable[[Tensor], Tensor]
 
-# Below this distance two unit vectors in float32 are equal but for rounding, and their difference points nowhere.
-LEAST_DISTANCE = 1e-6
+# Below this distance two unit vectors in float32 are equal up to rounding, and their difference has no direction.
+MIN_DISTANCE = 1e-6
 KOLEO_EPSILON = 1e-8  # cited: DINOv2
-LEAST_MASS = 1e-30  # assumed: far below the share of any prototype that float32 can still tell from none
+MIN_MASS = 1e-30  # assumed: far below the smallest share of a prototype that float32 distinguishes from none
 
 
-def _alone(tensor: Tensor) -> Tensor:
+def _one_rank(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -45,10 +48,13 @@ def _alone(tensor: Tensor) -> Tensor:
 def sinkhorn_knopp(logits: Tensor, temperature: float, num_iterations: int = 3) -> Tensor:
     """The teacher's probabilities (n, K) for its scores (n, K): rows sum to 1, and columns are nearly equal.
 
-    Computed on logarithms, so no score is too large. Source: SwAV, section 3.1 and appendix A.
+        Q = exp(logits / temperature)
+        repeat: divide columns by their sums, then rows by theirs
+
+    Computed on logarithms, so that no score overflows. Source: SwAV, section 3.1 and appendix A.
     """
     bias = _sinkhorn(lambda: iter([logits.float()]), logits.shape[1], logits.device, temperature, num_iterations)
-    return functional.softmax(logits.float() / temperature + bias, dim=-1)
+    return functional.softmax(logits.float() / temperature + bias, dim=-1)  # (n, K)
 
 
 def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, temperature: float = 0.1) -> Tensor:
@@ -59,36 +65,37 @@ def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, temperature
 def ibot_loss(
     student_logits: Tensor, teacher_probabilities: Tensor, weights: Tensor, num_crops: int, temperature: float = 0.1
 ) -> Tensor:
-    """The cross-entropy of masked patches, weighted (n,) and divided by the number of crops, masked ones or not.
+    """The cross-entropy of masked patches, weighted by (n,), divided by the number of crops, masked and unmasked.
 
-    With weights of 1 / (masked patches of the crop), it is the sum over masked crops of their mean, over all crops.
+    With weights of 1 / (masked patches of the crop), each masked crop contributes the mean over its masked patches.
     """
     return (_cross_entropy(student_logits, teacher_probabilities, temperature) * weights).sum() / num_crops
 
 
 def koleo_loss(features: Tensor, group_size: int | None = None) -> Tensor:
-    """How close the nearest neighbours among the features (n, D) lie: the mean of -log(distance) of unit vectors.
+    """The mean of -log(distance to the nearest neighbour) over the features (n, D), scaled to unit length.
 
-    Neighbours are looked for among `group_size` consecutive rows (all of them when None), which divides n and is 2 or
-    more. Equal features pull no one anywhere: their distance counts as LEAST_DISTANCE, without a gradient.
+        loss = mean over i of -log(min over j != i of |x_i - x_j|)
+
+    Neighbours come from the same group of `group_size` consecutive rows (all rows when None). The size divides n and is
+    2 or more. Equal features have no gradient; their distance counts as MIN_DISTANCE.
     Source: Sablayrolles et al., equation 2, as DINOv2 uses it.
     """
     size = len(features) if group_size is None else group_size
     assert size > 1 and len(features) % size == 0, f"{len(features)} features in groups of {size}"
-    unit = functional.normalize(features.float(), dim=-1).reshape(-1, size, features.shape[-1])
+    unit = functional.normalize(features.float(), dim=-1).reshape(-1, size, features.shape[-1])  # (groups, size, D)
     with torch.no_grad(), torch.autocast(unit.device.type, enabled=False):
-        similarity = unit @ unit.transpose(1, 2)
-        similarity.diagonal(dim1=1, dim2=2).fill_(-2)
-        nearest = similarity.argmax(-1, keepdim=True).expand_as(unit)
-    squares = (unit - unit.gather(1, nearest)).square().sum(-1)
-    # The root of 0 has no gradient, and where() would still multiply it: so the square is held up, not the root.
-    distance = squares.clamp_min(LEAST_DISTANCE**2).sqrt()
+        similarity = unit @ unit.transpose(1, 2)  # (groups, size, size)
+        similarity.diagonal(dim1=1, dim2=2).fill_(-2)  # below every cosine
+        nearest = similarity.argmax(-1, keepdim=True).expand_as(unit)  # (groups, size, D)
+    squares = (unit - unit.gather(1, nearest)).square().sum(-1)  # (groups, size)
+    # The square is clamped, not the root: the gradient of a root of 0 is infinite, and times 0 it would be NaN.
+    distance = squares.clamp_min(MIN_DISTANCE**2).sqrt()
     return -(distance + KOLEO_EPSILON).log().mean()
 
 
 def _cross_entropy(student_logits: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
-    """(n,)"""
-    return -(probabilities * functional.log_softmax(student_logits.float() / temperature, dim=-1)).sum(-1)
+    return -(probabilities * functional.log_softmax(student_logits.float() / temperature, dim=-1)).sum(-1)  # (n,)
 
 
 # --- a chunk at a time --------------------------------------------------------------------------------------------
@@ -96,7 +103,7 @@ def _cross_entropy(student_logits: Tensor, probabilities: Tensor, temperature: f
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What the teacher says of n images or patches, in as little memory as it can be said."""
+    """The teacher's probabilities for n images or patches, kept as the small factors of its scores."""
 
     features: Tensor
     """(H, n, d), unit vectors."""
@@ -119,13 +126,13 @@ def sinkhorn_bias(
     num_iterations: int = 3,
     *,
     rows_per_chunk: int,
-    sum_over_ranks: Reduce = _alone,
-    max_over_ranks: Reduce = _alone,
+    sum_over_ranks: Reduce = _one_rank,
+    max_over_ranks: Reduce = _one_rank,
 ) -> Tensor:
-    """The bias (K,) that makes a softmax give what Sinkhorn-Knopp gives, over the features (n, d) of all ranks.
+    """The bias (K,) with which a softmax gives the result of Sinkhorn-Knopp, over the features (n, d) of all ranks.
 
-    Scores are made anew in each iteration, `rows_per_chunk` rows at a time; where there are no more rows than that,
-    once. A rank may have no rows.
+    Each iteration computes the scores again, `rows_per_chunk` rows at a time. If all rows fit into one chunk, the
+    scores are computed once. A rank may have no rows.
     """
     held = [(features @ prototypes.T).float()] if len(features) <= rows_per_chunk else None
     return _sinkhorn(
@@ -145,38 +152,42 @@ def _sinkhorn(
     device: torch.device,
     temperature: float,
     num_iterations: int,
-    sum_over_ranks: Reduce = _alone,
-    max_over_ranks: Reduce = _alone,
+    sum_over_ranks: Reduce = _one_rank,
+    max_over_ranks: Reduce = _one_rank,
 ) -> Tensor:
-    """With Q = diag(b) exp(scores / T) diag(a), in turns b makes rows and a makes columns sum to the same; the softmax
-    that follows is the last turn of b, so log a is all that is kept. The first turn of a sees b = 1."""
+    """log a (K,) of Q = diag(b) exp(scores / T) diag(a), where a makes column sums equal and b row sums, in turns.
+
+    Only log a is kept, because the softmax that follows is the last turn of b. The first turn of a sees b = 1.
+    scores: gives the (rows, K) chunks anew at each call.
+    """
     assert num_iterations > 0
-    mass = torch.full((num_prototypes,), -math.inf, device=device)
+    log_mass = torch.full((num_prototypes,), -math.inf, device=device)
     for chunk in scores():
         if len(chunk):
-            mass = torch.logaddexp(mass, torch.logsumexp(chunk / temperature, dim=0))
-    largest = max_over_ranks(mass)
-    largest = torch.where(largest.isfinite(), largest, 0)  # no rank has a row
-    bias = -(sum_over_ranks((mass - largest).exp()).clamp_min(LEAST_MASS).log() + largest)
+            log_mass = torch.logaddexp(log_mass, torch.logsumexp(chunk / temperature, dim=0))
+    largest = max_over_ranks(log_mass)
+    largest = torch.where(largest.isfinite(), largest, 0)  # infinite if no rank has a row
+    bias = -(sum_over_ranks((log_mass - largest).exp()).clamp_min(MIN_MASS).log() + largest)
     for _ in range(num_iterations - 1):
         mass = torch.zeros(num_prototypes, device=device)
         for chunk in scores():
             mass += _probabilities(chunk, temperature, bias).sum(0)
-        bias = bias - sum_over_ranks(mass).clamp_min(LEAST_MASS).log()
+        bias = bias - sum_over_ranks(mass).clamp_min(MIN_MASS).log()
     return bias
 
 
 def centering_bias(center: Tensor, temperature: float) -> Tensor:
-    """The bias (K,) that subtracts the running mean (K,) of the scores before the softmax, as DINO does."""
+    """The bias (K,) that subtracts the center (K,) from the scores before the softmax, as DINO does."""
     return -center / temperature
 
 
 def new_center(
-    center: Tensor, features: Tensor, prototypes: Tensor, momentum: float, sum_over_ranks: Reduce = _alone
+    center: Tensor, features: Tensor, prototypes: Tensor, momentum: float, sum_over_ranks: Reduce = _one_rank
 ) -> Tensor:
-    """The running mean (K,) after a step whose teacher scores were features (n, d) times prototypes (K, d).
+    """The center (K,), the EMA of the teacher's scores, after a step with features (n, d) and prototypes (K, d).
 
-    The mean of products is the product of the mean, so no score is made. Without any row it stays.
+    The mean score is the product of the mean feature and the prototypes, so no score is computed. Without rows on any
+    rank the center stays.
     """
     total = sum_over_ranks(torch.cat([features.float().sum(0), features.new_full((1,), len(features)).float()]))
     if total[-1] == 0:
@@ -188,73 +199,83 @@ def prototype_cross_entropy(
     features: Tensor,
     prototypes: Tensor,
     targets: Targets,
-    pairs: Tensor,
+    pair_weights: Tensor,
     row_weights: Tensor,
     temperature: float,
     *,
     rows_per_chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """The sum over rows r, student crops g and teacher crops h of row_weights[r] * pairs[g, h] * cross-entropy.
+    """The weighted cross-entropy of the student's features (G, n, d) and prototypes (K, d) against the targets.
 
-    features: (G, n, d), of the student; prototypes: (K, d), the student's own.
-    pairs: (G, H), how much each pair of crops counts; row_weights: (n,).
-    Gives the loss, and the same for each student crop (G,), without gradients.
+        q = softmax(features @ prototypes.T / temperature)     student, (G, n, K)
+        p = targets.probabilities()                            teacher, (H, n, K)
+        loss = sum over g, h, r of pair_weights[g, h] * row_weights[r] * -sum over k of p[h, r, k] * log q[g, r, k]
 
-    Scores are there for `rows_per_chunk` rows of one crop at a time: gradients of a chunk are made with its loss.
+    pair_weights: (G, H). row_weights: (n,).
+    Gives the loss, and the loss of each student crop (G,) without gradients.
+
+    The gradients are computed here, in the forward pass, together with the loss. Scores exist for `rows_per_chunk` rows
+    of one crop at a time.
     """
-    arguments = (features, prototypes, targets, pairs, row_weights, temperature, rows_per_chunk)
-    loss, of_each = _PrototypeCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own is untyped
-    return loss, of_each
+    with torch.no_grad():
+        crop_losses = torch.zeros(len(features), device=features.device)
+        feature_gradients = torch.zeros_like(features, dtype=torch.float32)
+        prototype_gradients = torch.zeros_like(prototypes, dtype=torch.float32)
+        weights_of_crop = pair_weights.tolist()
+        for start in range(0, features.shape[1], rows_per_chunk):
+            rows = slice(start, start + rows_per_chunk)
+            probabilities, weights = targets.probabilities(rows), row_weights[rows, None]  # (H, rows, K), (rows, 1)
+            for crop, chunk in enumerate(features[:, rows]):  # chunk: (rows, d)
+                if crop == 0 or weights_of_crop[crop] != weights_of_crop[crop - 1]:
+                    target = _weighted_sum(probabilities, weights_of_crop[crop])  # (rows, K)
+                # Each row of `target` sums to `total`, so the cross-entropy needs no matrix of logarithms, and its
+                # gradient by the scores is total * softmax - target. The factors of a row are applied to the smaller
+                # matrices below.
+                total = sum(weights_of_crop[crop])
+                scores = (chunk / temperature @ prototypes.T).float()  # (rows, K)
+                log_sum = torch.logsumexp(scores, dim=-1, keepdim=True)  # (rows, 1)
+                crop_losses[crop] += (weights * (total * log_sum - (target * scores).sum(-1, keepdim=True))).sum()
+                gradient = scores.sub_(log_sum - math.log(total)).exp_().sub_(target).to(chunk.dtype)  # (rows, K)
+                scale = weights / temperature
+                feature_gradients[crop, rows] = (gradient @ prototypes).float() * scale
+                prototype_gradients += gradient.T @ (chunk * scale).to(chunk.dtype)
+        gradients = feature_gradients.to(features.dtype), prototype_gradients.to(prototypes.dtype)
+    loss: Tensor = _WithGradients.apply(  # type: ignore[no-untyped-call]  # torch's own is untyped
+        features, prototypes, crop_losses.sum(), *gradients
+    )
+    return loss, crop_losses
 
 
-class _PrototypeCrossEntropy(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients by the features and the prototypes are known already."""
+
     @staticmethod
     def forward(
         ctx: Any,
         features: Tensor,
         prototypes: Tensor,
-        targets: Targets,
-        pairs: Tensor,
-        row_weights: Tensor,
-        temperature: float,
-        rows_per_chunk: int,
-    ) -> tuple[Tensor, Tensor]:
-        losses = torch.zeros(len(features), device=features.device)
-        to_features = torch.zeros_like(features, dtype=torch.float32)
-        to_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
-        of_crops = pairs.tolist()
-        for start in range(0, features.shape[1], rows_per_chunk):
-            rows = slice(start, start + rows_per_chunk)
-            probabilities, weights = targets.probabilities(rows), row_weights[rows, None]
-            for crop, own in enumerate(features[:, rows]):
-                if crop == 0 or of_crops[crop] != of_crops[crop - 1]:
-                    target = _weighted_sum(probabilities, of_crops[crop])
-                # Targets sum to `total` in each row, so the cross-entropy needs no matrix of logarithms, and the
-                # gradient of the scores is total * softmax - target. Factors of a row wait for the smaller matrices.
-                total = sum(of_crops[crop])
-                scores = (own / temperature @ prototypes.T).float()
-                log_sum = torch.logsumexp(scores, dim=-1, keepdim=True)
-                losses[crop] += (weights * (total * log_sum - (target * scores).sum(-1, keepdim=True))).sum()
-                gradient = scores.sub_(log_sum - math.log(total)).exp_().sub_(target).to(own.dtype)
-                scale = weights / temperature
-                to_features[crop, rows] = (gradient @ prototypes).float() * scale
-                to_prototypes += gradient.T @ (own * scale).to(own.dtype)
-        ctx.save_for_backward(to_features.to(features.dtype), to_prototypes.to(prototypes.dtype))
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        loss: Tensor,
+        feature_gradients: Tensor,
+        prototype_gradients: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(feature_gradients, prototype_gradients)
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        to_features, to_prototypes = ctx.saved_tensors
-        return gradients[0] * to_features, gradients[0] * to_prototypes, None, None, None, None, None
+        feature_gradients, prototype_gradients = ctx.saved_tensors
+        return gradients[0] * feature_gradients, gradients[0] * prototype_gradients, None, None, None
 
 
 @torch.no_grad()
-def entropies(targets: Targets, rows: int) -> tuple[Tensor, Tensor]:
-    """Of the first `rows` rows of the teacher's probabilities: the mean entropy of a row, and the entropy of the mean
-    row, both in nats. The first falls towards 0 and the second from ln K when all images are told to be one thing."""
-    probabilities = targets.probabilities(slice(rows)).flatten(0, 1)
-    mean = probabilities.mean(0)
+def entropies(targets: Targets, max_rows: int) -> tuple[Tensor, Tensor]:
+    """The mean entropy of the first `max_rows` rows of probabilities, and the entropy of their mean, both in nats.
+
+    The first falls towards 0 when each row has one prototype. The second falls from ln K towards 0 when all rows have
+    the same one.
+    """
+    probabilities = targets.probabilities(slice(max_rows)).flatten(0, 1)  # (H * rows, K)
+    mean = probabilities.mean(0)  # (K,)
     return -torch.xlogy(probabilities, probabilities).sum(-1).mean(), -torch.xlogy(mean, mean).sum()
 
 
@@ -263,10 +284,10 @@ def _probabilities(scores: Tensor, temperature: float, bias: Tensor) -> Tensor:
 
 
 def _weighted_sum(probabilities: Tensor, weights: list[float]) -> Tensor:
-    """The (n, K) sum of the (H, n, K) probabilities; those of weight 0 cost nothing."""
+    """The (n, K) sum of the (H, n, K) probabilities. Probabilities of weight 0 cost nothing."""
     total: Tensor | None = None
-    for weight, of_crop in zip(weights, probabilities, strict=True):
+    for weight, crop_probabilities in zip(weights, probabilities, strict=True):
         if weight:
-            total = of_crop * weight if total is None else total.add_(of_crop, alpha=weight)
+            total = crop_probabilities * weight if total is None else total.add_(crop_probabilities, alpha=weight)
     assert total is not None, "a student crop without a teacher crop"
     return total

@@ -1,14 +1,14 @@
-"""Which patches the student does not see: block masks for the patch-level objective.
+"""Block masks for the patch-level objective: the patches that are hidden from the student.
 
-Every crop's mask is a function of (seed, step, index of the crop in the step), so each rank and each accumulation pass
-draws its own slice and the step as a whole has the same masks on any number of ranks.
+A crop's mask depends on (seed, step, index of the crop in the step) alone. Each rank and each pass draws its own slice,
+and the whole step has the same masks on any number of ranks.
 
 Legend:
     C     global crops of a whole step        N = h * w  patches of a crop, row by row; (h, w) is the grid
     M     masked patches of some crops        n          masked crops of a step, int(C * crop_share)
 
-The ratios are stratified: the range is cut into n equal bins, one for each masked crop, and the bins are dealt to crops
-at random, so that an image may have none, one or both of its global crops masked. A mask is a union of rectangles.
+The ratios are stratified: the range is divided into n equal bins, one for each masked crop, and crops get bins at
+random. So none, one or both of an image's global crops are masked. A mask is a union of rectangles.
 
 Source: Bao et al., BEiT (arXiv 2106.08254), algorithm 1; Zhou et al., iBOT (arXiv 2111.07832); DINOv2's and DINOv3's
 published code for the stratification and for the exact count.
@@ -25,33 +25,33 @@ from torch import Tensor
 
 from curation.config import Settings
 
-ATTEMPTS = 10  # cited: BEiT's and DINOv2's, for each block
-PURPOSE = int.from_bytes(b"masks")  # what is drawn, in the seeds of its generators; above any position of a sample
+ATTEMPTS = 10  # to place a block; cited: BEiT and DINOv2
+MASKS_PURPOSE = int.from_bytes(b"masks")  # purpose of a generator, a part of its seed; order.py has others
 
 
 class MaskConfig(Settings):
-    """How much of the global crops is masked, and in which blocks. The defaults are DINOv2's in all its recipes."""
+    """Masks of the global crops. The defaults are those of all DINOv2 recipes, except `sampler`, which is DINOv3's."""
 
     crop_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of a step's global crops that are masked at all; 0 masks none (distillation)."""
+    """Share of a step's global crops with a mask; 0 masks none (distillation)."""
     ratio: tuple[float, float] = (0.1, 0.5)
-    """Least and greatest share of a masked crop's patches, over which the masked crops are spread evenly."""
+    """Minimum and maximum share of a masked crop's patches; the masked crops are spread evenly between them."""
     sampler: Literal["exact", "published"] = "exact"
-    """`exact` masks the upper end of the crop's bin, to the patch: blocks, then single patches at random. Every step
-    then has the same number of masked patches. That is DINOv3's. `published` is DINOv2's: a target drawn within the
-    bin, which the blocks may miss from below."""
+    """`exact`, as in DINOv3: blocks, then single patches at random, up to exactly the upper end of the crop's bin.
+    Every step then has the same number of masked patches. `published`, as in DINOv2: blocks alone, up to a target
+    drawn within the bin; fewer patches may be masked."""
     min_block_patches: int = Field(default=4, ge=1)
-    """Least area of a block that is tried, in patches; less only where less is left to mask."""
+    """Minimum area of a block that is tried, in patches; smaller only if fewer are left to mask."""
     max_block_share: float = Field(default=0.5, gt=0, le=1)
-    """Share of the grid's rows (rounded down) that makes the greatest block: 128 patches of 16x16, 98 of 14x14."""
+    """Maximum area of a block, as a share of the grid's rows, rounded down: 128 patches of 16x16, 98 of 14x14."""
     min_block_aspect: float = Field(default=0.3, gt=0, le=1)
-    """Least height over width of a block; its inverse is the greatest. Log-uniform between."""
+    """Minimum height over width of a block; the maximum is its inverse. Log-uniform between them."""
 
     @model_validator(mode="after")
     def _ratio_ascends(self) -> "MaskConfig":
         low, high = self.ratio
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"ratio is [{low:g}, {high:g}]; expected 0 <= least <= greatest <= 1")
+            raise ValueError(f"ratio is [{low:g}, {high:g}]; expected 0 <= minimum <= maximum <= 1")
         return self
 
 
@@ -61,36 +61,35 @@ def step_masks(
     """The masks (len(crops), N) bool of some of the step's `num_crops` global crops; True is masked.
 
     grid: rows and columns of patches.
-    crops: indices among all global crops of the whole step, on all ranks: crop * batch_size + image.
+    crops: indices among the global crops of the whole step, on all ranks: crop * batch_size + image.
     """
     assert 0 <= crops.start <= crops.stop <= num_crops, f"{crops} of {num_crops} crops"
-    num_masked = _whole(num_crops * config.crop_share)
+    num_masked = _floor(num_crops * config.crop_share)
     edges = np.linspace(*config.ratio, num_masked + 1)
-    bins = np.random.default_rng([seed, PURPOSE, step]).permutation(num_crops)  # the first `num_masked` are bins
+    bins = np.random.default_rng([seed, MASKS_PURPOSE, step]).permutation(num_crops)  # the first `num_masked` are bins
     masks = np.zeros((len(crops), math.prod(grid)), np.bool_)
     for mask, crop in zip(masks, crops, strict=True):
         if bins[crop] < num_masked:
             low, high = edges[bins[crop]], edges[bins[crop] + 1]
-            _draw(config, grid, low, high, np.random.default_rng([seed, PURPOSE, step, 1 + crop]), mask)
+            _draw(config, grid, low, high, np.random.default_rng([seed, MASKS_PURPOSE, step, 1 + crop]), mask)
     return torch.from_numpy(masks)
 
 
 def mask_token_weights(masks: Tensor) -> Tensor:
-    """What each masked patch counts, (M,) float32 in row order: 1 / the number masked in its crop.
+    """The weight of each masked patch, (M,) float32 in row order: 1 / the number of masked patches in its crop.
 
-    masks: (crops, N) bool. Called where the masks are drawn: the size of the result depends on values, for which a GPU
-    would have to be waited for.
+    masks: (crops, N) bool, on the CPU: the size of the result depends on values, so a GPU would have to be waited for.
     """
     counts = masks.sum(dim=1)
-    return (1 / counts.float()).repeat_interleave(counts)  # of 1 / 0 there are no copies
+    return (1 / counts.float()).repeat_interleave(counts)  # a crop without masked patches repeats its 1 / 0 zero times
 
 
 def _draw(
     config: MaskConfig, grid: tuple[int, int], low: float, high: float, random: np.random.Generator, mask: np.ndarray
 ) -> None:
-    """Fill `mask` (N,), all False, for a crop whose bin of ratios is [low, high]."""
+    """Fill `mask` (N,), which is all False, for a crop whose bin of ratios is [low, high]."""
     ratio = high if config.sampler == "exact" else random.uniform(low, high)
-    target = _whole(len(mask) * ratio)
+    target = _floor(len(mask) * ratio)
     bits = _blocks(config, grid, target, random)
     packed = np.frombuffer(bits.to_bytes((len(mask) + 7) // 8, "little"), np.uint8)
     mask[:] = np.unpackbits(packed, count=len(mask), bitorder="little")
@@ -100,15 +99,15 @@ def _draw(
 
 
 def _blocks(config: MaskConfig, grid: tuple[int, int], target: int, random: np.random.Generator) -> int:
-    """A union of blocks of at most `target` patches: an integer, whose bit p says whether patch p is masked.
+    """A union of blocks with at most `target` patches: an integer whose bit p says whether patch p is masked.
 
-    Each block is lower and narrower than the grid and adds at most what is left to mask; the first that finds no place
-    in ATTEMPTS ends the mask. An integer, because placing a block then takes no call into an array library.
+    Each block is lower and narrower than the grid and adds no more patches than are left to mask. The first block that
+    cannot be placed in ATTEMPTS ends the mask. An integer, because no block then needs a call into an array library.
     """
     rows, columns = grid
     max_block = int(config.max_block_share * rows) * columns
-    widest = -math.log(config.min_block_aspect)
-    repeat = [0]  # by height: times the bits of one row, the same bits in so many rows
+    max_log_aspect = -math.log(config.min_block_aspect)
+    repeat = [0]  # repeat[h] * (the bits of one row) = the same bits in h rows
     while len(repeat) < rows:
         repeat.append(repeat[-1] << columns | 1)
     uniform = _uniform(random)
@@ -117,7 +116,7 @@ def _blocks(config: MaskConfig, grid: tuple[int, int], target: int, random: np.r
         limit = min(target - count, max_block)
         for _ in range(ATTEMPTS):
             area = config.min_block_patches + next(uniform) * (limit - config.min_block_patches)
-            aspect = math.exp(widest * (2 * next(uniform) - 1))
+            aspect = math.exp(max_log_aspect * (2 * next(uniform) - 1))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             top, left = next(uniform), next(uniform)
             if not (height < rows and width < columns):
@@ -135,11 +134,11 @@ def _blocks(config: MaskConfig, grid: tuple[int, int], target: int, random: np.r
 
 
 def _uniform(random: np.random.Generator) -> Iterator[float]:
-    """Draws from [0, 1), made many at a time: one by one they would cost most of a mask."""
+    """Draws from [0, 1), taken from `random` many at a time: single draws would be most of a mask's cost."""
     while True:
         yield from random.random(4 * ATTEMPTS).tolist()
 
 
-def _whole(value: float) -> int:
-    """`value` rounded down, where what falls short of a whole number by rounding errors alone is that number."""
+def _floor(value: float) -> int:
+    """`value` rounded down; a value just below a whole number, by rounding errors alone, gives that number."""
     return math.floor(value + 1e-6)

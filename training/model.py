@@ -1,17 +1,22 @@
-"""Student, teacher and heads: what is trained, and what a pass through it costs and gives.
+"""Student, teacher and heads: the networks, and the loss of one pass through them.
 
     student    sees the global crops with patches masked, and the local crops
-    teacher    sees the global crops whole; the running average of the student, or, distilling, a larger frozen model
-    average    the running average of the student, which is what training is for: the teacher, unless distilling
+    teacher    sees the global crops whole: the EMA of the student or, when distilling, a larger frozen network
+    average    the EMA of the student and the result of training: the teacher itself, unless distilling
 
-A training step has two halves (loop.py): `teach` for all passes, which makes the targets that the whole batch agrees
-upon, and `learn` pass by pass. DINO (v1) is ibot_weight = 0 and koleo_weight = 0; iBOT is koleo_weight = 0.
+A training step (loop.py) calls, in this order:
+
+    teacher_targets    for all passes at once, because the targets are balanced over the whole batch
+    student_loss       for each pass
+    update_ema, update_centers    after the optimizer's step
+
+DINO (v1) is ibot_weight = 0 and koleo_weight = 0; iBOT is koleo_weight = 0.
 
 Shapes:
     n  images of a pass    G  crops of an image (2 global, then the local ones)    N  patches of a global crop
-    M  patches that the student is asked about, masked ones unless distilling      D, d, K  as in heads.py
+    M  patches in the patch-level loss: the masked ones, or all when distilling    D, d, K  as in heads.py
 
-Source: Oquab et al., DINOv2 (arXiv 2304.07193), section 4; the scaling of its terms is that of its code.
+Source: Oquab et al., DINOv2 (arXiv 2304.07193), section 4. The terms are scaled as in its code.
 """
 
 import copy
@@ -42,7 +47,7 @@ from training.losses import (
     sinkhorn_bias,
 )
 
-NUM_GLOBAL = 2  # global crops of an image: each is compared with the other
+NUM_GLOBAL = 2  # global crops of an image; each is compared with the other
 
 
 class BackboneConfig(Settings):
@@ -53,66 +58,65 @@ class BackboneConfig(Settings):
     patch_size: int = Field(gt=0)
     """Side of a patch in pixels."""
     image_size: int = Field(gt=0)
-    """Side in pixels of the global crops, for which the positional embedding is made."""
+    """Side of the global crops in pixels; the positional embedding is made for it."""
     depth: int | None = Field(default=None, gt=0)
-    """Blocks; None takes what the name stands for."""
+    """Number of blocks; None takes that of `name`."""
     num_register_tokens: int = Field(default=0, ge=0)
     """Registers. Cited: none in the published training, 4 in the later releases."""
     feed_forward: FeedForward | None = None
-    """`mlp` or `swiglu`; None takes the released choice for the name."""
+    """`mlp` or `swiglu`; None takes the released choice for `name`."""
     layer_scale: float = Field(default=1e-5, ge=0)
-    """The starting value of LayerScale; 0 leaves it out, as in MAE and I-JEPA. Cited: DINOv2."""
+    """Starting value of LayerScale; 0 leaves LayerScale out, as in MAE and I-JEPA. Cited: DINOv2."""
     position_interpolation: PositionInterpolation = "plain"
-    """How the positional embedding is fitted to crops of another size."""
+    """How the positional embedding is resized for crops of another size."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the images that each residual branch is not computed for, the same at every depth."""
+    """Stochastic depth: share of the crops that each residual branch skips, the same at every depth."""
     weights: str | None = None
-    """Checkpoint to start from, in any layout that curation.weights reads; its positional embedding is resized."""
-    weights_sha256: str | None = None
-    """The hash that the checkpoint must have."""
+    """Checkpoint to start from, in any layout that curation.weights reads. Its positional embedding is resized."""
 
 
 class ObjectiveConfig(Settings):
-    """What is minimised, and how the teacher's scores become probabilities."""
+    """The loss, and how the teacher's scores become probabilities."""
 
     dino_weight: float = Field(default=1.0, ge=0)
-    """Of the image-level loss over all pairs of different crops."""
+    """Weight of the image-level loss over all pairs of different crops."""
     ibot_weight: float = Field(default=1.0, ge=0)
-    """Of the patch-level loss."""
+    """Weight of the patch-level loss."""
     koleo_weight: float = Field(default=0.1, ge=0)
-    """Of KoLeo on the CLS tokens of each global crop."""
+    """Weight of KoLeo on the CLS tokens of each global crop."""
     koleo_images: int | None = Field(default=None, ge=2)
     """Images among which KoLeo looks for neighbours; divides images_per_pass. None: all of a pass, as published."""
     student_temperature: float = Field(default=0.1, gt=0)
-    """Of the student's softmax."""
+    """Temperature of the student's softmax."""
     centering: Literal["sinkhorn_knopp", "ema"] = "sinkhorn_knopp"
-    """Over the whole batch, all ranks and passes. Cited: the long recipes take Sinkhorn-Knopp, the short one EMA."""
+    """How scores are balanced over the whole batch, all ranks and passes. Cited: Sinkhorn-Knopp in the long recipes,
+    EMA in the short one."""
     sinkhorn_iterations: int = Field(default=3, gt=0)
-    """Of Sinkhorn-Knopp."""
+    """Iterations of Sinkhorn-Knopp."""
     center_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of the running mean of the scores."""
+    """Momentum of the EMA of the scores."""
     rows_per_chunk: int = Field(default=1024, gt=0)
     """Rows of scores over the prototypes that are in memory at once. Assumed: 537 MB each at 131,072 prototypes."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.dino_weight == self.ibot_weight == 0:
-            raise ValueError("dino_weight and ibot_weight are both 0, so there is nothing to learn")
+            raise ValueError("dino_weight and ibot_weight are both 0; at least one must be above 0")
         return self
 
 
 class DistillationConfig(Settings):
-    """A frozen teacher: no masks, no stochastic depth, and the average of the student is the result."""
+    """A frozen teacher. There are no masks and no stochastic depth, and the result is the EMA of the student."""
 
     backbone: BackboneConfig
-    """The teacher; `weights` says where it lies."""
+    """The teacher; `weights` is the path of its checkpoint."""
     heads: str
     """The teacher's heads, as `python -m training.export` wrote them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.backbone.weights is None:
-            raise ValueError("distillation.backbone needs weights: an untrained teacher teaches nothing")
+            raise ValueError("distillation.backbone needs weights: the teacher must be a trained network")
         return self
 
 
@@ -120,7 +124,7 @@ class ModelConfig(Settings):
     """The networks and their objective."""
 
     backbone: BackboneConfig
-    """The student's, and its average's."""
+    """The backbone of the student and of its EMA."""
     dino_head: HeadConfig = HeadConfig()
     """The head of the CLS token."""
     ibot_head: HeadConfig | None = None
@@ -130,12 +134,12 @@ class ModelConfig(Settings):
     objective: ObjectiveConfig = ObjectiveConfig()
     """The losses."""
     distillation: DistillationConfig | None = None
-    """A frozen teacher instead of the student's own average."""
+    """A frozen teacher in place of the student's EMA."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.distillation is not None and self.backbone.drop_path:
-            raise ValueError(f"backbone.drop_path is {self.backbone.drop_path:g}; distillation goes without")
+            raise ValueError(f"backbone.drop_path is {self.backbone.drop_path:g}; distillation needs 0")
         if self.distillation is not None and self.distillation.backbone.patch_size != self.backbone.patch_size:
             raise ValueError(
                 f"the teacher has patches of {self.distillation.backbone.patch_size} pixels and the student of "
@@ -144,11 +148,11 @@ class ModelConfig(Settings):
         return self
 
 
-class Outputs(NamedTuple):
-    """What a pass through a network gives."""
+class NetworkOutputs(NamedTuple):
+    """The outputs of one pass through a network."""
 
     cls_tokens: tuple[Tensor, ...]
-    """(crops, D) of each group of crops, after the last norm."""
+    """(crops, D) for each group of crops, after the last norm."""
     image_features: Tensor
     """(crops of all groups, d), unit vectors."""
     image_prototypes: Tensor
@@ -172,43 +176,44 @@ class Network(nn.Module):
         self,
         crops: list[Tensor],
         masks: Tensor | None,
-        patches: Tensor,
+        patch_indices: Tensor,
         kept: Sequence[Kept] | None = None,
-    ) -> Outputs:
-        """crops: groups of (crops, 3, H, W), the global ones first; masks: (2n, N) of those.
+    ) -> NetworkOutputs:
+        """Run the backbone over all crops, and the heads over the CLS tokens and the chosen patches.
 
-        patches: (M,), places among the 2n * N patches of the global crops that go through the head.
+        crops: groups of (crops, 3, H, W), the global ones first. masks: (2n, N), of the global crops.
+        patch_indices: (M,), indices among the 2n * N patches of the global crops.
         kept: see VisionTransformer.forward_features.
         """
         features = self.backbone(crops, is_training=True, masks=[masks, *(None for _ in crops[1:])], kept=kept)
-        cls_tokens = tuple(of_group["x_norm_clstoken"] for of_group in features)
-        images = torch.cat(cls_tokens)
-        asked = features[0]["x_norm_patchtokens"].flatten(0, 1)[patches]
+        cls_tokens = tuple(group["x_norm_clstoken"] for group in features)
+        images = torch.cat(cls_tokens)  # (crops of all groups, D)
+        patches = features[0]["x_norm_patchtokens"].flatten(0, 1)[patch_indices]  # (M, D)
         if self.ibot_head is None:
-            unit, prototypes = self.dino_head(torch.cat([images, asked]))
-            return Outputs(cls_tokens, unit[: len(images)], prototypes, unit[len(images) :], prototypes)
-        return Outputs(cls_tokens, *self.dino_head(images), *self.ibot_head(asked))
+            unit, prototypes = self.dino_head(torch.cat([images, patches]))
+            return NetworkOutputs(cls_tokens, unit[: len(images)], prototypes, unit[len(images) :], prototypes)
+        return NetworkOutputs(cls_tokens, *self.dino_head(images), *self.ibot_head(patches))
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
-    """Everything that is trained, and what the centering remembers. `build_model` makes one."""
+class StudentTeacher:
+    """All networks of a run, and the centers of the objective. `build_model` makes one."""
 
     config: ModelConfig
     student: Network
     teacher: Network
     average: Network
-    """The teacher itself, unless distilling."""
+    """EMA of the student; the teacher itself, unless distilling."""
     centers: dict[str, Tensor]
-    """`dino` and `ibot`: the running mean (K,) of the teacher's scores; zeros under Sinkhorn-Knopp."""
+    """`dino` and `ibot`: the EMA (K,) of the teacher's scores; zeros under Sinkhorn-Knopp."""
 
     def networks(self) -> dict[str, Network]:
-        """By name, each once. A frozen teacher is not among them: it is read from its own files."""
+        """Each trained network once, by name. A frozen teacher is left out: it is read from its own files."""
         return {"student": self.student, "average" if self.config.distillation else "teacher": self.average}
 
 
-def build_model(config: ModelConfig, seed: int, packed: PackedAttention = "grouped") -> Model:
-    """The networks on the CPU, a pure function of the arguments and of the files they name. Raises WeightsError."""
+def build_model(config: ModelConfig, seed: int, packed: PackedAttention = "grouped") -> StudentTeacher:
+    """The networks on the CPU: a pure function of the arguments and of the files they name. Raises WeightsError."""
     student = _build_network(config.backbone, config.dino_head, config.ibot_head, config.heads, seed)
     average = _frozen(copy.deepcopy(student))
     teacher = average
@@ -221,7 +226,7 @@ def build_model(config: ModelConfig, seed: int, packed: PackedAttention = "group
             block.attn.packed = packed
     num_prototypes = (config.ibot_head or config.dino_head).num_prototypes
     centers = {"dino": torch.zeros(config.dino_head.num_prototypes), "ibot": torch.zeros(num_prototypes)}
-    return Model(config, student, teacher, average, centers)
+    return StudentTeacher(config, student, teacher, average, centers)
 
 
 def _frozen(network: Network) -> Network:
@@ -257,7 +262,7 @@ def build_backbone(config: BackboneConfig, seed: int) -> VisionTransformer:
         seed=seed,
     )
     if config.weights is not None:
-        checkpoint = weights.read(config.weights, sha256=config.weights_sha256)
+        checkpoint = weights.read(config.weights)
         grid_size = weights.architecture(checkpoint.tensors, checkpoint.path).grid_size
         model.resize_positions(grid_size)
         weights.fill(model, checkpoint)
@@ -265,39 +270,46 @@ def build_backbone(config: BackboneConfig, seed: int) -> VisionTransformer:
     return model
 
 
-def whole_backbone(config: BackboneConfig, state: Mapping[str, Tensor]) -> VisionTransformer:
-    """A backbone of its own on the CPU, filled from the whole state of a network."""
+def backbone_from_state(config: BackboneConfig, state: Mapping[str, Tensor]) -> VisionTransformer:
+    """A separate backbone on the CPU, filled from the whole state_dict of a Network."""
     model = build_backbone(config.model_copy(update={"weights": None}), seed=0)
     prefix = "backbone."
-    model.load_state_dict({name[len(prefix) :]: of for name, of in state.items() if name.startswith(prefix)})
+    model.load_state_dict({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
     return model
 
 
 def model_memory(config: ModelConfig, num_ranks: int) -> dict[str, int]:
-    """Bytes that a rank needs before any image, by what for.
+    """Bytes that a rank needs before any image, by purpose.
 
-    Weights, gradients and two moments of the student, and the weights of its average; the whole prototypes of student
-    and teacher with their gradients, and the scores of a chunk over them. A frozen teacher's weights are not counted.
+    backbone, heads    weights, gradients and two moments of the student, and the weights of its EMA
+    prototypes         the gathered prototypes of student and teacher, with their gradients
+    scores             a chunk of scores over the prototypes
+    The weights of a frozen teacher are not counted.
     """
     with torch.device("meta"):
         dimensions = backbone.SIZES[config.backbone.name].embed_dim
-        configs = [config.dino_head, *([config.ibot_head] if config.ibot_head else [])]
-        in_heads = sum(of.numel() for head in configs for of in ProjectionHead(dimensions, head).parameters())
+        head_configs = [config.dino_head, *([config.ibot_head] if config.ibot_head else [])]
+        num_head_weights = sum(
+            weight.numel() for head in head_configs for weight in ProjectionHead(dimensions, head).parameters()
+        )
     # Cited: 12 D * D weights a block, in the MLP as in SwiGLU, to which biases, norms and tokens add less than 1%.
-    in_backbone = 12 * dimensions**2 * (config.backbone.depth or backbone.SIZES[config.backbone.name].depth)
-    largest = max(configs, key=lambda head: head.num_prototypes)
+    depth = config.backbone.depth or backbone.SIZES[config.backbone.name].depth
+    num_backbone_weights = 12 * dimensions**2 * depth
+    largest = max(head_configs, key=lambda head: head.num_prototypes)
     size = torch.float32.itemsize
     return {
-        "backbone": 5 * size * in_backbone // num_ranks,
-        "heads": 5 * size * in_heads // num_ranks,
+        "backbone": 5 * size * num_backbone_weights // num_ranks,
+        "heads": 5 * size * num_head_weights // num_ranks,
         "prototypes": 3 * size * largest.num_prototypes * largest.bottleneck_dim,
         "scores": (NUM_GLOBAL + 2) * size * config.objective.rows_per_chunk * largest.num_prototypes,
     }
 
 
 def forward_flops(config: BackboneConfig, side: int) -> float:
-    """Floating-point operations of a backbone for one crop of side x side pixels, forward, a multiplication and an
-    addition as two: the products of its linear layers and of attention, which are all but 1%."""
+    """Floating-point operations of a backbone's forward pass over one crop of side x side pixels.
+
+    A multiply-add counts as two. Counted are the matrix products of the linear layers and of attention: all but 1%.
+    """
     size = backbone.SIZES[config.name]
     patches = (side // config.patch_size) ** 2
     tokens = 1 + config.num_register_tokens + patches
@@ -306,25 +318,28 @@ def forward_flops(config: BackboneConfig, side: int) -> float:
 
 
 def _fill_heads(network: Network, path: str) -> None:
-    """Copy a file of heads into a network: all of them, and no others. Raises WeightsError."""
-    own = {name: value for name, value in network.state_dict().items() if not name.startswith("backbone.")}
-    network.load_state_dict(read_heads(path, own), strict=False)  # the backbone's keys are the only ones left out
+    """Copy a file of heads into a network. The file must hold exactly the network's heads. Raises WeightsError."""
+    expected = {name: value for name, value in network.state_dict().items() if not name.startswith("backbone.")}
+    network.load_state_dict(read_heads(path, expected), strict=False)  # leaves out the backbone's keys alone
 
 
 def _head_configs(path: str, config: ModelConfig) -> tuple[HeadConfig, HeadConfig | None]:
-    """The teacher's heads, as its file has them. Their prototypes are what the student is compared with."""
-    found = read_heads(path)
+    """The configs of the teacher's heads, from their file. Raises WeightsError.
+
+    Teacher and student must have equally many prototypes: the loss compares their probabilities one by one.
+    """
+    tensors = read_heads(path)
     configs: dict[str, HeadConfig] = {}
-    for name, own in (("dino_head", config.dino_head), ("ibot_head", config.ibot_head)):
-        directions, hidden = found.get(f"{name}.last_layer.weight_v"), found.get(f"{name}.mlp.0.weight")
-        if (directions is None or hidden is None) != (own is None) or (
-            own is not None and directions is not None and len(directions) != own.num_prototypes
+    for name, student_config in (("dino_head", config.dino_head), ("ibot_head", config.ibot_head)):
+        directions, hidden = tensors.get(f"{name}.last_layer.weight_v"), tensors.get(f"{name}.mlp.0.weight")
+        if (directions is None or hidden is None) != (student_config is None) or (
+            student_config is not None and directions is not None and len(directions) != student_config.num_prototypes
         ):
-            there = "none" if directions is None else f"{len(directions)} prototypes"
-            asked = "none" if own is None else f"{own.num_prototypes}"
+            teacher_has = "none" if directions is None else f"{len(directions)} prototypes"
+            student_has = "none" if student_config is None else f"{student_config.num_prototypes}"
             raise WeightsError(
-                f"{path}: the teacher's {name} has {there}, and the student's {asked}. Give the student's heads the "
-                "teacher's numbers of prototypes."
+                f"{path}: the teacher's {name} has {teacher_has}, and the student's {student_has}. Give the student's "
+                "heads the teacher's numbers of prototypes."
             )
         if directions is not None and hidden is not None:
             configs[name] = HeadConfig(
@@ -336,39 +351,39 @@ def _head_configs(path: str, config: ModelConfig) -> tuple[HeadConfig, HeadConfi
 # --- one step -----------------------------------------------------------------------------------------------------
 
 
-class Lesson(NamedTuple):
-    """What the teacher says of one pass, and what the student is asked."""
+class PassTargets(NamedTuple):
+    """The teacher's targets for one pass, and the patches of the patch-level loss."""
 
     images: Targets
     """(2, n, ...): of each image's global crops."""
     patches: Targets
     """(1, M, ...)."""
-    places: Tensor
-    """(M,), among the 2n * N patches of the global crops."""
+    patch_indices: Tensor
+    """(M,), indices among the 2n * N patches of the global crops."""
     patch_weights: Tensor
-    """(M,), which sum to 1 for each crop that is asked about."""
-    cls_tokens: Tensor
-    """(2, n, D), of the teacher."""
+    """(M,), which sum to 1 in each crop with such patches."""
+    teacher_cls_tokens: Tensor
+    """(2, n, D)."""
 
 
 @torch.no_grad()
-def teach(
-    model: Model,
+def teacher_targets(
+    model: StudentTeacher,
     passes: Sequence[Batch],
     temperature: float,
     sum_over_ranks: Reduce,
     max_over_ranks: Reduce,
-) -> list[Lesson]:
-    """The targets of every pass of a step, balanced over all of them and over all ranks."""
+) -> list[PassTargets]:
+    """Run the teacher over every pass of a step; its scores are balanced over all passes and all ranks."""
     objective = model.config.objective
-    asked = [_asked(model.config, batch) for batch in passes]
-    seen = [
-        model.teacher([batch.crops[0]], None, places if objective.ibot_weight else places[:0])
-        for batch, (places, _) in zip(passes, asked, strict=True)
+    chosen_patches = [_loss_patches(model.config, batch) for batch in passes]
+    outputs = [
+        model.teacher([batch.crops[0]], None, indices if objective.ibot_weight else indices[:0])
+        for batch, (indices, _) in zip(passes, chosen_patches, strict=True)
     ]
-    image_prototypes, patch_prototypes = seen[0].image_prototypes, seen[0].patch_prototypes
+    image_prototypes, patch_prototypes = outputs[0].image_prototypes, outputs[0].patch_prototypes
 
-    def bias(name: str, features: list[Tensor], prototypes: Tensor) -> Tensor:
+    def bias(name: str, features: list[Tensor], prototypes: Tensor) -> Tensor:  # (K,)
         if objective.centering == "ema":
             return centering_bias(model.centers[name], temperature)
         return sinkhorn_bias(
@@ -381,79 +396,87 @@ def teach(
             max_over_ranks=max_over_ranks,
         )
 
-    image_bias = bias("dino", [of.image_features for of in seen], image_prototypes)
+    image_bias = bias("dino", [output.image_features for output in outputs], image_prototypes)
     patch_bias = image_bias
     if objective.ibot_weight:
-        patch_bias = bias("ibot", [of.patch_features for of in seen], patch_prototypes)
+        patch_bias = bias("ibot", [output.patch_features for output in outputs], patch_prototypes)
     return [
-        Lesson(
-            Targets(of.image_features.unflatten(0, (NUM_GLOBAL, -1)), image_prototypes, image_bias, temperature),
-            Targets(of.patch_features[None], patch_prototypes, patch_bias, temperature),
-            places,
+        PassTargets(
+            Targets(output.image_features.unflatten(0, (NUM_GLOBAL, -1)), image_prototypes, image_bias, temperature),
+            Targets(output.patch_features[None], patch_prototypes, patch_bias, temperature),
+            indices,
             patch_weights,
-            of.cls_tokens[0].unflatten(0, (NUM_GLOBAL, -1)),
+            output.cls_tokens[0].unflatten(0, (NUM_GLOBAL, -1)),
         )
-        for of, (places, patch_weights) in zip(seen, asked, strict=True)
+        for output, (indices, patch_weights) in zip(outputs, chosen_patches, strict=True)
     ]
 
 
-def learn(model: Model, batch: Batch, lesson: Lesson, kept: Sequence[Kept] | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one pass, and its parts by name without gradients."""
+def student_loss(
+    model: StudentTeacher, batch: Batch, targets: PassTargets, kept: Sequence[Kept] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the student over one pass. Gives the loss, and its terms by name without gradients.
+
+    loss = dino_weight * (dino_global + dino_local) + ibot_weight * ibot + koleo_weight * koleo
+
+    kept: of stochastic depth, see `draw_kept`.
+    """
     objective, num_images = model.config.objective, len(batch.image_ids)
     masks = None if model.config.distillation else batch.masks
-    out = model.student(list(batch.crops), masks, lesson.places if objective.ibot_weight else lesson.places[:0], kept)
-    images = out.image_features.unflatten(0, (-1, num_images))
-    total = images.new_zeros((), dtype=torch.float32)
-    parts: dict[str, Tensor] = {}
+    patch_indices = targets.patch_indices if objective.ibot_weight else targets.patch_indices[:0]
+    outputs = model.student(list(batch.crops), masks, patch_indices, kept)
+    image_features = outputs.image_features.unflatten(0, (-1, num_images))  # (G, n, d)
+    total = image_features.new_zeros((), dtype=torch.float32)
+    terms: dict[str, Tensor] = {}
     if objective.dino_weight:
-        pairs = crop_pairs(len(images))
-        loss, of_each = prototype_cross_entropy(
-            images,
-            out.image_prototypes,
-            lesson.images,
-            pairs,
-            images.new_full((num_images,), 1 / num_images, dtype=torch.float32),
+        loss, crop_losses = prototype_cross_entropy(
+            image_features,
+            outputs.image_prototypes,
+            targets.images,
+            crop_pair_weights(len(image_features)),
+            image_features.new_full((num_images,), 1 / num_images, dtype=torch.float32),
             objective.student_temperature,
             rows_per_chunk=objective.rows_per_chunk,
         )
         total = total + objective.dino_weight * loss
-        parts |= {"dino_global": of_each[:NUM_GLOBAL].sum(), "dino_local": of_each[NUM_GLOBAL:].sum()}
+        terms |= {"dino_global": crop_losses[:NUM_GLOBAL].sum(), "dino_local": crop_losses[NUM_GLOBAL:].sum()}
     if objective.ibot_weight:
         loss, _ = prototype_cross_entropy(
-            out.patch_features[None],
-            out.patch_prototypes,
-            lesson.patches,
+            outputs.patch_features[None],
+            outputs.patch_prototypes,
+            targets.patches,
             torch.ones(1, 1),
-            lesson.patch_weights / (NUM_GLOBAL * num_images),
+            targets.patch_weights / (NUM_GLOBAL * num_images),
             objective.student_temperature,
             rows_per_chunk=objective.rows_per_chunk,
         )
         total = total + objective.ibot_weight * loss
-        parts["ibot"] = loss.detach()
+        terms["ibot"] = loss.detach()
     if objective.koleo_weight:
-        crops = out.cls_tokens[0].unflatten(0, (NUM_GLOBAL, num_images))
-        koleo = torch.stack([koleo_loss(crop, objective.koleo_images) for crop in crops]).sum()
+        global_crops = outputs.cls_tokens[0].unflatten(0, (NUM_GLOBAL, num_images))  # (2, n, D)
+        koleo = torch.stack([koleo_loss(crop, objective.koleo_images) for crop in global_crops]).sum()
         total = total + objective.koleo_weight * koleo
-        parts["koleo"] = koleo.detach()
-    return total, parts
+        terms["koleo"] = koleo.detach()
+    return total, terms
 
 
-def crop_pairs(num_crops: int) -> Tensor:
-    """How much each pair of a student's and a teacher's crop counts, (G, 2): all pairs of different crops the same.
+def crop_pair_weights(num_crops: int) -> Tensor:
+    """The weight of each pair of a student's and a teacher's crop, (G, 2): equal for all pairs of different crops.
 
-    With 8 local crops that is 1/18: 16 pairs of a local crop, and 2 of a global one.
+    With 8 local crops it is 1/18: 16 pairs with a local crop, and 2 of global crops.
     """
-    pairs = torch.ones(num_crops, NUM_GLOBAL)
-    pairs[:NUM_GLOBAL].fill_diagonal_(0)
-    return pairs / pairs.sum()
+    pair_weights = torch.ones(num_crops, NUM_GLOBAL)
+    pair_weights[:NUM_GLOBAL].fill_diagonal_(0)
+    return pair_weights / pair_weights.sum()
 
 
 def draw_kept(
     config: BackboneConfig, depth: int, num_crops: Sequence[int], generator: torch.Generator, device: torch.device
 ) -> list[Kept] | None:
-    """For each block, branch and group of `num_crops` crops, those that the branch is computed for.
+    """Stochastic depth: for each block, branch and group of crops, the crops that the branch is computed for.
 
-    As many of them as int(crops * (1 - drop_path)), and at least one. Source: DINOv2, section 5.
+    Each group of `num_crops` crops keeps int(num_crops * (1 - drop_path)) of them, and at least one. None when nothing
+    is dropped. Source: DINOv2, section 5.
     """
     if not config.drop_path:
         return None
@@ -462,38 +485,37 @@ def draw_kept(
         .argsort(-1)[..., : max(int(crops * (1 - config.drop_path)), 1)]
         .to(device, non_blocking=True)
         for crops in num_crops
-    ]
-    return [
-        ([of_group[block, 0] for of_group in drawn], [of_group[block, 1] for of_group in drawn])
-        for block in range(depth)
-    ]
+    ]  # (depth, 2, kept crops) for each group
+    return [([group[block, 0] for group in drawn], [group[block, 1] for group in drawn]) for block in range(depth)]
 
 
 @torch.no_grad()
-def move_average(average: Network, student: Network, momentum: float) -> None:
-    """average = momentum * average + (1 - momentum) * student, on what this rank holds of each."""
-    own, new = ([local(of) for of in network.parameters()] for network in (average, student))
-    torch._foreach_mul_(own, momentum)
-    torch._foreach_add_(own, new, alpha=1 - momentum)
+def update_ema(average: Network, student: Network, momentum: float) -> None:
+    """average = momentum * average + (1 - momentum) * student, on this rank's slices of both."""
+    average_weights, student_weights = (
+        [local(weight) for weight in network.parameters()] for network in (average, student)
+    )
+    torch._foreach_mul_(average_weights, momentum)
+    torch._foreach_add_(average_weights, student_weights, alpha=1 - momentum)
 
 
 @torch.no_grad()
-def move_centers(model: Model, lessons: Sequence[Lesson], sum_over_ranks: Reduce) -> None:
-    """Let the centers follow the teacher's scores of a step. Sinkhorn-Knopp needs none."""
+def update_centers(model: StudentTeacher, targets: Sequence[PassTargets], sum_over_ranks: Reduce) -> None:
+    """Update the centers with the teacher's scores of a step. Sinkhorn-Knopp has no centers."""
     if model.config.objective.centering != "ema":
         return
-    for name, of_each in (
-        ("dino", [lesson.images for lesson in lessons]),
-        ("ibot", [lesson.patches for lesson in lessons]),
+    for name, of_passes in (
+        ("dino", [pass_targets.images for pass_targets in targets]),
+        ("ibot", [pass_targets.patches for pass_targets in targets]),
     ):
-        features = torch.cat([targets.features.flatten(0, 1) for targets in of_each])
+        features = torch.cat([of_pass.features.flatten(0, 1) for of_pass in of_passes])
         center, momentum = model.centers[name], model.config.objective.center_momentum
-        center.copy_(new_center(center, features, of_each[0].prototypes, momentum, sum_over_ranks))
+        center.copy_(new_center(center, features, of_passes[0].prototypes, momentum, sum_over_ranks))
 
 
-def _asked(config: ModelConfig, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Which patches of the global crops the student is asked about (M,), and what each counts (M,)."""
+def _loss_patches(config: ModelConfig, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The patches in the patch-level loss: indices among those of the global crops (M,), and weights (M,)."""
     if config.distillation is None:
-        return batch.places, batch.patch_weights
-    places = torch.arange(batch.masks.numel(), device=batch.masks.device)
-    return places, torch.full((len(places),), 1 / batch.masks.shape[1], device=batch.masks.device)
+        return batch.masked_indices, batch.masked_weights
+    indices = torch.arange(batch.masks.numel(), device=batch.masks.device)
+    return indices, torch.full((len(indices),), 1 / batch.masks.shape[1], device=batch.masks.device)

@@ -1,11 +1,14 @@
-"""Who learns how fast at each step: parameter groups, schedules, clipping, and the optimizer.
+"""The optimizer: parameter groups, schedules, gradient clipping and AdamW.
 
-A schedule is a function of the step, so a checkpoint keeps none of it. Steps count from 0 and are optimizer steps,
-never epochs; the published recipes call 1,250 of them an epoch.
+A schedule is a function of the step, so a checkpoint holds none of it. Steps are optimizer steps, counted from 0, never
+epochs. The published recipes call 1,250 steps an epoch.
 
-How a cosine runs from a to b in n steps, as in the published arrays: b + (a - b) / 2 * (1 + cos(pi * i / n)) at
-i = 0 .. n-1, so that b itself is first met at step n and holds from there on. A linear warmup of n steps from a to b is
-a + (b - a) * i / (n - 1): step n-1 already has b, and a cosine that follows starts with b once more.
+Schedules from a to b in n steps, at step i, as in the published arrays:
+
+    cosine           b + (a - b) / 2 * (1 + cos(pi * i / n))    b is first reached at step n
+    linear warmup    a + (b - a) * i / (n - 1)                  b is reached at step n - 1
+
+After that they stay at b. A cosine that follows a warmup starts with the warmup's b, which is so repeated once.
 
 Source: Oquab et al., DINOv2 (arXiv 2304.07193), and its published code and configs.
 """
@@ -13,7 +16,7 @@ Source: Oquab et al., DINOv2 (arXiv 2304.07193), and its published code and conf
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import Annotated, Any, TypedDict, cast
 
 import torch
 from pydantic import Field
@@ -29,55 +32,53 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScheduleConfig(Settings):
-    """What changes from step to step. The defaults are DINOv2's short recipe, for 125,000 steps of 2,048 images."""
+    """Values that change from step to step. The defaults are DINOv2's short recipe: 125,000 steps of 2,048 images."""
 
     base_learning_rate: float = Field(default=4e-3, gt=0)
-    """Greatest learning rate at `reference_batch_size`; it grows with the square root of the batch."""
+    """Peak learning rate at `reference_batch_size`; it grows with the square root of the batch size."""
     reference_batch_size: int = Field(default=1024, ge=1)
-    """Images of a step at which the learning rate is the base one."""
+    """Batch size for which `base_learning_rate` holds."""
     final_learning_rate: float = Field(default=1e-6, ge=0)
-    """Where the cosine ends; not scaled with the batch."""
+    """End of the cosine; not scaled with the batch size."""
     learning_rate_warmup_steps: int = Field(default=12_500, ge=0)
-    """Steps of the linear warmup from 0, part of the run's total."""
+    """Steps of the linear warmup from 0; part of the run's `num_steps`."""
     frozen_last_layer_steps: int = Field(default=1250, ge=0)
-    """First steps in which the prototypes have learning rate 0, while the rest of the network finds its feet."""
+    """First steps, in which the prototypes have learning rate 0 and the rest of the network is trained."""
     start_weight_decay: float = Field(default=0.04, ge=0)
-    """At step 0; a cosine leads to the final one, without warmup."""
+    """Weight decay at step 0; a cosine leads to the final one, without warmup."""
     final_weight_decay: float = Field(default=0.4, ge=0)
-    """At the end."""
+    """Weight decay at the end."""
     start_teacher_momentum: float = Field(default=0.992, ge=0, le=1)
-    """Share of the teacher that a step keeps, at step 0; a cosine leads to the final one, without warmup."""
+    """Momentum of the teacher's EMA at step 0; a cosine leads to the final one, without warmup."""
     final_teacher_momentum: float = Field(default=1.0, ge=0, le=1)
-    """At the end."""
+    """Momentum at the end."""
     start_teacher_temperature: float = Field(default=0.04, gt=0)
-    """Temperature of the teacher's softmax or Sinkhorn-Knopp, at step 0."""
+    """Temperature of the teacher's softmax or Sinkhorn-Knopp at step 0."""
     final_teacher_temperature: float = Field(default=0.07, gt=0)
-    """After its warmup, and from there on."""
+    """Temperature after its warmup."""
     teacher_temperature_warmup_steps: int = Field(default=37_500, ge=0)
-    """Steps of its linear warmup; may be more than the run has."""
+    """Steps of the temperature's linear warmup; may exceed the run's `num_steps`."""
 
 
 class OptimizerConfig(Settings):
-    """AdamW and how its parameters are grouped. The defaults are DINOv2's short recipe."""
+    """AdamW and its parameter groups. The defaults are DINOv2's short recipe."""
 
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Decay of the averages of the gradient and of its square."""
+    """Decay of the moving averages of the gradient and of its square."""
     epsilon: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second; PyTorch's default."""
+    """Added to the root of the second average. Cited: PyTorch's default."""
     layer_decay: float = Field(default=0.9, gt=0, le=1)
-    """Factor of the learning rate for each layer further from the heads: embeddings have it to the power of depth + 1,
-    the last block to the power of 1, the last norm and the heads none. 1 turns it off."""
+    """Factor of the learning rate for each layer further from the heads. The embeddings have it to the power of
+    depth + 1, the last block to the power of 1, the last norm and the heads to the power of 0. 1 turns it off."""
     patch_embed_multiplier: float = Field(default=0.2, ge=0)
-    """Another factor for the patch projection."""
+    """Further factor of the learning rate for the patch projection."""
     clip_norm: float = Field(default=3.0, gt=0)
-    """Greatest norm of the gradients of the backbone and of each head, separately."""
-    implementation: Literal["fused", "foreach"] = "fused"
-    """PyTorch's one kernel for all, or one for each operation."""
+    """Maximum norm of the gradients, for the backbone and for each head separately."""
 
 
 @dataclass(frozen=True)
 class StepValues:
-    """What the schedules give at one step."""
+    """The scheduled values of one step."""
 
     learning_rate: float
     last_layer_learning_rate: float
@@ -87,7 +88,7 @@ class StepValues:
 
 
 class ParameterGroup(TypedDict):
-    """One group of an optimizer. The multipliers are of what the schedules give."""
+    """One group of an optimizer. The multipliers apply to the scheduled values."""
 
     params: list[nn.Parameter]
     learning_rate_multiplier: float
@@ -96,7 +97,7 @@ class ParameterGroup(TypedDict):
 
 
 def step_values(config: ScheduleConfig, *, step: int, total_steps: int, batch_size: int) -> StepValues:
-    """What holds at `step` of a run of `total_steps` steps of `batch_size` images, over all ranks and passes."""
+    """The values at `step` of a run of `total_steps` steps. batch_size: images of a step, over all ranks and passes."""
     rate = learning_rate(config, step=step, total_steps=total_steps, batch_size=batch_size)
     return StepValues(
         learning_rate=rate,
@@ -122,14 +123,14 @@ def learning_rate(config: ScheduleConfig, *, step: int, total_steps: int, batch_
 
 
 def cosine(step: int, num_steps: int, start: float, final: float) -> float:
-    """From `start` at step 0 along half a cosine to `final` at step `num_steps`, which holds from there on."""
+    """From `start` at step 0 along half a cosine to `final` at step `num_steps`; `final` after that."""
     if step >= num_steps:
         return final
     return final + 0.5 * (start - final) * (1 + math.cos(math.pi * step / num_steps))
 
 
 def linear(step: int, num_steps: int, start: float, final: float) -> float:
-    """From `start` at step 0 in a straight line to `final` at step `num_steps - 1`, which holds from there on."""
+    """From `start` at step 0 in a straight line to `final` at step `num_steps - 1`; `final` after that."""
     if step >= num_steps:
         return final
     return start + (final - start) * step / max(1, num_steps - 1)
@@ -138,14 +139,14 @@ def linear(step: int, num_steps: int, start: float, final: float) -> float:
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], *, layer_decay: float, patch_embed_multiplier: float
 ) -> list[ParameterGroup]:
-    """The trainable parameters of a student, grouped by multipliers, in the order in which these first occur.
+    """The trainable parameters of a student, grouped by their multipliers, in the order of first occurrence.
 
     Names look like `backbone.blocks.3.attn.qkv.weight` and `dino_head.last_layer.weight_g`. Biases, norms and
-    LayerScale do not decay; tokens, positions and prototypes do. Cited: DINOv2's published code.
+    LayerScale have no weight decay; tokens, positions and prototypes have. Cited: DINOv2's published code.
     """
     named = list(named_parameters)
     layers = [_layer(name) for name, _ in named]
-    top = max((layer for layer in layers if layer is not None), default=0) + 1  # the last norm's, and the heads'
+    top = max((layer for layer in layers if layer is not None), default=0) + 1  # layer of the last norm and the heads
     groups: dict[tuple[float, float, bool], ParameterGroup] = {}
     for (name, parameter), layer in zip(named, layers, strict=True):
         if not parameter.requires_grad:
@@ -169,7 +170,7 @@ def parameter_groups(
 
 
 def _layer(name: str) -> int | None:
-    """0 for the embeddings, i + 1 for block i, None for what lies behind the blocks."""
+    """0 for the embeddings, i + 1 for block i, None for the last norm and the heads."""
     match name.split("."):
         case ["backbone", "blocks", index, *_]:
             return int(index) + 1
@@ -190,7 +191,7 @@ def make_optimizer(config: OptimizerConfig, groups: Sequence[ParameterGroup]) ->
         betas=config.betas,
         eps=config.epsilon,
         weight_decay=0.0,
-        **{config.implementation: True},
+        fused=True,  # one kernel for a group; cited: DINOv3's trainer
     )
 
 
@@ -203,20 +204,20 @@ def apply_schedules(optimizer: torch.optim.Optimizer, values: StepValues) -> Non
 
 
 def clip_gradients(submodules: Mapping[str, Sequence[nn.Parameter]], max_norm: float) -> dict[str, Tensor]:
-    """Scale the gradients of each submodule down to `max_norm`, and give the norms that they had.
+    """Scale the gradients of each submodule down to `max_norm`. Gives the norms before scaling.
 
     The norms are scalars on the gradients' device; no device is waited for. The gradients of a submodule are all plain
-    or all sharded; sharded ones are summed over ranks, so every rank calls this with the same submodules. A norm that
-    is not finite makes its gradients NaN: look at the norms before the optimizer's step.
+    or all sharded. Sharded norms are summed over ranks, so every rank calls this with the same submodules. A norm that
+    is not finite makes its gradients NaN: check the norms before the optimizer's step.
     """
     norms = {}
     for name, parameters in submodules.items():
-        norm = _whole(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+        norm = _unsharded(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
         clip_grads_with_norm_(parameters, max_norm, norm)
         norms[name] = norm
     return norms
 
 
-def _whole(norm: Tensor) -> Tensor:
-    """A norm of sharded gradients as a plain tensor. Their class lies behind the door of process groups."""
+def _unsharded(norm: Tensor) -> Tensor:
+    """The norm as a plain tensor. Only distributed.py imports the class of sharded tensors, DTensor."""
     return norm if type(norm) is Tensor else cast(Any, norm).full_tensor()

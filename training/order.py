@@ -1,11 +1,14 @@
-"""In which order samples are drawn: a permutation of every epoch that is computed, never stored.
+"""The order of the samples: a permutation of every epoch that is computed and never stored.
 
 Position p = step * batch_size + i counts all samples that training ever draws. Epoch e = p // R has as many positions
-as there are samples, R, in an order drawn from (seed, e); nothing is stored, so any step can be the first. With
-weights, an epoch has each sample either floor(x) or ceil(x) times, where x is R times its share of all weight: the
-shuffled place k of a position means the sample in whose stretch of the cumulative weight k + u falls (systematic
-sampling), and u, one number of an epoch, moves on by the golden ratio from epoch to epoch, so that over e epochs a
-sample comes e * x times, give or take one or two. Equal weights have each sample exactly once.
+as there are samples, R. Its order is drawn from (seed, e), so any step can be the first.
+
+With weights, an epoch has each sample floor(x) or ceil(x) times, where x is R times its share of all weight. This is
+systematic sampling: shuffled index k stands for the sample whose interval of the cumulative weights holds k + u. The
+shift u is one number for an epoch and moves by the golden ratio from epoch to epoch. Over e epochs a sample then comes
+e * x times, give or take one or two. Equal weights give each sample exactly once.
+
+Legend: P positions that are asked for at once.
 """
 
 from typing import final
@@ -13,59 +16,62 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-# What a generator is for; any three numbers that differ, the third in data.py.
-ORDER, SHIFT = 0x6F72, 0x7368
-# Rounds of the Feistel network that shuffles. Cited: Luby and Rackoff (1988) prove four enough for good round
-# functions; eight make up for cheap ones on small sets (assumed).
+from curation.files.hashes import split_mix_rounds
+
+# Purposes of generators, a part of their seeds: any numbers that differ from each other and from those in data.py and
+# masking.py.
+ORDER_PURPOSE, SHIFT_PURPOSE = 0x6F72, 0x7368
+# Rounds of the Feistel network. Cited: Luby and Rackoff (1988) prove that four are enough with good round functions.
+# Assumed: eight make up for cheap round functions on small sets.
 ROUNDS = 8
 GOLDEN_RATIO = 0.6180339887498949
 
 
 @final
-class Order:
-    """Which sample a position has; see the top of this module."""
+class SampleOrder:
+    """The sample at each position; see the top of this module."""
 
-    def __init__(self, seed: int, num_samples: int, cumulative: NDArray[np.float64] | None = None) -> None:
-        self._seed, self.num_samples, self._cumulative = seed, num_samples, cumulative
-        self._first_shift = float(np.random.default_rng([seed, SHIFT]).random())
+    def __init__(self, seed: int, num_samples: int, cumulative_weights: NDArray[np.float64] | None = None) -> None:
+        self._seed, self.num_samples, self._cumulative_weights = seed, num_samples, cumulative_weights
+        self._first_shift = float(np.random.default_rng([seed, SHIFT_PURPOSE]).random())
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rows (P,) of the samples of some positions."""
-        epochs, places = np.divmod(positions, self.num_samples)
+        """The rows (P,) in the list of samples for the positions (P,)."""
+        epochs, indices = np.divmod(positions, self.num_samples)
         rows = np.empty(len(positions), np.int64)
         for epoch in np.unique(epochs).tolist():
-            own = epochs == epoch
-            keys = np.random.default_rng([self._seed, ORDER, epoch]).integers(2**64 - 1, size=ROUNDS, dtype=np.uint64)
-            rows[own] = self._weighted(shuffled(places[own], self.num_samples, keys), epoch)
+            in_epoch = epochs == epoch
+            generator = np.random.default_rng([self._seed, ORDER_PURPOSE, epoch])
+            keys = generator.integers(2**64 - 1, size=ROUNDS, dtype=np.uint64)
+            rows[in_epoch] = self._weighted(permute(indices[in_epoch], self.num_samples, keys), epoch)
         return rows
 
-    def _weighted(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        if self._cumulative is None:
-            return places
-        total = float(self._cumulative[-1])
+    def _weighted(self, indices: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """The rows for the shuffled indices of an epoch."""
+        if self._cumulative_weights is None:
+            return indices
+        total = float(self._cumulative_weights[-1])
         shift = (self._first_shift + epoch * GOLDEN_RATIO) % 1
         # Rounding could reach the total itself, which belongs to no sample.
-        target = np.minimum((places + shift) * (total / self.num_samples), np.nextafter(total, 0))
-        rows: NDArray[np.int64] = np.searchsorted(self._cumulative, target, side="right")
+        target = np.minimum((indices + shift) * (total / self.num_samples), np.nextafter(total, 0))
+        rows: NDArray[np.int64] = np.searchsorted(self._cumulative_weights, target, side="right")
         return rows
 
 
-def shuffled(places: NDArray[np.int64], num_places: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where a permutation of range(num_places) takes `places` (P,), without holding it.
+def permute(indices: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Apply the permutation of range(size) that `keys` (ROUNDS,) choose to `indices` (P,), without storing it.
 
-    A Feistel network over the next power of four, walked along until it is back in range (Black and Rogaway 2002); the
-    round function is the mixer of SplitMix64 (Steele, Lea and Flood 2014). `keys` (ROUNDS,) choose the permutation.
+    A Feistel network permutes the range up to the next power of four. A value outside range(size) goes through it again
+    until it is inside (cycle walking, Black and Rogaway 2002). The round function is that of SplitMix64.
     """
-    half = np.uint64(max(1, ((num_places - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    values = places.astype(np.uint64)
-    walking = np.arange(len(values))
-    while len(walking):
-        left, right = values[walking] >> half, values[walking] & mask
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half_bits)) - 1)
+    values = indices.astype(np.uint64)
+    outside = np.arange(len(values))
+    while len(outside):
+        left, right = values[outside] >> half_bits, values[outside] & mask
         for key in keys:
-            mixed = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
-        values[walking] = (left << half) | right
-        walking = walking[values[walking] >= np.uint64(num_places)]
+            left, right = right, left ^ (split_mix_rounds(right ^ key) & mask)
+        values[outside] = (left << half_bits) | right
+        outside = outside[values[outside] >= np.uint64(size)]
     return values.astype(np.int64)

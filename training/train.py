@@ -3,8 +3,8 @@
     python -m training.train --config pipelines/configs/train/vitl16_short.toml --output runs/vitl16
     torchrun --standalone --nproc-per-node 8 -m training.train --config ... --output ...
 
-The same command goes on where a stopped run stands. docs/launch.md has SLURM and Ray; pipelines/train.py adds the
-evaluation of the demo.
+The same command resumes a stopped run. docs/launch.md describes SLURM and Ray. pipelines/train.py adds the demo's
+evaluation.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def command_line(
     overrides: command.SetOption = None,
     plan: command.PlanOption = False,
 ) -> None:
-    """Train a Vision Transformer on a corpus, as DINOv2 is trained."""
+    """Train a Vision Transformer on a corpus, as DINOv2 was trained."""
     settings = load(TrainConfig, config, overrides or ())
     if not plan:
         train(settings, output)
@@ -38,13 +38,14 @@ def command_line(
 
 
 def derived(config: TrainConfig) -> Iterator[str]:
-    """What follows from a config, in lines."""
+    """Quantities that follow from a config, one a line."""
     crops = ", ".join(f"{group.num} {group.name} of {group.size}" for group in config.augment.crops)
-    yield f"{config.num_steps:,} steps of {config.batch_size:,} images: {config.num_steps * config.batch_size:,} in all"
+    num_images = config.num_steps * config.batch_size
+    yield f"{config.num_steps:,} steps of {config.batch_size:,} images: {num_images:,} in total"
     yield f"crops of an image: {crops} pixels"
     warmup = config.schedule.learning_rate_warmup_steps
     peak = learning_rate(config.schedule, step=warmup, total_steps=config.num_steps + 1, batch_size=config.batch_size)
-    yield f"greatest learning rate: {peak:.3g}, after {warmup:,} steps"
+    yield f"peak learning rate: {peak:.3g}, after {warmup:,} steps"
     flops = step_flops(config)
     yield f"backbones, forward and backward: {flops / 1e9:,.1f} GFLOP an image"
     needed = model_memory(config.model, num_ranks=1)

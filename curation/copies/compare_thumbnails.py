@@ -1,20 +1,20 @@
-"""Verify: do two thumbnails show one picture, after a crop, a border, a turn, a mirror, other colours or an overlay?
+"""Whether two thumbnails show one picture, after a crop, a border, a turn, a mirror, other colours or an overlay.
 
-A descriptor says which pictures resemble each other; this says which are copies. It looks for a way to lay one picture
-on the other, then compares them where they overlap. The only file that imports OpenCV.
+A descriptor tells which pictures resemble each other; this comparison tells which are copies. It looks for transforms
+that align one picture with the other, then compares the two where they overlap. Curation's only door to OpenCV.
 
-1.  Ways to lay A on B: (a) the whole of A, or A without its plain borders, onto the same of B, straight or mirrored,
-    where small grids of both agree; (b) a similarity transform through matching SIFT keypoints, straight or mirrored,
-    refined to an affine one by ECC.
-2.  A way is judged in windows of 8 x 8 pixels: does the contrast of A explain that of B there, in the same place, with
-    like brightness and colour? One gain and offset of brightness and one gain of colour are fitted for the whole.
-3.  What is not explained may lie in one rectangle, as an overlay does; then the rectangle's area counts against the
-    pair. Fine detail must agree outside of it: icons that share a frame, or stars of other proportions, do not.
+1.  Transforms that align A with B: (a) from the whole of A, or A without its plain borders, to the same of B, straight
+    or mirrored, where small grids of both agree; (b) a similarity transform through matching SIFT keypoints, straight
+    or mirrored, refined to an affine one by ECC.
+2.  A transform is judged in windows of 8 x 8 pixels: a window of A should explain the contrast of B in the same window,
+    with similar brightness and colour. One gain and offset of brightness and one gain of colour are fitted for all.
+3.  Unexplained contrast may lie in one rectangle, as an overlay does; then the rectangle's area lowers the similarity.
+    Fine detail must agree outside of it. It does not for icons that share a frame, or stars of other proportions.
 
-The similarity is a product of shares in [0, 1]; it depends on the two pictures alone, not on what came before.
+The similarity is a product of shares in [0, 1]. It depends only on the two pictures, not on earlier comparisons.
 
-Legend: w, h the sides of a working picture; windows (h/4 - 1, w/4 - 1); channels: brightness, red-blue, green-magenta,
-and fine detail (a band-pass of brightness).
+Legend: h, w the sides of a prepared thumbnail in pixels; windows (h/4 - 1, w/4 - 1); K keypoints; channels:
+brightness, red-blue, green-magenta, and fine detail (a band-pass of brightness).
 """
 
 import math
@@ -30,91 +30,90 @@ from curation.config import Settings
 from curation.errors import DeviceError
 from curation.images.decode import ImageLimits, decode_rgb
 
-# All constants below were measured 2026-11 on drawings and stamps with planted copies, unless they say otherwise.
-GRID = 24  # cells of a side of the small grids
-MIN_GRID_AGREEMENT = 0.5  # correlation of two grids below which laying box on box is not tried
-MAX_ASPECT_CHANGE = 0.12  # of the logarithm of the sides' ratio, box to box
+# All constants below were measured 2026-11 on drawings and stamps with planted copies.
+GRID = 24  # cells per side of the small grids
+MIN_GRID_AGREEMENT = 0.5  # minimum correlation of two grids for trying to align their boxes
+MAX_ASPECT_CHANGE = 0.12  # change of the logarithm of the sides' ratio, from box to box
 MAX_BOX_TRIALS = 3
 SYMMETRIC = 0.999  # correlation of a grid with its mirror image
-BORDER_CONTRAST = 24  # steps of 255 by which content differs from a plain border
+BORDER_CONTRAST = 24  # steps of 255; content differs from a plain border by more
 KEYPOINTS = 200
 MIN_KEYPOINT_AGREEMENT = 0.85  # inner product of two square-rooted SIFT descriptors
 MIN_KEYPOINTS = 4
 RANSAC_PIXELS = 2.0
 MAX_TURN_DEGREES = 30.0
-MIN_OVERLAP, MIN_OTHER_OVERLAP = 0.75, 0.25  # of the one picture, and of the other
-MIN_OVERLAP_BY_KEYPOINTS = 0.5  # a few keypoints on a small shared part (a logo) prove nothing
-SAME_FRAME = 0.96  # overlap of both above which nothing was cropped
-EDGE = 2  # pixels at a picture's rim that are not compared
+MIN_OVERLAP, MIN_OTHER_OVERLAP = 0.75, 0.25  # share of one picture, and share of the other
+MIN_OVERLAP_BY_KEYPOINTS = 0.5  # share of the other picture: keypoints on a small shared part (a logo) prove nothing
+SAME_FRAME = 0.96  # overlap of both pictures above which nothing was cropped
+EDGE = 2  # pixels at a picture's edge that are not compared
 VARIANCE_FLOOR, DETAIL_FLOOR = 30.0, 20.0  # squared steps of 255: noise of JPEG in flat parts
 LEVEL_TOLERANCE = 32.0  # steps of 255 between window means that still agree
 UNEXPLAINED_TRIM = 0.02  # share of all contrast that may lie unexplained outside the rectangle
-HOPELESS = 0.1  # correlation of windows below which nothing more is looked at
-LOCAL = 0.01  # area of the rectangle, as a share of the content, from which the two differ locally
+MIN_CORRELATION = 0.1  # of windows, below which a transform is given up
+LOCAL = 0.01  # minimum area of the rectangle, as a share of the content, for a local difference
 DETAIL_POWER = 4
-OVERLAY_DENSITY = 1.5  # an overlay has more contrast than its area's share
+OVERLAY_DENSITY = 1.5  # contrast of an overlay relative to its share of the area
 
 # Brightness, red-blue and green-magenta of RGB.
 _OPPONENT = np.array([[0.299, 0.587, 0.114], [0.5, 0, -0.5], [-0.25, 0.5, -0.25]], np.float32).T
 _THUMBNAIL_LIMITS = ImageLimits(min_side=1)
 
 
-class VerifyConfig(Settings):
+class VerificationConfig(Settings):
     """How two thumbnails are compared."""
 
     working_side: int = Field(default=128, ge=32, le=512)
-    """Longest side in pixels that thumbnails are compared at."""
+    """Longest side in pixels at which thumbnails are compared."""
 
 
 class Likeness(NamedTuple):
-    """What a look at two thumbnails gives."""
+    """The result of comparing two thumbnails."""
 
     similarity: float
-    """In [0, 1]; copies of common edits lie above 0.67 or so."""
+    """In [0, 1]; copies with common edits reach about 0.67 or more."""
     differs_locally: bool
-    """Whether the two agree but for one rectangle: an overlay, or another symbol in the same frame."""
+    """Whether the two agree except in one rectangle: an overlay, or another symbol in the same frame."""
 
 
 @final
-class PairVerifier:
+class ThumbnailComparer:
     """Compares thumbnails. Raises DeviceError where OpenCV is not installed."""
 
-    def __init__(self, config: VerifyConfig) -> None:
+    def __init__(self, config: VerificationConfig) -> None:
         try:
             import cv2
         except ModuleNotFoundError:
             raise DeviceError(
                 "pairs.verification needs OpenCV, which is not installed. Install it with: pip install 'seedbed[demo]'"
             ) from None
-        cv2.setNumThreads(1)  # the runner's workers share the processors already
+        cv2.setNumThreads(1)  # the runner's workers already use all processors
         self._config = config
         self._cv2 = cv2
         self._sift = cv2.SIFT.create(nfeatures=KEYPOINTS, contrastThreshold=0.02)
 
-    def describe(self, thumbnail: bytes) -> "View":
-        """What comparing needs of one thumbnail, an encoded image that Seedbed wrote."""
+    def prepare(self, thumbnail: bytes) -> "PreparedThumbnail":
+        """A thumbnail, an encoded image that Seedbed wrote, prepared for comparisons."""
         picture = np.asarray(decode_rgb(thumbnail, _THUMBNAIL_LIMITS))
-        return View(self._cv2, self._sift, picture, self._config.working_side)
+        return PreparedThumbnail(self._cv2, self._sift, picture, self._config.working_side)
 
-    def compare(self, one: "View", other: "View") -> Likeness:
-        """How surely the two show one picture, whichever of them is named first."""
-        if other.order < one.order:
+    def compare(self, one: "PreparedThumbnail", other: "PreparedThumbnail") -> Likeness:
+        """How surely the two show one picture; their order does not matter."""
+        if other.sort_key < one.sort_key:
             one, other = other, one
         best: Comparison | None = None
         for transform in self._box_transforms(one, other):
-            found = self._lay(one, other, transform)
-            best = _better(best, found)
+            best = _better(best, self._align(one, other, transform))
             if best is not None and best.is_convincing:
                 break
         if best is None or not best.is_convincing:
-            best = _better(best, self._lay_by_keypoints(one, other))
+            best = _better(best, self._align_by_keypoints(one, other))
         if best is None or best.similarity <= 0:
             return Likeness(0.0, False)
         return Likeness(min(best.similarity, 1.0), best.rectangle > LOCAL)
 
-    def _box_transforms(self, one: "View", other: "View") -> Iterator[np.ndarray]:
-        """Maps (2, 3) that lay a box of `one` on a box of `other`, the most agreeing first."""
-        found = []
+    def _box_transforms(self, one: "PreparedThumbnail", other: "PreparedThumbnail") -> Iterator[np.ndarray]:
+        """Transforms (2, 3) from a box of `one` to a box of `other`, those with the best agreement of grids first."""
+        candidates = []
         for mirrored, grids in ((False, one.grids), (True, one.mirrored_grids)):
             if mirrored and one.is_symmetric:
                 continue
@@ -127,36 +126,36 @@ class PairVerifier:
                         )
                     )
                     if agreement[i, j] > MIN_GRID_AGREEMENT and change < MAX_ASPECT_CHANGE:
-                        found.append((-float(agreement[i, j]), mirrored, i, j))
+                        candidates.append((-float(agreement[i, j]), mirrored, i, j))
         corners = np.array([[0, 0, 1], [one.width, one.height, 1]]).T
         tried: list[np.ndarray] = []
-        for _, mirrored, i, j in sorted(found):
-            transform = _box_map(one.boxes[i], other.boxes[j], mirrored)
+        for _, mirrored, i, j in sorted(candidates):
+            transform = _box_transform(one.boxes[i], other.boxes[j], mirrored)
             if all(np.abs((transform - earlier) @ corners).max() > 1 for earlier in tried):
                 tried.append(transform)
                 yield transform
             if len(tried) == MAX_BOX_TRIALS:
                 return
 
-    def _lay_by_keypoints(self, one: "View", other: "View") -> "Comparison | None":
-        """The comparison through the transform that most keypoints agree on."""
+    def _align_by_keypoints(self, one: "PreparedThumbnail", other: "PreparedThumbnail") -> "Comparison | None":
+        """The comparison by the transform that most keypoints agree on; None without such a transform."""
         cv2 = self._cv2
         (points, descriptors), (targets, target_descriptors) = one.keypoints, other.keypoints
         if min(len(points), len(targets)) < MIN_KEYPOINTS:
             return None
         best: tuple[int, np.ndarray] | None = None
         for mirrored in (False, True):
-            own = descriptors[:, _MIRROR] if mirrored else descriptors
-            places = points * [-1, 1] + [one.width - 1, 0] if mirrored else points
-            agreement = own @ target_descriptors.T
+            sources = points * [-1, 1] + [one.width - 1, 0] if mirrored else points
+            source_descriptors = descriptors[:, _MIRROR] if mirrored else descriptors
+            agreement = source_descriptors @ target_descriptors.T
             match = agreement.argmax(1)
             mutual = np.flatnonzero(agreement.argmax(0)[match] == np.arange(len(match)))
             mutual = mutual[agreement[mutual, match[mutual]] > MIN_KEYPOINT_AGREEMENT]
             if len(mutual) < MIN_KEYPOINTS:
                 continue
-            cv2.setRNGSeed(0)  # a pair's result must not depend on the pairs before it
+            cv2.setRNGSeed(0)  # a pair's result must not depend on earlier pairs
             transform, inliers = cv2.estimateAffinePartial2D(
-                places[mutual].astype(np.float32),
+                sources[mutual].astype(np.float32),
                 targets[match[mutual]],
                 method=cv2.RANSAC,
                 ransacReprojThreshold=RANSAC_PIXELS,
@@ -173,15 +172,15 @@ class PairVerifier:
                 best = count, transform
         if best is None or best[0] < MIN_KEYPOINTS:
             return None
-        found = self._lay(one, other, best[1], by_keypoints=True)
-        if found is not None and found.explained * (1 - found.rectangle) > 0.4 and found.detail < 0.97:
+        result = self._align(one, other, best[1], by_keypoints=True)
+        if result is not None and result.explained * (1 - result.rectangle) > 0.4 and result.detail < 0.97:
             refined = self._refine(one, other, best[1])
             if refined is not None:
-                return _better(found, self._lay(one, other, refined, by_keypoints=True))
-        return found
+                return _better(result, self._align(one, other, refined, by_keypoints=True))
+        return result
 
-    def _refine(self, one: "View", other: "View", transform: np.ndarray) -> np.ndarray | None:
-        """The affine transform near `transform` that maximises the correlation of brightness; None where ECC fails."""
+    def _refine(self, one: "PreparedThumbnail", other: "PreparedThumbnail", transform: np.ndarray) -> np.ndarray | None:
+        """The affine transform near `transform` that maximises the correlation of brightness; None when ECC fails."""
         cv2 = self._cv2
         start = _inverse(transform).astype(np.float32)
         mask = cv2.warpAffine(
@@ -193,20 +192,20 @@ class PairVerifier:
         criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 15, 1e-4)
         target, source = np.ascontiguousarray(other.bands[..., 0]), np.ascontiguousarray(one.bands[..., 0])
         try:
-            _, found = cv2.findTransformECC(target, source, start, cv2.MOTION_AFFINE, criteria, mask, 3)
-        except cv2.error:  # says that the correlation cannot be raised from here; the first transform stands
+            _, inverse = cv2.findTransformECC(target, source, start, cv2.MOTION_AFFINE, criteria, mask, 3)
+        except cv2.error:  # the correlation cannot be raised from here; the first transform stays
             return None
-        return _inverse(found.astype(np.float64))
+        return _inverse(inverse.astype(np.float64))
 
-    def _lay(
-        self, one: "View", other: "View", transform: np.ndarray, *, by_keypoints: bool = False
+    def _align(
+        self, one: "PreparedThumbnail", other: "PreparedThumbnail", transform: np.ndarray, *, by_keypoints: bool = False
     ) -> "Comparison | None":
-        """Lay `one` on `other` by `transform` and compare them where they overlap; None where that is too little."""
+        """Align `one` with `other` by `transform` and compare them where they overlap; None for too little overlap."""
         cv2 = self._cv2
         determinant = abs(float(np.linalg.det(transform[:, :2])))
         if not 0.05 < determinant < 20:
             return None
-        if determinant > 1.2:  # always lay the larger on the smaller: enlarging invents no detail
+        if determinant > 1.2:  # align the larger with the smaller, since enlarging cannot add detail
             one, other, transform, determinant = other, one, _inverse(transform), 1 / determinant
         size = (other.width, other.height)
         covered = float(cv2.warpAffine(np.ones((one.height, one.width), np.float32), transform, size).mean())
@@ -228,11 +227,10 @@ class PairVerifier:
             scale = np.array([[one.width / source.shape[1], 0, 0], [0, one.height / source.shape[0], 0], [0, 0, 1]])
             scale[:2, 2] = (scale[0, 0] - 1) / 2, (scale[1, 1] - 1) / 2
             transform = transform @ scale
-        laid = cv2.warpAffine(source, transform, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        mean = _windows(cv2, laid)
-        laid_windows = Windows(mean, np.maximum(_windows(cv2, laid * laid) - mean * mean, 0))
-        covariance = _windows(cv2, laid * other.bands) - mean * other.windows.mean
-        return _judge(laid_windows, other.windows, covariance, mask, same_frame=min(overlaps) > SAME_FRAME)
+        aligned = cv2.warpAffine(source, transform, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        windows = _window_statistics(cv2, aligned)
+        covariance = _windows(cv2, aligned * other.bands) - windows.mean * other.windows.mean
+        return _judge(windows, other.windows, covariance, mask, same_frame=min(overlaps) > SAME_FRAME)
 
 
 class Windows(NamedTuple):
@@ -243,8 +241,8 @@ class Windows(NamedTuple):
 
 
 @final
-class View:
-    """One thumbnail, prepared for comparing; what is dear is made when first asked for."""
+class PreparedThumbnail:
+    """One thumbnail, prepared for comparisons. Expensive features are computed at their first use."""
 
     def __init__(self, cv2: Any, sift: Any, picture: np.ndarray, side: int) -> None:
         self._cv2, self._sift = cv2, sift
@@ -264,13 +262,13 @@ class View:
         self.mirrored_grids = np.stack([grid[:, ::-1].ravel() for grid in grids])
 
     @property
-    def order(self) -> tuple[int, bytes]:
-        """Puts two views in an order of their own, so that comparing them gives one result."""
+    def sort_key(self) -> tuple[int, bytes]:
+        """Sorts two thumbnails, so that comparing them gives one result."""
         return self.width * self.height, self._rgb.tobytes()
 
     @cached_property
     def is_symmetric(self) -> bool:
-        """Whether its mirror image looks the same, so that laying it mirrored tells nothing new."""
+        """Whether the mirror image looks the same, so that mirrored transforms need no trial."""
         return bool((self.grids * self.mirrored_grids).sum(1).min() > SYMMETRIC)
 
     @cached_property
@@ -292,38 +290,37 @@ class View:
     @cached_property
     def windows(self) -> Windows:
         """The statistics of `bands`."""
-        mean = _windows(self._cv2, self.bands)
-        return Windows(mean, np.maximum(_windows(self._cv2, self.bands * self.bands) - mean * mean, 0))
+        return _window_statistics(self._cv2, self.bands)
 
     @cached_property
     def keypoints(self) -> tuple[np.ndarray, np.ndarray]:
-        """Places (K, 2) in pixels and square-rooted SIFT descriptors (K, 128) of unit length."""
+        """Points (K, 2) in pixels and square-rooted SIFT descriptors (K, 128) of unit length."""
         grey = self._cv2.cvtColor(self._rgb, self._cv2.COLOR_RGB2GRAY)
-        found, descriptors = self._sift.detectAndCompute(grey, None)
+        keypoints, descriptors = self._sift.detectAndCompute(grey, None)
         if descriptors is None:
             return np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32)
-        places = np.array([point.pt for point in found], np.float32).reshape(-1, 2)
-        return places, np.sqrt(descriptors / np.maximum(descriptors.sum(1, keepdims=True), 1e-6))
+        points = np.array([keypoint.pt for keypoint in keypoints], np.float32).reshape(-1, 2)
+        return points, np.sqrt(descriptors / np.maximum(descriptors.sum(1, keepdims=True), 1e-6))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two pictures agree where one was laid on the other."""
+    """How well two pictures agree under one transform."""
 
     explained: float
     """Share of the contrast outside the rectangle that the other picture explains."""
     rectangle: float
-    """Area of the rectangle that holds what is not explained, as a share of the content's."""
+    """Area of the rectangle of unexplained contrast, as a share of the content's area."""
     rectangle_contrast: float
-    """Share of all contrast that lies in it."""
+    """Share of all contrast that lies in the rectangle."""
     detail: float
-    """Agreement of fine detail outside of it, in [-1, 1]."""
+    """Agreement of fine detail outside the rectangle, in [-1, 1]."""
     same_frame: bool
     """Whether each picture covers the other."""
 
     @property
     def is_convincing(self) -> bool:
-        """Whether no better way need be looked for."""
+        """Whether the search for a better transform may stop."""
         return self.explained * (1 - self.rectangle) * float(np.clip((self.detail - 0.5) / 0.3, 0, 1)) > 0.9
 
     @property
@@ -332,23 +329,23 @@ class Comparison:
         detail = max(0.0, self.detail)
         if self.rectangle <= 0:
             return self.explained * detail
-        # An overlay leaves the frame as it is; a crop that also differs in a place is likelier another picture.
+        # An overlay leaves the frame as it is; a crop with a local difference is probably another picture.
         area = (1 - self.rectangle) ** (1 if self.same_frame else 3)
         density = min(1.0, self.rectangle_contrast / max(self.rectangle, LOCAL) / OVERLAY_DENSITY)
         return self.explained * area * detail**DETAIL_POWER * density
 
 
 def _judge(
-    laid: Windows, other: Windows, covariance: np.ndarray, mask: np.ndarray, *, same_frame: bool
+    aligned: Windows, other: Windows, covariance: np.ndarray, mask: np.ndarray, *, same_frame: bool
 ) -> Comparison | None:
-    """Compare a laid picture with what lies below it, in the windows of `mask`; None where nothing agrees."""
-    own, below = laid.variance[..., :3].sum(2), other.variance[..., :3].sum(2)
-    correlation = covariance[..., :3].sum(2) / (np.sqrt(own * below) + VARIANCE_FLOOR)
-    if _share(correlation, np.sqrt(np.maximum(own, below)) * mask) < HOPELESS:
+    """Compare an aligned picture with the other one in the windows of `mask`; None when hardly anything agrees."""
+    variance, other_variance = aligned.variance[..., :3].sum(2), other.variance[..., :3].sum(2)
+    correlation = covariance[..., :3].sum(2) / (np.sqrt(variance * other_variance) + VARIANCE_FLOOR)
+    if _share(correlation, np.sqrt(np.maximum(variance, other_variance)) * mask) < MIN_CORRELATION:
         return None
-    match, weight = _explain(laid, other, covariance, mask, 1.0, 1.0, 0.0)
-    if _share(match, weight) < 0.985 and (fit := _fit_colours(laid, other, covariance, mask)) is not None:
-        fitted_match, fitted_weight = _explain(laid, other, covariance, mask, *fit)
+    match, weight = _explain(aligned, other, covariance, mask, 1.0, 1.0, 0.0)
+    if _share(match, weight) < 0.985 and (fit := _fit_colours(aligned, other, covariance, mask)) is not None:
+        fitted_match, fitted_weight = _explain(aligned, other, covariance, mask, *fit)
         if _share(fitted_match, fitted_weight) > _share(match, weight):
             match, weight = fitted_match, fitted_weight
 
@@ -367,7 +364,7 @@ def _judge(
     rest = mask & ~grown
     region = rest if rest.any() else mask
     detail = (2 * covariance[..., 3][region].sum() + DETAIL_FLOOR) / (
-        laid.variance[..., 3][region].sum() + other.variance[..., 3][region].sum() + DETAIL_FLOOR
+        aligned.variance[..., 3][region].sum() + other.variance[..., 3][region].sum() + DETAIL_FLOOR
     )
     return Comparison(
         explained=float(1 - (outside * (1 - match)).sum() / (outside.sum() + 1e-3)),
@@ -379,7 +376,7 @@ def _judge(
 
 
 def _explain(
-    laid: Windows,
+    aligned: Windows,
     other: Windows,
     covariance: np.ndarray,
     mask: np.ndarray,
@@ -387,42 +384,44 @@ def _explain(
     colour_gain: float,
     offset: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How far each window of the laid picture explains the one below it, in [0, 1], and how much the window counts."""
+    """How well each window of the aligned picture explains that of the other, in [0, 1], and the window's weight."""
     gains = np.array([gain, colour_gain, colour_gain], np.float32)
-    mean = laid.mean[..., :3] * gains
+    mean = aligned.mean[..., :3] * gains
     mean[..., 0] += offset
-    own = (laid.variance[..., :3] * gains * gains).sum(2)
-    below = other.variance[..., :3].sum(2)
-    structure = (2 * (covariance[..., :3] * gains).sum(2) + VARIANCE_FLOOR) / (own + below + VARIANCE_FLOOR)
+    variance = (aligned.variance[..., :3] * gains * gains).sum(2)
+    other_variance = other.variance[..., :3].sum(2)
+    structure = 2 * (covariance[..., :3] * gains).sum(2) + VARIANCE_FLOOR
+    structure = structure / (variance + other_variance + VARIANCE_FLOOR)
     steps = np.abs(mean - other.mean[..., :3])
     level = np.maximum(steps[..., 0], 0.5 * (steps[..., 1] + steps[..., 2]))
     match = np.clip((structure - 0.3) / 0.4, 0, 1) * np.clip(2 - level / LEVEL_TOLERANCE, 0, 1)
-    contrast = np.maximum(np.sqrt(np.maximum(own, below)) - 4, 0)
+    contrast = np.maximum(np.sqrt(np.maximum(variance, other_variance)) - 4, 0)
     return match, (contrast + np.maximum(level - LEVEL_TOLERANCE, 0)) * mask
 
 
 def _fit_colours(
-    laid: Windows, other: Windows, covariance: np.ndarray, mask: np.ndarray
+    aligned: Windows, other: Windows, covariance: np.ndarray, mask: np.ndarray
 ) -> tuple[float, float, float] | None:
-    """Gain of brightness, gain of colour and offset of brightness that bring the laid picture closest, by medians."""
-    own, below = laid.variance, other.variance
-    similar = covariance[..., 0] > 0.5 * np.sqrt(own[..., 0] * below[..., 0])
-    chosen = mask & (own[..., 0] > 50) & (below[..., 0] > 20) & similar
+    """Gain of brightness, gain of colour and offset of brightness that fit the aligned picture best, by medians."""
+    brightness, other_brightness = aligned.variance[..., 0], other.variance[..., 0]
+    similar = covariance[..., 0] > 0.5 * np.sqrt(brightness * other_brightness)
+    chosen = mask & (brightness > 50) & (other_brightness > 20) & similar
     if chosen.sum() < 4:
         return None
-    gain = _median(np.sqrt(below[..., 0][chosen] / own[..., 0][chosen]), own[..., 0][chosen])
+    gain = _median(np.sqrt(other_brightness[chosen] / brightness[chosen]), brightness[chosen])
     gain = float(np.clip(gain, 0.5, 2))
-    offset = _median((other.mean[..., 0] - gain * laid.mean[..., 0])[mask], np.ones(int(mask.sum())))
-    own_colour, below_colour = own[..., 1:3].sum(2), below[..., 1:3].sum(2)
-    similar = covariance[..., 1:3].sum(2) > 0.5 * np.sqrt(own_colour * below_colour)
-    chosen = mask & (own_colour > 50) & similar
+    offset = _median((other.mean[..., 0] - gain * aligned.mean[..., 0])[mask], np.ones(int(mask.sum())))
+    colour, other_colour = aligned.variance[..., 1:3].sum(2), other.variance[..., 1:3].sum(2)
+    similar = covariance[..., 1:3].sum(2) > 0.5 * np.sqrt(colour * other_colour)
+    chosen = mask & (colour > 50) & similar
     colour_gain = 1.0
     if chosen.sum() >= 4:
-        colour_gain = _median(np.sqrt(below_colour[chosen] / own_colour[chosen]), own_colour[chosen])
+        colour_gain = _median(np.sqrt(other_colour[chosen] / colour[chosen]), colour[chosen])
     return gain, float(np.clip(colour_gain, 0.4, 2.5)), offset
 
 
 def _share(match: np.ndarray, weight: np.ndarray) -> float:
+    """The weighted mean, 0 for no weight."""
     return float((match * weight).sum() / (weight.sum() + 1e-3))
 
 
@@ -440,6 +439,7 @@ def _span(amounts: np.ndarray, trim: float) -> tuple[int, int]:
 
 
 def _better(one: Comparison | None, other: Comparison | None) -> Comparison | None:
+    """The comparison with the greater similarity; the first when they are equal or the other is None."""
     if one is None or other is None:
         return one or other
     return other if other.similarity > one.similarity else one
@@ -453,6 +453,11 @@ def _windows(cv2: Any, image: np.ndarray) -> np.ndarray:
     return means
 
 
+def _window_statistics(cv2: Any, bands: np.ndarray) -> Windows:
+    mean = _windows(cv2, bands)
+    return Windows(mean, np.maximum(_windows(cv2, bands * bands) - mean * mean, 0))
+
+
 def _bands(cv2: Any, opponent: np.ndarray) -> np.ndarray:
     """Three smoothed opponent channels and the fine detail of brightness, (h, w, 4)."""
     brightness = np.ascontiguousarray(opponent[..., 0])
@@ -463,16 +468,16 @@ def _bands(cv2: Any, opponent: np.ndarray) -> np.ndarray:
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
-def _content_boxes(picture: np.ndarray, most: int = 3) -> list[Box]:
-    """The whole picture, then it without its plain border, then without the next one."""
+def _content_boxes(picture: np.ndarray, max_boxes: int = 3) -> list[Box]:
+    """The whole picture, then the picture without its plain border, then without the next border, and so on."""
     boxes: list[Box] = [(0, 0, picture.shape[1], picture.shape[0])]
-    for _ in range(2 * most):
+    for _ in range(2 * max_boxes):
         inner = _without_border(picture, boxes[-1])
         if inner == boxes[-1]:
             break
         if len(boxes) > 1 and max(abs(a - b) for a, b in zip(inner, boxes[-1], strict=True)) <= 2:
-            boxes[-1] = inner  # the blurred rim of a border
-        elif len(boxes) < most:
+            boxes[-1] = inner  # the blurred edge of a border
+        elif len(boxes) < max_boxes:
             boxes.append(inner)
         else:
             break
@@ -480,6 +485,7 @@ def _content_boxes(picture: np.ndarray, most: int = 3) -> list[Box]:
 
 
 def _without_border(picture: np.ndarray, box: Box) -> Box:
+    """The box inside the plain border of `box`; `box` itself when it has none."""
     left, top, right, bottom = box
     part = picture[top:bottom, left:right].astype(np.int16)
     ring = np.concatenate([part[0], part[-1], part[:, 0], part[:, -1]])
@@ -490,8 +496,8 @@ def _without_border(picture: np.ndarray, box: Box) -> Box:
     return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
 
 
-def _box_map(box: Box, target: Box, mirrored: bool) -> np.ndarray:
-    """The map (2, 3) of pixel centres that lays `box` on `target`."""
+def _box_transform(box: Box, target: Box, mirrored: bool) -> np.ndarray:
+    """The transform (2, 3) of pixel centres from `box` to `target`."""
     across = (target[2] - target[0]) / (box[2] - box[0])
     down = (target[3] - target[1]) / (box[3] - box[1])
     y = target[1] - 0.5 - (box[1] - 0.5) * down
@@ -506,7 +512,7 @@ def _inverse(transform: np.ndarray) -> np.ndarray:
 
 
 def _mirrored_descriptor() -> np.ndarray:
-    """Where each of SIFT's 4 x 4 x 8 numbers goes when the picture is mirrored: columns and orientations turn round."""
+    """The index of each of SIFT's 4 x 4 x 8 numbers in the mirrored picture: columns and orientations are reversed."""
     row, column, orientation = np.meshgrid(np.arange(4), np.arange(4), np.arange(8), indexing="ij")
     return (((3 - row) * 4 + column) * 8 + (8 - orientation) % 8).ravel()
 

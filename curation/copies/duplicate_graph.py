@@ -1,7 +1,9 @@
-"""The duplicate graph on the driver's disk: the images of an ingest and the pairs among them, numbered.
+"""The duplicate graph on the driver's disk: the images of an ingest as numbered nodes, and their pairs as edges.
 
-An image is a node, numbered in the order of the image_ids; a pair is an edge. To number them, rows and ends of pairs
-are set apart by the front of their image_id, so that a small part of all ids is in memory at a time.
+Nodes are numbered in the order of the image_ids. For this, the rows of ingest and the ends of pairs are sorted into
+buckets by the first bits of their image_id, so that only a small part of all ids is in memory at a time.
+
+Legend: N nodes, E edges, R rows of ingest.
 """
 
 from collections.abc import Iterator
@@ -17,26 +19,26 @@ from curation.engine.manifest import require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
 from curation.files.disk_arrays import Buckets, blocks, on_disk
+from curation.files.image_ids import bucket_of, pack_ids, unpack_ids
+from curation.search.top_k import starts_group
 
-# Rows, or ends of pairs, in a bucket: about 300 MB of memory while it is sorted. Ids are hashes, so buckets are alike.
+# Rows, or ends of pairs, in a bucket: about 300 MB of memory while it is sorted. Ids are hashes, so buckets have about
+# equal sizes. Assumed.
 ROWS_PER_BUCKET = 1 << 20
-# Which of the rows with the same bytes stands for the image: a seed's before the holdout's before the pool's.
+# Of the rows with the same bytes, the first in this order of roles represents the image.
 _ROLES = ("seed", "holdout", "pool")
 _ROW = np.dtype([("image_id", "S16"), ("row", np.int64), ("role", np.int8), ("pixels", np.int64), ("length", np.int64)])
-_END = np.dtype([("image_id", "S16"), ("place", np.int64)])
-_DIGITS = np.frombuffer(b"0123456789abcdef", np.uint8)
-_DIGIT_VALUES = np.full(256, 255, np.uint8)
-_DIGIT_VALUES[_DIGITS] = np.arange(16)
+_END = np.dtype([("image_id", "S16"), ("position", np.int64)])
 
 
 @dataclass(frozen=True)
 class Nodes:
     """The unique images, sorted by image_id."""
 
-    image_ids: np.ndarray  # (N,) S16, see pack_ids; as elements of it alone, they would lose zeros at their end
+    image_ids: np.ndarray  # (N,) S16, see image_ids.pack_ids
     is_seed: np.ndarray  # (N,) bool: a seed in at least one source
-    is_holdout: np.ndarray
-    pixels: np.ndarray  # (N,) int64
+    is_holdout: np.ndarray  # (N,) bool: a holdout image in at least one source
+    pixels: np.ndarray  # (N,) int64, width x height
     length: np.ndarray  # (N,) int64, bytes
 
 
@@ -45,7 +47,7 @@ class Edges:
     """The pairs, in the order of their files."""
 
     first: np.ndarray  # (E,) nodes
-    second: np.ndarray
+    second: np.ndarray  # (E,) nodes
     similarity: np.ndarray  # (E,) float32
     differs_locally: np.ndarray  # (E,) bool
     cosine: np.ndarray  # (E,) float32
@@ -54,36 +56,36 @@ class Edges:
 
 @dataclass(frozen=True)
 class DuplicateGraph:
-    """The images and pairs of one run, all of it on disk."""
+    """The images and pairs of one run; all arrays lie on disk."""
 
     nodes: Nodes
     edges: Edges
-    node_of_row: np.ndarray  # (R,): the node of each row of ingest, its shards one after another
-    row_of_node: np.ndarray  # (N,) int64: the row that stands for the image
+    node_of_row: np.ndarray  # (R,): the node of each row of ingest, counted through its shards
+    row_of_node: np.ndarray  # (N,) int64: the row that represents the image
 
 
 def read_graph(images: str, pairs: str) -> DuplicateGraph:
-    """Number the images of a finished ingest and the pairs of a finished pairs.
+    """The graph of a finished ingest and a finished pairs stage.
 
-    Raises InputError for a pair of images that the ingest does not hold.
+    Raises InputError when a pair names an image that the ingest does not hold.
     """
     num_rows, num_edges = _num_rows(images, "images"), _num_rows(pairs, "pairs")
     num_buckets = min(max(num_rows, 2 * num_edges) // ROWS_PER_BUCKET + 1, 1 << 16)
     rows, ends = Buckets(num_buckets, _ROW), Buckets(num_buckets, _END)
     for start, table in _tables(images, "images", schemas.IMAGES, ["image_id", "role", "width", "height", "length"]):
-        found = np.empty(table.num_rows, _ROW)
-        found["image_id"] = pack_ids(table["image_id"])
-        found["row"] = np.arange(start, start + table.num_rows)
-        found["role"] = pc.index_in(table["role"], pa.array(_ROLES)).to_numpy()
-        found["pixels"] = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
-        found["length"] = table["length"].to_numpy()
-        rows.add(_bucket(found["image_id"], num_buckets), found)
+        block = np.empty(table.num_rows, _ROW)
+        block["image_id"] = pack_ids(table["image_id"])
+        block["row"] = np.arange(start, start + table.num_rows)
+        block["role"] = pc.index_in(table["role"], pa.array(_ROLES)).to_numpy()
+        block["pixels"] = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
+        block["length"] = table["length"].to_numpy()
+        rows.add(bucket_of(block["image_id"], num_buckets), block)
 
-    kind = node_type(num_rows)
-    places = on_disk(2 * num_edges, kind)  # the nodes at the first ends of all edges, then at the second ends
+    dtype = node_type(num_rows)
+    end_nodes = on_disk(2 * num_edges, dtype)  # the nodes at the first ends of all edges, then at their second ends
     edges = Edges(
-        first=places[:num_edges],
-        second=places[num_edges:],
+        first=end_nodes[:num_edges],
+        second=end_nodes[num_edges:],
         similarity=on_disk(num_edges, np.float32),
         differs_locally=on_disk(num_edges, bool),
         cosine=on_disk(num_edges, np.float32),
@@ -93,10 +95,10 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
         for name in ("similarity", "differs_locally", "cosine", "mutual"):
             getattr(edges, name)[start : start + table.num_rows] = table[name].to_numpy()
         for name, offset in (("image_id", 0), ("other_image_id", num_edges)):
-            end = np.empty(table.num_rows, _END)
-            end["image_id"] = pack_ids(table[name])
-            end["place"] = np.arange(start, start + table.num_rows) + offset
-            ends.add(_bucket(end["image_id"], num_buckets), end)
+            block = np.empty(table.num_rows, _END)
+            block["image_id"] = pack_ids(table[name])
+            block["position"] = np.arange(start, start + table.num_rows) + offset
+            ends.add(bucket_of(block["image_id"], num_buckets), block)
 
     columns: dict[str, DTypeLike] = {
         "image_ids": "S16",
@@ -105,47 +107,40 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
         "pixels": np.int64,
         "length": np.int64,
     }
-    nodes = {name: on_disk(num_rows, dtype) for name, dtype in columns.items()}
-    node_of_row, row_of_node = on_disk(num_rows, kind), on_disk(num_rows, np.int64)
+    node_columns = {name: on_disk(num_rows, column_dtype) for name, column_dtype in columns.items()}
+    node_of_row, row_of_node = on_disk(num_rows, dtype), on_disk(num_rows, np.int64)
     num_nodes = 0
     for bucket in range(num_buckets):
-        known = rows.read(bucket)
-        known = known[np.lexsort((known["row"], known["role"], known["image_id"]))]
-        is_first = np.ones(len(known), bool)
-        is_first[1:] = known["image_id"][1:] != known["image_id"][:-1]
+        block = rows.read(bucket)
+        block = block[np.lexsort((block["row"], block["role"], block["image_id"]))]
+        is_first = starts_group(block["image_id"])
         starts = np.flatnonzero(is_first)
-        node_of_row[known["row"]] = num_nodes - 1 + np.cumsum(is_first)
-        own = slice(num_nodes, num_nodes + len(starts))
-        standing = known[starts]
-        row_of_node[own] = standing["row"]
-        nodes["image_ids"][own] = standing["image_id"]
-        nodes["pixels"][own], nodes["length"][own] = standing["pixels"], standing["length"]
+        node_of_row[block["row"]] = num_nodes - 1 + np.cumsum(is_first)
+        nodes = slice(num_nodes, num_nodes + len(starts))
+        first = block[starts]
+        row_of_node[nodes] = first["row"]
+        node_columns["image_ids"][nodes] = first["image_id"]
+        node_columns["pixels"][nodes], node_columns["length"][nodes] = first["pixels"], first["length"]
         for name, role in (("is_seed", 0), ("is_holdout", 1)):
-            nodes[name][own] = np.logical_or.reduceat(known["role"] == role, starts) if len(starts) else False
-        _find_ends(places, ends.read(bucket), standing["image_id"], num_nodes)
+            has_role = np.logical_or.reduceat(block["role"] == role, starts) if len(starts) else False
+            node_columns[name][nodes] = has_role
+        _write_end_nodes(end_nodes, ends.read(bucket), first["image_id"], num_nodes)
         num_nodes += len(starts)
-    cut = {name: column[:num_nodes] for name, column in nodes.items()}
+    cut = {name: column[:num_nodes] for name, column in node_columns.items()}
     return DuplicateGraph(Nodes(**cut), edges, node_of_row, row_of_node[:num_nodes])
 
 
-def _find_ends(places: np.ndarray, ends: np.ndarray, image_ids: np.ndarray, first_node: int) -> None:
-    """Write where the `ends` of one bucket are among its `image_ids`, the first of which is `first_node`."""
+def _write_end_nodes(end_nodes: np.ndarray, ends: np.ndarray, image_ids: np.ndarray, first_node: int) -> None:
+    """Write the node of each of the `ends` of one bucket, whose sorted `image_ids` begin with `first_node`."""
     for part in blocks(len(ends)):
-        wanted = ends["image_id"][part]
-        place = np.searchsorted(image_ids, wanted)
-        known = place < len(image_ids)
-        known[known] = image_ids[place[known]] == wanted[known]
-        if not known.all():
-            unknown = id_texts(wanted[~known][:1])[0]
+        end_ids = ends["image_id"][part]
+        row = np.searchsorted(image_ids, end_ids)
+        is_known = row < len(image_ids)
+        is_known[is_known] = image_ids[row[is_known]] == end_ids[is_known]
+        if not is_known.all():
+            unknown = unpack_ids(end_ids[~is_known][:1])[0]
             raise InputError(f"The pairs name image {unknown}, which the ingest does not hold: not of one run.")
-        places[ends["place"][part]] = first_node + place
-
-
-def _bucket(image_ids: np.ndarray, num_buckets: int) -> np.ndarray:
-    """The bucket of each id, rising with the ids."""
-    front = np.ascontiguousarray(image_ids).view(">u2").reshape(-1, 8)[:, 0]
-    bucket: np.ndarray = front.astype(np.int64) * num_buckets >> 16
-    return bucket
+        end_nodes[ends["position"][part]] = first_node + row
 
 
 def _num_rows(folder: str, kind: str) -> int:
@@ -167,29 +162,3 @@ def _tables(
                     raise InputError(f"{path}: {table.num_rows} rows, but {file.rows} were written. Redo that stage.")
                 yield start, table
                 start += table.num_rows
-
-
-def pack_ids(column: pa.ChunkedArray) -> np.ndarray:
-    """The 16 bytes of each image_id, (N,) S16, whose order is that of the texts. Raises InputError for other texts."""
-    array = column.combine_chunks()
-    digits = np.full(32 * len(array), ord("?"), np.uint8)
-    if not array.null_count and pc.all(pc.equal(pc.binary_length(array), 32)).as_py() is not False:
-        text = array.cast(pa.binary(32))
-        digits = np.frombuffer(text.buffers()[1], np.uint8)[32 * text.offset :][: 32 * len(text)]
-    values = _DIGIT_VALUES[digits].reshape(-1, 16, 2)
-    if (values > 15).any():
-        wrong = next(text for text in array.to_pylist() if text is None or not _is_id(text))
-        raise InputError(f"'{wrong}' is no image_id: expected 32 hex digits in small letters.")
-    return (values[..., 0] << 4 | values[..., 1]).view("S16").reshape(-1)
-
-
-def _is_id(text: str) -> bool:
-    return len(text) == 32 and set(text) <= set("0123456789abcdef")
-
-
-def id_texts(image_ids: np.ndarray) -> pa.Array:
-    """The image_ids (text) whose bytes `pack_ids` gave."""
-    packed = np.ascontiguousarray(image_ids).view(np.uint8)
-    digits = _DIGITS[np.stack([packed >> 4, packed & 15], axis=-1)]
-    texts = pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(image_ids), [None, pa.py_buffer(digits)])
-    return texts.cast(pa.string())

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from curation.config import Settings, resolved_toml
 from curation.engine import progress
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import SeedbedError, UserError
@@ -50,6 +51,23 @@ def main(function: Callable[..., Any]) -> None:
             sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
         print(f"error: {progress.printable(str(error))}", file=sys.stderr)
         sys.exit(1)
+
+
+def plan_or_run(
+    settings: Settings,
+    work: Callable[[Runner], object],
+    *,
+    plan: bool,
+    runner: RunnerName,
+    workers: int | None,
+    gpus_per_worker: float = 0,
+) -> None:
+    """The body of a stage's command: print the resolved settings with --plan, else call `work` with the runner."""
+    if plan:
+        print(resolved_toml(settings), end="")
+        return
+    with open_runner(runner, workers, gpus_per_worker=gpus_per_worker) as chosen:
+        work(chosen)
 
 
 @contextlib.contextmanager

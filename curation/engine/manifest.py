@@ -37,7 +37,7 @@ from curation.files.paths import (
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = ".progress"
 # The version of everything that stages write. Outputs of another version are refused, not converted.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Markers that are gathered into one file, and how many files a resume reads at once. Assumed: of an object store that
 # answers in 20 ms, 100,000 finished shards are then read in two seconds.
 MARKERS_PER_FILE = 1000

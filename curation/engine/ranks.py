@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed
 
+from curation.engine.device import require_device
 from curation.errors import ConfigError, DeviceError
-from curation.models.device import require_device
 
 Device = Literal["cpu", "cuda"]
 

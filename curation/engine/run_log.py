@@ -18,7 +18,6 @@ import posixpath
 import threading
 import time
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -40,8 +39,8 @@ SECONDS_UNTIL_LOST = 30.0
 SECONDS_BETWEEN_PIECES = 60.0
 
 
-class Journal:
-    """The log of one driver over one run. Nothing is written before the first stage that has work begins."""
+class RunLog:
+    """The log that one driver writes about one run. It writes nothing before `start` or the first line."""
 
     def __init__(self, run: str) -> None:
         self.run = run.rstrip("/")
@@ -58,17 +57,17 @@ class Journal:
 
     @property
     def started(self) -> bool:
-        """Whether there was anything to do."""
+        """Whether heartbeats have begun, that is, whether there was anything to do."""
         return self._heart is not None
 
     def start(self) -> None:
-        """Give signs of life from now on."""
+        """Begin the heartbeats, and delete what a killed driver left."""
         if self._heart is None:
-            for name in paths.list_names(self.folder):  # of a driver that was killed
+            for name in paths.list_names(self.folder):
                 if name == WORKERS or name.startswith(paths.TEMPORARY_PREFIX):
                     paths.delete(paths.join(self.folder, name))
             self._beat()
-            self._heart = threading.Thread(target=self._live, name="signs of life", daemon=True)
+            self._heart = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
             self._heart.start()
 
     def write(self, event: str, **facts: Any) -> None:
@@ -86,8 +85,15 @@ class Journal:
                 if time.monotonic() - self._last_piece > SECONDS_BETWEEN_PIECES:
                     self._write_piece()
 
+    def of_stage(self, output: str) -> "StageLog | None":
+        """The log of the stage that writes to the folder `output`; None for a folder outside the run."""
+        if not output.startswith(self.run + "/"):
+            return None
+        parts = output[len(self.run) :].split("/")
+        return StageLog(self, "/".join(part for part in parts if part and part != PROGRESS_NAME))
+
     def close(self) -> None:
-        """Write what is left, and take the signs of life away."""
+        """Write the remaining lines, and delete the heartbeat and the notes."""
         with self._lock:
             self._write_piece()
             if self._file is not None:
@@ -106,75 +112,61 @@ class Journal:
             self._num_pieces += 1
         self._last_piece = time.monotonic()
 
-    def _live(self) -> None:
+    def _keep_beating(self) -> None:
         while not self._ended.wait(SECONDS_BETWEEN_BEATS):
             try:
                 self._beat()
-            except OSError as error:  # a full disk will stop the run where it hurts; a missed beat need not
-                progress.say(f"log: no sign of life could be written: {error}")
+            except OSError as error:  # a full disk will stop a stage with its own error; a missed heartbeat need not
+                progress.say(f"log: the heartbeat could not be written: {error}")
 
     def _beat(self) -> None:
         now = {"machine": os.uname().nodename, "process": os.getpid(), "started": self._started, "beat": time.time()}
         paths.write_bytes(paths.join(self.folder, DRIVER), json.dumps(now).encode(), durable=False)
 
 
-_journal: ContextVar[Journal | None] = ContextVar("journal", default=None)
-
-
 @contextlib.contextmanager
-def keeping(run: str) -> Iterator[Journal]:
-    """Stages that run inside this block write into the log of the run in the folder `run`."""
-    journal = Journal(run)
-    if read_driver(run) is not None:  # it was killed: what it left goes when this one ends
-        journal.start()
-    token = _journal.set(journal)
+def open_log(run: str) -> Iterator[RunLog]:
+    """The log of the run in the folder `run`, closed at the end. An error that ends the block is logged first."""
+    log = RunLog(run)
+    if read_driver(run) is not None:  # an earlier driver was killed: its files are deleted when this log closes
+        log.start()
     try:
-        yield journal
+        yield log
     except BaseException as error:
-        if journal.started:
-            what = str(error) if isinstance(error, SeedbedError) else f"{type(error).__name__}: {error}"
-            journal.write("stopped", why=what)
+        if log.started:
+            message = str(error) if isinstance(error, SeedbedError) else f"{type(error).__name__}: {error}"
+            log.write("stopped", why=message)
         raise
     finally:
-        _journal.reset(token)
-        journal.close()
+        log.close()
 
 
 class StageLog:
-    """What one stage writes into the log of the run."""
+    """The lines of one stage in the log of the run."""
 
-    def __init__(self, journal: Journal, name: str) -> None:
-        self._journal = journal
+    def __init__(self, log: RunLog, name: str) -> None:
+        self._log = log
         self.name = name
-        self.notes = paths.join(journal.folder, WORKERS)
+        self.notes = paths.join(log.folder, WORKERS)
         """Folder for the notes of workers."""
 
     def begin(self, plan: Plan, *, num_done: int, num_workers: int) -> None:
-        """Say that the stage has work to do."""
-        named = {"plan": hash_json(plan.model_dump(mode="json"))[:16], "shards": plan.num_shards}
-        self._journal.write("begin", stage=self.name, **named, done_before=num_done, workers=num_workers)
+        """Log that the stage begins with its unfinished shards."""
+        facts = {"plan": hash_json(plan.model_dump(mode="json"))[:16], "shards": plan.num_shards}
+        self._log.write("begin", stage=self.name, **facts, done_before=num_done, workers=num_workers)
 
     def shard(self, record: ShardRecord, num_items: int) -> None:
-        """Say that a shard is done."""
+        """Log a finished shard."""
         effort = record.effort
         assert effort is not None, record.name
-        when = {"worker": effort.worker, "started": round(effort.started, 3), "seconds": round(effort.seconds, 3)}
+        facts = {"worker": effort.worker, "started": round(effort.started, 3), "seconds": round(effort.seconds, 3)}
         size = sum(file.bytes for file in record.files)
         counts = {"items": num_items, "bytes": size, "totals": record.totals, "rejects": record.rejects}
-        self._journal.write("shard", stage=self.name, shard=record.name, **when, **counts)
+        self._log.write("shard", stage=self.name, shard=record.name, **facts, **counts)
 
     def end(self, seconds: float) -> None:
-        """Say that the stage is done, and how long this driver took for it."""
-        self._journal.write("end", stage=self.name, seconds=round(seconds, 3))
-
-
-def of_stage(output: str) -> StageLog | None:
-    """The log of the stage that writes into the folder `output`; None where no run keeps one."""
-    journal = _journal.get()
-    if journal is None or not output.startswith(journal.run + "/"):
-        return None
-    parts = output[len(journal.run) :].split("/")
-    return StageLog(journal, "/".join(part for part in parts if part and part != PROGRESS_NAME))
+        """Log that the stage is done, and the seconds that this driver took for it."""
+        self._log.write("end", stage=self.name, seconds=round(seconds, 3))
 
 
 def worker_name() -> str:

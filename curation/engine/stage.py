@@ -1,7 +1,8 @@
-"""What every stage does around its shards: claim the output, skip what is done, map, write the manifest.
+"""How a stage is done: claim the output, skip finished shards, map the worker over the others, write the manifest.
 
 A stage is `run(config, inputs, output, runner) -> Manifest`. Its file holds, in this order, its frozen config, `run`,
-and its command. `run` lists the shards and hands them to `run_shards` with a function that makes a worker.
+and its command. `run` states the stage as a `Stage` and hands it to `run_stage`. Steps within a stage are stages too:
+their outputs lie in the progress folder of the stage (`step_folder`).
 """
 
 import functools
@@ -10,41 +11,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec
+from typing import Any
 
-from curation.config import Settings
-from curation.engine import progress, run_log
-from curation.engine.manifest import (
-    MARKERS_PER_FILE,
-    Effort,
-    Manifest,
-    Plan,
-    ShardRecord,
-    ShardRecords,
-    claim,
-    gather_markers,
-    line_of,
-    mark_shard_done,
-    read_counts,
-    read_done,
-    sum_counts,
-    write_manifest,
-)
+from curation.config import Settings, plan_values
+from curation.engine import manifest, progress, run_log
+from curation.engine.manifest import Effort, Manifest, Plan, ShardRecord, ShardRecords
+from curation.engine.run_log import RunLog, StageLog
 from curation.engine.runner import Runner, Shard, Worker
 from curation.files.folder_lock import sole_writer
 
 # The name of the record that `prepare` returns.
 PREPARED = "prepared"
-# The fact in a manifest that names the shards which killed their worker every time and are missing.
+# The fact in a manifest that names the missing shards: those that killed their worker at every attempt.
 SET_ASIDE = "set_aside"
-Arguments = ParamSpec("Arguments")
-# Called by the driver when all shards are done: facts for the manifest, and a record of the files it wrote itself.
+# Called by the driver when all shards are done. Returns facts for the manifest, and a record of the files it wrote.
 Finish = Callable[[Sequence[ShardRecord]], tuple[dict[str, Any], ShardRecord | None]]
 
 
 @dataclass
 class Tally:
-    """What the shards that are done count together."""
+    """The number of finished shards and the sums of their counts."""
 
     num_shards: int = 0
     totals: Counter[str] = field(default_factory=Counter)
@@ -57,147 +43,167 @@ class Tally:
         self.rejects.update(rejects)
 
 
-def _sole_writer(function: Callable[Arguments, Manifest]) -> Callable[Arguments, Manifest]:
-    @functools.wraps(function)
-    def alone(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Manifest:
-        with sole_writer(str(kwargs["output"])):
-            return function(*args, **kwargs)
+@dataclass(frozen=True)
+class Stage:
+    """Everything that defines a stage or a step: equal definitions give equal bytes, on any runner."""
 
-    return alone
+    name: str
+    config: Settings
+    """Fields marked NotInPlan may differ between the runs of one output."""
+    inputs: Mapping[str, str]
+    """A content hash for each input, by its name."""
+    output: str
+    """Folder of the results, local or any fsspec URL."""
+    shards: Sequence[Shard]
+    make_worker: Callable[[], Worker]
+    """Picklable; see the contract in runner.py."""
+    prepare: Callable[[], ShardRecord] | None = None
+    """Runs once in the driver before the shards and writes files for all of them; marked done like a shard."""
+    check: Callable[[Tally], None] | None = None
+    """Called with the counts so far after each shard; raises to stop the stage early."""
+    finish: Finish | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Facts for later stages, known before the work; the manifest holds them beside those of `finish`."""
+    max_poison_shards: int = 0
+    """Shards that may be set aside because they kill their worker at every attempt. A later run that allows fewer tries
+    them again. A stage that allows any has neither `prepare` nor `finish`."""
+    unit: str = "images"
+    """What progress counts."""
+    note: Callable[[Mapping[str, float]], str] | None = None
+    """Text for progress, made from the sums of the workers' measurements."""
+
+    def plan(self) -> Plan:
+        """The plan that the output is claimed for."""
+        return Plan(
+            stage=self.name,
+            config=plan_values(self.config),
+            inputs=dict(self.inputs),
+            num_shards=len(self.shards),
+        )
 
 
-@_sole_writer
-def run_shards(
-    stage: str,
-    *,
-    config: Settings,
-    inputs: dict[str, str],
-    output: str,
-    runner: Runner,
-    shards: Sequence[Shard],
-    make_worker: Callable[[], Worker],
-    replace: bool = False,
-    prepare: Callable[[], ShardRecord] | None = None,
-    check: Callable[[Tally], None] | None = None,
-    finish: Finish | None = None,
-    unit: str = "images",
-    note: Callable[[Mapping[str, float]], str] | None = None,
-    not_in_plan: frozenset[str] = frozenset(),
-    max_poison_shards: int = 0,
-) -> Manifest:
-    """Do the shards that are not done yet and mark the stage done; return its manifest.
+def run_stage(stage: Stage, runner: Runner, *, replace: bool = False, log: RunLog | None = None) -> Manifest:
+    """Do the unfinished shards of `stage`, mark it done and return its manifest.
 
-    `inputs` names what the stage reads, each with a content hash. `prepare` runs once before the shards and writes what
-    they all read; it is marked done like a shard. `check` sees what the finished shards count after each new one and
-    raises to stop early; `note` makes of the sums of what they measured the text that progress shows behind their
-    count. `not_in_plan` names the config fields that guard the work without shaping its bytes (`search.min_recall`: the
-    field of a section). Up to `max_poison_shards` shards that kill their worker every time are set aside, and tried
-    again by a run that allows fewer; a stage that allows any has neither `prepare` nor `finish`. Raises
-    OutputMismatchError for the work of another config or other inputs, and while another run writes here.
+    `log` is the log of the whole run. Raises OutputMismatchError for an output that holds the work of another config or
+    other inputs, and while another run writes there.
     """
-    plan = Plan(
-        stage=stage,
-        config=config.model_dump(mode="json", exclude=_nested(not_in_plan)),
-        inputs=inputs,
-        num_shards=len(shards),
-    )
-    finished = claim(output, plan, replace=replace)
-    set_aside: list[str] = []
-    before: Sequence[ShardRecord] = ()
-    if finished is not None:
-        missing = finished.facts.get(SET_ASIDE, [])
-        if len(missing) <= max_poison_shards:
-            named = f"; set aside: {', '.join(missing)}" if missing else ""
-            progress.say(f"{stage}: already done, nothing to do{named}")
-            return finished
-        before = finished.shards
-    # The records of finished shards stay on disk until the manifest takes them all: a driver holds their names.
-    done: set[str] = set()
+    with sole_writer(stage.output):
+        plan = stage.plan()
+        finished = manifest.claim(stage.output, plan, replace=replace)
+        if finished is not None and (done := _already_done(stage, finished)):
+            return done
+        finished_shards = finished.shards if finished is not None else ()
+        started, stage_log = time.monotonic(), None if log is None else log.of_stage(stage.output)
+        names, tally = _count_done(stage.output, finished_shards)
+        if stage_log is not None:
+            stage_log.begin(plan, num_done=len(names), num_workers=runner.num_workers)
+        set_aside = _do_shards(stage, runner, names, tally, stage_log)
+        result = _collect(stage, plan, finished_shards, set_aside)
+        manifest.write_manifest(stage.output, result)
+        if stage_log is not None:
+            stage_log.end(time.monotonic() - started)
+        return result
+
+
+def _already_done(stage: Stage, finished: Manifest) -> Manifest | None:
+    """The manifest of a finished stage; None where it lacks more shards than the stage allows."""
+    missing = finished.facts.get(SET_ASIDE, [])
+    if len(missing) > stage.max_poison_shards:
+        return None
+    names = f"; set aside: {', '.join(missing)}" if missing else ""
+    progress.say(f"{stage.name}: already done, nothing to do{names}")
+    return finished
+
+
+def _count_done(output: str, finished_shards: Iterable[ShardRecord]) -> tuple[set[str], Tally]:
+    """The names and counts of the finished shards. Their records stay on disk, so that a driver holds names only."""
+    names: set[str] = set()
     tally = Tally()
-    for record in before:
-        done.add(record.name)
+    for record in finished_shards:
+        names.add(record.name)
         tally.add(1, record.totals, record.rejects)
-    for counts in read_counts(output):
-        if done.isdisjoint(counts.names):  # a kill may leave a shard marked twice
-            done.update(counts.names)
+    for counts in manifest.read_counts(output):
+        if names.isdisjoint(counts.names):  # a kill may leave a shard marked twice
+            names.update(counts.names)
             tally.add(sum(name != PREPARED for name in counts.names), counts.totals, counts.rejects)
-    started, log = time.monotonic(), run_log.of_stage(output)
-    if log is not None:
-        log.begin(plan, num_done=len(done), num_workers=runner.num_workers)
-    if prepare is not None and PREPARED not in done:
-        record = prepare()
+    return names, tally
+
+
+def _do_shards(stage: Stage, runner: Runner, done: set[str], tally: Tally, stage_log: StageLog | None) -> list[str]:
+    """Prepare, map the worker over the shards that are not in `done`; returns the names of the shards set aside."""
+    if stage.prepare is not None and PREPARED not in done:
+        record = stage.prepare()
         assert record.name == PREPARED, record.name
-        mark_shard_done(output, record)
-    todo = [shard for shard in shards if shard.name not in done]
-    if len(todo) < len(shards):
-        progress.say(f"{stage}: {len(shards) - len(todo)} of {len(shards)} shards were done before, going on")
-    if check is not None and tally.num_shards:
-        check(tally)  # a stage that stopped at its last shard is not done because nothing is left to do
+        manifest.mark_shard_done(stage.output, record)
+    todo = [shard for shard in stage.shards if shard.name not in done]
+    if len(todo) < len(stage.shards):
+        num_done = len(stage.shards) - len(todo)
+        progress.say(f"{stage.name}: {num_done} of {len(stage.shards)} shards were done before, going on")
+    if stage.check is not None and tally.num_shards:
+        stage.check(tally)  # also where the last shard stopped the stage and no shard is left
+    notes = None if stage_log is None else (stage_log.notes, stage_log.name)
+    make_worker = functools.partial(make_marking_worker, stage.make_worker, stage.output, notes)
     measured: Counter[str] = Counter()
-    place = None if log is None else (log.notes, log.name)
-    work = functools.partial(make_marking_worker, make_worker, output, place)
+    set_aside: list[str] = []
     ungathered: list[ShardRecord] = []
-    with progress.bar(stage, total=sum(shard.num_items for shard in todo), unit=unit) as advance:
-        results = runner.map(stage, work, todo, max_poison_shards=max_poison_shards)
+    with progress.bar(stage.name, total=sum(shard.num_items for shard in todo), unit=stage.unit) as advance:
+        records = runner.map(stage.name, make_worker, todo, max_poison_shards=stage.max_poison_shards)
         try:
-            for shard, result in zip(todo, results, strict=True):
+            for shard, result in zip(todo, records, strict=True):
                 if result is None:
                     set_aside.append(shard.name)
-                    progress.say(f"{stage}: shard {shard.name} killed its worker every time and is set aside")
+                    progress.say(f"{stage.name}: shard {shard.name} killed its worker every time and is set aside")
                     continue
                 record = result
                 measured.update(record.measured)
                 tally.add(1, record.totals, record.rejects)
                 num_items = shard.num_items or sum(file.rows for file in record.files)
-                if log is not None:
-                    log.shard(record, num_items)
+                if stage_log is not None:
+                    stage_log.shard(record, num_items)
                 ungathered.append(record)
-                if len(ungathered) == MARKERS_PER_FILE:
-                    gather_markers(output, ungathered)
+                if len(ungathered) == manifest.MARKERS_PER_FILE:
+                    manifest.gather_markers(stage.output, ungathered)
                     ungathered.clear()
-                advance(num_items, note(measured) if note else "")
-                if check is not None:
-                    check(tally)
+                advance(num_items, stage.note(measured) if stage.note else "")
+                if stage.check is not None:
+                    stage.check(tally)
         finally:
-            results.close()
-    by_name = {record.name: line_of(record) for record in itertools.chain(before, read_done(output))}
-    names = ([PREPARED] if prepare else []) + [shard.name for shard in shards]
+            records.close()
+    return set_aside
+
+
+def _collect(stage: Stage, plan: Plan, finished_shards: Iterable[ShardRecord], set_aside: Sequence[str]) -> Manifest:
+    """The manifest of a stage whose shards are all done or set aside."""
+    by_name = {
+        record.name: manifest.line_of(record)
+        for record in itertools.chain(finished_shards, manifest.read_done(stage.output))
+    }
+    names = ([PREPARED] if stage.prepare else []) + [shard.name for shard in stage.shards]
     lines = [by_name[name] for name in names if name not in set_aside]
-    facts, own_record = finish(ShardRecords(lines)) if finish else ({}, None)
+    facts, driver_record = stage.finish(ShardRecords(lines)) if stage.finish else ({}, None)
+    facts = {**stage.facts, **facts}
     if set_aside:
-        facts[SET_ASIDE] = set_aside
-    if own_record is not None:
-        lines.append(line_of(own_record))
+        facts[SET_ASIDE] = list(set_aside)
+    if driver_record is not None:
+        lines.append(manifest.line_of(driver_record))
     records = ShardRecords(lines)
-    manifest = Manifest(
+    return Manifest(
         plan=plan,
         shards=records,
-        totals=sum_counts(record.totals for record in records),
-        rejects=sum_counts(record.rejects for record in records),
+        totals=manifest.sum_counts(record.totals for record in records),
+        rejects=manifest.sum_counts(record.rejects for record in records),
         facts=facts,
     )
-    write_manifest(output, manifest)
-    if log is not None:
-        log.end(time.monotonic() - started)
-    return manifest
-
-
-def _nested(names: Iterable[str]) -> dict[str, Any]:
-    """Dotted names as the mapping of mappings that pydantic excludes by."""
-    nested: dict[str, Any] = {}
-    for name in names:
-        *sections, field = name.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[field] = True
-    return nested
 
 
 def make_marking_worker(
     make_worker: Callable[[], Worker], output: str, notes: tuple[str, str] | None = None
 ) -> Callable[[Shard], ShardRecord]:
-    """A worker that marks its shards done in `output`, and keeps `notes` (folder, stage) of what it is at."""
+    """A worker that marks its shards done in `output`.
+
+    `notes` names the folder and the stage for the note in which the worker says what it works on.
+    """
     worker = make_worker()
 
     def process(shard: Shard) -> ShardRecord:
@@ -205,7 +211,7 @@ def make_marking_worker(
             run_log.note_start(*notes, shard.name)
         now, started = time.time(), time.perf_counter()
         record = worker(shard)
-        mark_shard_done(output, record)  # by the worker: a driver that dies now costs nothing
+        manifest.mark_shard_done(output, record)  # by the worker, so that the death of the driver loses nothing
         effort = Effort(worker=run_log.worker_name(), started=now, seconds=time.perf_counter() - started)
         return record.model_copy(update={"effort": effort})
 

@@ -3,7 +3,6 @@
 `image_id` is text: the first 128 bits of the SHA-256 of the file's bytes as 32 hex digits. It never is a row number.
 """
 
-import numpy as np
 import pyarrow as pa
 
 ROLES = ("seed", "pool", "holdout")
@@ -98,18 +97,6 @@ PLANNED_SAMPLES = pa.schema(
     ]
 )
 PLANNED_REASONS = pa.schema([("position", pa.int64()), ("reason", pa.string())])
-
-
-def id_bytes(image_ids: pa.ChunkedArray | list[str]) -> np.ndarray:
-    """Ids as fixed-width bytes, (N,), which numpy sorts and compares."""
-    texts = image_ids if isinstance(image_ids, list) else image_ids.to_pylist()
-    result: np.ndarray = np.array(texts, dtype="S") if texts else np.empty(0, "S1")
-    return result
-
-
-def id_column(image_ids: np.ndarray) -> pa.Array:
-    """Fixed-width bytes (N,) as a column of text."""
-    return pa.array(image_ids, pa.binary()).cast(pa.string())
 
 
 def vectors(dimensions: int) -> pa.Schema:

@@ -1,9 +1,9 @@
-"""Encoded bytes in, RGB out: the one decoder that every stage uses.
+"""The one decoder of every stage: encoded bytes in, RGB out.
 
-Pool images come from strangers, so the decoder trusts nothing: the signature of the bytes names the one parser that
-may see them, the header is checked against `ImageLimits` before any pixel is decoded, and whatever goes wrong ends as
-one `ImageRejected` with a reason from a closed list. Ingest runs this in a process apart (`sandbox.py`); later
-stages run it in their own process, on images that ingest accepted.
+Pool images are untrusted input. The signature of the bytes selects the one parser that may read them. The header is
+checked against `ImageLimits` before any pixel is decoded. Every failure ends as one `ImageRejected` with a reason from
+a closed list. Ingest decodes in a separate process (`sandbox.py`); later stages decode in their own process, and only
+images that ingest accepted.
 
 How each colour mode of Pillow becomes RGB:
 
@@ -15,14 +15,14 @@ How each colour mode of Pillow becomes RGB:
     LA, RGBA, RGBa, PA      composed onto white
     transparent colour      (tRNS of PNG, GIF) composed onto white, for P also with one alpha per palette entry
     16 bits per channel     the high byte, in every mode: I;16, the I of a PGM, and RGB and RGBA, where Pillow does it
-    other I, F              stretched: the image's smallest value becomes 0, its largest 255; one value alone becomes 0
+    other I, F              stretched: the image's smallest value becomes 0, its largest 255; equal values become 0
 
-ICC profiles and gamma are ignored, as ImageFolder-style loaders do. Of an animation or of several pages the first frame
-counts. Orientation from EXIF (else from XMP) is applied; EXIF that cannot be parsed counts as absent.
+ICC profiles and gamma are ignored, as in loaders like ImageFolder. Of several frames or pages, the first is decoded.
+Orientation from EXIF (else from XMP) is applied; EXIF that cannot be parsed counts as absent.
 
-Pillow decides what is accepted. Who will scale the picture down anyhow gives a `target_side`; then a plain JPEG that
-Pillow's header parser and the limits have let pass goes to libjpeg-turbo through simplejpeg, which is faster, and comes
-back to Pillow at the first warning.
+Pillow decides which images are accepted. A caller that scales the image down afterwards gives a `target_side`. A plain
+JPEG that passed Pillow's header parser and the limits is then decoded by libjpeg-turbo (simplejpeg), which is faster.
+At its first warning, Pillow decodes the image instead.
 """
 
 import io
@@ -39,7 +39,7 @@ from typing import cast
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import (  # importing a plugin registers its format; with all seven here Pillow never imports the others
+from PIL import (  # importing a plugin registers its format; with these seven Pillow never imports the others
     BmpImagePlugin,
     ExifTags,
     GifImagePlugin,
@@ -57,8 +57,8 @@ from pydantic import Field
 from curation.config import Settings
 from curation.errors import SeedbedError
 
-# The formats that are decoded, with the extension of their files. Left out on purpose: what runs other programs (EPS),
-# what is no photograph or drawing of the web (FITS, HDF5, ...), and what needs codecs that Pillow may be built without.
+# The decoded formats, with the extension of their files. Left out on purpose: formats whose readers run other programs
+# (EPS), formats that the web does not use (FITS, HDF5, ...), and formats whose codecs Pillow may be built without.
 EXTENSION_OF_FORMAT = {
     BmpImagePlugin.BmpImageFile.format: "bmp",
     GifImagePlugin.GifImageFile.format: "gif",
@@ -69,7 +69,7 @@ EXTENSION_OF_FORMAT = {
     WebPImagePlugin.WebPImageFile.format: "webp",
 }
 
-# The first bytes of each format; the names that are not in EXTENSION_OF_FORMAT only serve the message.
+# The first bytes of each format. Names that are not in EXTENSION_OF_FORMAT serve the message only.
 _SIGNATURES = re.compile(
     rb"""
       (?P<PNG>  \x89PNG\r\n\x1a\n)
@@ -92,13 +92,13 @@ _SIGNATURES = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
-# Pillow refuses more on its own, through a global that this module leaves alone (twice PIL.Image.MAX_IMAGE_PIXELS).
+# Pillow itself refuses more pixels, by a global that this module does not change (twice PIL.Image.MAX_IMAGE_PIXELS).
 _PILLOW_MAX_PIXELS = 178_956_970
 
 # Characters of a decoder's message.
 _MAX_DETAIL = 500
 
-# What turns stored pixels upright, by EXIF orientation (CIPA DC-008, tag 0x0112); 1 is upright.
+# The operation that turns stored pixels upright, by EXIF orientation (CIPA DC-008, tag 0x0112); 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -108,48 +108,47 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The orientations whose width is the height of what is stored.
+# The orientations for which the upright width is the stored height.
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 
 
 class ImageLimits(Settings):
-    """What an image may cost. Anything beyond is rejected, not repaired."""
+    """Limits on the cost of an image. An image beyond a limit is rejected, not repaired."""
 
     max_bytes: int = Field(default=100_000_000, gt=0)
-    """Encoded size in bytes. Assumed: above any photograph of the web, far below a worker's memory."""
+    """Encoded size in bytes. Assumed: above any photograph on the web, far below a worker's memory."""
     max_pixels: int = Field(default=50_000_000, gt=0, le=_PILLOW_MAX_PIXELS)
     """Width times height in pixels. Assumed: covers cameras up to 50 megapixels."""
     max_frames: int = Field(default=1_000, gt=0)
-    """Frames or pages in one file, though only the first is decoded. Assumed: more is a film, not an image."""
+    """Frames or pages in one file, though only the first is decoded. Assumed: more frames are a film."""
     min_side: int = Field(default=16, gt=0)
-    """Shorter side in pixels. Assumed: one ViT patch; below lie spacers and tracking pixels."""
+    """Shorter side in pixels. Assumed: one ViT patch; smaller images are spacers and tracking pixels."""
     decode_timeout_seconds: float = Field(default=20.0, gt=0)
-    """Processor time for one image in seconds: a busy machine rejects nothing that an idle one accepts. Enforced
-    by `sandbox.py` only. Assumed: five times the 4 s
-    measured for a PNG of 50 megapixels with transparency."""
+    """Processor time for one image in seconds, so that a busy machine accepts the same images as an idle one. Enforced
+    by `sandbox.py` only. Assumed: five times the 4 s measured for a PNG of 50 megapixels with transparency."""
     max_decode_memory_bytes: int = Field(default=1 << 30, gt=0)
-    """Memory in bytes that the decoding process may take on top of what it has once started. Enforced by
-    `sandbox.py` only, on Linux. Assumed: above the 0.2 GB (JPEG) to 0.8 GB (WebP) measured at 50 megapixels."""
+    """Memory in bytes that the decoding process may take beyond its memory after its start. Enforced by `sandbox.py`
+    only, on Linux. Assumed: above the 0.2 GB (JPEG) to 0.8 GB (WebP) measured at 50 megapixels."""
 
 
 class RejectReason(StrEnum):
-    """Why an image is not in the data set: the closed list of the `reason` column."""
+    """Why an image was not accepted: the closed list of the `reason` column."""
 
     UNREADABLE = "unreadable"
     """The bytes could not be read: no such file, no permission, a damaged archive member."""
     DAMAGED_ARCHIVE = "damaged_archive"
-    """A tar or Parquet file that is cut off, damaged, compressed, or larger unpacked than its reader takes. What
-    follows the damage is lost, so these count against the budget among such files, too."""
+    """A tar or Parquet file that is cut off, damaged, compressed, or larger unpacked than its reader accepts. Images
+    behind the damage are lost, so these files also have a budget of their own."""
     LINK_OUTSIDE_SOURCE = "link_outside_source"
-    """A link that leads out of its source's folder."""
+    """A link whose target is outside its source's folder."""
     EMPTY = "empty"
     """No bytes."""
     TOO_MANY_BYTES = "too_many_bytes"
     """More bytes than `max_bytes`."""
     NOT_AN_IMAGE = "not_an_image"
-    """The bytes begin like no image format known here, such as a web page saved under an image's name."""
+    """The bytes begin like no known image format, such as a web page saved under an image's name."""
     UNSUPPORTED_FORMAT = "unsupported_format"
-    """An image, of a format that is not decoded; the detail names it."""
+    """An image of a format that is not decoded; the detail names the format."""
     TOO_MANY_PIXELS = "too_many_pixels"
     """More pixels than `max_pixels`, by the header."""
     TOO_MANY_FRAMES = "too_many_frames"
@@ -159,7 +158,7 @@ class RejectReason(StrEnum):
     TRUNCATED = "truncated"
     """The file ends before its pixels do."""
     CORRUPT = "corrupt"
-    """The decoder could not make sense of the header or of the pixels."""
+    """The decoder could not read the header or the pixels."""
     OUT_OF_MEMORY = "out_of_memory"
     """Decoding took more than `max_decode_memory_bytes`."""
     DECODER_TIMEOUT = "decoder_timeout"
@@ -179,7 +178,7 @@ class ImageRejected(SeedbedError):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a file says of its image. `width` and `height` are in pixels as seen: after EXIF orientation."""
+    """The properties of an image that its file states. `width` and `height` are in pixels, after EXIF orientation."""
 
     width: int
     height: int
@@ -191,14 +190,14 @@ class ImageHeader:
 
 
 def read_header(data: bytes, limits: ImageLimits) -> ImageHeader:
-    """The header of an encoded image, without decoding pixels. Raises ImageRejected when it breaks a limit.
+    """The header of an encoded image, without decoding pixels. Raises ImageRejected for an image beyond a limit.
 
-    A PNG may carry its orientation behind its pixels; only `decode` sees that.
+    A PNG may hold its orientation behind its pixels; only `decode` reads that.
     """
     with _rejections():
         image = _open(data, limits)
-        # Pillow gives the size of a TIFF upright already. For the others the method of Image itself: PngImageFile's
-        # decodes every pixel in search of EXIF behind them.
+        # Pillow gives the upright size of a TIFF. For the others, the method of Image itself is called: that of
+        # PngImageFile decodes every pixel in search of EXIF behind them.
         orientation = 1 if image.format == "TIFF" else _orientation(partial(Image.Image.getexif, image))
         return _upright_header(_stored_header(image), orientation)
 
@@ -210,7 +209,7 @@ class Picture:
     pixels: NDArray[np.uint8]
     """(H, W, 3), RGB, rows as stored: not turned upright yet."""
     width: float
-    """How much of W is picture. A JPEG of 1117 pixels has 279.25 at a quarter of its size, and W is 280."""
+    """The part of W that shows the image. A JPEG of 1117 pixels has 279.25 at a quarter of its size, and W is 280."""
     height: float
     """The same of H."""
     orientation: int
@@ -218,11 +217,11 @@ class Picture:
 
 
 def decode_rgb(data: bytes, limits: ImageLimits, *, target_side: int | None = None) -> Image.Image:
-    """The image as RGB, upright, by the rules on top of this module, without its metadata.
+    """The image as RGB, upright, by the rules on top of this module, without its metadata. Raises ImageRejected.
 
     The same bytes always give the same pixels. `target_side`: the caller will scale the shorter side down to this many
-    pixels, so a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides stay at or above that; other formats
-    come whole. The same images are accepted with and without it. Raises ImageRejected.
+    pixels. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size, if both sides stay at least `target_side`; other
+    formats are decoded at full size. The same images are accepted with and without it.
     """
     return decode(data, limits, target_side=target_side)[1]
 
@@ -235,28 +234,29 @@ def decode(data: bytes, limits: ImageLimits, *, target_side: int | None = None) 
 
 
 def decode_picture(data: bytes, limits: ImageLimits, *, target_side: int) -> Picture:
-    """What `decode_rgb` decodes, in less time for a JPEG, since Pillow keeps pixels in a form of its own."""
+    """The pixels of `decode_rgb` as an array. Faster for a JPEG: it is not copied into Pillow's format."""
     decoded = _decode(data, limits, target_side)
     pixels = np.array(decoded.pixels) if isinstance(decoded.pixels, Image.Image) else decoded.pixels
     height, width = pixels.shape[:2]
-    if decoded.by > 1:
-        width, height = decoded.header.width / decoded.by, decoded.header.height / decoded.by
+    if decoded.divisor > 1:
+        width, height = decoded.header.width / decoded.divisor, decoded.header.height / decoded.divisor
     return Picture(pixels, width, height, decoded.orientation)
 
 
 def upright(picture: Picture) -> Image.Image:
-    """The picture as `decode_rgb` gives it."""
+    """The picture as an upright image, as `decode_rgb` gives it."""
     return _turned(Image.fromarray(picture.pixels), picture.orientation)
 
 
 def to_shape(picture: Picture, shape: tuple[int, int], *, crop: bool = False) -> NDArray[np.uint8]:
-    """The picture, upright, at the `shape` (H, W) that a model sees, (3, H, W): all, or with `crop` its middle square.
+    """The picture, or with `crop` its middle square, upright and scaled to `shape` (H, W): (3, H, W).
 
-    Bicubic with antialiasing, as `Image.resize` does it, but in vector instructions: from a picture that was decoded
-    whole, 53 dB or more (PSNR) from Pillow's. From a JPEG that was scaled while it was decoded, on photographs of
-    2000 x 1500 at 224, 52 dB in the mean and 45 at worst (measured 2026-11); 42 where it comes out at 224 already.
+    Bicubic with antialiasing, as `Image.resize` does it, but in vector instructions. From a picture decoded at full
+    size, the result is 53 dB or more (PSNR) from Pillow's. From a JPEG that was scaled while it was decoded:
+    photographs of 2000 x 1500 at 224 are 52 dB from Pillow's on average and 45 at worst (measured 2026-11), and 42 dB
+    where the decoder already gives 224 pixels.
     """
-    # Not on top of the module: the processes that decode for ingest would spend a second and 200 MB on it.
+    # Imported here because the decoding processes of ingest would spend a second and 200 MB on it.
     import torch
     from torch.nn import functional
 
@@ -267,16 +267,16 @@ def to_shape(picture: Picture, shape: tuple[int, int], *, crop: bool = False) ->
         width = height = shorter
         pixels = pixels[top : top + math.ceil(shorter), left : left + math.ceil(shorter)]
     rows, columns = shape[::-1] if picture.orientation in _SIDEWAYS else shape
-    # The part of the last row and column that is no picture goes beyond the shape. The millionth keeps the number of
-    # rows and columns from being rounded down below it.
+    # Padding in the last row and column of `pixels` is scaled to beyond the shape. The millionth prevents a number of
+    # rows and columns that is rounded down to less than the shape.
     scales = [rows / height * (1 + 1e-6), columns / width * (1 + 1e-6)]
-    whole = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    shaped = functional.interpolate(whole, scale_factor=scales, mode="bicubic", antialias=True)[0].numpy()
-    return _turned_pixels(shaped[:, :rows, :columns], picture.orientation)
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    scaled = functional.interpolate(batch, scale_factor=scales, mode="bicubic", antialias=True)[0].numpy()
+    return _turned_pixels(scaled[:, :rows, :columns], picture.orientation)
 
 
 def check_length(data: bytes, limits: ImageLimits) -> None:
-    """Raise ImageRejected for no bytes, and for more than `max_bytes`."""
+    """Raises ImageRejected for no bytes and for more than `max_bytes`."""
     if not data:
         raise ImageRejected(RejectReason.EMPTY, "0 bytes")
     if len(data) > limits.max_bytes:
@@ -285,7 +285,7 @@ def check_length(data: bytes, limits: ImageLimits) -> None:
 
 @contextmanager
 def _rejections() -> Iterator[None]:
-    """Turn whatever Pillow raises on a stranger's bytes into ImageRejected."""
+    """Turns every exception that Pillow raises on untrusted bytes into ImageRejected."""
     try:
         yield
     except ImageRejected:
@@ -294,10 +294,10 @@ def _rejections() -> Iterator[None]:
         raise ImageRejected(RejectReason.OUT_OF_MEMORY, "memory ran out while decoding") from None
     except Image.DecompressionBombError as error:
         raise ImageRejected(RejectReason.TOO_MANY_PIXELS, str(error)) from None
-    # Pillow's parsers raise a dozen kinds on malformed bytes (OSError, SyntaxError, ValueError, KeyError, struct.error,
-    # ...) and promise no list. Each becomes a counted row with its text, and rows spend the reject budget.
+    # Pillow's parsers raise a dozen exceptions on malformed bytes (OSError, SyntaxError, ValueError, KeyError,
+    # struct.error, ...) and document no list. Each becomes a counted reject with its text, within the reject budget.
     except Exception as error:
-        # What it quotes of the file may be long, and no text that can be written.
+        # A message may quote long parts of the file, and characters that UTF-8 cannot encode.
         detail = f"{type(error).__name__}: {error}"[:_MAX_DETAIL].encode(errors="backslashreplace").decode()
         if "truncated" in detail.lower():
             raise ImageRejected(RejectReason.TRUNCATED, detail) from None
@@ -308,30 +308,31 @@ def _rejections() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class _Decoded:
-    """An image as it is stored, not upright: its header, its pixels as they came, and by what they were scaled down."""
+    """A decoded image as it is stored, not turned upright."""
 
     header: ImageHeader
     pixels: Image.Image | NDArray[np.uint8]
     orientation: int
-    by: int
+    divisor: int
+    """The sides of `pixels` are those of the header divided by this."""
 
 
 def _decode(data: bytes, limits: ImageLimits, target_side: int | None) -> _Decoded:
     with _rejections():
         image = _open(data, limits)
         header = _stored_header(image)
-        by = 1
+        divisor = 1
         if target_side is not None and header.format == "JPEG" and _scalable_size(data) == image.size:
-            by = next(by for by in (8, 4, 2, 1) if by == 1 or min(image.size) >= by * target_side)
+            divisor = next(by for by in (8, 4, 2, 1) if by == 1 or min(image.size) >= by * target_side)
             if image.mode in ("L", "RGB"):
-                scaled = _decode_scaled(data, -(-header.width // by), -(-header.height // by))
+                scaled = _decode_scaled(data, -(-header.width // divisor), -(-header.height // divisor))
                 if scaled is not None:
-                    return _Decoded(header, scaled, _orientation(image.getexif), by)
+                    return _Decoded(header, scaled, _orientation(image.getexif), divisor)
             image.draft(None, (target_side, target_side))  # Pillow scales by the same rule
         _scale_transparent_color(image)
         image.load()
         orientation = _orientation(image.getexif)
-        return _Decoded(header, _to_rgb(image), orientation, by)
+        return _Decoded(header, _to_rgb(image), orientation, divisor)
 
 
 def _turned(pixels: Image.Image, orientation: int) -> Image.Image:
@@ -343,7 +344,7 @@ def _turned(pixels: Image.Image, orientation: int) -> Image.Image:
 
 
 def _turned_pixels(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """The same for pixels (3, H, W)."""
+    """Stored pixels (3, H, W) turned upright."""
     if orientation in _SIDEWAYS:
         pixels = pixels.transpose(0, 2, 1)
     if orientation in (3, 4, 7, 8):
@@ -354,7 +355,7 @@ def _turned_pixels(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.ui
 
 
 def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
-    """The image with its header parsed and within limits, and no pixel decoded."""
+    """The image with its header parsed and within the limits, and no pixel decoded."""
     check_length(data, limits)
     signature = _SIGNATURES.match(data)
     if signature is None:
@@ -379,20 +380,20 @@ def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
 
 
 def _decode_scaled(data: bytes, width: int, height: int) -> NDArray[np.uint8] | None:
-    """A JPEG at the size (H, W, 3), which is a 1/1, 1/2, 1/4 or 1/8 of its own; None where Pillow has to decode it.
+    """A JPEG at 1/1, 1/2, 1/4 or 1/8 of its size, (height, width, 3); None where Pillow has to decode it.
 
-    libjpeg-turbo knows other fractions, but for these alone it has vector instructions.
+    libjpeg-turbo offers other fractions, but has vector instructions only for these.
     """
-    buffer = np.empty((height, width, 3), np.uint8)  # decode_jpeg refuses a picture that is larger
+    buffer = np.empty((height, width, 3), np.uint8)  # decode_jpeg refuses an image that is larger
     try:
         pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, buffer=buffer)
-    except ValueError:  # an error, or a mere warning of libjpeg: Pillow tells what is to be rejected, and why
+    except ValueError:  # an error or only a warning of libjpeg; Pillow decides on the rejection and its reason
         return None
     return pixels if pixels.shape == buffer.shape else None
 
 
 def _scalable_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a baseline, extended or progressive JPEG in Huffman code; None for anything less plain."""
+    """Width and height of a baseline, extended or progressive JPEG in Huffman code; None for any other JPEG."""
     position = 2
     while len(segment := data[position : position + 9]) == 9 and segment[0] == 0xFF:
         marker = segment[1]
@@ -409,7 +410,7 @@ def _num_frames(image: ImageFile.ImageFile) -> int:
 
 
 def _stored_header(image: ImageFile.ImageFile) -> ImageHeader:
-    # A JPEG with further pictures behind it (MPO: burst shots, stereo) is a JPEG to every reader but Pillow.
+    # A JPEG followed by further images (MPO: burst shots, stereo) is a JPEG to every reader but Pillow.
     name = "JPEG" if image.format == "MPO" else cast(str, image.format)
     return ImageHeader(*image.size, format=name, mode=image.mode, num_frames=_num_frames(image))
 
@@ -419,17 +420,17 @@ def _upright_header(header: ImageHeader, orientation: int) -> ImageHeader:
 
 
 def _orientation(read_exif: Callable[[], Image.Exif]) -> int:
-    """The EXIF orientation, 1 (upright) where there is none or where the EXIF cannot be parsed."""
+    """The EXIF orientation; 1 (upright) without EXIF or where it cannot be parsed."""
     try:
         return cast(int, read_exif().get(ExifTags.Base.Orientation, 1))
-    except (KeyError, SyntaxError, TypeError, ValueError, struct.error):  # what Pillow's JPEG reader takes for bad EXIF
+    except (KeyError, SyntaxError, TypeError, ValueError, struct.error):  # as Pillow's JPEG reader treats bad EXIF
         return 1
 
 
 def _scale_transparent_color(image: ImageFile.ImageFile) -> None:
-    """Bring the transparent colour of a grey or RGB PNG to the 8 bits that its pixels get.
+    """Converts the transparent colour of a grey or RGB PNG to 8 bits, as its pixels are.
 
-    PNG states the colour at the file's bit depth and Pillow hands it on as it stands. Of 16 bits the high bytes count.
+    PNG states the colour at the file's bit depth, and Pillow passes it on unchanged. Of 16 bits the high byte is kept.
     """
     color = image.info.get("transparency")
     if image.format != "PNG" or color is None or not image.tile:
@@ -460,7 +461,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
-    """Values of 0..65535 as mode L. Exact for 8-bit values that were widened by 257."""
+    """Values of 0..65535 as mode L. Exact for 8-bit values that were multiplied by 257."""
     grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     grey.info = image.info
     return grey
@@ -472,5 +473,5 @@ def _stretched(image: Image.Image) -> Image.Image:
         raise ImageRejected(RejectReason.CORRUPT, "pixels that are not finite numbers")
     low, high = cast(tuple[float, float], image.getextrema())
     scale = 255 / (high - low) if high > low else 0.0
-    # Image.point() on these modes takes a linear function; convert() cuts off decimals, hence the half.
+    # Image.point() on these modes takes a linear function. The half rounds, because convert() cuts off decimals.
     return image.point(lambda value: value * scale + (0.5 - low * scale)).convert("L")

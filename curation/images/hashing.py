@@ -1,6 +1,5 @@
-"""Hashes of encoded bytes and of pixels, and the pairs of images whose pixel hashes lie close. Pure functions."""
+"""Hashes of encoded bytes and of pixels, and the pairs of images with close pixel hashes. Pure functions."""
 
-import hashlib
 from collections.abc import Iterator
 from itertools import combinations, pairwise
 from math import comb
@@ -10,37 +9,34 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from curation.files.hashes import sha256_of_bytes
+
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]
 
 HASH_BITS = 64
 
 # Nanoseconds for comparing one pair in a tile, for comparing one pair found by sorting, and for sorting one hash.
-# Measured on 2 shared cores, 20,000 and 100,000 random hashes, 2026-11. They choose the faster plan and nothing else.
+# Measured on 2 shared cores, 20,000 and 100,000 random hashes, 2026-11. They only select the faster plan.
 _TILE_PAIR_NS = 2.5
 _SORTED_PAIR_NS = 15.0
 _SORT_HASH_NS = 150.0
 
-# Rows and columns of a tile: its arrays fit the processor's cache. Measured: 2.2 ns a pair, 4.6 at 2,048.
+# Rows and columns of a tile; its arrays fit the processor's cache. Measured: 2.2 ns a pair, 4.6 at 2,048.
 _TILE_SIDE = 384
 
-# Pairs found by sorting that are held at once, at about 60 bytes each. Assumed.
+# Pairs found by sorting that are in memory at once, at about 60 bytes each. Assumed.
 _PAIRS_PER_BLOCK = 1 << 20
-
-
-def sha256_hex(data: bytes) -> str:
-    """The SHA-256 of `data` as 64 hex digits."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def image_id(data: bytes) -> str:
     """The id of an image: the first 128 bits of the SHA-256 of its encoded bytes, as 32 hex digits."""
-    return sha256_hex(data)[:32]
+    return sha256_of_bytes(data)[:32]
 
 
 def perceptual_hash(image: Image.Image) -> int:
     """The 64-bit pHash of an image: signs of its 8 x 8 lowest DCT frequencies against their median, by imagehash.phash.
 
-    Bits run through the 8 x 8 signs row by row, the first as the highest bit, so `f"{hash:016x}"` is imagehash's text.
+    The bits are the 8 x 8 signs row by row, the first sign as the highest bit; `f"{hash:016x}"` is imagehash's text.
     """
     signs = imagehash.phash(image).hash
     return int.from_bytes(np.packbits(signs).tobytes(), "big")
@@ -54,9 +50,9 @@ def hamming_distance(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np
 def pairs_within(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[Pairs]:
     """Every pair of `hashes` at most `max_distance` bits apart, in blocks of (i, j, distance), i < j, each pair once.
 
-    Exact, and in memory that grows with the number of hashes but not with the number of pairs. n equal hashes make
-    n * (n - 1) / 2 pairs: to link equal images, group them first and pass one hash of each group. The order of the
-    pairs is the same on every run and otherwise free.
+    Exact. Memory grows with the number of hashes, not with the number of pairs. n equal hashes give n * (n - 1) / 2
+    pairs: to link equal images, group them first and pass one hash of each group. The order of the pairs is the same
+    on every run and otherwise unspecified.
     """
     assert hashes.dtype == np.uint64 and hashes.ndim == 1
     assert 0 <= max_distance <= HASH_BITS
@@ -67,21 +63,21 @@ def pairs_within(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[Pair
 
 
 def _fastest_plan(num_hashes: int, max_distance: int) -> tuple[int, int] | None:
-    """The (number of bands, bands in a key) of least expected work on evenly spread hashes; None for comparison."""
+    """The (number of bands, bands in a key) with the least expected work on random hashes; None for comparison."""
     num_pairs = num_hashes * (num_hashes - 1) / 2
-    least, plan = num_pairs * _TILE_PAIR_NS, None
+    min_work, plan = num_pairs * _TILE_PAIR_NS, None
     for bands in range(max_distance + 1, min(2 * max_distance + 4, HASH_BITS) + 1):
         bands_in_key = bands - max_distance
         keys = comb(bands, bands_in_key)
         candidates = num_pairs * 2.0 ** (-HASH_BITS * bands_in_key / bands)
         work = keys * (num_hashes * _SORT_HASH_NS + candidates * _SORTED_PAIR_NS)
-        if work < least:
-            least, plan = work, (bands, bands_in_key)
+        if work < min_work:
+            min_work, plan = work, (bands, bands_in_key)
     return plan
 
 
 def _pairs_by_comparison(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[Pairs]:
-    """Compare everything with everything, tile by tile."""
+    """The pairs by comparison of every hash with every other, tile by tile."""
     for top in range(0, len(hashes), _TILE_SIDE):
         rows = hashes[top : top + _TILE_SIDE, None]
         for left in range(top, len(hashes), _TILE_SIDE):
@@ -95,11 +91,11 @@ def _pairs_by_comparison(hashes: NDArray[np.uint64], max_distance: int) -> Itera
 def _pairs_by_sorting(
     hashes: NDArray[np.uint64], max_distance: int, num_bands: int, bands_in_key: int
 ) -> Iterator[Pairs]:
-    """Compare only hashes that agree in a key.
+    """The pairs by comparison of hashes that agree in a key.
 
-    Cut into `num_bands` bands, two hashes that differ in d bits agree in at least `num_bands` - d of the bands, hence
-    in one of the keys made of that many bands (Manku, Jain and Das Sarma, "Detecting near-duplicates for web
-    crawling", 2007). A pair that agrees in several keys is given out by the first.
+    Two hashes that differ in d bits agree in at least `num_bands` - d of their `num_bands` bands. Hence they agree in
+    one of the keys that consist of that many bands (Manku, Jain and Das Sarma, "Detecting near-duplicates for web
+    crawling", 2007). A pair that agrees in several keys is yielded for the first of them.
     """
     edges = [HASH_BITS * band // num_bands for band in range(num_bands + 1)]
     bands = [(1 << high) - (1 << low) for low, high in pairwise(edges)]
@@ -121,7 +117,7 @@ def _pairs_of_equals(values: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.in
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     positions = np.arange(len(values))
-    # Every position pairs with those behind it, up to the last of its value.
+    # Every position forms pairs with the positions behind it, up to the last one of equal value.
     num_partners = np.searchsorted(ordered, ordered, side="right") - positions - 1
     ends = np.cumsum(num_partners)
     start = 0

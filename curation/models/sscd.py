@@ -1,4 +1,4 @@
-"""The copy-detection network SSCD: a ResNet-50 whose 512 numbers say whether two pictures are copies of one.
+"""The copy-detection network SSCD: a ResNet-50 with descriptors of 512 numbers, close for copies of one image.
 
 The modules carry the key names of the released `sscd_disc_mixup.torchvision.pt` (a plain state_dict), so it loads
 strictly. The other two released forms do not load: `.torchscript.pt` holds code, which `weights_only=True` refuses, and
@@ -17,15 +17,16 @@ with the stride on the 3x3 convolution, as torchvision has it.
 from torch import Tensor, nn
 from torch.nn import functional
 
+from curation import weights
+from curation.models.pooling import generalized_mean
+
 DIMENSIONS = 512
-GEM_POWER = 3.0  # cited: the paper, section 4
-GEM_FLOOR = 1e-6  # cited: the released code; keeps the root of zero differentiable
 STAGES = ((3, 64, 1), (4, 128, 2), (6, 256, 2), (3, 512, 2))  # blocks, width, stride of the first
-EXPANSION = 4  # of a block's outputs over its width
+EXPANSION = 4  # a block's outputs over its width
 
 
 class Sscd(nn.Module):
-    """SSCD without its last L2 normalisation: (B, 3, H, W) images to (B, 512) descriptors of any length."""
+    """SSCD without its last L2 normalisation: normalised images (B, 3, H, W) to descriptors (B, 512)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class ResNet50(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 down, 3x3, 1x1 up, added to its input; the input passes a 1x1 where the shape changes."""
+    """1x1 down, 3x3, 1x1 up, added to the input; a 1x1 convolution adapts the input where the shape changes."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -83,9 +84,6 @@ class Bottleneck(nn.Module):
         return functional.relu(self.bn3(self.conv3(y)) + self.downsample(x), inplace=True)
 
 
-def generalized_mean(x: Tensor) -> Tensor:
-    """The 3-mean (GeM) of each channel, for channels that are not negative: (B, C, H, W) to (B, C).
-
-    Source: Radenovic et al. (arXiv 1711.02512), equation 3.
-    """
-    return x.clamp(min=GEM_FLOOR).pow(GEM_POWER).mean(dim=(2, 3)).pow(1 / GEM_POWER)
+def load(path: str, *, sha256: str | None) -> Sscd:
+    """SSCD with the weights at `path`, on the CPU. Raises WeightsError."""
+    return weights.load_module(Sscd, path, sha256=sha256)

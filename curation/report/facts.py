@@ -16,14 +16,22 @@ import pyarrow.compute as pc
 from PIL import Image
 from pydantic import Field
 
-from curation import cluster, ingest, pack, retrieve
 from curation.config import Settings
-from curation.dedup import kept_shards, read_kept
 from curation.engine.manifest import Manifest, require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
+from curation.files.image_ids import id_bytes
 from curation.images.decode import ImageLimits, decode_rgb
 from curation.images.sources import ReferenceReader
+from curation.run_folder import (
+    RunFolder,
+    kept_shards,
+    read_centroids,
+    read_corpus,
+    read_images,
+    read_kept,
+    read_retrieved,
+)
 from curation.search import exact
 
 # The folders of a run that the report reads.
@@ -86,7 +94,7 @@ class FinishedRun:
 def read_run(folder: str, concepts: Concepts) -> FinishedRun:
     """Read a finished run. Raises InputError for a stage that is not done."""
     manifests = {stage: require_manifest(paths.join(folder, stage)) for stage in STAGES}
-    images = ingest.read_images(paths.join(folder, "ingest"), ["image_id", "source", "role", "label"])
+    images = read_images(paths.join(folder, "ingest"), ["image_id", "source", "role", "label"])
     decisions = ["component_id", "kept", "reason"]
     decided = pa.concat_tables(
         parquet.read_table(paths.join(folder, "dedup", file), schemas.DUPLICATES, ["image_id", *decisions])
@@ -96,7 +104,7 @@ def read_run(folder: str, concepts: Concepts) -> FinishedRun:
         raise InputError(f"'{folder}': ingest and dedup are of different images. Run dedup again with --replace.")
     for column in decisions:
         images = images.append_column(column, decided[column])
-    retrieved = retrieve.read_retrieved(paths.join(folder, "retrieve"))
+    retrieved = read_retrieved(paths.join(folder, "retrieve"))
     same, chance = _compare_concepts(concepts, images, retrieved)
     return FinishedRun(
         folder=folder,
@@ -104,7 +112,7 @@ def read_run(folder: str, concepts: Concepts) -> FinishedRun:
         composition=json.loads(paths.read_bytes(paths.join(folder, "corpus", "composition.json"))),
         images=images,
         retrieved=retrieved,
-        corpus_ids=pc.unique(pack.read_corpus(paths.join(folder, "corpus"))["image_id"]),
+        corpus_ids=pc.unique(read_corpus(paths.join(folder, "corpus"))["image_id"]),
         same_concept=same,
         chance=chance,
     )
@@ -183,7 +191,7 @@ def by_source(run: FinishedRun) -> list[SourceCounts]:
             kept=counts.get((source["name"], None, True), 0) + counts.get((source["name"], None, False), 0),
             **{reason: counts.get((source["name"], reason, False), 0) for reason in ("exact", "near", "holdout")},
         )
-        for source in run.manifests["ingest"].plan.config["sources"]
+        for source in run.manifests["ingest"].facts["sources"]
     ]
 
 
@@ -216,7 +224,9 @@ class Dataset:
     """What one seed dataset brought."""
 
     name: str
-    mode: str  # 'sample', 'cluster' or 'none'
+    mode: str
+    by_cluster: bool
+    """Whether clusters retrieved its rows, rather than single seeds."""
     as_is: bool
     seeds: int
     retrieved: int
@@ -243,6 +253,7 @@ def datasets(run: FinishedRun) -> list[Dataset]:
             Dataset(
                 name=row["dataset"],
                 mode=_mode(row, found),
+                by_cluster=found["seed_image_id"].null_count == found.num_rows,
                 as_is=row["as_is"],
                 seeds=row["seeds"],
                 retrieved=row["retrieved"],
@@ -284,7 +295,7 @@ def _compare_concepts(concepts: Concepts, images: pa.Table, retrieved: pa.Table)
     same = np.full(retrieved.num_rows, UNKNOWN, np.int8)
     chance = np.zeros(retrieved.num_rows)
     found, seed = code_of(retrieved["image_id"]), code_of(retrieved["seed_image_id"])
-    by_sample = pc.equal(retrieved["mode"], "sample").to_numpy()
+    by_sample = pc.is_valid(retrieved["seed_image_id"]).to_numpy()
     known = by_sample & (found >= 0) & (seed >= 0)
     same[known] = found[known] == seed[known]
     chance[known] = pool_share[seed[known]]
@@ -328,8 +339,8 @@ class Retrieval:
 def gallery(run: FinishedRun, dataset: Dataset, num_retrievals: int, num_seeds: int, num_found: int) -> list[Retrieval]:
     """Some seeds of a dataset with what they brought, or its clusters with the most seeds."""
     own = np.flatnonzero(_asked_by(run, dataset.name))
-    asked_by = run.retrieved["cluster_id" if dataset.mode == "cluster" else "seed_image_id"].take(pa.array(own))
-    if dataset.mode == "cluster":
+    asked_by = run.retrieved["cluster_id" if dataset.by_cluster else "seed_image_id"].take(pa.array(own))
+    if dataset.by_cluster:
         seeds = _seeds_by_cluster(run, dataset.name)
         order = sorted(pc.unique(asked_by).to_pylist(), key=lambda key: (-len(seeds[key]), key))
     else:
@@ -338,11 +349,11 @@ def gallery(run: FinishedRun, dataset: Dataset, num_retrievals: int, num_seeds: 
     rank = run.retrieved["rank"].to_numpy()
     for key in order[:num_retrievals]:
         rows = own[pc.equal(asked_by, key).to_numpy()]
-        askers = sorted(seeds[key]) if dataset.mode == "cluster" else [key]
+        askers = sorted(seeds[key]) if dataset.by_cluster else [key]
         result.append(
             Retrieval(
                 dataset=dataset.name,
-                cluster_id=key if dataset.mode == "cluster" else None,
+                cluster_id=key if dataset.by_cluster else None,
                 seeds=askers[:num_seeds],
                 num_seeds=len(askers),
                 rows=rows[np.argsort(rank[rows], kind="stable")][:num_found].tolist(),
@@ -354,9 +365,9 @@ def gallery(run: FinishedRun, dataset: Dataset, num_retrievals: int, num_seeds: 
 
 def _seeds_by_cluster(run: FinishedRun, dataset: str) -> dict[int, list[str]]:
     """The kept seeds of a dataset by the cluster that they fall into."""
-    centroids = cluster.read_centroids(paths.join(run.folder, "cluster"))
+    centroids = read_centroids(paths.join(run.folder, "cluster"))
     seeds: dict[int, list[str]] = {}
-    for shard in kept_shards(*(paths.join(run.folder, stage) for stage in ("ingest", "dedup", "embed"))):
+    for shard in kept_shards(RunFolder.of(run.folder)):
         sources = parquet.read_table(shard.images, schemas.IMAGES, ["source"])["source"]
         if not pc.any(pc.equal(sources, dataset)).as_py():
             continue
@@ -493,9 +504,9 @@ class Guard:
 
 def guards(run: FinishedRun) -> list[Guard]:
     """Every guard, those that are off as well."""
-    dedup = run.manifests["dedup"]
-    options = ("mutual_neighbors", "families", "max_component_size", "matches_kept", "holdout_cosine")
-    return [Guard(name, dedup.plan.config[name], dedup.facts["guards"].get(name)) for name in options]
+    dedup_facts = run.manifests["dedup"].facts
+    counts = dedup_facts["guards"]
+    return [Guard(name, setting, counts.get(name)) for name, setting in dedup_facts["guard_settings"].items()]
 
 
 @dataclass(frozen=True)
@@ -534,13 +545,13 @@ def similarity_bins(run: FinishedRun, num_examples: int, max_examples: int) -> l
     counts = np.zeros(len(edges) - 1, np.int64)
     num_examples = min(num_examples, max_examples // len(counts))
     examples: list[list[_Example]] = [[] for _ in counts]
-    image_ids, first = np.unique(run.images["image_id"].to_numpy().astype("S32"), return_index=True)
-    component = np.unique(run.images["component_id"].to_numpy().astype("S32"), return_inverse=True)[1][first]
+    image_ids, first = np.unique(id_bytes(run.images["image_id"]), return_index=True)
+    component = np.unique(id_bytes(run.images["component_id"]), return_inverse=True)[1][first]
     for table in run.tables("pairs", "pairs", schemas.PAIRS):
         # In float32, as dedup compares, so that a pair counts on the side of the threshold on which it was decided.
         number = np.searchsorted(np.array(edges[1:-1], np.float32), table["similarity"].to_numpy(), side="right")
         counts += np.bincount(number, minlength=len(counts))
-        node = [np.searchsorted(image_ids, table[name].to_numpy().astype("S32")) for name in schemas.PAIRS.names[:2]]
+        node = [np.searchsorted(image_ids, id_bytes(table[name])) for name in schemas.PAIRS.names[:2]]
         for own_bin in np.unique(number):
             rows = np.flatnonzero(number == own_bin)
             # Nodes are in the order of hashes; multiplied (Knuth), each bin sees them in another order.
@@ -610,7 +621,7 @@ def read_pictures(run: FinishedRun, image_ids: Iterable[str], side: int, max_byt
     Read from the thumbnails of describe where it wrote any, else from the originals. Raises InputError when an original
     has changed since it was ingested.
     """
-    limits = ImageLimits.model_validate(run.manifests["ingest"].plan.config["limits"], strict=False)
+    limits = ImageLimits.model_validate(run.manifests["ingest"].facts["limits"], strict=False)
     thumbnails = run.manifests["describe"].files("thumbnails")
     image_files = run.manifests["ingest"].files("images")
     reader = ReferenceReader()

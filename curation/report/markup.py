@@ -116,16 +116,20 @@ def section(identifier: str, title: str, *body: object) -> Markup:
     )
 
 
-def page(title: str, fingerprint: str, *body: object) -> str:
-    """A whole document. `fingerprint` says what it was made from; `read_fingerprint` finds it again."""
+def page(title: str, fingerprint: str | None, *body: object, style: str | None = None) -> str:
+    """A whole document. `fingerprint` says what it was made from; `read_fingerprint` finds it again.
+
+    style: CSS in place of that of the curation report.
+    """
+    mark = [] if fingerprint is None else [tag("meta", name_="fingerprint", content=fingerprint)]
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
-        tag("meta", name_="fingerprint", content=fingerprint),
+        *mark,
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Markup(_STYLE)),
+        tag("style", Markup(style or _STYLE)),
     )
     return f"<!doctype html>\n{tag('html', head, tag('body', *body), lang='en')}\n"
 

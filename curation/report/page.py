@@ -8,7 +8,6 @@ gives the same bytes. What it says is counted in report_facts.py and set in mark
 """
 
 import base64
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,12 +21,11 @@ from curation.engine import progress
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError
 from curation.files import paths
-from curation.files.hashes import hash_json
+from curation.files.hashes import hash_json, sha256_of_file
 from curation.report import facts, markup
 from curation.report.facts import (
     OTHER,
     SAME,
-    STAGES,
     UNKNOWN,
     Concepts,
     Dataset,
@@ -43,6 +41,7 @@ from curation.report.facts import (
     Step,
 )
 from curation.report.markup import Markup, clip, join, quoted, tag
+from curation.run_folder import STAGES
 
 REPORT_NAME = "report.html"
 CONFIG_NAME = "run.toml"
@@ -114,7 +113,7 @@ def _fingerprint(config: ReportConfig, output: str) -> str:
     files = [paths.join(output, stage, MANIFEST_NAME) for stage in STAGES]
     files += [paths.join(output, CONFIG_NAME)] + ([config.concepts] if config.concepts else [])
     files += [module for module in (__file__, markup.__file__, facts.__file__) if module]
-    parts = [hashlib.sha256(paths.read_bytes(path)).hexdigest() if paths.exists(path) else None for path in files]
+    parts = [sha256_of_file(path) if paths.exists(path) else None for path in files]
     return hash_json([config.model_dump(mode="json"), *parts])
 
 
@@ -156,7 +155,7 @@ def _choose(config: ReportConfig, finished: FinishedRun) -> Choice:
     asking = [dataset for dataset in datasets if dataset.retrieved][:GALLERY_DATASETS]
     gallery = {}
     for dataset in asking:
-        by_cluster = dataset.mode == "cluster"
+        by_cluster = dataset.by_cluster
         seeds, found = (SEEDS_PER_CLUSTER, FOUND_PER_CLUSTER) if by_cluster else (1, FOUND_PER_SEED)
         wanted = (config.seeds_per_dataset + 1) // 2 if by_cluster else config.seeds_per_dataset
         count = min(wanted, GALLERY_PICTURES // len(asking) // (seeds + found))
@@ -382,7 +381,7 @@ def _retrieval(retrieval: Retrieval, finished: FinishedRun, pictures: Mapping[st
 def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Picture]) -> Markup:
     funnel = finished.composition["funnel"]
     exact = funnel["candidates"] - funnel["after_exact"]
-    dedup = finished.manifests["dedup"].plan.config
+    keeps_unlike_images = finished.manifests["dedup"].facts["guard_settings"]["matches_kept"]
     sizes = facts.component_sizes(finished)
     parts = [
         tag(
@@ -390,7 +389,7 @@ def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pictur
             f"Dropped for having the bytes of another: {_count(exact, 'file')}. Images that look alike form groups: "
             f"{_count(sum(count for _, count in sizes), 'group')} of two or more unique images. Of each, the seeds are "
             "kept, or else the image with the most pixels"
-            + (", and what is no copy of these." if dedup["matches_kept"] else "."),
+            + (", and what is no copy of these." if keeps_unlike_images else "."),
         ),
         tag("h3", "Guards against chains of copies"),
         markup.table(("option", "what it is for", "what it did"), [_guard(guard) for guard in facts.guards(finished)]),
@@ -474,8 +473,8 @@ def _fate(member: Member) -> str:
 
 def _threshold(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Picture]) -> Markup:
     total = sum(similarity.count for similarity in choice.bins)
-    settings = finished.manifests["dedup"].plan.config
-    threshold, holdout_threshold = settings["threshold"], settings["holdout_threshold"]
+    dedup_facts = finished.manifests["dedup"].facts
+    threshold, holdout_threshold = dedup_facts["threshold"], dedup_facts["holdout_threshold"]
     text = (
         f"{_count(total, 'pair')} of images were found similar. From {threshold:g} on, two images are copies; from "
         f"{holdout_threshold:g} on, an image matches one of the holdout."

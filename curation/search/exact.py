@@ -1,10 +1,10 @@
 """Nearest neighbours by inner product, exactly.
 
-Legend: Q queries, N vectors, D dimensions, K neighbours. Vectors are unit length: inner product is cosine.
+Legend: Q queries, N vectors, D dimensions, K neighbours, P pairs. Vectors have unit length: inner product is cosine.
 
-Exact search multiplies every query with every vector in low precision (low_precision.py), which yields a few
-candidates, and scores these in float32, pair by pair. What is found, to the last bit, depends neither on how the
-vectors are cut into blocks nor on the number of threads; a matrix product alone would not give that.
+Exact search multiplies every query with every vector in low precision (low_precision.py). That yields a few candidates,
+which are scored in float32, pair by pair. The result is the same to the last bit for any cut of the vectors into blocks
+and any number of threads; a matrix product alone would not give that.
 """
 
 import warnings
@@ -16,16 +16,16 @@ import torch
 from curation.search import low_precision
 from curation.search.top_k import merge_into_best
 
-# torch calls its sparse matrices a beta; what is used of them is compared with plain products in the tests.
+# torch calls its sparse matrices a beta; the tests compare the operations used here with plain products.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-# Rows that are held as float32 and as codes at a time: 25 MB and 6 MB at D 384. Assumed.
+# Rows held as float32 and as codes at a time: 25 MB and 6 MB at D 384. Assumed.
 BLOCK_ROWS = 16_384
-# Tiles whose products are held until the floor of their candidates is known, at least: 8 MB each on a CPU. Assumed.
+# Minimum of tiles whose products are held until their floor is known: 8 MB each on a CPU. Assumed.
 HELD_TILES = 8
-# The most rows of a block where k is large, and a floor rests on many groups. Assumed: 100 MB at D 384.
+# Maximum rows of a block for a large k, where a floor rests on many groups: 100 MB at D 384. Assumed.
 MAX_BLOCK_ROWS = 65_536
-# Pairs that are scored at a time: if all rows differ and are float16, 16,384 x 1,280 float32 twice is 168 MB.
+# Pairs scored at a time. If all rows differ and are float16, 16,384 x 1,280 float32 twice is 168 MB.
 PAIR_BLOCK = 16_384
 
 
@@ -34,10 +34,10 @@ def search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` vectors nearest to each query among all `blocks` whose similarity is at least `floor`, exactly.
 
-    `queries` (Q, D) and each block (n, D) are float16 or float32; blocks may be streamed, only BLOCK_ROWS rows are held
-    at a time, for a large `k` up to MAX_BLOCK_ROWS. Returns similarities (Q, k) float32 and rows (Q, k) int64, counted
-    through the blocks in order; descending by similarity, ties by row. Where there are fewer than `k` vectors,
-    similarity is -inf and row is -1.
+    `queries` (Q, D) and each block (n, D) are float16 or float32. Blocks may be streamed; BLOCK_ROWS rows are held at a
+    time, for a large `k` up to MAX_BLOCK_ROWS. Returns similarities (Q, k) float32 and rows (Q, k) int64, counted
+    through the blocks in order; by falling similarity, ties by row. With fewer than `k` vectors, the remaining
+    similarities are -inf and the remaining rows -1.
     """
     queries = low_precision.to_float32(queries)
     best_similarity = np.full((len(queries), k), -np.inf, np.float32)
@@ -46,17 +46,17 @@ def search(
     parts = [slice(start, min(start + step, len(queries))) for start in range(0, len(queries), step)]
     codes = [low_precision.encode_rows(queries[part], device) for part in parts]
     first_row = 0
-    # Without a floor every pair of the first block is scored, so a block has the groups that a good one takes.
+    # Without a floor every pair of the first block is scored; a good floor takes 2 k groups, so a block has as many.
     block_rows = min(max(BLOCK_ROWS, 2 * k * low_precision.LANES), MAX_BLOCK_ROWS)
     for block in _regroup(blocks, block_rows):
         tiles = _tiles(block, device)
-        for part, own in zip(parts, codes, strict=True):
-            least = np.maximum(best_similarity[part, -1].astype(np.float64), floor)
-            query, row = _scan_block(own, tiles, k, least)
+        for part, part_codes in zip(parts, codes, strict=True):
+            floors = np.maximum(best_similarity[part, -1].astype(np.float64), floor)
+            query, row = _scan_block(part_codes, tiles, k, floors)
             similarity = pair_similarity(queries[part], query, block, row)
             reached = similarity >= floor
-            found = query[reached], row[reached] + first_row, similarity[reached]
-            merge_into_best(best_similarity[part], best_row[part], *found)
+            new_pairs = query[reached], row[reached] + first_row, similarity[reached]
+            merge_into_best(best_similarity[part], best_row[part], *new_pairs)
         first_row += len(block)
     return best_similarity, best_row
 
@@ -64,10 +64,10 @@ def search(
 def assign(
     vectors: np.ndarray, centroids: np.ndarray, *, guess: np.ndarray | None = None, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of `centroids` (K, D) to each of `vectors` (N, D), and the cosine to it: (N,) int64, (N,) float32.
+    """The nearest of `centroids` (K, D) to each of `vectors` (N, D), and its cosine: (N,) int64, (N,) float32.
 
-    Exact; ties go to the first. `guess` (N,) is a centroid for each vector that may be near, such as the one it had in
-    the iteration before; it changes the speed alone.
+    Exact; ties go to the first centroid. `guess` (N,) is a probably near centroid of each vector, such as that of the
+    previous iteration; it changes only the speed.
     """
     centroids = np.ascontiguousarray(centroids, dtype=np.float32)
     cluster, similarity = np.zeros(len(vectors), np.int64), np.empty(len(vectors), np.float32)
@@ -75,13 +75,13 @@ def assign(
     step = low_precision.QUERY_ROWS[low_precision.device_kind(device)]
     for start in range(0, len(vectors), step):
         part = slice(start, min(start + step, len(vectors)))
-        own = low_precision.to_float32(vectors[part])
-        least = np.full(len(own), -np.inf)
+        queries = low_precision.to_float32(vectors[part])
+        floors = np.full(len(queries), -np.inf)
         if guess is not None:
-            least = pair_similarity(own, np.arange(len(own)), centroids, guess[part]).astype(np.float64)
-        query, row = _scan_block(low_precision.encode_rows(own, device), tiles, 1, least)
-        best, nearest = np.full((len(own), 1), -np.inf, np.float32), np.full((len(own), 1), -1, np.int64)
-        merge_into_best(best, nearest, query, row, pair_similarity(own, query, centroids, row))
+            floors = pair_similarity(queries, np.arange(len(queries)), centroids, guess[part]).astype(np.float64)
+        query, row = _scan_block(low_precision.encode_rows(queries, device), tiles, 1, floors)
+        best, nearest = np.full((len(queries), 1), -np.inf, np.float32), np.full((len(queries), 1), -1, np.int64)
+        merge_into_best(best, nearest, query, row, pair_similarity(queries, query, centroids, row))
         cluster[part], similarity[part] = nearest[:, 0], best[:, 0]
     return cluster, similarity
 
@@ -98,30 +98,33 @@ def pair_similarity(left: np.ndarray, left_rows: np.ndarray, right: np.ndarray, 
     order = np.argsort(left_rows, kind="stable")
     for start in range(0, len(order), PAIR_BLOCK):
         part = order[start : start + PAIR_BLOCK]
-        (one, one_rows), (other, other_rows) = _used(left, left_rows[part]), _used(right, right_rows[part])
-        if len(part) > len(one) * len(other):  # repeated pairs: more places than torch lets a matrix have
+        (one, one_rows), (other, other_rows) = _used_rows(left, left_rows[part]), _used_rows(right, right_rows[part])
+        if len(part) > len(one) * len(other):  # pairs repeat: torch refuses more positions than the matrix has
             other, other_rows = other[other_rows], np.arange(len(part))
         starts = torch.from_numpy(np.searchsorted(one_rows, np.arange(len(one) + 1)))
-        # A product at given places of a matrix: torch's kernel takes them one by one, so a pair's bits do not depend on
-        # the others, nor on threads; and it is ten times as fast as to gather the rows of both sides.
-        places = torch.sparse_csr_tensor(
+        # The product at given positions of a sparse matrix. torch's kernel computes them one by one, so the bits of a
+        # pair depend neither on other pairs nor on threads. Gathering the rows of both sides takes ten times as long.
+        positions = torch.sparse_csr_tensor(
             starts,
             torch.from_numpy(other_rows),
             torch.zeros(len(part)),
             size=(len(one), len(other)),
             check_invariants=False,
         )
-        product = torch.sparse.sampled_addmm(places, torch.from_numpy(one), torch.from_numpy(other).T, beta=0.0)
+        product = torch.sparse.sampled_addmm(positions, torch.from_numpy(one), torch.from_numpy(other).T, beta=0.0)
         result[part] = product.values().numpy()
     return result
 
 
-def _used(matrix: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`matrix` and `rows` (P,), or only the rows that are used, where others would have to be converted."""
+def _used_rows(matrix: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A float32 matrix, and the positions in it of the given `rows` (P,) of `matrix`.
+
+    A matrix that torch can use is returned as it is; of any other, only the rows in use are converted.
+    """
     if matrix.dtype == np.float32 and matrix.flags.c_contiguous and matrix.flags.writeable:
         return matrix, rows
-    used, places = np.unique(rows, return_inverse=True)
-    return low_precision.to_float32(matrix[used]), places
+    used, positions = np.unique(rows, return_inverse=True)
+    return low_precision.to_float32(matrix[used]), positions
 
 
 def _regroup(blocks: Iterable[np.ndarray], num_rows: int) -> Iterator[np.ndarray]:
@@ -151,7 +154,7 @@ def _tiles(block: np.ndarray, device: str) -> list[tuple[int, low_precision.Code
 def _scan_block(
     queries: low_precision.Codes, tiles: list[tuple[int, low_precision.Codes]], k: int, floor: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Queries (C,) and rows (C,) of pairs among which are, for each query, its `k` nearest that reach its floor (Q,).
+    """Queries (P,) and rows (P,) of candidate pairs: at least the `k` nearest of each query that reach its floor (Q,).
 
     In the order of tiles, then of queries, then of rows.
     """
@@ -161,7 +164,7 @@ def _scan_block(
     for number, (first_row, tile) in enumerate(tiles, start=1):
         held.append((first_row, low_precision.estimate(queries, tile)))
         best.add(held[-1][1])
-        # A floor from few groups is low, and from fewer than k there is none: the first tiles wait for a better one.
+        # Few groups give a low floor, and fewer than k give none: the first tiles wait for a better one.
         waits = len(held) < HELD_TILES or not np.isfinite(floor).all()
         if best.num_groups < 2 * k and waits and number < len(tiles):
             continue

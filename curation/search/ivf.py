@@ -1,6 +1,6 @@
 """Nearest neighbours among the vectors of a few cells (inverted lists), approximately. The only door to faiss.
 
-Legend: Q queries, N vectors, D dimensions, K neighbours, P probes. Vectors are unit length: inner product is cosine.
+Legend: Q queries, N vectors, D dimensions, K cells, P probes. Vectors have unit length: inner product is cosine.
 """
 
 import itertools
@@ -12,28 +12,40 @@ import faiss
 import numpy as np
 
 from curation.errors import ConfigError
-from curation.search import low_precision
+from curation.search import exact, kmeans, low_precision
 from curation.search.config import GPU_MAX_SELECTION, SearchConfig
-from curation.search.exact import BLOCK_ROWS, codes_of, pair_similarity
-from curation.search.top_k import merge_into_best, ranked
+from curation.search.exact import BLOCK_ROWS
+from curation.search.top_k import merge_into_best, rank_by_similarity
 
 # Cells that vectors are compared with at a time. Assumed.
 CELLS_PER_TILE = 8192
-# Pairs that wait for their scores in a search by cells: 70 MB. Assumed.
+# Pairs that a search by cells gathers before it scores them: 70 MB. Assumed.
 WAITING_PAIRS = 2**20
-# Vectors per cell that the cells are trained on, and their rounds. faiss asks for 39 to 256; the recall that every run
-# measures says whether it is enough.
+# Vectors per cell in the training of the cells, and iterations. Assumed: faiss asks for 39 to 256 vectors; the recall
+# that every run measures shows whether they are enough.
 TRAINING_ROWS_PER_CELL = 48
 TRAINING_ITERATIONS = 8
-# Vectors that product quantization is trained on at least: 256 for each of its 256 codes, as faiss does.
+# Minimum of vectors in the training of product quantization: 256 for each of its 256 codes, as in faiss. Cited.
 PQ_TRAINING_ROWS = 65_536
+
+
+def train_cells(sample: np.ndarray, num_cells: int, *, seed: int = 0) -> np.ndarray:
+    """Unit centroids (K, D) float32 of at most `num_cells` cells, by a short k-means over `sample` (N, D)."""
+    starts = range(0, len(sample), BLOCK_ROWS)
+    return kmeans.fit(
+        lambda: (sample[start : start + BLOCK_ROWS] for start in starts),
+        min(num_cells, len(sample)),
+        num_iterations=TRAINING_ITERATIONS,
+        start="random",
+        seed=seed,
+    ).centroids
 
 
 def cells_of(vectors: np.ndarray, cells: np.ndarray, num_probes: int, *, device: str = "cpu") -> np.ndarray:
     """The `num_probes` cells that each of `vectors` (N, D) visits, (N, P) int64, the nearest first.
 
-    `cells` (K, D) are unit vectors, at least `num_probes`. Compared by int8 codes, so nearly equal ones may come in the
-    wrong order, but in the same order on every machine.
+    `cells` (K, D) are unit vectors, at least `num_probes`. They are compared by int8 codes: nearly equal cells may come
+    in the wrong order, but in the same order on every machine.
     """
     cells = np.ascontiguousarray(cells, dtype=np.float32)
     codes = low_precision.whole_number_codes(cells, device)
@@ -42,21 +54,21 @@ def cells_of(vectors: np.ndarray, cells: np.ndarray, num_probes: int, *, device:
     visits = np.empty((len(vectors), num_probes), np.int64)
     step = low_precision.QUERY_ROWS[low_precision.device_kind(device)]
     for start in range(0, len(vectors), step):
-        own = low_precision.to_float32(vectors[start : start + step])
-        visits[start : start + step] = low_precision.nearest_by_codes(own, tiles, num_probes)
+        part = slice(start, start + step)
+        visits[part] = low_precision.nearest_by_codes(low_precision.to_float32(vectors[part]), tiles, num_probes)
     return visits
 
 
 @dataclass(frozen=True)
 class CellLists:
-    """Which rows are in which cells: the pairs of a row and a cell, sorted by cell, then by row."""
+    """Which rows are in which cells: M pairs of a row and a cell, sorted by cell, then by row."""
 
-    rows: np.ndarray  # (P,) int64
-    starts: np.ndarray  # (cells + 1,) int64
+    rows: np.ndarray  # (M,) int64
+    starts: np.ndarray  # (K + 1,) int64
 
     @classmethod
     def of(cls, rows: np.ndarray, cells: np.ndarray, num_cells: int) -> "CellLists":
-        """From pairs (P,) of rows and cells in any order."""
+        """The lists of pairs (M,) of rows and cells in any order."""
         order = np.lexsort((rows, cells))
         return cls(rows[order], np.searchsorted(cells[order], np.arange(num_cells + 1)))
 
@@ -75,64 +87,65 @@ def search_cells(
     floor: float = -np.inf,
     device: str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` vectors nearest to each query among those that share a cell with it, as `search` gives them.
+    """The `k` vectors nearest to each query among the vectors that share a cell with it, as `exact.search` gives them.
 
-    `queries` (Q, D) and `vectors` (N, D) are float16 or float32 and in memory, with a `floor` beside one byte a value
-    of codes. The visits of `queries_in` are made one after another: when the first is to the nearest cell, what is
-    there is a floor that leaves few candidates in all others. A pair may share one cell at most.
+    `queries` (Q, D) and `vectors` (N, D) are float16 or float32 and in memory. With a `floor`, their codes add one byte
+    a value. The lists of `queries_in` are searched one after another: where the first holds the nearest cell of each
+    query, its results give a floor that leaves few candidates in the other cells. A query and a vector may share at
+    most one cell.
     """
     kind = low_precision.device_kind(device)
     vector_codes = None
-    if floor == -np.inf:  # candidates are then all that are about as near as the k-th: hundreds, by coarse codes
+    if floor == -np.inf:  # then every vector about as near as the k-th is a candidate: hundreds, with coarse codes
         query_codes = low_precision.encode_finely(queries, device)
     else:
-        vector_codes = codes_of(vectors, device)
-        query_codes = vector_codes if queries is vectors else codes_of(queries, device)
+        vector_codes = exact.codes_of(vectors, device)
+        query_codes = vector_codes if queries is vectors else exact.codes_of(queries, device)
     shortlist = _Shortlist(queries, vectors, k, floor)
     for visits, cell in itertools.product(queries_in, range(len(vectors_in.starts) - 1)):
-        asking, members = visits.of_cell(cell), vectors_in.of_cell(cell)
-        for first in range(0, len(members) if len(asking) else 0, low_precision.CELL_ROWS[kind]):
+        visitors, members = visits.of_cell(cell), vectors_in.of_cell(cell)
+        for first in range(0, len(members) if len(visitors) else 0, low_precision.CELL_ROWS[kind]):
             rows = members[first : first + low_precision.CELL_ROWS[kind]]
             tile = (
                 vector_codes.take(rows)
                 if vector_codes
                 else low_precision.encode_finely(_rows_of(vectors, rows), device)
             )
-            for start in range(0, len(asking), low_precision.QUERY_ROWS[kind]):
-                own = asking[start : start + low_precision.QUERY_ROWS[kind]]
-                estimates = low_precision.estimate(query_codes.take(own), tile)
-                least = shortlist.floor[own]
-                if np.isneginf(least).any():
-                    least = shortlist.floor[own] = np.maximum(least, estimates.floor(k))
-                query, place, value = estimates.candidates(least)
-                shortlist.add(own[query], rows[place], value, estimates.slack)
+            for start in range(0, len(visitors), low_precision.QUERY_ROWS[kind]):
+                block = visitors[start : start + low_precision.QUERY_ROWS[kind]]
+                estimates = low_precision.estimate(query_codes.take(block), tile)
+                floors = shortlist.floor[block]
+                if np.isneginf(floors).any():
+                    floors = shortlist.floor[block] = np.maximum(floors, estimates.floor(k))
+                query, member, value = estimates.candidates(floors)
+                shortlist.add(block[query], rows[member], value, estimates.slack)
     shortlist.settle()
     return shortlist.similarity, shortlist.row
 
 
 def _rows_of(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Some rows, ascending; a view where they follow one another."""
+    """The given ascending rows of `matrix`; a view where they are consecutive."""
     first, last = int(rows[0]), int(rows[-1])
     return matrix[first : last + 1] if last - first == len(rows) - 1 else matrix[rows]
 
 
 class _Shortlist:
-    """The `k` nearest vectors found so far for each query, and pairs that may be nearer, which wait for their scores.
+    """The `k` nearest vectors so far of each query, and candidate pairs that wait to be scored.
 
-    To rank and score a few pairs takes nearly as long as many, so those of many cells wait for one another. What is
-    found does not depend on when they are settled, nor on the order in which they come.
+    Ranking and scoring a few pairs takes nearly as long as many, so the pairs of many cells are scored together. The
+    result depends neither on when they are scored nor on their order.
     """
 
     def __init__(self, queries: np.ndarray, vectors: np.ndarray, k: int, floor: float) -> None:
-        self._queries, self._vectors, self._k, self._least = queries, vectors, k, floor
+        self._queries, self._vectors, self._k, self._min_similarity = queries, vectors, k, floor
         self.similarity = np.full((len(queries), k), -np.inf, np.float32)
         self.row = np.full((len(queries), k), -1, np.int64)
-        self.floor = np.full(len(queries), floor, np.float64)  # what is below is no candidate
+        self.floor = np.full(len(queries), floor, np.float64)  # a pair below the floor of its query is no candidate
         self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._num_waiting, self._slack = 0, 0.0
 
     def add(self, query: np.ndarray, row: np.ndarray, estimate: np.ndarray, slack: np.ndarray) -> None:
-        """Pairs (P,), none of which came before, and their similarities within `slack` (any shape)."""
+        """Add new pairs (P,), each for the first time, with their similarities within `slack` (any shape)."""
         self._waiting.append((query, row, estimate.astype(np.float32)))
         self._num_waiting += len(query)
         self._slack = max(self._slack, float(slack.max(initial=0)))
@@ -140,7 +153,7 @@ class _Shortlist:
             self.settle()
 
     def settle(self) -> None:
-        """Score what waits."""
+        """Score the waiting pairs."""
         if not self._num_waiting:
             return
         query, row, estimate = (np.concatenate(column) for column in zip(*self._waiting, strict=True))
@@ -157,29 +170,29 @@ class _Shortlist:
 
     def _settle(self, part: slice, query: np.ndarray, row: np.ndarray, estimate: np.ndarray) -> None:
         similarity, best_row, floor = self.similarity[part], self.row[part], self.floor[part]
-        # What k pairs of a query reach for certain leaves few to be scored.
+        # k pairs of a query certainly reach a similarity, which as a floor leaves few pairs to be scored.
         known = np.flatnonzero(best_row.reshape(-1) >= 0)
         queries = np.concatenate([known // self._k, query])
         certain = np.concatenate([similarity.reshape(-1)[known], estimate - np.float32(self._slack)])
-        order, rank = ranked(queries, certain)
+        order, rank = rank_by_similarity(queries, certain)
         kth = order[rank == self._k - 1]
         floor[queries[kth]] = np.maximum(floor[queries[kth]], certain[kth])
         chosen = estimate + self._slack >= floor[query]
         query, row = query[chosen], row[chosen]
-        score = pair_similarity(self._queries[part], query, self._vectors, row)
-        reached = score >= self._least
+        score = exact.pair_similarity(self._queries[part], query, self._vectors, row)
+        reached = score >= self._min_similarity
         merge_into_best(similarity, best_row, query[reached], row[reached], score[reached])
         np.maximum(floor, similarity[:, -1], out=floor)
 
 
 class CodedLists:
-    """faiss's inverted lists of product quantization codes over `vectors` (N, D) float16, which score anew.
+    """faiss's inverted lists of product quantization codes of `vectors` (N, D) float16, whose results are scored again.
 
-    faiss trains on a sample and holds `config.pq_bytes` a vector; float32 is needed for BLOCK_ROWS rows at a time, and
-    for the sample. Raises ConfigError when `pq_bytes` does not divide D.
+    faiss trains on a sample and holds `config.pq_bytes` a vector. float32 copies are made of the sample, and of
+    BLOCK_ROWS rows at a time. Raises ConfigError when `pq_bytes` does not divide D.
     """
 
-    def __init__(self, vectors: np.ndarray, config: SearchConfig) -> None:
+    def __init__(self, vectors: np.ndarray, config: SearchConfig, *, seed: int = 0) -> None:
         self._vectors, self._config = vectors, config
         num_cells = min(config.num_cells(len(vectors)), len(vectors))
         width = vectors.shape[1]
@@ -189,37 +202,37 @@ class CodedLists:
                 "choose a divisor."
             )
         quantizer = faiss.IndexFlatIP(width)
-        built: Any = faiss.IndexIVFPQ(quantizer, width, num_cells, config.pq_bytes, 8, faiss.METRIC_INNER_PRODUCT)
-        for training in (built.cp, built.pq.cp):
-            training.seed = config.seed
-            training.min_points_per_centroid = 1  # faiss would print a warning for each; the recall is measured
+        index: Any = faiss.IndexIVFPQ(quantizer, width, num_cells, config.pq_bytes, 8, faiss.METRIC_INNER_PRODUCT)
+        for training in (index.cp, index.pq.cp):
+            training.seed = seed
+            training.min_points_per_centroid = 1  # or faiss prints a warning; the recall is measured anyway
         every = max(1, len(vectors) // max(TRAINING_ROWS_PER_CELL * num_cells, PQ_TRAINING_ROWS))
         if config.device != "cpu":
-            built = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, built)
-        built.train(low_precision.to_float32(vectors[::every]))
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        index.train(low_precision.to_float32(vectors[::every]))
         for start in range(0, len(vectors), BLOCK_ROWS):
-            built.add(low_precision.to_float32(vectors[start : start + BLOCK_ROWS]))
-        built.nprobe = min(config.num_probes, num_cells)
-        self._built, self._quantizer = built, quantizer  # faiss does not keep the quantizer alive
+            index.add(low_precision.to_float32(vectors[start : start + BLOCK_ROWS]))
+        index.nprobe = min(config.num_probes, num_cells)
+        self._index, self._quantizer = index, quantizer  # faiss does not keep the quantizer alive
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` nearest to each of `queries` (Q, D) among `config.overfetch` times as many by their codes.
+        """The `k` nearest to each of `queries` (Q, D), as `exact.search` gives them.
 
-        As `search` gives them. Raises ConfigError when a GPU cannot select so many.
+        The codes choose `config.overfetch` times as many candidates. Raises ConfigError when a GPU cannot select them.
         """
-        fetched = min(self._config.overfetch * k, len(self._vectors))
-        if self._config.device != "cpu" and fetched > GPU_MAX_SELECTION:
+        num_fetched = min(self._config.overfetch * k, len(self._vectors))
+        if self._config.device != "cpu" and num_fetched > GPU_MAX_SELECTION:
             raise ConfigError(
-                f"search.overfetch times k is {fetched}; faiss on a GPU takes {GPU_MAX_SELECTION} at most."
+                f"search.overfetch times k is {num_fetched}; faiss on a GPU takes {GPU_MAX_SELECTION} at most."
             )
         best_similarity = np.full((len(queries), k), -np.inf, np.float32)
         best_row = np.full((len(queries), k), -1, np.int64)
         for start in range(0, len(queries), BLOCK_ROWS):
-            own = queries[start : start + BLOCK_ROWS]
-            rows = self._built.search(low_precision.to_float32(own), fetched)[1]
-            query, column = np.nonzero(rows >= 0)  # short lists are filled with -1
+            block = queries[start : start + BLOCK_ROWS]
+            rows = self._index.search(low_precision.to_float32(block), num_fetched)[1]
+            query, column = np.nonzero(rows >= 0)  # faiss fills short lists with -1
             row = rows[query, column]
-            score = pair_similarity(own, query, self._vectors, row)
-            part = slice(start, start + len(own))
+            score = exact.pair_similarity(block, query, self._vectors, row)
+            part = slice(start, start + len(block))
             merge_into_best(best_similarity[part], best_row[part], query, row, score)
         return best_similarity, best_row

@@ -1,15 +1,15 @@
-"""Which inner products may reach a floor: a fast scan in low precision that provably loses none.
+"""Which inner products may reach a floor: a fast scan in low precision that provably misses none.
 
-Legend: Q queries, N vectors, D dimensions. A tile is up to `tile_rows` vectors that are scanned at a time.
+Legend: Q queries, N vectors, D dimensions, C candidate pairs. A tile is up to TILE_ROWS vectors, scanned at a time.
 
 Both sides are rounded to codes x' = scale * code, and the codes are multiplied out. By Cauchy and Schwarz
 
     |x.y - x'.y'| = |x.(y - y') + (x - x').y'| <= |x| |y - y'| + |x - x'| |y'|,
 
 the `slack`, whose four lengths are measured when the codes are made. So every pair whose product reaches a floor has an
-estimate of at least floor - slack; those are the candidates, and their exact products decide. On processors with int8
-units (VNNI) the codes are int8, which multiply four times faster than float32; elsewhere on the CPU they are the
-vectors in float32, and on a GPU in float16. That choice changes the speed and never what is found.
+estimate of at least floor - slack; these pairs are the candidates, and their exact products decide. On processors with
+int8 units (VNNI) the codes are int8, which multiply four times faster than float32. Elsewhere on the CPU they are the
+vectors in float32, and on a GPU in float16. That choice changes the speed and never the result.
 """
 
 from collections.abc import Sequence
@@ -22,43 +22,45 @@ import torch
 # Cascade Lake, D 384: 979 billion operations a second in int8, 247 in float32; faiss's flat index: 187). GPU: assumed.
 QUERY_ROWS = {"cpu": 2048, "cuda": 8192}
 TILE_ROWS = {"cpu": 1024, "cuda": 32768}
-# The same of a cell, whose queries are few: each tile of it costs a millisecond beside its products. Assumed for a GPU.
+# Vectors of one product within a cell. Its queries are few, and each tile costs a millisecond beside its products.
+# Assumed for a GPU.
 CELL_ROWS = {"cpu": 4096, "cuda": 32768}
-# Products whose maximum is looked at before they are looked at one by one. Measured: at 64 the maxima cost a tenth of
-# the product, at 16 half of it.
+# Products in a group: only where its maximum reaches the floor are they compared one by one. Measured: at 64 the maxima
+# cost a tenth of the product, at 16 half of it.
 LANES = 64
 # Bits of a row beside a product in one key: 2**33 rows, and products below 2**30 (up to 66,000 dimensions).
 ROW_BITS = 33
-# What float32 rounds off a sum of D products of unit vectors, generously: the exact score has it as well.
+# Upper bound of the rounding of a float32 sum of D products of unit vectors. The exact score has it as well.
 ROUNDING = 1e-5
-# The same where a GPU returns the product of float16 codes as float16: half a unit in the last place, up to 2 in size.
+# Its counterpart where a GPU returns products of float16 codes as float16: half a unit in the last place of values up
+# to 2.
 HALF_ROUNDING = 2e-3
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Vectors in low precision, with what the rounding left out."""
+    """Vectors in low precision, with a bound of the rounding."""
 
     values: torch.Tensor  # (rows padded with zeros to a multiple of LANES, D)
     num_rows: int
     scale: np.ndarray  # (N,) float64 for queries, (1,) where all have one
     norm: np.ndarray  # (N,) or (1,): the length, or the greatest length
-    residual: np.ndarray  # (N,) or (1,): the length of what was rounded off, or the greatest
+    residual: np.ndarray  # (N,) or (1,): the length of the rounding error, or the greatest
 
     def take(self, rows: np.ndarray) -> "Codes":
-        """The codes of some rows, (R,) int64, of vectors with one scale."""
+        """The codes of the given rows, (R,) int64, of vectors with one scale."""
         assert len(self.scale) == 1
-        place = torch.from_numpy(rows).to(self.values.device)
-        return Codes(_pad(self.values.index_select(0, place)), len(rows), self.scale, self.norm, self.residual)
+        index = torch.from_numpy(rows).to(self.values.device)
+        return Codes(_pad(self.values.index_select(0, index)), len(rows), self.scale, self.norm, self.residual)
 
 
 def device_kind(device: str) -> str:
-    """'cpu' or 'cuda', the key of the tables of sizes."""
+    """'cpu' or 'cuda', the key of QUERY_ROWS, TILE_ROWS and CELL_ROWS."""
     return torch.device(device).type
 
 
 def encode_rows(matrix: np.ndarray, device: str) -> Codes:
-    """Codes of queries (N, D) float32, each with a scale of its own."""
+    """Codes of queries (N, D) float32, one scale per row."""
     return _encode(matrix, _peaks(torch.from_numpy(matrix)), device)
 
 
@@ -77,7 +79,7 @@ def encode(blocks: Sequence[np.ndarray], device: str) -> Codes:
 
 
 def encode_finely(matrix: np.ndarray, device: str) -> Codes:
-    """Codes of vectors (N, D) float32 or float16 in floating point, where int8 would leave too many candidates."""
+    """Floating-point codes of vectors (N, D) float32 or float16, for cases where int8 leaves too many candidates."""
     if device_kind(device) == "cuda":
         return encode([matrix], device)
     rows, width = matrix.shape
@@ -90,7 +92,7 @@ def encode_finely(matrix: np.ndarray, device: str) -> Codes:
 def to_float32(matrix: np.ndarray) -> np.ndarray:
     """`matrix` as contiguous float32; torch converts float16 twice as fast as numpy."""
     if matrix.dtype == np.float16:
-        # torch warns of arrays that it may not write to, and it does not write to this one.
+        # The copy avoids torch's warning about read-only arrays; nothing writes to this one.
         source = matrix if matrix.flags.writeable and matrix.flags.c_contiguous else matrix.copy()
         converted: np.ndarray = torch.from_numpy(source).float().numpy()
         return converted
@@ -98,7 +100,7 @@ def to_float32(matrix: np.ndarray) -> np.ndarray:
 
 
 def _greatest(matrix: np.ndarray) -> float:
-    """The greatest absolute value, 0 of nothing. Of float16, whose arithmetic is slow, by its bits without the sign."""
+    """The greatest absolute value; 0 for no values. float16, slow to compare, is compared by its bits without sign."""
     if matrix.dtype == np.float16:
         bits = np.ascontiguousarray(matrix).view(np.uint16) & 0x7FFF
         return float(bits.max(initial=0).astype(np.uint16).view(np.float16))
@@ -106,7 +108,7 @@ def _greatest(matrix: np.ndarray) -> float:
 
 
 def _encode(matrix: np.ndarray, peak: torch.Tensor, device: str) -> Codes:
-    """Codes of `matrix` (N, D) float32, whose rows have no entry above `peak` (N,)."""
+    """Codes of `matrix` (N, D) float32; no absolute value in a row exceeds its `peak` (N,)."""
     values = torch.from_numpy(matrix)
     norm, residual, scale = _lengths(values), np.zeros(len(matrix)), np.ones(len(matrix))
     if device_kind(device) == "cuda":
@@ -124,12 +126,12 @@ def _encode(matrix: np.ndarray, peak: torch.Tensor, device: str) -> Codes:
 
 def _pad(codes: torch.Tensor) -> torch.Tensor:
     padding = -len(codes) % LANES
-    column = codes.shape[1] == 1  # a zero beside it: torch (2.13) multiplies int8 matrices of width 1 wrongly
+    column = codes.shape[1] == 1  # add a column of zeros: torch 2.13 multiplies int8 matrices of width 1 wrongly
     return torch.nn.functional.pad(codes, (0, column, 0, padding)) if padding or column else codes
 
 
 def estimate(queries: Codes, tile: Codes) -> "Estimates":
-    """All products of the codes, to be asked for bounds and candidates."""
+    """All products of the codes of queries and of one tile."""
     products = _products(queries.values, tile.values)[: queries.num_rows]
     if tile.num_rows < len(tile.values):
         products[:, tile.num_rows :] = _least(products.dtype)
@@ -142,7 +144,7 @@ def estimate(queries: Codes, tile: Codes) -> "Estimates":
 
 @dataclass(frozen=True)
 class Estimates:
-    """Products of codes in units of `unit`, in groups of LANES; what pads the last group is the least number."""
+    """Products of codes, in multiples of `unit` and in groups of LANES; the least number pads the last group."""
 
     groups: torch.Tensor  # (Q, groups, LANES)
     greatest: torch.Tensor  # (Q, groups)
@@ -150,7 +152,7 @@ class Estimates:
     slack: np.ndarray  # (Q,) float64
 
     def floor(self, k: int) -> np.ndarray:
-        """Floors (Q,) float64 that at least `k` products of each query reach; -inf where there are fewer."""
+        """Floors (Q,) float64, each reached by at least `k` products of its query; -inf with fewer products."""
         products = self.groups.flatten(1)
         if products.shape[1] < k:
             return np.full(len(products), -np.inf)
@@ -162,40 +164,41 @@ class Estimates:
     def candidates(self, floor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pairs whose product may reach the floor (Q,) of their query, by query, then by row.
 
-        Queries (C,) int64, rows of the tile (C,) int64, and estimates (C,) float64, each within `slack` of the product.
+        Returns queries (C,) int64, rows of the tile (C,) int64 and estimates (C,) float64, within `slack` of the
+        product.
         """
-        least = (floor - self.slack) / self.unit
+        bound = (floor - self.slack) / self.unit
         if self.groups.dtype == torch.int32:
             # Rounded down: the estimate of a pair that just reaches the floor is a whole number of units.
-            least = np.clip(np.floor(least), -(2**31) + 1, 2**31 - 1)
+            bound = np.clip(np.floor(bound), -(2**31) + 1, 2**31 - 1)
         else:
-            least = np.maximum(least, torch.finfo(self.groups.dtype).min)  # above what pads the last group
-        bound = torch.from_numpy(least).to(self.groups.device, self.groups.dtype)
-        query, group = torch.nonzero(self.greatest >= bound[:, None], as_tuple=True)
+            bound = np.maximum(bound, torch.finfo(self.groups.dtype).min)  # above the padding of the last group
+        bounds = torch.from_numpy(bound).to(self.groups.device, self.groups.dtype)
+        query, group = torch.nonzero(self.greatest >= bounds[:, None], as_tuple=True)
         lanes = self.groups[query, group]
-        which, lane = torch.nonzero(lanes >= bound[query, None], as_tuple=True)
-        query, row, value = query[which], group[which] * LANES + lane, lanes[which, lane]
-        found = query.cpu().numpy()
-        return found, row.cpu().numpy(), value.double().cpu().numpy() * self.unit[found]
+        which, lane = torch.nonzero(lanes >= bounds[query, None], as_tuple=True)
+        row, value = group[which] * LANES + lane, lanes[which, lane]
+        queries = query[which].cpu().numpy()
+        return queries, row.cpu().numpy(), value.double().cpu().numpy() * self.unit[queries]
 
 
 def nearest_by_codes(matrix: np.ndarray, tiles: Sequence[Codes], k: int) -> np.ndarray:
     """Rows (N, k) int64 of the `k` vectors with the greatest products of int8 codes, descending, ties by row.
 
-    For choices that need no exact order, such as which cells to visit, but the same one everywhere: sums of whole
-    numbers are equal on every machine. `matrix` is (N, D) float32, `tiles` come from `whole_number_codes`.
+    For choices that may be inexact but must be the same on every machine, such as the cells to visit: sums of whole
+    numbers are exact everywhere. `matrix` is (N, D) float32, `tiles` come from `whole_number_codes`.
     """
     values = torch.from_numpy(matrix)
-    peak = _peaks(values)  # of each row, which then depends on no other
+    peak = _peaks(values)  # of each row, so that rows do not depend on one another
     codes = _whole_numbers(values, torch.where(peak > 0, 127 / peak, 1.0)[:, None], tiles[0].values.device)
     best = torch.empty((len(matrix), 0), dtype=torch.int64, device=codes.device)
     first_row = 0
     for tile in tiles:
         products = _products(codes, tile.values)[: len(matrix)]
-        products[:, tile.num_rows :] = -(2**30)  # below all
-        if k == 1:  # keys only for the group that holds the first of the greatest
+        products[:, tile.num_rows :] = -(2**30)  # below every product
+        if k == 1:  # keys only for the first group that holds the greatest product
             groups = products.view(len(products), -1, LANES)
-            group = groups.amax(2).argmax(1, keepdim=True)  # argmax gives the first, as torch documents
+            group = groups.amax(2).argmax(1, keepdim=True)  # torch documents that argmax gives the first
             products = groups[torch.arange(len(groups), device=group.device), group[:, 0]]
             rows = group * LANES + torch.arange(LANES, device=group.device)
         else:
@@ -210,9 +213,9 @@ def nearest_by_codes(matrix: np.ndarray, tiles: Sequence[Codes], k: int) -> np.n
 
 
 def whole_number_codes(matrix: np.ndarray, device: str | torch.device) -> Codes:
-    """Codes of `matrix` (N, D) float32 from -127 to 127 whose products are exact on every device.
+    """Codes of `matrix` (N, D) float32, whole numbers from -127 to 127 whose products are exact on every device.
 
-    Where there is no product of int8, they are whole numbers in float32 (in float64 where a sum could pass 2**24).
+    They are int8, or float32 where int8 has no product, or float64 where a sum could exceed 2**24.
     """
     values = torch.from_numpy(matrix)
     peak = values.abs().max() if matrix.size else torch.zeros(())
@@ -232,20 +235,20 @@ def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 class BestSoFar:
-    """Floors that at least `k` products of each query reach, raised by one tile after another.
+    """Floors that at least `k` products of each query reach, raised tile by tile.
 
-    The greatest of each group are products of different vectors: the k-th of them is never above the k-th of all, and
-    seldom far below.
+    The maxima of the groups are products of different vectors. So the k-th greatest maximum is never above the k-th
+    greatest product, and seldom far below.
     """
 
     def __init__(self, k: int) -> None:
         self._k = k
         self._values: list[torch.Tensor] = []
         self.slack = np.zeros(1)
-        self.num_groups = 0  # that the floor rests on
+        self.num_groups = 0  # groups added so far
 
     def add(self, estimates: Estimates) -> None:
-        """Count the products of one more tile in."""
+        """Take the products of one more tile into account."""
         values = estimates.greatest.amax(1, keepdim=True) if self._k == 1 else estimates.greatest
         unit = torch.tensor(estimates.unit, dtype=torch.float32, device=values.device)
         self._values.append(values * unit[:, None])
@@ -253,7 +256,7 @@ class BestSoFar:
         self.slack = np.maximum(self.slack, estimates.slack)
 
     def floor(self) -> np.ndarray:
-        """The floors (Q,) float64; below every product where fewer than `k` groups were seen."""
+        """The floors (Q,) float64; -inf after fewer than `k` groups."""
         values = torch.cat(self._values, dim=1)
         if values.shape[1] < self._k:
             return np.full(len(values), -np.inf)
@@ -264,7 +267,7 @@ class BestSoFar:
 
 
 def _peaks(values: torch.Tensor) -> torch.Tensor:
-    """The greatest absolute value (N,) of each row; four times as fast as the norm that it is."""
+    """The greatest absolute value (N,) of each row; four times as fast as torch's infinity norm."""
     return torch.maximum(values.amax(1), -values.amin(1)) if len(values) else torch.empty(0)
 
 

@@ -1,30 +1,29 @@
-"""Join: which vectors of a collection lie near which others, for collections that no memory holds.
+"""The pairs of near vectors of a collection that need not fit in memory: the join of the collection with itself.
 
     <output>/
       edges-00000.parquet  ...         EDGES, one row group for each bucket of ids
       manifest.json                    its facts hold the measured recall
-      .progress/exchange/              with `ivf`, until it is done
+      .progress/exchange/              with `ivf`, until the join is done
         cells.npy  groups.npy          (cells, D) float32, sorted by group; where each group begins
         sample.parquet                 the vectors that recall is measured on
         spread-00000.parquet  ...      the vectors of a file, one row group for each group of cells that they visit
 
-An edge leads from an image to one of its `k` nearest that are at least `floor` similar; only these are ever written.
-Images with equal bytes have equal vectors; they count once, or they would fill each other's lists, and an image is no
-neighbour of itself: both by id.
+An edge leads from an image to one of its `k` nearest images with a similarity of at least `floor`; no other pair is
+written. Images are told apart by id. Images with equal bytes have equal vectors and count once, or they would fill one
+another's lists; an image is not its own neighbour.
 
 `exact` compares every block of images with all images, streamed from disk.
 
-`ivf` sorts the vectors into cells, those nearest to a centroid. An image is compared with all that visit its cell, and
-it visits the `num_probes` cells nearest to it; so a pair is found when one of the two visits the other's cell. With
-cells of a fixed size the work grows with the number of images, not with its square. Cells near one another form a
-group, the work of one worker, which holds all vectors that visit it. Recall is measured against the exact search on a
-sample of images in every run.
+`ivf` assigns each vector to a cell, that of the nearest centroid. An image visits the `num_probes` cells nearest to it,
+and is compared with all images that visit its own cell. So a pair is found when one of the two visits the other's cell.
+With cells of a fixed size the work grows with the number of images, not with its square. Neighbouring cells form a
+group; a worker handles one group and holds all vectors that visit it. Every run measures the recall against the exact
+search on a sample of images.
 
-Legend: N vectors, D dimensions, P probes.
+Legend: N vectors, D dimensions, P probes, Q queries, K neighbours.
 """
 
 import functools
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,21 +33,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.run_log import RunLog
 from curation.engine.runner import Runner, Shard
-from curation.engine.stage import PREPARED, run_shards
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import InputError
-from curation.files import parquet, paths, vectors
+from curation.files import npy, parquet, paths, vectors
+from curation.files.image_ids import bucket_of, id_bytes, id_column, pack_ids
 from curation.files.prefetch import prefetch
-from curation.files.schemas import id_bytes, id_column
-from curation.models.device import require_device
 from curation.search import exact, ivf
-from curation.search.config import SearchConfig
+from curation.search.config import RECALL_QUERIES, SearchConfig
 from curation.search.ivf import CellLists
-from curation.search.parts import train_cells
+from curation.search.top_k import sort_into_groups, starts_group, top_k_of_groups
 
-# `other_image_id` is among the nearest of `image_id`. A place is a row number counted through all files; of an image
-# that occurs several times, the first.
+# `other_image_id` is among the nearest of `image_id`. A place is a row number counted through all files; for an image
+# with several rows, that of the first.
 EDGES = pa.schema(
     [
         ("image_id", pa.string()),
@@ -58,27 +58,25 @@ EDGES = pa.schema(
         ("cosine", pa.float32()),
     ]
 )
-# Each pair once, `image_id` the smaller; `mutual` says whether each is among the other's nearest.
+# Each pair once, with `image_id` the smaller id; `mutual` says whether each image is among the other's nearest.
 PAIRED = EDGES.append(pa.field("mutual", pa.bool_()))
-# Images that are compared with all others at a time, held as float32: 134 MB at D 512. Assumed: fewer would read the
-# others more often.
+# Images compared with all others at a time, held as float32: 134 MB at D 512. Assumed: fewer images would mean reading
+# the others more often.
 ROWS_PER_BLOCK = 65_536
-# Images that the sample of the recall is compared with at a time. Assumed.
+# Images that the recall's sample is compared with at a time. Assumed.
 ROWS_PER_RECALL_BLOCK = 16_384
-# What guards a search without shaping what it finds: a run that it stopped goes on once it is lowered.
-NOT_IN_PLAN = frozenset({"min_recall"})
-# How many times more rows than a sample needs are read for it. Assumed enough to see every kind of image.
+# Rows read for a sample, in multiples of its size. Assumed enough to see every kind of image.
 FILES_READ = 16
 
 
 @dataclass(frozen=True)
 class Neighborhood:
-    """What a join is asked for."""
+    """Which neighbours of an image become edges, and into how many buckets edges are sorted."""
 
     search: SearchConfig
-    k: int  # the most neighbours of an image
-    floor: float  # their least similarity
-    num_buckets: int  # of ids, see `bucket_of`
+    k: int  # maximum neighbours of an image
+    floor: float  # minimum similarity of a neighbour
+    num_buckets: int  # of the edge's smaller id, see `image_ids.bucket_of`
 
 
 @dataclass(frozen=True)
@@ -90,79 +88,83 @@ class Images:
     vectors: np.ndarray  # (N, D) float16
 
     def take(self, rows: np.ndarray) -> "Images":
+        """The images at the given rows."""
         return Images(self.ids[rows], self.places[rows], self.vectors[rows])
 
 
 def run(
-    asked: Neighborhood, files: Sequence[str], source_hash: str, output: str, runner: Runner, *, num_rows: int
+    neighborhood: Neighborhood,
+    files: Sequence[str],
+    output: str,
+    runner: Runner,
+    *,
+    content_hash: str,
+    log: RunLog | None = None,
 ) -> Manifest:
-    """Join the vectors in `files` (Parquet) with themselves; returns the manifest.
+    """Find the pairs of near vectors in `files` (Parquet) and return the manifest of `output`.
 
-    `source_hash` stands for the files' content, `num_rows` is the number of vectors in them. Raises ConfigError when
-    the measured recall is below `search.min_recall`.
+    `content_hash` stands for the files' content. Raises ConfigError when the measured recall is below
+    `search.min_recall`.
     """
-    search = asked.search
-    spread = step_folder(output, "exchange")
+    search = neighborhood.search
+    exchange_folder = step_folder(output, "exchange")
     rows = [vectors.num_rows(file) for file in files]
+    num_rows = sum(rows)
     parts = list(zip(files, (int(first) for first in np.cumsum([0, *rows])), strict=False))
 
     def exchange() -> ShardRecord:
-        run_shards(
-            "exchange",
+        stage = Stage(
+            name="exchange",
             config=search,
-            inputs={"vectors": source_hash},
-            output=spread,
-            runner=runner,
+            inputs={"vectors": content_hash},
+            output=exchange_folder,
             shards=[
                 Shard(f"{number:05d}", part, count)
                 for number, (part, count) in enumerate(zip(parts, rows, strict=True))
             ],
-            make_worker=functools.partial(_make_exchange_worker, search, spread),
-            not_in_plan=NOT_IN_PLAN,
-            prepare=functools.partial(_train_cells, search, files, rows, spread),
+            make_worker=functools.partial(_make_exchange_worker, search, exchange_folder),
+            prepare=functools.partial(_train_cells, search, files, rows, exchange_folder),
         )
+        run_stage(stage, runner, log=log)
         return ShardRecord(name=PREPARED)
 
     def recall(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         edges = [paths.join(output, file.name) for record in done for file in record.files]
         blocks = _blocks(parts, rows, ROWS_PER_RECALL_BLOCK)
-        return _measure_recall(asked, blocks, source_hash, spread, output, runner, edges), None
+        return _measure_recall(neighborhood, blocks, content_hash, exchange_folder, output, runner, edges, log), None
 
     make_worker: Callable[[], Callable[[Shard], ShardRecord]]
     if search.backend == "exact" or num_rows == 0:
         shards = _blocks(parts, rows, ROWS_PER_BLOCK)
-        make_worker = functools.partial(_make_exact_worker, asked, shards, output)
+        make_worker = functools.partial(_make_exact_worker, neighborhood, shards, output)
         prepare, finish = None, None
     else:
         num_groups = _num_groups(search, num_rows)
         shards = [Shard(f"{group:05d}", group, num_rows // num_groups) for group in range(num_groups)]
-        make_worker = functools.partial(_make_cells_worker, asked, spread, output)
+        make_worker = functools.partial(_make_cells_worker, neighborhood, exchange_folder, output)
         prepare, finish = exchange, recall
-    manifest = run_shards(
-        "join",
+    stage = Stage(
+        name="join",
         config=search,
-        inputs={"vectors": source_hash, "k": str(asked.k), "floor": str(asked.floor), "files": str(len(files))},
+        inputs={
+            "vectors": content_hash,
+            "k": str(neighborhood.k),
+            "floor": str(neighborhood.floor),
+            "files": str(len(files)),
+        },
         output=output,
-        runner=runner,
         shards=shards,
         make_worker=make_worker,
         prepare=prepare,
         finish=finish,
-        not_in_plan=NOT_IN_PLAN,
     )
-    search.require_recall(manifest.facts)  # it may have been raised since
+    manifest = run_stage(stage, runner, log=log)
+    search.require_recall(manifest.facts)  # min_recall may have been raised since
     return manifest
 
 
-def bucket_of(image_ids: pa.ChunkedArray, num_buckets: int) -> np.ndarray:
-    """The bucket (N,) int64 of each id: `num_buckets` equal ranges of the ids' first 32 bits."""
-    leading = np.array([int(image_id[:8], 16) for image_id in image_ids.to_pylist()], np.uint64)
-    buckets: np.ndarray = ((leading * np.uint64(num_buckets)) >> np.uint64(32)).astype(np.int64)
-    return buckets
-
-
 def read_bucket(folder: str, bucket: int) -> pa.Table:
-    """PAIRED of the pairs whose smaller id lies in a bucket, of a finished join, sorted by their ids."""
+    """The pairs (PAIRED) of a finished join whose smaller id lies in a bucket, sorted by their ids."""
     names = require_manifest(folder).files("edges")
     tables = [parquet.read_row_groups(paths.join(folder, name), "bucket", bucket, EDGES) for name in names]
     edges = pa.concat_tables([EDGES.empty_table(), *tables])
@@ -172,9 +174,7 @@ def read_bucket(folder: str, bucket: int) -> pa.Table:
     low, high = np.where(swapped, other, one), np.where(swapped, one, other)
     order = np.lexsort((high, low))
     low, high, swapped = low[order], high[order], swapped[order]
-    fresh = np.ones(len(order), bool)
-    fresh[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
-    starts = np.flatnonzero(fresh)
+    starts = np.flatnonzero(starts_group(low, high))
     columns = [
         id_column(low[starts]),
         id_column(high[starts]),
@@ -203,28 +203,38 @@ def _blocks(parts: Sequence[tuple[str, int]], rows: Sequence[int], rows_per_bloc
     return blocks
 
 
-def _make_exact_worker(asked: Neighborhood, blocks: Sequence[Shard], output: str) -> Callable[[Shard], ShardRecord]:
-    require_device(asked.search.device)
-    places = _first_places([part for block in blocks for part in block.work])
+def _make_exact_worker(
+    neighborhood: Neighborhood, blocks: Sequence[Shard], output: str
+) -> Callable[[Shard], ShardRecord]:
+    """A worker that compares one block of images after another with all images."""
+    require_device(neighborhood.search.device)
+    parts = [part for block in blocks for part in block.work]
+    places = _first_places(parts)
 
     def process(shard: Shard) -> ShardRecord:
-        own = _read(shard.work, places)
+        images = _read(shard.work, places)
         others: list[Images] = []
 
         def stream() -> Iterator[np.ndarray]:
-            parts = [part for block in blocks for part in block.work]
-            for part, images in zip(parts, prefetch(lambda part: _read([part], places), parts), strict=True):
-                _same_width(own.vectors, images.vectors, part[0])
-                others.append(Images(images.ids, images.places, images.vectors[:0]))
-                yield images.vectors
+            for part, block in zip(parts, prefetch(lambda part: _read([part], places), parts), strict=True):
+                _check_width(images.vectors, block.vectors, part[0])
+                others.append(Images(block.ids, block.places, block.vectors[:0]))
+                yield block.vectors
 
-        # One more, for the image itself.
-        found = exact.search(own.vectors, stream(), asked.k + 1, floor=asked.floor, device=asked.search.device)
+        nearest = _search_exactly(neighborhood, images, stream())
         ids, all_places = (np.concatenate([getattr(other, name) for other in others]) for name in ("ids", "places"))
-        table = _edges(asked.k, own, Images(ids, all_places, own.vectors[:0]), *found)
-        return _write_edges(asked, output, shard.name, table)
+        table = _edges(neighborhood.k, images, Images(ids, all_places, images.vectors[:0]), *nearest)
+        return _write_edges(neighborhood, output, shard.name, table)
 
     return process
+
+
+def _search_exactly(
+    neighborhood: Neighborhood, images: Images, blocks: Iterator[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The neighbours of `images` among the vectors of all blocks, one more than `k`: an image may find itself."""
+    device = neighborhood.search.device
+    return exact.search(images.vectors, blocks, neighborhood.k + 1, floor=neighborhood.floor, device=device)
 
 
 def _first_places(parts: Sequence[tuple[str, int]]) -> np.ndarray:
@@ -235,43 +245,43 @@ def _first_places(parts: Sequence[tuple[str, int]]) -> np.ndarray:
 
 
 def _read(parts: Sequence[tuple[str, int]], places: np.ndarray | None = None) -> Images:
-    """The images of some files, each with the place of its first row: those at `places`, or each id's first."""
-    read: list[tuple[list[str], np.ndarray, int]] = []
+    """The distinct images of consecutive files, each given with the place of its first row.
+
+    With `places` (N,), ascending, only the rows at these places; without, the first row of each id, sorted by id.
+    """
+    files: list[tuple[list[str], np.ndarray, int]] = []
     for file, first in parts:
         image_ids, matrix = vectors.read_file(file)
         if image_ids:
-            _same_width(read[0][1] if read else matrix, matrix, file)
-            read.append((image_ids, matrix, first))
-    if not read:
+            _check_width(files[0][1] if files else matrix, matrix, file)
+            files.append((image_ids, matrix, first))
+    if not files:
         return Images(np.empty(0, "S1"), np.empty(0, np.int64), np.empty((0, 1), np.float16))
-    ids = np.concatenate([id_bytes(own) for own, _, _ in read])
-    own_places = np.concatenate([first + np.arange(len(own)) for own, _, first in read])
-    matrix = read[0][1] if len(read) == 1 else np.concatenate([matrix for _, matrix, _ in read])
-    images = Images(ids, own_places, matrix)
-    del read
+    ids = np.concatenate([id_bytes(image_ids) for image_ids, _, _ in files])
+    row_places = np.concatenate([first + np.arange(len(image_ids)) for image_ids, _, first in files])
+    matrix = files[0][1] if len(files) == 1 else np.concatenate([matrix for _, matrix, _ in files])
+    images = Images(ids, row_places, matrix)
+    del files
     if places is None:
         return images.take(np.unique(ids, return_index=True)[1])  # by id, so that ties go by id
-    begin, end = np.searchsorted(places, (own_places[0], own_places[-1] + 1))
-    return images.take(places[begin:end] - own_places[0])  # the files of `parts` follow one another
+    begin, end = np.searchsorted(places, (row_places[0], row_places[-1] + 1))
+    return images.take(places[begin:end] - row_places[0])
 
 
 def _edges(k: int, images: Images, others: Images, similarity: np.ndarray, row: np.ndarray) -> pa.Table:
-    """EDGES from each of `images` (Q) to the `k` best that a search found among `others`: (Q, K), (Q, K)."""
-    query, column = np.nonzero(row >= 0)
-    target = row[query, column]
+    """EDGES from each of `images` (Q) to its `k` best, given similarities (Q, K) and rows (Q, K) of `others`."""
+    query, rank = np.nonzero(row >= 0)
+    target = row[query, rank]
     ids, places = (images.ids[query], others.ids[target]), (images.places[query], others.places[target])
-    return _best_edges(k, *ids, *places, similarity[query, column])
+    return _best_edges(k, *ids, *places, similarity[query, rank])
 
 
 def _best_edges(
     k: int, one: np.ndarray, other: np.ndarray, place: np.ndarray, other_place: np.ndarray, similarity: np.ndarray
 ) -> pa.Table:
-    """EDGES to the `k` most similar other ones of each, ties by id."""
-    order = np.lexsort((other, -similarity, one))
-    order = order[one[order] != other[order]]
-    starts = np.concatenate([[0], np.flatnonzero(one[order][1:] != one[order][:-1]) + 1])[: len(order)]
-    rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
-    order = order[rank < k]
+    """EDGES from each image to the `k` most similar other images, ties by id."""
+    pairs = np.flatnonzero(one != other)
+    order = pairs[top_k_of_groups(one[pairs], k, -similarity[pairs], other[pairs])]
     columns = [id_column(one[order]), id_column(other[order]), place[order], other_place[order], similarity[order]]
     return pa.table(columns, schema=EDGES)
 
@@ -280,22 +290,20 @@ def _best_edges(
 
 
 def _train_cells(search: SearchConfig, files: Sequence[str], rows: Sequence[int], folder: str) -> ShardRecord:
-    """Centroids of the cells, sorted into groups; where each group begins; the sample that recall is measured on."""
+    """Write the cells' centroids sorted into groups, where each group begins, and the sample of the recall."""
     num_rows = sum(rows)
     num_cells = search.num_cells(num_rows)
-    wanted = max(ivf.TRAINING_ROWS_PER_CELL * num_cells, search.recall_queries)
-    ids, matrix = _sample(files, rows, wanted)
-    cells = train_cells(matrix, num_cells, search.seed)
+    ids, matrix = _sample(files, rows, max(ivf.TRAINING_ROWS_PER_CELL * num_cells, RECALL_QUERIES))
+    cells = ivf.train_cells(matrix, num_cells)
     num_groups = min(_num_groups(search, num_rows), len(cells))
-    group = exact.assign(cells, train_cells(cells, num_groups, search.seed))[0]
-    order = np.argsort(group, kind="stable")
-    arrays = {"cells.npy": cells[order], "groups.npy": np.searchsorted(group[order], np.arange(num_groups + 1))}
-    saved = []
-    for name, array in arrays.items():
-        np.save(buffer := io.BytesIO(), array)
-        saved.append(paths.write_bytes(paths.join(folder, name), buffer.getvalue()))
-    chosen = slice(None, None, max(1, len(ids) // search.recall_queries))
-    table = vectors.make_table(ids[chosen].astype(str).tolist(), matrix[chosen])
+    group = exact.assign(cells, ivf.train_cells(cells, num_groups))[0]
+    order, bounds = sort_into_groups(group, num_groups)
+    saved = [
+        npy.write_arrays(paths.join(folder, "cells.npy"), cells[order]),
+        npy.write_arrays(paths.join(folder, "groups.npy"), bounds),
+    ]
+    chosen = slice(None, None, max(1, len(ids) // RECALL_QUERIES))
+    table = vectors.make_table(id_column(ids[chosen]).to_pylist(), matrix[chosen])
     saved.append(parquet.write_table(paths.join(folder, "sample.parquet"), table))
     return ShardRecord(name=PREPARED, files=tuple(saved))
 
@@ -304,35 +312,32 @@ def _num_groups(search: SearchConfig, num_rows: int) -> int:
     return max(1, -(-num_rows // search.rows_per_part))
 
 
-def _sample(files: Sequence[str], rows: Sequence[int], wanted: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and vectors of about `wanted` rows, evenly spaced; of many more rows, only every so many files are read."""
-    step = max(1, sum(rows) // (FILES_READ * wanted))
+def _sample(files: Sequence[str], rows: Sequence[int], sample_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and vectors of about `sample_size` evenly spaced rows. Of very many rows, only every n-th file is read."""
+    step = max(1, sum(rows) // (FILES_READ * sample_size))
     step = step if step * FILES_READ <= len(files) else 1
-    every = max(1, sum(rows[::step]) // wanted)
+    every = max(1, sum(rows[::step]) // sample_size)
     ids: list[np.ndarray] = []
     blocks: list[np.ndarray] = []
     first = 0
     for file in files[::step]:
-        own, matrix = vectors.read_file(file)
-        taken = np.arange(-first % every, len(own), every)
-        first += len(own)
+        image_ids, matrix = vectors.read_file(file)
+        taken = np.arange(-first % every, len(image_ids), every)
+        first += len(image_ids)
         if len(taken):
             if blocks:
-                _same_width(blocks[0], matrix, file)
-            ids.append(id_bytes(own)[taken])
+                _check_width(blocks[0], matrix, file)
+            ids.append(id_bytes(image_ids)[taken])
             blocks.append(matrix[taken])
     return np.concatenate(ids), np.concatenate(blocks)
 
 
 def _read_cells(folder: str) -> tuple[np.ndarray, np.ndarray]:
-    arrays = []
-    for name in ("cells.npy", "groups.npy"):
-        with paths.open_read(paths.join(folder, name)) as file:
-            arrays.append(np.load(file, allow_pickle=False))
-    return arrays[0], arrays[1]
+    return npy.read_array(paths.join(folder, "cells.npy")), npy.read_array(paths.join(folder, "groups.npy"))
 
 
 def _make_exchange_worker(search: SearchConfig, folder: str) -> Callable[[Shard], ShardRecord]:
+    """A worker that sorts the vectors of one file after another by the groups of cells that they visit."""
     require_device(search.device)
     cells, groups = _read_cells(folder)
     group_of = np.repeat(np.arange(len(groups) - 1), np.diff(groups))
@@ -340,26 +345,26 @@ def _make_exchange_worker(search: SearchConfig, folder: str) -> Callable[[Shard]
     empty = _spread_schema(cells.shape[1], num_probes).empty_table()
 
     def process(shard: Shard) -> ShardRecord:
-        own = _read([shard.work])
-        _same_width(cells, own.vectors, shard.work[0])
-        visits = ivf.cells_of(own.vectors, cells, num_probes, device=search.device).astype(np.int32)
+        images = _read([shard.work])
+        _check_width(cells, images.vectors, shard.work[0])
+        visits = ivf.cells_of(images.vectors, cells, num_probes, device=search.device).astype(np.int32)
 
         def tables() -> Iterator[tuple[int, pa.Table]]:
             for group in range(len(groups) - 1):
                 rows = np.flatnonzero((group_of[visits] == group).any(axis=1))
-                here = own.take(rows)
-                columns = [id_column(here.ids), here.places, _as_bytes(here.vectors), _as_bytes(visits[rows])]
+                visitors = images.take(rows)
+                columns = [id_column(visitors.ids), visitors.places, *map(_as_bytes, (visitors.vectors, visits[rows]))]
                 yield group, pa.table(columns, schema=empty.schema)
 
         path = paths.join(folder, f"spread-{shard.name}.parquet")
-        file = parquet.write_row_groups(path, "part", tables() if len(own.ids) else (), empty)
-        return ShardRecord(name=shard.name, files=(file,), totals={"vectors": len(own.ids), "copies": file.rows})
+        file = parquet.write_row_groups(path, "part", tables() if len(images.ids) else (), empty)
+        return ShardRecord(name=shard.name, files=(file,), totals={"vectors": len(images.ids), "copies": file.rows})
 
     return process
 
 
 def _spread_schema(width: int, num_probes: int) -> pa.Schema:
-    """Vectors (float16) and the cells that they visit (int32), the nearest first, as bytes: read without decoding."""
+    """Vectors (float16) and the cells that they visit (int32, the nearest first) as bytes, read without decoding."""
     return pa.schema(
         [
             ("image_id", pa.string()),
@@ -371,6 +376,7 @@ def _spread_schema(width: int, num_probes: int) -> pa.Schema:
 
 
 def _as_bytes(matrix: np.ndarray) -> pa.Array:
+    """A column with the bytes of each row of a matrix."""
     rows, width = matrix.shape
     kind = pa.binary(width * matrix.itemsize)
     return pa.Array.from_buffers(kind, rows, [None, pa.py_buffer(np.ascontiguousarray(matrix))])
@@ -385,15 +391,17 @@ def _of_bytes(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
     return matrix
 
 
-def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callable[[Shard], ShardRecord]:
-    require_device(asked.search.device)
+def _make_cells_worker(neighborhood: Neighborhood, folder: str, output: str) -> Callable[[Shard], ShardRecord]:
+    """A worker that compares the images of one group of cells after another with the visitors of these cells."""
+    search = neighborhood.search
+    require_device(search.device)
     cells, groups = _read_cells(folder)
-    schema = _spread_schema(cells.shape[1], min(asked.search.num_probes, len(cells)))
+    schema = _spread_schema(cells.shape[1], min(search.num_probes, len(cells)))
     without_vectors, only_vectors = schema.remove(schema.get_field_index("vector")), pa.schema([schema.field("vector")])
     names = require_manifest(folder).files("spread")
 
     def read_vectors(files: Sequence[str], group: int, num_rows: int, chosen: np.ndarray) -> np.ndarray:
-        """The chosen ones of the `num_rows` vectors of a group; those of one file at a time are held twice."""
+        """The vectors at the `chosen` rows of a group's `num_rows`. Those of one file at a time are held twice."""
         result = np.empty((len(chosen), cells.shape[1]), np.float16)
         target = np.full(num_rows, -1)
         target[chosen] = np.arange(len(chosen))
@@ -408,75 +416,76 @@ def _make_cells_worker(asked: Neighborhood, folder: str, output: str) -> Callabl
         begin, end = groups[shard.work : shard.work + 2] if shard.work + 1 < len(groups) else (0, 0)
         files = [paths.join(folder, name) for name in names]
         keys = pa.concat_tables(parquet.read_row_groups(path, "part", shard.work, without_vectors) for path in files)
-        # All copies of an image visit the same cells, so it is enough to look among those that are here.
+        # All rows of an image visit the same cells, so its first row in this group stands for all.
         ids, rows = np.unique(id_bytes(keys.column("image_id")), return_index=True)
         visits = _of_bytes(keys.column("visits"), np.int32)[rows]
-        own = Images(ids, keys.column("place").to_numpy()[rows], read_vectors(files, shard.work, len(keys), rows))
+        matrix = read_vectors(files, shard.work, len(keys), rows)
+        images = Images(ids, keys.column("place").to_numpy()[rows], matrix)
         del keys
         inside = (visits >= begin) & (visits < end)
         home = np.flatnonzero(inside[:, 0])
         visitor, column = np.nonzero(inside)
         at_home = CellLists.of(home, visits[home, 0] - begin, end - begin)
         visiting = CellLists.of(visitor, visits[visitor, column] - begin, end - begin)
-        # One more, for the image itself.
-        found = ivf.search_cells(
-            own.vectors, [at_home], own.vectors, visiting, asked.k + 1, floor=asked.floor, device=asked.search.device
-        )
-        return _write_edges(asked, output, shard.name, _edges(asked.k, own, own, *found))
+        k, floor = neighborhood.k + 1, neighborhood.floor  # one more, as an image finds itself
+        nearest = ivf.search_cells(matrix, [at_home], matrix, visiting, k, floor=floor, device=search.device)
+        return _write_edges(neighborhood, output, shard.name, _edges(neighborhood.k, images, images, *nearest))
 
     return process
 
 
 def _measure_recall(
-    asked: Neighborhood,
+    neighborhood: Neighborhood,
     blocks: Sequence[Shard],
-    source_hash: str,
-    spread: str,
+    content_hash: str,
+    exchange_folder: str,
     output: str,
     runner: Runner,
     edges: Sequence[str],
+    log: RunLog | None,
 ) -> dict[str, Any]:
-    """The share of the neighbours of a sample of images, exactly searched, that are pairs in the `edges` files."""
+    """The share of the exact neighbours of a sample of images that are pairs in the `edges` files."""
     folder = step_folder(output, "recall")
-
-    manifest = run_shards(
-        "recall",
-        config=asked.search,
-        inputs={"vectors": source_hash},
+    stage = Stage(
+        name="recall",
+        config=neighborhood.search,
+        inputs={"vectors": content_hash},
         output=folder,
-        runner=runner,
         shards=blocks,
-        make_worker=functools.partial(_make_recall_worker, asked, spread, folder),
-        not_in_plan=NOT_IN_PLAN,
+        make_worker=functools.partial(_make_recall_worker, neighborhood, exchange_folder, folder),
     )
+    manifest = run_stage(stage, runner, log=log)
     tables = [parquet.read_table(paths.join(folder, name), EDGES) for name in manifest.files("exact")]
-    exact = pa.concat_tables(tables).group_by(["image_id", "other_image_id"], use_threads=False)
-    exact = exact.aggregate([("place", "min"), ("other_place", "min"), ("cosine", "max")])
-    one, other = (id_bytes(exact.column(name)) for name in EDGES.names[:2])
-    place, other_place = (exact.column(name).to_numpy() for name in ("place_min", "other_place_min"))
-    exact = _best_edges(asked.k, one, other, place, other_place, exact.column("cosine_max").to_numpy())
-    sampled = pc.unique(exact.column("image_id"))
-    found: set[tuple[str, str]] = set()
+    merged = pa.concat_tables(tables).group_by(["image_id", "other_image_id"], use_threads=False)
+    merged = merged.aggregate([("place", "min"), ("other_place", "min"), ("cosine", "max")])
+    one, other = (id_bytes(merged.column(name)) for name in EDGES.names[:2])
+    place, other_place = (merged.column(name).to_numpy() for name in ("place_min", "other_place_min"))
+    true = _best_edges(neighborhood.k, one, other, place, other_place, merged.column("cosine_max").to_numpy())
+    sampled = pc.unique(true.column("image_id"))
+    reported: set[tuple[str, str]] = set()
     for path in edges:
         table = parquet.read_table(path, EDGES)
         for near, far in (("image_id", "other_image_id"), ("other_image_id", "image_id")):
             hits = table.filter(pc.is_in(table.column(near), sampled))
-            found.update(zip(hits.column(near).to_pylist(), hits.column(far).to_pylist(), strict=True))
-    wanted = list(zip(*(exact.column(name).to_pylist() for name in ("image_id", "other_image_id")), strict=True))
-    recall = sum(pair in found for pair in wanted) / len(wanted) if wanted else None
-    facts = {"backend": "ivf", "recall": recall, "recall_neighbors": len(wanted)}
-    asked.search.require_recall(facts)
+            reported.update(zip(hits.column(near).to_pylist(), hits.column(far).to_pylist(), strict=True))
+    true_pairs = list(zip(*(true.column(name).to_pylist() for name in EDGES.names[:2]), strict=True))
+    recall = sum(pair in reported for pair in true_pairs) / len(true_pairs) if true_pairs else None
+    facts = {"backend": "ivf", "recall": recall, "recall_neighbors": len(true_pairs)}
+    neighborhood.search.require_recall(facts)
     return facts
 
 
-def _make_recall_worker(asked: Neighborhood, spread: str, folder: str) -> Callable[[Shard], ShardRecord]:
-    require_device(asked.search.device)
-    sample = _read([(paths.join(spread, "sample.parquet"), 0)])
+def _make_recall_worker(
+    neighborhood: Neighborhood, exchange_folder: str, folder: str
+) -> Callable[[Shard], ShardRecord]:
+    """A worker that compares the sampled images with one block of images after another."""
+    require_device(neighborhood.search.device)
+    sample = _read([(paths.join(exchange_folder, "sample.parquet"), 0)])
 
     def process(shard: Shard) -> ShardRecord:
-        own = _read(shard.work)
-        found = exact.search(sample.vectors, [own.vectors], asked.k + 1, floor=asked.floor, device=asked.search.device)
-        table = _edges(asked.k, sample, own, *found)
+        images = _read(shard.work)
+        nearest = _search_exactly(neighborhood, sample, iter([images.vectors]))
+        table = _edges(neighborhood.k, sample, images, *nearest)
         file = parquet.write_table(paths.join(folder, f"exact-{shard.name}.parquet"), table)
         return ShardRecord(name=shard.name, files=(file,))
 
@@ -486,18 +495,20 @@ def _make_recall_worker(asked: Neighborhood, spread: str, folder: str) -> Callab
 # Tables
 
 
-def _write_edges(asked: Neighborhood, output: str, name: str, edges: pa.Table) -> ShardRecord:
+def _write_edges(neighborhood: Neighborhood, output: str, name: str, edges: pa.Table) -> ShardRecord:
+    """Write the edges of one shard, one row group for each bucket."""
     smaller = pc.min_element_wise(edges.column("image_id"), edges.column("other_image_id"))
-    bucket = bucket_of(smaller, asked.num_buckets)
-    order = np.argsort(bucket, kind="stable")
+    bucket = bucket_of(pack_ids(smaller), neighborhood.num_buckets)
+    order, bounds = sort_into_groups(bucket, neighborhood.num_buckets)
     ordered = edges.take(pa.array(order))
-    starts = np.searchsorted(bucket[order], np.arange(asked.num_buckets + 1)).tolist()
-    groups = ((number, ordered.slice(start, end - start)) for number, (start, end) in enumerate(pairwise(starts)))
+    spans = enumerate(pairwise(bounds.tolist()))
+    groups = ((number, ordered.slice(start, stop - start)) for number, (start, stop) in spans)
     path = paths.join(output, f"edges-{name}.parquet")
     file = parquet.write_row_groups(path, "bucket", groups, EDGES.empty_table())
     return ShardRecord(name=name, files=(file,), totals={"edges": edges.num_rows})
 
 
-def _same_width(expected: np.ndarray, found: np.ndarray, file: str) -> None:
-    if len(expected) and len(found) and found.shape[1] != expected.shape[1]:
-        raise InputError(f"{file}: vectors of width {found.shape[1]}; others of this run have {expected.shape[1]}.")
+def _check_width(expected: np.ndarray, matrix: np.ndarray, file: str) -> None:
+    """Raise InputError when two matrices that have rows differ in width."""
+    if len(expected) and len(matrix) and matrix.shape[1] != expected.shape[1]:
+        raise InputError(f"{file}: vectors of width {matrix.shape[1]}; others of this run have {expected.shape[1]}.")

@@ -3,7 +3,6 @@
 # Calling a torch module is typed Any.
 # mypy: disable-error-code="no-any-return"
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from torch import Tensor
 from curation.config import Settings
 from curation.errors import InputError
 from curation.files import paths
-from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
+from curation.files.hashes import sha256_of_files
+from curation.images.decode import ImageLimits
+from evaluation.data.image_files import read_bytes, read_rgb
 
 LayoutName = Literal["nyu", "nyu_arrays", "kitti", "sun_rgbd", "folder"]
 Crop = Literal["none", "eigen", "garg"]
@@ -29,8 +30,12 @@ NYU_INSIDE = (slice(45, 472), slice(43, 608))
 KITTI_ROWS, KITTI_COLUMNS = 352, 1216  # the bottom rows and the middle columns; cited: the same ("KB crop")
 
 
+# Layout "folder": folders of the pictures and of the depths. Ours.
+FOLDER_IMAGES, FOLDER_DEPTHS = "rgb", "depth"
+
+
 @dataclass(frozen=True)
-class Layout:
+class DepthLayout:
     """What is particular to one published data set."""
 
     train_list: str | None
@@ -39,15 +44,17 @@ class Layout:
     max_depth: float
     """Metres. Beyond it nothing is trained on or scored."""
     crop: Crop
-    """The part of a test picture that is scored."""
+    """The part of a test picture that is scored. "eigen": rows 45 to 470 and columns 41 to 600, made for 480 x 640.
+    "garg": shares of the sides, made for KITTI. Cited: Eigen et al. (arXiv 1406.2283), Garg et al. (arXiv 1603.04992),
+    as in BinsFormer's toolbox."""
 
 
-LAYOUTS: dict[LayoutName, Layout] = {
-    "nyu": Layout("nyu_train.txt", "nyu_test.txt", 1000, 10, "eigen"),
-    "nyu_arrays": Layout(None, None, 1, 10, "eigen"),
-    "kitti": Layout("kitti_eigen_train.txt", "kitti_eigen_test.txt", 256, 80, "garg"),
-    "sun_rgbd": Layout(None, "SUNRGBD_val_splits.txt", 1000, 8, "eigen"),
-    "folder": Layout(None, None, 1000, 10, "none"),
+LAYOUTS: dict[LayoutName, DepthLayout] = {
+    "nyu": DepthLayout("nyu_train.txt", "nyu_test.txt", 1000, 10, "eigen"),
+    "nyu_arrays": DepthLayout(None, None, 1, 10, "eigen"),
+    "kitti": DepthLayout("kitti_eigen_train.txt", "kitti_eigen_test.txt", 256, 80, "garg"),
+    "sun_rgbd": DepthLayout(None, "SUNRGBD_val_splits.txt", 1000, 8, "eigen"),
+    "folder": DepthLayout(None, None, 1000, 10, "none"),
 }
 
 
@@ -60,26 +67,15 @@ class DepthDataConfig(Settings):
     """How the files lie; see the top of this module."""
     folder: str
     """Where they lie."""
-    list_file: str | None = None
-    """The list of pairs in `folder`. Left out, that of the published split: nyu_train.txt or nyu_test.txt,
-    kitti_eigen_train.txt or kitti_eigen_test.txt, SUNRGBD_val_splits.txt."""
-    images: str = Field(default="rgb")
-    """Layout "folder": where the pictures lie in it."""
-    depths: str = Field(default="depth")
-    """Layout "folder": where the depths lie in it."""
     units_per_metre: float = Field(default=1000, gt=0)
     """Layout "folder": what a PNG says for one metre."""
-    crop: Crop | None = None
-    """The part of a test picture that is scored. "eigen": rows 45 to 470 and columns 41 to 600, made for 480 x 640.
-    "garg": shares of the sides, made for KITTI. Left out, that of the layout: eigen for NYU and SUN RGB-D, garg for
-    KITTI, none for folders."""
 
 
 # ---- reading
 
 
 @dataclass(frozen=True)
-class Sample:
+class DepthSample:
     """Where a picture and its depth lie."""
 
     image: str
@@ -88,13 +84,13 @@ class Sample:
     """Where both are arrays of many."""
 
 
-def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list[Sample]:
+def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list[DepthSample]:
     """The pairs of a data set, in the order of the pictures' names. Raises InputError where there are none."""
     if data.layout == "folder":
         samples = _pairs_of_folder(data)
     elif data.layout == "nyu_arrays":
         files = [paths.join(data.folder, f"eigen_test_{kind}.npy") for kind in ("rgb", "depth")]
-        samples = [Sample(files[0], files[1], row) for row in range(len(_array(files[0])))]
+        samples = [DepthSample(files[0], files[1], row) for row in range(len(_array(files[0])))]
     else:
         samples = _pairs_of_list(data, split)
     if not samples:
@@ -102,9 +98,9 @@ def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list
     return samples
 
 
-def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> list[Sample]:
+def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> list[DepthSample]:
     layout = LAYOUTS[data.layout]
-    name = data.list_file or (layout.train_list if split == "train" else layout.test_list)
+    name = layout.train_list if split == "train" else layout.test_list
     assert name is not None
     path = paths.join(data.folder, name)
     try:
@@ -124,17 +120,17 @@ def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> li
         image, depth = (
             paths.join(data.folder, folder, part.lstrip("/")) for folder, part in zip(below, parts[:2], strict=True)
         )
-        samples.append(Sample(image, depth))
+        samples.append(DepthSample(image, depth))
     return sorted(samples, key=lambda sample: sample.image)
 
 
-def _pairs_of_folder(data: DepthDataConfig) -> list[Sample]:
+def _pairs_of_folder(data: DepthDataConfig) -> list[DepthSample]:
     found: list[dict[str, str]] = []
-    for folder in (data.images, data.depths):
+    for folder in (FOLDER_IMAGES, FOLDER_DEPTHS):
         place = paths.join(data.folder, folder)
         names = [name for name in paths.list_names(place) if not name.startswith(".")]
         if not names:
-            raise InputError(f"No files in '{place}'. Layout 'folder' has {data.images}/ and {data.depths}/.")
+            raise InputError(f"No files in '{place}'. Layout 'folder' has {FOLDER_IMAGES}/ and {FOLDER_DEPTHS}/.")
         found.append({PurePosixPath(name).stem: paths.join(place, name) for name in names})
     images, depths = found
     if alone := sorted(images.keys() ^ depths.keys()):
@@ -142,10 +138,10 @@ def _pairs_of_folder(data: DepthDataConfig) -> list[Sample]:
             f"{data.folder}: {len(alone)} of the pictures and depths have no partner of the same name, such as "
             f"'{alone[0]}'. Remove them."
         )
-    return [Sample(images[name], depths[name]) for name in sorted(images)]
+    return [DepthSample(images[name], depths[name]) for name in sorted(images)]
 
 
-def read_sample(sample: Sample, data: DepthDataConfig) -> tuple[Tensor, Tensor]:
+def read_sample(sample: DepthSample, data: DepthDataConfig) -> tuple[Tensor, Tensor]:
     """A picture (3, H, W) uint8 and its depth (H, W) float32 in metres, 0 where unknown; KITTI's without its border.
 
     Raises InputError.
@@ -170,22 +166,17 @@ def read_sample(sample: Sample, data: DepthDataConfig) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(image.copy()), torch.from_numpy(depth.copy())
 
 
-def _read_image(sample: Sample) -> NDArray[np.uint8]:
+def _read_image(sample: DepthSample) -> NDArray[np.uint8]:
     if sample.row is not None:
         return np.asarray(_array(sample.image)[sample.row], np.uint8).transpose(2, 0, 1)
-    try:
-        return np.asarray(decode_rgb(paths.read_bytes(sample.image), ImageLimits())).transpose(2, 0, 1)
-    except (ImageRejected, FileNotFoundError) as error:
-        raise InputError(f"Cannot read the picture '{sample.image}': {error}.") from None
+    pixels: NDArray[np.uint8] = read_rgb(sample.image, ImageLimits()).numpy()
+    return pixels
 
 
-def _read_depth(sample: Sample, data: DepthDataConfig) -> NDArray[np.float32]:
+def _read_depth(sample: DepthSample, data: DepthDataConfig) -> NDArray[np.float32]:
     if sample.row is not None:
         return np.asarray(_array(sample.depth)[sample.row], np.float32)
-    try:
-        content = paths.read_bytes(sample.depth)
-    except FileNotFoundError:
-        raise InputError(f"No depth at '{sample.depth}', which belongs to '{sample.image}'.") from None
+    content = read_bytes(sample.depth)
     if sample.depth.endswith(".npy"):
         return np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
     with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
@@ -206,11 +197,6 @@ def _array(path: str) -> NDArray[np.generic]:
     return array
 
 
-def hash_samples(samples: Sequence[Sample]) -> str:
+def hash_samples(samples: Sequence[DepthSample]) -> str:
     """64 hex digits of the bytes of all files, in order."""
-    hashed = hashlib.sha256()
-    for path in dict.fromkeys(path for sample in samples for path in (sample.image, sample.depth)):
-        with paths.open_read(path) as file:
-            while block := file.read(1 << 20):
-                hashed.update(block)
-    return hashed.hexdigest()
+    return sha256_of_files(dict.fromkeys(path for sample in samples for path in (sample.image, sample.depth)))

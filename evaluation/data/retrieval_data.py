@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from curation.config import Settings
@@ -13,22 +12,8 @@ from curation.errors import InputError
 from curation.files import paths
 from curation.images.sources import SourceConfig, list_files
 from evaluation.data import plain_pickle
-from evaluation.data.splits import SplitConfig
-from evaluation.features import PicturesConfig
-
-MAX_LISTED = 5  # assumed: as many names as a person reads
-
-
-class ViewConfig(Settings):
-    """How a picture becomes what the model sees."""
-
-    resize: Literal["keep_aspect", "squash", "center_crop"] = "keep_aspect"
-    """The whole picture at its own aspect ratio, both sides multiples of the patch; the whole of it, or its middle, as
-    a square."""
-    image_size: int = Field(default=448, ge=8, le=4096)
-    """Side in pixels of the square, or of one with as many pixels. Assumed: DINOv2's is not published."""
-    batch_size: int = Field(default=8, ge=1)
-    """Pictures a forward pass; changes the speed alone, but for rounding."""
+from evaluation.data.splits import SplitConfig, listed
+from evaluation.data.views import PicturesConfig, ViewConfig
 
 
 class RevisitedData(Settings):
@@ -192,6 +177,6 @@ def read_amstertime(data: AmsterTimeData) -> tuple[list[Photo], list[Photo]]:
     if alone or not old:
         raise InputError(
             f"{data.path}: old/ and new/ hold {len(old)} and {len(new)} images, and {len(alone)} names are in one of "
-            f"them alone: {', '.join(alone[:MAX_LISTED])}."
+            f"them alone: {listed(alone)}."
         )
     return [old[name] for name in sorted(old)], [new[name] for name in sorted(old)]

@@ -7,32 +7,38 @@ folders      folders of images and of masks with the same names
 stamps       cut-out pictures pasted on others: the alpha channel is the mask
 """
 
-import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from curation.config import Settings
 from curation.errors import InputError
 from curation.files import paths
-from curation.files.hashes import hash_json
+from curation.files.hashes import hash_json, sha256_of_bytes
 from curation.files.prefetch import prefetch
-from curation.images.decode import ImageLimits, ImageRejected, decode_rgb, read_header
+from curation.images.decode import ImageLimits, read_header
 from curation.images.sources import SourceConfig, list_files
+from evaluation.data.image_files import read_bytes, read_rgb, rejects_named
+from evaluation.data.splits import listed
 
 IGNORED = 255  # a pixel without a class, in every target here
-MAX_LISTED = 5  # assumed: as many names as a person reads
+LIMITS = ImageLimits(min_side=1)  # an image of any size counts
 
 # Cited: cityscapesScripts, labels.py: the 19 classes that are evaluated, in the order of their train ids.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 ADE20K_CLASSES, VOC_CLASSES = 150, 21
+
+# Pictures of stamps, all assumed.
+TEST_SHARE = 0.25  # of the stamps of each class, and of the backgrounds: only scored pictures are made of them
+MAX_STAMPS = 3  # in one picture, which has at least one
+STAMP_SIDES = (0.3, 0.7)  # range of the longer side of a stamp, in sides of the picture
 
 
 class PublishedData(Settings):
@@ -78,21 +84,6 @@ class StampData(Settings):
     """Pictures to train on."""
     test_pictures: int = Field(default=100, ge=1)
     """Pictures to score."""
-    test_share: float = Field(default=0.25, gt=0, lt=1)
-    """Share of the stamps of each class, and of the backgrounds, that only scored pictures are made of."""
-    max_stamps: int = Field(default=3, ge=1)
-    """Each picture has one to so many."""
-    stamp_sides: tuple[float, float] = (0.3, 0.7)
-    """Least and greatest longer side of a stamp, in sides of the picture."""
-    seed: int = 0
-    """Of which stamps go where."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        least, greatest = self.stamp_sides
-        if not 0 < least <= greatest <= 1:
-            raise ValueError(f"stamp_sides {self.stamp_sides}: expected 0 < least <= greatest <= 1")
-        return self
 
 
 SceneData = PublishedData | FolderData | StampData
@@ -121,10 +112,13 @@ class Scenes:
     """64 hex digits: of all bytes that the pictures and targets are made of."""
 
 
-def load_scenes(data: SceneData) -> tuple[Scenes, Scenes]:
-    """The pictures to train on, and those to score. Raises InputError for a folder or a mask that is missing."""
+def load_scenes(data: SceneData, *, stamp_seed: int = 0) -> tuple[Scenes, Scenes]:
+    """The pictures to train on, and those to score. Raises InputError for a folder or a mask that is missing.
+
+    stamp_seed: draws which stamps are pasted where. The same for every model, so that scores can be compared.
+    """
     if isinstance(data, StampData):
-        return _stamp_scenes(data)
+        return _stamp_scenes(data, stamp_seed)
     if isinstance(data, FolderData):
         lookup = _lookup(dict(zip(range(data.num_classes), range(data.num_classes), strict=True)), data.ignored)
         train, test = (data.train_images, data.train_masks), (data.test_images, data.test_masks)
@@ -197,8 +191,7 @@ def _by_stem(folder: str, suffix: str = "") -> dict[str, str]:
 def _same_names(images: dict[str, str], masks: dict[str, str], where: str) -> list[Pair]:
     missing = sorted(images.keys() - masks.keys())
     if missing:
-        more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
-        raise InputError(f"{where}: no mask for {', '.join(missing[:MAX_LISTED])}{more}.")
+        raise InputError(f"{where}: no mask for {listed(missing)}.")
     return [(path, masks[name]) for name, path in sorted(images.items())]
 
 
@@ -213,7 +206,7 @@ def _lookup(classes: dict[int, int], ignored: Sequence[int]) -> np.ndarray:
 def _file_scenes(pairs: Sequence[Pair], lookup: np.ndarray, num_classes: int) -> Scenes:
     def read(place: int) -> Scene:
         image_path, mask_path = pairs[place]
-        image, target = _read_image(image_path), read_mask(mask_path, lookup)
+        image, target = read_rgb(image_path, LIMITS), read_mask(mask_path, lookup)
         _require_same(pairs[place], (image.shape[2], image.shape[1]), (target.shape[1], target.shape[0]))
         return Scene(image, target)
 
@@ -224,16 +217,14 @@ def _file_scenes(pairs: Sequence[Pair], lookup: np.ndarray, num_classes: int) ->
 
 def _checked_hashes(pair: Pair) -> list[str]:
     """The hashes of an image and its mask. Raises InputError where their headers do not fit, before any training."""
-    image, mask = (_read_bytes(path) for path in pair)
-    try:
-        header = read_header(image, ImageLimits(min_side=1))
-    except ImageRejected as error:
-        raise InputError(f"{pair[0]}: the image cannot be used: {error}.") from None
+    image, mask = (read_bytes(path) for path in pair)
+    with rejects_named(pair[0]):
+        header = read_header(image, LIMITS)
     mask_size = _open_picture(pair[1], mask).size
     # A PNG may say behind its pixels that it lies on its side: only who reads them knows.
     if {header.width, header.height} != set(mask_size):
         _require_same(pair, (header.width, header.height), mask_size)
-    return [hashlib.sha256(data).hexdigest() for data in (image, mask)]
+    return [sha256_of_bytes(data) for data in (image, mask)]
 
 
 def _require_same(pair: Pair, image_size: tuple[int, int], mask_size: tuple[int, int]) -> None:
@@ -259,7 +250,7 @@ def read_mask(path: str, lookup: np.ndarray) -> Tensor:
 
 def _loaded(path: str) -> Image.Image:
     """A picture with its values as stored: no class is a colour."""
-    return _open_picture(path, _read_bytes(path), load=True)
+    return _open_picture(path, read_bytes(path), load=True)
 
 
 def _open_picture(path: str, data: bytes, *, load: bool = False) -> Image.Image:
@@ -273,32 +264,14 @@ def _open_picture(path: str, data: bytes, *, load: bool = False) -> Image.Image:
     return picture
 
 
-def _read_image(path: str) -> Tensor:
-    """(3, H, W) uint8."""
-    try:
-        picture = decode_rgb(_read_bytes(path), ImageLimits(min_side=1))
-    except ImageRejected as error:
-        raise InputError(f"{path}: the image cannot be used: {error}.") from None
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def _read_bytes(path: str) -> bytes:
-    try:
-        return paths.read_bytes(path)
-    except FileNotFoundError:
-        raise InputError(f"No file at '{path}'.") from None
-    except OSError as error:
-        raise InputError(f"Cannot read '{path}': {error}.") from None
-
-
 def _hash_of(path: str) -> str:
-    return hashlib.sha256(_read_bytes(path)).hexdigest()
+    return sha256_of_bytes(read_bytes(path))
 
 
 # ------------------------------------------------------------------------------------------------ stamps on pictures
 
 
-def _stamp_scenes(data: StampData) -> tuple[Scenes, Scenes]:
+def _stamp_scenes(data: StampData, seed: int) -> tuple[Scenes, Scenes]:
     """Scenes that are made when they are read: of the config and their place alone."""
     stamps: dict[str, tuple[str, str]] = {}  # by the hash of the bytes, so that none is in both splits: class and path
     for name, path in _by_stem(data.stamps).items():
@@ -316,7 +289,7 @@ def _stamp_scenes(data: StampData) -> tuple[Scenes, Scenes]:
             f"{data.stamps}: {len(classes)} folders; at most {IGNORED - 1} classes of stamps are possible."
         )
     own = [[key for key, (folder, _) in stamps.items() if folder == one] for one in classes]
-    halves = [_divide(keys, data) for keys in (*own, list(backgrounds))]
+    halves = [_divide(keys, seed) for keys in (*own, list(backgrounds))]
     split: list[Scenes] = []
     for number, count in enumerate((data.train_pictures, data.test_pictures)):
         *of_class, behind = [half[number] for half in halves]
@@ -326,21 +299,23 @@ def _stamp_scenes(data: StampData) -> tuple[Scenes, Scenes]:
                 f"{data.stamps}: {len(stamps)} stamps and {len(backgrounds)} backgrounds are too few to divide; a "
                 "class needs two, and so do the backgrounds."
             )
-        facts = [data.model_dump(mode="json"), number, [*of_class, behind]]
+        drawn_by = {"test_share": TEST_SHARE, "max_stamps": MAX_STAMPS, "stamp_sides": STAMP_SIDES, "seed": seed}
+        facts = [data.model_dump(mode="json") | drawn_by, number, [*of_class, behind]]
         files = [backgrounds[key] for key in behind]
-        split.append(_pasted_scenes(data, number, count, chosen, files, len(classes) + 1, hash_json(facts)))
+        split.append(_pasted_scenes(data, seed, number, count, chosen, files, len(classes) + 1, hash_json(facts)))
     return split[0], split[1]
 
 
-def _divide(keys: list[str], data: StampData) -> tuple[list[str], list[str]]:
+def _divide(keys: list[str], seed: int) -> tuple[list[str], list[str]]:
     """Those to train on and those to score, in an order of the seed."""
-    ordered = sorted(keys, key=lambda key: hashlib.sha256(f"{data.seed} {key}".encode()).digest())
-    num_test = max(1, round(data.test_share * len(ordered))) if len(ordered) > 1 else 0
+    ordered = sorted(keys, key=lambda key: sha256_of_bytes(f"{seed} {key}".encode()))
+    num_test = max(1, round(TEST_SHARE * len(ordered))) if len(ordered) > 1 else 0
     return ordered[num_test:], ordered[:num_test]
 
 
 def _pasted_scenes(
     data: StampData,
+    seed: int,
     split: int,
     count: int,
     stamps: list[tuple[str, int]],
@@ -351,16 +326,17 @@ def _pasted_scenes(
     side = data.side
 
     def read(place: int) -> Scene:
-        random = np.random.default_rng([data.seed, split, place])
-        behind = Image.fromarray(_read_image(backgrounds[random.integers(len(backgrounds))]).permute(1, 2, 0).numpy())
+        random = np.random.default_rng([seed, split, place])
+        path = backgrounds[random.integers(len(backgrounds))]
+        behind = Image.fromarray(read_rgb(path, LIMITS).permute(1, 2, 0).numpy())
         canvas = ImageOps.fit(behind, (side, side), Image.Resampling.BICUBIC)
         target = np.zeros((side, side), np.uint8)
-        for _ in range(random.integers(1, data.max_stamps + 1)):
+        for _ in range(random.integers(1, MAX_STAMPS + 1)):
             path, label = stamps[random.integers(len(stamps))]
             stamp = _loaded(path).convert("RGBA")
             if random.random() < 0.5:
                 stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            factor = random.uniform(*data.stamp_sides) * side / max(stamp.size)
+            factor = random.uniform(*STAMP_SIDES) * side / max(stamp.size)
             width, height = (max(1, round(length * factor)) for length in stamp.size)
             stamp = stamp.resize((width, height), Image.Resampling.BICUBIC)
             left, top = int(random.integers(side - width + 1)), int(random.integers(side - height + 1))

@@ -31,6 +31,7 @@ from curation.images import sources
 from curation.images.decode import ImageLimits, Picture, decode_picture
 from curation.images.sources import Layout, ReferenceReader, Role, SourceConfig
 from curation.ingest import IngestConfig
+from curation.run_folder import read_images
 
 Prepared = TypeVar("Prepared")
 
@@ -110,8 +111,8 @@ def load(config: SplitConfig, cache: str, runner: Runner) -> Split:
     Raises InputError for a split that is missing or empty, or images without a label, and RejectBudgetError.
     """
     folder = config.path if config.layout == "ingest" else _ingested(config, cache, runner)
-    limits = require_manifest(folder).plan.config["limits"]
-    table = ingest.read_images(folder, COLUMNS)
+    limits = require_manifest(folder).facts["limits"]
+    table = read_images(folder, COLUMNS)
     for column, wanted in (("role", config.roles), ("source", config.sources)):
         if wanted:
             table = table.filter(pc.is_in(table[column], pa.array(wanted)))
@@ -126,7 +127,7 @@ def load(config: SplitConfig, cache: str, runner: Runner) -> Split:
     if config.classes:
         absent = sorted(set(config.classes) - set(labels))
         if absent:
-            raise InputError(f"{config.path}: no images of the classes {_some(absent)}, which the config names.")
+            raise InputError(f"{config.path}: no images of the classes {listed(absent)}, which the config names.")
         table = table.filter(pc.is_in(table["label"], pa.array(config.classes)))
     if table.num_rows == 0:
         raise InputError(f"{config.path}: no images of roles {config.roles} and sources {config.sources}.")
@@ -154,9 +155,9 @@ def with_classes(split: Split, train: Split, *, subset: bool = False) -> Split:
     """
     unknown, absent = set(split.classes) - set(train.classes), set(train.classes) - set(split.classes)
     if unknown or (absent and not subset):
-        parts = [f"{len(unknown)} classes that {train.path} has not ({_some(sorted(unknown))})"] if unknown else []
+        parts = [f"{len(unknown)} classes that {train.path} has not ({listed(sorted(unknown))})"] if unknown else []
         parts += (
-            [f"no images of {len(absent)} of its classes ({_some(sorted(absent))})"] if absent and not subset else []
+            [f"no images of {len(absent)} of its classes ({listed(sorted(absent))})"] if absent and not subset else []
         )
         raise InputError(
             f"{split.path} has {' and '.join(parts)}. Check the paths of the splits, name the `classes` to take, or "
@@ -254,5 +255,6 @@ def _ordered(names: set[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)))
 
 
-def _some(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are."""
     return ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")

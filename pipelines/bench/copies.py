@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from curation import ingest
 from curation.engine.manifest import require_manifest
-from curation.files import parquet, paths, schemas, vectors
+from curation.files import parquet, paths, schemas
 from curation.images.hashing import hamming_distance
+from curation.run_folder import read_images, read_vectors
 from pipelines.bench.tables import make_table
 
 NAME = "copies"
@@ -26,10 +26,10 @@ def comparison(run: str, data: str) -> dict[str, dict[str, float]]:
     planted = pq.read_table(paths.join(data, "planted.parquet")).to_pylist()
     phash = {
         row["image_id"]: row["phash"]
-        for row in ingest.read_images(paths.join(run, "ingest"), ["image_id", "phash"]).to_pylist()
+        for row in read_images(paths.join(run, "ingest"), ["image_id", "phash"]).to_pylist()
     }
     descriptor: dict[str, np.ndarray] = {}
-    for image_ids, matrix in vectors.read_all(paths.join(run, "describe")):
+    for image_ids, matrix in read_vectors(paths.join(run, "describe")):
         descriptor.update(zip(image_ids, matrix.astype(np.float32), strict=True))
     component = _components(run)
     copies = {row["copy_image_id"] for row in planted}

@@ -25,7 +25,7 @@ import webdataset
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from rich.table import Table
 
-from curation.images.corpus_tar import Sample, write_tar
+from curation.images.corpus_tar import CorpusSample, write_tar
 from curation.images.decode import ImageLimits, decode_picture, read_header
 from curation.images.hashing import image_id
 from pipelines.bench import decoding
@@ -166,19 +166,21 @@ def reading(num_samples: int, num_rounds: int) -> Comparison:
     """Samples read by reference in random order, against webdataset's reading in the order of the tars."""
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
-        listed: list[samples.Sample] = []
+        listed: list[samples.SampleReference] = []
         for start in range(0, num_samples, SAMPLES_PER_TAR):
             images = [generator.bytes(SAMPLE_BYTES) for _ in range(min(SAMPLES_PER_TAR, num_samples - start))]
             path = str(Path(folder, f"corpus-{start // SAMPLES_PER_TAR:06d}.tar"))
             ids = [image_id(image) for image in images]
             sidecar = {"source": "bench", "reasons": ["as_is:bench"]}
-            members = (Sample(key, image, "JPEG", sidecar) for key, image in zip(ids, images, strict=True))
+            members = (CorpusSample(key, image, "JPEG", sidecar) for key, image in zip(ids, images, strict=True))
             _, positions = write_tar(path, members)
-            listed += [samples.Sample(key, path, *position) for key, position in zip(ids, positions, strict=True)]
+            listed += [
+                samples.SampleReference(key, path, *position) for key, position in zip(ids, positions, strict=True)
+            ]
         order = generator.permutation(num_samples).tolist()
 
         def ours() -> None:
-            reader = data.Reader(named=True, hashed=False)
+            reader = data.SampleReader(names_are_ids=True, verify_hashes=False)
             assert sum(len(reader.read(listed[row])) for row in order) == num_samples * SAMPLE_BYTES
             reader.close()
 

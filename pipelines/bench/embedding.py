@@ -32,7 +32,9 @@ from curation.files.prefetch import Meter
 from curation.images.decode import ImageLimits
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
-from curation.models.embedders import load_embedder, split_name
+from curation.models import embedders
+from curation.models.embedders import load_embedder
+from curation.run_folder import RunFolder
 from pipelines.bench import decoding
 from pipelines.bench.processes import Measurements, in_process, run_work
 from pipelines.bench.processes import memory as process_memory
@@ -142,7 +144,8 @@ def memory(folder: str) -> Measurements:
     """The peak memory of embedding the images that `make` made, beyond the memory of imports."""
     config = _config(folder, SMALL_MODEL)
     before = process_memory("VmRSS")
-    embed.run(config, paths.join(folder, "ingest"), paths.join(folder, "embed"), InlineRunner())
+    run_folder = RunFolder.of(folder)
+    embed.run(config, run_folder, run_folder.embed, InlineRunner())
     return {"peak": process_memory("VmHWM") - before}
 
 
@@ -171,10 +174,10 @@ def draw_tars(folder: str, num_images: int, size: tuple[int, int], images_per_ta
 def _config(folder: str, name: str) -> EmbedConfig:
     """The model `name` with fresh weights in `folder`; their values do not change the time."""
     embedder: dict[str, Any] = {"name": name}
-    if vit := split_name(name):
+    if vit := embedders.MODELS[name].vit:
         embedder |= {"weights": paths.join(folder, "weights.pth"), "image_size": 32 if name == SMALL_MODEL else 224}
         if not paths.exists(embedder["weights"]):
-            model = backbone.build(vit[0], patch_size=vit[1], image_size=embedder["image_size"])
+            model = backbone.build(vit.size, patch_size=vit.patch_size, image_size=embedder["image_size"])
             torch.save(model.state_dict(), embedder["weights"])
     else:
         embedder["pooling"] = "gem"

@@ -8,8 +8,8 @@ with its concept.
 import numpy as np
 from rich.table import Table
 
-from curation import ingest
-from curation.files import paths, vectors
+from curation.files import paths
+from curation.run_folder import read_images, read_vectors
 from pipelines.bench.tables import make_table
 from pipelines.demo.concepts import chance, concept_of_drawing, concept_of_stamp, nearest_pairs, share_same_concept
 
@@ -26,13 +26,13 @@ def shares(run: str) -> dict[str, tuple[float, float, float]]:
     seeds: list[tuple[str, str | None]] = []
     pool: list[tuple[str, str | None]] = []
     columns = ["image_id", "source", "role", "label", "width", "height"]
-    for row in ingest.read_images(paths.join(run, "ingest"), columns).to_pylist():
+    for row in read_images(paths.join(run, "ingest"), columns).to_pylist():
         if row["role"] in ("seed", "holdout") and (concept := concept_of_stamp(row["label"])) is not None:
             seeds.append((row["image_id"], concept))
         elif row["source"] == "drawings" and row["width"] * row["height"] <= MAX_POOL_PIXELS:
             pool.append((row["image_id"], concept_of_drawing(row["label"])))
     vector_of: dict[str, np.ndarray] = {}
-    for image_ids, matrix in vectors.read_all(paths.join(run, "embed")):
+    for image_ids, matrix in read_vectors(paths.join(run, "embed")):
         vector_of.update(zip(image_ids, matrix, strict=True))
     seed_concepts, pool_concepts = ([concept for _, concept in rows] for rows in (seeds, pool))
     pairs = nearest_pairs(

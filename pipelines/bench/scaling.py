@@ -30,15 +30,16 @@ from curation.config import Settings
 from curation.engine import command
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
 from curation.engine.runner import InlineRunner, Runner, Shard, Worker
-from curation.engine.stage import run_shards
+from curation.engine.stage import Stage, run_stage
 from curation.files import parquet, paths, schemas
 from curation.files.hashes import hash_json
 from curation.files.paths import FileRecord
-from curation.images.corpus_tar import Sample, write_tar
+from curation.images.corpus_tar import CorpusSample, write_tar
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
+from curation.run_folder import RunFolder
 from pipelines.bench import embedding
 from pipelines.bench.processes import Measurements, in_process, memory, run_work
 from pipelines.bench.tables import make_table
@@ -119,9 +120,8 @@ def stages(folder: str, num_workers: int) -> Measurements:
             list(runner.map("warm", functools.partial(_warm_up, str(ready)), warm_ups))
             timed("ingest", lambda: ingest.run(config, f"{output}/ingest", runner))
             _write_dedup_and_retrieve(output)
-            images, kept, retrieved, corpus = (f"{output}/{name}" for name in ("ingest", "dedup", "retrieve", "corpus"))
-            packing = PackConfig(images_per_shard=PER_TAR)
-            timed("pack", lambda: pack.run(packing, images, kept, retrieved, corpus, runner))
+            run_folder, packing = RunFolder.of(output), PackConfig(images_per_shard=PER_TAR)
+            timed("pack", lambda: pack.run(packing, run_folder, run_folder.corpus, runner))
         finally:
             runner.close()
     return seconds
@@ -171,10 +171,11 @@ def _write_dedup_and_retrieve(output: str) -> None:
         counts = {"rows": len(rows), "kept": len(rows), "near": 0, "holdout_rows": 0}
         records.append(ShardRecord(name=name, files=(file,), totals=counts))
     retrieve = RetrieveConfig(datasets=(DatasetConfig(name="drawn", as_is=True, retrieval="none"),))
-    for stage, shards, config in (("dedup", records, {}), ("retrieve", [], retrieve.model_dump(mode="json"))):
-        plan = Plan(stage=stage, config=config, inputs={"images": images.content_hash}, num_shards=len(shards))
+    datasets = retrieve.model_dump(mode="json", include={"datasets"})
+    for stage, shards, facts in (("dedup", records, {}), ("retrieve", [], datasets)):
+        plan = Plan(stage=stage, config={}, inputs={"images": images.content_hash}, num_shards=len(shards))
         totals = sum_counts(record.totals for record in shards)
-        manifest = Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={})
+        manifest = Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={}, facts=facts)
         write_manifest(f"{output}/{stage}", manifest)
 
 
@@ -208,10 +209,10 @@ def bench_packing(*, scale: int = 1, repeats: int | None = None) -> list[Packing
     return rows
 
 
-def _samples(size: int, number: int) -> list[Sample]:
+def _samples(size: int, number: int) -> list[CorpusSample]:
     data = [os.urandom(size) for _ in range(64)]
     return [
-        Sample(
+        CorpusSample(
             f"{index:032x}",
             data[index % 64],
             "JPEG",
@@ -228,22 +229,22 @@ def _samples(size: int, number: int) -> list[Sample]:
     ]
 
 
-def _write_ours(path: str, samples: Sequence[Sample]) -> None:
+def _write_ours(path: str, samples: Sequence[CorpusSample]) -> None:
     write_tar(path, iter(samples))
 
 
-def _write_peer(target: Any, samples: Sequence[Sample]) -> None:
+def _write_peer(target: Any, samples: Sequence[CorpusSample]) -> None:
     with webdataset.TarWriter(target) as writer:
         for sample in samples:
             writer.write({"__key__": sample.key, "jpg": sample.data, "json": sample.sidecar})
 
 
-def _write_peer_hashed(path: str, samples: Sequence[Sample]) -> None:
+def _write_peer_hashed(path: str, samples: Sequence[CorpusSample]) -> None:
     with paths.atomic_write(path) as file:
         _write_peer(file, samples)
 
 
-WRITERS: dict[str, Callable[[str, Sequence[Sample]], None]] = {
+WRITERS: dict[str, Callable[[str, Sequence[CorpusSample]], None]] = {
     "ours": _write_ours,
     "TarWriter": _write_peer,
     "hashed": _write_peer_hashed,
@@ -307,16 +308,16 @@ def shards(folder: str, num_shards: int, runner: command.RunnerName) -> Measurem
         watch = _Watch(chosen, num_shards - 1)
         before, started, processor_started = memory("VmRSS"), time.perf_counter(), time.process_time()
         with contextlib.suppress(_Stopped):
-            run_shards(
-                "tiny",
+            stage = Stage(
+                name="tiny",
                 config=Settings(),
                 inputs={},
                 output=folder + "/tiny",
-                runner=watch,
                 shards=[Shard(f"{number:06d}", None, 10) for number in range(num_shards)],
                 make_worker=_tiny,
                 check=lambda done: None,
             )
+            run_stage(stage, watch)
         return {
             "first": watch.first - started,
             "first_cpu": watch.first_cpu - processor_started,

@@ -171,7 +171,6 @@ def _run_join(bench: SimilarityBench, num_vectors: int, *, repeats: int) -> Meas
         repeats=bench.repeats or repeats,
         folder=folder,
         output=output,
-        num_vectors=num_vectors,
         rows_per_part=bench.scaled(JOIN_ROWS_PER_PART),
         **JOIN,
     )

@@ -7,7 +7,6 @@ Legend: N vectors, Q queries, D dimensions, K clusters.
 """
 
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,13 +22,15 @@ from curation.copies.components import connected_components, node_type
 from curation.engine.manifest import require_manifest
 from curation.engine.runner import InlineRunner
 from curation.files import disk_arrays, parquet, paths, vectors
+from curation.files.hashes import sha256_of_bytes
 from curation.files.prefetch import prefetch
 from curation.search import exact, kmeans, self_join
 from curation.search.config import SearchConfig
 from curation.search.parts import PartSearch
 from curation.search.self_join import Neighborhood
+from curation.search.top_k import merge_into_best
 from evaluation import knn
-from evaluation.features import SHARD_IMAGES, Features
+from evaluation.features import SHARD_IMAGES, FeatureFiles
 from pipelines.bench import mixture
 from pipelines.bench.processes import Measurements, memory, run_work
 
@@ -61,7 +62,7 @@ def make_vectors(
         waiting = np.concatenate([waiting, block])
         while num_written < num_vectors and len(waiting) >= (count := min(ROWS_PER_FILE, num_vectors - num_written)):
             rows = range(num_written, num_written + count)
-            ids = [hashlib.sha256(str(row).encode()).hexdigest()[:32] for row in rows]
+            ids = [sha256_of_bytes(str(row).encode())[:32] for row in rows]
             path = paths.join(folder, f"vectors-{num_written // ROWS_PER_FILE:05d}.parquet")
             parquet.write_table(path, vectors.make_table(ids, waiting[:count]))
             waiting, num_written = waiting[count:], num_written + count
@@ -95,16 +96,14 @@ def make_edges(folder: str, num_edges: int) -> Measurements:
 # All pairs above a similarity
 
 
-def all_pairs(
-    folder: str, output: str, num_vectors: int, rows_per_cell: int, num_probes: int, rows_per_part: int
-) -> Measurements:
+def all_pairs(folder: str, output: str, rows_per_cell: int, num_probes: int, rows_per_part: int) -> Measurements:
     """The join, from files to files: training, exchange, join, and its own measurement of recall."""
     search = SearchConfig(
         backend="ivf", rows_per_cell=rows_per_cell, num_probes=num_probes, rows_per_part=rows_per_part, min_recall=0
     )
     neighborhood = Neighborhood(search, JOIN_NEIGHBORS, JOIN_FLOOR, num_buckets=16)
     started = time.perf_counter()
-    manifest = self_join.run(neighborhood, _files(folder), "mixture", output, InlineRunner(), num_rows=num_vectors)
+    manifest = self_join.run(neighborhood, _files(folder), output, InlineRunner(), content_hash="mixture")
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "edges": float(manifest.totals["edges"])}
 
@@ -158,21 +157,19 @@ def neighbors(
     files = _files(folder)
     searching = 0.0
     started = time.perf_counter()
-    similarity: np.ndarray = np.empty((len(queries), 0), np.float32)
-    row: np.ndarray = np.empty((len(queries), 0), np.int64)
+    best_similarity: np.ndarray = np.full((len(queries), k), -np.inf, np.float32)
+    best_row: np.ndarray = np.full((len(queries), k), -1, np.int64)
     first = 0
     for number in range(0, len(files), files_per_part):
         part = PartSearch(search, list(_stream(files[number : number + files_per_part])))
         built = time.perf_counter()
-        part_similarity, part_row = part.search(queries, k)
-        similarity = np.concatenate([similarity, part_similarity], axis=1)
-        row = np.concatenate([row, np.where(part_row >= 0, part_row + first, -1)], axis=1)
-        order = np.lexsort((row, -similarity), axis=1)[:, :k]
-        similarity, row = np.take_along_axis(similarity, order, axis=1), np.take_along_axis(row, order, axis=1)
+        similarity, row = part.search(queries, k)
+        query, column = np.nonzero(row >= 0)
+        merge_into_best(best_similarity, best_row, query, row[query, column] + first, similarity[query, column])
         searching += time.perf_counter() - built
         first += part.num_vectors
     seconds = time.perf_counter() - started
-    np.save(output, row)
+    np.save(output, best_row)
     return {"seconds": seconds, "searching": searching}
 
 
@@ -211,7 +208,7 @@ def make_features(folder: str, vectors_folder: str) -> Measurements:
 def classify_neighbors(folder: str, vectors_folder: str, output: str, k: int, num_files: int) -> Measurements:
     """The neighbours that vote in k-NN evaluation, among the features of the first files, streamed."""
     names = [name for name in paths.list_names(folder) if name.endswith(".npy")][:num_files]
-    features = Features(tuple(paths.join(folder, name) for name in names))
+    features = FeatureFiles(tuple(paths.join(folder, name) for name in names))
     queries = torch.from_numpy(np.load(Path(vectors_folder, "queries.npy"), allow_pickle=False))
     started = time.perf_counter()
     rows = knn.neighbors(features.blocks(), queries, k=k)[1]

@@ -40,7 +40,7 @@ from training.augment import make_crops
 from training.data import Batch
 from training.loop import TrainConfig, Trainer
 from training.masking import mask_token_weights, step_masks
-from training.model import Outputs, crop_pairs, draw_kept
+from training.model import NetworkOutputs, crop_pair_weights, draw_kept
 
 NAME = "train"
 DROP_PATH = 0.4
@@ -100,7 +100,7 @@ def tables(*, scale: int = 1, repeats: int | None = None) -> list[Table]:
 def steps(name: str, num_images: int, repeats: int, device: str) -> Measurements:
     """Seconds of a step of every variant, medians of `repeats` rounds by turns after one warm-up round."""
     config = _config(name, num_images, device)
-    trainer = loop.prepare(config, World(0, 1, 0, torch.device(device)))
+    trainer = loop.build_trainer(config, World(0, 1, 0, torch.device(device)))
     batch = make_batch(config).to(trainer.world.device)
     plain = torch.optim.AdamW(trainer.model.student.parameters(), lr=1e-5)  # one operation at a time
     step_of_row: dict[str, Callable[[int], Any]] = {
@@ -137,8 +137,8 @@ def make_batch(config: TrainConfig) -> Batch:
     return Batch(
         crops=tuple(torch.from_numpy(np.stack(group, axis=1)).flatten(0, 1) for group in zip(*crops, strict=True)),
         masks=masks,
-        places=masks.flatten().nonzero()[:, 0],
-        patch_weights=mask_token_weights(masks),
+        masked_indices=masks.flatten().nonzero()[:, 0],
+        masked_weights=mask_token_weights(masks),
         image_ids=[str(image) for image in range(config.batch_size)],
         positions=torch.arange(config.batch_size),
         rejected={},
@@ -154,7 +154,7 @@ def plain_step(
     generator = torch.Generator().manual_seed(number)
     precision = torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
     with precision, torch.no_grad():
-        teacher_outputs = model.teacher([batch.crops[0]], None, batch.places)
+        teacher_outputs = model.teacher([batch.crops[0]], None, batch.masked_indices)
     with precision:
         masks: list[Tensor | None] = [batch.masks, None]
         if variant.kept_only:
@@ -180,10 +180,10 @@ def plain_step(
             cls_tokens = [of_group[:, 0] for of_group in tokens]
             patches = tokens[0][:, 1 + backbone.num_register_tokens :]
         images = torch.cat(cls_tokens)
-        student_outputs = Outputs(
+        student_outputs = NetworkOutputs(
             tuple(cls_tokens),
             *model.student.dino_head(images),
-            *model.student.dino_head(patches.flatten(0, 1)[batch.places]),
+            *model.student.dino_head(patches.flatten(0, 1)[batch.masked_indices]),
         )
         loss = (_chunked_losses if variant.chunked else _whole_losses)(config, teacher_outputs, student_outputs, batch)
         for crop in cls_tokens[0].unflatten(0, (2, num_images)):
@@ -213,7 +213,7 @@ def plain_forward(
     return backbone.norm(x)
 
 
-def _whole_losses(config: TrainConfig, teacher: Outputs, student: Outputs, batch: Batch) -> Tensor:
+def _whole_losses(config: TrainConfig, teacher: NetworkOutputs, student: NetworkOutputs, batch: Batch) -> Tensor:
     """The losses from matrices of all scores."""
     num_images = len(batch.image_ids)
     with torch.no_grad():
@@ -221,9 +221,9 @@ def _whole_losses(config: TrainConfig, teacher: Outputs, student: Outputs, batch
         patches = losses.sinkhorn_knopp(teacher.patch_features @ teacher.patch_prototypes.T, 0.04)
     targets = images.unflatten(0, (2, num_images))
     scores = (student.image_features @ student.image_prototypes.T).unflatten(0, (-1, num_images))
-    pairs = crop_pairs(len(scores))
+    pairs = crop_pair_weights(len(scores))
     total = losses.ibot_loss(
-        student.patch_features @ student.patch_prototypes.T, patches, batch.patch_weights, 2 * num_images
+        student.patch_features @ student.patch_prototypes.T, patches, batch.masked_weights, 2 * num_images
     )
     for crop, crop_scores in enumerate(scores):
         for other, target in enumerate(targets):
@@ -232,7 +232,7 @@ def _whole_losses(config: TrainConfig, teacher: Outputs, student: Outputs, batch
     return total
 
 
-def _chunked_losses(config: TrainConfig, teacher: Outputs, student: Outputs, batch: Batch) -> Tensor:
+def _chunked_losses(config: TrainConfig, teacher: NetworkOutputs, student: NetworkOutputs, batch: Batch) -> Tensor:
     """The losses from a chunk of scores at a time."""
     num_images, rows = len(batch.image_ids), config.model.objective.rows_per_chunk
 
@@ -246,7 +246,7 @@ def _chunked_losses(config: TrainConfig, teacher: Outputs, student: Outputs, bat
         images,
         student.image_prototypes,
         targets(teacher.image_features, teacher.image_prototypes, 2),
-        crop_pairs(len(images)),
+        crop_pair_weights(len(images)),
         whole,
         0.1,
         rows_per_chunk=rows,
@@ -256,7 +256,7 @@ def _chunked_losses(config: TrainConfig, teacher: Outputs, student: Outputs, bat
         student.patch_prototypes,
         targets(teacher.patch_features, teacher.patch_prototypes, 1),
         torch.ones(1, 1),
-        batch.patch_weights / (2 * num_images),
+        batch.masked_weights / (2 * num_images),
         0.1,
         rows_per_chunk=rows,
     )
@@ -279,7 +279,7 @@ def memory(chunked: bool, num_prototypes: int, num_images: int, rows_per_chunk: 
             student[0].unflatten(0, (10, -1)),
             student[1],
             targets,
-            crop_pairs(10),
+            crop_pair_weights(10),
             torch.full((num_images,), 1 / num_images),
             0.1,
             rows_per_chunk=rows_per_chunk,
@@ -302,7 +302,7 @@ def gpu(name: str, num_images: int, repeats: int, packed: str, compile: bool) ->
     Peak rates in bfloat16 (cited): 989 TFLOP/s of an H100 or H200, 312 of an A100.
     """
     config = _config(name, num_images, "cuda", packed_attention=packed, compile=compile)
-    trainer = loop.prepare(config, World(0, 1, 0, torch.device("cuda")))
+    trainer = loop.build_trainer(config, World(0, 1, 0, torch.device("cuda")))
     batch = make_batch(config).to(trainer.world.device)
     seconds = []
     for number in range(3 + repeats):

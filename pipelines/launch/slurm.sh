@@ -3,8 +3,8 @@
 #
 #     sbatch --nodes=4 pipelines/launch/slurm.sh --config CONFIG --output OUTPUT [--set a.b=value ...]
 #
-# What follows the script's name goes to `python -m training.train` as it is. Repository, data and OUTPUT lie on a disk
-# that every node sees. Partition, account, time and GPUs are the cluster's own: give them to sbatch, before the script.
+# Arguments after the script's name are passed to `python -m training.train`. Repository, data and OUTPUT must be on a
+# disk that every node sees. Give the cluster's options (partition, account, time, GPUs) to sbatch, before the script.
 #
 #SBATCH --job-name=seedbed-train
 #SBATCH --nodes=1
@@ -15,7 +15,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
-# SIGTERM three minutes before the time is up, to the batch shell alone, which passes it on below.
+# Sends SIGTERM to the batch shell alone, three minutes before the time limit; `requeue` below passes it on.
 #SBATCH --signal=B:TERM@180
 set -euo pipefail
 
@@ -23,7 +23,7 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 python=${PYTHON:-.venv/bin/python}
 address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 10000))  # two jobs on one node need two
+port=$((20000 + SLURM_JOB_ID % 10000))  # so that two jobs on one node have different ports
 
 srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" \
@@ -36,8 +36,8 @@ srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run \
     -m training.train "$@" &
 step=$!
 
-# Out of time: srun passes SIGTERM to every torchrun, each of them to its ranks, which save and leave. torchrun then
-# exits with 1, as it does after any signal. The job queues again and resumes where it stopped.
+# At the time limit, srun passes SIGTERM to every torchrun, and torchrun to its ranks, which save and exit. torchrun
+# then exits with 1, as after any signal. The job is queued again and resumes where it stopped.
 requeue() {
     trap '' TERM
     kill -TERM "$step"

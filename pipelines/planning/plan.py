@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 from collections.abc import Iterable
-from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -11,7 +10,8 @@ from rich.table import Table
 
 from curation.config import resolved_toml
 from curation.models.embedders import EmbedderConfig
-from curation.quotas import DatasetRows, most_clusters, retrieval_mode, selection_rows
+from curation.quotas import most_clusters
+from curation.retrieval_modes import MODES, DatasetRows, Request, Retrieval, expected_rows, mode_of
 from curation.retrieve import DatasetConfig
 from curation.search.config import SearchConfig
 from pipelines.curate_config import CurateConfig
@@ -96,21 +96,20 @@ def dataset_rows(config: CurateConfig, dataset: DatasetConfig) -> DatasetRows | 
     """
     num_seeds = config.stated_counts.get(dataset.name)
     mode = _mode(config, dataset)
-    if mode == "by_size" or (num_seeds is None and (dataset.as_is or mode == "sample")):
+    if mode == "by_size" or (num_seeds is None and (dataset.as_is or MODES[mode].compares_seeds)):
         return None
     num_clusters = config.cluster.levels[0].num_clusters
     if num_seeds is not None:
         num_clusters = min(num_clusters, most_clusters(num_seeds, config.retrieve.more_than_seeds))
     num_clusters = config.stated_clusters.get(dataset.name, num_clusters)
-    return selection_rows(
-        mode,
+    request = Request(
         num_seeds=num_seeds or 0,
-        as_is=dataset.as_is,
         k=dataset.k,
         cluster_sizes=[config.retrieve.images_per_cluster] * num_clusters,
         images_per_cluster=config.retrieve.images_per_cluster,
         cap=dataset.cap,
     )
+    return expected_rows(mode, request, as_is=dataset.as_is)
 
 
 def contradictions(config: CurateConfig) -> list[str]:
@@ -124,11 +123,11 @@ def contradictions(config: CurateConfig) -> list[str]:
     ]
 
 
-def _mode(config: CurateConfig, dataset: DatasetConfig) -> Literal["sample", "cluster", "by_size", "none"]:
+def _mode(config: CurateConfig, dataset: DatasetConfig) -> Retrieval:
     """The retrieval mode of a dataset; `by_size` where the mode depends on a size that is not stated."""
     if dataset.name not in config.stated_counts:
         return dataset.retrieval
-    return retrieval_mode(dataset.retrieval, config.stated_counts[dataset.name], config.retrieve.sample_above)
+    return mode_of(dataset.retrieval, config.stated_counts[dataset.name], config.retrieve.sample_above)
 
 
 # The tables
@@ -181,14 +180,14 @@ def _datasets_table(config: CurateConfig) -> Table:
         table.add_column(column, justify="right")
     for dataset in config.retrieve.datasets:
         rows, mode = dataset_rows(config, dataset), _mode(config, dataset)
-        is_exact = mode == "sample" or dataset.name in config.stated_clusters
+        is_exact = (mode != "by_size" and MODES[mode].compares_seeds) or dataset.name in config.stated_clusters
         table.add_row(
             dataset.name,
             _count(config.stated_counts.get(dataset.name)),
             _count(rows.as_is) if rows and dataset.as_is else "",
-            f"sample k={dataset.k}" if mode == "sample" else mode,
+            mode if mode == "by_size" else MODES[mode].label.format(k=dataset.k),
             _count(config.stated_clusters.get(dataset.name)),
-            _count(rows.found) if rows and is_exact else "",
+            _count(rows.before_cap) if rows and is_exact else "",
             _count(rows.rows if rows else None),
         )
     if (clustering := config.retrieve.clustering) is not None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from curation.files import paths
 from curation.images import sources
-from curation.quotas import retrieval_mode
+from curation.models.embedders import MODELS
+from curation.retrieval_modes import MODES, mode_of
 from curation.search.config import SearchConfig
 from curation.search.ivf import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL
 from pipelines.curate_config import CurateConfig
-from pipelines.planning.model_costs import forward_cost, vector_width
 from pipelines.planning.rates import FIXED, RatesConfig
 
 TERA = 1e12
@@ -186,10 +186,10 @@ def _price_ingest(work: _Workload) -> StagePrice:
 def _price_embed(work: _Workload, stage: str) -> StagePrice:
     model = work.config.embed if stage == "embed" else work.config.describe
     embedder, rates = model.embedder, work.rates
-    cost = forward_cost(embedder)
-    tera_operations = work.images * cost.operations / TERA
+    facts = MODELS[embedder.name]
+    tera_operations = work.images * facts.flops(embedder.image_size) / TERA
     seconds_on_gpu, seconds_on_cores = (
-        tera_operations / (vit if cost.is_vit else convolutions)
+        tera_operations / (convolutions if facts.vit is None else vit)
         for vit, convolutions in (
             (rates.gpu_tflops_vit, rates.gpu_tflops_convolutions),
             (rates.core_tflops_vit, rates.core_tflops_convolutions),
@@ -201,18 +201,18 @@ def _price_embed(work: _Workload, stage: str) -> StagePrice:
         stage,
         work.images,
         work.images * work.image_bytes,
-        work.images * (2 * vector_width(embedder) + thumbnail_bytes),
+        work.images * (2 * embedder.dimensions + thumbnail_bytes),
         work.num_shards,
         gpu_seconds=seconds_on_gpu if on_gpu else 0.0,
         core_seconds=work.images / rates.decoded_per_core + (0.0 if on_gpu else seconds_on_cores),
         # Weights; the activations of a batch, as a few copies of its pixels at the first layer; pictures decoded ahead.
-        worker_bytes=4 * cost.parameters + 3 * embedder.batch_size * 600 * embedder.image_size**2 / 10,
+        worker_bytes=4 * facts.num_parameters + 3 * embedder.batch_size * 600 * embedder.image_size**2 / 10,
     )
 
 
 def _price_pairs(work: _Workload) -> StagePrice:
     config, images = work.config.pairs, work.images
-    search, width = config.search, vector_width(work.config.describe.embedder)
+    search, width = config.search, work.config.describe.embedder.dimensions
     verifying = images / FIXED.verified_per_core if config.verification else 0.0
     judging_shards = max(1, -(-images // config.images_per_shard))
     edge_bytes = 100 * FIXED.edges_per_image * images
@@ -268,7 +268,7 @@ def _price_dedup(work: _Workload) -> StagePrice:
 def _price_cluster(work: _Workload) -> StagePrice:
     config, kept = work.config.cluster, work.kept
     iterations = sum(level.num_iterations for level in config.levels)
-    clusters, width = config.levels[0].num_clusters, vector_width(work.config.embed.embedder)
+    clusters, width = config.levels[0].num_clusters, work.config.embed.embedder.dimensions
     per_cluster = config.max_points_per_centroid
     points = kept if per_cluster is None else min(kept, per_cluster * clusters)
     return StagePrice(
@@ -284,13 +284,13 @@ def _price_cluster(work: _Workload) -> StagePrice:
 
 
 def _price_retrieve(work: _Workload) -> StagePrice:
-    config, kept, width = work.config.retrieve, work.kept, vector_width(work.config.embed.embedder)
+    config, kept, width = work.config.retrieve, work.kept, work.config.embed.embedder.dimensions
     search = config.search
     num_seeds = {dataset.name: work.image_counts.get(dataset.name, 0) for dataset in config.datasets}
     queries = sum(
         num_seeds[dataset.name]
         for dataset in config.datasets
-        if retrieval_mode(dataset.retrieval, num_seeds[dataset.name], config.sample_above) == "sample"
+        if MODES[mode_of(dataset.retrieval, num_seeds[dataset.name], config.sample_above)].compares_seeds
     )
     parts, part = math.ceil(kept / search.rows_per_part), min(kept, search.rows_per_part)
     compared = kept if search.backend == "exact" else search.num_probes * search.rows_per_cell

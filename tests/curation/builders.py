@@ -12,7 +12,8 @@ from PIL import Image
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
 from curation.engine.runner import InlineRunner, Runner, Shard, Worker
 from curation.files import parquet, paths, schemas, vectors
-from curation.images.decode import Picture
+from curation.images.decode import ImageLimits, Picture
+from curation.run_folder import RunFolder
 
 
 def id_of(number: int) -> str:
@@ -62,7 +63,7 @@ def write_stage(
     shards: Sequence[Mapping[str, pa.Table]],
     *,
     totals: Sequence[dict[str, int]] | None = None,
-    config: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
     inputs: dict[str, str] | None = None,
 ) -> str:
     """A finished stage in `folder` whose shards hold the given tables by kind, e.g. {"vectors": table}."""
@@ -72,9 +73,9 @@ def write_stage(
         files = [parquet.write_table(f"{place}/{kind}-{number:05d}.parquet", table) for kind, table in tables.items()]
         counts = totals[number] if totals else {}
         done.append(ShardRecord(name=f"{number:05d}", files=tuple(files), totals=counts))
-    plan = Plan(stage=Path(place).name, config=config or {}, inputs=inputs or {}, num_shards=len(shards))
+    plan = Plan(stage=Path(place).name, config={}, inputs=inputs or {}, num_shards=len(shards))
     total = sum_counts(record.totals for record in done)
-    write_manifest(place, Manifest(plan=plan, shards=tuple(done), totals=total, rejects={}))
+    write_manifest(place, Manifest(plan=plan, shards=tuple(done), totals=total, rejects={}, facts=facts or {}))
     return place
 
 
@@ -82,7 +83,8 @@ def write_ingest(folder: str | Path, shards: Sequence[Sequence[dict[str, Any]]])
     """A finished ingest whose shards hold the given rows of records.IMAGES."""
     tables = [{"images": pa.Table.from_pylist(list(rows), schema=schemas.IMAGES)} for rows in shards]
     totals = [{"images": len(rows), "accepted": len(rows), "rejected": 0} for rows in shards]
-    return write_stage(folder, tables, totals=totals)
+    facts = {"sources": [], "limits": ImageLimits().model_dump(mode="json")}
+    return write_stage(folder, tables, totals=totals, facts=facts)
 
 
 def write_vectors(folder: str | Path, images: str, shards: Sequence[Mapping[str, np.ndarray]]) -> str:
@@ -96,7 +98,11 @@ def write_vectors(folder: str | Path, images: str, shards: Sequence[Mapping[str,
 
 
 def write_pairs(
-    folder: str | Path, images: str, shards: Sequence[Sequence[tuple[str, str, float]]], **config: Any
+    folder: str | Path,
+    images: str,
+    shards: Sequence[Sequence[tuple[str, str, float]]],
+    *,
+    min_similarity: float = 0.0,
 ) -> str:
     """A finished pairs whose shards hold the given pairs."""
     tables = [
@@ -108,7 +114,9 @@ def write_pairs(
         }
         for rows in shards
     ]
-    return write_stage(folder, tables, config={"min_similarity": 0.0} | config, inputs={"images": content_hash(images)})
+    return write_stage(
+        folder, tables, facts={"min_similarity": min_similarity}, inputs={"images": content_hash(images)}
+    )
 
 
 def write_dedup(folder: str | Path, images: str, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> str:
@@ -133,6 +141,16 @@ def write_dedup(folder: str | Path, images: str, keep: Callable[[dict[str, Any]]
             }
         )
     return write_stage(folder, tables, totals=totals, inputs={"images": content_hash(images)})
+
+
+def stages_of(ingest: str, dedup: str, embed: str = "", cluster: str = "") -> RunFolder:
+    """The folders of hand-made stages, as cluster and retrieve read them."""
+    return RunFolder(ingest=ingest, dedup=dedup, embed=embed, cluster=cluster)
+
+
+def packed_stages(ingest: str, dedup: str, retrieve: str) -> RunFolder:
+    """The folders of hand-made stages, as pack reads them."""
+    return RunFolder(ingest=ingest, dedup=dedup, retrieve=retrieve)
 
 
 def content_hash(folder: str) -> str:

@@ -1,4 +1,4 @@
-"""The Vision Transformer: key layout, calling conventions, positions, and what it computes."""
+"""The Vision Transformer: key layout, calling conventions, positions and results."""
 
 import math
 
@@ -18,7 +18,7 @@ RELEASED_BLOCK = (
 
 
 def small(**options: object) -> backbone.VisionTransformer:
-    """Two blocks, patches of 14, 3x3 of them, with weights large enough that every part of the model matters."""
+    """Two blocks, 3x3 patches of 14, with weights large enough for every part of the model to affect the result."""
     options = {"patch_size": 14, "image_size": 42, "depth": 2, "layer_scale": 0.7, **options}
     model = backbone.build("vit_tiny", **options).eval()  # type: ignore[arg-type]  # the options of `build`
     generator = torch.Generator().manual_seed(1)
@@ -60,7 +60,7 @@ def test_parameter_counts_are_the_released_ones(name: backbone.Name, count: int)
     assert sizes[0] + (size.depth - 1) * (sizes[1] - sizes[0]) == count
 
 
-def test_weights_depend_on_the_seed_and_on_nothing_else() -> None:
+def test_weights_depend_only_on_the_seed() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = backbone.build("vit_tiny", patch_size=16, image_size=32, depth=1, num_register_tokens=2)
@@ -88,7 +88,7 @@ def test_forward_features_splits_the_tokens() -> None:
 
 
 @pytest.mark.parametrize("feed_forward", ["mlp", "swiglu"])
-def test_agrees_with_the_equations_written_out(feed_forward: str) -> None:
+def test_the_result_agrees_with_the_written_out_equations(feed_forward: str) -> None:
     model = small(feed_forward=feed_forward, num_register_tokens=2)
     x = images(1, 3, 42, 42)
     state = model.state_dict()
@@ -125,7 +125,7 @@ def test_agrees_with_the_equations_written_out(feed_forward: str) -> None:
     torch.testing.assert_close(model.forward_features(x)["x_prenorm"][0], tokens, rtol=1e-4, atol=1e-4)
 
 
-def test_masked_patches_are_the_mask_token_whatever_they_showed() -> None:
+def test_the_pixels_of_masked_patches_have_no_effect() -> None:
     model = small()
     masks = torch.zeros(2, 9, dtype=torch.bool)
     masks[0, 4] = True
@@ -157,8 +157,8 @@ def test_intermediate_layers_in_every_form() -> None:
         model.get_intermediate_layers(x, [3])
 
 
-def bicubic(grid: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Rows of `grid` at fractional `places`, by Keys' cubic with a=-0.75, the border repeated."""
+def bicubic(grid: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Rows of `grid` at fractional `positions`, by Keys' cubic with a=-0.75, the border repeated."""
 
     def weight(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
         d = np.abs(distance)
@@ -166,20 +166,20 @@ def bicubic(grid: np.ndarray, places: np.ndarray) -> np.ndarray:
         far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
         return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
 
-    taps = np.floor(places).astype(int)[:, None] + np.arange(-1, 3)
-    weights = weight(places[:, None] - taps)
+    taps = np.floor(positions).astype(int)[:, None] + np.arange(-1, 3)
+    weights = weight(positions[:, None] - taps)
     return np.einsum("pt,pt...->p...", weights, grid[np.clip(taps, 0, len(grid) - 1)])
 
 
 def interpolated(grid: np.ndarray, rows: int, columns: int, offset: float) -> np.ndarray:
-    """A square grid of positions at rows x columns, as torch.hub's DINOv2 does it with an offset of 0.1.
+    """A square grid of positions at rows x columns, as in torch.hub's DINOv2 with an offset of 0.1.
 
-    Its scale is (rows + offset) / side, so that patch `i` looks at (i + 0.5) * side / (rows + offset) - 0.5.
+    Its scale is (rows + offset) / side, so patch `i` is interpolated at (i + 0.5) * side / (rows + offset) - 0.5.
     """
-    row_places, column_places = (
+    row_positions, column_positions = (
         (np.arange(count) + 0.5) * len(grid) / (count + offset) - 0.5 for count in (rows, columns)
     )
-    return bicubic(bicubic(grid, row_places).swapaxes(0, 1), column_places).swapaxes(0, 1)
+    return bicubic(bicubic(grid, row_positions).swapaxes(0, 1), column_positions).swapaxes(0, 1)
 
 
 @pytest.mark.parametrize(("mode", "offset"), [("offset", 0.1), ("plain", 0.0)])
@@ -198,10 +198,10 @@ def test_antialiased_positions_average_where_plain_ones_skip() -> None:
 
 
 @pytest.mark.parametrize("mode", ["offset", "plain", "antialias"])
-def test_positions_at_home_and_elsewhere(mode: str) -> None:
+def test_positions_are_unchanged_at_their_size_and_interpolated_at_others(mode: str) -> None:
     model = small(position_interpolation=mode)
     assert model._positions(3, 3) is model.pos_embed
-    assert model(images(2, 3, 14, 70)).shape == (2, 192)  # neither square nor of the size it was built for
+    assert model(images(2, 3, 14, 70)).shape == (2, 192)  # not square, and not the size of the positional embedding
 
 
 def test_other_channels_and_no_layer_scale() -> None:
@@ -220,7 +220,7 @@ def test_without_a_cls_token() -> None:
     with_zeros = small(num_register_tokens=2, image_size=70)
     with_zeros.load_state_dict({**with_zeros.state_dict(), **model.state_dict(), "pos_embed": with_zeros.pos_embed})
     with_zeros.pos_embed[:, 1:] = model.pos_embed
-    assert torch.equal(with_zeros._embed(x, None)[:, 1:], model._embed(x, None))  # all that differs is the CLS token
+    assert torch.equal(with_zeros._embed(x, None)[:, 1:], model._embed(x, None))  # only the CLS token differs
     (patches,) = model.get_intermediate_layers(x)
     assert torch.equal(patches, features["x_norm_patchtokens"])
     for call in (lambda: model(x), lambda: model.get_intermediate_layers(x, return_class_token=True)):
@@ -228,7 +228,7 @@ def test_without_a_cls_token() -> None:
             call()
 
 
-def test_called_as_dinov2_is_called() -> None:
+def test_the_calling_conventions_are_those_of_dinov2() -> None:
     model = small(num_register_tokens=1)
     x, y, masks = images(2, 3, 42, 42), images(1, 3, 28, 42), torch.arange(18).reshape(2, 9) % 2 == 0
     alone = model.forward_features(x, masks), model.forward_features(y)
@@ -245,15 +245,16 @@ def test_called_as_dinov2_is_called() -> None:
     assert [getattr(model, name) for name in facts] == [192, 192, 14, 2, 3, 1] and len(model.blocks) == 2
 
 
-def test_batches_together_have_the_gradients_of_batches_alone() -> None:
+def test_gradients_of_joint_batches_equal_those_of_single_batches() -> None:
     model = small(num_register_tokens=1).requires_grad_(True)
     x, y, masks = images(2, 3, 42, 42), images(3, 3, 28, 28), torch.arange(18).reshape(2, 9) % 2 == 0
 
     def gradients(features: list[backbone.Features]) -> dict[str, torch.Tensor]:
         model.zero_grad()
-        for of in features:
-            (of["x_norm_clstoken"].sin().sum() + of["x_norm_patchtokens"].cos().sum()).backward(retain_graph=True)
-        return {name: of.grad.clone() for name, of in model.named_parameters() if of.grad is not None}
+        for batch in features:
+            loss = batch["x_norm_clstoken"].sin().sum() + batch["x_norm_patchtokens"].cos().sum()
+            loss.backward(retain_graph=True)
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
     together = gradients(model.forward_features([x, y], [masks, None]))
     alone = gradients([model.forward_features(x, masks), model.forward_features(y)])
@@ -264,12 +265,12 @@ def test_batches_together_have_the_gradients_of_batches_alone() -> None:
         )
 
 
-def test_a_branch_is_added_to_the_kept_images_alone_and_scaled() -> None:
+def test_a_branch_is_scaled_and_added_to_the_kept_images_only() -> None:
     block = small().blocks[0]
     x, y = (torch.randn(count, 5, 192, generator=torch.Generator().manual_seed(count)) for count in (4, 3))
     kept = (torch.tensor([3, 1]), torch.tensor([2])), (torch.tensor([0, 1]), torch.tensor([0]))
-    found = block([x, y], kept)
-    for group, first, second, result in zip((x, y), *kept, found, strict=True):
+    results = block([x, y], kept)
+    for group, first, second, result in zip((x, y), *kept, results, strict=True):
         expected = group.clone()
         for image in first.tolist():
             branch = block.ls1(block.attn(block.norm1(group[image : image + 1])))
@@ -291,7 +292,7 @@ def test_every_size_at_every_patch_size(name: backbone.Name, patch_size: int) ->
     assert ("blocks.0.mlp.w12.weight" in model.state_dict()) == (name == "vit_giant")
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"image_size 224 is not a multiple of patch_size 15"):
         backbone.build("vit_tiny", patch_size=15, image_size=224)
     with pytest.raises(ConfigError, match=r"'vit_medium'.*vit_tiny"):

@@ -15,6 +15,7 @@ from curation.engine.ray_runner import RayRunner
 from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, schemas
+from curation.run_folder import read_centroids, read_parents
 from curation.search import kmeans
 from tests.curation.builders import (
     Killed,
@@ -22,6 +23,7 @@ from tests.curation.builders import (
     bytes_in,
     id_of,
     image_row,
+    stages_of,
     unit_vectors,
     write_dedup,
     write_ingest,
@@ -78,12 +80,12 @@ def test_kept_pool_images_go_to_their_nearest_centroid(tmp_path: Path) -> None:
     roles = [["seed"] * 3, ["pool"] * 20, [], ["holdout", "holdout"], ["pool"] * 15]
     stages, matrix = small_run(tmp_path, roles, dropped=(4, 30))
     output = str(tmp_path / "cluster")
-    manifest = cluster.run(one_level(5), *stages, output, InlineRunner())
+    manifest = cluster.run(one_level(5), stages_of(*stages), output, InlineRunner())
     pool = [n for n in [*range(3, 23), *range(25, 40)] if n not in (4, 30)]
     rows = assignments(output)
     assert [int(row["image_id"], 16) for row in rows] == pool
     assert manifest.totals == {"assigned": len(pool)}
-    centroids = cluster.read_centroids(output)
+    centroids = read_centroids(output)
     assert centroids.shape == (5, WIDTH) and centroids.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-5)
     cosines = matrix[pool].astype(np.float32) @ centroids.T
@@ -107,20 +109,20 @@ def test_agrees_with_the_fit_of_one_process(tmp_path: Path) -> None:
     for start in ("random", "k_means++"):
         level = LevelConfig(num_clusters=9, num_iterations=7, start=start)
         output = str(tmp_path / start)
-        cluster.run(ClusterConfig(levels=(level,), rows_per_part=25), *stages, output, InlineRunner())
+        cluster.run(ClusterConfig(levels=(level,), rows_per_part=25), stages_of(*stages), output, InlineRunner())
         seed = int(np.random.SeedSequence([0, 0, 0]).generate_state(1)[0])
         expected = kmeans.fit(lambda: [matrix], 9, num_iterations=7, start=start, seed=seed)
-        assert cluster.read_centroids(output).tobytes() == expected.centroids.tobytes()
+        assert read_centroids(output).tobytes() == expected.centroids.tobytes()
 
 
 def test_same_bytes_twice_and_a_second_run_does_nothing(tmp_path: Path) -> None:
     stages, _ = small_run(tmp_path, [["pool"] * 12, ["pool"] * 9])
     config = one_level(4, seed=3, max_points_per_centroid=3)
     one, other = str(tmp_path / "one"), str(tmp_path / "other")
-    manifest = cluster.run(config, *stages, one, InlineRunner())
-    cluster.run(config, *stages, other, InlineRunner())
+    manifest = cluster.run(config, stages_of(*stages), one, InlineRunner())
+    cluster.run(config, stages_of(*stages), other, InlineRunner())
     assert bytes_in(one) == bytes_in(other)
-    assert cluster.run(config, *stages, one, InlineRunner()) == manifest
+    assert cluster.run(config, stages_of(*stages), one, InlineRunner()) == manifest
     assert set(bytes_in(one)) == {
         "/assignments-00000.parquet",
         "/assignments-00001.parquet",
@@ -136,7 +138,7 @@ def test_cuts_of_the_same_images_give_the_same_clusters(tmp_path: Path, config: 
     for cuts in ([["pool"] * 24], [["pool"] * 5, [], ["pool"] * 19], [["pool"]] * 24):
         folder = tmp_path / str(len(cuts))
         stages, _ = small_run(folder, cuts)
-        cluster.run(config, *stages, str(folder / "cluster"), InlineRunner())
+        cluster.run(config, stages_of(*stages), str(folder / "cluster"), InlineRunner())
         found.append(sorted(assignments(str(folder / "cluster")), key=lambda row: (row["level"], row["image_id"])))
     assert found[0] == found[1] == found[2]
 
@@ -154,7 +156,7 @@ def test_parts_of_any_size_give_the_same_bytes(
     for rows_per_part in (1000, 77, 30, 13):  # all images in a part, just so; a part a shard; many
         output = str(tmp_path / str(rows_per_part))
         config = ClusterConfig(levels=levels, rows_per_part=rows_per_part, max_points_per_centroid=sample)
-        cluster.run(config, *stages, output, InlineRunner())
+        cluster.run(config, stages_of(*stages), output, InlineRunner())
         found.append({name: data for name, data in bytes_in(output).items() if name != "/manifest.json"})
     assert found[0] == found[1] == found[2] == found[3] and len(found[0]) == 7
 
@@ -163,15 +165,15 @@ def test_levels_are_consistent(tmp_path: Path) -> None:
     stages, matrix = small_run(tmp_path, [["pool"] * 40, ["seed"] * 3, ["pool"] * 50])
     pool = matrix[[*range(40), *range(43, 93)]].astype(np.float32)
     output = str(tmp_path / "cluster")
-    manifest = cluster.run(hierarchy(), *stages, output, InlineRunner())
+    manifest = cluster.run(hierarchy(), stages_of(*stages), output, InlineRunner())
     sizes = (12, 5, 2)
-    centroids = [cluster.read_centroids(output, level) for level in range(3)]
+    centroids = [read_centroids(output, level) for level in range(3)]
     expected = (pool @ centroids[0].T).argmax(axis=1)
     for level in range(3):
         assert centroids[level].shape == (sizes[level], WIDTH)
         np.testing.assert_allclose(np.linalg.norm(centroids[level], axis=1), 1, atol=1e-6)
         if level > 0:
-            parents = cluster.read_parents(output, level - 1)
+            parents = read_parents(output, level - 1)
             assert parents.dtype == np.int64
             assert parents.tolist() == (centroids[level - 1] @ centroids[level].T).argmax(axis=1).tolist()
             expected = parents[expected]
@@ -207,8 +209,8 @@ def test_resampling_spreads_centroids_more_evenly_than_the_points_are(
     for resampling in (None, ResamplingConfig(num_rounds=6, sample_size=10, draw=draw)):
         output = str(tmp_path / str(resampling is None))
         level = LevelConfig(num_clusters=60, resampling=resampling)
-        cluster.run(ClusterConfig(levels=(level,)), *stages, output, InlineRunner())
-        shares.append((cluster.read_centroids(output)[:, 0] > 0.9).mean())
+        cluster.run(ClusterConfig(levels=(level,)), stages_of(*stages), output, InlineRunner())
+        shares.append((read_centroids(output)[:, 0] > 0.9).mean())
     assert (matrix[:, 0] > 0.9).mean() > 0.7 and 0.25 < shares[0] < 0.4 and shares[1] < 0.15
 
 
@@ -218,10 +220,10 @@ def test_same_bytes_on_ray(tmp_path: Path, num_workers: int) -> None:
     stages, _ = small_run(tmp_path, [["pool"] * 30, ["pool"] * 25])
     level = LevelConfig(num_clusters=6, num_iterations=1)
     config = ClusterConfig(levels=(level, LevelConfig(num_clusters=2)), rows_per_part=20)
-    cluster.run(config, *stages, str(tmp_path / "inline"), InlineRunner())
+    cluster.run(config, stages_of(*stages), str(tmp_path / "inline"), InlineRunner())
     runner = RayRunner(num_workers=num_workers)
     try:
-        cluster.run(config, *stages, str(tmp_path / "ray"), runner)
+        cluster.run(config, stages_of(*stages), str(tmp_path / "ray"), runner)
     finally:
         runner.close()
     assert bytes_in(str(tmp_path / "ray")) == bytes_in(str(tmp_path / "inline"))
@@ -231,14 +233,14 @@ def test_every_kill_resumes_at_the_unfinished_part(tmp_path: Path) -> None:
     stages, _ = small_run(tmp_path, [["pool"] * 30, ["pool"] * 25])
     config = hierarchy(rows_per_part=19, max_points_per_centroid=4)
     straight, counter = str(tmp_path / "straight"), MortalRunner(10**6)
-    cluster.run(config, *stages, straight, counter)
+    cluster.run(config, stages_of(*stages), straight, counter)
     num_shards = 10**6 - counter.left
     assert num_shards > 30
     for lives_for in (1, 2, 5):
         output, deaths = str(tmp_path / str(lives_for)), 0
         while read_manifest(output) is None:
             try:
-                cluster.run(config, *stages, output, MortalRunner(lives_for))
+                cluster.run(config, stages_of(*stages), output, MortalRunner(lives_for))
             except Killed:
                 deaths += 1
         assert deaths == (num_shards - 1) // lives_for, "a shard that was done is never done again"
@@ -252,7 +254,7 @@ def test_kills_of_the_driver_that_clusters_alone_change_nothing(
     """Where one part holds everything; it dies as it reads the points, once in each of its first iterations."""
     stages, _ = small_run(tmp_path, [["pool"] * 60, ["pool"] * 50])
     straight, output = str(tmp_path / "straight"), str(tmp_path / "output")
-    cluster.run(hierarchy(), *stages, straight, InlineRunner())
+    cluster.run(hierarchy(), stages_of(*stages), straight, InlineRunner())
     read_blocks, num_reads = cluster.read_blocks, 0
 
     def mortal_read_blocks(part: cluster.Part) -> Iterator[np.ndarray]:
@@ -270,7 +272,7 @@ def test_kills_of_the_driver_that_clusters_alone_change_nothing(
     while read_manifest(output) is None:
         num_reads, lives_for = 0, lives_for + 1
         try:
-            cluster.run(hierarchy(), *stages, output, InlineRunner())
+            cluster.run(hierarchy(), stages_of(*stages), output, InlineRunner())
         except Killed:
             deaths += 1
     assert deaths > 3 and bytes_in(output) == bytes_in(straight)
@@ -279,7 +281,9 @@ def test_kills_of_the_driver_that_clusters_alone_change_nothing(
 @pytest.mark.parametrize("rows_per_part", [1, 1000])
 def test_one_image_is_one_cluster(tmp_path: Path, rows_per_part: int) -> None:
     stages, _ = small_run(tmp_path, [["pool"], ["seed"]])
-    cluster.run(one_level(1, rows_per_part=rows_per_part), *stages, str(tmp_path / "cluster"), InlineRunner())
+    cluster.run(
+        one_level(1, rows_per_part=rows_per_part), stages_of(*stages), str(tmp_path / "cluster"), InlineRunner()
+    )
     (row,) = assignments(str(tmp_path / "cluster"))
     assert (row["image_id"], row["cluster_id"]) == (id_of(0), 0)
     assert row["similarity"] == pytest.approx(1, abs=2e-3)
@@ -287,7 +291,7 @@ def test_one_image_is_one_cluster(tmp_path: Path, rows_per_part: int) -> None:
 
 def test_equal_images_share_a_cluster(tmp_path: Path) -> None:
     stages, _ = small_run(tmp_path, [["pool"] * 9], matrix=np.repeat(unit_vectors(0, 1, WIDTH), 9, axis=0))
-    manifest = cluster.run(one_level(3), *stages, str(tmp_path / "cluster"), InlineRunner())
+    manifest = cluster.run(one_level(3), stages_of(*stages), str(tmp_path / "cluster"), InlineRunner())
     rows = assignments(str(tmp_path / "cluster"))
     assert len({row["cluster_id"] for row in rows}) == 1 and min(row["similarity"] for row in rows) > 0.998
     assert manifest.facts["levels"][0]["empty_clusters"] == 2
@@ -302,10 +306,10 @@ def test_more_clusters_than_images_are_refused(
     output = tmp_path / "cluster"
     config = one_level(num_clusters, max_points_per_centroid=sample)
     with pytest.raises(ConfigError, match=rf"num_clusters is {num_clusters}, but only {3 - len(dropped)} pool images"):
-        cluster.run(config, *stages, str(output), InlineRunner())
+        cluster.run(config, stages_of(*stages), str(output), InlineRunner())
     assert [path.name for path in output.iterdir()] == [".progress"]
     if len(dropped) < 3:
-        cluster.run(one_level(1), *stages, str(output), InlineRunner())  # corrected, and no --replace needed
+        cluster.run(one_level(1), stages_of(*stages), str(output), InlineRunner())  # corrected, and no --replace needed
 
 
 def test_sample_that_is_smaller_than_the_clusters_is_refused(tmp_path: Path) -> None:
@@ -313,7 +317,7 @@ def test_sample_that_is_smaller_than_the_clusters_is_refused(tmp_path: Path) -> 
     stages, _ = small_run(tmp_path, [["pool"] * 20], matrix=matrix)
     level = LevelConfig(num_clusters=4, resampling=ResamplingConfig(num_rounds=1, sample_size=1))
     with pytest.raises(ConfigError, match=r"levels\.0\.resampling\.sample_size is 1, which draws \d points"):
-        cluster.run(ClusterConfig(levels=(level,)), *stages, str(tmp_path / "cluster"), InlineRunner())
+        cluster.run(ClusterConfig(levels=(level,)), stages_of(*stages), str(tmp_path / "cluster"), InlineRunner())
 
 
 @pytest.mark.parametrize("sizes", [(3, 3), (3, 4), (5, 2, 2), ()])
@@ -347,5 +351,5 @@ def test_unfinished_stages_are_refused(tmp_path: Path) -> None:
         (images, keep, "/x"),
     ):
         with pytest.raises(InputError, match="holds no finished stage"):
-            cluster.run(one_level(1), *stages, str(tmp_path / "cluster"), InlineRunner())
+            cluster.run(one_level(1), stages_of(*stages), str(tmp_path / "cluster"), InlineRunner())
     assert not (tmp_path / "cluster").exists()

@@ -20,10 +20,12 @@ from curation.engine.manifest import PROGRESS_NAME, claim, mark_shard_done, requ
 from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import disk_arrays, parquet, paths, schemas
+from curation.run_folder import KeptShard, RunFolder, kept_shards, read_kept
 from tests.curation.builders import (
     bytes_in,
     id_of,
     image_row,
+    stages_of,
     unit_vectors,
     write_dedup,
     write_ingest,
@@ -326,7 +328,7 @@ def rows_of(folder: str) -> list[dict[str, Any]]:
 
 def test_every_row_of_ingest_gets_its_answer_in_place(tmp_path: Path) -> None:
     images, pairs = small_run(tmp_path)
-    manifest = dedup.run(DedupConfig(), images, pairs, str(tmp_path / "dedup"), InlineRunner())
+    manifest = dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), str(tmp_path / "dedup"), InlineRunner())
     found = [
         (int(row["image_id"], 16), row["reason"], row["matched_image_id"] and int(row["matched_image_id"], 16))
         for row in rows_of(str(tmp_path / "dedup"))
@@ -372,7 +374,7 @@ def random_run(folder: Path, seed: int) -> tuple[DedupConfig, str, str]:
 def test_rows_in_are_rows_kept_and_dropped_by_reason(tmp_path: Path, seed: int) -> None:
     config, images, pairs = random_run(tmp_path, seed)
     output = str(tmp_path / "dedup")
-    manifest = dedup.run(config, images, pairs, output, InlineRunner())
+    manifest = dedup.run(config, RunFolder(ingest=images, pairs=pairs), output, InlineRunner())
     ingested = [
         row
         for name in require_manifest(images).files("images")
@@ -410,16 +412,18 @@ def test_rows_in_are_rows_kept_and_dropped_by_reason(tmp_path: Path, seed: int) 
 def test_second_run_does_nothing_and_another_threshold_is_refused(tmp_path: Path) -> None:
     images, pairs = small_run(tmp_path)
     output = str(tmp_path / "dedup")
-    first = dedup.run(DedupConfig(), images, pairs, output, InlineRunner())
+    first = dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), output, InlineRunner())
     before = bytes_in(output)
-    assert dedup.run(DedupConfig(), images, pairs, output, InlineRunner()) == first
+    assert dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), output, InlineRunner()) == first
     with pytest.raises(OutputMismatchError, match=r"config\.threshold: 0\.6 there, 0\.7 now"):
-        dedup.run(DedupConfig(threshold=0.7), images, pairs, output, InlineRunner())
+        dedup.run(DedupConfig(threshold=0.7), RunFolder(ingest=images, pairs=pairs), output, InlineRunner())
     assert bytes_in(output) == before
-    again = dedup.run(DedupConfig(threshold=0.7), images, pairs, output, InlineRunner(), replace=True)
+    again = dedup.run(
+        DedupConfig(threshold=0.7), RunFolder(ingest=images, pairs=pairs), output, InlineRunner(), replace=True
+    )
     assert again.totals["near"] == 2
     other = str(tmp_path / "other")
-    dedup.run(DedupConfig(), images, pairs, other, InlineRunner())
+    dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), other, InlineRunner())
     assert bytes_in(other) == before
 
 
@@ -427,7 +431,7 @@ def test_threshold_below_what_was_written_is_refused(tmp_path: Path) -> None:
     images, _ = small_run(tmp_path)
     pairs = write_pairs(tmp_path / "few", images, [[]], min_similarity=0.5)
     with pytest.raises(ConfigError, match=r"holdout_threshold is 0\.45, but pairs below 0\.5 were not written"):
-        dedup.run(DedupConfig(), images, pairs, str(tmp_path / "dedup"), InlineRunner())
+        dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), str(tmp_path / "dedup"), InlineRunner())
     assert not (tmp_path / "dedup").exists()
 
 
@@ -437,7 +441,7 @@ def test_pairs_of_other_images_are_refused(tmp_path: Path, unknown: str) -> None
     one, other = sorted((id_of(3), unknown))
     pairs = write_pairs(tmp_path / "other", images, [[(one, other, 0.9)]])
     with pytest.raises(InputError, match=unknown):
-        dedup.run(DedupConfig(), images, pairs, str(tmp_path / "dedup"), InlineRunner())
+        dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), str(tmp_path / "dedup"), InlineRunner())
     assert paths.list_names(str(tmp_path / "dedup")) == [PROGRESS_NAME]
 
 
@@ -450,18 +454,18 @@ def test_kept_images_come_with_their_vectors(tmp_path: Path) -> None:
     shards = [[1, 2], [1, 3, 4, 9], [5, 3, 6, 7], [], [9, 8]]
     embedded = write_vectors(tmp_path / "embed", images, [{id_of(n): matrix[n] for n in shard} for shard in shards])
     deduplicated = write_dedup(tmp_path / "dedup", images, lambda row: row["image_id"] not in (id_of(4), id_of(6)))
-    parts = dedup.kept_shards(images, deduplicated, embedded)
+    parts = kept_shards(stages_of(images, deduplicated, embedded))
     assert len(parts) == 5
 
     def numbers(role: str, source: str | None = None) -> list[list[int]]:
-        return [[int(i, 16) for i in dedup.read_kept(part, role=role, source=source)[0]] for part in parts]
+        return [[int(i, 16) for i in read_kept(part, role=role, source=source)[0]] for part in parts]
 
     assert numbers("pool") == [[], [1, 3, 9], [5, 3, 7], [], []]
     assert numbers("seed") == numbers("seed", "seed") == [[1, 2], [], [], [], []]
     assert numbers("seed", "other") == [[]] * 5
     assert numbers("holdout") == [[]] * 5
     for part in parts:
-        ids, found = dedup.read_kept(part, role="pool")
+        ids, found = read_kept(part, role="pool")
         assert found.shape == (len(ids), 8)
         assert found.tobytes() == matrix[[int(image_id, 16) for image_id in ids]].tobytes()
 
@@ -471,19 +475,19 @@ def test_stages_of_different_runs_are_refused(tmp_path: Path) -> None:
     deduplicated = write_dedup(tmp_path / "dedup", images)
     few = write_vectors(tmp_path / "few", images, [{id_of(1): unit_vectors(0, 1)[0]}])
     with pytest.raises(InputError, match=r"differ in their number of shards \(5, 5, 1\)"):
-        dedup.kept_shards(images, deduplicated, few)
+        kept_shards(stages_of(images, deduplicated, few))
     other = write_vectors(tmp_path / "other", images, [{id_of(77): unit_vectors(0, 1)[0]} for _ in range(5)])
     with pytest.raises(InputError, match=rf"vectors-00001\.parquet.*{id_of(1)}"):
-        dedup.read_kept(dedup.kept_shards(images, deduplicated, other)[1], role="pool")
+        read_kept(kept_shards(stages_of(images, deduplicated, other))[1], role="pool")
 
 
 def test_kept_images_must_line_up_with_the_decisions(tmp_path: Path) -> None:
     images, _ = small_run(tmp_path)
     embedded = write_vectors(tmp_path / "embed", images, [{id_of(1): unit_vectors(0, 1)[0]} for _ in range(5)])
-    parts = dedup.kept_shards(images, write_dedup(tmp_path / "dedup", images), embedded)
-    crossed = dedup.KeptShard(parts[0].images, parts[1].duplicates, parts[0].vectors)
+    parts = kept_shards(stages_of(images, write_dedup(tmp_path / "dedup", images), embedded))
+    crossed = KeptShard(parts[0].images, parts[1].duplicates, parts[0].vectors)
     with pytest.raises(InputError, match=r"duplicates-00001\.parquet: other images than in .*images-00000\.parquet"):
-        dedup.read_kept(crossed, role="pool")
+        read_kept(crossed, role="pool")
 
 
 def test_stages_that_another_ingest_went_into_are_refused(tmp_path: Path) -> None:
@@ -497,12 +501,12 @@ def test_stages_that_another_ingest_went_into_are_refused(tmp_path: Path) -> Non
     vector_shards = [{id_of(1): unit_vectors(0, 1)[0]} for _ in range(5)]
     own = (write_dedup(tmp_path / "dedup", images), write_vectors(tmp_path / "embed", images, vector_shards))
     strange = (write_dedup(tmp_path / "dedup2", other), write_vectors(tmp_path / "embed2", other, vector_shards))
-    assert len(dedup.kept_shards(images, *own)) == len(dedup.kept_shards(other, *strange)) == 5
+    assert len(kept_shards(stages_of(images, *own))) == len(kept_shards(stages_of(other, *strange))) == 5
     for deduplicated, embedded, named in ((own[0], strange[1], "embed2"), (strange[0], own[1], "dedup2")):
         with pytest.raises(InputError, match=rf"{named}' was made from another ingest.*not stages of one run"):
-            dedup.kept_shards(images, deduplicated, embedded)
+            kept_shards(stages_of(images, deduplicated, embedded))
     with pytest.raises(InputError, match="pairs' was made from another ingest"):
-        dedup.run(DedupConfig(), other, pairs, str(tmp_path / "output"), InlineRunner())
+        dedup.run(DedupConfig(), RunFolder(ingest=other, pairs=pairs), str(tmp_path / "output"), InlineRunner())
     assert not (tmp_path / "output").exists()
 
 
@@ -728,7 +732,7 @@ def test_largest_components_and_sizes_over_blocks(tmp_path: Path, seed: int, blo
         for n in range(size - 1)
     ]
     copies = write_pairs(tmp_path / "pairs", images, [pairs])
-    manifest = dedup.run(DedupConfig(), images, copies, str(tmp_path / "dedup"), InlineRunner())
+    manifest = dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=copies), str(tmp_path / "dedup"), InlineRunner())
     by_size = sorted(zip(groups, starts, strict=True), key=lambda item: (-item[0], item[1]))[:20]
     assert manifest.facts["largest_components"] == [[id_of(start), size] for size, start in by_size]
     assert manifest.facts["component_sizes"] == {"2": 27, "3": 2, "5": 1}
@@ -746,7 +750,7 @@ def test_blocks_and_buckets_of_any_size_give_the_same_bytes(
         monkeypatch.setattr(disk_arrays, "BLOCK", block_size)  # of a million, as the buckets: more than any small case
         monkeypatch.setattr(duplicate_graph, "ROWS_PER_BUCKET", rows_per_bucket)
         output = str(tmp_path / f"dedup-{block_size}")
-        dedup.run(config, images, pairs, output, InlineRunner())
+        dedup.run(config, RunFolder(ingest=images, pairs=pairs), output, InlineRunner())
         written.append(bytes_in(output))
     assert written[0] == written[1] == written[2]
 
@@ -756,20 +760,25 @@ def test_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, num_done: int) ->
     """As a kill leaves it: some shards marked done, and no manifest; also when only the manifest is missing."""
     images, pairs = small_run(tmp_path)
     straight, output = str(tmp_path / "straight"), str(tmp_path / "dedup")
-    manifest = dedup.run(DedupConfig(), images, pairs, straight, InlineRunner())
+    manifest = dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), straight, InlineRunner())
     claim(output, manifest.plan, replace=False)
     for record in manifest.shards[:num_done]:
         for file in record.files:
             paths.write_bytes(f"{output}/{file.name}", paths.read_bytes(f"{straight}/{file.name}"))
         mark_shard_done(output, record)
-    assert dedup.run(DedupConfig(), images, pairs, output, InlineRunner()) == manifest
+    assert dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), output, InlineRunner()) == manifest
     assert bytes_in(output) == bytes_in(straight)
 
 
 def test_ingest_without_images_is_refused(tmp_path: Path) -> None:
     images = write_ingest(tmp_path / "ingest", [[], []])
     with pytest.raises(InputError, match="holds no accepted image"):
-        dedup.run(DedupConfig(), images, write_pairs(tmp_path / "pairs", images, [[]]), "dedup", InlineRunner())
+        dedup.run(
+            DedupConfig(),
+            RunFolder(ingest=images, pairs=write_pairs(tmp_path / "pairs", images, [[]])),
+            "dedup",
+            InlineRunner(),
+        )
 
 
 MEASURE = """
@@ -778,6 +787,7 @@ from curation import dedup
 from curation.copies import duplicate_graph
 from curation.files import disk_arrays
 from curation.engine.runner import InlineRunner
+from curation.run_folder import RunFolder
 
 disk_arrays.BLOCK = duplicate_graph.ROWS_PER_BUCKET = 5_000
 most, done = 0, False
@@ -789,10 +799,11 @@ def watch():
         most = max(most, int(line.split()[1]))
         time.sleep(0.002)
 
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 config = dedup.DedupConfig(matches_kept=True, max_component_size=50, families=dedup.FamilyConfig())
-dedup.run(config, sys.argv[1] + "/ingest", sys.argv[1] + "/pairs", sys.argv[1] + "/dedup", InlineRunner())
+folder = RunFolder.of(sys.argv[1])
+dedup.run(config, folder, folder.dedup, InlineRunner())
 done = True
 thread.join()
 print(most)
@@ -835,7 +846,7 @@ def test_memory_does_not_grow_with_images_and_pairs(tmp_path: Path) -> None:
         )
         hashes = {"images": require_manifest(images).content_hash}
         shards = [{"pairs": pairs.slice(start, count)} for start in range(0, len(ids), count)]
-        write_stage(folder / "pairs", shards, config={"min_similarity": 0.0}, inputs=hashes)
+        write_stage(folder / "pairs", shards, facts={"min_similarity": 0.0}, inputs=hashes)
         command = [sys.executable, "-c", MEASURE, str(folder)]
         kilobytes.append(int(subprocess.run(command, capture_output=True, check=True, cwd=ROOT).stdout))
     # 40,000 images and pairs more take 9 MB in the arrays alone, and some 30 MB as Python objects.

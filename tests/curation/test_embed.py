@@ -22,9 +22,9 @@ from curation.engine import progress
 from curation.engine.manifest import read_manifest
 from curation.engine.ray_runner import RayRunner
 from curation.engine.runner import InlineRunner
-from curation.files import vectors
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
+from curation.run_folder import RunFolder, read_vectors
 from tests.curation.builders import bytes_in, picture_of
 
 SIZES = [(90, 60), (60, 90), (64, 64), (300, 40), (33, 200), (128, 127), (640, 480), (48, 48)]
@@ -66,16 +66,14 @@ def config(weights: str, *, stage: dict[str, Any] | None = None, **options: Any)
 
 
 def matrix_of(output: str) -> dict[str, np.ndarray]:
-    return {
-        image_id: row for ids, matrix in vectors.read_all(output) for image_id, row in zip(ids, matrix, strict=True)
-    }
+    return {image_id: row for ids, matrix in read_vectors(output) for image_id, row in zip(ids, matrix, strict=True)}
 
 
 @pytest.mark.parametrize("resize", ["squash", "keep_aspect"])
 def test_vectors_do_not_depend_on_batches_and_threads(resize: str, weights: str, images: str, tmp_path: Path) -> None:
     def run(name: str, batch_size: int, **stage: int) -> dict[str, np.ndarray]:
         settings = config(weights, stage=stage, resize=resize, batch_size=batch_size)
-        embed.run(settings, images, str(tmp_path / name), InlineRunner())
+        embed.run(settings, RunFolder(ingest=images), str(tmp_path / name), InlineRunner())
         return matrix_of(str(tmp_path / name))
 
     one = run("one", 1)
@@ -90,11 +88,11 @@ def test_vectors_do_not_depend_on_batches_and_threads(resize: str, weights: str,
 
 def test_runners_and_decode_threads_give_the_same_bytes(weights: str, images: str, tmp_path: Path) -> None:
     outputs = [str(tmp_path / name) for name in ("inline", "threads", "ray")]
-    embed.run(config(weights), images, outputs[0], InlineRunner())
-    embed.run(config(weights, stage={"decode_threads": 5}), images, outputs[1], InlineRunner())
+    embed.run(config(weights), RunFolder(ingest=images), outputs[0], InlineRunner())
+    embed.run(config(weights, stage={"decode_threads": 5}), RunFolder(ingest=images), outputs[1], InlineRunner())
     runner = RayRunner(num_workers=2)
     try:
-        embed.run(config(weights), images, outputs[2], runner)
+        embed.run(config(weights), RunFolder(ingest=images), outputs[2], runner)
     finally:
         runner.close()
     assert bytes_in(outputs[0]) == bytes_in(outputs[1]) == bytes_in(outputs[2])
@@ -121,7 +119,7 @@ def test_progress_tells_where_the_time_goes(
 ) -> None:
     """Rich finds the standard error of the time when it was imported; the console of the test looks again."""
     monkeypatch.setattr(progress, "_console", progress.Console(stderr=True, highlight=False, width=200))
-    embed.run(config(weights), images, str(tmp_path / "out"), InlineRunner())
+    embed.run(config(weights), RunFolder(ingest=images), str(tmp_path / "out"), InlineRunner())
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("embed: 31 images in ") and "images/s; model " in line and "pictures ready" in line
     assert b"waited" not in b"".join(bytes_in(str(tmp_path / "out")).values())
@@ -137,7 +135,7 @@ def test_a_folder_needs_no_config(weights: str, folder: str, images: str, tmp_pa
     base = ("--model", "vit_tiny_patch16", "--weights", weights, *size)
     done = run_command("--images", folder, *base, "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    embed.run(config(weights), images, str(tmp_path / "staged"), InlineRunner())
+    embed.run(config(weights), RunFolder(ingest=images), str(tmp_path / "staged"), InlineRunner())
     found, staged = matrix_of(str(tmp_path / "out" / "embed")), matrix_of(str(tmp_path / "staged"))
     assert found.keys() == staged.keys()
     assert all((found[image_id] == staged[image_id]).all() for image_id in staged)
@@ -224,7 +222,7 @@ def test_a_source_that_changed_is_an_error(weights: str, folder: str, images: st
     ingest.run(IngestConfig(sources=(source,)), str(tmp_path / "ingest"), InlineRunner())
     (copied / "05.jpg").write_bytes(Path(folder, "07.jpg").read_bytes())
     with pytest.raises(Exception, match=r"05\.jpg.*no longer those of image"):
-        embed.run(config(weights), str(tmp_path / "ingest"), str(tmp_path / "out"), InlineRunner())
+        embed.run(config(weights), RunFolder(ingest=str(tmp_path / "ingest")), str(tmp_path / "out"), InlineRunner())
     assert read_manifest(str(tmp_path / "out")) is None
 
 

@@ -22,17 +22,20 @@ from curation.engine.runner import InlineRunner, Shard
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import parquet, paths, schemas
 from curation.images import sources
-from curation.images.corpus_tar import Sample, read_tar, write_tar
+from curation.images.corpus_tar import CorpusSample, read_tar, write_tar
 from curation.images.decode import EXTENSION_OF_FORMAT
 from curation.images.hashing import image_id
 from curation.images.sources import SourceConfig
 from curation.pack import MixConfig, PackConfig
 from curation.quotas import dataset_weights
 from curation.retrieve import DatasetConfig, RetrieveConfig
+from curation.run_folder import RunFolder, read_corpus, read_retrieved
 from tests.curation.builders import (
     bytes_in,
     encoded_image,
     image_row,
+    packed_stages,
+    stages_of,
     unit_vectors,
     write_dedup,
     write_ingest,
@@ -98,10 +101,12 @@ class Plan:
         cuts = [found.num_rows * n // num_shards for n in range(num_shards + 1)]
         parts = [found[start:stop] for start, stop in itertools.pairwise(cuts)]
         retrieved = write_stage(folder / "retrieve", [{"retrieved": part} for part in parts])
-        self.selection = pack.select(datasets, *stages, retrieved)
+        self.selection = pack.select(datasets, packed_stages(*stages, retrieved))
         self.weight, self.mass = pack.weigh(config, self.selection)
         self.tars = pack.plan_tars(config, self.selection, max_files)
-        pack.write_plan(config, self.selection, self.weight, self.tars, *stages, retrieved, str(folder / "plan"))
+        pack.write_plan(
+            config, self.selection, self.weight, self.tars, packed_stages(*stages, retrieved), str(folder / "plan")
+        )
         self.num_files = len(paths.list_names(str(folder / "plan"))) // 2
         self.rows: list[dict[str, Any]] = [
             row for tar in self.tars for row in pack.read_plan(str(folder / "plan"), tar).to_pylist()
@@ -336,7 +341,7 @@ def test_nothing_to_select(tmp_path: Path) -> None:
     images = write_ingest(tmp_path / "ingest", [KEPT])
     stages = (images, write_dedup(tmp_path / "dedup", images))
     for datasets, shards in (((), []), ((DatasetConfig(name="b"),), [{"retrieved": retrieved_table([])}])):
-        selection = pack.select(datasets, *stages, write_stage(tmp_path / "retrieve", shards))
+        selection = pack.select(datasets, packed_stages(*stages, write_stage(tmp_path / "retrieve", shards)))
         assert len(selection.image) == len(selection.image_ids) == 0 and selection.num_kept == 6
         for config in (PackConfig(), PackConfig(repeats=True)):
             assert pack.plan_tars(config, selection) == []
@@ -355,7 +360,8 @@ class Run:
         for n, picture in enumerate(pictures[:10]):
             paths.write_bytes(f"{folder}/seeds/label {n % 2}/::{n}.png", picture)
         samples = iter(
-            Sample(f"{n:04d}", picture, FORMATS[n % 4], {"label": n}) for n, picture in enumerate(pictures[10:], 10)
+            CorpusSample(f"{n:04d}", picture, FORMATS[n % 4], {"label": n})
+            for n, picture in enumerate(pictures[10:], 10)
         )
         write_tar(f"{folder}/web/00000.tar", samples)
         shards = []
@@ -373,25 +379,23 @@ class Run:
         self.output = str(folder / "corpus")
 
     @staticmethod
-    def row(item: sources.Found, name: str, role: str, pictures: list[bytes]) -> dict[str, Any]:
+    def row(item: sources.SourceItem, name: str, role: str, pictures: list[bytes]) -> dict[str, Any]:
         assert item.data is not None
         place = {"uri": item.uri, "offset": item.offset, "length": item.length, "label": item.label}
         number = pictures.index(item.data)
         return image_row(image_id(item.data), name, role, width=24, height=20, format=FORMATS[number % 4], **place)
 
     def retrieved(self, found: pa.Table, *datasets: DatasetConfig) -> str:
-        config = RetrieveConfig(datasets=datasets).model_dump(mode="json")
-        return write_stage(
-            self.folder / "retrieve", [{"retrieved": found[:3]}, {"retrieved": found[3:]}], config=config
-        )
+        facts = RetrieveConfig(datasets=datasets).model_dump(mode="json", include={"datasets"})
+        return write_stage(self.folder / "retrieve", [{"retrieved": found[:3]}, {"retrieved": found[3:]}], facts=facts)
 
     def pack(self, config: PackConfig, output: str = "") -> pa.Table:
         if not Path(self.folder / "retrieve").exists():
             rows = [(self.ids[10 + n % 12], "seeds", self.ids[n % 5], n) for n in range(18)]
             self.retrieved(retrieved_table(rows), DatasetConfig(name="seeds", as_is=True, retrieval="sample"))
         stages = (self.images, self.kept, str(self.folder / "retrieve"))
-        pack.run(config, *stages, output or self.output, InlineRunner())
-        return pack.read_corpus(output or self.output)
+        pack.run(config, packed_stages(*stages), output or self.output, InlineRunner())
+        return read_corpus(output or self.output)
 
 
 @pytest.mark.parametrize("repeats", [False, True])
@@ -504,10 +508,10 @@ def test_shard_beyond_the_hundred_thousandth_has_a_name_of_its_own(tmp_path: Pat
     found = retrieved_table([])
     stages = (run.images, run.kept, run.retrieved(found, DatasetConfig(name="seeds", as_is=True)))
     config = PackConfig(images_per_shard=100)
-    selection = pack.select((DatasetConfig(name="seeds", as_is=True),), *stages)
+    selection = pack.select((DatasetConfig(name="seeds", as_is=True),), packed_stages(*stages))
     weight, _ = pack.weigh(config, selection)
     (plan,) = tars = pack.plan_tars(config, selection)
-    pack.write_plan(config, selection, weight, tars, *stages, step_folder(run.output, pack.PLAN_STEP))
+    pack.write_plan(config, selection, weight, tars, packed_stages(*stages), step_folder(run.output, pack.PLAN_STEP))
     process = pack.make_worker(run.output)
     names = [file.name for n in ("000000", "099999", "100000") for file in process(Shard(n, plan)).files]
     assert names == [
@@ -543,7 +547,7 @@ def test_same_bytes_inline_and_on_ray(tmp_path: Path) -> None:
     run.pack(config)
     stages = (run.images, run.kept, str(tmp_path / "retrieve"))
     with command.open_runner("ray", 2) as runner:
-        pack.run(config, *stages, str(tmp_path / "ray"), runner)
+        pack.run(config, packed_stages(*stages), str(tmp_path / "ray"), runner)
     assert bytes_in(str(tmp_path / "ray")) == bytes_in(run.output)
 
 
@@ -573,13 +577,13 @@ def test_funnel_adds_up_over_the_real_stages(tmp_path: Path, seed: int) -> None:
     write_pairs(stage["pairs"], stage["ingest"], [scored])
 
     runner = InlineRunner()
-    copies = dedup.run(DedupConfig(), stage["ingest"], stage["pairs"], stage["dedup"], runner)
+    copies = dedup.run(DedupConfig(), RunFolder(ingest=stage["ingest"], pairs=stage["pairs"]), stage["dedup"], runner)
     finished = (stage["ingest"], stage["dedup"], stage["embed"])
-    cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=3),)), *finished, stage["cluster"], runner)
+    cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=3),)), stages_of(*finished), stage["cluster"], runner)
     datasets = (DatasetConfig(name="seeds", as_is=True, retrieval="sample", k=2),)
     config = RetrieveConfig(datasets=datasets)
-    retrieve.run(config, *finished, stage["cluster"], stage["retrieve"], runner)
-    pack.run(PackConfig(), stage["ingest"], stage["dedup"], stage["retrieve"], stage["corpus"], runner)
+    retrieve.run(config, stages_of(*finished, stage["cluster"]), stage["retrieve"], runner)
+    pack.run(PackConfig(), packed_stages(stage["ingest"], stage["dedup"], stage["retrieve"]), stage["corpus"], runner)
 
     funnel = json.loads(paths.read_bytes(f"{stage['corpus']}/composition.json"))["funnel"]
     total = copies.totals
@@ -587,8 +591,8 @@ def test_funnel_adds_up_over_the_real_stages(tmp_path: Path, seed: int) -> None:
     assert funnel["after_exact"] == funnel["candidates"] - total.get("exact", 0)
     assert funnel["after_near_duplicates"] == funnel["after_exact"] - total.get("near", 0)
     assert funnel["after_decontamination"] == funnel["after_near_duplicates"] - total.get("holdout", 0) == total["kept"]
-    corpus = pack.read_corpus(stage["corpus"]).to_pylist()
-    found = {row["image_id"] for row in retrieve.read_retrieved(stage["retrieve"]).to_pylist()}
+    corpus = read_corpus(stage["corpus"]).to_pylist()
+    found = {row["image_id"] for row in read_retrieved(stage["retrieve"]).to_pylist()}
     as_is = {row["image_id"] for row in corpus if "as_is:seeds" in row["reasons"]}
     assert funnel["packed"] == len(corpus) == len(found | as_is) and funnel["retrieved"] == len(found)
     held_out = {row["image_id"] for row in rows.get("test", [])}

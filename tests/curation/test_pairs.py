@@ -13,6 +13,7 @@ from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas
 from curation.pairs import PairsConfig
+from curation.run_folder import RunFolder
 from curation.search.config import SearchConfig
 from tests.curation.builders import id_of, image_row, unit_vectors, write_ingest, write_vectors
 
@@ -43,7 +44,9 @@ class Run:
 
     def pairs(self, name: str = "pairs", **config: Any) -> list[dict[str, Any]]:
         output = str(self.folder / name)
-        pairs.run(PairsConfig(**config), self.images, self.descriptors, output, InlineRunner())
+        pairs.run(
+            PairsConfig(**config), RunFolder(ingest=self.images, describe=self.descriptors), output, InlineRunner()
+        )
         names = require_manifest(output).files("pairs")
         table = pa.concat_tables([parquet.read_table(paths.join(output, name), schemas.PAIRS) for name in names])
         assert table.schema == schemas.PAIRS
@@ -136,7 +139,7 @@ def test_recall_of_the_search_is_among_the_facts(tmp_path: Path) -> None:
     search = SearchConfig(backend="ivf", rows_per_cell=5, num_probes=1000)
     assert run.pairs("ivf", search=search) == exact
     facts = require_manifest(str(tmp_path / "ivf")).facts
-    assert facts["search"]["recall"] == 1 and require_manifest(str(tmp_path / "exact")).facts == {"search": {}}
+    assert facts["search"]["recall"] == 1 and require_manifest(str(tmp_path / "exact")).facts["search"] == {}
 
 
 # What is refused
@@ -145,7 +148,12 @@ def test_recall_of_the_search_is_among_the_facts(tmp_path: Path) -> None:
 def test_descriptors_of_another_ingest_are_refused(tmp_path: Path) -> None:
     one, other = Run(tmp_path / "one", unit_vectors(0, 4, WIDTH)), Run(tmp_path / "other", unit_vectors(0, 5, WIDTH))
     with pytest.raises(InputError, match="descriptors of other images than those of"):
-        pairs.run(PairsConfig(), one.images, other.descriptors, str(tmp_path / "pairs"), InlineRunner())
+        pairs.run(
+            PairsConfig(),
+            RunFolder(ingest=one.images, describe=other.descriptors),
+            str(tmp_path / "pairs"),
+            InlineRunner(),
+        )
     assert not (tmp_path / "pairs").exists()
 
 
@@ -154,7 +162,7 @@ def test_image_without_a_descriptor_is_named(tmp_path: Path) -> None:
     matrix = unit_vectors(0, 2, WIDTH)
     described = write_vectors(tmp_path / "describe", images, [{id_of(n): matrix[n] for n in range(2)}])
     with pytest.raises(InputError, match=f"no descriptor of image {id_of(2)}"):
-        pairs.run(PairsConfig(), images, described, str(tmp_path / "pairs"), InlineRunner())
+        pairs.run(PairsConfig(), RunFolder(ingest=images, describe=described), str(tmp_path / "pairs"), InlineRunner())
 
 
 def test_verification_needs_thumbnails(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +14,10 @@ from curation.quotas import (
     cluster_counts,
     dataset_weights,
     most_clusters,
-    retrieval_mode,
     row_weights,
-    selection_rows,
     temperature_counts,
 )
+from curation.retrieval_modes import Request, expected_rows, mode_of
 
 
 def brute_force(sizes: list[int], cap: int) -> list[int]:
@@ -252,25 +250,25 @@ def test_rows_of_a_dataset(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(0, 20, int(rng.integers(0, 8))).tolist()
     num_seeds, k, most, cap = (int(n) for n in rng.integers(1, 30, 4))
-    same: dict[str, Any] = dict(num_seeds=num_seeds, k=k, cluster_sizes=sizes, images_per_cluster=most, cap=cap)
-    sample = selection_rows("sample", as_is=False, **same)
-    assert (sample.as_is, sample.found, sample.retrieved, sample.rows) == (
+    request = Request(num_seeds=num_seeds, k=k, cluster_sizes=sizes, images_per_cluster=most, cap=cap)
+    sample = expected_rows("sample", request, as_is=False)
+    assert (sample.as_is, sample.before_cap, sample.retrieved, sample.rows) == (
         0,
         num_seeds * k,
         num_seeds * k,
-        sample.found,
+        sample.before_cap,
     )
-    cluster = selection_rows("cluster", as_is=True, **same)
+    cluster = expected_rows("cluster", request, as_is=True)
     found = sum(min(size, most) for size in sizes)
-    assert (cluster.as_is, cluster.found, cluster.retrieved) == (num_seeds, found, min(found, cap))
+    assert (cluster.as_is, cluster.before_cap, cluster.retrieved) == (num_seeds, found, min(found, cap))
     assert cluster.rows == num_seeds + min(found, cap)
     counts = cluster_counts(sizes, most, cap)
     assert sum(counts) == cluster.retrieved and all(n <= min(s, most) for n, s in zip(counts, sizes, strict=True))
-    none = selection_rows("none", as_is=True, **same)
-    assert (none.found, none.rows) == (0, num_seeds)
+    none = expected_rows("none", request, as_is=True)
+    assert (none.before_cap, none.rows) == (0, num_seeds)
 
 
 def test_mode_by_size_and_most_clusters() -> None:
-    assert [retrieval_mode("by_size", count, 10) for count in (0, 10, 11)] == ["cluster", "cluster", "sample"]
-    assert [retrieval_mode(mode, 99, 10) for mode in ("sample", "cluster", "none")] == ["sample", "cluster", "none"]
+    assert [mode_of("by_size", count, 10) for count in (0, 10, 11)] == ["cluster", "cluster", "sample"]
+    assert [mode_of(mode, 99, 10) for mode in ("sample", "cluster", "none")] == ["sample", "cluster", "none"]
     assert [most_clusters(count, 3) for count in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]

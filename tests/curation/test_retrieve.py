@@ -22,7 +22,17 @@ from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.quotas import balanced_counts, cap_evenly
 from curation.retrieve import ClusteringConfig, DatasetConfig, RetrieveConfig
-from tests.curation.builders import bytes_in, id_of, image_row, unit_vectors, write_dedup, write_ingest, write_vectors
+from curation.run_folder import cluster_sizes, read_centroids, read_parents, read_retrieved
+from tests.curation.builders import (
+    bytes_in,
+    id_of,
+    image_row,
+    stages_of,
+    unit_vectors,
+    write_dedup,
+    write_ingest,
+    write_vectors,
+)
 
 
 class Run:
@@ -43,7 +53,10 @@ class Run:
         self.clusters = str(folder / "cluster")
         stages = (self.images, self.kept, self.vectors)
         cluster.run(
-            ClusterConfig(levels=(LevelConfig(num_clusters=num_clusters),)), *stages, self.clusters, InlineRunner()
+            ClusterConfig(levels=(LevelConfig(num_clusters=num_clusters),)),
+            stages_of(*stages),
+            self.clusters,
+            InlineRunner(),
         )
         self.output = str(folder / "retrieve")
         self.seeds = {
@@ -54,8 +67,8 @@ class Run:
 
     def retrieve(self, config: RetrieveConfig, output: str = "", **more: Any) -> list[dict[str, Any]]:
         stages = (self.images, self.kept, self.vectors, self.clusters)
-        retrieve.run(config, *stages, output or self.output, InlineRunner(), **more)
-        rows: list[dict[str, Any]] = retrieve.read_retrieved(output or self.output).to_pylist()
+        retrieve.run(config, stages_of(*stages), output or self.output, InlineRunner(), **more)
+        rows: list[dict[str, Any]] = read_retrieved(output or self.output).to_pylist()
         return rows
 
     def nearest_to(self, seed: int, k: int) -> list[int]:
@@ -64,7 +77,7 @@ class Run:
 
     def members(self) -> dict[int, list[tuple[float, int]]]:
         """The kept pool images of each cluster, nearest first."""
-        centroids = cluster.read_centroids(self.clusters)
+        centroids = read_centroids(self.clusters)
         cosines = self.matrix[self.pool].astype(np.float32) @ centroids.T
         own = cosines.argmax(axis=1)
         return {
@@ -72,7 +85,7 @@ class Run:
         }
 
     def seeds_in(self, source: str) -> Counter[int]:
-        centroids = cluster.read_centroids(self.clusters)
+        centroids = read_centroids(self.clusters)
         return Counter((self.matrix[self.seeds[source]].astype(np.float32) @ centroids.T).argmax(axis=1).tolist())
 
 
@@ -239,7 +252,7 @@ def test_drawn_images_are_the_first_of_each_cluster(tmp_path: Path, seed: int, d
     rng = np.random.default_rng(seed)
     clustered = write_clusters(tmp_path / "few", rng.integers(0, 9, 200), [], files=3)
     members = read_members(clustered)
-    sizes = retrieve.cluster_sizes(clustered, 10)
+    sizes = cluster_sizes(clustered, 10)
     assert sizes.tolist() == [len(members.get(c, [])) for c in range(10)]
     counts = rng.integers(0, sizes + 1)
     found = retrieve.draw_images(clustered, counts, draw, seed)
@@ -278,6 +291,8 @@ def test_shuffled_is_even_and_depends_on_seed_and_image() -> None:
     assert retrieve.shuffled(ids[5:6], 3) == values[5], "the others do not matter"
     assert retrieve.shuffled(ids[:0], 3).shape == (0,)
     np.testing.assert_array_equal(retrieve.shuffled(ids, -1), retrieve.shuffled(ids, 2**64 - 1))
+    fixed = np.array([f"{number:032x}" for number in (0, 1, 2**127)], "S32")
+    assert retrieve.shuffled(fixed, 3).tolist() == [0.05865357986800668, 0.8755547017368056, 0.29866282784651077]
 
 
 class Hierarchy:
@@ -298,8 +313,8 @@ class Hierarchy:
 
     def draw(self, output: str = "", **clustering: Any) -> list[dict[str, Any]]:
         config = RetrieveConfig(clustering=ClusteringConfig(**clustering))
-        retrieve.run(config, *self.stages, output or self.output, InlineRunner(), replace=True)
-        rows: list[dict[str, Any]] = retrieve.read_retrieved(output or self.output).to_pylist()
+        retrieve.run(config, stages_of(*self.stages), output or self.output, InlineRunner(), replace=True)
+        rows: list[dict[str, Any]] = read_retrieved(output or self.output).to_pylist()
         return rows
 
 
@@ -334,11 +349,13 @@ def test_draw_over_the_levels_of_a_real_cluster_stage(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.clusters = str(tmp_path / "levels")
     levels = (LevelConfig(num_clusters=12), LevelConfig(num_clusters=3))
-    cluster.run(ClusterConfig(levels=levels), run.images, run.kept, run.vectors, run.clusters, InlineRunner())
+    cluster.run(
+        ClusterConfig(levels=levels), stages_of(run.images, run.kept, run.vectors), run.clusters, InlineRunner()
+    )
     rows = run.retrieve(RetrieveConfig(clustering=ClusteringConfig(num_images=40)))
     members = read_members(run.clusters)
     sizes = np.array([len(members.get(c, [])) for c in range(12)])
-    expected = balanced_counts([cluster.read_parents(run.clusters, 0)], sizes, 40)
+    expected = balanced_counts([read_parents(run.clusters, 0)], sizes, 40)
     assert np.bincount([row["cluster_id"] for row in rows], minlength=12).tolist() == expected.tolist()
     assert expected.tolist() != balanced_counts([], sizes, 40).tolist(), "the upper level makes no difference"
 
@@ -348,8 +365,8 @@ def test_datasets_and_a_draw_stand_side_by_side(tmp_path: Path) -> None:
     config = datasets(
         {"name": "small", "retrieval": "sample", "k": 3}, clustering=ClusteringConfig(num_images=5, draw="random")
     )
-    retrieve.run(config, *run.stages, run.output, InlineRunner())
-    rows = retrieve.read_retrieved(run.output).to_pylist()
+    retrieve.run(config, stages_of(*run.stages), run.output, InlineRunner())
+    rows = read_retrieved(run.output).to_pylist()
     assert [(row["mode"], row["seed_source"]) for row in rows] == [("sample", "small")] * 3 + [("balanced", None)] * 5
 
 
@@ -365,7 +382,7 @@ def test_same_bytes_inline_and_on_ray(tmp_path: Path) -> None:
     rows = run.retrieve(config)
     assert Counter(row["mode"] for row in rows).keys() == {"sample", "cluster", "balanced"}
     with command.open_runner("ray", 2) as runner:
-        retrieve.run(config, run.images, run.kept, run.vectors, run.clusters, str(tmp_path / "ray"), runner)
+        retrieve.run(config, stages_of(run.images, run.kept, run.vectors, run.clusters), str(tmp_path / "ray"), runner)
     assert bytes_in(str(tmp_path / "ray")) == bytes_in(run.output)
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints in every layout give the same model, and whatever does not fit is named.
+"""Checkpoints in every layout give the same model, and an error lists every key that does not fit.
 
-That transformers reads and writes the same is tested against the library itself, in test_parity.py.
+test_parity.py tests folders of transformers against the library itself.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def as_training_checkpoint(state: State) -> dict[str, State]:
 
 
 def as_chunked(state: State) -> State:
-    """Blocks in chunks of one, each under its number in the whole model, as DINOv2's trainer writes them."""
+    """Blocks in chunks of one, each with its number in the whole model, as written by DINOv2's trainer."""
     chunked = {}
     for name, value in state.items():
         kind, *rest = name.split(".")
@@ -80,7 +80,7 @@ def test_safetensors(state: State, tmp_path: Path) -> None:
     assert_holds(model, state)
 
 
-def test_a_saved_model_comes_back_whole(state: State, tmp_path: Path) -> None:
+def test_a_saved_model_is_read_back_unchanged(state: State, tmp_path: Path) -> None:
     model = make()
     for name in ("first.pth", "second.pth"):
         torch.save(state, tmp_path / name)
@@ -89,7 +89,7 @@ def test_a_saved_model_comes_back_whole(state: State, tmp_path: Path) -> None:
     assert_holds(make(seed=1), state)
 
 
-def test_all_that_does_not_fit_is_listed_and_nothing_loads(state: State, tmp_path: Path) -> None:
+def test_every_key_that_does_not_fit_is_listed_and_nothing_is_loaded(state: State, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth"
     broken = {name: value for name, value in state.items() if not name.startswith("blocks.1.")}
     broken["pos_embed"] = torch.zeros(1, 17, 192)
@@ -128,12 +128,12 @@ def test_a_checkpoint_for_another_model_is_refused(
 def test_the_hash_is_checked_where_one_is_required(state: State, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth"
     torch.save(state, path)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     model = make()
-    with pytest.raises(WeightsError, match=f"SHA-256 is {found}, expected {'0' * 64}"):
+    with pytest.raises(WeightsError, match=f"SHA-256 is {digest}, expected {'0' * 64}"):
         weights.load(model, str(path), sha256="0" * 64)
     assert_holds(model, make().state_dict())
-    weights.load(model, str(path), sha256=found.upper())
+    weights.load(model, str(path), sha256=digest.upper())
     assert_holds(model, state)
 
 
@@ -163,7 +163,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         weights.load(make(), str(tmp_path / "absent.pth"))
 
 
-def test_a_file_that_carries_code_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save(nn.Linear(2, 2), path)  # a whole module, not its state_dict
     with pytest.raises(WeightsError, match="more than tensors"):
@@ -190,7 +190,7 @@ def test_a_file_of_another_kind_is_refused(content: object, message: str, tmp_pa
         weights.load(make(), str(tmp_path / "checkpoint.pth"))
 
 
-def test_load_exactly_takes_only_the_modules_own_names(tmp_path: Path) -> None:
+def test_load_exactly_accepts_only_the_modules_own_names(tmp_path: Path) -> None:
     path = str(tmp_path / "checkpoint.pth")
     module, source = (
         nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)),
@@ -206,32 +206,19 @@ def test_load_exactly_takes_only_the_modules_own_names(tmp_path: Path) -> None:
         weights.load_exactly(module, path)
 
 
-# --- what a file says of the model --------------------------------------------------------------------------------
+# --- the architecture that a file states --------------------------------------------------------------------------
 
 
-def rebuilt(path: Path, **options: object) -> backbone.VisionTransformer:
-    """A vit_tiny as the checkpoint at `path` has it."""
+def rebuilt(path: Path) -> backbone.VisionTransformer:
+    """A vit_tiny with the architecture and the weights of the checkpoint at `path`."""
     checkpoint = weights.read(str(path))
-    found = weights.architecture(checkpoint.tensors, checkpoint.path)
-    model = backbone.build(
-        "vit_tiny",
-        patch_size=found.patch_size,
-        image_size=found.grid_size * found.patch_size,
-        num_register_tokens=found.num_register_tokens,
-        cls_token=found.has_cls_token,
-        in_channels=found.in_channels,
-        feed_forward=found.feed_forward,
-        layer_scale=1.0 if found.has_layer_scale else None,
-        depth=found.depth,
-        seed=None,
-        **options,  # type: ignore[arg-type]  # the options of `build`
-    )
+    model = weights.build_like(weights.architecture(checkpoint.tensors, checkpoint.path), "vit_tiny")
     weights.fill(model, checkpoint)
     return model.eval().requires_grad_(False)
 
 
 def noisy(seed: int = 3, **options: object) -> backbone.VisionTransformer:
-    """A model of which every weight matters."""
+    """A model whose weights all affect the result."""
     model = make(**{"layer_scale": 0.7, **options}).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -252,7 +239,7 @@ def images(*shape: int) -> Tensor:
         {"in_channels": 5, "patch_size": 7},
     ],
 )
-def test_a_checkpoint_says_what_model_it_is_for(options: dict[str, object], tmp_path: Path) -> None:
+def test_a_checkpoint_states_its_architecture(options: dict[str, object], tmp_path: Path) -> None:
     model = noisy(**options)
     torch.save(model.state_dict(), tmp_path / "checkpoint.pth")
     again = rebuilt(tmp_path / "checkpoint.pth")
@@ -269,22 +256,23 @@ def test_a_checkpoint_says_what_model_it_is_for(options: dict[str, object], tmp_
         ({"pos_embed": None}, "not the weights of a Vision Transformer: no pos_embed among cls_token"),
     ],
 )
-def test_shapes_of_no_model_are_named(changed: dict[str, Tensor | None], message: str, state: State) -> None:
+def test_shapes_that_fit_no_model_are_named(changed: dict[str, Tensor | None], message: str, state: State) -> None:
     tensors = {name: value for name, value in {**state, **changed}.items() if value is not None}
     with pytest.raises(WeightsError, match=message):
         weights.architecture(tensors, "checkpoint.pth")
 
 
 # --- timm ---------------------------------------------------------------------------------------------------------
-# timm needs torchvision and so is not here. Its names and sums are written out from timm/models/vision_transformer.py
-# (VisionTransformer, _pos_embed, _convert_dinov2) and timm/layers/mlp.py (GluMlp, SwiGLUPacked).
+# timm needs torchvision, so it is not installed. Its names and formulas are written out from
+# timm/models/vision_transformer.py (VisionTransformer, _pos_embed, _convert_dinov2) and timm/layers/mlp.py (GluMlp,
+# SwiGLUPacked).
 
 
 def timm_weights(
     *, cls_token: bool = True, registers: int = 0, gated: bool = False, layer_scale: bool = True, seed: int = 7
 ) -> State:
-    """What timm's VisionTransformer.state_dict() holds: 192 wide, two blocks, 2x2 patches of 14, num_classes=0."""
-    positions = 4 + int(cls_token and not registers)  # with registers, no_embed_class: only the patches have one
+    """A state_dict of timm's VisionTransformer: 192 wide, two blocks, 2x2 patches of 14, num_classes=0."""
+    positions = 4 + int(cls_token and not registers)  # with registers, no_embed_class: only patches have positions
     shapes: dict[str, tuple[int, ...]] = {
         "pos_embed": (1, positions, 192),
         "patch_embed.proj.weight": (192, 3, 14, 14),
@@ -311,7 +299,7 @@ def timm_weights(
 
 
 def timm_forward(state: State, x: Tensor) -> Tensor:
-    """timm's forward_features at the size that the positions are for."""
+    """timm's forward_features at the size of the positional embedding."""
 
     def linear(name: str, y: Tensor) -> Tensor:
         return functional.linear(y, state[f"{name}.weight"], state[f"{name}.bias"])
@@ -351,7 +339,7 @@ TIMM: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("kind", TIMM)
-def test_timm_computes_the_same_and_comes_back_exactly(kind: str, tmp_path: Path) -> None:
+def test_timm_gives_the_same_results_and_is_read_back_exactly(kind: str, tmp_path: Path) -> None:
     state = timm_weights(**TIMM[kind])  # type: ignore[arg-type]  # the options of timm_weights
     save_file(state, tmp_path / "timm.safetensors")
     checkpoint = weights.read(str(tmp_path / "timm.safetensors"))
@@ -359,8 +347,8 @@ def test_timm_computes_the_same_and_comes_back_exactly(kind: str, tmp_path: Path
     model = rebuilt(tmp_path / "timm.safetensors")
     x = images(2, 3, 28, 28)
     features = model.forward_features(x)
-    ours, theirs = model.norm(features["x_prenorm"]), timm_forward(state, x)
-    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    actual, expected = model.norm(features["x_prenorm"]), timm_forward(state, x)
+    assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
     assert not model.mask_token.any()
 
     weights.save(model, str(tmp_path / "again.safetensors"), "timm")
@@ -381,7 +369,7 @@ def test_what_timm_loses(registers: int, tmp_path: Path) -> None:
     assert torch.equal(model.forward_features(x)["x_prenorm"], again.forward_features(x)["x_prenorm"])
 
 
-def test_timm_may_have_a_head_and_no_other_stranger(tmp_path: Path) -> None:
+def test_timm_may_have_a_head_and_no_other_extra_key(tmp_path: Path) -> None:
     state = timm_weights()
     head = {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}
     save_file(state | head, tmp_path / "timm.safetensors")
@@ -415,8 +403,8 @@ def test_ijepa_gives_its_target_encoder(tmp_path: Path) -> None:
     assert read.layout == "ijepa" and set(read.left_aside) == set(checkpoint) - {"target_encoder"}
     x = images(1, 3, 28, 28)
     features = rebuilt(path).forward_features(x)
-    theirs = timm_forward(target, x)
-    assert (features["x_norm_patchtokens"] - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    expected = timm_forward(target, x)
+    assert (features["x_norm_patchtokens"] - expected).abs().max() < 1e-5 * expected.abs().max()
     torch.save({**checkpoint, "discriminator": {}}, path)
     with pytest.raises(WeightsError, match="beside 'target_encoder' it holds discriminator"):
         weights.read(str(path))
@@ -439,11 +427,11 @@ def test_mae_gives_its_encoder(with_decoder: bool, tmp_path: Path) -> None:
     model = rebuilt(path)
     assert not model.mask_token.any()
     x = images(1, 3, 28, 28)
-    theirs = timm_forward(encoder, x)
-    assert (model(x) - theirs[:, 0]).abs().max() < 1e-5 * theirs.abs().max()
+    expected = timm_forward(encoder, x)
+    assert (model(x) - expected[:, 0]).abs().max() < 1e-5 * expected.abs().max()
 
 
-# --- out and in again ---------------------------------------------------------------------------------------------
+# --- written and read back ----------------------------------------------------------------------------------------
 
 SAVED: dict[str, dict[str, object]] = {
     "dinov2": {"num_register_tokens": 0},
@@ -489,7 +477,7 @@ def test_half_precision_stays_half(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_written_is_refused(
+def test_models_and_paths_that_do_not_fit_a_layout_are_refused(
     options: dict[str, object], path: str, layout: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -524,7 +512,7 @@ def test_a_config_of_another_model_is_refused(changes: dict[str, object], messag
         weights.load(make(), str(folder))
 
 
-def test_all_that_does_not_fit_in_a_folder_is_listed(folder: Path) -> None:
+def test_every_key_of_a_folder_that_does_not_fit_is_listed(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["encoder.layer.1.attention.attention.key.weight"], tensors["embeddings.mask_token"]
     tensors["encoder.layer.0.norm3.weight"] = torch.zeros(1)
@@ -540,13 +528,13 @@ def test_all_that_does_not_fit_in_a_folder_is_listed(folder: Path) -> None:
     assert_holds(model, make().state_dict())
 
 
-def test_a_folder_in_several_files(folder: Path) -> None:
+def test_a_folder_with_several_weight_files(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     shards = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
-    for file, held in shards.items():
-        save_file({name: tensors[name] for name in held}, folder / file)
-    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+    for file, names_of_file in shards.items():
+        save_file({name: tensors[name] for name in names_of_file}, folder / file)
+    index = {"weight_map": {name: file for file, names_of_file in shards.items() for name in names_of_file}}
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     hashed = hashlib.sha256(b"".join((folder / file).read_bytes() for file in shards)).hexdigest()
@@ -575,7 +563,7 @@ def test_an_older_folder(folder: Path) -> None:
     assert_holds(model, noisy().state_dict())
 
 
-def test_a_folder_that_is_none(folder: Path, tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"Give their folder, with config.json"):
         weights.load(make(), str(folder / "model.safetensors"))
     shutil.copytree(folder, tmp_path / "bare")

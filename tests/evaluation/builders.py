@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from curation import backbone, weights
-from evaluation.features import ModelConfig
+from evaluation.features import FrozenModelConfig
 
 CLASSES = ("bars", "disc", "ring")
 
@@ -83,6 +83,6 @@ def checkpoint(path: Path, seed: int = 0, *, depth: int = 2, registers: int = 0)
     return str(path)
 
 
-def model_config(path: Path, seed: int = 0) -> ModelConfig:
+def model_config(path: Path, seed: int = 0) -> FrozenModelConfig:
     """The config of such a model."""
-    return ModelConfig(weights=checkpoint(path / f"vit-{seed}.pth", seed))
+    return FrozenModelConfig(weights=checkpoint(path / f"vit-{seed}.pth", seed))

@@ -43,11 +43,11 @@ def data(folder: Path, layout: depth_data.LayoutName = "folder", **settings: obj
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> features.Model:
+def model(tmp_path_factory: pytest.TempPathFactory) -> features.FrozenModel:
     network = backbone.build("vit_tiny", patch_size=8, image_size=32, depth=4, layer_scale=1.0, seed=3)
     path = str(tmp_path_factory.mktemp("weights") / "teacher.pth")
     weights.save(network, path)
-    return features.load_model(features.ModelConfig(weights=path))
+    return features.load_model(features.FrozenModelConfig(weights=path))
 
 
 # ---- metrics and loss
@@ -144,7 +144,7 @@ def test_bins_give_their_mean() -> None:
 def test_the_linear_head_is_one_linear_layer_on_upsampled_tokens() -> None:
     random = torch.Generator().manual_seed(0)
     tokens = [(torch.randn(2, 6, 3, 5, generator=random), torch.randn(2, 6, generator=random)) for _ in range(4)]
-    head = depth.LinearHead(6, 4, 10)
+    head = depth.LinearDepthHead(6, 4, 10)
     head.load_state_dict(depth.make_head("linear_4", 6, 10, seed=1).state_dict())
     joined = torch.cat([torch.cat([p, c[:, :, None, None].expand_as(p)], 1) for p, c in tokens], 1)
     fine = functional.interpolate(joined, scale_factor=4, mode="bilinear")
@@ -308,7 +308,7 @@ def test_turning_a_picture_turns_its_depth() -> None:
     assert 4 < moved < 12
 
 
-def test_prediction_knows_no_padding_and_no_mirror(model: features.Model) -> None:
+def test_prediction_knows_no_padding_and_no_mirror(model: features.FrozenModel) -> None:
     head = depth.make_head("linear_1", model.embed_dim, 10, seed=0)
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (2, 3, 24, 40), generator=random, dtype=torch.uint8)
@@ -323,7 +323,7 @@ def test_prediction_knows_no_padding_and_no_mirror(model: features.Model) -> Non
     assert odd.shape == (2, 21, 37) and odd.std() > 0
 
 
-def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path, model: features.Model) -> None:
+def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path, model: features.FrozenModel) -> None:
     depth_scene(tmp_path / "train", 12, seed=0)
     depth_scene(tmp_path / "test", 3, seed=1)
     settings = {
@@ -335,25 +335,34 @@ def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path,
         "warmup_steps": 2,
         "batch_size": 4,
         "learning_rate": 3e-3,
-        "loss_warmup_steps": 2,
-        "augment": False,
-        "flip_average": False,
     }
-    trained = depth.run(DepthConfig(steps=40, **settings), model, str(tmp_path))
-    barely = depth.run(DepthConfig(steps=3, **settings), model, str(tmp_path))
-    assert [one.metric for one in trained] == list(depth.METRICS) * 2
-    assert {(one.protocol, one.dataset) for one in trained} == {
-        ("linear 1, 40 steps of 4, last norm", "scene"),
-        ("linear 1, 40 steps of 4, last norm, trained on scene", "other"),
+    config = DepthConfig(steps=40, **settings)
+    samples = [depth_data.find_samples(one, "test") for one in config.tests]
+    head, untrained = (
+        depth.train_head(
+            model,
+            "linear_1",
+            config.model_copy(update={"steps": steps}),
+            samples[1],
+            augmented=False,
+            loss_warmup_steps=2,
+        )
+        for steps in (40, 3)
+    )
+    for tested, pairs in zip(config.tests, samples, strict=True):
+        after, before = (depth.score(model, one, (3,), config, tested, pairs)["silog"] for one in (head, untrained))
+        assert after < 0.5 * before
+    first, again = (depth.run(DepthConfig(steps=3, **settings), model, str(tmp_path)) for _ in range(2))
+    assert [one.metric for one in first] == list(depth.METRICS) * 2
+    assert {(one.protocol, one.dataset) for one in first} == {
+        ("linear 1, 3 steps of 4, last norm", "scene"),
+        ("linear 1, 3 steps of 4, last norm, trained on scene", "other"),
     }
-    silog, before = ([one.value for one in found if one.metric == "silog"] for found in (trained, barely))
-    assert all(value < 0.5 * start for value, start in zip(silog, before, strict=True))
-    again = depth.run(DepthConfig(steps=3, **settings), model, str(tmp_path))
-    assert [one.value for one in again] == [one.value for one in barely]
-    assert {one.data_hash for one in again} == {one.data_hash for one in barely}
+    assert [one.value for one in again] == [one.value for one in first]
+    assert {one.data_hash for one in again} == {one.data_hash for one in first}
 
 
-def test_dpt_trains_to_numbers(tmp_path: Path, model: features.Model) -> None:
+def test_dpt_trains_to_numbers(tmp_path: Path, model: features.FrozenModel) -> None:
     depth_scene(tmp_path, 2, seed=0)
     config = DepthConfig(
         train=data(tmp_path),
@@ -371,12 +380,10 @@ def test_dpt_trains_to_numbers(tmp_path: Path, model: features.Model) -> None:
 def test_every_picture_is_seen_before_one_comes_again(tmp_path: Path) -> None:
     depth_scene(tmp_path, 6, seed=0)
     settings = data(tmp_path)
-    config = DepthConfig(
-        train=settings, tests=(settings,), steps=3, warmup_steps=2, batch_size=4, crop_size=(40, 48), augment=False
-    )
-    seen = torch.cat([truth for _, truth in depth.training_batches(depth_data.find_samples(settings, "train"), config)])
+    config = DepthConfig(train=settings, tests=(settings,), steps=3, warmup_steps=2, batch_size=4, crop_size=(40, 48))
+    samples = depth_data.find_samples(settings, "train")
+    seen = torch.cat([truth for _, truth in depth.training_batches(samples, config, augmented=False)])
     for epoch in (seen[:6], seen[6:]):
         assert len({tuple(one.flatten().tolist()) for one in epoch}) == 6
     with pytest.raises(InputError, match="Set a smaller crop_size"):
-        samples = depth_data.find_samples(settings, "train")
         next(depth.training_batches(samples, config.model_copy(update={"crop_size": None})))

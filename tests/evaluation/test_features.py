@@ -11,7 +11,8 @@ from curation.engine.runner import InlineRunner
 from curation.errors import InputError, WeightsError
 from evaluation.data import splits
 from evaluation.data.splits import Split, SplitConfig
-from evaluation.features import Features, ModelConfig, PicturesConfig, extract, load_model
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FeatureFiles, FrozenModelConfig, extract, load_model
 from tests.evaluation.builders import checkpoint, image_folder, model_config
 
 SMALL = PicturesConfig(resize_size=40, image_size=32)
@@ -29,7 +30,7 @@ def test_a_backbone_loads_by_its_path_alone(tmp_path: Path) -> None:
     for layout, name in (("released", "one.pth"), ("transformers", "folder"), ("timm", "one.safetensors")):
         network = backbone.build("vit_tiny", patch_size=8, image_size=32, depth=3, layer_scale=1.0)
         weights.save(network, str(tmp_path / name), layout)  # type: ignore[arg-type]  # a SavedLayout
-        model = load_model(ModelConfig(weights=str(tmp_path / name)))
+        model = load_model(FrozenModelConfig(weights=str(tmp_path / name)))
         assert (model.embed_dim, model.patch_size, model.num_blocks) == (192, 8, 3)
         normal = (pixels().float() - model.mean) / model.deviation
         torch.testing.assert_close(model.image_features(pixels()), network(normal).detach())
@@ -40,35 +41,35 @@ def test_a_backbone_loads_by_its_path_alone(tmp_path: Path) -> None:
 
 def test_hashes_are_of_what_changes_features(tmp_path: Path) -> None:
     one, other = checkpoint(tmp_path / "one.pth", 0), checkpoint(tmp_path / "other.pth", 1)
-    config = ModelConfig(weights=one)
+    config = FrozenModelConfig(weights=one)
     changed = [
-        ModelConfig(weights=other),
-        ModelConfig(weights=one, pooling="patch_mean"),
-        ModelConfig(weights=one, precision="bfloat16"),
-        ModelConfig(weights=one, untrained_seed=5),
-        ModelConfig(weights=one, position_interpolation="plain"),
-        ModelConfig(name="pixels"),
+        FrozenModelConfig(weights=other),
+        FrozenModelConfig(weights=one, pooling="patch_mean"),
+        FrozenModelConfig(weights=one, precision="bfloat16"),
+        FrozenModelConfig(weights=one, untrained_seed=5),
+        FrozenModelConfig(weights=one, position_interpolation="plain"),
+        FrozenModelConfig(name="pixels"),
     ]
     hashes = [load_model(one).hash for one in (config, *changed)]
     assert len(set(hashes)) == len(hashes)
-    assert load_model(ModelConfig(weights=one, label="another name")).hash == hashes[0]
+    assert load_model(FrozenModelConfig(weights=one, label="another name")).hash == hashes[0]
 
 
 def test_fresh_weights_are_of_the_same_architecture(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "one.pth", 3, registers=2)
-    model = load_model(ModelConfig(weights=path, untrained_seed=3))
+    model = load_model(FrozenModelConfig(weights=path, untrained_seed=3))
     assert model.backbone is not None and model.backbone.num_register_tokens == 2 and "untrained" in model.name
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"holds a vit_tiny_patch8; the config says vit_small_patch16"):
-        load_model(ModelConfig(name="vit_small_patch16", weights=checkpoint(tmp_path / "one.pth")))
+        load_model(FrozenModelConfig(name="vit_small_patch16", weights=checkpoint(tmp_path / "one.pth")))
     with pytest.raises(ValueError, match="needs weights"):
-        ModelConfig()
+        FrozenModelConfig()
     with pytest.raises(ValueError, match="untrained_seed 1 is for Vision Transformers"):
-        ModelConfig(name="pixels", untrained_seed=1)
+        FrozenModelConfig(name="pixels", untrained_seed=1)
     with pytest.raises(InputError, match="pixels has no patch tokens"):
-        load_model(ModelConfig(name="pixels")).intermediate(pixels(), [0])
+        load_model(FrozenModelConfig(name="pixels")).intermediate(pixels(), [0])
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     network.norm.weight.data[3] = torch.nan
     weights.save(network, str(tmp_path / "broken.pth"))
     with pytest.raises(InputError, match="not finite"):
-        load_model(ModelConfig(weights=str(tmp_path / "broken.pth"))).image_features(pixels())
+        load_model(FrozenModelConfig(weights=str(tmp_path / "broken.pth"))).image_features(pixels())
 
 
 def test_features_are_those_of_the_model_whatever_the_batch_and_the_cache(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_cached_feature_of_another_model_or_view_is_never_used(tmp_path: Path)
 
 
 def test_a_damaged_cache_is_told(tmp_path: Path) -> None:
-    split, model, cache = split_of(tmp_path), load_model(ModelConfig(name="pixels")), tmp_path / "cache"
+    split, model, cache = split_of(tmp_path), load_model(FrozenModelConfig(name="pixels")), tmp_path / "cache"
     extract(model, split, SMALL, str(cache))
     (part,) = cache.glob("features/*/features-00000.npy")
     part.write_bytes(part.read_bytes()[:1000])
@@ -121,7 +122,7 @@ def test_rows_are_taken_across_files(tmp_path: Path) -> None:
     files = [str(tmp_path / f"{place}.npy") for place in range(3)]
     for file, part in zip(files, (whole[:3], whole[3:4], whole[4:]), strict=True):
         np.save(file, part)
-    features = Features(tuple(files))
+    features = FeatureFiles(tuple(files))
     rows = torch.tensor([7, 0, 3, 3, 4])
     assert np.array_equal(features.take(rows), whole[rows])
     assert np.array_equal(features.matrix(), whole) and len(list(features.blocks())) == 3

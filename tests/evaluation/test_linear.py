@@ -12,7 +12,8 @@ from curation.engine.runner import InlineRunner
 from evaluation import linear
 from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
-from evaluation.features import ModelConfig, PicturesConfig, load_model
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModelConfig, load_model
 from evaluation.linear import LEARNING_RATES, Heads, LinearConfig, Reading, fitted, random_crop, read, readings_of
 from tests.curation.builders import picture_of
 from tests.evaluation.builders import drawn, image_folder, model_config
@@ -57,7 +58,7 @@ def test_all_heads_at_once_are_each_trained_alone(tmp_path: Path) -> None:
         start = together.weight.detach().clone()
         assert float(start.std()) == pytest.approx(0.01, rel=0.1)
         for (inputs, labels), factor in zip(steps, factors, strict=True):
-            together.learn(inputs[place], labels, factor)
+            together.sgd_step(inputs[place], labels, factor)
         for number, rate in enumerate(config.rates):
             weight = start[number].clone().requires_grad_()
             bias = torch.zeros(3, requires_grad=True)
@@ -73,7 +74,7 @@ def test_all_heads_at_once_are_each_trained_alone(tmp_path: Path) -> None:
 
 def test_a_probe_learns_and_is_read_again(tmp_path: Path) -> None:
     config = config_of(tmp_path, steps=60, batch_size=16, learning_rates=(1e-9, 0.05))
-    model, cache = load_model(ModelConfig(name="pixels")), str(tmp_path / "cache")
+    model, cache = load_model(FrozenModelConfig(name="pixels")), str(tmp_path / "cache")
     first = linear.run(config, model, str(tmp_path / "out"), cache=cache)
     scores = {result.metric: result.value for result in first}
     assert scores["top-1"] > 0.6 and first[0].settings["chosen_rate"] == 0.05
@@ -85,7 +86,7 @@ def test_a_probe_learns_and_is_read_again(tmp_path: Path) -> None:
 
 
 def test_the_test_images_choose_nothing(tmp_path: Path) -> None:
-    model, cache = load_model(ModelConfig(name="pixels")), str(tmp_path / "cache")
+    model, cache = load_model(FrozenModelConfig(name="pixels")), str(tmp_path / "cache")
     config = config_of(tmp_path)
     wrong = tmp_path / "wrong"
     image_folder(wrong, 3, first=50)

@@ -8,8 +8,9 @@ from PIL import Image
 
 from evaluation import neighbours
 from evaluation.data.splits import SplitConfig
-from evaluation.features import ModelConfig, PicturesConfig, load_model
-from evaluation.neighbours import NeighboursConfig, choose
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModelConfig, load_model
+from evaluation.neighbours import SIDE, NeighboursConfig, choose
 from evaluation.visualize import GAP, OTHER, SAME
 from tests.evaluation.builders import image_folder
 
@@ -30,12 +31,11 @@ def test_the_sheet_shows_what_is_near(tmp_path: Path) -> None:
         pictures=PicturesConfig(resize_size=40, image_size=32),
         queries=3,
         k=2,
-        side=40,
     )
-    model = load_model(ModelConfig(name="pixels"))
+    model = load_model(FrozenModelConfig(name="pixels"))
     picture = neighbours.run(config, model, str(tmp_path / "out"))
     assert picture is not None and picture.kind == "neighbours" and "2 nearest in toy" in picture.caption
     drawn = np.asarray(Image.open(tmp_path / "out" / "pictures" / picture.file))
-    assert drawn.shape == (3 * 40 + 2 * GAP, 3 * 40 + 2 * GAP, 3)
-    frames = {tuple(drawn[row * (40 + GAP), place * (40 + GAP)]) for row in range(3) for place in (1, 2)}
+    assert drawn.shape == (3 * SIDE + 2 * GAP, 3 * SIDE + 2 * GAP, 3)
+    frames = {tuple(drawn[row * (SIDE + GAP), place * (SIDE + GAP)]) for row in range(3) for place in (1, 2)}
     assert frames <= {SAME, OTHER} and SAME in frames

@@ -168,7 +168,7 @@ def test_published_rows_are_marked_and_sourced() -> None:
 
 
 def test_nothing_is_injected(tmp_path: Path) -> None:
-    picture = visualize.Picture(file="pca-a.png", kind="pca", model=EVIL, caption=EVIL)
+    picture = visualize.PictureRecord(file="pca-a.png", kind="pca", model=EVIL, caption=EVIL)
     fields = dict.fromkeys(("evaluation", "dataset", "model", "protocol", "metric"), EVIL)
     found = [result(settings={EVIL: EVIL}, **fields), result(model_hash="c" * 64, settings={}, **fields)]
     text = report.page(found, [(picture, b"\x89PNG")])
@@ -205,7 +205,7 @@ def test_writes_one_file_the_same_twice(tmp_path: Path) -> None:
     png = encoded_image(0)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/pca-a.png").write_bytes(png)
-    record = visualize.Picture(file="pca-a.png", kind="pca", model="teacher", caption="Colours.")
+    record = visualize.PictureRecord(file="pca-a.png", kind="pca", model="teacher", caption="Colours.")
     (tmp_path / "pictures/pictures.jsonl").write_text(record.model_dump_json() + "\n")
     path = Path(report.write(output))
     first = path.read_bytes()

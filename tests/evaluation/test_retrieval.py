@@ -19,12 +19,12 @@ from evaluation.data.retrieval_data import (
     MetData,
     Photo,
     RevisitedData,
-    ViewConfig,
     read_amstertime,
     read_met,
     read_revisited,
 )
-from evaluation.features import ModelConfig, load_model
+from evaluation.data.views import ViewConfig
+from evaluation.features import FrozenModelConfig, load_model
 from evaluation.results import Result
 from evaluation.retrieval import (
     RetrievalConfig,
@@ -39,7 +39,7 @@ from evaluation.retrieval import (
     see,
 )
 
-PIXELS = ModelConfig(name="pixels")
+PIXELS = FrozenModelConfig(name="pixels")
 VIEW = ViewConfig(resize="squash", image_size=32)
 
 
@@ -193,8 +193,8 @@ def test_bad_features_are_told() -> None:
     good = torch.ones(3, 2)
     for queries, database, message in (
         (good, torch.ones(3, 4), "Expected features"),
-        (torch.tensor([[1.0, math.nan]]), good, "queries .* row 0"),
-        (good, torch.tensor([[1.0, 1.0], [1.0, math.inf]]), "database .* row 1"),
+        (torch.tensor([[1.0, math.nan]]), good, "query features hold .* row 0"),
+        (good, torch.tensor([[1.0, 1.0], [1.0, math.inf]]), "database features hold .* row 1"),
     ):
         with pytest.raises(InputError, match=message):
             list(rank(queries, database))
@@ -290,7 +290,7 @@ def test_missing_files_are_told(tmp_path: Path) -> None:
     root = revisited(tmp_path)
     data = RevisitedData(layout="revisited", path=str(root), view=VIEW)
     (root / "jpg" / "all_souls_000002.jpg").unlink()
-    with pytest.raises(InputError, match=r"No image at .*all_souls_000002\.jpg"):
+    with pytest.raises(InputError, match=r"No file at .*all_souls_000002\.jpg"):
         retrieval.run(RetrievalConfig(name="x", data=data), load_model(PIXELS), str(tmp_path / "out"))
     (root / "jpg" / "query_000000.jpg").write_bytes(b"<html>")
     with pytest.raises(InputError, match=r"query_000000\.jpg: the image cannot be used: not_an_image"):
@@ -402,7 +402,7 @@ def test_features_are_kept_for_the_same_model_and_bytes_alone(tmp_path: Path) ->
     np.save(kept, np.full((6, 3072), 7, np.float32))
     assert (retrieval._look(model, photos, VIEW, cache).features == 7).all()  # it is read
     for change in (
-        lambda: retrieval._look(load_model(ModelConfig(name="efficientnet_lite0")), photos, VIEW, cache),
+        lambda: retrieval._look(load_model(FrozenModelConfig(name="efficientnet_lite0")), photos, VIEW, cache),
         lambda: retrieval._look(model, photos, VIEW.model_copy(update={"resize": "center_crop"}), cache),
         lambda: retrieval._look(model, [photo._replace(box=(0, 0, 9, 9)) for photo in photos], VIEW, cache),
         lambda: retrieval._look(model, photos[::-1], VIEW, cache),
@@ -416,9 +416,8 @@ def test_features_are_kept_for_the_same_model_and_bytes_alone(tmp_path: Path) ->
 def test_the_batch_changes_nothing(tmp_path: Path, resize: Any) -> None:
     root = revisited(tmp_path)
     photos = [Photo(str(path)) for path in sorted((root / "jpg").iterdir())]
-    view = ViewConfig(resize=resize, image_size=32, batch_size=1)
-    alone = retrieval._compute(load_model(PIXELS), photos, view)
-    together = retrieval._compute(load_model(PIXELS), photos, view.model_copy(update={"batch_size": 4}))
+    view = ViewConfig(resize=resize, image_size=32)
+    alone, together = (retrieval._compute(load_model(PIXELS), photos, view, batch_size=size) for size in (1, 4))
     torch.testing.assert_close(alone, together)
     shape = see(Photo(photos[-1].path), view.model_copy(update={"image_size": 64}), 8).shape
     assert shape == ((3, 56, 72) if resize == "keep_aspect" else (3, 64, 64))  # of 120 x 96 pixels

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from curation.errors import InputError
+from curation.errors import InputError, UserError
 from evaluation import robustness
 from evaluation.data.splits import SplitConfig
-from evaluation.features import ModelConfig, PicturesConfig, load_model
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModelConfig, load_model
 from evaluation.linear import LinearConfig
-from evaluation.robustness import RobustnessConfig, mean_corruption_error, real_accuracy
+from evaluation.robustness import ALEXNET_ERRORS, RobustnessConfig, mean_corruption_error, real_accuracy
 from tests.evaluation.builders import CLASSES, encoded, image_folder
 
 
@@ -38,13 +39,15 @@ def test_every_set_is_read_as_published(tmp_path: Path) -> None:
         steps=40,
         held_out=0.25,
     )
-    model, cache = load_model(ModelConfig(name="pixels")), str(tmp_path / "cache")
+    model, cache = load_model(FrozenModelConfig(name="pixels")), str(tmp_path / "cache")
 
-    def value(kind: str, path: Path, **more: object) -> tuple[str, float]:
+    def value(
+        kind: str, path: Path, alexnet_errors: dict[str, float] = ALEXNET_ERRORS, **more: object
+    ) -> tuple[str, float]:
         config = RobustnessConfig.model_validate(
             {"name": kind, "path": str(path), "kind": kind, "linear": probe} | more
         )
-        (result,) = robustness.run(config, model, str(tmp_path / "out"), cache=cache)
+        (result,) = robustness.run(config, model, str(tmp_path / "out"), cache=cache, alexnet_errors=alexnet_errors)
         return result.metric, result.value
 
     # A: one class alone is scored among itself.
@@ -61,7 +64,7 @@ def test_every_set_is_read_as_published(tmp_path: Path) -> None:
     for corruption in ("fog", "snow"):
         for severity in range(1, 6):
             image_folder(tmp_path / "c" / corruption / str(severity), 3, first=50)
-    found = value("corruptions", tmp_path / "c", alexnet_errors={"fog": 0.5, "snow": 0.25})
+    found = value("corruptions", tmp_path / "c", {"fog": 0.5, "snow": 0.25})
     assert found == ("mCE", pytest.approx((1 - plain) * (2 + 4) / 2))
     # ReaL: numbers in the names point into real.json; two images allow all classes, one allows none.
     labels: list[list[int]] = []
@@ -74,5 +77,5 @@ def test_every_set_is_read_as_published(tmp_path: Path) -> None:
     assert value("real", tmp_path / "val", real_labels=str(tmp_path / "real.json")) == ("ReaL", 1.0)
     with pytest.raises(InputError, match="gives no place"):
         value("real", tmp_path / "r", real_labels=str(tmp_path / "real.json"))
-    with pytest.raises(ValueError, match="alexnet_errors"):
-        value("corruptions", tmp_path / "c")
+    with pytest.raises(UserError, match=r"c/brightness/1'"):
+        value("corruptions", tmp_path / "c")  # all corruptions count

@@ -10,7 +10,8 @@ import torch
 from curation.errors import InputError
 from evaluation import knn, results, run
 from evaluation.data.splits import SplitConfig
-from evaluation.features import ModelConfig, PicturesConfig, load_model
+from evaluation.data.views import PicturesConfig
+from evaluation.features import FrozenModelConfig, load_model
 from evaluation.knn import KnnConfig
 from evaluation.run import EvaluationConfig, evaluate
 from evaluation.scores import class_mean
@@ -28,13 +29,12 @@ def knn_config(tmp_path: Path, **changes: object) -> KnnConfig:
         "pictures": SMALL,
         "k": (1, 5, 12),
         "per_class": (3,),
-        "tries": 4,
     }
     return KnnConfig.model_validate(fields | changes)
 
 
 def test_knn_of_pictures_with_few_shots(tmp_path: Path) -> None:
-    config, model = knn_config(tmp_path), load_model(ModelConfig(name="pixels"))
+    config, model = knn_config(tmp_path), load_model(FrozenModelConfig(name="pixels"))
     found = knn.run(config, model, str(tmp_path / "out"))
     scores = {(result.protocol, result.metric): result for result in found}
     assert {protocol for protocol, _ in scores} == {"k=1", "k=5", "k=12", "k=1, 3 per class", "k=5, 3 per class"}
@@ -60,7 +60,7 @@ def test_the_mean_over_classes_weighs_each_alike() -> None:
 def test_what_was_found_stays_when_a_later_evaluation_fails(tmp_path: Path) -> None:
     good = knn_config(tmp_path, per_class=())
     bad = good.model_copy(update={"name": "bad", "test": SplitConfig(path=str(tmp_path / "absent"))})
-    config = EvaluationConfig(model=ModelConfig(name="pixels"), knn=(good, bad))
+    config = EvaluationConfig(model=FrozenModelConfig(name="pixels"), knn=(good, bad))
     with pytest.raises(InputError, match="absent"):
         evaluate(config, load_model(config.model), str(tmp_path / "out"))
     assert [result.dataset for result in results.read(str(tmp_path / "out"))] == ["toy"] * 6
@@ -80,16 +80,16 @@ def test_the_command_runs_and_refuses(tmp_path: Path) -> None:
     """
     (tmp_path / "eval.toml").write_text(text)
 
-    def command(*options: str, module: str = "run") -> subprocess.CompletedProcess[str]:
+    def command(*options: str) -> subprocess.CompletedProcess[str]:
         own = ["--config", str(tmp_path / "eval.toml"), "--output", str(tmp_path / "out"), *options]
-        return subprocess.run([sys.executable, "-m", f"evaluation.{module}", *own], capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", "evaluation.run", *own], capture_output=True, text=True)
 
-    done = command("--model", checkpoint(tmp_path / "vit.pth"), module="knn")
+    done = command("--model", checkpoint(tmp_path / "vit.pth"), "--only", "knn")
     assert done.returncode == 0, done.stderr
     assert [(one.model, one.protocol) for one in results.read(str(tmp_path / "out"))] == [
         (f"vit_tiny_patch8 {tmp_path.name}/vit.pth", "k=1")
     ] * 2
-    refused = command("--model", "pixels", module="depth")
+    refused = command("--model", "pixels", "--only", "depth")
     assert refused.returncode == 2 and refused.stderr.endswith("eval.toml has no [[depth]]. It has: knn.\n")
     Path(test, "ring").rename(Path(test, "wheel"))
     refused = command("--model", "pixels")

@@ -13,10 +13,11 @@ from curation.config import parse
 from curation.errors import ConfigError, InputError
 from evaluation import segmentation
 from evaluation.data.scenes import IGNORED, Scene, Scenes
-from evaluation.features import Model, ModelConfig, load_model
+from evaluation.features import FrozenModel, FrozenModelConfig, load_model
+from evaluation.padding import PADDING_COLOR
 from evaluation.segmentation import (
     PROTOCOLS,
-    LinearHead,
+    LinearSegmentationHead,
     Protocol,
     SegmentationConfig,
     confusion,
@@ -31,16 +32,14 @@ from evaluation.segmentation import (
 )
 from tests.evaluation.data.scene_builders import stamps
 
-SMALL = Protocol(
-    image_side=32, window=32, stride=24, train_scales=(1.0, 1.5), batch_size=4, steps=20, warmup_steps=2, distort=False
-)
+SMALL = Protocol(image_side=32, window=32, stride=24, train_scales=(1.0, 1.5), batch_size=4, steps=20, warmup_steps=2)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def model(tmp_path_factory: pytest.TempPathFactory) -> FrozenModel:
     path = str(tmp_path_factory.mktemp("model") / "tiny.pth")
     weights.save(backbone.build("vit_tiny", patch_size=8, image_size=32, depth=2, seed=0), path)
-    return load_model(ModelConfig(weights=path))
+    return load_model(FrozenModelConfig(weights=path))
 
 
 def two_halves(num_scenes: int) -> Scenes:
@@ -99,15 +98,15 @@ def test_scores_by_hand() -> None:
 def test_a_crop_keeps_pixels_and_classes_together(seed: int) -> None:
     scene = two_halves(1).read(0)
     protocol = SMALL.model_copy(update={"train_scales": (0.5, 2.0)})
-    crop = crop_of(scene, protocol, np.random.default_rng(seed))
-    again = crop_of(scene, protocol, np.random.default_rng(seed))
+    crop = crop_of(scene, protocol, np.random.default_rng(seed), distort=False)
+    again = crop_of(scene, protocol, np.random.default_rng(seed), distort=False)
     assert torch.equal(crop.image, again.image) and torch.equal(crop.target, again.target)
     assert crop.image.shape == (3, 32, 32) and crop.image.dtype == torch.uint8
     red, blue = (crop.image[0] > 220) & (crop.image[2] < 50), (crop.image[2] > 220) & (crop.image[0] < 50)
     assert set(crop.target[red].tolist()) <= {0, IGNORED} and set(crop.target[blue].tolist()) <= {1, IGNORED}
-    padding = (crop.image == torch.tensor(segmentation.PADDING, dtype=torch.uint8)[:, None, None]).all(0)
+    padding = (crop.image == torch.tensor(PADDING_COLOR, dtype=torch.uint8)[:, None, None]).all(0)
     assert (crop.target[padding] == IGNORED).all()
-    distorted = crop_of(scene, protocol.model_copy(update={"distort": True}), np.random.default_rng(seed))
+    distorted = crop_of(scene, protocol, np.random.default_rng(seed))
     assert torch.equal(distorted.target, crop.target)
 
 
@@ -131,12 +130,12 @@ def test_windows_cover_the_picture_and_are_averaged() -> None:
     assert row[0, 0].tolist() == [0, 1, (2 + 0) / 2, (3 + 1) / 2, 2, 3]
 
 
-def test_sides_that_are_no_multiple_of_the_patch_are_padded(model: Model) -> None:
-    head = LinearHead(model.embed_dim, 3, seed=0).eval()
+def test_sides_that_are_no_multiple_of_the_patch_are_padded(model: FrozenModel) -> None:
+    head = LinearSegmentationHead(model.embed_dim, 3, seed=0).eval()
     pixels = torch.randint(256, (2, 3, 27, 34), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = pixel_logits(model, head, pixels, 1)
-        by_hand = torch.tensor(segmentation.PADDING, dtype=torch.uint8)[:, None, None].repeat(2, 1, 32, 40)
+        by_hand = torch.tensor(PADDING_COLOR, dtype=torch.uint8)[:, None, None].repeat(2, 1, 32, 40)
         by_hand[:, :, 2:29, 3:37] = pixels
         expected = pixel_logits(model, head, by_hand, 1)[:, :, 2:29, 3:37]
     assert found.shape == (2, 3, 27, 34)
@@ -151,9 +150,9 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert learning_rate(39_999, protocol) == pytest.approx(1e-3 / 40_000)
 
 
-def test_a_head_learns_and_the_seed_makes_it(model: Model) -> None:
+def test_a_head_learns_and_the_seed_makes_it(model: FrozenModel) -> None:
     scenes = two_halves(6)
-    untrained = LinearHead(model.embed_dim, 2, seed=0).eval()
+    untrained = LinearSegmentationHead(model.embed_dim, 2, seed=0).eval()
     head = train_head(model, scenes, SMALL, seed=3)
     before, after = (score(model, one, scenes, SMALL).mean_iou for one in (untrained, head))
     assert after > 0.85 > before + 0.1
@@ -166,7 +165,7 @@ def test_a_head_learns_and_the_seed_makes_it(model: Model) -> None:
     assert all(score(model, head, scenes, SMALL, windows_per_pass=size).mean_iou == after for size in (1, 50))
 
 
-def test_several_blocks_scales_and_the_mirror(model: Model) -> None:
+def test_several_blocks_scales_and_the_mirror(model: FrozenModel) -> None:
     protocol = SMALL.model_copy(update={"blocks": 2, "test_scales": (1.0, 1.5), "flip": True})
     scenes = two_halves(6)
     head = train_head(model, scenes, protocol)
@@ -188,7 +187,7 @@ def test_several_blocks_scales_and_the_mirror(model: Model) -> None:
     assert torch.equal(predict(model, head, scene.image, no_flip), ((parts[0] + parts[1]) / 2).argmax(0))
 
 
-def test_an_evaluation_end_to_end(tmp_path: Path, model: Model) -> None:
+def test_an_evaluation_end_to_end(tmp_path: Path, model: FrozenModel) -> None:
     config = SegmentationConfig(name="discs", data=stamps(tmp_path), protocol=SMALL)
     results = segmentation.run(config, model, str(tmp_path))
     assert [result.metric for result in results] == ["mIoU", "mean class accuracy", "pixel accuracy"]
@@ -200,12 +199,12 @@ def test_an_evaluation_end_to_end(tmp_path: Path, model: Model) -> None:
     assert segmentation._protocol_name(PROTOCOLS["multiscale"]) == "multiscale"
 
 
-def test_models_that_do_not_fit_are_told(tmp_path: Path, model: Model) -> None:
+def test_models_that_do_not_fit_are_told(tmp_path: Path, model: FrozenModel) -> None:
     config = SegmentationConfig(name="discs", data=stamps(tmp_path), protocol="multiscale")
     with pytest.raises(InputError, match="has 2 blocks; the protocol takes the last 4"):
         segmentation.run(config, model, str(tmp_path))
     with pytest.raises(InputError, match="pixels has no patch tokens"):
-        segmentation.run(config, load_model(ModelConfig(name="pixels")), str(tmp_path))
+        segmentation.run(config, load_model(FrozenModelConfig(name="pixels")), str(tmp_path))
 
 
 def test_configs_are_closed() -> None:
@@ -215,7 +214,7 @@ def test_configs_are_closed() -> None:
     assert isinstance(own.protocol, Protocol) and own.protocol.test_scales == (1.0, 2.0)
     for change in (
         {"data": {"layout": "voc2013", "path": "p"}},
-        {"data": {"layout": "stamps", "stamps": "a", "backgrounds": ["b"], "stamp_sides": [0.9, 0.2]}},
+        {"data": {"layout": "stamps", "stamps": "a", "backgrounds": []}},
         {"protocol": "best"},
         {"protocol": {"stride": 600}},
     ):

@@ -12,7 +12,7 @@ from curation.config import parse
 from curation.engine.ranks import open_world
 from curation.engine.ray_runner import RayRunner
 from curation.engine.runner import Runner
-from evaluation import features, results, run
+from evaluation import features, results, retrieval, run, segmentation
 from evaluation.features import load_model
 from evaluation.run import EvaluationConfig
 from evaluation.visualize import GAP
@@ -46,7 +46,7 @@ def write_config(folder: Path) -> str:
     }
     values = {
         "model": model_config(folder).model_dump(exclude_none=True),
-        "knn": [{**labelled, "k": [1, 5], "per_class": [2], "tries": 2}],
+        "knn": [{**labelled, "k": [1, 5], "per_class": [2]}],
         "logistic": [{**labelled, "c": [0.01, 1.0], "max_iterations": 50, "held_out": 0.25}],
         "linear": [probe],
         "robustness": [{"name": "again", "path": test, "linear": probe}],
@@ -120,13 +120,14 @@ def test_how_many_go_through_at_once_changes_nothing(config: str, alone: Found, 
     values = tomllib.loads(Path(config).read_text())
     for table in (*values["knn"], *values["logistic"], values["retrieval"][0]["data"]):
         table["pictures"]["batch_size"] = 3
-    values["retrieval"][1]["data"]["view"]["batch_size"] = 1
     for probe in (values["linear"][0], values["robustness"][0]["linear"]):
         probe["images_per_pass"] = 2
-    values["segmentation"][0]["windows_per_pass"] = 1
     other = tmp_path / "other.toml"
     other.write_text(tomli_w.dumps(values))
-    assert evaluate(str(other), str(tmp_path / "out")) == pytest.approx(alone, abs=1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "PHOTOS_PER_PASS", 1)
+        patch.setattr(segmentation, "WINDOWS_PER_PASS", 1)
+        assert evaluate(str(other), str(tmp_path / "out")) == pytest.approx(alone, abs=1e-6)
 
 
 def test_ray_workers_find_what_one_process_does(config: str, alone: Found, tmp_path: Path) -> None:

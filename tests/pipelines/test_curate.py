@@ -17,7 +17,7 @@ from curation.config import load
 from curation.engine.manifest import require_manifest
 from curation.errors import ConfigError
 from curation.files.folder_lock import sole_writer
-from curation.report.facts import STAGES
+from curation.run_folder import STAGES
 from pipelines.curate_config import CurateConfig
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from curation.engine import run_log
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import InputError
 from curation.files import paths
-from curation.report.facts import STAGES
+from curation.run_folder import STAGES
 from pipelines import status
 
 ROOT = Path(__file__).parents[2]
@@ -24,17 +24,13 @@ ROOT = Path(__file__).parents[2]
 DRIVER = """
 import sys, time
 from pathlib import Path
-from curation.engine import command
-from curation.engine import run_log
-from curation.files import paths
-from curation.engine.manifest import ShardRecord
-from curation.engine.manifest import step_folder
 from curation.config import Settings
+from curation.engine import command, run_log
+from curation.engine.manifest import ShardRecord, step_folder
+from curation.engine.runner import InlineRunner, Shard
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import InputError
-from curation.engine.runner import InlineRunner
-from curation.engine.runner import Shard
-from curation.engine.stage import PREPARED
-from curation.engine.stage import run_shards
+from curation.files import paths
 
 run = sys.argv.pop()
 
@@ -48,19 +44,20 @@ def make_worker(folder):
         return ShardRecord(name=shard.name, files=(file,), totals={"images": 5})
     return lambda: process
 
-def stage(folder, names, prepare=None):
+def do(folder, names, log, prepare=None):
     shards = [Shard(name, None, 5) for name in names]
-    run_shards("ingest", config=Settings(), inputs={}, output=folder, runner=InlineRunner(), shards=shards,
-               make_worker=make_worker(folder), prepare=prepare)
-
-def step():
-    stage(step_folder(f"{run}/ingest", "step"), ["s0"])
-    return ShardRecord(name=PREPARED)
+    stage = Stage(name="ingest", config=Settings(), inputs={}, output=folder, shards=shards,
+                  make_worker=make_worker(folder), prepare=prepare)
+    run_stage(stage, InlineRunner(), log=log)
 
 def work():
-    with run_log.keeping(run) as log:
+    with run_log.open_log(run) as log:
+        def step():
+            do(step_folder(f"{run}/ingest", "step"), ["s0"], log)
+            return ShardRecord(name=PREPARED)
+
         log.start()
-        stage(f"{run}/ingest", ["a", "b", "c", "d"], step)
+        do(f"{run}/ingest", ["a", "b", "c", "d"], log, step)
 
 command.main(work)
 """
@@ -202,7 +199,7 @@ def test_path_without_a_run_is_one_message(tmp_path: Path, kind: str) -> None:
 def test_log_on_an_object_store_is_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_log, "SECONDS_BETWEEN_PIECES", -1.0)
     run = f"memory://{os.urandom(4).hex()}"
-    with run_log.keeping(run) as log:
+    with run_log.open_log(run) as log:
         for number in range(3):
             log.write("stopped", why=str(number))
         assert run_log.read_driver(run) is not None

@@ -61,7 +61,7 @@ def test_every_holdout_image_is_classified_by_all_others(tmp_path: Path) -> None
     similarity = (features @ features.T).fill_diagonal_(-2)
 
     def predicted(image: int, among: list[int]) -> str:
-        nearest = sorted(among, key=lambda other: -similarity[image, other].item())[: pipeline.NEIGHBORS]
+        nearest = sorted(among, key=lambda other: -similarity[image, other].item())[: pipeline.NUM_NEIGHBORS]
         votes: dict[str, float] = {}
         for other in nearest:
             votes[labels[other]] = votes.get(labels[other], 0.0) + math.exp(similarity[image, other].item() / 0.07)

@@ -46,8 +46,8 @@ def random_batch(num_images: int, seed: int = 0, num_local: int = 4) -> Batch:
     return Batch(
         crops=(noise(2, GLOBAL), noise(num_local, LOCAL)),
         masks=masks,
-        places=masks.flatten().nonzero()[:, 0],
-        patch_weights=mask_token_weights(masks),
+        masked_indices=masks.flatten().nonzero()[:, 0],
+        masked_weights=mask_token_weights(masks),
         image_ids=[f"{seed:02}{image:030}" for image in range(num_images)],
         positions=torch.arange(num_images),
         rejected={},
@@ -69,8 +69,8 @@ def split(batch: Batch, num_parts: int) -> list[Batch]:
             Batch(
                 crops=tuple(part(crops, start) for crops in batch.crops),
                 masks=masks,
-                places=masks.flatten().nonzero()[:, 0],
-                patch_weights=mask_token_weights(masks),
+                masked_indices=masks.flatten().nonzero()[:, 0],
+                masked_weights=mask_token_weights(masks),
                 image_ids=batch.image_ids[start : start + size],
                 positions=batch.positions[start : start + size],
                 rejected={},

@@ -17,11 +17,11 @@ from training.augment import (
     AugmentConfig,
     Crop,
     CropGroup,
-    View,
+    CropView,
     cut_crops,
+    decode_reduction,
     draw_crops,
     make_crops,
-    reduction,
     released_crops,
 )
 
@@ -116,7 +116,7 @@ def test_windows_have_the_area_and_aspect_and_lie_anywhere() -> None:
 
 @pytest.mark.parametrize(("size", "window"), [((1000, 100), (433, 0, 133, 100)), ((100, 1000), (0, 433, 100, 133))])
 def test_where_no_window_fits_the_middle_is_taken(size: tuple[int, int], window: tuple[int, int, int, int]) -> None:
-    whole = (CropGroup(name="global", size=32, scale=(1.0, 1.0), views=(View(num=2, blur=0.0),)),)
+    whole = (CropGroup(name="global", size=32, scale=(1.0, 1.0), views=(CropView(num=2, blur=0.0),)),)
     for ((crop, _),) in drawn(AugmentConfig(crops=whole), 5, *size):
         assert (crop.left, crop.top, crop.width, crop.height) == window
 
@@ -158,7 +158,7 @@ def test_each_change_is_pillows(name: str) -> None:
     changes, least = CHANGES[name]
     pixels = np.array(decoding.draw(320, 260, np.random.default_rng(4)))
     crop = Crop(**{**vars(PLAIN), "left": 31, "top": 17, "width": 200, "height": 170, "flip": True, **changes})
-    group = CropGroup(name="global", size=112, scale=(0.3, 1.0), views=(View(num=2, blur=0.0),))
+    group = CropGroup(name="global", size=112, scale=(0.3, 1.0), views=(CropView(num=2, blur=0.0),))
     ratios = crops.agreement(pixels, ((crop, crop),), AugmentConfig(crops=(group,)))
     assert min(ratios) > least, ratios
 
@@ -166,7 +166,9 @@ def test_each_change_is_pillows(name: str) -> None:
 def test_blur_is_the_gaussian_of_nine_pixels() -> None:
     """Against the sum over its kernel; Pillow's own is made of boxes."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    config = AugmentConfig(crops=(CropGroup(name="global", size=64, scale=(1.0, 1.0), views=(View(num=2, blur=1.0),)),))
+    config = AugmentConfig(
+        crops=(CropGroup(name="global", size=64, scale=(1.0, 1.0), views=(CropView(num=2, blur=1.0),)),)
+    )
     for sigma in (0.1, 0.8, 2.0):
         crop = Crop(**{**vars(PLAIN), "width": 64, "height": 64, "sigma": sigma})
         (own,) = cut_crops(pixels, ((crop, crop),), config, full_width=64)
@@ -191,7 +193,7 @@ def test_a_large_jpeg_is_decoded_smaller_where_no_crop_is_enlarged() -> None:
     small = AugmentConfig(crops=sizes, jitter=0.0, solarize_threshold=256)
     picture = decoding.draw(1200, 1000, np.random.default_rng(1))
     data, same = encoded(picture, quality=95, subsampling=0), encoded(picture, "PNG")
-    by = [reduction(small, own) for own in drawn(small, 30, *picture.size)]
+    by = [decode_reduction(small, own) for own in drawn(small, 30, *picture.size)]
     for own, scaled_by in zip(drawn(small, 30, *picture.size), by, strict=True):
         spare = min(
             min(c.width, c.height) / side for side, crops_of in zip((64, 32), own, strict=True) for c in crops_of

@@ -134,7 +134,7 @@ def test_any_number_of_ranks_resumes(before: int, after: int, tmp_path: Path, ra
     if before == 2:
         first, second = ranks(start_and_save, folder)
         assert first == second
-        assert sorted(checkpoint.require(f"{folder}/step-0000003").files) == [
+        assert sorted(checkpoint.read_record(f"{folder}/step-0000003").files) == [
             ".metadata",
             "__0_0.distcp",
             "__1_0.distcp",

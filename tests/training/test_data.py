@@ -18,15 +18,15 @@ from torch import Tensor
 from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError, OutputMismatchError, RejectBudgetError
 from curation.files import parquet, paths, schemas
-from curation.images.corpus_tar import Sample as Packed
+from curation.images.corpus_tar import CorpusSample as Packed
 from curation.images.corpus_tar import write_tar
 from curation.images.hashing import image_id
 from tests.curation.builders import encoded_image, image_row, write_ingest, write_stage
 from training import data, order, samples
 from training.augment import AugmentConfig, released_crops
 from training.data import Batch, open_batches
-from training.order import Order, shuffled
-from training.samples import DataConfig, Samples, prepare
+from training.order import SampleOrder, permute
+from training.samples import DataConfig, SampleList, prepare
 
 SMALL = AugmentConfig(crops=released_crops(global_size=32, local_size=16, num_local=3))
 
@@ -83,7 +83,7 @@ class Corpus:
             "images_per_pass": 2,
             "rank": 0,
             "num_ranks": 1,
-            "masks": functools.partial(masks_of, 4),
+            "draw_masks": functools.partial(masks_of, 4),
             "rejects": {},
         }
         with open_batches(config, SMALL, self.output, **asked | values) as batches:
@@ -115,7 +115,7 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 1000])
 def test_every_epoch_is_a_permutation_of_its_own(count: int) -> None:
-    orders = [Order(seed, count) for seed in range(2)]
+    orders = [SampleOrder(seed, count) for seed in range(2)]
     epochs = [one.rows(np.arange(3 * count)).reshape(3, count) for one in orders]
     assert all(sorted(epoch.tolist()) == list(range(count)) for own in epochs for epoch in own)
     if count >= 64:
@@ -124,15 +124,24 @@ def test_every_epoch_is_a_permutation_of_its_own(count: int) -> None:
     assert np.array_equal(orders[0].rows(np.array([2 * count, 0, count])), epochs[0][[2, 0, 1], 0]), "in any order"
 
 
+def test_the_order_of_a_seed_never_changes() -> None:
+    """A run that resumes under a later version sees the same images. The values are those of the first version."""
+    keys = np.random.default_rng(3).integers(2**64 - 1, size=order.ROUNDS, dtype=np.uint64)
+    assert permute(np.arange(10), 10, keys).tolist() == [9, 8, 2, 1, 6, 3, 4, 7, 0, 5]
+    large = [2076559367, 1871351844, 2480782805, 2758494705, 1403087076]
+    assert permute(np.arange(5), 3_000_000_000, keys).tolist() == large
+    assert SampleOrder(0, 12).rows(np.arange(12, 24)).tolist() == [4, 10, 3, 11, 2, 9, 6, 5, 7, 1, 0, 8]
+
+
 def test_places_are_shuffled_evenly() -> None:
     """Where one place goes is uniform over keys, and neighbours are no neighbours any more."""
     generator = np.random.default_rng(0)
     seen = np.zeros((5, 5))
     for _ in range(2000):
         keys = generator.integers(2**64 - 1, size=order.ROUNDS, dtype=np.uint64)
-        seen[np.arange(5), shuffled(np.arange(5), 5, keys)] += 1
+        seen[np.arange(5), permute(np.arange(5), 5, keys)] += 1
     assert np.abs(seen / 2000 - 0.2).max() < 0.045
-    rows = Order(0, 100_000).rows(np.arange(100_000))
+    rows = SampleOrder(0, 100_000).rows(np.arange(100_000))
     assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.02
     assert abs(np.corrcoef(rows, np.arange(100_000))[0, 1]) < 0.02
 
@@ -144,7 +153,9 @@ def test_samples_come_as_often_as_they_weigh(seed: int) -> None:
     expected = 200 * weights / weights.sum()
     counts = np.array(
         [
-            np.bincount(Order(seed, 200, np.cumsum(weights)).rows(np.arange(200 * e, 200 * e + 200)), minlength=200)
+            np.bincount(
+                SampleOrder(seed, 200, np.cumsum(weights)).rows(np.arange(200 * e, 200 * e + 200)), minlength=200
+            )
             for e in range(40)
         ]
     )
@@ -156,12 +167,12 @@ def test_samples_come_as_often_as_they_weigh(seed: int) -> None:
 def test_only_weights_that_differ_are_kept(tmp_path: Path) -> None:
     equal = Corpus(tmp_path / "a", weights=[0.3] * 12)
     prepare(equal.config(), equal.output, InlineRunner())
-    assert Samples(f"{equal.output}/samples").cumulative is None
+    assert SampleList(f"{equal.output}/samples").cumulative_weights is None
     weights = [1.0, 2.0, 3.0] * 4
     for use_weights, kept in ((True, np.cumsum(weights).tolist()), (False, None)):
         other = Corpus(tmp_path / f"b {use_weights}", weights=weights)
         assert prepare(other.config(use_weights=use_weights), other.output, InlineRunner()) == 12
-        cumulative = Samples(f"{other.output}/samples").cumulative
+        cumulative = SampleList(f"{other.output}/samples").cumulative_weights
         assert (None if cumulative is None else cumulative.tolist()) == kept
 
 
@@ -169,8 +180,8 @@ def test_the_list_is_that_of_the_corpus(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(samples, "ROWS_PER_BATCH", 4)  # the list in several batches, which others than tars' rows fill
     corpus = Corpus(tmp_path, count=13)
     assert prepare(corpus.config(), corpus.output, InlineRunner()) == 13
-    listed = Samples(f"{corpus.output}/samples")
-    reader = data.Reader(named=True, hashed=True)
+    listed = SampleList(f"{corpus.output}/samples")
+    reader = data.SampleReader(names_are_ids=True, verify_hashes=True)
     for n in (12, 0, 5, 4, 3):
         assert listed[n].image_id == corpus.ids[n]
         assert reader.read(listed[n]) == corpus.images[n]
@@ -185,18 +196,18 @@ def test_a_batch_holds_its_crops_by_crop_then_by_image(tmp_path: Path) -> None:
     (first, *_), *_ = corpus.steps()
     assert [crop.shape for crop in first.crops] == [(4, 3, 32, 32), (6, 3, 16, 16)]
     assert first.positions.tolist() == [0, 1] and len(first.image_ids) == 2
-    rows = Order(0, 12).rows(np.arange(2)).tolist()
+    rows = SampleOrder(0, 12).rows(np.arange(2)).tolist()
     assert first.image_ids == [corpus.ids[row] for row in rows]
     for place, row in enumerate(rows):
-        generator = np.random.default_rng([0, data.CROPS, place])
+        generator = np.random.default_rng([0, data.CROPS_PURPOSE, place])
         own = data.make_crops(corpus.images[row], corpus.config().limits, SMALL, generator)
         for crops, expected in zip(first.crops, own, strict=True):
             assert np.array_equal(crops.unflatten(0, (-1, 2))[:, place].numpy(), expected)
     of_step = torch.cat([masks_of(4, 0, range(2)), masks_of(4, 0, range(8, 10))])
     assert torch.equal(first.masks, of_step)
-    assert torch.equal(first.places, of_step.flatten().nonzero()[:, 0])
+    assert torch.equal(first.masked_indices, of_step.flatten().nonzero()[:, 0])
     counts = of_step.sum(dim=1)
-    assert torch.allclose(first.patch_weights, torch.cat([torch.full((int(n),), 1 / float(n)) for n in counts if n]))
+    assert torch.allclose(first.masked_weights, torch.cat([torch.full((int(n),), 1 / float(n)) for n in counts if n]))
 
 
 @pytest.mark.parametrize(("num_ranks", "images_per_pass"), [(1, 8), (2, 2), (4, 1), (8, 1)])
@@ -269,7 +280,7 @@ def test_the_holdout_of_an_ingest_is_not_trained_on(tmp_path: Path) -> None:
     write_ingest(tmp_path / "ingest", [rows[:2], rows[2:]])
     config = DataConfig(path=f"{tmp_path}/ingest", layout="images")
     assert prepare(config, f"{tmp_path}/out", InlineRunner()) == 3
-    samples = Samples(f"{tmp_path}/out/samples")
+    samples = SampleList(f"{tmp_path}/out/samples")
     assert [samples[n].image_id for n in range(3)] == [rows[n]["image_id"] for n in (0, 1, 3)]
 
 
@@ -279,7 +290,7 @@ def test_the_holdout_of_an_ingest_is_not_trained_on(tmp_path: Path) -> None:
 def spoil(corpus: Corpus, number: int, *, header: bool) -> None:
     """Overwrite an image's header in its tar, or the bytes of the image."""
     prepare(corpus.config(), corpus.output, InlineRunner())
-    _, uri, offset, length = Samples(f"{corpus.output}/samples")[number]
+    _, uri, offset, length = SampleList(f"{corpus.output}/samples")[number]
     with open(uri, "r+b") as file:
         file.seek(offset - 512 if header else offset)
         file.write(b"\xff" * (512 if header else length))
@@ -296,7 +307,7 @@ def test_another_takes_the_place_of_a_bad_image(tmp_path: Path, header: bool, wo
     after = [together([passes]) for passes in corpus.steps(config, rejects=rejects)]
     assert rejects.keys() == {corpus.ids[7]}
     assert ("has changed" if header else "not_an_image") in rejects[corpus.ids[7]]
-    order, changed = Order(0, 12), 0
+    order, changed = SampleOrder(0, 12), 0
     for one, two in zip(before, after, strict=True):
         for place, position in enumerate(one["positions"].tolist()):
             if one["ids"][place] == corpus.ids[7]:
@@ -329,7 +340,7 @@ def test_bytes_of_another_hash_are_noticed_where_that_is_asked(tmp_path: Path) -
     corpus = Corpus(tmp_path)
     other = encoded_image(99, "JPEG", (40, 36))
     prepare(corpus.config(), corpus.output, InlineRunner())
-    _, uri, offset, length = Samples(f"{corpus.output}/samples")[7]
+    _, uri, offset, length = SampleList(f"{corpus.output}/samples")[7]
     with open(uri, "r+b") as file:
         file.seek(offset)
         file.write(other[:length].ljust(length, b"\0"))

@@ -25,7 +25,7 @@ from curation.errors import ConfigError, InputError, OutputMismatchError, Reject
 from tests.training.builders import random_batch, train_config, write_images
 from training import checkpoint, loop, samples
 from training.loop import TrainConfig, train
-from training.model import teach
+from training.model import teacher_targets
 
 Ranks = Callable[..., list[Any]]
 Arrays = dict[str, np.ndarray]
@@ -142,28 +142,28 @@ def test_two_ranks_go_on_as_one(images: str, tmp_path: Path, ranks: Ranks) -> No
 
 def prepared(config: TrainConfig, output: Path) -> loop.Trainer:
     samples.prepare(config.data, str(output), InlineRunner())
-    return loop.prepare(config, World(0, 1, 0, torch.device("cpu")))
+    return loop.build_trainer(config, World(0, 1, 0, torch.device("cpu")))
 
 
 def test_a_step_that_is_not_finite_changes_nothing(images: str, tmp_path: Path) -> None:
     trainer = prepared(train_config(images), tmp_path)
     loop.step(trainer, [random_batch(4, num_local=2), random_batch(4, seed=1, num_local=2)], 0)
-    before = {name: of.clone() for name, of in checkpoint._flat(loop._parts(trainer)).items()}
+    before = {name: of.clone() for name, of in checkpoint._flat(loop._checkpoint_parts(trainer)).items()}
     bad = random_batch(4, seed=2, num_local=2)
     bad.crops[1][3, 0, 5, 5] = float("nan")
     result = loop.step(trainer, [random_batch(4, seed=3, num_local=2), bad], 1)
     assert not result.finite
-    assert_equal(checkpoint._flat(loop._parts(trainer)), before)
+    assert_equal(checkpoint._flat(loop._checkpoint_parts(trainer)), before)
     assert all(parameter.grad is None for parameter in trainer.model.student.parameters())
     assert loop.step(trainer, [random_batch(4, seed=3, num_local=2)] * 2, 1).finite
 
 
 def test_too_many_steps_that_are_not_finite_end_the_run(images: str, tmp_path: Path) -> None:
-    config = train_config(images, num_steps=9, schedule__base_learning_rate=1e38, max_skipped_steps=2)
-    with pytest.raises(TrainingError, match=r"for 3 steps in a row.*[0-9a-f]{32}, [0-9a-f]{32}"):
+    config = train_config(images, num_steps=14, schedule__base_learning_rate=1e38)
+    with pytest.raises(TrainingError, match=r"for 11 steps in a row.*[0-9a-f]{32}, [0-9a-f]{32}"):
         train(config, str(tmp_path / "run"))
     found = lines(tmp_path / "run")
-    assert found[-1]["skipped_steps"] == 3
+    assert found[-1]["skipped_steps"] == 11
     assert checkpoint.steps(str(tmp_path / "run" / "checkpoints"))[-1] == found[-1]["step"]
 
 
@@ -260,7 +260,7 @@ def test_what_cannot_work_is_refused_before_any_image(images: str, tmp_path: Pat
 
 
 def test_what_is_exported_is_the_average(images: str, tmp_path: Path) -> None:
-    train(train_config(images, export_layouts=["released"]), str(tmp_path / "run"))
+    train(train_config(images), str(tmp_path / "run"))
     vit = backbone.build("vit_tiny", depth=2, patch_size=8, image_size=32, seed=None)
     weights.load(vit, str(tmp_path / "run" / "export" / "step-0000004" / "teacher.pth"))
     expected = state(tmp_path / "run", 4)
@@ -294,8 +294,8 @@ def test_distillation_and_higher_resolution_start_from_an_export(images: str, tm
     assert torch.equal(vit.cls_token, found["average.backbone.cls_token"])  # type: ignore[arg-type]
     # All 16 patches of both global crops of 4 images are asked about.
     trainer = prepared(distilled, tmp_path / "again")
-    (lesson,) = teach(trainer.model, [random_batch(4, num_local=2)], 0.05, sum_over_ranks, max_over_ranks)
-    assert len(lesson.places) == 2 * 4 * 16 and lesson.patch_weights.sum().item() == pytest.approx(8)
+    (targets,) = teacher_targets(trainer.model, [random_batch(4, num_local=2)], 0.05, sum_over_ranks, max_over_ranks)
+    assert len(targets.patch_indices) == 2 * 4 * 16 and targets.patch_weights.sum().item() == pytest.approx(8)
 
     high = train_config(
         images,

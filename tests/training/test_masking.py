@@ -8,7 +8,7 @@ import torch
 
 from curation.config import parse
 from curation.errors import ConfigError
-from training.masking import PURPOSE, MaskConfig, mask_token_weights, step_masks
+from training.masking import MASKS_PURPOSE, MaskConfig, mask_token_weights, step_masks
 
 GRIDS = [(16, 16), (14, 14), (9, 20), (37, 37)]
 
@@ -100,7 +100,7 @@ def test_blocks_are_those_of_the_plain_algorithm(grid: tuple[int, int], largest:
     config = MaskConfig(sampler="published", crop_share=1.0, ratio=(ratio, ratio))
     sizes: list[int] = []
     for step in range(30):
-        random = np.random.default_rng([5, PURPOSE, step, 1])
+        random = np.random.default_rng([5, MASKS_PURPOSE, step, 1])
         random.random()  # the ratio's
         mask, found = plain_blocks(grid, largest, int(grid[0] * grid[1] * ratio), random)
         assert (of_step(config, grid, 1, seed=5, step=step)[0] == mask.ravel()).all()
@@ -112,7 +112,7 @@ def test_exact_completes_the_blocks_with_single_patches() -> None:
     config = MaskConfig(sampler="exact", crop_share=1.0, ratio=(0.95, 0.95))
     added = []
     for step in range(30):
-        mask, _ = plain_blocks((16, 16), 128, 243, np.random.default_rng([5, PURPOSE, step, 1]))
+        mask, _ = plain_blocks((16, 16), 128, 243, np.random.default_rng([5, MASKS_PURPOSE, step, 1]))
         drawn = of_step(config, (16, 16), 1, seed=5, step=step)[0]
         assert (drawn | ~mask.ravel()).all()  # holds every block
         assert drawn.sum() == 243

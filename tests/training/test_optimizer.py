@@ -247,8 +247,7 @@ def test_a_name_without_a_rule_is_not_passed_over(name: str) -> None:
         parameter_groups([(name, nn.Parameter(torch.zeros(1)))], layer_decay=0.9, patch_embed_multiplier=0.2)
 
 
-@pytest.mark.parametrize("implementation", ["fused", "foreach"])
-def test_a_step_moves_each_group_as_its_schedule_says(implementation: str) -> None:
+def test_a_step_moves_each_group_as_its_schedule_says() -> None:
     named = [
         (name, nn.Parameter(torch.ones(shape)))
         for name, shape in (
@@ -260,8 +259,7 @@ def test_a_step_moves_each_group_as_its_schedule_says(implementation: str) -> No
         )
     ]
     groups = parameter_groups(named, layer_decay=0.5, patch_embed_multiplier=0.2)
-    config = OptimizerConfig.model_validate({"implementation": implementation})
-    optimizer = make_optimizer(config, groups)
+    optimizer = make_optimizer(OptimizerConfig(), groups)
     apply_schedules(optimizer, StepValues(0.1, 0.0, 0.3, 1.0, 1.0))
     for _, parameter in named:
         parameter.grad = torch.full_like(parameter, 7.0)

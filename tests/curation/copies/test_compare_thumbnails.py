@@ -1,4 +1,4 @@
-"""Verification finds copies under each common edit, and tells other pictures and other symbols in one frame apart."""
+"""Comparing thumbnails finds copies under each common edit, and tells them from other pictures and other symbols."""
 
 import io
 
@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from curation.copies.compare_thumbnails import Likeness, PairVerifier, VerifyConfig
+from curation.copies.compare_thumbnails import Likeness, ThumbnailComparer, VerificationConfig
 from curation.embed import encode_thumbnail
 
 THRESHOLD = 0.67  # of pipelines/configs/demo.toml
 
 
 @pytest.fixture(scope="module")
-def verifier() -> PairVerifier:
-    return PairVerifier(VerifyConfig())
+def comparer() -> ThumbnailComparer:
+    return ThumbnailComparer(VerificationConfig())
 
 
 def scene(seed: int) -> Image.Image:
-    """A drawing of 300 x 260 pixels with a few shapes, lines and dots on a plain ground."""
+    """A drawing of 300 x 260 pixels: a few shapes on a plain background."""
     generator = np.random.default_rng(seed)
     image = Image.new("RGB", (300, 260), (250, 248, 240))
     draw = ImageDraw.Draw(image)
@@ -71,49 +71,48 @@ EDITS = {
 }
 
 
-def compare(verifier: PairVerifier, one: Image.Image, other: Image.Image) -> Likeness:
-    views = [verifier.describe(encode_thumbnail(image, 128)) for image in (one, other)]
-    return verifier.compare(*views)
+def compare(comparer: ThumbnailComparer, one: Image.Image, other: Image.Image) -> Likeness:
+    return comparer.compare(*(comparer.prepare(encode_thumbnail(image, 128)) for image in (one, other)))
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_copy_is_found(verifier: PairVerifier, edit: str) -> None:
-    found = [compare(verifier, scene(seed), EDITS[edit](scene(seed))).similarity for seed in range(5)]
-    assert sum(similarity >= THRESHOLD for similarity in found) >= 4, found
+def test_copy_is_found(comparer: ThumbnailComparer, edit: str) -> None:
+    similarities = [compare(comparer, scene(seed), EDITS[edit](scene(seed))).similarity for seed in range(5)]
+    assert sum(similarity >= THRESHOLD for similarity in similarities) >= 4, similarities
 
 
-def test_picture_is_a_copy_of_itself(verifier: PairVerifier) -> None:
+def test_picture_is_a_copy_of_itself(comparer: ThumbnailComparer) -> None:
     for seed in range(5):
-        assert compare(verifier, scene(seed), scene(seed)).similarity > 0.99
+        assert compare(comparer, scene(seed), scene(seed)).similarity > 0.99
 
 
-def test_other_pictures_are_no_copies(verifier: PairVerifier) -> None:
+def test_other_pictures_are_not_copies(comparer: ThumbnailComparer) -> None:
     for seed in range(10):
-        assert compare(verifier, scene(seed), scene(seed + 100)).similarity < 0.3
+        assert compare(comparer, scene(seed), scene(seed + 100)).similarity < 0.3
 
 
-def test_other_symbol_in_one_frame_differs_locally(verifier: PairVerifier) -> None:
+def test_other_symbol_in_one_frame_differs_locally(comparer: ThumbnailComparer) -> None:
     for symbol in range(5):
-        likeness = compare(verifier, sign(symbol), sign(symbol + 50))
+        likeness = compare(comparer, sign(symbol), sign(symbol + 50))
         assert likeness.similarity < THRESHOLD or likeness.differs_locally
 
 
-def test_stamp_differs_locally_and_jpeg_does_not(verifier: PairVerifier) -> None:
-    assert compare(verifier, scene(1), stamped(scene(1))).differs_locally
-    assert not compare(verifier, scene(1), jpeg(scene(1), 60)).differs_locally
+def test_stamp_differs_locally_and_jpeg_does_not(comparer: ThumbnailComparer) -> None:
+    assert compare(comparer, scene(1), stamped(scene(1))).differs_locally
+    assert not compare(comparer, scene(1), jpeg(scene(1), 60)).differs_locally
 
 
-def test_result_does_not_depend_on_pairs_before(verifier: PairVerifier) -> None:
+def test_result_does_not_depend_on_earlier_pairs(comparer: ThumbnailComparer) -> None:
     pair = scene(2), EDITS["turned"](scene(2))
-    first = compare(verifier, *pair)
+    first = compare(comparer, *pair)
     for seed in range(5):
-        compare(verifier, scene(seed), scene(seed + 1))
-    assert compare(verifier, *pair) == first == compare(PairVerifier(VerifyConfig()), *pair)
+        compare(comparer, scene(seed), scene(seed + 1))
+    assert compare(comparer, *pair) == first == compare(ThumbnailComparer(VerificationConfig()), *pair)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (200, 3), (3, 200), (17, 16)])
-def test_blank_and_thin_pictures_compare(verifier: PairVerifier, size: tuple[int, int]) -> None:
+def test_blank_and_thin_pictures_can_be_compared(comparer: ThumbnailComparer, size: tuple[int, int]) -> None:
     blank = Image.new("RGB", size, (90, 90, 90))
     for other in (blank, scene(0)):
-        likeness = compare(verifier, blank, other)
+        likeness = compare(comparer, blank, other)
         assert 0 <= likeness.similarity <= 1

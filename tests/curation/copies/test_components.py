@@ -13,9 +13,9 @@ from curation.copies.components import (
     connected_components,
     family_edges,
     flatten,
-    join,
     node_type,
     separate,
+    unite,
 )
 from curation.files import disk_arrays
 
@@ -137,7 +137,7 @@ def test_joining_goes_on_from_a_flat_forest(seed: int, block: int) -> None:
     parent = np.empty(60, np.int32)
     separate(parent)
     for stop in range(0, 51, 10):
-        join(parent, *edges[:, max(stop - 10, 0) : stop])
+        unite(parent, *edges[:, max(stop - 10, 0) : stop])
         assert (parent <= np.arange(60)).all(), "a tree's root is its smallest node"
         np.testing.assert_array_equal(flatten(parent), by_scipy(60, *edges[:, :stop]))
 

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 
 from curation.copies import duplicate_graph
-from curation.copies.duplicate_graph import id_texts, pack_ids, read_graph
+from curation.copies.duplicate_graph import read_graph
 from curation.errors import InputError
 from curation.files import disk_arrays, parquet, schemas
+from curation.files.image_ids import unpack_ids
 from tests.curation.builders import content_hash, id_of, image_row, write_ingest, write_stage
 
 Name = Callable[[int], str]
@@ -20,24 +21,6 @@ Name = Callable[[int], str]
 def hash_of(number: int) -> str:
     """An image_id that begins as evenly as a hash."""
     return f"{(number + 1) * 0x9E3779B97F4A7C15 % 2**64:016x}{number:016x}"
-
-
-@pytest.mark.parametrize("name", [hash_of, id_of])
-@pytest.mark.parametrize("count", [0, 1, 50])
-def test_packed_ids_sort_and_read_as_the_texts(name: Name, count: int) -> None:
-    texts = [name(int(number)) for number in np.random.default_rng(0).permutation(count)] + ["f" * 32, "0" * 32]
-    column = pa.chunked_array([texts[:1], texts[1:]], pa.string())
-    packed = pack_ids(column)
-    assert id_texts(packed).to_pylist() == texts
-    assert packed.tobytes() == bytes.fromhex("".join(texts))
-    assert id_texts(np.sort(packed)).to_pylist() == sorted(texts)
-    assert pack_ids(column.slice(1)).tolist() == packed[1:].tolist()  # a slice keeps the buffers of the whole
-
-
-@pytest.mark.parametrize("wrong", ["", "abc", "A" * 32, "g" * 32, "a" * 31, "é" * 16, None])
-def test_other_texts_are_no_ids(wrong: str | None) -> None:
-    with pytest.raises(InputError, match=f"'{wrong}' is no image_id"):
-        pack_ids(pa.chunked_array([[id_of(1), wrong, id_of(2)]], pa.string()))
 
 
 def write_run(
@@ -84,7 +67,7 @@ def test_graph_agrees_with_the_rows(
     monkeypatch.setattr(duplicate_graph, "ROWS_PER_BUCKET", bucket)
     images, copies, rows, pairs = write_run(tmp_path, seed, name)
     graph = read_graph(images, copies)
-    ids = id_texts(graph.nodes.image_ids).to_pylist()
+    ids = unpack_ids(graph.nodes.image_ids).to_pylist()
     assert ids == sorted({row["image_id"] for row in rows})
     assert [ids[node] for node in graph.node_of_row] == [row["image_id"] for row in rows]
     for node, image_id in enumerate(ids):

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 from curation.engine.manifest import (
+    FORMAT_VERSION,
     MANIFEST_NAME,
     PROGRESS_NAME,
     Manifest,
@@ -427,7 +428,7 @@ OTHER_PLANS = [
     (plan(config={"power": 2, "levels": [{"k": 1}], "name": "a"}), ["config.levels.1.k: 2 there, None now"]),
     (plan(inputs={"images": "xyz"}), ["inputs.images: 'abc' there, 'xyz' now"]),
     (plan(stage="cube", num_shards=4), ["num_shards: 3 there, 4 now", "stage: 'square' there, 'cube' now"]),
-    (plan(format_version=99), ["format_version: 1 there, 99 now"]),
+    (plan(format_version=99), [f"format_version: {FORMAT_VERSION} there, 99 now"]),
 ]
 
 

@@ -20,7 +20,7 @@ from curation.engine import ray_runner
 from curation.engine.manifest import Manifest, ShardRecord, read_manifest
 from curation.engine.ray_runner import RayRunner
 from curation.engine.runner import InlineRunner, Runner, Shard, Worker
-from curation.engine.stage import run_shards
+from curation.engine.stage import Stage, run_stage
 from curation.errors import ConfigError, ShardError
 from curation.files import paths
 from tests.curation.builders import bytes_in
@@ -93,19 +93,19 @@ def test_poison_shards_are_set_aside_up_to_a_number(runner: RayRunner, worker: C
         list(runner.map("stage", worker, shards_of(works), max_poison_shards=1))
 
 
-def run_stage(folder: Path, runner: Runner, works: list[str], max_poison_shards: int) -> Manifest:
+def write_lives(folder: Path, runner: Runner, works: list[str], max_poison_shards: int) -> Manifest:
     output = str(folder / "out")
     (folder / "diary").mkdir(parents=True, exist_ok=True)
-    return run_shards(
-        "stage",
+    stage = Stage(
+        name="stage",
         config=StageConfig(),
         inputs={},
         output=output,
-        runner=runner,
         shards=shards_of(works),
         make_worker=functools.partial(make_writing_worker, str(folder / "diary"), output),
         max_poison_shards=max_poison_shards,
     )
+    return run_stage(stage, runner)
 
 
 def make_writing_worker(diary: str, output: str) -> Worker:
@@ -123,19 +123,19 @@ def make_writing_worker(diary: str, output: str) -> Worker:
 def test_a_stage_names_what_it_set_aside_and_tries_it_again_when_asked(runner: RayRunner, tmp_path: Path) -> None:
     works = ["lives", "dies", "lives"]
     with pytest.raises(ShardError, match="shard 1"):
-        run_stage(tmp_path, runner, works, 0)
-    manifest = run_stage(tmp_path, runner, works, 1)
+        write_lives(tmp_path, runner, works, 0)
+    manifest = write_lives(tmp_path, runner, works, 1)
     assert manifest.facts == {"set_aside": ["1"]}
     assert [record.name for record in manifest.shards] == ["0", "2"]
     assert calls(tmp_path / "diary", "0") + calls(tmp_path / "diary", "2") == 2, "what was done was done again"
-    assert run_stage(tmp_path, runner, works, 1) == manifest
+    assert write_lives(tmp_path, runner, works, 1) == manifest
     assert calls(tmp_path / "diary", "1") == 6, "a run that allows it must not try it again"
     with pytest.raises(ShardError, match="shard 1"):
-        run_stage(tmp_path, runner, works, 0)
+        write_lives(tmp_path, runner, works, 0)
     assert read_manifest(str(tmp_path / "out")) == manifest, "a vain attempt must not undo what was done"
-    mended = run_stage(tmp_path, runner, ["lives"] * 3, 0)
+    mended = write_lives(tmp_path, runner, ["lives"] * 3, 0)
     assert mended.facts == {}
-    assert run_stage(tmp_path / "fresh", InlineRunner(), ["lives"] * 3, 0) == mended
+    assert write_lives(tmp_path / "fresh", InlineRunner(), ["lives"] * 3, 0) == mended
     assert bytes_in(str(tmp_path / "fresh/out")) == bytes_in(str(tmp_path / "out"))
 
 

@@ -11,7 +11,7 @@ from curation.config import Settings
 from curation.engine.manifest import Manifest, ShardRecord
 from curation.engine.ray_runner import RayRunner
 from curation.engine.runner import InlineRunner, Runner, Shard, Worker
-from curation.engine.stage import PREPARED, run_shards
+from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import InputError, ShardError
 from curation.files import paths
 
@@ -60,16 +60,16 @@ def worker(tmp_path: Path) -> Callable[[], Worker]:
 
 def run(runner: Runner, tmp_path: Path, works: list[object], config: SquareConfig | None = None) -> Manifest:
     output, diary = str(tmp_path / "out"), str(tmp_path / "diary")
-    return run_shards(
-        "square",
+    stage = Stage(
+        name="square",
         config=config or SquareConfig(),
         inputs={"numbers": "1"},
         output=output,
-        runner=runner,
         shards=shards_of(works),
         make_worker=functools.partial(make_worker, output, diary),
         prepare=functools.partial(write_table_of_squares, output, diary),
     )
+    return run_stage(stage, runner)
 
 
 def write_table_of_squares(output: str, diary: str) -> ShardRecord:

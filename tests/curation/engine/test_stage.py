@@ -3,10 +3,11 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
-from curation.config import Settings
+from curation.config import NotInPlan, Settings
 from curation.engine.manifest import (
     PROGRESS_NAME,
     Manifest,
@@ -17,13 +18,13 @@ from curation.engine.manifest import (
     read_manifest,
 )
 from curation.engine.runner import InlineRunner, Shard
-from curation.engine.stage import Tally, run_shards
+from curation.engine.stage import Stage, Tally, run_stage
 from curation.errors import InputError, RejectBudgetError
 from curation.files import paths
 
 
 class CountConfig(Settings):
-    limit: int = 10
+    limit: Annotated[int, NotInPlan] = 10
     scale: int = 1
 
 
@@ -40,17 +41,16 @@ def run(folder: Path, config: CountConfig, works: Sequence[int]) -> Manifest:
         if (total := done.totals["count"]) > config.limit:
             raise RejectBudgetError(f"{total} is above {config.limit}")
 
-    return run_shards(
-        "count",
+    stage = Stage(
+        name="count",
         config=config,
         inputs={},
         output=str(folder),
-        runner=InlineRunner(),
         shards=[Shard(f"{number:05d}", work) for number, work in enumerate(works)],
         make_worker=functools.partial(make_worker, str(folder)),
         check=check,
-        not_in_plan=frozenset({"limit"}),
     )
+    return run_stage(stage, InlineRunner())
 
 
 @pytest.mark.parametrize("works", [[11], [5, 6], [5, 6, 1], [11, 0, 0]])
@@ -87,16 +87,16 @@ def test_markers_that_were_gathered_are_markers(
         return process
 
     def attempt() -> Manifest:
-        return run_shards(
-            "count",
+        stage = Stage(
+            name="count",
             config=CountConfig(),
             inputs={},
             output=output,
-            runner=InlineRunner(),
             shards=[Shard(f"{number:05d}", number) for number in range(10)],
             make_worker=make,
             check=lambda done: seen.append((done.num_shards, done.totals["count"])),
         )
+        return run_stage(stage, InlineRunner())
 
     if stop < 10:
         with pytest.raises(InputError, match="stop"):

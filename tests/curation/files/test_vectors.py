@@ -8,6 +8,7 @@ import pytest
 
 from curation.errors import InputError
 from curation.files import parquet, paths, vectors
+from curation.run_folder import read_vectors
 from tests.curation.builders import id_of, unit_vectors, write_stage
 
 
@@ -183,7 +184,7 @@ def test_damaged_matrix_is_an_input_error(tmp_path: Path) -> None:
 
 
 def together(path: str) -> tuple[list[str], np.ndarray]:
-    parts = list(vectors.read_all(path))
+    parts = list(read_vectors(path))
     return [image_id for ids, _ in parts for image_id in ids], np.concatenate([matrix for _, matrix in parts])
 
 
@@ -197,7 +198,7 @@ def test_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path, root:
     paths.write_bytes(paths.join(folder, "README.md"), b"not a vector")
     read_ids, matrix = together(folder)
     assert read_ids == ids and matrix.tobytes() == unit.tobytes()
-    assert len(list(vectors.read_all(folder))) == 3
+    assert len(list(read_vectors(folder))) == 3
     assert together(paths.join(folder, "a.parquet"))[0] == ids[:3]
 
 
@@ -210,7 +211,7 @@ def test_folder_of_a_stage_gives_the_files_of_its_manifest(tmp_path: Path) -> No
     parquet.write_table(paths.join(folder, "stray.parquet"), tables[2])
     assert together(folder)[0] == [id_of(0), id_of(1)]
     with pytest.raises(InputError, match="holds no vectors"):
-        list(vectors.read_all(write_stage(tmp_path / "ingest", [{"images": tables[0]}])))
+        list(read_vectors(write_stage(tmp_path / "ingest", [{"images": tables[0]}])))
 
 
 @pytest.mark.parametrize(
@@ -227,19 +228,19 @@ def test_empty_file_among_others_says_nothing_of_the_width(tmp_path: Path, empty
 
 def test_what_holds_no_vectors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"No file or folder at '.*nothing'"):
-        list(vectors.read_all(str(tmp_path / "nothing")))
+        list(read_vectors(str(tmp_path / "nothing")))
     with pytest.raises(InputError, match=r"holds no vectors"):
-        list(vectors.read_all(str(tmp_path)))
+        list(read_vectors(str(tmp_path)))
     parquet.write_table(str(tmp_path / "a.parquet"), vectors.make_table([], np.empty((0, 4), np.float16)))
     with pytest.raises(InputError, match=r"holds no vectors"):
-        list(vectors.read_all(str(tmp_path)))
+        list(read_vectors(str(tmp_path)))
     (tmp_path / "notes.txt").write_text("no vectors")
     with pytest.raises(InputError, match=r"notes\.txt: not a readable Parquet file"):
-        list(vectors.read_all(str(tmp_path / "notes.txt")))
+        list(read_vectors(str(tmp_path / "notes.txt")))
 
 
 def test_files_of_different_widths_are_refused(tmp_path: Path) -> None:
     for name, width in (("a", 4), ("b", 4), ("c", 5)):
         parquet.write_table(str(tmp_path / f"{name}.parquet"), vectors.make_table(["x"], unit_vectors(0, 1, width)))
     with pytest.raises(InputError, match=r"c\.parquet: vectors of width 5; the files before have 4"):
-        list(vectors.read_all(str(tmp_path)))
+        list(read_vectors(str(tmp_path)))

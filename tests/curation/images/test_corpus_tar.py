@@ -1,4 +1,4 @@
-"""The corpus on disk: the same bytes twice, open to other tools, and back again."""
+"""The corpus on disk: the same bytes twice, readable by other tools and by `read_tar`."""
 
 import hashlib
 import io
@@ -15,15 +15,15 @@ import webdataset
 
 from curation.errors import InputError
 from curation.files import paths
-from curation.images.corpus_tar import Sample, read_tar, write_tar
+from curation.images.corpus_tar import CorpusSample, read_tar, write_tar
 from curation.images.decode import EXTENSION_OF_FORMAT
 from tests.curation.builders import encoded_image, id_of
 
 
-def samples(count: int) -> list[Sample]:
+def samples(count: int) -> list[CorpusSample]:
     formats = sorted(EXTENSION_OF_FORMAT)
     return [
-        Sample(
+        CorpusSample(
             key=id_of(number) + ("_1" if number % 5 == 4 else ""),
             data=encoded_image(number, formats[number % len(formats)]),
             format=formats[number % len(formats)],
@@ -49,14 +49,14 @@ def test_round_trip_and_the_same_bytes_twice(tmp_path: Path, count: int) -> None
     assert record.name == "corpus-000000.tar" and record.rows == count
     assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
-    turned = [Sample(s.key, s.data, s.format, dict(reversed(s.sidecar.items()))) for s in written]
-    again, _ = write_tar(f"memory://{tmp_path.name}/corpus-000000.tar", iter(turned))
-    assert again == record, "the order of a dictionary or the filesystem changed the bytes"
+    with_reversed_sidecars = [CorpusSample(s.key, s.data, s.format, dict(reversed(s.sidecar.items()))) for s in written]
+    again, _ = write_tar(f"memory://{tmp_path.name}/corpus-000000.tar", iter(with_reversed_sidecars))
+    assert again == record, "neither the order of a dictionary nor the filesystem changes the bytes"
     assert list(read_tar(f"memory://{tmp_path.name}/corpus-000000.tar")) == written
     paths.delete(f"memory://{tmp_path.name}")
 
 
-def test_headers_say_nothing_of_who_wrote_them_and_when(tmp_path: Path) -> None:
+def test_headers_hold_no_owner_and_no_time(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     write_tar(str(path), iter(samples(3)))
     with tarfile.open(path, "r:") as archive:
@@ -86,7 +86,7 @@ def test_webdataset_reads_every_sample(tmp_path: Path) -> None:
 
 
 def test_writer_that_fails_leaves_no_tar(tmp_path: Path) -> None:
-    def broken() -> Iterator[Sample]:
+    def broken() -> Iterator[CorpusSample]:
         yield from samples(2)
         raise InputError("the source has changed")
 
@@ -108,7 +108,7 @@ def test_cut_tar_is_refused(tmp_path: Path, step: int) -> None:
         try:
             assert list(read_tar(str(path))) == written and cut >= end + 512
         except InputError as error:
-            assert "no whole tar of a corpus" in str(error) and cut < end + 512
+            assert "not a complete tar of a corpus" in str(error) and cut < end + 512
 
 
 def test_any_other_tar_is_refused(tmp_path: Path) -> None:
@@ -119,18 +119,18 @@ def test_any_other_tar_is_refused(tmp_path: Path) -> None:
     ):
         path = tmp_path / f"{number}.tar"
         subprocess.run(["tar", "cf", path, *members], cwd=tmp_path, check=True)
-        with pytest.raises(InputError, match=rf"{number}\.tar: this is no whole tar of a corpus"):
+        with pytest.raises(InputError, match=rf"{number}\.tar: this is not a complete tar of a corpus"):
             list(read_tar(str(path)))
     for data in (b"", b"text" * 1000):
         (tmp_path / "x.tar").write_bytes(data)
-        with pytest.raises(InputError, match=r"x\.tar: this is no whole tar"):
+        with pytest.raises(InputError, match=r"x\.tar: this is not a complete tar"):
             list(read_tar(str(tmp_path / "x.tar")))
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [511, 512, 513], [100_000] * 3, [9_000, 200] * 5])
-def test_bytes_are_those_that_tarfile_writes(tmp_path: Path, sizes: list[int]) -> None:
+def test_bytes_equal_those_of_tarfile(tmp_path: Path, sizes: list[int]) -> None:
     samples = [
-        Sample(f"{number:032x}_{number}", os.urandom(size), "PNG", {"uri": "ü" * number})
+        CorpusSample(f"{number:032x}_{number}", os.urandom(size), "PNG", {"uri": "ü" * number})
         for number, size in enumerate(sizes)
     ]
     expected = io.BytesIO()
@@ -141,8 +141,8 @@ def test_bytes_are_those_that_tarfile_writes(tmp_path: Path, sizes: list[int]) -
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
-    record, places = write_tar(str(tmp_path / "own.tar"), iter(samples))
-    written = (tmp_path / "own.tar").read_bytes()
+    record, ranges = write_tar(str(tmp_path / "a.tar"), iter(samples))
+    written = (tmp_path / "a.tar").read_bytes()
     assert written == expected.getvalue()
     assert record.bytes == len(written) and record.sha256 == hashlib.sha256(written).hexdigest()
-    assert [written[place.offset : place.offset + place.length] for place in places] == [s.data for s in samples]
+    assert [written[image.offset : image.offset + image.length] for image in ranges] == [s.data for s in samples]

@@ -1,4 +1,4 @@
-"""The decoder: every colour mode by its stated rule, orientation, limits, and no way out but an image or a reason."""
+"""The decoder: the stated rule for every colour mode, orientation, limits, and always an image or a reason."""
 
 import functools
 import io
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Imag
 
 LIMITS = ImageLimits(min_side=1)
 ORIENTATION = 0x0112
-# Decibels between a JPEG scaled by `decode_rgb` and `to_shape` and the same by plain Pillow.
+# Decibels between a JPEG scaled by `decode_picture` and `to_shape` and the same JPEG scaled by Pillow.
 MIN_PSNR = 42.0
 
 
@@ -51,7 +51,7 @@ def pixels(image: Image.Image) -> NDArray[np.int64]:
 
 
 def png(width: int, height: int, depth: int, color_type: int, rows: bytes, **chunks: bytes) -> bytes:
-    """A PNG written by hand, for what Pillow does not write. `rows` lack the filter bytes."""
+    """A PNG written by hand, for variants that Pillow does not write. `rows` lack the filter bytes."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -86,7 +86,7 @@ def test_every_format_decodes(image_format: str) -> None:
     ("mode", "image_format"),
     [("1", "PNG"), ("L", "PNG"), ("P", "PNG"), ("P", "GIF"), ("RGB", "PNG"), ("CMYK", "TIFF")],
 )
-def test_opaque_modes_are_what_pillow_converts(mode: str, image_format: str) -> None:
+def test_opaque_modes_are_converted_as_by_pillow(mode: str, image_format: str) -> None:
     image = picture().convert(mode)
     assert np.array_equal(pixels(decode_rgb(encoded(image, image_format), LIMITS)), pixels(image.convert("RGB")))
 
@@ -102,7 +102,7 @@ def test_alpha_is_composed_onto_white(mode: str, image_format: str) -> None:
     assert np.abs(decoded - expected).max() <= 1
 
 
-def test_invisible_colours_do_not_show() -> None:
+def test_invisible_colours_become_white() -> None:
     image = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
     assert decode_rgb(encoded(image, "PNG"), LIMITS).getcolors() == [(400, (255, 255, 255))]
 
@@ -140,7 +140,7 @@ WHITE = (255, 255, 255)
         (16, 2, bytes([1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0]), struct.pack(">HHH", 256, 512, 768), [WHITE, (4, 5, 6)]),
     ],
 )
-def test_a_transparent_colour_counts_at_every_bit_depth(
+def test_a_transparent_colour_is_applied_at_every_bit_depth(
     depth: int, color_type: int, row: bytes, key: bytes, expected: list[tuple[int, int, int]]
 ) -> None:
     decoded = decode_rgb(png(2, 1, depth, color_type, row, tRNS=key), LIMITS)
@@ -163,7 +163,7 @@ def test_sixteen_bits_of_colour_keep_their_high_byte() -> None:
     assert np.array_equal(decoded, values >> 8)
 
 
-def test_eight_bits_survive_widening_to_sixteen() -> None:
+def test_eight_bits_widened_to_sixteen_are_unchanged() -> None:
     grey = picture().convert("L")
     widened = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     assert np.array_equal(pixels(decode_rgb(encoded(widened, "PNG"), LIMITS)), pixels(grey.convert("RGB")))
@@ -179,7 +179,7 @@ def test_other_integers_and_floats_are_stretched(kind: type[np.generic]) -> None
     assert np.abs(decoded[..., 0] - expected).max() <= 0.51
 
 
-def test_a_float_image_of_one_value_is_black_and_one_of_no_number_is_corrupt() -> None:
+def test_a_float_image_of_equal_values_is_black_and_one_of_nan_is_corrupt() -> None:
     flat = Image.new("F", (20, 20), 3.5)
     assert decode_rgb(encoded(flat, "TIFF"), LIMITS).getcolors() == [(400, (0, 0, 0))]
     assert reason_of(encoded(Image.new("F", (20, 20), float("nan")), "TIFF")) == RejectReason.CORRUPT
@@ -198,7 +198,7 @@ def test_lab_becomes_srgb() -> None:
     assert decoded.min() >= 253
 
 
-def test_the_first_frame_of_an_animation_counts() -> None:
+def test_the_first_frame_of_an_animation_is_decoded() -> None:
     first, second, third = (picture(seed=seed).convert("P").convert("RGB") for seed in (1, 2, 3))
     for image_format, options in [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})]:
         data = encoded(first, image_format, save_all=True, append_images=[second, third], **options)
@@ -207,14 +207,14 @@ def test_the_first_frame_of_an_animation_counts() -> None:
         assert np.array_equal(pixels(image), pixels(first))
 
 
-def test_a_jpeg_with_further_pictures_behind_it_is_a_jpeg() -> None:
+def test_a_jpeg_followed_by_further_images_is_a_jpeg() -> None:
     data = encoded(picture(), "MPO", save_all=True, append_images=[picture(seed=1)])
     header, image = decode(data, LIMITS)
     assert (header.format, header.num_frames) == ("JPEG", 2)
     assert np.array_equal(pixels(image), pixels(decode_rgb(encoded(picture(), "JPEG"), LIMITS)))
 
 
-def test_the_result_carries_no_metadata() -> None:
+def test_the_result_has_no_metadata() -> None:
     exif = Image.Exif()
     exif[0x010E] = "a secret"
     data = encoded(picture(), "PNG", exif=exif, icc_profile=b"profile")
@@ -245,8 +245,8 @@ def test_oriented_jpegs_agree_with_opencv(orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     data = encoded(picture(), "JPEG", exif=exif, quality=95)
-    theirs = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))[..., ::-1]
-    assert np.abs(pixels(decode_rgb(data, LIMITS)) - theirs.astype(np.int64)).max() <= 2
+    expected = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))[..., ::-1]
+    assert np.abs(pixels(decode_rgb(data, LIMITS)) - expected.astype(np.int64)).max() <= 2
 
 
 def test_orientation_behind_the_pixels_of_a_png_is_applied() -> None:
@@ -295,23 +295,23 @@ def psnr(first: NDArray[np.generic], second: NDArray[np.generic]) -> float:
     return float(10 * np.log10(255**2 / np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2)))
 
 
-def plain(data: bytes, side: int = 224) -> NDArray[np.uint8]:
-    """What most loaders do: (side, side, 3)."""
+def pillow_square(data: bytes, side: int = 224) -> NDArray[np.uint8]:
+    """The image as most loaders scale it: (side, side, 3)."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
 
 
-def ours(data: bytes, side: int = 224) -> NDArray[np.uint8]:
+def scaled_square(data: bytes, side: int = 224) -> NDArray[np.uint8]:
     return to_shape(decode_picture(data, LIMITS, target_side=side), (side, side)).transpose(1, 2, 0)
 
 
 def segments(data: bytes) -> list[bytes]:
-    """A JPEG's marker segments up to its first scan, and then all the rest."""
-    found, position = [data[:2]], 2
+    """A JPEG's marker segments up to its first scan, and then the remaining bytes."""
+    parts, position = [data[:2]], 2
     while data[position + 1] != 0xDA:
         length = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        found.append(data[position : position + length])
+        parts.append(data[position : position + length])
         position += length
-    return [*found, data[position:]]
+    return [*parts, data[position:]]
 
 
 def rgb_jpeg() -> bytes:
@@ -322,14 +322,14 @@ def rgb_jpeg() -> bytes:
 
 
 def ycck_jpeg() -> bytes:
-    """CMYK of which Adobe's marker says that it is stored as YCCK; its colours are wrong, alike for all decoders."""
+    """A CMYK JPEG whose Adobe marker states YCCK; its colours are wrong, equally for all decoders."""
     data = encoded(photograph().convert("CMYK"), "JPEG", quality=90)
     adobe = next(segment for segment in segments(data) if segment.startswith(b"\xff\xee"))
     return data.replace(adobe, adobe[:-1] + b"\2")
 
 
 def lossless_jpeg(width: int, height: int) -> bytes:
-    """A grey JPEG of process 14 (SOF3), which cannot be scaled: every difference is 0, so all of it is 128."""
+    """A grey JPEG of process 14 (SOF3), which cannot be scaled; every difference is 0, so every pixel is 128."""
     frame = b"\xff\xc3" + struct.pack(">HBHHBBBB", 11, 8, height, width, 1, 1, 0x11, 0)
     table = b"\xff\xc4" + struct.pack(">HB16sB", 20, 0, bytes([1, *[0] * 15]), 0)
     scan = b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, 1, 0, 1, 0, 0)
@@ -360,11 +360,11 @@ def jpeg(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", JPEGS)
-def test_a_scaled_jpeg_shows_the_same_picture_as_plain_pillow(kind: str) -> None:
+def test_a_scaled_jpeg_is_close_to_pillows(kind: str) -> None:
     data = jpeg(kind)
-    expected = plain(data)
-    assert psnr(ours(data), expected) > MIN_PSNR
-    # What a wrong decoder would give is told apart by that bound.
+    expected = pillow_square(data)
+    assert psnr(scaled_square(data), expected) > MIN_PSNR
+    # The bound excludes the results of wrong decoders.
     assert kind == "grey" or psnr(expected[..., ::-1], expected) < MIN_PSNR
     whole = Image.open(io.BytesIO(data)).convert("RGB")
     nearest = whole.resize((224, 224), Image.Resampling.NEAREST)
@@ -385,7 +385,7 @@ def test_a_scaled_jpeg_has_the_header_and_at_least_the_target(kind: str) -> None
         assert (image.mode, image.info) == ("RGB", {})
         assert any(image.size == tuple(-(-side // by) for side in whole[1].size) for by in (1, 2, 4, 8))
         assert min(image.size) >= min(target, *whole[1].size)
-        # Of the sizes there are the smallest that is large enough. Pillow, to which CMYK is left, rounds down.
+        # The smallest possible size that is large enough. Pillow, which decodes CMYK, rounds sizes down.
         smaller = min(-(-side // 2) for side in image.size)
         assert smaller < target or max(image.size) * 8 < max(whole[1].size) + 8 or kind in ("CMYK", "YCCK")
 
@@ -403,7 +403,7 @@ def test_a_jpeg_that_cannot_become_smaller_is_the_same_with_a_target() -> None:
         )
 
 
-def test_a_large_jpeg_is_decoded_reduced_and_other_formats_whole() -> None:
+def test_a_large_jpeg_is_decoded_at_a_reduced_size_and_other_formats_at_full_size() -> None:
     data = encoded(picture(1600, 1200), "JPEG")
     assert decode_rgb(data, LIMITS, target_side=224).size == (400, 300)
     assert decode_rgb(encoded(picture(1600, 1200), "PNG"), LIMITS, target_side=224).size == (1600, 1200)
@@ -432,14 +432,14 @@ def test_a_square_is_upright(orientation: int) -> None:
     data = encoded(photograph(1003, 759), "JPEG", exif=exif, quality=90)
     whole = decode_rgb(data, LIMITS)
     expected = np.asarray(whole.resize((100, 100), Image.Resampling.BICUBIC))
-    assert psnr(ours(data, 100), expected) > MIN_PSNR
+    assert psnr(scaled_square(data, 100), expected) > MIN_PSNR
     picture = decode_picture(data, LIMITS, target_side=100)
     assert np.array_equal(pixels(upright(picture)), pixels(decode_rgb(data, LIMITS, target_side=100)))
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
 @pytest.mark.parametrize(("width", "height"), [(1000, 760), (760, 1000), (1117, 903), (300, 240), (100, 80), (80, 80)])
-def test_a_square_may_be_the_middle(image_format: str, width: int, height: int) -> None:
+def test_a_square_may_be_the_middle_of_the_image(image_format: str, width: int, height: int) -> None:
     image = photograph(width, height)
     data = encoded(image, image_format, **({"quality": 90} if image_format == "JPEG" else {}))
     side, whole = min(width, height), Image.open(io.BytesIO(data))
@@ -447,28 +447,28 @@ def test_a_square_may_be_the_middle(image_format: str, width: int, height: int) 
     expected = np.asarray(whole.resize((96, 96), Image.Resampling.BICUBIC, box=box))
     square = to_shape(decode_picture(data, LIMITS, target_side=96), (96, 96), crop=True)
     assert (square.shape, square.dtype, square.flags.c_contiguous) == ((3, 96, 96), np.uint8, True)
-    assert psnr(square.transpose(1, 2, 0), expected) > 30  # up to one pixel aside
+    assert psnr(square.transpose(1, 2, 0), expected) > 30  # up to one pixel of shift
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (49, 103), (224, 224), (223, 225), (300, 900), (3000, 70)])
-def test_a_square_is_pillows_bicubic(size: tuple[int, int]) -> None:
+def test_a_square_is_close_to_pillows_bicubic(size: tuple[int, int]) -> None:
     image = photograph(*size)
     for side in (8, 50, 224):
         picture = decode_picture(encoded(image, "PNG"), LIMITS, target_side=side)
         square = to_shape(picture, (side, side)).transpose(1, 2, 0)
         error = square.astype(np.int64) - pixels(image.resize((side, side), Image.Resampling.BICUBIC))
-        assert np.mean(error**2) < 0.33  # 53 dB: rounding, and between the passes
+        assert np.mean(error**2) < 0.33  # 53 dB; Pillow rounds between its two passes
         assert np.abs(error).max() <= 8
 
 
-def test_a_jpeg_that_cannot_be_scaled_comes_whole() -> None:
+def test_a_jpeg_that_cannot_be_scaled_is_decoded_at_full_size() -> None:
     data = lossless_jpeg(600, 400)
     scaled, whole = decode_rgb(data, LIMITS, target_side=50), decode_rgb(data, LIMITS)
     assert scaled.getcolors() == whole.getcolors() == [(600 * 400, (128, 128, 128))]
 
 
 def outcome(data: bytes, target: int | None) -> str:
-    """The rejection, or the size of the image that is accepted."""
+    """The rejection, or the header of the accepted image."""
     try:
         return str(decode(data, LIMITS, target_side=target)[0])
     except ImageRejected as rejected:
@@ -476,7 +476,7 @@ def outcome(data: bytes, target: int | None) -> str:
 
 
 @pytest.mark.parametrize("kind", ["4:4:4", "4:2:0", "progressive", "restarts", "grey", "CMYK", "MPO"])
-def test_a_target_changes_nothing_of_what_is_accepted_and_why_not(kind: str) -> None:
+def test_a_target_changes_neither_acceptance_nor_reasons(kind: str) -> None:
     data = np.frombuffer(jpeg(kind), np.uint8)
     header = sum(map(len, segments(data.tobytes())[:-1]))
     outcomes = []
@@ -484,7 +484,7 @@ def test_a_target_changes_nothing_of_what_is_accepted_and_why_not(kind: str) -> 
         generator = np.random.default_rng(seed)
         damaged = data.copy()
         match seed % 4:
-            case 0:  # cut off anywhere, in one of three in the last bytes
+            case 0:  # cut off anywhere; in one of three cases, within the last bytes
                 length = generator.integers(3, len(data)) if seed % 3 else len(data) - generator.integers(1, 40)
                 damaged = damaged[:length]
             case 1:  # bytes of the header
@@ -501,7 +501,7 @@ def test_a_target_changes_nothing_of_what_is_accepted_and_why_not(kind: str) -> 
     assert 3 < accepted < 40
 
 
-def test_a_target_does_not_decode_pixels_before_the_limits_hold() -> None:
+def test_limits_are_checked_before_pixels_are_decoded_with_a_target() -> None:
     data = encoded(picture(), "JPEG")
     frame = data.index(b"\xff\xc0")
     for width, height, reason in [
@@ -518,9 +518,9 @@ def test_a_target_does_not_decode_pixels_before_the_limits_hold() -> None:
 
 def test_scaled_decoding_gives_the_same_pixels_from_any_thread() -> None:
     data = [jpeg(kind) for kind in ("4:2:0", "progressive", "grey", "RGB")] * 16
-    expected = [ours(one).tobytes() for one in data[:4]] * 16
+    expected = [scaled_square(encoded_jpeg).tobytes() for encoded_jpeg in data[:4]] * 16
     with ThreadPoolExecutor(4) as threads:
-        assert [pixels.tobytes() for pixels in threads.map(ours, data)] == expected
+        assert [pixels.tobytes() for pixels in threads.map(scaled_square, data)] == expected
 
 
 # --- limits and bad bytes
@@ -540,13 +540,13 @@ def test_scaled_decoding_gives_the_same_pixels_from_any_thread() -> None:
         (b"II\x2a\0\xff\xff\xff\xff", RejectReason.CORRUPT),
     ],
 )
-def test_what_is_no_image_has_a_reason(data: bytes, reason: RejectReason) -> None:
+def test_bytes_that_are_no_image_have_a_reason(data: bytes, reason: RejectReason) -> None:
     assert reason_of(data) == reason
     with pytest.raises(ImageRejected, match=reason):
         read_header(data, LIMITS)
 
 
-def test_limits_hold_at_their_edges() -> None:
+def test_limits_are_exact() -> None:
     data = encoded(picture(60, 40), "PNG")
     for exact, below, reason in [
         ({"max_bytes": len(data)}, {"max_bytes": len(data) - 1}, RejectReason.TOO_MANY_BYTES),
@@ -575,7 +575,7 @@ def test_a_bomb_is_rejected_by_its_header(side: int) -> None:
         read_header(bomb, LIMITS)
 
 
-def test_compressed_text_that_swells_is_rejected() -> None:
+def test_a_bomb_of_compressed_text_is_rejected() -> None:
     bomb = png(20, 20, 8, 0, bytes(400), zTXt=b"Comment\0\0" + zlib.compress(bytes(50_000_000)))
     assert reason_of(bomb) == RejectReason.CORRUPT
 
@@ -596,7 +596,7 @@ ENCODINGS = [
 
 
 @pytest.mark.parametrize(("image_format", "options"), ENCODINGS)
-def test_a_truncated_file_is_rejected_wherever_it_ends(image_format: str, options: dict[str, object]) -> None:
+def test_a_truncated_file_is_rejected_at_every_length(image_format: str, options: dict[str, object]) -> None:
     data = encoded(picture(), image_format, **options)
     for length in np.linspace(32, len(data) * 0.95, 25).astype(int):
         assert reason_of(data[:length]) in (RejectReason.TRUNCATED, RejectReason.CORRUPT), length
@@ -605,9 +605,7 @@ def test_a_truncated_file_is_rejected_wherever_it_ends(image_format: str, option
 
 
 @pytest.mark.parametrize(("image_format", "options"), ENCODINGS)
-def test_damaged_bytes_give_an_image_or_a_reason_and_the_same_one_again(
-    image_format: str, options: dict[str, object]
-) -> None:
+def test_damaged_bytes_give_the_same_image_or_reason_each_time(image_format: str, options: dict[str, object]) -> None:
     def outcome(data: bytes) -> tuple[str, bytes]:
         try:
             return "", decode_rgb(data, LIMITS).tobytes()
@@ -622,6 +620,6 @@ def test_damaged_bytes_give_an_image_or_a_reason_and_the_same_one_again(
         assert outcome(damaged.tobytes()) == outcome(damaged.tobytes())
 
 
-def test_reasons_read_as_text_in_a_table() -> None:
+def test_reasons_are_text_in_a_table() -> None:
     assert str(RejectReason.TOO_SMALL) == "too_small"
     assert all(reason == reason.lower() for reason in RejectReason)

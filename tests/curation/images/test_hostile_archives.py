@@ -1,6 +1,6 @@
-"""Tars and Parquet files made to do harm, through the real ingest: each costs itself, and is told why.
+"""Hostile tars and Parquet files, through the real ingest: each affects only itself, and its reject has a reason.
 
-The good tar beside each shows that ingest goes on; the folder around them, that nothing was written elsewhere.
+A good archive beside them shows that ingest continues; a listing of the folder, that nothing was written elsewhere.
 """
 
 import bz2
@@ -11,7 +11,6 @@ import resource
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,11 @@ from curation.images.hashing import image_id
 from curation.images.sources import Layout, SourceConfig
 from curation.ingest import IngestConfig
 from tests.curation.builders import encoded_image
+from tests.curation.images.tars import member, raw_header, tar_of
 
 GOOD = encoded_image(1)
 LIMITS = ImageLimits(max_bytes=200_000)
-EVIL_NAMES = [
+HOSTILE_NAMES = [
     "/etc/cron.d/absolute.png",
     "../../../../tmp/escape.png",
     "a/../../b.png",
@@ -52,42 +52,12 @@ EVIL_NAMES = [
 ]
 
 
-def member(name: str, data: bytes, kind: bytes = tarfile.REGTYPE, **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
-    info = tarfile.TarInfo(name)
-    info.size, info.type = len(data), kind
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info, data
-
-
-def tar_of(members: Iterable[tuple[tarfile.TarInfo, bytes]], format: int = tarfile.PAX_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
-        for info, data in members:
-            archive.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-def raw_header(name: str, size: int, kind: bytes = tarfile.REGTYPE, **fields: bytes) -> bytes:
-    """A header with a valid checksum and any size; `fields`: bytes from a place on, by `at_PLACE`."""
-    info = tarfile.TarInfo(name)
-    info.type = kind
-    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
-    block[124:136] = b"\x80" + size.to_bytes(11, "big")
-    for place, value in fields.items():
-        start = int(place.removeprefix("at_"))
-        block[start : start + len(value)] = value
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
-
-
 def padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 512)
 
 
 def pax(record: bytes) -> bytes:
-    """An extended header with one record, whose length is written in front of it."""
+    """An extended header with one record, preceded by its length."""
     length = len(record) + 2
     while len(str(length)) + len(record) + 2 != length:
         length += 1
@@ -106,15 +76,15 @@ Rows = list[dict[str, Any]]
 def run_ingest(
     folder: Path, archives: dict[str, bytes], layout: Layout = "webdataset", **columns: str
 ) -> dict[str, tuple[Rows, Rows]]:
-    """What one ingest accepts and rejects of each archive, by its name; a good one lies between them."""
-    inner, output = folder / "sources", str(folder / "out")
+    """The accepted and the rejected rows of each archive in one ingest, by name; a good archive is among them."""
+    inputs, output = folder / "sources", str(folder / "out")
     extension = "tar" if layout == "webdataset" else "parquet"
     good = tar_of([member("good.png", GOOD)]) if layout == "webdataset" else parquet_of(pa.table({"image": [GOOD]}))
-    inner.mkdir()
+    inputs.mkdir()
     for name, data in {**archives, "good": good}.items():
-        (inner / f"{name}.{extension}").write_bytes(data)
+        (inputs / f"{name}.{extension}").write_bytes(data)
     source = SourceConfig.model_validate(
-        {"name": "evil", "path": str(inner), "role": "pool", "layout": layout} | columns
+        {"name": "hostile", "path": str(inputs), "role": "pool", "layout": layout} | columns
     )
     before = listing(folder.parent)
     config = IngestConfig(sources=(source,), limits=LIMITS, max_reject_fraction=1)
@@ -131,17 +101,17 @@ def run_ingest(
     assert {row["reason"] for row in rejected} <= {str(reason) for reason in RejectReason}
     counts = len(accepted) + len(rejected), len(accepted), len(rejected)
     assert manifest.totals == dict(zip(("images", "accepted", "rejected"), counts, strict=True))
-    found: dict[str, tuple[Rows, Rows]] = {name: ([], []) for name in (*archives, "good")}
+    results: dict[str, tuple[Rows, Rows]] = {name: ([], []) for name in (*archives, "good")}
     for kind, rows in enumerate((accepted, rejected)):
         for row in rows:
-            found[Path(row["uri"].partition("#")[0]).stem][kind].append(row)
-    good_rows, good_rejects = found.pop("good")
+            results[Path(row["uri"].partition("#")[0]).stem][kind].append(row)
+    good_rows, good_rejects = results.pop("good")
     assert ids(good_rows) == [image_id(GOOD)] and good_rejects == []
-    return found
+    return results
 
 
 def listing(folder: Path) -> set[str]:
-    return {os.path.join(place, name) for place, _, names in os.walk(folder) for name in names}
+    return {os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names}
 
 
 def ids(accepted: list[dict[str, Any]]) -> list[str]:
@@ -149,9 +119,9 @@ def ids(accepted: list[dict[str, Any]]) -> list[str]:
 
 
 def test_members_of_every_kind(tmp_path: Path) -> None:
-    """Names that lead elsewhere, links, devices, the same name again, archives within: none is followed or opened."""
+    """Names with paths, links, devices, repeated names and nested archives: none is followed or opened."""
     (tmp_path / "secret.png").write_bytes(encoded_image(66))
-    named = [member(name, encoded_image(number)) for number, name in enumerate(EVIL_NAMES)]
+    named = [member(name, encoded_image(number)) for number, name in enumerate(HOSTILE_NAMES)]
     targets = [
         (tarfile.SYMTYPE, str(tmp_path / "secret.png")),
         (tarfile.SYMTYPE, "../secret.png"),
@@ -166,13 +136,14 @@ def test_members_of_every_kind(tmp_path: Path) -> None:
         member(f"{number}.png", b"", kind, linkname=target, devmajor=1, devminor=5)
         for number, (kind, target) in enumerate(targets)
     ]
-    inner = [REAL, gzip.compress(REAL), gzip.compress(bytes(20_000_000)), bz2.compress(bytes(20_000_000)), zip_of(GOOD)]
+    bombs = [gzip.compress(bytes(20_000_000)), bz2.compress(bytes(20_000_000))]
+    archives = [REAL, gzip.compress(REAL), *bombs, zip_of(GOOD)]
     nested = [
         member(name, data)
-        for number, data in enumerate(inner)
+        for number, data in enumerate(archives)
         for name in (f"{number}.tar", f"{number}.gz", f"{number}.png")
     ]
-    found = run_ingest(
+    results = run_ingest(
         tmp_path,
         {
             "names": tar_of(named),
@@ -189,18 +160,18 @@ def test_members_of_every_kind(tmp_path: Path) -> None:
             "long label": tar_of([member("a.png", GOOD), member("a.json", b'{"label": "%s"}' % (b"y" * 1001))]),
         },
     )
-    assert ids(found["names"][0]) == [image_id(data) for _, data in named] and found["names"][1] == []
+    assert ids(results["names"][0]) == [image_id(data) for _, data in named] and results["names"][1] == []
     for kind in ("nul", "links"):
-        assert ids(found[kind][0]) == [image_id(encoded_image(3))] and found[kind][1] == [], kind
-    assert ids(found["same"][0]) == [image_id(encoded_image(number)) for number in range(4)]
-    assert len({row["offset"] for row in found["same"][0]}) == 4
-    assert found["nested"][0] == [] and reasons(found["nested"][1]) == ["not_an_image"] * 5
-    assert found["sizes"][0] == [] and reasons(found["sizes"][1]) == ["too_many_bytes", "truncated", "empty"]
-    assert ids(found["holes"][0]) == [image_id(encoded_image(2)), image_id(encoded_image(3))]
-    assert reasons(found["holes"][1]) == ["unreadable"] * 3
-    assert all("stored sparse" in row["detail"] and row["detail"].isprintable() for row in found["holes"][1])
+        assert ids(results[kind][0]) == [image_id(encoded_image(3))] and results[kind][1] == [], kind
+    assert ids(results["same"][0]) == [image_id(encoded_image(number)) for number in range(4)]
+    assert len({row["offset"] for row in results["same"][0]}) == 4
+    assert results["nested"][0] == [] and reasons(results["nested"][1]) == ["not_an_image"] * 5
+    assert results["sizes"][0] == [] and reasons(results["sizes"][1]) == ["too_many_bytes", "truncated", "empty"]
+    assert ids(results["holes"][0]) == [image_id(encoded_image(2)), image_id(encoded_image(3))]
+    assert reasons(results["holes"][1]) == ["unreadable"] * 3
+    assert all("stored sparse" in row["detail"] and row["detail"].isprintable() for row in results["holes"][1])
     for kind in ("deep label", "huge label", "long label"):
-        assert [row["label"] for row in found[kind][0]] == [None], kind
+        assert [row["label"] for row in results[kind][0]] == [None], kind
 
 
 def reasons(rejected: Rows) -> list[str]:
@@ -208,7 +179,7 @@ def reasons(rejected: Rows) -> list[str]:
 
 
 def sparse_member(name: str, size: int = 1 << 60) -> bytes:
-    """A member that claims to be `size` bytes of holes, in GNU's format 1.0."""
+    """A member that states `size` bytes of holes, in GNU's format 1.0."""
     text = padded(b"1\n0\n0\n")
     fields = (b"GNU.sparse.major=1", b"GNU.sparse.minor=0", b"GNU.sparse.name=" + name.encode(errors="surrogateescape"))
     lines = b"".join(b"%d %s\n" % (len(field) + 4, field) for field in (*fields, b"GNU.sparse.realsize=%d" % size))
@@ -218,9 +189,9 @@ def sparse_member(name: str, size: int = 1 << 60) -> bytes:
 def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "holes.png").touch()
     os.truncate(tmp_path / "holes.png", 1 << 40)
-    source = SourceConfig(name="evil", path=str(tmp_path), role="pool")
-    (found,) = sources.read_source(source, ("holes.png",), max_bytes=200_000)
-    assert found.problem == (RejectReason.TOO_MANY_BYTES, f"{1 << 40} bytes; max_bytes is 200000")
+    source = SourceConfig(name="hostile", path=str(tmp_path), role="pool")
+    (item,) = sources.read_source(source, ("holes.png",), max_bytes=200_000)
+    assert item.problem == (RejectReason.TOO_MANY_BYTES, f"{1 << 40} bytes; max_bytes is 200000")
 
 
 def zip_of(data: bytes) -> bytes:
@@ -270,12 +241,12 @@ def test_a_damaged_tar_is_one_reject(tmp_path: Path) -> None:
         assert reasons(rejected) == ["damaged_archive"], kind
         assert rejected[0]["uri"] == f"{tmp_path}/sources/{kind}.tar"
         assert "not a readable plain tar" in rejected[0]["detail"]
-        # What came whole before the damage is kept; its sample may have had more members.
+        # Members before the damage are kept, except those of the last sample, which may be incomplete.
         assert ids(accepted) in ([], [image_id(encoded_image(2))]), kind
 
 
 def mutated_tar(seed: int) -> bytes:
-    """Headers of all kinds with random bytes, and checksums that are right."""
+    """Headers of all kinds with random bytes and valid checksums."""
     rng = np.random.default_rng(seed)
     kinds = [bytes([kind]) for kind in b"01234567LKSxgXDNV\0"]
     data = START
@@ -288,23 +259,23 @@ def mutated_tar(seed: int) -> bytes:
 
 
 def test_mutated_headers_are_read_or_refused(tmp_path: Path) -> None:
-    found = run_ingest(tmp_path, {f"{seed:04d}": mutated_tar(seed) for seed in range(100)})
-    seen = {reason for _, rejected in found.values() for reason in reasons(rejected)}
+    results = run_ingest(tmp_path, {f"{seed:04d}": mutated_tar(seed) for seed in range(100)})
+    seen = {reason for _, rejected in results.values() for reason in reasons(rejected)}
     assert {"damaged_archive", "not_an_image"} <= seen <= {"damaged_archive", "not_an_image", "empty", "unreadable"}
 
 
-def test_a_sample_without_end_is_read_in_parts(tmp_path: Path) -> None:
+def test_a_sample_of_too_many_images_is_read_in_parts(tmp_path: Path) -> None:
     count = sources.MAX_IMAGES_IN_SAMPLE + 2
     path = tmp_path / "many.tar"
     empty = raw_header("same.png", 0)
     path.write_bytes(empty * count + tar_of([member("same.cls", b"7")]))
-    source = SourceConfig(name="evil", path=str(path), role="pool", layout="webdataset")
-    found = list(sources.read_source(source, ("",), max_bytes=10))
-    assert [item.label for item in found] == [None] * (count - 2) + ["7"] * 2
-    assert all(item.data == b"" for item in found)
+    source = SourceConfig(name="hostile", path=str(path), role="pool", layout="webdataset")
+    items = list(sources.read_source(source, ("",), max_bytes=10))
+    assert [item.label for item in items] == [None] * (count - 2) + ["7"] * 2
+    assert all(item.data == b"" for item in items)
 
 
-def test_damaged_archives_spend_a_budget_of_their_own(tmp_path: Path) -> None:
+def test_damaged_archives_have_their_own_budget(tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"{number:02d}.tar").write_bytes(tar_of([member("a.png", encoded_image(number))]))
     (tmp_path / "03.tar").write_bytes(b"")
@@ -340,25 +311,25 @@ DAMAGED_PARQUET = {
 
 
 def labelled(*labels: bytes) -> pa.Table:
-    """Images with labels that nothing has checked to be UTF-8."""
+    """Images with labels that may be invalid UTF-8."""
     values = pa.array(labels, pa.binary())
     text = pa.StringArray.from_buffers(len(labels), values.buffers()[1], values.buffers()[2])
     return pa.table({"image": [encoded_image(number) for number in range(len(labels))], "label": text})
 
 
 def test_a_damaged_parquet_file_is_one_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_ROW_GROUP_BYTES", 10_000_000)  # of four thousand million
-    swollen = parquet_of(pa.table({"image": [bytes(3_000_000)] * 4}), compression="zstd", use_dictionary=False)
-    assert len(swollen) < 10_000
-    found = run_ingest(tmp_path, {**DAMAGED_PARQUET, "swells": swollen}, "parquet", image_column="image")
-    for kind, (accepted, rejected) in found.items():
+    monkeypatch.setattr(sources, "MAX_ROW_GROUP_BYTES", 10_000_000)  # instead of 4 GiB
+    bomb = parquet_of(pa.table({"image": [bytes(3_000_000)] * 4}), compression="zstd", use_dictionary=False)
+    assert len(bomb) < 10_000
+    results = run_ingest(tmp_path, {**DAMAGED_PARQUET, "bomb": bomb}, "parquet", image_column="image")
+    for kind, (accepted, rejected) in results.items():
         assert reasons(rejected) == ["damaged_archive"] and accepted == [], kind
-    assert "10000000 at most are read" in found["swells"][1][0]["detail"]
+    assert "10000000 at most are read" in results["bomb"][1][0]["detail"]
 
 
 @pytest.mark.parametrize("repeated", ["image", "label"])
-def test_a_value_that_stands_for_a_million_rows_takes_its_own_memory(tmp_path: Path, repeated: str) -> None:
-    """A file of some kilobytes that would unpack to more memory than there is: 2,000 rows of 20 MB."""
+def test_a_value_shared_by_thousands_of_rows_is_in_memory_once(tmp_path: Path, repeated: str) -> None:
+    """A file of some kilobytes that would unpack to 40 GB: 2,000 rows of 20 MB."""
     path = tmp_path / "a.parquet"
     huge = pa.DictionaryArray.from_arrays(pa.array([0] * 2_000, pa.int32()), pa.array([" " * 20_000_000]))
     huge = huge.cast(pa.dictionary(pa.int32(), pa.binary())) if repeated == "image" else huge
@@ -367,28 +338,29 @@ def test_a_value_that_stands_for_a_million_rows_takes_its_own_memory(tmp_path: P
     pq.write_table(pa.table(columns), path, **options)
     assert path.stat().st_size < 10_000
     source = SourceConfig(
-        name="evil", path=str(path), role="pool", layout="parquet", image_column="image", label_column="label"
+        name="hostile", path=str(path), role="pool", layout="parquet", image_column="image", label_column="label"
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = [len(item.data or b"") for item in islice(sources.read_source(source, ("",), max_bytes=200_000), 20)]
-    assert found == [20_000_000 if repeated == "image" else len(GOOD)] * 20
+    items = islice(sources.read_source(source, ("",), max_bytes=200_000), 20)
+    lengths = [len(item.data or b"") for item in items]
+    assert lengths == [20_000_000 if repeated == "image" else len(GOOD)] * 20
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 500_000_000
 
 
-def test_labels_that_are_no_text_are_mended_or_left_out(tmp_path: Path) -> None:
+def test_invalid_labels_are_repaired_or_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(labelled(b"good", b"\xff\xfe", b"z" * 5_000, b"esc\x1b"), path)
     columns = {"image_column": "image", "label_column": "label"}
     source = SourceConfig.model_validate(
-        {"name": "evil", "path": str(path), "role": "pool", "layout": "parquet"} | columns
+        {"name": "hostile", "path": str(path), "role": "pool", "layout": "parquet"} | columns
     )
-    found = list(sources.read_source(source, ("",), max_bytes=200_000))
-    assert [item.label for item in found] == ["good", "\ufffd\ufffd", None, "esc\x1b"]
+    items = list(sources.read_source(source, ("",), max_bytes=200_000))
+    assert [item.label for item in items] == ["good", "\ufffd\ufffd", None, "esc\x1b"]
 
 
-def test_columns_of_the_wrong_type_are_the_configs_fault(tmp_path: Path) -> None:
+def test_columns_of_the_wrong_type_are_an_input_error(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    source = SourceConfig(name="evil", path=str(path), role="pool", layout="parquet", image_column="image")
+    source = SourceConfig(name="hostile", path=str(path), role="pool", layout="parquet", image_column="image")
     for column in ([1, 2], ["text"] * 2, [[b"x"]] * 2, [1.5, None]):
         pq.write_table(pa.table({"image": column}), path)
         with pytest.raises(InputError, match=r"Set image_column|lies inside a list"):

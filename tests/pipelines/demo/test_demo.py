@@ -15,11 +15,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from curation import dedup, ingest, pack
 from curation.engine.manifest import require_manifest
 from curation.files import parquet, schemas
-from curation.retrieve import read_retrieved
+from curation.run_folder import kept_shards, read_corpus, read_images, read_kept, read_retrieved
 from pipelines.bench import retrieval
+from tests.curation.builders import stages_of
 
 pytestmark = pytest.mark.demo
 
@@ -56,7 +56,7 @@ def decisions() -> dict[str, dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def corpus() -> pa.Table:
-    return pack.read_corpus(str(RUN / "corpus"))
+    return read_corpus(str(RUN / "corpus"))
 
 
 @pytest.mark.parametrize("transform", RECALL)
@@ -79,14 +79,14 @@ def test_no_planted_copy_of_a_holdout_image_is_in_the_corpus(planted: pa.Table, 
 
 
 def test_no_holdout_image_is_in_the_corpus(corpus: pa.Table) -> None:
-    images = ingest.read_images(str(RUN / "ingest"), ["image_id", "role"])
+    images = read_images(str(RUN / "ingest"), ["image_id", "role"])
     holdout = set(images.filter(pc.equal(images["role"], "holdout"))["image_id"].to_pylist())
     assert len(holdout) >= 100
     assert holdout & set(corpus["image_id"].to_pylist()) == set()
 
 
 def test_odd_files_have_the_expected_outcome() -> None:
-    accepted = set(ingest.read_images(str(RUN / "ingest"), ["uri"])["uri"].to_pylist())
+    accepted = set(read_images(str(RUN / "ingest"), ["uri"])["uri"].to_pylist())
     names = require_manifest(str(RUN / "ingest")).files("rejects")
     rejects = [parquet.read_table(str(RUN / "ingest" / name), schemas.REJECTS) for name in names]
     reasons = {row["uri"]: row["reason"] for table in rejects for row in table.to_pylist()}
@@ -149,8 +149,8 @@ def test_report_is_self_contained() -> None:
 def test_every_kept_image_has_a_vector() -> None:
     folders = (str(RUN / "ingest"), str(RUN / "dedup"), str(RUN / "embed"))
     kept = require_manifest(folders[1]).totals["kept"]
-    shards = dedup.kept_shards(*folders)
-    assert sum(len(dedup.read_kept(shard, role=role)[0]) for shard in shards for role in ("seed", "pool")) == kept
+    shards = kept_shards(stages_of(*folders))
+    assert sum(len(read_kept(shard, role=role)[0]) for shard in shards for role in ("seed", "pool")) == kept
 
 
 def test_retrieval_finds_the_same_concept() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from curation.config import load
-from curation.quotas import DatasetRows, most_clusters
+from curation.quotas import most_clusters
+from curation.retrieval_modes import DatasetRows
 from pipelines.curate_config import CurateConfig
 from pipelines.planning.plan import contradictions, dataset_rows
 
@@ -66,7 +67,7 @@ def test_recipe_gives_each_published_row(row: tuple[str, int, str, int | None, i
     if retrieval == "as is":
         assert rows.as_is == final
     else:
-        assert (dataset.retrieval, rows.found, rows.retrieved) == (retrieval, retrieved, final)
+        assert (dataset.retrieval, rows.before_cap, rows.retrieved) == (retrieval, retrieved, final)
 
 
 def test_total_is_142_109_386() -> None:
@@ -104,6 +105,6 @@ def test_every_cluster_row_but_one_has_enough_seeds() -> None:
 
 def test_seeds_bound_the_rows_without_stated_clusters() -> None:
     config = CONFIG.model_copy(update={"stated_clusters": {}})
-    assert rows_of("flowers102_train", config).found == 255 * 10_000
-    assert rows_of("met_train", config).found == 99_280 * 10_000
+    assert rows_of("flowers102_train", config).before_cap == 255 * 10_000
+    assert rows_of("met_train", config).before_cap == 99_280 * 10_000
     assert contradictions(config) == []

@@ -1,4 +1,4 @@
-"""Where torch computes: what was asked for, or an error."""
+"""The device on which torch computes."""
 
 import torch
 
@@ -6,7 +6,7 @@ from curation.errors import DeviceError
 
 
 def require_device(name: str) -> torch.device:
-    """The device of that name. Raises DeviceError for "cuda" where there is no GPU: nothing falls back to the CPU."""
+    """The device of that name. Raises DeviceError for "cuda" without a GPU: nothing falls back to the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             f"device 'cuda' was asked for, and torch {torch.__version__} sees no GPU here. Set device to 'cpu', or "

@@ -1,0 +1,41 @@
+"""Arrays in NumPy's `.npy` format: written atomically, read without pickles."""
+
+import posixpath
+from typing import BinaryIO
+
+import numpy as np
+
+from curation.files import paths
+from curation.files.paths import FileRecord
+
+
+def write_arrays(path: str, *arrays: np.ndarray) -> FileRecord:
+    """Write arrays to one file, one behind the other, and return what was written. `numpy.load` reads the first."""
+    with paths.atomic_write(path) as file:
+        for array in arrays:
+            np.lib.format.write_array(file, array, allow_pickle=False)
+    return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=0)
+
+
+def read_arrays(path: str, count: int) -> list[np.ndarray]:
+    """The first `count` arrays of a file."""
+    with paths.open_read(path) as file:
+        return [np.lib.format.read_array(file, allow_pickle=False) for _ in range(count)]
+
+
+def read_array(path: str) -> np.ndarray:
+    """The first array of a file."""
+    return read_arrays(path, 1)[0]
+
+
+def read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """The shape of the next array in `file`, whether it is stored column by column, and its dtype.
+
+    Afterwards `file` stands at the array's first value. Raises ValueError when there is no array.
+    """
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f"format version {version[0]}.{version[1]} is unknown")

@@ -1,0 +1,226 @@
+"""The folders of a run, and the readers of its finished stages.
+
+    <run>/
+      ingest/    images-*.parquet      rejects-*.parquet
+      embed/     vectors-*.parquet
+      describe/  vectors-*.parquet     thumbnails-*.parquet
+      pairs/     pairs-*.parquet
+      dedup/     duplicates-*.parquet
+      cluster/   centroids-*.npy       parents-*.npy         assignments-*.parquet
+      retrieve/  retrieved-*.parquet
+      corpus/    corpus-*.tar          corpus-*.parquet      composition.json
+
+Every folder also holds the manifest of its stage. Readers go by the manifest, never by a listing of the folder.
+Columns are in files/schemas.py.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.engine.manifest import MANIFEST_NAME, Manifest, read_manifest, require_manifest
+from curation.errors import InputError
+from curation.files import npy, parquet, paths, schemas, vectors
+
+# The stages in their order. Each has the folder of its name.
+STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folders of the stages of one run, local or any fsspec URL.
+
+    A stage on its own command line gets the folders that it reads; the others stay empty.
+    """
+
+    ingest: str = ""
+    embed: str = ""
+    describe: str = ""
+    pairs: str = ""
+    dedup: str = ""
+    cluster: str = ""
+    retrieve: str = ""
+    corpus: str = ""
+
+    @classmethod
+    def of(cls, run: str) -> "RunFolder":
+        """The folders of the run in the folder `run`."""
+        return cls(**{stage: paths.join(run, stage) for stage in STAGES})
+
+
+# Vectors
+
+
+def read_vectors(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Ids and unit vectors (N, D) float16 of every file at `path`: one Parquet file or a block of a matrix at a time.
+
+    `path` is a file; a folder of `.parquet` and `.npy` files; the folder of a stage, where the manifest names the
+    files; or the folder of a run, which stands for its `embed/`. Raises InputError as `vectors.read_file` does, and
+    where there are no vectors or files differ in width.
+    """
+    width: int | None = None
+    for file in _vector_files(path):
+        for image_ids, matrix in vectors.read_blocks(file):
+            if not image_ids:
+                continue
+            if width is not None and matrix.shape[1] != width:
+                raise InputError(f"{file}: vectors of width {matrix.shape[1]}; the files before have {width}.")
+            width = matrix.shape[1]
+            yield image_ids, matrix
+    if width is None:
+        raise InputError(f"'{path}' holds no vectors: its files have no rows.")
+
+
+def _vector_files(path: str) -> list[str]:
+    if not paths.exists(path):
+        raise InputError(f"No file or folder at '{path}'.")
+    if not paths.is_folder(path):
+        return [path]
+    if paths.exists(paths.join(path, "embed", MANIFEST_NAME)):
+        path = paths.join(path, "embed")
+    manifest = read_manifest(path)
+    names = manifest.files("vectors") if manifest else paths.list_names(path)
+    files = [paths.join(path, name) for name in names if name.endswith((".parquet", ".npy"))]
+    if not files:
+        raise InputError(f"'{path}' holds no vectors: no .parquet and no .npy file.")
+    return files
+
+
+# Ingest
+
+
+def read_images(folder: str, columns: list[str] | None = None) -> pa.Table:
+    """All rows of IMAGES of a finished ingest, or some columns of them, in shard order."""
+    schema = schemas.IMAGES if columns is None else pa.schema([schemas.IMAGES.field(name) for name in columns])
+    table = _read_all(folder, "images", schemas.IMAGES, columns, schema.empty_table())
+    if table.num_rows == 0:
+        raise InputError(f"'{folder}' holds no accepted image. See its rejects-*.parquet for the reasons.")
+    return table
+
+
+def require_same_ingest(folder: str, manifest: Manifest, images: str, ingested: Manifest) -> None:
+    """Raise InputError unless the stage in `folder` was made from the ingest in `images`."""
+    if (content_hash := manifest.plan.inputs.get("images")) != ingested.content_hash:
+        raise InputError(
+            f"'{folder}' was made from another ingest than '{images}' (content hash {content_hash}, here "
+            f"{ingested.content_hash}); they are not stages of one run. Run {manifest.plan.stage} again with --replace."
+        )
+
+
+# Kept images
+
+
+@dataclass(frozen=True)
+class KeptShard:
+    """The files of one shard of ingest: its images, the decisions of dedup, its vectors."""
+
+    images: str
+    duplicates: str
+    vectors: str
+
+
+def kept_shards(run: RunFolder) -> list[KeptShard]:
+    """The shards of the finished ingest, dedup and embed side by side. Raises InputError for stages of several runs."""
+    folders, kinds = (run.ingest, run.dedup, run.embed), ("images", "duplicates", "vectors")
+    manifests = [require_manifest(folder) for folder in folders]
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        require_same_ingest(folder, manifest, run.ingest, manifests[0])
+    names = [
+        [paths.join(folder, name) for name in manifest.files(kind)]
+        for folder, manifest, kind in zip(folders, manifests, kinds, strict=True)
+    ]
+    if len({len(column) for column in names}) > 1:
+        raise InputError(
+            f"'{run.ingest}', '{run.dedup}' and '{run.embed}' differ in their number of shards "
+            f"({', '.join(str(len(column)) for column in names)}); they are not stages of one run."
+        )
+    return [KeptShard(*files) for files in zip(*names, strict=True)]
+
+
+def read_kept(shard: KeptShard, *, role: str, source: str | None = None) -> tuple[list[str], np.ndarray]:
+    """Ids and vectors (N, D) float16 of the kept images of one shard that have `role` and, where given, `source`."""
+    rows = parquet.read_table(shard.images, schemas.IMAGES, ["image_id", "role", "source"])
+    kept = parquet.read_table(shard.duplicates, schemas.DUPLICATES, ["image_id", "kept"])
+    if not rows["image_id"].equals(kept["image_id"]):
+        raise InputError(f"{shard.duplicates}: other images than in {shard.images}; run dedup again with --replace.")
+    is_chosen = pc.and_(kept["kept"], pc.equal(rows["role"], role))
+    if source is not None:
+        is_chosen = pc.and_(is_chosen, pc.equal(rows["source"], source))
+    chosen_ids = pc.unique(rows["image_id"].filter(is_chosen))
+    ids, matrix = vectors.read_file(shard.vectors)
+    vector_ids = pa.array(ids, pa.string())
+    if missing := chosen_ids.filter(pc.invert(pc.is_in(chosen_ids, vector_ids))).to_pylist():
+        raise InputError(f"{shard.vectors}: no vector of image {min(missing)}, which is in {shard.images}.")
+    places = np.flatnonzero(pc.is_in(vector_ids, chosen_ids).to_numpy(zero_copy_only=False))
+    return vector_ids.take(pa.array(places)).to_pylist(), matrix[places]
+
+
+def kept_images(run: RunFolder, columns: list[str]) -> Iterator[pa.Table]:
+    """Some columns of the kept seed and pool images, one shard of ingest at a time."""
+    images = require_manifest(run.ingest).files("images")
+    duplicates = require_manifest(run.dedup).files("duplicates")
+    for images_name, duplicates_name in zip(images, duplicates, strict=True):
+        rows = parquet.read_table(paths.join(run.ingest, images_name), schemas.IMAGES, columns)
+        keep = parquet.read_table(paths.join(run.dedup, duplicates_name), schemas.DUPLICATES, ["kept"])
+        yield rows.filter(keep["kept"])
+
+
+# Clusters
+
+
+def read_centroids(folder: str, level: int = 0) -> np.ndarray:
+    """The centroids (clusters, D) float32 of a level of a cluster stage, finished or with its centroids trained."""
+    return npy.read_array(paths.join(folder, f"centroids-{level}.npy"))
+
+
+def read_parents(folder: str, level: int) -> np.ndarray:
+    """For each cluster of `level`, its cluster of the level above: (clusters,) int64."""
+    return npy.read_array(paths.join(folder, f"parents-{level}.npy"))
+
+
+def read_assignments(folder: str, columns: list[str]) -> Iterator[pa.Table]:
+    """Some columns of the assignments to the finest clusters (level 0), one file at a time."""
+    for name in require_manifest(folder).files("assignments"):
+        table = parquet.read_table(paths.join(folder, name), schemas.ASSIGNMENTS, [*columns, "level"])
+        yield table.filter(pc.equal(table["level"], 0))
+
+
+def cluster_sizes(folder: str, num_clusters: int) -> np.ndarray:
+    """The number of images in each of the finest clusters, (num_clusters,) int64."""
+    sizes = np.zeros(num_clusters, np.int64)
+    for table in read_assignments(folder, ["cluster_id"]):
+        sizes += np.bincount(table["cluster_id"].to_numpy(), minlength=num_clusters)
+    return sizes
+
+
+# Retrieve and corpus
+
+
+def retrieved_tables(folder: str) -> Iterator[pa.Table]:
+    """The rows of RETRIEVED of a finished retrieve, dataset by dataset, one file at a time."""
+    for name in require_manifest(folder).files("retrieved"):
+        yield parquet.read_table(paths.join(folder, name), schemas.RETRIEVED)
+
+
+def read_retrieved(folder: str) -> pa.Table:
+    """All rows of RETRIEVED of a finished retrieve, dataset by dataset."""
+    return pa.concat_tables([schemas.RETRIEVED.empty_table(), *retrieved_tables(folder)])
+
+
+def corpus_tables(folder: str) -> list[str]:
+    """The names of the tables of a finished pack, one for each tar, in the order of the tars."""
+    return [name for name in require_manifest(folder).files("corpus") if name.endswith(".parquet")]
+
+
+def read_corpus(folder: str) -> pa.Table:
+    """All rows of CORPUS of a finished pack, in the order of the tars."""
+    names = corpus_tables(folder)
+    return pa.concat_tables([parquet.read_table(paths.join(folder, name), schemas.CORPUS) for name in names])
+
+
+def _read_all(folder: str, kind: str, schema: pa.Schema, columns: list[str] | None, empty: pa.Table) -> pa.Table:
+    names = require_manifest(folder).files(kind)
+    return pa.concat_tables([empty, *(parquet.read_table(paths.join(folder, name), schema, columns) for name in names)])
