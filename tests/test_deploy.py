@@ -1,6 +1,6 @@
-"""What starts Seedbed on clusters: files that fit their schemas, scripts that run, and a token everywhere.
+"""The files of deploy/: they fit their schemas, the scripts run, and Ray is always started with a token.
 
-No container is built here, and no Kubernetes and no ssh are spoken to. The SLURM script runs under a real slurm.
+These tests build no container, and use neither Kubernetes nor ssh. The SLURM script runs under a real slurm.
 """
 
 import getpass
@@ -33,12 +33,12 @@ __all__ = ["home"]  # a fixture
 
 
 def tool(name: str) -> str:
-    """A program that pip installed beside Python."""
+    """The path of a program that pip installed beside Python."""
     return str(Path(sys.executable).parent / name)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_scripts_are_sound(path: Path) -> None:
+def test_scripts_pass_bash_and_shellcheck(path: Path) -> None:
     for command in (["bash", "-n", str(path)], [tool("shellcheck"), str(path)]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -48,26 +48,26 @@ def test_scripts_are_sound(path: Path) -> None:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """What the Dockerfile says, with continued lines joined."""
+    """The instructions of the Dockerfile, with continued lines joined."""
     text = re.sub(r"^\s*#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     return [
         (name, " ".join(rest.split())) for name, _, rest in (line.partition(" ") for line in text.splitlines() if line)
     ]
 
 
-def test_the_dockerfile_is_sound() -> None:
+def test_dockerfile_passes_hadolint() -> None:
     done = subprocess.run([tool("hadolint"), str(DEPLOY / "Dockerfile")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_image_has_what_is_installed_and_is_not_root() -> None:
+def test_image_holds_the_installed_packages_and_does_not_run_as_root() -> None:
     copied = {name for kind, rest in instructions() if kind == "COPY" for name in rest.split()[:-1]}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
-    wanted = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
-    assert copied == packages | wanted and all((ROOT / name).exists() for name in copied)
-    let_through = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
-    assert {line[1:] for line in let_through if line.startswith("!")} == copied and "*" in let_through
+    others = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
+    assert copied == packages | others and all((ROOT / name).exists() for name in copied)
+    ignore_rules = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    assert {line[1:] for line in ignore_rules if line.startswith("!")} == copied and "*" in ignore_rules
     users = [rest for kind, rest in instructions() if kind == "USER"]
     assert users == ["1000:1000"] and instructions()[-2][0] == "USER"
     (install,) = [rest for kind, rest in instructions() if kind == "RUN" and "pip install" in rest]
@@ -81,7 +81,7 @@ def test_the_image_has_what_is_installed_and_is_not_root() -> None:
 # --- Kubernetes
 
 
-def closed(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+def closed_object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": False, "properties": properties, "required": list(required)}
 
 
@@ -92,24 +92,24 @@ COUNT, TEXT, TRUTH, OBJECT = (
     {"type": "boolean"},
     {"type": "object"},
 )
-CONTAINER = closed(
+CONTAINER = closed_object(
     {
         "name": TEXT,
         "image": TEXT,
         "securityContext": OBJECT,
-        "resources": closed({"requests": TEXTS, "limits": TEXTS}),
+        "resources": closed_object({"requests": TEXTS, "limits": TEXTS}),
         "volumeMounts": {
             "type": "array",
-            "items": closed({"name": TEXT, "mountPath": TEXT, "readOnly": TRUTH}, "name"),
+            "items": closed_object({"name": TEXT, "mountPath": TEXT, "readOnly": TRUTH}, "name"),
         },
     },
     "name",
     "image",
     "resources",
 )
-POD = closed(
+POD = closed_object(
     {
-        "spec": closed(
+        "spec": closed_object(
             {
                 "automountServiceAccountToken": TRUTH,
                 "securityContext": OBJECT,
@@ -121,27 +121,27 @@ POD = closed(
     },
     "spec",
 )
-# Names and types from KubeRay's published API reference (ray.io/v1; authOptions since v1.5.1). The resource's own
-# schema is in no package index, so what is not used here is not listed.
-RAY_JOB = closed(
+# Names and types from KubeRay's published API reference (ray.io/v1; authOptions since v1.5.1). No package index has the
+# schema of the resource, so this one lists only the fields that deploy/rayjob.yaml uses.
+RAY_JOB = closed_object(
     {
         "apiVersion": {"const": "ray.io/v1"},
         "kind": {"const": "RayJob"},
-        "metadata": closed({"name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}}, "name"),
-        "spec": closed(
+        "metadata": closed_object({"name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}}, "name"),
+        "spec": closed_object(
             {
                 "entrypoint": TEXT,
                 "shutdownAfterJobFinishes": TRUTH,
                 "ttlSecondsAfterFinished": COUNT,
                 "backoffLimit": COUNT,
-                "rayClusterSpec": closed(
+                "rayClusterSpec": closed_object(
                     {
                         "rayVersion": TEXT,
-                        "authOptions": closed({"mode": {"enum": ["disabled", "token"]}}, "mode"),
-                        "headGroupSpec": closed({"rayStartParams": TEXTS, "template": POD}, "template"),
+                        "authOptions": closed_object({"mode": {"enum": ["disabled", "token"]}}, "mode"),
+                        "headGroupSpec": closed_object({"rayStartParams": TEXTS, "template": POD}, "template"),
                         "workerGroupSpecs": {
                             "type": "array",
-                            "items": closed(
+                            "items": closed_object(
                                 {
                                     "groupName": TEXT,
                                     "replicas": COUNT,
@@ -176,14 +176,14 @@ def ray_job() -> dict[str, Any]:
     return job
 
 
-def test_the_ray_job_has_the_fields_of_kuberay() -> None:
+def test_ray_job_has_the_fields_of_kuberay() -> None:
     jsonschema.validate(ray_job(), RAY_JOB)
     for change in ({"entryPoint": "x"}, {"backoffLimit": "3"}, {"rayClusterSpec": {}}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(ray_job() | {"spec": ray_job()["spec"] | change}, RAY_JOB)
 
 
-def test_the_ray_job_agrees_with_itself() -> None:
+def test_ray_job_is_consistent() -> None:
     spec = ray_job()["spec"]
     cluster = spec["rayClusterSpec"]
     assert RAY_VERSION is not None and cluster["rayVersion"] == RAY_VERSION[1]
@@ -206,7 +206,7 @@ def test_the_ray_job_agrees_with_itself() -> None:
 # --- ray up
 
 
-def test_the_cluster_file_fits_rays_schema() -> None:
+def test_cluster_file_fits_the_schema_of_ray() -> None:
     import ray.autoscaler._private.util as autoscaler
 
     text = (DEPLOY / "machines.yaml").read_text()
@@ -271,20 +271,20 @@ class Slurm:
         return dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", number).split() if "=" in word)
 
 
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 600) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, f"waited {seconds} s for: {what}"
+def wait_until(condition: Callable[[], bool], description: str, seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for: {description}"
         time.sleep(0.5)
 
 
 def free_ports() -> list[int]:
-    """Three ports in a row that nobody listens on."""
+    """Three free ports in a row."""
     for first in range(26_000, 32_000, 3):
         with socket.socket() as one, socket.socket() as two, socket.socket() as three:
             try:
-                for offset, place in enumerate((one, two, three)):
-                    place.bind(("127.0.0.1", first + offset))
+                for offset, listener in enumerate((one, two, three)):
+                    listener.bind(("127.0.0.1", first + offset))
             except OSError:
                 continue
         return [first, first + 1, first + 2]
@@ -303,7 +303,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
     ports = free_ports()
-    # The number of a job is in the names of its files: not one that another slurm here may be at.
+    # The names of a job's files contain its number, which must differ from those of another slurm on this machine.
     values = {"host": socket.gethostname(), "user": getpass.getuser(), "folder": folder, "ports": ports}
     (folder / "slurm.conf").write_text(SLURM_CONFIG.format(first=ports[0] + os.getpid() % 1000 * 100, **values))
     environment = {**os.environ, "PATH": path, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -329,21 +329,21 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 def processes_with(text: str) -> list[str]:
-    """The command lines on this machine in which a text occurs."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
+    """The command lines on this machine that contain a text."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            line = place.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
         if text in line:
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 @pytest.mark.slow
-def test_the_slurm_script_runs_is_requeued_and_leaves_nothing(slurm: Slurm, home: Path) -> None:
-    """On two nodes, each with a Ray node of its own; stopped by SIGTERM in the middle, as when its time is up."""
+def test_slurm_script_runs_is_requeued_and_leaves_nothing(slurm: Slurm, home: Path) -> None:
+    """Two nodes have a Ray node each; SIGTERM stops the job midway, as at the end of its time."""
     script = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--time=60", str(DEPLOY / "slurm.sh")]
     slurm.environment.update(PYTHON=sys.executable, PYTHONPATH=str(ROOT))
     number = slurm.run(*script, "--config", "config.toml", "--output", "out", folder=home).strip()
@@ -370,11 +370,13 @@ def test_the_slurm_script_runs_is_requeued_and_leaves_nothing(slurm: Slurm, home
     assert {name: data for name, data in bytes_in(home / "out").items() if name in whole} == whole
     wait_until(lambda: not processes_with(f"seedbed-{number}"), "processes to end", 60)
     assert not Path(f"/tmp/seedbed-{number}").exists() and not list(home.glob(".seedbed-*"))
-    assert all((path.stat().st_mode & 0o044) == 0o044 for path in (home / "out").rglob("*.parquet")), "others may read"
+    assert all((path.stat().st_mode & 0o044) == 0o044 for path in (home / "out").rglob("*.parquet")), (
+        "other users cannot read the output"
+    )
 
 
 @pytest.mark.slow
-def test_the_slurm_script_ends_with_the_commands_status(slurm: Slurm, home: Path) -> None:
+def test_slurm_script_ends_with_the_status_of_the_command(slurm: Slurm, home: Path) -> None:
     (home / "config.toml").write_text("nonsense = 1")
     script = ["sbatch", "--parsable", "--nodes=1", "--cpus-per-task=1", "--time=60", str(DEPLOY / "slurm.sh")]
     slurm.environment.update(PYTHON=sys.executable, PYTHONPATH=str(ROOT))
@@ -386,7 +388,7 @@ def test_the_slurm_script_ends_with_the_commands_status(slurm: Slurm, home: Path
     assert not list(home.glob(".seedbed-*"))
 
 
-def test_the_slurm_script_wants_slurm() -> None:
+def test_slurm_script_refuses_to_run_without_slurm() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     done = subprocess.run(["bash", str(DEPLOY / "slurm.sh")], env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "submit this with sbatch" in done.stderr

@@ -1,6 +1,6 @@
-"""Names that strangers chose, where people see them: pages and terminals show them, and obey nothing in them.
+"""Untrusted names on pages and terminals: they are shown as text and have no other effect.
 
-The report of curation is held against hostile names where its run is made: tests/pipelines/test_report.py.
+tests/curation/report/test_page.py tests the report of a curation run with hostile names.
 """
 
 import html.parser
@@ -39,7 +39,7 @@ HOSTILE = [
 
 
 class Shape(html.parser.HTMLParser):
-    """What a browser makes of a page but for its texts: elements in order, the names of their attributes, addresses."""
+    """The structure of a page as a browser reads it: elements in order, the names of their attributes, addresses."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -64,28 +64,28 @@ class Shape(html.parser.HTMLParser):
 
 def evaluation_page(name: str) -> str:
     names = dict.fromkeys(("evaluation", "dataset", "model", "protocol", "metric"), name)
-    found = [
+    results = [
         result(**names, settings={name: name}),
         result(**names | {"model": name + "2"}, model_hash="c" * 64),
         *(result(**names | {"protocol": f"{name}={k}"}) for k in (1, 2, 3)),
     ]
     picture = visualize.PictureRecord(file="pca-a.png", kind="pca", model=name, caption=name)
-    return report.page(found, [(picture, b"\x89PNG")])
+    return report.page(results, [(picture, b"\x89PNG")])
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_name_does_not_change_the_shape_of_the_evaluation_report(name: str) -> None:
+def test_name_does_not_change_the_structure_of_the_evaluation_report(name: str) -> None:
     plain, hostile = Shape(evaluation_page("name")), Shape(evaluation_page(name))
     assert hostile.elements == plain.elements and len(plain.elements) > 60
     assert hostile.others == []
     links = [address for address in hostile.addresses if address.startswith("#")]
     assert links and all(re.fullmatch("#[a-z0-9-]*", link) for link in links)
-    others = [[one for one in shape.addresses if not one.startswith("#")] for shape in (plain, hostile)]
+    others = [[address for address in shape.addresses if not address.startswith("#")] for shape in (plain, hostile)]
     assert others[0] == others[1]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_name_does_not_change_the_shape_of_what_the_report_of_curation_is_made_of(name: str) -> None:
+def test_name_does_not_change_the_structure_of_the_parts_of_the_curation_report(name: str) -> None:
     def page(name: str) -> str:
         rows = [(markup.quoted(name), name, 1)]
         parts = [
@@ -99,14 +99,14 @@ def test_a_name_does_not_change_the_shape_of_what_the_report_of_curation_is_made
         return markup.page(name, "f" * 64, markup.section("part", name, *parts))
 
     plain, hostile = Shape(page("x" * 41)), Shape(page(name))
-    attributes = {names for _, names in plain.elements} | {("dir",)}  # a short name is not marked as a long one
+    attributes = {names for _, names in plain.elements} | {("dir",)}  # a short name lacks the marks of a long one
     assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in plain.elements]
     assert {names for _, names in hostile.elements} <= attributes and hostile.others == []
     assert hostile.addresses == plain.addresses
     assert markup.read_fingerprint(page(name)) == "f" * 64
 
 
-def test_a_terminal_gets_no_control_characters() -> None:
+def test_terminal_receives_no_control_characters() -> None:
     texts = ["\x1b[2J", "\x1b]0;title\x07", "\r\x00\x08", "\x9b1m", "\u202egnp.exe", "\u2066", "\udc80"]
     for text in texts:
         shown = progress.printable(f"a{text}b\nc ü☃")
@@ -119,6 +119,6 @@ def test_a_terminal_gets_no_control_characters() -> None:
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2J", "a\nb", "\u202egnp"])
-def test_a_source_has_a_name_that_can_be_shown(name: str) -> None:
+def test_source_name_must_be_printable(name: str) -> None:
     with pytest.raises(ValidationError, match="printable characters only"):
         SourceConfig(name=name, path="p", role="pool")

@@ -1,7 +1,7 @@
-"""Nothing in this repository runs what a file says: the syntax trees of all modules, against a list of what would.
+"""No module executes the contents of a file: the syntax trees of all modules, against a list of functions that would.
 
-Left out on purpose: `np.save` and `torch.save` of our own arrays, which write what the checked readers read, and
-torch's reader of its own checkpoints, whose index is a pickle (training/checkpoint.py says for whom they are).
+Not on the list: `np.save` and `torch.save`, whose files the checked functions read; and torch's reader of its own
+checkpoints, whose index is a pickle (training/checkpoint.py says whose checkpoints may be read).
 """
 
 import ast
@@ -13,11 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("curation", "training", "evaluation", "pipelines", "deploy", "tests")
 
-# Modules whose reading side calls what the file names.
+# Modules whose readers call functions that the file names.
 UNPICKLERS = frozenset(
     "pickle _pickle cPickle cloudpickle dill shelve joblib marshal jsonpickle ray.cloudpickle torch.package".split()
 )
-# Functions that do, or that hand text to a shell or to the interpreter. Named at all is used: they can be passed on.
+# Functions that do so, or that pass text to a shell or to the interpreter. Any mention counts, since a function can be
+# passed as an argument.
 FUNCTIONS = frozenset(
     "os.system os.popen subprocess.getoutput subprocess.getstatusoutput shutil.unpack_archive pandas.read_pickle "
     "torch.jit.load torch.hub.load torch.hub.load_state_dict_from_url yaml.load yaml.load_all yaml.full_load "
@@ -25,33 +26,33 @@ FUNCTIONS = frozenset(
     "asyncio.create_subprocess_shell tempfile.mktemp ssl._create_unverified_context".split()
 )
 BUILTINS = frozenset({"eval", "exec", "__import__"})
-# Functions that are safe with one argument alone, which has to be given, whatever its default.
+# Functions that are safe with one argument only, which every call must give, whatever its default.
 ONLY_WITH = {"torch.load": "weights_only", "numpy.load": "allow_pickle"}
-# Arguments that may have one value, written out, wherever they are given.
+# Arguments with the one value that every call may give, as a constant.
 ARGUMENTS = {"weights_only": True, "allow_pickle": False, "shell": False}
-# Methods that write what an archive names, to where it says.
+# Methods that write files to paths that an archive names.
 METHODS = frozenset({"extract", "extractall", "unpack_archive"})
-# What webdataset and others take for a command line.
+# webdataset and other libraries run the rest of such a URL as a command line.
 PIPE = "pipe" + ":"
 
-# File and what it may use, with the reason.
+# Files and names that they may use, with the reason.
 EXCEPTIONS = {
     (
         "evaluation/data/plain_pickle.py",
         "pickle",
-    ): "reads published ground truth, calls nothing that a pickle names",
-    ("tests/evaluation/data/test_plain_pickle.py", "pickle"): "makes the hostile pickles that it is tested on",
+    ): "reads published ground truth; calls no function that a pickle names",
+    ("tests/evaluation/data/test_plain_pickle.py", "pickle"): "makes hostile pickles for its tests",
     ("tests/evaluation/data/test_plain_pickle.py", "exec"): "is named in such a pickle",
-    ("tests/evaluation/test_retrieval.py", "pickle"): "writes ground truth as it is published",
-    ("tests/curation/files/test_vectors.py", "allow_pickle"): "writes a matrix of objects, which has to be refused",
+    ("tests/evaluation/test_retrieval.py", "pickle"): "writes ground truth in the published format",
+    ("tests/curation/files/test_vectors.py", "allow_pickle"): "writes a matrix of objects, which must be refused",
 }
 
 
 def offences(text: str) -> Iterator[tuple[int, str]]:
-    """Line and name of what a module uses of the lists above."""
+    """Line and name of each use in a module of a name in the lists above."""
     tree = ast.parse(text)
     names = _imported_names(tree)
-    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     checked: set[int] = set()  # functions of calls with the argument that makes them safe
     for node in ast.walk(tree):
         match node:
@@ -64,7 +65,7 @@ def offences(text: str) -> Iterator[tuple[int, str]]:
             case ast.Call(func=function, keywords=keywords):
                 given = {word.arg: word.value for word in keywords}
                 if ONLY_WITH.get(_full_name(function, names)) in given:
-                    checked.add(id(function))  # whether its value is the right one is seen below
+                    checked.add(id(function))  # its value is checked below
                 for name, allowed in ARGUMENTS.items():
                     value = given.get(name)
                     if value is not None and not (isinstance(value, ast.Constant) and value.value is allowed):
@@ -75,7 +76,7 @@ def offences(text: str) -> Iterator[tuple[int, str]]:
                     yield node.lineno, full
                 if isinstance(node, ast.Attribute) and node.attr in METHODS and full.partition(".")[0] not in FOLDERS:
                     yield node.lineno, node.attr
-            case ast.Constant(value=str() as value) if PIPE in value and id(node) not in prose:
+            case ast.Constant(value=str() as value) if PIPE in value and id(node) not in docstrings:
                 yield node.lineno, PIPE
 
 
@@ -86,7 +87,7 @@ def _modules(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def _imported_names(tree: ast.AST) -> dict[str, str]:
-    """What the names that a module imports stand for: {"np": "numpy"}."""
+    """The full name of each name that a module imports: {"np": "numpy"}."""
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         match node:
@@ -100,7 +101,7 @@ def _imported_names(tree: ast.AST) -> dict[str, str]:
 
 
 def _full_name(node: ast.expr, names: dict[str, str]) -> str:
-    """`np.load` as numpy.load; "" for what is no dotted name."""
+    """`np.load` as numpy.load; "" for an expression that is no dotted name."""
     match node:
         case ast.Name(id=name):
             return names.get(name, name)
@@ -114,13 +115,13 @@ def sources() -> list[Path]:
     return [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def test_nothing_runs_what_a_file_says() -> None:
+def test_no_module_executes_the_contents_of_a_file() -> None:
     assert len(sources()) > 100
-    found = {
+    uses = {
         (str(path.relative_to(ROOT)), name, line) for path in sources() for line, name in offences(path.read_text())
     }
-    assert [offence for offence in sorted(found) if offence[:2] not in EXCEPTIONS] == []
-    assert {offence[:2] for offence in found} == EXCEPTIONS.keys(), "an exception that nobody needs any more"
+    assert [use for use in sorted(uses) if use[:2] not in EXCEPTIONS] == []
+    assert {use[:2] for use in uses} == EXCEPTIONS.keys(), "an exception is no longer needed"
 
 
 BAD = [
@@ -167,7 +168,7 @@ BAD = [
     "list(map(eval, lines))",
     "__import__(name)",
     "import subprocess; subprocess.run(command, shell=True)",
-    "import subprocess; subprocess.Popen(command, shell=wanted)",
+    "import subprocess; subprocess.Popen(command, shell=use_shell)",
     "import subprocess; subprocess.getoutput(command)",
     "import os; os.system(command)",
     "from os import system; system(command)",
@@ -177,12 +178,12 @@ BAD = [
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_every_way_is_seen(text: str) -> None:
+def test_every_dangerous_use_is_reported(text: str) -> None:
     assert list(offences(text)), text
 
 
 GOOD = [
-    f'"""A docstring may speak of pickle, and of {PIPE} as well."""',
+    f'"""A docstring may mention pickle and {PIPE}"""',
     "import torch; torch.load(path, map_location='cpu', weights_only=True)",
     "from torch import load; load(path, weights_only=True)",
     "import numpy as np; np.load(path, mmap_mode='r', allow_pickle=False)",
@@ -198,5 +199,5 @@ GOOD = [
 
 
 @pytest.mark.parametrize("text", GOOD)
-def test_what_is_safe_is_let_pass(text: str) -> None:
+def test_safe_uses_are_not_reported(text: str) -> None:
     assert not list(offences(text)), text

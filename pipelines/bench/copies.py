@@ -1,23 +1,28 @@
-"""Which copy detector finds the planted copies, and what else does it merge? On the files of a run of the demo.
+"""Measures which planted copies each copy detector finds, and how many other pairs it joins, on a run of the demo.
 
-A planted copy counts as found when its pair with the original passes, or, for the run's own decision, when both are in
-one component. What else passes are pairs of images outside the planted set; the pool has true copies among them.
+A planted copy counts as found when its pair with the original passes the detector's threshold. For the run's decision
+it counts when both are in one component. Other pairs are of images outside the planted set; the pool holds true copies
+among them.
 """
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.table import Table
 
 from curation.engine.manifest import require_manifest
 from curation.files import parquet, paths, schemas
 from curation.images.hashing import hamming_distance
 from curation.run_folder import read_images, read_vectors
+from pipelines.bench.tables import make_table
 
+NAME = "copies"
 TRANSFORMS = ("jpeg", "resize", "colour", "mirror", "crop", "border", "overlay", "rotation")
+OTHER_PAIRS = "other pairs"
 
 
 def comparison(run: str, data: str) -> dict[str, dict[str, float]]:
-    """For each detector: the share found of each transform's copies, and `other pairs`, how many others it joins."""
+    """For each detector: the share of each transform's copies that it finds, and the number of other pairs."""
     planted = pq.read_table(paths.join(data, "planted.parquet")).to_pylist()
     phash = {
         row["image_id"]: row["phash"]
@@ -33,26 +38,37 @@ def comparison(run: str, data: str) -> dict[str, dict[str, float]]:
     matrix = np.stack([descriptor[image_id] for image_id in others])
 
     result: dict[str, dict[str, float]] = {}
-    for most in (0, 4, 10):
+    for max_bits in (0, 4, 10):
         ends = [
             np.array([phash[row[end]] for row in planted], np.uint64) for end in ("copy_image_id", "original_image_id")
         ]
-        found = (hamming_distance(ends[0], ends[1]) <= most).tolist()
+        is_found = (hamming_distance(ends[0], ends[1]) <= max_bits).tolist()
         distances = (hamming_distance(value, hashes[index + 1 :]) for index, value in enumerate(hashes))
-        others_joined = sum(int((distance <= most).sum()) for distance in distances)
-        result[f"pHash within {most} bits"] = _shares(planted, found) | {"other pairs": others_joined}
+        num_others = sum(int((distance <= max_bits).sum()) for distance in distances)
+        result[f"pHash within {max_bits} bits"] = _shares(planted, is_found) | {OTHER_PAIRS: num_others}
     upper = np.triu(matrix @ matrix.T, 1)
-    for least in (0.66, 0.8, 0.9, 0.95):
-        found = [
-            float(descriptor[row["copy_image_id"]] @ descriptor[row["original_image_id"]]) >= least for row in planted
+    for min_cosine in (0.66, 0.8, 0.9, 0.95):
+        is_found = [
+            float(descriptor[row["copy_image_id"]] @ descriptor[row["original_image_id"]]) >= min_cosine
+            for row in planted
         ]
-        result[f"EfficientNet GeM, cosine from {least:g}"] = _shares(planted, found) | {
-            "other pairs": int((upper >= least).sum())
-        }
-    found = [component[row["copy_image_id"]] == component[row["original_image_id"]] for row in planted]
+        num_others = int((upper >= min_cosine).sum())
+        result[f"EfficientNet GeM, cosine from {min_cosine:g}"] = _shares(planted, is_found) | {OTHER_PAIRS: num_others}
+    is_found = [component[row["copy_image_id"]] == component[row["original_image_id"]] for row in planted]
     sizes = np.unique([component[image_id] for image_id in others], return_counts=True)[1]
-    joined = int((sizes - 1).sum())  # the fewest pairs that join what this run joined
-    result["verified on thumbnails (the run)"] = _shares(planted, found) | {"other pairs": joined}
+    num_others = int((sizes - 1).sum())  # the fewest pairs that join the components of this run
+    result["verified on thumbnails (the run)"] = _shares(planted, is_found) | {OTHER_PAIRS: num_others}
+    return result
+
+
+def table(shares_of_detector: dict[str, dict[str, float]]) -> Table:
+    """The result of `comparison` as a table."""
+    columns = ("detector", *TRANSFORMS, OTHER_PAIRS)
+    result = make_table("Share of the planted copies that each detector finds", columns, left=("detector",))
+    result.columns[0].no_wrap = True
+    for detector, shares in shares_of_detector.items():
+        cells = [f"{shares[transform]:.2f}" for transform in TRANSFORMS]
+        result.add_row(detector, *cells, f"{shares[OTHER_PAIRS]:,.0f}")
     return result
 
 
@@ -66,9 +82,9 @@ def _components(run: str) -> dict[str, str]:
     return dict(zip(*(table[column].to_pylist() for column in columns), strict=True))
 
 
-def _shares(planted: list[dict[str, str]], found: list[bool]) -> dict[str, float]:
+def _shares(planted: list[dict[str, str]], is_found: list[bool]) -> dict[str, float]:
     shares = {}
     for transform in TRANSFORMS:
-        own = [hit for row, hit in zip(planted, found, strict=True) if row["transform"] == transform]
-        shares[transform] = sum(own) / len(own)
+        hits = [hit for row, hit in zip(planted, is_found, strict=True) if row["transform"] == transform]
+        shares[transform] = sum(hits) / len(hits)
     return shares

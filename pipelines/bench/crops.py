@@ -1,22 +1,21 @@
-"""How fast are the ten crops of an image made, and how fast are samples read in random order?
+"""Measures making the ten crops of an image, and reading samples in random order.
 
-`crops`: ours is `training.augment.make_crops`; the peer makes the same crops, of the same random numbers, as DINOv2's
-transforms do, by Pillow alone. On photographs of 500 x 400 pixels (decoding.py draws them) one core turns each into two
-crops of 224 and eight of 96; with decoding, and without.
+`crops`: our `training.augment.make_crops` makes two crops of 224 and eight of 96 pixels of photographs of 500 x 400
+(decoding.py draws them), with decoding and without. The peer makes the same crops from the same random numbers by
+Pillow alone, as DINOv2's transforms do.
 
-`reading`: 10,000 samples of 50 kB in tars of 1,000: ours reads them in random order by reference, as the trainer does;
-the peer is the webdataset library, which reads the tars from front to back. Both hand over the bytes of an image.
+`reading`: 10,000 samples of 50 kB in tars of 1,000. Our reader reads them in random order by reference, as the trainer
+does. The peer is the webdataset library, which reads the tars from front to back. Both return the bytes of an image.
 
-Ours and the peer take turns in one process, on one thread; medians of the runs' processor time (crops) or elapsed time
-(reading) count.
+Our code and the peer take turns in one process, on one thread. A value is the median of the rounds' processor time
+(crops) or elapsed time (reading).
 """
 
 import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -30,46 +29,49 @@ from curation.images.corpus_tar import CorpusSample, write_tar
 from curation.images.decode import ImageLimits, decode_picture, read_header
 from curation.images.hashing import image_id
 from pipelines.bench import decoding
+from pipelines.bench.tables import Comparison, comparison_table
+from pipelines.bench.timing import by_turns
 from training import data, samples
 from training.augment import AugmentConfig, Crop, Pixels, cut_crops, draw_crops, make_crops
 
 CROPS, READING = "crops", "reading"
 SIZE = (500, 400)
 NUM_IMAGES = 16
-RUNS = 5
+NUM_ROUNDS = 5
 NUM_SAMPLES, SAMPLE_BYTES, SAMPLES_PER_TAR = 10_000, 50_000, 1_000
-TO_REACH = {CROPS: 2.5, READING: 3.0}
+TARGETS = {CROPS: 2.5, READING: 3.0}
 LIMITS = ImageLimits()
 
 
-@dataclass(frozen=True)
-class Row:
-    """Rates in images per second, of one core for the crops."""
-
-    work: str
-    ours: float
-    peer: float
-    to_reach: float
-    quality: str
-
-
-def bench(names: Sequence[str] = (CROPS, READING), *, scale: int = 1, repeats: int | None = None) -> list[Row]:
-    """The rows of what is named; `scale` divides the data, `repeats` is the runs whose median counts (default 5)."""
+def bench(names: Sequence[str] = tuple(TARGETS), *, scale: int = 1, repeats: int | None = None) -> list[Comparison]:
+    """The rows of the named works; `scale` divides the data, `repeats` is the number of rounds (default 5)."""
     rows = []
     if CROPS in names:
-        rows += crops(max(2, NUM_IMAGES // scale), repeats or RUNS)
+        rows += crops(max(2, NUM_IMAGES // scale), repeats or NUM_ROUNDS)
     if READING in names:
-        rows.append(reading(NUM_SAMPLES // scale, repeats or RUNS))
+        rows.append(reading(NUM_SAMPLES // scale, repeats or NUM_ROUNDS))
     return rows
+
+
+def table(rows: Sequence[Comparison]) -> Table:
+    """The rows as a table."""
+    return comparison_table("Crops and reading, images per second of one core", rows)
+
+
+def _compare(
+    work: str, peer: str, num_images: int, seconds: dict[str, list[float]], kind: str, quality: str
+) -> Comparison:
+    our_rate, peer_rate = (num_images / statistics.median(seconds[name]) for name in ("ours", "peer"))
+    return Comparison(work, peer, "/s", our_rate, peer_rate, f"{TARGETS[kind]:g}", quality, ratio=our_rate / peer_rate)
 
 
 # Crops
 
 
-def crops(num_images: int, runs: int) -> list[Row]:
+def crops(num_images: int, num_rounds: int) -> list[Comparison]:
     """A row with decoding and one without."""
     generator = np.random.default_rng(0)
-    photographs = [decoding._jpeg(decoding.draw(*SIZE, generator)) for _ in range(num_images)]
+    photographs = [decoding.to_jpeg(decoding.draw(*SIZE, generator)) for _ in range(num_images)]
     pictures = [decode_picture(encoded, LIMITS, target_side=max(SIZE)).pixels for encoded in photographs]
     opened = [Image.fromarray(pixels) for pixels in pictures]
     config = AugmentConfig()
@@ -85,39 +87,39 @@ def crops(num_images: int, runs: int) -> list[Row]:
     def peer() -> None:
         for n, encoded in enumerate(photographs):
             header = read_header(encoded, LIMITS)
-            own = draw_crops(config, header.width, header.height, np.random.default_rng(n))
-            pillow_crops(Image.open(io.BytesIO(encoded)).convert("RGB"), own, config)
+            image_crops = draw_crops(config, header.width, header.height, np.random.default_rng(n))
+            pillow_crops(Image.open(io.BytesIO(encoded)).convert("RGB"), image_crops, config)
 
     def ours_decoded() -> None:
-        for pixels, own in zip(pictures, drawn, strict=True):
-            cut_crops(pixels, own, config, full_width=SIZE[0])
+        for pixels, image_crops in zip(pictures, drawn, strict=True):
+            cut_crops(pixels, image_crops, config, full_width=SIZE[0])
 
     def peer_decoded() -> None:
-        for picture, own in zip(opened, drawn, strict=True):
-            pillow_crops(picture, own, config)
+        for picture, image_crops in zip(opened, drawn, strict=True):
+            pillow_crops(picture, image_crops, config)
 
     rows = []
     ratios = [psnr for n in range(num_images) for psnr in agreement(pictures[n], drawn[n], config)]
     quality = f"PSNR {statistics.mean(ratios):.1f} dB, worst {min(ratios):.1f}"
-    for work, one, other in (
-        ("10 crops, with decoding", ours, peer),
-        ("10 crops, decoded before", ours_decoded, peer_decoded),
+    for work, works in (
+        ("10 crops, with decoding", {"ours": ours, "peer": peer}),
+        ("10 crops, decoded before", {"ours": ours_decoded, "peer": peer_decoded}),
     ):
-        seconds = _in_turns((one, other), runs, time.process_time)
-        rows.append(Row(work, num_images / seconds[0], num_images / seconds[1], TO_REACH[CROPS], quality))
+        seconds = by_turns(works, num_rounds, clock=time.process_time)
+        rows.append(_compare(work, "Pillow", num_images, seconds, CROPS, quality))
     torch.set_num_threads(threads[0])
     cv2.setNumThreads(threads[1])
     return rows
 
 
 def agreement(pixels: Pixels, drawn: tuple[tuple[Crop, ...], ...], config: AugmentConfig) -> list[float]:
-    """The PSNR of our crops of one picture against Pillow's, in decibels, one of each crop."""
-    ours = cut_crops(pixels, drawn, config, full_width=pixels.shape[1])
-    theirs = pillow_crops(Image.fromarray(pixels), drawn, config)
+    """The PSNR of each of our crops of one picture against Pillow's crop, in decibels."""
+    our_groups = cut_crops(pixels, drawn, config, full_width=pixels.shape[1])
+    pillow_groups = pillow_crops(Image.fromarray(pixels), drawn, config)
     return [
-        decoding.psnr(own, other)
-        for one, two in zip(ours, theirs, strict=True)
-        for own, other in zip(one, two, strict=True)
+        decoding.psnr(our_crop, pillow_crop)
+        for our_crops, their_crops in zip(our_groups, pillow_groups, strict=True)
+        for our_crop, pillow_crop in zip(our_crops, their_crops, strict=True)
     ]
 
 
@@ -126,8 +128,8 @@ def pillow_crops(
 ) -> tuple[Pixels, ...]:
     """The crops by Pillow alone, (V, 3, S, S) uint8 for each group."""
     return tuple(
-        np.stack([_pillow_crop(picture, crop, group.size, config) for crop in own])
-        for group, own in zip(config.crops, drawn, strict=True)
+        np.stack([_pillow_crop(picture, crop, group.size, config) for crop in group_crops])
+        for group, group_crops in zip(config.crops, drawn, strict=True)
     )
 
 
@@ -157,22 +159,11 @@ def _pillow_crop(picture: Image.Image, crop: Crop, size: int, config: AugmentCon
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def _in_turns(contestants: Sequence[Callable[[], None]], runs: int, clock: Callable[[], float]) -> list[float]:
-    """The median seconds of each; the first round only warms up."""
-    seconds: list[list[float]] = [[] for _ in contestants]
-    for _ in range(1 + runs):
-        for contestant, own in zip(contestants, seconds, strict=True):
-            started = clock()
-            contestant()
-            own.append(clock() - started)
-    return [statistics.median(own[1:]) for own in seconds]
-
-
 # Reading
 
 
-def reading(num_samples: int, runs: int) -> Row:
-    """Samples read by reference in random order, against webdataset's in the order of the tars."""
+def reading(num_samples: int, num_rounds: int) -> Comparison:
+    """Samples read by reference in random order, against webdataset's reading in the order of the tars."""
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
         listed: list[samples.SampleReference] = []
@@ -182,8 +173,10 @@ def reading(num_samples: int, runs: int) -> Row:
             ids = [image_id(image) for image in images]
             sidecar = {"source": "bench", "reasons": ["as_is:bench"]}
             members = (CorpusSample(key, image, "JPEG", sidecar) for key, image in zip(ids, images, strict=True))
-            _, places = write_tar(path, members)
-            listed += [samples.SampleReference(key, path, *place) for key, place in zip(ids, places, strict=True)]
+            _, positions = write_tar(path, members)
+            listed += [
+                samples.SampleReference(key, path, *position) for key, position in zip(ids, positions, strict=True)
+            ]
         order = generator.permutation(num_samples).tolist()
 
         def ours() -> None:
@@ -193,19 +186,8 @@ def reading(num_samples: int, runs: int) -> Row:
 
         def peer() -> None:
             tars = sorted(str(path) for path in Path(folder).iterdir())
-            found = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
-            assert sum(len(sample["jpg"]) for sample in found) == num_samples * SAMPLE_BYTES
+            dataset = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
+            assert sum(len(sample["jpg"]) for sample in dataset) == num_samples * SAMPLE_BYTES
 
-        seconds = _in_turns((ours, peer), runs, time.perf_counter)
-    return Row("reading", num_samples / seconds[0], num_samples / seconds[1], TO_REACH[READING], "the same bytes")
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """What was measured, as a table."""
-    result = Table(title="Crops and reading, images per second of one core", title_justify="left")
-    for name in ("work", "ours", "peer", "ratio", "to reach", "agreement"):
-        result.add_column(name, justify="left" if name in ("work", "agreement") else "right")
-    for row in rows:
-        rates = (f"{row.ours:,.0f}", f"{row.peer:,.0f}", f"{row.ours / row.peer:.2f}", f"{row.to_reach:g}")
-        result.add_row(row.work, *rates, row.quality)
-    return result
+        seconds = by_turns({"ours": ours, "peer": peer}, num_rounds)
+    return _compare("reading", "webdataset", num_samples, seconds, READING, "the same bytes")

@@ -1,24 +1,17 @@
-"""How fast is a photograph decoded and resized for a model, and is it the same picture?
+"""Measures decoding and resizing photographs for a model: speed, and agreement of the pictures.
 
-Ours is `images.decode_picture` and `images.to_shape`; the peers are Pillow as most loaders use it, `open`,
-`convert("RGB")`, `resize` with the bicubic filter, and the same after `draft`. Each runs in a process of its own, since
-what one leaves in the allocator changes how long the next takes, and on one thread; processor time counts.
+Our code is `decode_picture` and `to_shape` of curation/images/decode.py. The peers are Pillow as most loaders use it
+(`open`, `convert("RGB")`, `resize` with the bicubic filter) and the same after `draft`. Each runs on one thread in a
+process of its own, because the state of the allocator changes the time of later works. Times are processor time.
 
-The photographs are drawn, since the repository has none: dead leaves (Lee, Mumford and Huang 2001: discs that hide each
-other, their radii by a power law, which has the edges and the scaling of natural pictures), each with a texture of
-1/f noise, seen through a slight blur and with the grain of a sensor. As JPEG they take the bytes of photographs: 55 kB
-and 480 kB. Or give a folder of your own JPEGs; the more bytes a pixel has, the smaller the ratio (docs/benchmarks.md).
-
-    python -m pipelines.bench.decoding ours FOLDER
-
-prints the images per second of one contestant on the photographs in a folder.
+The photographs are drawn, since the repository has none: dead leaves (Lee, Mumford and Huang 2001), discs that hide
+each other with radii by a power law. Such pictures have the edges and the scaling of natural ones. Each disc has a
+texture of 1/f noise; a slight blur and the grain of a sensor follow. As JPEGs they have the size of photographs: 55 kB
+and 480 kB. Or give a folder of your own JPEGs; the ratio falls with the bytes per pixel (docs/benchmarks.md).
 """
 
 import io
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,13 +24,16 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from rich.table import Table
 
 from curation.images import decode
+from pipelines.bench.processes import Measurements, in_process, run_work
+from pipelines.bench.tables import make_table
+from pipelines.bench.timing import by_turns
 
 NAME = "decode"
 SIDE = 224
 # The ratio to reach at each width and height.
-TO_REACH = {(500, 400): 2.0, (2000, 1500): 5.0}
+TARGETS = {(500, 400): 2.0, (2000, 1500): 5.0}
 NUM_IMAGES = 8
-RUNS_PER_PROCESS = 5
+ROUNDS_PER_PROCESS = 6
 QUALITY = 85
 # Standard deviation of the grain, of 255. Assumed.
 GRAIN = 1.0
@@ -45,8 +41,8 @@ LIMITS = decode.ImageLimits()
 
 
 @dataclass(frozen=True)
-class Row:
-    """What was measured of one size. Rates in images per second of one core; PSNR in decibels against plain Pillow."""
+class DecodingRates:
+    """The rates at one size, in images per second of one core. PSNR in decibels against plain Pillow."""
 
     width: int
     height: int
@@ -63,55 +59,50 @@ def bench(
     scale: int = 1,
     repeats: int | None = None,
     folder: str | None = None,
-    sizes: Sequence[tuple[int, int]] = tuple(TO_REACH),
-) -> list[Row]:
+    sizes: Sequence[tuple[int, int]] = tuple(TARGETS),
+) -> list[DecodingRates]:
     """A row for each size (width, height).
 
-    `scale` divides the number of photographs, `repeats` is the processes of each contestant whose median counts
-    (default 3), `folder` holds JPEGs to take in place of drawn ones, cut and scaled to each size.
+    `scale` divides the number of photographs. A rate is the median of `repeats` processes (default 3). `folder` holds
+    JPEGs to use in place of drawn ones, cropped and scaled to each size.
     """
     rows = []
     for width, height in sizes:
         photographs = _photographs(width, height, max(1, NUM_IMAGES // scale), folder)
         quality = [psnr(ours(data), plain(data)) for data in photographs]
-        with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as written:
+        with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as jpegs:
             for number, data in enumerate(photographs):
-                Path(written, f"{number}.jpg").write_bytes(data)
-            rounds = [{name: _in_process(name, written) for name in CONTESTANTS} for _ in range(repeats or 3)]
+                Path(jpegs, f"{number}.jpg").write_bytes(data)
+            rounds = [
+                {name: in_process("decoding", "rate", threads=1, name=name, folder=jpegs)["rate"] for name in DECODERS}
+                for _ in range(repeats or 3)
+            ]
         size = sum(map(len, photographs)) / len(photographs)
-        rates = {name: statistics.median(rates[name] for rates in rounds) for name in CONTESTANTS}
-        rows.append(Row(width, height, size, **rates, psnr_mean=statistics.mean(quality), psnr_worst=min(quality)))
+        rates = {name: statistics.median(rates[name] for rates in rounds) for name in DECODERS}
+        rows.append(
+            DecodingRates(width, height, size, **rates, psnr_mean=statistics.mean(quality), psnr_worst=min(quality))
+        )
     return rows
 
 
-def _in_process(name: str, folder: str) -> float:
-    """What `rate` gives in a process of its own. Raises RuntimeError with what it printed when it fails."""
-    command = [sys.executable, "-m", "pipelines.bench.decoding", name, folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if finished.returncode:
-        raise RuntimeError(f"The benchmark's {name} ended with status {finished.returncode}:\n{finished.stderr}")
-    return float(finished.stdout)
+def rate(name: str, folder: str) -> Measurements:
+    """Images per second of processor time of a decoder, on the photographs in a folder.
 
-
-def rate(name: str, folder: str) -> float:
-    """Images per second of processor time of a contestant, on the photographs in a folder.
-
-    The fastest of several runs over them counts: the one that other work on the machine disturbed least.
+    The fastest of several rounds counts, because other work on the machine disturbed it least.
     """
     photographs = [path.read_bytes() for path in sorted(Path(folder).iterdir())]
-    contestant = CONTESTANTS[name]
-    seconds = []
-    for _ in range(1 + RUNS_PER_PROCESS):
-        started = time.process_time()
+    decoder = DECODERS[name]
+
+    def decode_all() -> None:
         for data in photographs:
-            contestant(data)
-        seconds.append(time.process_time() - started)
-    return len(photographs) / min(seconds)
+            decoder(data)
+
+    seconds = by_turns({name: decode_all}, ROUNDS_PER_PROCESS, num_warm_ups=0, clock=time.process_time)
+    return {"rate": len(photographs) / min(seconds[name])}
 
 
 def ours(data: bytes) -> NDArray[np.uint8]:
-    """One JPEG as a model sees it, (3, SIDE, SIDE)."""
+    """One JPEG as the input of a model, (3, SIDE, SIDE)."""
     return decode.to_shape(decode.decode_picture(data, LIMITS, target_side=SIDE), (SIDE, SIDE))
 
 
@@ -121,7 +112,7 @@ def plain(data: bytes) -> NDArray[np.uint8]:
 
 
 def draft(data: bytes) -> NDArray[np.uint8]:
-    """The same by Pillow, which decodes at 1/2, 1/4 or 1/8 of the size."""
+    """The same by Pillow, which decodes at 1/2, 1/4 or 1/8 of the size where that suffices."""
     image = Image.open(io.BytesIO(data))
     image.draft(None, (SIDE, SIDE))
     return _squashed(image)
@@ -132,29 +123,29 @@ def _squashed(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(square).transpose(2, 0, 1)
 
 
-CONTESTANTS: dict[str, Callable[[bytes], NDArray[np.uint8]]] = {"ours": ours, "plain": plain, "draft": draft}
+DECODERS: dict[str, Callable[[bytes], NDArray[np.uint8]]] = {"ours": ours, "plain": plain, "draft": draft}
 
 
-def psnr(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> float:
+def psnr(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     """Peak signal-to-noise ratio in decibels, over all pixels and channels."""
-    error = np.mean((ours.astype(np.float64) - theirs) ** 2)
+    error = np.mean((one.astype(np.float64) - other) ** 2)
     return float(10 * np.log10(255**2 / error)) if error else np.inf
 
 
 def _photographs(width: int, height: int, num_images: int, folder: str | None) -> list[bytes]:
-    """JPEGs of the size: drawn, or those of a folder, cut and scaled to it."""
+    """JPEGs of the size: drawn, or the JPEGs of a folder, cropped and scaled to it."""
     if folder is None:
         generator = np.random.default_rng([width, height])
         pictures = [draw(width, height, generator) for _ in range(num_images)]
     else:
-        found = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
-        opened = (decode.decode_rgb(path.read_bytes(), LIMITS) for path in found)
+        files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+        opened = (decode.decode_rgb(path.read_bytes(), LIMITS) for path in files)
         pictures = [ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS) for picture in opened]
-    return [_jpeg(picture) for picture in pictures]
+    return [to_jpeg(picture) for picture in pictures]
 
 
 def draw(width: int, height: int, generator: np.random.Generator) -> Image.Image:
-    """A picture with the edges, textures and grain of a photograph; see the top of this module."""
+    """A picture with the edges, textures and grain of a photograph, as the module's docstring says."""
     num_discs, shorter = 3000, min(width, height)
     smallest, largest = shorter / 150, shorter * 0.4
     radius = smallest / np.sqrt(generator.uniform((smallest / largest) ** 2, 1, num_discs))  # density ~ radius**-3
@@ -168,13 +159,13 @@ def draw(width: int, height: int, generator: np.random.Generator) -> Image.Image
     colour = grey[:, None] + generator.normal(0, 25, (num_discs + 1, 3))
     contrast = generator.exponential(6, num_discs + 1)
     values = colour[disc_at] + (contrast[disc_at] * _pink_noise(width, height, generator))[..., None]
-    seen = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
+    blurred = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
     grain = generator.normal(0, GRAIN, (height, width, 1)) + generator.normal(0, GRAIN / 2, (height, width, 3))
-    return Image.fromarray(np.clip(np.asarray(seen) + grain, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(np.asarray(blurred) + grain, 0, 255).astype(np.uint8))
 
 
 def _pink_noise(width: int, height: int, generator: np.random.Generator) -> NDArray[np.float64]:
-    """Noise whose amplitude falls as 1/frequency, of standard deviation 1, (H, W)."""
+    """Noise with an amplitude of 1/frequency and standard deviation 1, (H, W)."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
     noise: NDArray[np.float64] = np.fft.irfft2(
@@ -184,24 +175,24 @@ def _pink_noise(width: int, height: int, generator: np.random.Generator) -> NDAr
     return noise
 
 
-def _jpeg(picture: Image.Image) -> bytes:
+def to_jpeg(picture: Image.Image) -> bytes:
+    """The picture as a JPEG of quality QUALITY."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
     return buffer.getvalue()
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """What was measured, as a table."""
-    result = Table(title=f"JPEG to {SIDE} x {SIDE}, images per second of one core", title_justify="left")
-    for name in ("size", "kB", "ours", "Pillow", "Pillow, draft", "ratio", "to reach", "PSNR", "worst"):
-        result.add_column(name, justify="right")
+def table(rows: Sequence[DecodingRates]) -> Table:
+    """The rows as a table."""
+    columns = ("size", "kB", "ours", "Pillow", "Pillow, draft", "ratio", "target", "PSNR", "worst")
+    result = make_table(f"JPEG to {SIDE} x {SIDE}, images per second of one core", columns)
     for row in rows:
         result.add_row(
             f"{row.width} x {row.height}",
             f"{row.bytes_per_image / 1000:.0f}",
             *(f"{rate:.0f}" for rate in (row.ours, row.plain, row.draft)),
             f"{row.ours / row.plain:.2f}",
-            f"{TO_REACH[row.width, row.height]:g}",
+            f"{TARGETS[row.width, row.height]:g}",
             f"{row.psnr_mean:.1f} dB",
             f"{row.psnr_worst:.1f} dB",
         )
@@ -209,4 +200,4 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 if __name__ == "__main__":
-    print(rate(sys.argv[1], sys.argv[2]))
+    run_work({"rate": rate})

@@ -1,25 +1,18 @@
-"""Is the embedding stage as fast as the slower of its halves, and is its memory flat?
+"""Measures the embedding stage against the slower of its halves, and its memory as the number of images grows.
 
-The pictures are drawn photographs (decoding.py), JPEGs in tars that ingest has listed. The stage takes them to vectors
-on disk; against it stand its halves alone, on the same pictures by the same workers: reading, decoding and resizing
-into pixels that nobody uses, and the model on pixels in memory. Loading the model counts nowhere. All are run by turns,
-by one worker for each of two cores. Memory is that of a process that embeds small pictures with a small model, a
-thousand and many.
-
-    python -m pipelines.bench.embedding rates '{"name": "vit_small_patch14", "num_images": 64, "repeats": 3}'
-
-prints as JSON what it measured.
+The pictures are drawn photographs (decoding.py), JPEGs in tars that ingest has listed. The stage turns them into
+vectors on disk. The halves do their part alone, on the same pictures by the same workers: reading, decoding and
+resizing; and the model on pixels in memory. No time includes loading the model. All run by turns, with one worker for
+each of two cores. Memory is that of a process that embeds small pictures with a small model, a thousand and many.
 """
 
+import functools
 import io
-import json
 import multiprocessing
 import statistics
-import sys
 import tarfile
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,25 +35,28 @@ from curation.ingest import IngestConfig
 from curation.models import embedders
 from curation.models.embedders import load_embedder
 from curation.run_folder import RunFolder
-from pipelines.bench import contests, decoding
-from pipelines.bench.processes import in_process
+from pipelines.bench import decoding
+from pipelines.bench.processes import Measurements, in_process, run_work
+from pipelines.bench.processes import memory as process_memory
+from pipelines.bench.tables import make_table
+from pipelines.bench.timing import by_turns
 
 NAME = "embed"
-# Model, and photographs for each worker.
+# Models, and photographs for each worker.
 MODELS = (("efficientnet_lite0", 256), ("vit_small_patch14", 64))
 PHOTOGRAPH, SMALL = (500, 400), (64, 64)
-TO_REACH = 0.9
+TARGET = 0.9
 SMALL_MODEL = "vit_tiny_patch16"
 WORKERS = 2
-# Pictures that are drawn; the others are these at another quality.
+# Pictures that are drawn; the others are copies of these with another comment.
 NUM_DRAWN = 16
 IMAGES_PER_TAR = 1000
 NUM_IMAGES = (1_000, 50_000)
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Images per second of one model."""
+class StageRates:
+    """Images per second of the stage with one model, and of its halves."""
 
     name: str
     stage: float
@@ -69,63 +65,61 @@ class Rates:
 
     @property
     def ratio(self) -> float:
-        """The stage by the slower of its halves."""
+        """The stage's rate divided by that of its slower half."""
         return self.stage / min(self.decoding, self.model)
 
 
-def bench(*, scale: int = 1, repeats: int | None = None) -> tuple[list[Rates], dict[int, float]]:
-    """The rates of MODELS, medians of `repeats` runs (default 3), and the peak of memory by the number of images.
+def bench(*, scale: int = 1, repeats: int | None = None) -> tuple[list[StageRates], dict[int, float]]:
+    """The rates of MODELS, medians of `repeats` rounds (default 3), and the peak memory by the number of images.
 
     Numbers of images are divided by `scale`.
     """
-    rates = []
+    rows = []
     for name, num_images in MODELS:
-        found = _in_process("rates", name=name, num_images=max(1, num_images // scale), repeats=repeats or 3)
-        rates.append(Rates(name, found["stage"], found["decoding"], found["model"]))
+        halves = _in_process("rates", name=name, num_images=max(1, num_images // scale), repeats=repeats or 3)
+        rows.append(StageRates(name, halves["stage"], halves["decoding"], halves["model"]))
     peaks = {}
     for num_images in NUM_IMAGES:
         number = max(1, num_images // scale)
         with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
             _in_process("make", folder=folder, num_images=number, size=SMALL)
             peaks[number] = _in_process("memory", folder=folder)["peak"]
-    return rates, peaks
+    return rows, peaks
 
 
-def tables(rates: list[Rates], peaks: dict[int, float]) -> list[Table]:
-    """What `bench` gave."""
-    speed = Table(
-        title=f"The embedding stage, photographs of {PHOTOGRAPH[0]} x {PHOTOGRAPH[1]} to vectors, images/s",
-        title_justify="left",
-    )
-    for column in ("model", "stage", "decoding alone", "model alone", "stage by the slower", "to reach"):
-        speed.add_column(column, justify="left" if column == "model" else "right")
-    for row in rates:
-        numbers = (f"{number:.1f}" for number in (row.stage, row.decoding, row.model))
-        speed.add_row(row.name, *numbers, f"{row.ratio:.2f}", f"{TO_REACH}")
-    memory = Table(title="Its memory, of which the model has a part", title_justify="left")
-    for column in ("images", "peak MB"):
-        memory.add_column(column, justify="right")
+def tables(rows: list[StageRates], peaks: dict[int, float]) -> list[Table]:
+    """The results of `bench` as tables."""
+    photographs = f"photographs of {PHOTOGRAPH[0]} x {PHOTOGRAPH[1]}"
+    columns = ("model", "stage", "decoding alone", "model alone", "stage by the slower half", "target")
+    speed = make_table(f"The embedding stage, {photographs} to vectors, images/s", columns, left=("model",))
+    for row in rows:
+        rates = (f"{rate:.1f}" for rate in (row.stage, row.decoding, row.model))
+        speed.add_row(row.name, *rates, f"{row.ratio:.2f}", f"{TARGET}")
+    memory = make_table("Memory of the embedding stage, the model included", ("images", "peak MB"))
     for number, peak in peaks.items():
         memory.add_row(f"{number:,}", f"{peak / 1e6:,.0f}")
     return [speed, memory]
 
 
-def rates(name: str, num_images: int, repeats: int) -> dict[str, float]:
-    """Images per second of the stage and of its halves: of WORKERS processes with one thread each, as Ray runs them."""
+def rates(name: str, num_images: int, repeats: int) -> Measurements:
+    """Images per second of the stage and of its halves, by WORKERS processes with one thread each, as Ray runs them."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
         make(folder, num_images, PHOTOGRAPH)
         _config(folder, name)
         with context.Manager() as manager, context.Pool(WORKERS) as pool:
-            together = manager.Barrier(WORKERS, timeout=600)
-            seconds = pool.starmap(_half_by_half, [(folder, name, repeats, together)] * WORKERS, chunksize=1)
-    # The slower worker of each run counts.
-    runs = {half: [max(both) for both in zip(*(own[half] for own in seconds), strict=True)] for half in seconds[0]}
-    return {half: WORKERS * num_images / statistics.median(own) for half, own in runs.items()}
+            barrier = manager.Barrier(WORKERS, timeout=600)
+            workers = pool.starmap(_time_halves, [(folder, name, repeats, barrier)] * WORKERS, chunksize=1)
+    rates = {}
+    for half in workers[0]:
+        # The slower worker of each round counts.
+        rounds = [max(seconds) for seconds in zip(*(worker[half] for worker in workers), strict=True)]
+        rates[half] = WORKERS * num_images / statistics.median(rounds)
+    return rates
 
 
-def _half_by_half(folder: str, name: str, repeats: int, together: threading.Barrier) -> dict[str, list[float]]:
-    """Seconds of each run of the stage, of decoding and of the model, each begun by all workers together."""
+def _time_halves(folder: str, name: str, repeats: int, barrier: threading.Barrier) -> dict[str, list[float]]:
+    """Seconds of each round of the stage, of decoding and of the model; all workers begin each at the same time."""
     limits, config = ImageLimits(), _config(folder, name)
     (images,) = require_manifest(paths.join(folder, "ingest")).files("images")
     output = tempfile.mkdtemp(dir=folder)
@@ -143,27 +137,20 @@ def _half_by_half(folder: str, name: str, repeats: int, together: threading.Barr
         "decoding": decode,
         "model": lambda: list(embedder.embed_batches(batches)),
     }
-    seconds: dict[str, list[float]] = {half: [] for half in halves}
-    for _ in range(repeats):
-        for half, run in halves.items():
-            together.wait()
-            started = time.perf_counter()
-            run()
-            seconds[half].append(time.perf_counter() - started)
-    return seconds
+    return by_turns(halves, repeats, num_warm_ups=0, before_each=barrier.wait)
 
 
-def memory(folder: str) -> dict[str, float]:
-    """The peak of memory of embedding what `make` made, beyond what imports take."""
+def memory(folder: str) -> Measurements:
+    """The peak memory of embedding the images that `make` made, beyond the memory of imports."""
     config = _config(folder, SMALL_MODEL)
-    before = contests.memory("VmRSS")
+    before = process_memory("VmRSS")
     run_folder = RunFolder.of(folder)
     embed.run(config, run_folder, run_folder.embed, InlineRunner())
-    return {"peak": contests.memory("VmHWM") - before}
+    return {"peak": process_memory("VmHWM") - before}
 
 
-def make(folder: str, num_images: int, size: tuple[int, int]) -> dict[str, float]:
-    """JPEGs of that width and height in tars, all different, and their finished ingest in `ingest/`."""
+def make(folder: str, num_images: int, size: tuple[int, int]) -> Measurements:
+    """Make JPEGs of that width and height in tars, all different, and their finished ingest in `ingest/`."""
     draw_tars(folder, num_images, size, IMAGES_PER_TAR)
     source = SourceConfig(name="drawn", path=folder, role="pool", layout="webdataset")
     ingest.run(IngestConfig(sources=(source,)), paths.join(folder, "ingest"), InlineRunner())
@@ -171,7 +158,7 @@ def make(folder: str, num_images: int, size: tuple[int, int]) -> dict[str, float
 
 
 def draw_tars(folder: str, num_images: int, size: tuple[int, int], images_per_tar: int) -> None:
-    """JPEGs of that width and height in tars, all different."""
+    """Make JPEGs of that width and height in tars, all different."""
     generator = np.random.default_rng(0)
     drawn = [decoding.draw(*size, generator) for _ in range(min(NUM_DRAWN, num_images))]
     for first in range(0, num_images, images_per_tar):
@@ -185,24 +172,19 @@ def draw_tars(folder: str, num_images: int, size: tuple[int, int], images_per_ta
 
 
 def _config(folder: str, name: str) -> EmbedConfig:
-    """The model `name` with fresh weights in `folder`, which compute as long as any."""
-    chosen: dict[str, Any] = {"name": name}
+    """The model `name` with fresh weights in `folder`; their values do not change the time."""
+    embedder: dict[str, Any] = {"name": name}
     if vit := embedders.MODELS[name].vit:
-        chosen |= {"weights": paths.join(folder, "weights.pth"), "image_size": 32 if name == SMALL_MODEL else 224}
-        if not paths.exists(chosen["weights"]):
-            model = backbone.build(vit.size, patch_size=vit.patch_size, image_size=chosen["image_size"])
-            torch.save(model.state_dict(), chosen["weights"])
+        embedder |= {"weights": paths.join(folder, "weights.pth"), "image_size": 32 if name == SMALL_MODEL else 224}
+        if not paths.exists(embedder["weights"]):
+            model = backbone.build(vit.size, patch_size=vit.patch_size, image_size=embedder["image_size"])
+            torch.save(model.state_dict(), embedder["weights"])
     else:
-        chosen["pooling"] = "gem"
-    return parse(EmbedConfig, {"embedder": chosen}, origin="benchmark")
+        embedder["pooling"] = "gem"
+    return parse(EmbedConfig, {"embedder": embedder}, origin="benchmark")
 
 
-WORKS: dict[str, Callable[..., dict[str, float]]] = {work.__name__: work for work in (rates, memory, make)}
-
-
-def _in_process(work: str, **arguments: Any) -> dict[str, float]:
-    return in_process("embedding", work, arguments)
-
+_in_process = functools.partial(in_process, "embedding")
 
 if __name__ == "__main__":
-    print(json.dumps(WORKS[sys.argv[1]](**json.loads(sys.argv[2]))))
+    run_work({"rates": rates, "memory": memory, "make": make})

@@ -1,4 +1,4 @@
-"""Vectors with structure for benchmarks: a mixture of unequal clusters with planted copies.
+"""Draws vectors for benchmarks: a mixture of unequal clusters with planted copies.
 
 Legend: N vectors, D dimensions.
 """
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Rows that are drawn at a time, each from a generator of its own, so that any part can be drawn alone.
+# Rows of a chunk. Each chunk has a generator of its own, so that any chunk can be drawn alone.
 CHUNK = 50_000
-# Shares of a vector's squared length: its cluster's centre, a subspace of its cluster (of 16 dimensions), noise.
+# Shares of a vector's squared length: its cluster's centre, its cluster's subspace (of 16 dimensions), noise.
 CENTRE, SUBSPACE, NOISE = 0.35, 0.25, 0.4
 SUBSPACE_WIDTH = 16
 
@@ -17,12 +17,12 @@ SUBSPACE_WIDTH = 16
 def blocks(num_vectors: int, width: int, *, num_clusters: int, share_copies: float, seed: int) -> Iterator[np.ndarray]:
     """Unit vectors (n, D) float16, `num_vectors` in all, in chunks.
 
-    Cluster sizes fall as 1/rank. Two vectors of one cluster have a cosine of about 0.35 +- 0.07, of two clusters about
-    0. A share of the vectors are copies, each of another vector of its chunk, at a cosine spread evenly over 0.6 to 1.
+    Cluster sizes fall as 1/rank. Two vectors have a cosine of about 0.35 +- 0.07 within a cluster and about 0 across
+    clusters. A share of the vectors are copies, each of another vector of its chunk, at a uniform cosine of 0.6 to 1.
     """
     generator = np.random.default_rng([seed, 0])
     centres = _unit(generator.normal(size=(num_clusters, width)))
-    # One pool of directions; each cluster's subspace is a window of it.
+    # All directions in one matrix; each cluster's subspace is a window of it.
     directions = _unit(generator.normal(size=(num_clusters + SUBSPACE_WIDTH, width)))
     popularity = 1 / np.arange(1, num_clusters + 1)
     popularity /= popularity.sum()
@@ -41,9 +41,9 @@ def blocks(num_vectors: int, width: int, *, num_clusters: int, share_copies: flo
         if len(copies) and len(originals):
             original = matrix[generator.choice(originals, len(copies))]
             cosine = generator.uniform(0.6, 1, (len(copies), 1)).astype(np.float32)
-            aside = generator.normal(size=original.shape).astype(np.float32)
-            aside = _unit(aside - (aside * original).sum(axis=1, keepdims=True) * original)
-            matrix[copies] = cosine * original + np.sqrt(1 - cosine**2) * aside
+            orthogonal = generator.normal(size=original.shape).astype(np.float32)
+            orthogonal = _unit(orthogonal - (orthogonal * original).sum(axis=1, keepdims=True) * original)
+            matrix[copies] = cosine * original + np.sqrt(1 - cosine**2) * orthogonal
         yield matrix.astype(np.float16)
 
 

@@ -1,25 +1,19 @@
-"""What do more workers gain, what does a shard cost, and how fast is a tar written?
+"""Measures the gain of more workers, the rate of writing tars, and the cost of a shard.
 
-`workers`   ingest and pack of drawn photographs in tars, by 1, 2, 4, ... Ray workers, against the ideal: as many times
-            the rate of one as there are workers or, if fewer, processors. Starting Ray and its processes counts
-            nowhere. Where other work has the processors, the clock says little: processor time an image (workers,
-            decoders and Ray itself) then says whether more workers cost more.
+`workers`   ingest and pack of drawn photographs in tars, by 1, 2, 4, ... Ray workers. The ideal is the rate of one
+            worker times the number of workers or, if smaller, of processors. No time includes starting Ray and its
+            processes. Where other work uses the processors, elapsed time says little. Then the processor time of an
+            image (workers, decoders and Ray itself) shows whether more workers cost more.
 `packing`   the samples of one tar, from memory to disk, against webdataset's TarWriter: the same images and sidecars.
-            Ours also hashes every byte and waits until the disk has them, so the peer is measured twice: as it is, and
-            writing through our file, which does both.
-`shards`    stages of tiny shards, each the record of a real one: what a shard costs on this process and on Ray, whether
-            that grows with their number, the driver's memory, and how long a resume takes until it does new work.
-
-    python -m pipelines.bench.scaling shards '{"folder": "/tmp/x", "num_shards": 1000, "runner": "inline"}'
-
-prints as JSON what it measured, in a process of its own.
+            Our writer also hashes every byte and syncs the file. So the peer is measured twice: as it is, and writing
+            through our file, which does both.
+`shards`    stages of tiny shards with records like those of real shards: the cost of a shard in this process and on
+            Ray, whether it grows with their number, the driver's memory, and the time of a resume until new work.
 """
 
 import contextlib
 import functools
-import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -46,131 +40,64 @@ from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
 from curation.run_folder import RunFolder
-from pipelines.bench import contests, embedding
-from pipelines.bench.processes import in_process
+from pipelines.bench import embedding
+from pipelines.bench.processes import Measurements, in_process, memory, run_work
+from pipelines.bench.tables import make_table
 
-NAMES = ("workers", "packing", "shards")
 # Bytes of an image: a thumbnail, the mean of the demo's, photographs of 500 x 400 and larger.
 SIZES = (10_000, 25_000, 55_000, 100_000)
 NUM_SAMPLES = 2_000
-PACKING_TO_REACH = 2.0
+PACKING_TARGET = 2.0
 PHOTOGRAPHS, PER_TAR = 4_000, 250
 NUM_SHARDS = 100_000
-RESUME_TO_REACH = 10.0  # seconds
+RESUME_TARGET = 10.0  # seconds
+
+# Workers
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Samples per second by the clock and of processor time, by contestant."""
-
-    image_bytes: int
-    clock: dict[str, float]
-    processor: dict[str, float]
-
-
-def bench_packing(*, scale: int = 1, repeats: int | None = None) -> list[Packing]:
-    """A row a size; by turns, and of `repeats` (default 5) the fastest, which other work disturbed least."""
-    rows = []
-    for size in SIZES:
-        with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
-            best = {name: [float("inf")] * 2 for name in CONTESTANTS}
-            samples = _samples(size, max(1, NUM_SAMPLES // scale))
-            for _ in range(repeats or 5):
-                for name, work in CONTESTANTS.items():
-                    clock, cpu = time.perf_counter(), time.process_time()
-                    work(f"{folder}/{name}.tar", samples)
-                    took = time.perf_counter() - clock, time.process_time() - cpu
-                    best[name] = [min(pair) for pair in zip(best[name], took, strict=True)]
-            rates = [{name: len(samples) / pair[place] for name, pair in best.items()} for place in (0, 1)]
-            rows.append(Packing(size, *rates))
-    return rows
-
-
-def _samples(size: int, number: int) -> list[CorpusSample]:
-    data = [os.urandom(size) for _ in range(64)]
-    return [
-        CorpusSample(
-            f"{place:032x}",
-            data[place % 64],
-            "JPEG",
-            {
-                "source": "web",
-                "uri": f"s3://bucket/web/{place:06d}.tar",
-                "width": 500,
-                "height": 400,
-                "label": None,
-                "reasons": [f"sample:seeds:{place:032x}:1"],
-            },
-        )
-        for place in range(number)
-    ]
-
-
-def _ours(path: str, samples: Sequence[CorpusSample]) -> None:
-    write_tar(path, iter(samples))
-
-
-def _peer(target: Any, samples: Sequence[CorpusSample]) -> None:
-    with webdataset.TarWriter(target) as writer:
-        for sample in samples:
-            writer.write({"__key__": sample.key, "jpg": sample.data, "json": sample.sidecar})
-
-
-def _peer_hashed(path: str, samples: Sequence[CorpusSample]) -> None:
-    with paths.atomic_write(path) as file:
-        _peer(file, samples)
-
-
-CONTESTANTS: dict[str, Callable[[str, Sequence[CorpusSample]], None]] = {
-    "ours": _ours,
-    "TarWriter": _peer,
-    "hashed": _peer_hashed,
-}
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Images per second of a stage by so many workers."""
+class WorkerRates:
+    """Images per second of a stage with a number of workers."""
 
     stage: str
-    workers: int
+    num_workers: int
     rate: float
     ideal: float
-    processor: float
-    """Seconds an image, of all processes."""
+    processor_seconds: float
+    """Per image, of all processes."""
 
 
-def bench_workers(*, scale: int = 1, repeats: int | None = None) -> list[Workers]:
-    """A row for each stage and number of workers; of `repeats` (default 3), by turns, the fastest."""
+def bench_workers(*, scale: int = 1, repeats: int | None = None) -> list[WorkerRates]:
+    """A row for each stage and number of workers; the fastest of `repeats` rounds (default 3) by turns."""
     processors = os.cpu_count() or 1
     counts = [number for number in (1, 2, 4, 8, 16) if number <= max(4, processors)]
     num_images = max(counts[-1] * 2, PHOTOGRAPHS // scale)
     rates: dict[tuple[str, int], float] = {}
-    spent: dict[tuple[str, int], float] = {}
+    processor_seconds: dict[tuple[str, int], float] = {}
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
         _in_process("make", folder=folder, num_images=num_images)
         for _ in range(repeats or 3):
             for number in counts:
-                found = _in_process("stages", folder=folder, num_workers=number)
+                seconds = _in_process("stages", folder=folder, num_workers=number)
                 for stage in ("ingest", "pack"):
                     key = stage, number
-                    rates[key] = max(rates.get(key, 0.0), num_images / found[stage])
-                    spent[key] = min(spent.get(key, float("inf")), found[f"{stage} processor"] / num_images)
+                    rates[key] = max(rates.get(key, 0.0), num_images / seconds[stage])
+                    per_image = seconds[f"{stage} processor"] / num_images
+                    processor_seconds[key] = min(processor_seconds.get(key, float("inf")), per_image)
     return [
-        Workers(stage, number, rate, min(number, processors) * rates[stage, 1], spent[stage, number])
+        WorkerRates(stage, number, rate, min(number, processors) * rates[stage, 1], processor_seconds[stage, number])
         for (stage, number), rate in sorted(rates.items())
     ]
 
 
-def make(folder: str, num_images: int) -> dict[str, float]:
-    """Photographs in tars."""
+def make(folder: str, num_images: int) -> Measurements:
+    """Make photographs in tars."""
     embedding.draw_tars(folder, num_images, embedding.PHOTOGRAPH, max(1, min(PER_TAR, num_images // 16)))
     return {"images": float(num_images)}
 
 
-def stages(folder: str, num_workers: int) -> dict[str, float]:
-    """Seconds, and seconds of all processors, that ingest and pack of the photographs in `folder` take on so many Ray
-    workers that are warm."""
+def stages(folder: str, num_workers: int) -> Measurements:
+    """Elapsed and processor seconds of ingest and pack of the photographs in `folder`, on warm Ray workers."""
     from curation.engine.ray_runner import RayRunner
 
     source = SourceConfig(name="drawn", path=folder, role="seed", layout="webdataset")
@@ -179,29 +106,29 @@ def stages(folder: str, num_workers: int) -> dict[str, float]:
     seconds: dict[str, float] = {}
 
     def timed(stage: str, work: Callable[[], Any]) -> None:
-        began, spent = time.perf_counter(), _processor_seconds()
+        started, processor_started = time.perf_counter(), _processor_seconds()
         work()
-        seconds[stage], seconds[f"{stage} processor"] = time.perf_counter() - began, _processor_seconds() - spent
+        seconds[stage] = time.perf_counter() - started
+        seconds[f"{stage} processor"] = _processor_seconds() - processor_started
 
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as output:
         runner = RayRunner(num_workers=num_workers)
         try:
-            met = Path(output, "met")
-            met.mkdir()
-            meeting = [Shard(f"{n}", (str(tars[n % len(tars)]), num_workers)) for n in range(num_workers)]
-            list(runner.map("warm", functools.partial(_meet, str(met)), meeting))
+            ready = Path(output, "ready")
+            ready.mkdir()
+            warm_ups = [Shard(f"{n}", (str(tars[n % len(tars)]), num_workers)) for n in range(num_workers)]
+            list(runner.map("warm", functools.partial(_warm_up, str(ready)), warm_ups))
             timed("ingest", lambda: ingest.run(config, f"{output}/ingest", runner))
-            _pretend(output)
-            folder_of = RunFolder.of(output)
-            packing = PackConfig(images_per_shard=PER_TAR)
-            timed("pack", lambda: pack.run(packing, folder_of, folder_of.corpus, runner))
+            _write_dedup_and_retrieve(output)
+            run_folder, packing = RunFolder.of(output), PackConfig(images_per_shard=PER_TAR)
+            timed("pack", lambda: pack.run(packing, run_folder, run_folder.corpus, runner))
         finally:
             runner.close()
     return seconds
 
 
-def _meet(folder: str) -> Worker:
-    """A worker that has taken its first photographs through ingest, and waits until all others have."""
+def _warm_up(folder: str) -> Worker:
+    """A worker that takes its first photographs through ingest, and waits until all others have done so."""
 
     def process(shard: Shard) -> ShardRecord:
         tar, num_workers = shard.work
@@ -216,7 +143,7 @@ def _meet(folder: str) -> Worker:
 
 
 def _processor_seconds() -> float:
-    """What this process and all that it started, directly or not, have taken. From /proc, so on Linux only."""
+    """Processor seconds of this process and of all its descendants. From /proc, so on Linux only."""
     parents, ticks = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -224,36 +151,111 @@ def _processor_seconds() -> float:
         except (FileNotFoundError, ProcessLookupError):
             continue
         number = int(path.parent.name)
-        parents[number], ticks[number] = int(fields[1]), sum(map(int, fields[11:15]))  # its own and its dead children's
-    family = {os.getpid()}
-    while more := {number for number, parent in parents.items() if parent in family} - family:
-        family |= more
-    return sum(ticks[number] for number in family) / os.sysconf("SC_CLK_TCK")
+        # Of the process itself, and of its children that have ended.
+        parents[number], ticks[number] = int(fields[1]), sum(map(int, fields[11:15]))
+    descendants = {os.getpid()}
+    while more := {number for number, parent in parents.items() if parent in descendants} - descendants:
+        descendants |= more
+    return sum(ticks[number] for number in descendants) / os.sysconf("SC_CLK_TCK")
 
 
-def _pretend(output: str) -> None:
-    """A dedup that keeps everything and a retrieve that finds nothing, so that every seed is packed as it is."""
+def _write_dedup_and_retrieve(output: str) -> None:
+    """Write a dedup that keeps every image and an empty retrieve, so that every seed is packed as it is."""
     images = require_manifest(f"{output}/ingest")
-    done = []
+    records = []
     for name in images.files("images"):
         ids = parquet.read_table(f"{output}/ingest/{name}", schemas.IMAGES, ["image_id"])["image_id"].to_pylist()
         rows = [{"image_id": image_id, "component_id": image_id, "kept": True} for image_id in ids]
         table = pa.Table.from_pylist(rows, schema=schemas.DUPLICATES)
         file = parquet.write_table(f"{output}/dedup/{name.replace('images', 'duplicates')}", table)
         counts = {"rows": len(rows), "kept": len(rows), "near": 0, "holdout_rows": 0}
-        done.append(ShardRecord(name=name, files=(file,), totals=counts))
+        records.append(ShardRecord(name=name, files=(file,), totals=counts))
     retrieve = RetrieveConfig(datasets=(DatasetConfig(name="drawn", as_is=True, retrieval="none"),))
     datasets = retrieve.model_dump(mode="json", include={"datasets"})
-    for stage, shards, facts in (("dedup", done, {}), ("retrieve", [], datasets)):
+    for stage, shards, facts in (("dedup", records, {}), ("retrieve", [], datasets)):
         plan = Plan(stage=stage, config={}, inputs={"images": images.content_hash}, num_shards=len(shards))
         totals = sum_counts(record.totals for record in shards)
         manifest = Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={}, facts=facts)
         write_manifest(f"{output}/{stage}", manifest)
 
 
+# Tars
+
+
 @dataclass(frozen=True)
-class Shards:
-    """What so many tiny shards took. Seconds, and bytes of the driver's memory beyond what it began with."""
+class PackingRates:
+    """Samples per second of elapsed time and of processor time, by writer."""
+
+    image_bytes: int
+    elapsed: dict[str, float]
+    processor: dict[str, float]
+
+
+def bench_packing(*, scale: int = 1, repeats: int | None = None) -> list[PackingRates]:
+    """A row for each size; the fastest of `repeats` rounds (default 5) by turns, which other work disturbed least."""
+    rows = []
+    for size in SIZES:
+        with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
+            elapsed, processor = (dict.fromkeys(WRITERS, float("inf")) for _ in range(2))
+            samples = _samples(size, max(1, NUM_SAMPLES // scale))
+            for _ in range(repeats or 5):
+                for name, write in WRITERS.items():
+                    started, processor_started = time.perf_counter(), time.process_time()
+                    write(f"{folder}/{name}.tar", samples)
+                    elapsed[name] = min(elapsed[name], time.perf_counter() - started)
+                    processor[name] = min(processor[name], time.process_time() - processor_started)
+            rates = [{name: len(samples) / seconds[name] for name in WRITERS} for seconds in (elapsed, processor)]
+            rows.append(PackingRates(size, *rates))
+    return rows
+
+
+def _samples(size: int, number: int) -> list[CorpusSample]:
+    data = [os.urandom(size) for _ in range(64)]
+    return [
+        CorpusSample(
+            f"{index:032x}",
+            data[index % 64],
+            "JPEG",
+            {
+                "source": "web",
+                "uri": f"s3://bucket/web/{index:06d}.tar",
+                "width": 500,
+                "height": 400,
+                "label": None,
+                "reasons": [f"sample:seeds:{index:032x}:1"],
+            },
+        )
+        for index in range(number)
+    ]
+
+
+def _write_ours(path: str, samples: Sequence[CorpusSample]) -> None:
+    write_tar(path, iter(samples))
+
+
+def _write_peer(target: Any, samples: Sequence[CorpusSample]) -> None:
+    with webdataset.TarWriter(target) as writer:
+        for sample in samples:
+            writer.write({"__key__": sample.key, "jpg": sample.data, "json": sample.sidecar})
+
+
+def _write_peer_hashed(path: str, samples: Sequence[CorpusSample]) -> None:
+    with paths.atomic_write(path) as file:
+        _write_peer(file, samples)
+
+
+WRITERS: dict[str, Callable[[str, Sequence[CorpusSample]], None]] = {
+    "ours": _write_ours,
+    "TarWriter": _write_peer,
+    "hashed": _write_peer_hashed,
+}
+
+# Shards
+
+
+@dataclass(frozen=True)
+class ShardCosts:
+    """The cost of a number of tiny shards: seconds, and bytes of the driver's memory beyond its memory before them."""
 
     runner: str
     num_shards: int
@@ -265,13 +267,13 @@ class Shards:
     peak: float
     """With the manifest."""
     resume: float
-    """Until a resume over all but one of them begins with that one."""
-    resume_cpu: float
-    """Of processor time: what it takes where nothing else runs."""
+    """Until a resume over all shards but one begins that one."""
+    resume_processor: float
+    """The same in processor time: the time of a resume on an idle machine."""
 
 
-def bench_shards(*, scale: int = 1) -> list[Shards]:
-    """A row a runner and number of shards: a quarter, half and all of NUM_SHARDS."""
+def bench_shards(*, scale: int = 1) -> list[ShardCosts]:
+    """A row for each runner and number of shards: a quarter, half and all of NUM_SHARDS."""
     rows = []
     for runner in ("inline", "ray"):
         for part in (4, 2, 1):
@@ -280,7 +282,7 @@ def bench_shards(*, scale: int = 1) -> list[Shards]:
                 first = _in_process("shards", folder=folder, num_shards=number, runner=runner)
                 second = _in_process("shards", folder=folder, num_shards=number, runner=runner)
                 rows.append(
-                    Shards(
+                    ShardCosts(
                         runner,
                         number,
                         first["seconds"],
@@ -298,13 +300,13 @@ class _Stopped(Exception):
     pass
 
 
-def shards(folder: str, num_shards: int, runner: command.RunnerName) -> dict[str, float]:
-    """Do all tiny shards but the last and stop there; called again, that one."""
+def shards(folder: str, num_shards: int, runner: command.RunnerName) -> Measurements:
+    """Do all tiny shards but the last, and stop before it; called again, do the last."""
     with command.open_runner(runner) as chosen:
-        # Workers start before the time does.
+        # Start the workers before the clock.
         list(chosen.map("warm", _tiny, [Shard(f"{number}", None) for number in range(chosen.num_workers)]))
         watch = _Watch(chosen, num_shards - 1)
-        before, began, began_cpu = contests.memory("VmRSS"), time.perf_counter(), time.process_time()
+        before, started, processor_started = memory("VmRSS"), time.perf_counter(), time.process_time()
         with contextlib.suppress(_Stopped):
             stage = Stage(
                 name="tiny",
@@ -317,17 +319,17 @@ def shards(folder: str, num_shards: int, runner: command.RunnerName) -> dict[str
             )
             run_stage(stage, watch)
         return {
-            "first": watch.first - began,
-            "first_cpu": watch.first_cpu - began_cpu,
+            "first": watch.first - started,
+            "first_cpu": watch.first_cpu - processor_started,
             "seconds": watch.last - watch.first,
             "finishing": time.perf_counter() - watch.last,
             "memory": watch.memory - before,
-            "peak": contests.memory("VmHWM") - before,
+            "peak": memory("VmHWM") - before,
         }
 
 
 class _Watch(Runner):
-    """Another runner, with the time of its first and last shard; stops before the shard of that place."""
+    """Wraps a runner: keeps the time of its first and last shard, and stops before the shard of number `stop_at`."""
 
     def __init__(self, runner: Runner, stop_at: int) -> None:
         self._runner = runner
@@ -339,10 +341,10 @@ class _Watch(Runner):
         self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
     ) -> Generator[ShardRecord | None, None, None]:
         self.first, self.first_cpu = time.perf_counter(), time.process_time()
-        todo = [shard for shard in shards if int(shard.name) < self._stop_at] or shards
-        yield from self._runner.map(stage, make_worker, todo)
-        self.last, self.memory = time.perf_counter(), contests.memory("VmRSS")
-        if len(todo) < len(shards):
+        before_stop = [shard for shard in shards if int(shard.name) < self._stop_at] or shards
+        yield from self._runner.map(stage, make_worker, before_stop)
+        self.last, self.memory = time.perf_counter(), memory("VmRSS")
+        if len(before_stop) < len(shards):
             raise _Stopped
 
 
@@ -358,55 +360,50 @@ def _tiny() -> Worker:
     return process
 
 
-def tables(names: Sequence[str], *, scale: int = 1, repeats: int | None = None) -> list[Table]:
-    """What was measured of each name, as tables."""
-    found = []
-    if "workers" in names:
-        found.append(workers_table(bench_workers(scale=scale, repeats=repeats)))
-    if "packing" in names:
-        found.append(packing_table(bench_packing(scale=scale, repeats=repeats)))
-    if "shards" in names:
-        found.append(shards_table(bench_shards(scale=scale)))
-    return found
+# Tables
 
 
-def workers_table(rows: Sequence[Workers]) -> Table:
-    columns = ("stage", "workers", "images/s", "ideal", "of it", "processor, ms an image", "of that of 1")
-    table = _table("Photographs of 500 x 400 by Ray workers", columns)
-    alone = {row.stage: row.processor for row in rows if row.workers == 1}
+def workers_table(rows: Sequence[WorkerRates]) -> Table:
+    columns = (
+        "stage",
+        "workers",
+        "images/s",
+        "ideal",
+        "share of ideal",
+        "processor, ms an image",
+        "by that of 1 worker",
+    )
+    table = make_table("Photographs of 500 x 400 by Ray workers", columns)
+    alone = {row.stage: row.processor_seconds for row in rows if row.num_workers == 1}
     for row in rows:
-        share, cost = f"{row.rate / row.ideal:.2f}", f"{row.processor / alone[row.stage]:.2f}"
-        rates = (f"{row.rate:,.0f}", f"{row.ideal:,.0f}", share, f"{row.processor * 1000:.2f}", cost)
-        table.add_row(row.stage, str(row.workers), *rates)
+        table.add_row(
+            row.stage,
+            str(row.num_workers),
+            f"{row.rate:,.0f}",
+            f"{row.ideal:,.0f}",
+            f"{row.rate / row.ideal:.2f}",
+            f"{row.processor_seconds * 1000:.2f}",
+            f"{row.processor_seconds / alone[row.stage]:.2f}",
+        )
     return table
 
 
-def packing_table(rows: Sequence[Packing]) -> Table:
-    columns = ("kB an image", "", "ours", "TarWriter", "ratio", "to reach", "TarWriter, hashed and synced", "ratio")
-    table = _table("Writing a tar, samples/s", columns)
+def packing_table(rows: Sequence[PackingRates]) -> Table:
+    columns = ("kB an image", "time", "ours", "TarWriter", "ratio", "target", "TarWriter, hashed and synced", "ratio")
+    table = make_table("Writing a tar, samples/s", columns)
     for row in rows:
-        for name, rates in (("by the clock", row.clock), ("of processor time", row.processor)):
-            ours, peer, hashed = (rates[contestant] for contestant in CONTESTANTS)
+        for clock, rates in (("elapsed", row.elapsed), ("processor", row.processor)):
+            ours, peer, hashed = (rates[writer] for writer in WRITERS)
             table.add_row(
-                *(f"{row.image_bytes / 1000:g}", name, f"{ours:,.0f}", f"{peer:,.0f}", f"{ours / peer:.2f}"),
-                *(f"{PACKING_TO_REACH:g}", f"{hashed:,.0f}", f"{ours / hashed:.2f}"),
+                *(f"{row.image_bytes / 1000:g}", clock, f"{ours:,.0f}", f"{peer:,.0f}", f"{ours / peer:.2f}"),
+                *(f"{PACKING_TARGET:g}", f"{hashed:,.0f}", f"{ours / hashed:.2f}"),
             )
     return table
 
 
-def shards_table(rows: Sequence[Shards]) -> Table:
-    columns = (
-        "runner",
-        "shards",
-        "ms a shard",
-        "driver, MB",
-        "manifest, s",
-        "peak, MB",
-        "resume, s",
-        "of processor",
-        "to reach",
-    )
-    table = _table("Tiny shards: what each costs, and a resume over all but one", columns)
+def shards_table(rows: Sequence[ShardCosts]) -> Table:
+    costs = ("ms a shard", "driver, MB", "manifest, s", "peak, MB", "resume, s", "resume, processor s", "target")
+    table = make_table("Tiny shards: the cost of each, and a resume over all but one", ("runner", "shards", *costs))
     for row in rows:
         table.add_row(
             row.runner,
@@ -416,27 +413,21 @@ def shards_table(rows: Sequence[Shards]) -> Table:
             f"{row.finishing:.1f}",
             f"{row.peak / 1e6:,.0f}",
             f"{row.resume:.2f}",
-            f"{row.resume_cpu:.2f}",
-            f"{RESUME_TO_REACH:g}",
+            f"{row.resume_processor:.2f}",
+            f"{RESUME_TARGET:g}",
         )
     return table
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+WORKS: dict[str, Callable[[int, int | None], Table]] = {
+    "workers": lambda scale, repeats: workers_table(bench_workers(scale=scale, repeats=repeats)),
+    "packing": lambda scale, repeats: packing_table(bench_packing(scale=scale, repeats=repeats)),
+    "shards": lambda scale, repeats: shards_table(bench_shards(scale=scale)),
+}
 
-
-WORKS: dict[str, Callable[..., dict[str, float]]] = {work.__name__: work for work in (make, stages, shards)}
-
-
-def _in_process(work: str, **arguments: Any) -> dict[str, float]:
-    return in_process("scaling", work, arguments)
-
+_in_process = functools.partial(in_process, "scaling")
 
 if __name__ == "__main__":
     from pipelines.bench import scaling  # by its real name: Ray sends its functions to workers
 
-    print(json.dumps(scaling.WORKS[sys.argv[1]](**json.loads(sys.argv[2]))))
+    run_work({"make": scaling.make, "stages": scaling.stages, "shards": scaling.shards})

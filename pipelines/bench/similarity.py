@@ -1,10 +1,10 @@
-"""How fast and how small are search, clustering and components, against what people would else use, and as they grow?
+"""Measures search, clustering and components against the tools that people use otherwise, and as the input grows.
 
 The data are mixtures with unequal clusters and planted copies (mixture.py), as Parquet shards of the vectors schema in
-a temporary folder that is removed at the end. Clusters are as many as there are vectors by a fixed number, so that the
-pairs to find grow little faster than the vectors: most are copies (5,970 edges among 50,000, 31,100 among 200,000).
-Ours read from that folder; the peers have everything in memory before their time begins. Everything runs in a process
-of its own (contests.py).
+a temporary folder. The number of clusters is proportional to the number of vectors, so that the pairs to find grow
+little faster than the vectors: most are copies (5,970 edges among 50,000 vectors, 31,100 among 200,000). Our code reads
+from that folder; the peers have everything in memory before their clock starts. Every work runs in a process of its own
+(similarity_works.py).
 """
 
 import functools
@@ -21,12 +21,13 @@ from rich.table import Table
 
 from curation.files import paths
 from evaluation.features import SHARD_IMAGES
-from pipelines.bench.contests import ROWS_PER_FILE, TIMED_BLOCKS, Measured
-from pipelines.bench.processes import in_process
+from pipelines.bench.processes import Measurements, in_process
+from pipelines.bench.similarity_works import ROWS_PER_FILE, TIMED_BLOCKS
+from pipelines.bench.tables import Comparison, comparison_table, make_table, number
 
 WIDTH_JOIN, WIDTH_SEARCH, SHARE_COPIES = 512, 384, 0.05
-# Vectors of a mean cluster, by width. Sizes fall as 1/rank, so the smallest is an eighth of the mean; neighbours that
-# are searched must not outnumber a cluster, or the last of them are noise.
+# Vectors of a mean cluster, by width. Sizes fall as 1/rank, so the smallest is an eighth of the mean. The neighbours of
+# a query must not outnumber a cluster, or the last of them are noise.
 VECTORS_PER_CLUSTER = {WIDTH_JOIN: 200, WIDTH_SEARCH: 1000}
 NUM_JOINED = 200_000
 GROWTH = (50_000, 100_000, 200_000, 400_000)
@@ -44,112 +45,126 @@ NUM_TRAINED, NUM_CLASSIFIED, NUM_VOTES = 500_000, 20_000, 200
 NUM_CLUSTERED, NUM_CLUSTERS, NUM_ITERATIONS = 500_000, 4096, 8
 NUM_EDGES = 50_000_000
 
-# Runs one work of contests.py with these arguments.
-Measure = Callable[[str, dict[str, Any]], Measured]
-
 
 @dataclass(frozen=True)
-class Row:
-    """One work against its peer: times in seconds, sizes in bytes; what does not apply is not a number."""
-
-    work: str
-    peer: str
-    seconds: float
-    peer_seconds: float
-    ratio: float
-    to_reach: str
-    quality: str
-    peak: float
-    on_disk: float
-
-
-@dataclass(frozen=True)
-class Size:
+class GrowthRow:
     """One work at one size of its input."""
 
     work: str
     size: int
     seconds: float
-    found: str
-    peak: float
-    on_disk: float
+    edges_and_recall: str
+    peak_bytes: float
+    input_bytes: float
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Where and how everything is measured, and what has been."""
+class SimilarityBench:
+    """The measurements so far, and how further ones are made."""
 
     folder: str
+    """Temporary."""
     scale: int
+    """Divides every size."""
     repeats: int | None
-    measure: Measure
-    rows: list[Row] = field(default_factory=list)
-    sizes: list[Size] = field(default_factory=list)
-    done: dict[str, Measured] = field(default_factory=dict)
+    """Runs whose median counts; None for the default of each work."""
+    measure: Callable[..., Measurements]
+    """Runs the work of similarity_works.py of that name with these arguments."""
+    rows: list[Comparison] = field(default_factory=list)
+    growth_rows: list[GrowthRow] = field(default_factory=list)
+    measured: dict[str, Measurements] = field(default_factory=dict)
+    """By work and arguments."""
 
-    def scaled(self, number: int) -> int:
-        """A real size, divided by the scale."""
-        return max(1, number // self.scale)
+    def scaled(self, size: int) -> int:
+        """The full size divided by the scale."""
+        return max(1, size // self.scale)
 
     def path(self, name: str) -> str:
-        """A place in the temporary folder."""
+        """The path of a file in the temporary folder."""
         return paths.join(self.folder, name)
 
-    def run(self, name: str, *, repeats: int = 1, **arguments: Any) -> Measured:
-        """What a work of contests.py measures, once for all rows: medians of as many runs as asked for."""
+    def run(self, name: str, *, repeats: int = 1, **arguments: Any) -> Measurements:
+        """The measurements of a work: medians of `repeats` runs, made once for all rows."""
         key = json.dumps([name, arguments])
-        if key not in self.done:
+        if key not in self.measured:
             runs = []
             for _ in range(repeats):
                 if "output" in arguments:
-                    paths.delete(arguments["output"])  # or a finished join would not run again
-                runs.append(self.measure(name, arguments))
-            self.done[key] = {one: statistics.median(run[one] for run in runs) for one in runs[0]}
-        return self.done[key]
+                    paths.delete(arguments["output"])  # otherwise a finished join would not run again
+                runs.append(self.measure(name, **arguments))
+            self.measured[key] = {value: statistics.median(run[value] for run in runs) for value in runs[0]}
+        return self.measured[key]
+
+    def compare(
+        self,
+        work: str,
+        peer: str,
+        ours: Measurements,
+        peer_seconds: float,
+        target: str,
+        quality: str,
+        input_bytes: float,
+        *,
+        seconds: str = "seconds",
+        ratio: float | None = None,
+    ) -> None:
+        """Add a row. `seconds` names our measurement to compare; `ratio` takes the place of the peer's time by ours."""
+        our_seconds = ours[seconds]
+        ratio = peer_seconds / our_seconds if ratio is None else ratio
+        self.rows.append(
+            Comparison(work, peer, "s", our_seconds, peer_seconds, target, quality, ratio, ours["peak"], input_bytes)
+        )
+
+    def grow(self, work: str, size: int, ours: Measurements, input_bytes: float, edges_and_recall: str = "") -> None:
+        """Add a row of the second table."""
+        self.growth_rows.append(GrowthRow(work, size, ours["seconds"], edges_and_recall, ours["peak"], input_bytes))
 
 
-def bench(names: Sequence[str], *, scale: int = 1, repeats: int | None = None, measure: Measure | None = None) -> Bench:
-    """The rows of the works that are named (see WORKS), every size divided by `scale`.
+def bench(
+    names: Sequence[str],
+    *,
+    scale: int = 1,
+    repeats: int | None = None,
+    measure: Callable[..., Measurements] | None = None,
+) -> SimilarityBench:
+    """The rows of the named works (see WORKS), with every size divided by `scale`.
 
-    Of `repeats` runs the medians count; by default of 3, and of what takes minutes 1. `measure` runs one work of
-    contests.py, by default in a process of its own.
+    Values are medians of `repeats` runs; by default 3, or 1 where a run takes minutes. `measure` runs one work of
+    similarity_works.py, by default in a process of its own.
     """
     with tempfile.TemporaryDirectory(prefix="seedbed-bench-") as folder:
-        own = Bench(folder, scale, repeats, measure or functools.partial(in_process, "contests"))
+        result = SimilarityBench(folder, scale, repeats, measure or functools.partial(in_process, "similarity_works"))
         for name in names:
-            WORKS[name](own)
-    return own
+            WORKS[name](result)
+    return result
 
 
-def _join(bench: Bench) -> None:
+def _join(bench: SimilarityBench) -> None:
     num_vectors = bench.scaled(NUM_JOINED)
-    ours = _joined(bench, num_vectors, repeats=3)
-    folder, on_disk = _vectors(bench, num_vectors, 0, WIDTH_JOIN)
-    peer = bench.run("peer_all_pairs", folder=folder)["seconds"]
-    quality = f"recall {ours['recall']:.4f} (0.99)"
+    ours = _run_join(bench, num_vectors, repeats=3)
+    folder, input_bytes = _make_vectors(bench, num_vectors, 0, WIDTH_JOIN)
+    peer_seconds = bench.run("peer_all_pairs", folder=folder)["seconds"]
     work = f"all pairs above 0.6 of {num_vectors:,} x {WIDTH_JOIN}"
-    ratio = peer / ours["seconds"]
-    bench.rows.append(
-        Row(work, "IndexFlatIP, k = 64 [1]", ours["seconds"], peer, ratio, "8", quality, ours["peak"], on_disk)
-    )
+    quality = f"recall {ours['recall']:.4f} (0.99)"
+    bench.compare(work, "IndexFlatIP, k = 64 [1]", ours, peer_seconds, "8", quality, input_bytes)
 
 
-def _growth(bench: Bench) -> None:
-    numbers = [bench.scaled(number) for number in GROWTH]
+def _growth(bench: SimilarityBench) -> None:
+    sizes = [bench.scaled(size) for size in GROWTH]
     seconds = []
-    for number in numbers:
-        ours = _joined(bench, number, repeats=1)
-        on_disk = _vectors(bench, number, 0, WIDTH_JOIN)[1]
+    for size in sizes:
+        ours = _run_join(bench, size, repeats=1)
+        input_bytes = _make_vectors(bench, size, 0, WIDTH_JOIN)[1]
         seconds.append(ours["seconds"])
-        found = f"{ours['edges']:,.0f} edges, recall {ours['recall']:.4f}"
-        bench.sizes.append(Size("all pairs above 0.6", number, ours["seconds"], found, ours["peak"], on_disk))
-    exponent = float(np.polyfit(np.log(numbers), np.log(seconds), 1)[0])
-    work = f"the same of {numbers[0]:,} to {numbers[-1]:,}: exponent of the time"
-    bench.rows.append(Row(work, "itself", seconds[-1], math.nan, exponent, "at most 1.3", "", ours["peak"], on_disk))
+        edges_and_recall = f"{ours['edges']:,.0f} edges, recall {ours['recall']:.4f}"
+        bench.grow("all pairs above 0.6", size, ours, input_bytes, edges_and_recall)
+    exponent = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+    work = f"the same of {sizes[0]:,} to {sizes[-1]:,}: exponent of the time"
+    bench.compare(work, "itself", ours, math.nan, "at most 1.3", "", input_bytes, ratio=exponent)
 
 
-def _joined(bench: Bench, num_vectors: int, *, repeats: int) -> Measured:
-    folder, _ = _vectors(bench, num_vectors, 0, WIDTH_JOIN)
+def _run_join(bench: SimilarityBench, num_vectors: int, *, repeats: int) -> Measurements:
+    folder, _ = _make_vectors(bench, num_vectors, 0, WIDTH_JOIN)
     output = bench.path(f"joined-{num_vectors}")
     ours = bench.run(
         "all_pairs",
@@ -160,14 +175,14 @@ def _joined(bench: Bench, num_vectors: int, *, repeats: int) -> Measured:
         **JOIN,
     )
     num_sampled = bench.scaled(RECALL_SAMPLE)
-    judged = bench.run("judge_all_pairs", folder=folder, joined=output, num_sampled=num_sampled)
-    return ours | {"recall": judged["recall"]}
+    recall = bench.run("compare_all_pairs", folder=folder, joined=output, num_sampled=num_sampled)["recall"]
+    return ours | {"recall": recall}
 
 
-def _search(bench: Bench) -> None:
+def _search(bench: SimilarityBench) -> None:
     num_vectors, num_queries = bench.scaled(NUM_SEARCHED), bench.scaled(NUM_QUERIES)
-    folder, on_disk = _vectors(bench, num_vectors, num_queries, WIDTH_SEARCH)
-    flat = _flat(bench, folder)
+    folder, input_bytes = _make_vectors(bench, num_vectors, num_queries, WIDTH_SEARCH)
+    peer_seconds = _run_flat_search(bench, folder)
     output = bench.path("near.npy")
     ours = bench.run(
         "neighbors",
@@ -178,125 +193,91 @@ def _search(bench: Bench) -> None:
         files_per_part=-(-_num_files(num_vectors) // SEARCH_PARTS),
         **SEARCH,
     )
-    recall = bench.run("judge_neighbors", true=bench.path("flat.npy"), found=output)["recall"]
+    recall = bench.run("compare_neighbors", true=bench.path("flat.npy"), ours=output)["recall"]
     work = f"{NUM_NEIGHBORS} neighbours of {num_queries:,} in {num_vectors:,} x {WIDTH_SEARCH}"
     quality = f"recall {recall:.4f} (0.95)"
-    for what, key, to_reach in (("search alone", "searching", "10"), ("with building", "seconds", "3")):
-        seconds, ratio = ours[key], flat / ours[key]
-        bench.rows.append(
-            Row(f"{work}, {what}", "IndexFlatIP", seconds, flat, ratio, to_reach, quality, ours["peak"], on_disk)
+    for part, seconds, target in (("search alone", "searching", "10"), ("with building", "seconds", "3")):
+        bench.compare(
+            f"{work}, {part}", "IndexFlatIP", ours, peer_seconds, target, quality, input_bytes, seconds=seconds
         )
 
 
-def _exact(bench: Bench) -> None:
+def _exact(bench: SimilarityBench) -> None:
     num_vectors, num_queries = bench.scaled(NUM_SEARCHED), bench.scaled(NUM_QUERIES)
-    folder, on_disk = _vectors(bench, num_vectors, num_queries, WIDTH_SEARCH)
-    flat = _flat(bench, folder)
-    num_files = _num_files(num_vectors)
-    for files in (-(-num_files // 2), num_files):
-        output = bench.path("exact.npy")
-        ours = bench.run("exact_neighbors", folder=folder, output=output, k=NUM_NEIGHBORS, num_files=files)
-        size = min(num_vectors, files * ROWS_PER_FILE)
-        bytes_read = on_disk * size / num_vectors
-        bench.sizes.append(Size("exact search from disk", size, ours["seconds"], "", ours["peak"], bytes_read))
-    recall = bench.run("judge_neighbors", true=bench.path("flat.npy"), found=output)["recall"]
+    folder, input_bytes = _make_vectors(bench, num_vectors, num_queries, WIDTH_SEARCH)
+    peer_seconds = _run_flat_search(bench, folder)
+    output = bench.path("exact.npy")
+    for num_files in _half_and_all(_num_files(num_vectors)):
+        ours = bench.run("exact_neighbors", folder=folder, output=output, k=NUM_NEIGHBORS, num_files=num_files)
+        size = min(num_vectors, num_files * ROWS_PER_FILE)
+        bench.grow("exact search from disk", size, ours, input_bytes * size / num_vectors)
+    recall = bench.run("compare_neighbors", true=bench.path("flat.npy"), ours=output)["recall"]
     work = f"the same, exact, streamed from disk: {num_vectors:,}"
-    ratio = flat / ours["seconds"]
-    quality = f"recall {recall:.4f}"
-    bench.rows.append(
-        Row(work, "IndexFlatIP in memory", ours["seconds"], flat, ratio, "1.2", quality, ours["peak"], on_disk)
-    )
+    bench.compare(work, "IndexFlatIP in memory", ours, peer_seconds, "1.2", f"recall {recall:.4f}", input_bytes)
 
 
-def _knn(bench: Bench) -> None:
+def _knn(bench: SimilarityBench) -> None:
     num_vectors, num_queries, k = bench.scaled(NUM_TRAINED), bench.scaled(NUM_CLASSIFIED), NUM_VOTES
-    vectors_folder, _ = _vectors(bench, num_vectors, num_queries, WIDTH_SEARCH)
-    folder = bench.path("features")
-    on_disk = bench.run("make_features", folder=folder, vectors_folder=vectors_folder)["bytes"]
-    peer = bench.run(
-        "peer_classify_neighbors",
-        repeats=bench.repeats or 1,
-        vectors_folder=vectors_folder,
-        output=bench.path("cdist.npy"),
-        k=k,
-    )["seconds"]
-    num_files = -(-num_vectors // SHARD_IMAGES)
-    for files in (-(-num_files // 2), num_files):
-        output = bench.path("voters.npy")
+    vectors_folder, _ = _make_vectors(bench, num_vectors, num_queries, WIDTH_SEARCH)
+    folder, repeats = bench.path("features"), bench.repeats or 1
+    input_bytes = bench.run("make_features", folder=folder, vectors_folder=vectors_folder)["bytes"]
+    true, output = bench.path("cdist.npy"), bench.path("voters.npy")
+    peer = bench.run("peer_classify_neighbors", repeats=repeats, vectors_folder=vectors_folder, output=true, k=k)
+    for num_files in _half_and_all(-(-num_vectors // SHARD_IMAGES)):
         ours = bench.run(
             "classify_neighbors",
-            repeats=bench.repeats or 1,
+            repeats=repeats,
             folder=folder,
             vectors_folder=vectors_folder,
             output=output,
             k=k,
-            num_files=files,
+            num_files=num_files,
         )
-        size = min(num_vectors, files * SHARD_IMAGES)
-        bench.sizes.append(
-            Size("neighbours that vote", size, ours["seconds"], "", ours["peak"], on_disk * size / num_vectors)
-        )
-    recall = bench.run("judge_neighbors", true=bench.path("cdist.npy"), found=output)["recall"]
+        size = min(num_vectors, num_files * SHARD_IMAGES)
+        bench.grow("neighbours that vote", size, ours, input_bytes * size / num_vectors)
+    recall = bench.run("compare_neighbors", true=true, ours=output)["recall"]
     work = f"k-NN evaluation, the {k} neighbours of {num_queries:,} in {num_vectors:,} x {WIDTH_SEARCH}, streamed"
-    ratio = peer / ours["seconds"]
-    bench.rows.append(
-        Row(
-            work,
-            "torch.cdist and topk",
-            ours["seconds"],
-            peer,
-            ratio,
-            "1",
-            f"recall {recall:.4f}",
-            ours["peak"],
-            on_disk,
-        )
-    )
+    quality = f"recall {recall:.4f}"
+    bench.compare(work, "torch.cdist and topk", ours, peer["seconds"], "1", quality, input_bytes)
 
 
-def _flat(bench: Bench, folder: str) -> float:
-    return bench.run(
-        "peer_neighbors", repeats=bench.repeats or 1, folder=folder, output=bench.path("flat.npy"), k=NUM_NEIGHBORS
-    )["seconds"]
-
-
-def _kmeans(bench: Bench) -> None:
+def _kmeans(bench: SimilarityBench) -> None:
     num_vectors, num_clusters = bench.scaled(NUM_CLUSTERED), bench.scaled(NUM_CLUSTERS)
-    folder, on_disk = _vectors(bench, num_vectors, 0, WIDTH_SEARCH)
-    asked = {"folder": folder, "num_clusters": num_clusters, "num_iterations": NUM_ITERATIONS}
-    files = {"ours": bench.path("ours.npy"), "peer": bench.path("peer.npy")}
-    repeats = bench.repeats or 1
-    ours = bench.run("cluster", repeats=repeats, output=files["ours"], **asked)
-    peer = bench.run("peer_cluster", repeats=repeats, output=files["peer"], **asked)["seconds"]
-    objective = bench.run("judge_cluster", folder=folder, ours=files["ours"], peer=files["peer"])
+    folder, input_bytes = _make_vectors(bench, num_vectors, 0, WIDTH_SEARCH)
+    sizes = {"num_clusters": num_clusters, "num_iterations": NUM_ITERATIONS}
+    our_file, peer_file, repeats = bench.path("ours.npy"), bench.path("peer.npy"), bench.repeats or 1
+    ours = bench.run("cluster", repeats=repeats, folder=folder, output=our_file, **sizes)
+    peer = bench.run("peer_cluster", repeats=repeats, folder=folder, output=peer_file, **sizes)
+    objective = bench.run("compare_clusters", folder=folder, ours=our_file, peer=peer_file)
     relative = objective["ours"] / objective["peer"]
     work = f"{num_clusters:,} clusters of {num_vectors:,} x {WIDTH_SEARCH}, {NUM_ITERATIONS} iterations"
     quality = f"objective {objective['ours']:.4f}, {relative:.4f} of the peer's (0.99)"
-    ratio = peer / ours["seconds"]
-    bench.rows.append(
-        Row(work, "faiss.Kmeans, spherical", ours["seconds"], peer, ratio, "1", quality, ours["peak"], on_disk)
-    )
+    bench.compare(work, "faiss.Kmeans, spherical", ours, peer["seconds"], "1", quality, input_bytes)
 
 
-def _components(bench: Bench) -> None:
+def _components(bench: SimilarityBench) -> None:
     num_edges = bench.scaled(NUM_EDGES)
     folder = bench.path("edges")
-    on_disk = bench.run("make_edges", folder=folder, num_edges=num_edges)["bytes"]
-    files = {"ours": bench.path("ours.bin"), "peer": bench.path("peer.bin")}
-    repeats = bench.repeats or 3
-    ours = bench.run("components", repeats=repeats, folder=folder, output=files["ours"])
-    peer = bench.run("peer_components", repeats=repeats, folder=folder, output=files["peer"])
-    same = bench.run("judge_components", ours=files["ours"], peer=files["peer"])["same"]
+    input_bytes = bench.run("make_edges", folder=folder, num_edges=num_edges)["bytes"]
+    our_file, peer_file, repeats = bench.path("ours.bin"), bench.path("peer.bin"), bench.repeats or 3
+    ours = bench.run("components", repeats=repeats, folder=folder, output=our_file)
+    peer = bench.run("peer_components", repeats=repeats, folder=folder, output=peer_file)
+    same = bench.run("compare_components", ours=our_file, peer=peer_file)["same"]
     work = f"components of {num_edges:,} edges"
     quality = f"{same:.4%} of nodes alike, {peer['components']:,.0f} components"
-    ratio = peer["seconds"] / ours["seconds"]
-    bench.rows.append(
-        Row(work, "scipy [2]", ours["seconds"], peer["seconds"], ratio, "0.5", quality, ours["peak"], on_disk)
-    )
+    bench.compare(work, "scipy [2]", ours, peer["seconds"], "0.5", quality, input_bytes)
 
 
-def _vectors(bench: Bench, num_vectors: int, num_queries: int, width: int) -> tuple[str, float]:
-    """A folder of vectors, made when it is first asked for, and their bytes as fp16."""
+def _run_flat_search(bench: SimilarityBench, folder: str) -> float:
+    """The seconds of the peer's exact search, whose result is flat.npy."""
+    output = bench.path("flat.npy")
+    return bench.run("peer_neighbors", repeats=bench.repeats or 1, folder=folder, output=output, k=NUM_NEIGHBORS)[
+        "seconds"
+    ]
+
+
+def _make_vectors(bench: SimilarityBench, num_vectors: int, num_queries: int, width: int) -> tuple[str, float]:
+    """A folder of vectors, made at the first call, and their bytes as fp16."""
     folder = bench.path(f"vectors-{num_vectors}-{num_queries}-{width}")
     made = bench.run(
         "make_vectors",
@@ -314,7 +295,11 @@ def _num_files(num_vectors: int) -> int:
     return -(-num_vectors // ROWS_PER_FILE)
 
 
-WORKS: dict[str, Callable[[Bench], None]] = {
+def _half_and_all(number: int) -> tuple[int, int]:
+    return -(-number // 2), number
+
+
+WORKS: dict[str, Callable[[SimilarityBench], None]] = {
     "join": _join,
     "growth": _growth,
     "search": _search,
@@ -325,44 +310,23 @@ WORKS: dict[str, Callable[[Bench], None]] = {
 }
 
 
-def tables(bench: Bench) -> list[Table]:
-    """What was measured, as tables; what does not apply is a dash."""
+def tables(bench: SimilarityBench) -> list[Table]:
+    """The rows as tables; a value that does not apply is a dash."""
     at_scale = f", at 1/{bench.scale} of the sizes" if bench.scale != 1 else ""
     caption = (
-        "Memory is the peak beyond what imports take. "
-        f"[1] timed on one block of queries in {TIMED_BLOCKS}, times {TIMED_BLOCKS}: exhaustive search takes each "
-        "query as long as the next; adding is counted. [2] COO to CSR counted; the size on disk is that of the edges; "
+        "Memory is the peak beyond the memory of imports. "
+        f"[1] Timed on one block of queries in {TIMED_BLOCKS}, times {TIMED_BLOCKS}: exhaustive search takes the same "
+        "time for each query; adding is included. [2] COO to CSR is included; the size on disk is that of the edges; "
         "vectors are kept as fp16, features as float32."
     )
-    against = Table(
-        title=f"Speed and memory against a peer{at_scale}",
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-    )
-    names = ("work", "peer", "ours s", "peer s", "ratio", "to reach", "recall or objective (to reach)", "peak MB")
-    for name in (*names, "on disk MB"):
-        against.add_column(name, justify="left" if name in ("work", "peer") or "recall" in name else "right")
-    for row in bench.rows:
-        against.add_row(
-            row.work,
-            row.peer,
-            _number(row.seconds, ".1f"),
-            _number(row.peer_seconds, ".1f"),
-            _number(row.ratio, ".2f"),
-            row.to_reach,
-            row.quality,
-            _number(row.peak / 1e6, ",.0f"),
-            _number(row.on_disk / 1e6, ",.0f"),
-        )
-    growth = Table(title=f"The same as the input grows{at_scale}", title_justify="left")
-    for name in ("work", "vectors", "seconds", "found", "peak MB", "on disk MB"):
-        growth.add_column(name, justify="left" if name in ("work", "found") else "right")
-    for size in bench.sizes:
-        numbers = (_number(value / 1e6, ",.0f") for value in (size.peak, size.on_disk))
-        growth.add_row(size.work, f"{size.size:,}", _number(size.seconds, ".1f"), size.found, *numbers)
-    return [table for table in (against, growth) if table.row_count]
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
+    result = []
+    if bench.rows:
+        result.append(comparison_table(f"Speed and memory against a peer{at_scale}", bench.rows, caption=caption))
+    if bench.growth_rows:
+        columns = ("work", "vectors", "seconds", "edges, recall", "peak MB", "on disk MB")
+        growth = make_table(f"The same as the input grows{at_scale}", columns, left=("work", "edges, recall"))
+        for row in bench.growth_rows:
+            sizes = (number(value / 1e6, ",.0f") for value in (row.peak_bytes, row.input_bytes))
+            growth.add_row(row.work, f"{row.size:,}", number(row.seconds, ".1f"), row.edges_and_recall, *sizes)
+        result.append(growth)
+    return result

@@ -1,8 +1,8 @@
-"""`pipelines.curate` with a diary of when each shard was begun and done, and with workers that fail on command.
+"""Runs `pipelines.curate` with a diary of every shard begun and done, and with workers that fail on command.
 
-DIARY/begun/<stage>,<shard>,<random>     one for every time that a worker took the shard
-DIARY/done/<stage>,<shard>,<random>      one for every time that it was finished
-DIARY/faults/<stage>,<shard>             written by a test: what befalls the worker, `poison` every time, others once
+DIARY/begun/<stage>,<shard>,<random>     one file for each time that a worker began the shard
+DIARY/done/<stage>,<shard>,<random>      one file for each time that a worker finished the shard
+DIARY/faults/<stage>,<shard>             written by a test: the kind of fault; `poison` strikes every time, others once
 """
 
 import functools
@@ -21,7 +21,7 @@ from curation.ingest import IngestConfig
 
 
 class CountingRunner(Runner):
-    """Another runner, with the diary around every shard."""
+    """Wraps a runner: every shard is entered in the diary."""
 
     def __init__(self, runner: Runner, diary: Path) -> None:
         self._runner, self._diary = runner, diary
@@ -42,7 +42,7 @@ def make_counting_worker(make_worker: Callable[[], Worker], diary: Path, stage: 
         (diary / "begun" / f"{name},{os.urandom(4).hex()}").touch()
         fault = diary / "faults" / name
         if fault.exists():
-            suffer(fault)
+            strike(fault)
         record = worker(shard)
         (diary / "done" / f"{name},{os.urandom(4).hex()}").touch()
         return record
@@ -50,8 +50,8 @@ def make_counting_worker(make_worker: Callable[[], Worker], diary: Path, stage: 
     return process
 
 
-def suffer(fault: Path) -> None:
-    """Let this process have its fault."""
+def strike(fault: Path) -> None:
+    """Make this process fail in the way that the file `fault` says."""
     kind = fault.read_text()
     if kind != "poison":
         fault.unlink()
@@ -75,7 +75,7 @@ def command_line(
         else:
             from pipelines import (
                 curate,
-                curate_config,  # and torch: ingest does without, and its workers start in a third of the time
+                curate_config,  # imports torch; workers of ingest start in a third of the time without it
             )
 
             curate.run(load(curate_config.CurateConfig, config), output, counting)

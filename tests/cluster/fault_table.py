@@ -1,9 +1,9 @@
-"""Writes the table of faults in docs/reliability.md from what the tests of `make test-cluster` measured.
+"""Writes the table of faults in docs/reliability.md from the measurements of `make test-cluster`.
 
     python -m tests.cluster.fault_table
 
-A test that went through a fault adds a line to `runs/faults.jsonl`, which `make test-cluster` begins anew; a fault's
-lines are one row of the table.
+A test that goes through a fault adds a line to `runs/faults.jsonl`, which `make test-cluster` removes first. The lines
+of one fault become one row of the table.
 """
 
 import datetime
@@ -20,8 +20,11 @@ BEGIN, END = "<!-- fault table: make test-cluster -->", "<!-- end of the fault t
 
 
 def add(fault: str, *, survived: bool, shards: int, twice: int, seconds: float | None) -> None:
-    """Note one run: whether its bytes came out right, its shards (of training: steps), how many were begun again, and
-    the seconds from the fault (or from the command that resumes) until these were done; None where there were none."""
+    """Add the line of one run.
+
+    `survived`: whether its bytes equal those of a run without faults. `shards`: of training, steps. `twice`: shards
+    begun again. `seconds`: from the fault, or from the resuming command, until these were done; None without any.
+    """
     MEASURED.parent.mkdir(exist_ok=True)
     with MEASURED.open("a") as file:
         line = {"fault": fault, "survived": survived, "shards": shards, "twice": twice, "seconds": seconds}
@@ -29,7 +32,7 @@ def add(fault: str, *, survived: bool, shards: int, twice: int, seconds: float |
 
 
 def table(lines: list[dict[str, object]]) -> str:
-    """The lines as a Markdown table, one row a fault, in the order in which they came."""
+    """The lines as a Markdown table with one row for each fault, in the order of the lines."""
     faults: dict[str, list[dict[str, object]]] = defaultdict(list)
     for line in lines:
         faults[str(line["fault"])].append(line)

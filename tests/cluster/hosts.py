@@ -1,11 +1,11 @@
-"""Three hosts on one machine: namespaces of network, processes and mounts, each with its own Ray and temporary folder.
+"""Makes three hosts on one machine: namespaces of network, processes and mounts, each with a Ray node and a TMPDIR.
 
        host1 10.77.0.1      host2 10.77.0.2      host3 10.77.0.3       a Ray node each, started with `ray start`
             \\                   |                   /
              +----------- a bridge, in a namespace of its own; a host's link can be cut there
 
-All hosts see the files of the machine, as they would a network drive's. Processes see those of their host alone: Ray
-looks among them for the node to join. Root is needed for the namespaces.
+All hosts see the files of the machine, like those of a network drive. A process sees the processes of its host only,
+because Ray looks among them for the node to join. The namespaces need root.
 """
 
 import contextlib
@@ -18,22 +18,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Of the names of network namespaces; the id of the tests' process follows.
+# Prefix of the names of network namespaces; the id of the tests' process follows.
 PREFIX = "seedbed"
 PORT = 6379
 NUM_HOSTS = 3
-# Ray's least is 75 MiB. Nothing but references goes through it.
+# Ray's minimum is 75 MiB. Only references pass through the object store.
 OBJECT_STORE_BYTES = 80 * 1024**2
 S3_PORT = 5555
 S3_URL = f"http://10.77.0.1:{S3_PORT}"
-# How long the processes of a host may take to come up or to go. Assumed; seconds on a machine that does nothing else.
+# Seconds that the processes of a host may take to start or to end. Assumed; an idle machine needs a few.
 PATIENCE = 180.0
 
 
-# The first process of a host: takes the orphans of the others, and they all die with it.
+# The first process of a host: it adopts the orphans of the others, and they all die with it.
 INIT = "import signal, time; signal.signal(signal.SIGCHLD, signal.SIG_IGN); time.sleep(1e9)"
 
 
@@ -42,7 +43,7 @@ def address(host: int) -> str:
 
 
 class Hosts:
-    """The hosts 1 to NUM_HOSTS. A context manager: at its end nothing of them is left."""
+    """The hosts 1 to NUM_HOSTS. A context manager, which removes all of them at its end."""
 
     def __init__(self) -> None:
         self._name = f"{PREFIX}{os.getpid()}"
@@ -50,16 +51,16 @@ class Hosts:
         self.folder = Path(tempfile.mkdtemp(prefix=f"sb{os.getpid()}-", dir="/tmp"))
         self.home = self.folder / "home"
         self.small_disk = self.home / "small"
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment = {
-            **ours,
+            **inherited,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
-            # The name of this machine, by which ranks would find each other, leads every host to itself.
+            # Ranks would find each other by the name of this machine, which every host resolves to itself.
             "GLOO_SOCKET_IFNAME": "eth0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
-            # For an S3 server that a test may start on host 1.
+            # Of the S3 server that a test starts on host 1.
             "AWS_ENDPOINT_URL": S3_URL,
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
@@ -72,7 +73,7 @@ class Hosts:
         remove_leftovers()
         try:
             self.small_disk.mkdir(parents=True)
-            # Before the hosts are there: what is mounted later they would not see.
+            # Before the hosts start: they would not see a later mount.
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "seedbed", self.small_disk], check=True)
             self._make_network()
             for host in range(1, NUM_HOSTS + 1):
@@ -102,32 +103,32 @@ class Hosts:
             ip("-n", space, "address", "add", f"{address(host)}/24", "dev", "eth0")
             ip("-n", space, "link", "set", "eth0", "up")
             ip("-n", space, "link", "set", "lo", "up")
-            # Leads nowhere, but Ray finds a machine's own address by asking for the route to the world.
+            # No host has that address, but Ray finds a machine's address by the route to a public one.
             ip("-n", space, "route", "add", "default", "via", address(254))
 
     def space(self, host: int) -> str:
         return f"{self._name}h{host}"
 
     def on(self, host: int, command: list[str], folder: Path = ROOT) -> list[str]:
-        """The command line that runs `command` on a host in a folder. Its process is the child of the one started."""
+        """The command line that runs `command` on a host in a folder, as a child of the started process."""
         init = child_of(self._inits[host].pid)
         return ["nsenter", f"--target={init}", "--net", "--pid", "--mount", f"--wdns={folder}", *command]
 
     def environment_of(self, host: int) -> dict[str, str]:
-        """What processes on a host see; `TMPDIR` is the host's own."""
+        """The environment of processes on a host; `TMPDIR` belongs to the host alone."""
         temporary = self.folder / f"tmp{host}"
         temporary.mkdir(exist_ok=True)
         return {**self.environment, "TMPDIR": str(temporary)}
 
     def start(self, host: int, attempts: int = 3) -> None:
-        """Start Ray on a host, with the command line that people use."""
+        """Start Ray on a host with the command that users run."""
         if host not in self._inits:
             spaces = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
             command = ["ip", "netns", "exec", self.space(host), *spaces, sys.executable, "-c", INIT]
             self._inits[host] = subprocess.Popen(command, start_new_session=True)
-        where = ["--head", f"--port={PORT}", "--include-dashboard=false"]
+        role = ["--head", f"--port={PORT}", "--include-dashboard=false"]
         if host != 1:
-            where = [f"--address={address(1)}:{PORT}"]
+            role = [f"--address={address(1)}:{PORT}"]
         options = [
             f"--node-ip-address={address(host)}",
             f"--temp-dir={self.folder}/ray{host}",
@@ -141,7 +142,7 @@ class Hosts:
         log_size = log_path.stat().st_size
         with log_path.open("ab") as log:
             self._nodes[host] = subprocess.Popen(
-                self.on(host, [sys.executable, "-m", "ray.scripts.scripts", "start", *where, *options]),
+                self.on(host, [sys.executable, "-m", "ray.scripts.scripts", "start", *role, *options]),
                 env=self.environment_of(host),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -159,7 +160,7 @@ class Hosts:
         except RuntimeError:
             if attempts == 1:
                 raise
-            self.kill(host)  # Ray gives a node 30 s to come up, which a busy machine may exceed
+            self.kill(host)  # Ray gives a node 30 s to start, which a busy machine may exceed
             self.start(host, attempts - 1)
 
     def processes(self, host: int) -> list[int]:
@@ -168,28 +169,28 @@ class Hosts:
         return [int(line) for line in listed.stdout.split()]
 
     def kill(self, host: int) -> None:
-        """kill -9 of everything on a host at once, as when its power goes."""
+        """Kill all processes of a host at once with SIGKILL, like a loss of power."""
         if (init := self._inits.pop(host, None)) is not None:
             init.kill()
             init.wait()
         if (node := self._nodes.pop(host, None)) is not None:
             node.wait()
         wait_until(lambda: not self.processes(host), f"host {host} is down")
-        for left in ("ray", "tmp"):
-            shutil.rmtree(self.folder / f"{left}{host}", ignore_errors=True)
+        for kind in ("ray", "tmp"):
+            shutil.rmtree(self.folder / f"{kind}{host}", ignore_errors=True)
 
     def set_link(self, host: int, state: str) -> None:
         """Cut (`down`) or restore (`up`) the link of a host."""
         ip("-n", f"{self._name}net", "link", "set", f"port{host}", state)
 
     def workers(self) -> dict[int, int]:
-        """The processes that work on shards: id, and the host it is on."""
-        found = {}
+        """The host of each process that works on shards, by process id."""
+        host_of_worker = {}
         for host in range(1, NUM_HOSTS + 1):
             for process in self.processes(host):
                 if "_WorkerActor" in command_line(process):
-                    found[process] = host
-        return found
+                    host_of_worker[process] = host
+        return host_of_worker
 
     def decoders(self) -> list[int]:
         """The processes that decode images."""
@@ -202,13 +203,13 @@ class Hosts:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove the folder of some hosts, with the small disk in it."""
+    """Remove the folder of a `Hosts`, with the small disk in it."""
     subprocess.run(["umount", folder / "home/small"], stderr=subprocess.DEVNULL)
     shutil.rmtree(folder)
 
 
 def remove_leftovers() -> None:
-    """End the hosts of tests that were killed, and remove what is left of them."""
+    """End the hosts of tests that were killed, and remove their files."""
     for space in sorted(path.name for path in Path("/run/netns").glob(PREFIX + "*")):
         owner = re.sub(r"\D.*", "", space.removeprefix(PREFIX))
         if not Path(f"/proc/{owner}").exists():
@@ -240,11 +241,10 @@ def command_line(process: int) -> str:
         return ""
 
 
-def wait_until(condition: object, what: str, seconds: float = PATIENCE) -> None:
-    """Wait until `condition()` holds. Raises TimeoutError."""
-    assert callable(condition)
+def wait_until(condition: Callable[[], bool], description: str, seconds: float = PATIENCE) -> None:
+    """Wait until `condition()` holds. Raises TimeoutError with the description."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {seconds:g} s: {what}")
+            raise TimeoutError(f"not within {seconds:g} s: {description}")
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""The pipeline on three hosts, broken in every way that happens: the bytes stay the same, and little is done twice."""
+"""Faults of a pipeline on three hosts: the bytes stay the same, and few shards are done twice."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and ip"),
 ]
 
-# Pictures large enough that a shard takes a moment: a kill must be able to hit one.
+# The pictures are so large that a shard takes a while: a kill must be able to hit one.
 INGEST = """
 [ingest]
 images_per_shard = 4
@@ -60,7 +60,7 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def home(hosts: Hosts) -> Path:
-    """The folder that all hosts see: images, configs, and the outputs of runs without faults."""
+    """The folder that all hosts see, with images, configs, and the outputs of runs without faults."""
     home = hosts.home
     for number in range(10):
         save(drawing("discs", number), home / f"seeds/discs/{number}.png")
@@ -79,7 +79,7 @@ def home(hosts: Hosts) -> Path:
 
 
 class Run:
-    """One output folder, and the commands that fill it, on host 1 unless told otherwise."""
+    """One output folder, and the commands that fill it, by default on host 1."""
 
     def __init__(self, hosts: Hosts, home: Path, config: str, name: str) -> None:
         self._hosts, self._home, self._config, self.name = hosts, home, config, name
@@ -98,7 +98,7 @@ class Run:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            # A shell's background job ignores SIGINT, and so would what it starts.
+            # A background job of a shell ignores SIGINT, and its child processes would inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
@@ -116,11 +116,11 @@ class Run:
         return len(list((self.diary / "done").glob("*")))
 
     def wait_for_shards(self, number: int, process: "subprocess.Popen[str]") -> None:
-        """Wait until so many shards are done, or the run is over."""
+        """Wait until `number` shards are done, or the run is over."""
         wait_until(lambda: self.num_done() >= number or process.poll() is not None, f"{number} shards are done")
 
     def begun_again(self) -> int:
-        """How many shards were taken by a worker once more than needed, counted each time."""
+        """The number of times that a worker began a shard which another had begun."""
         names = Counter(path.name.rpartition(",")[0] for path in (self.diary / "begun").iterdir())
         return sum(count - 1 for count in names.values())
 
@@ -128,17 +128,17 @@ class Run:
         return len({path.name.rpartition(",")[0] for path in (self.diary / "begun").iterdir()})
 
     def seconds_to_recover(self, moment: float) -> float | None:
-        """From a moment until all shards that were begun again after it were done; None where none was."""
+        """From a moment until all shards that were begun again after it are done; None without any."""
         begun = Counter(path.name.rpartition(",")[0] for path in (self.diary / "begun").iterdir())
-        after = [
+        seconds_after = [
             path.stat().st_mtime - moment
             for path in (self.diary / "done").iterdir()
             if begun[path.name.rpartition(",")[0]] > 1
         ]
-        return max((seconds for seconds in after if seconds >= 0), default=None)
+        return max((seconds for seconds in seconds_after if seconds >= 0), default=None)
 
     def check(self, fault: str, moment: float, *, twice: int = NUM_HOSTS) -> None:
-        """Everything that must hold after a fault and a resume; notes the row of the fault table."""
+        """Check the output after a fault and a resume, and add the run to the fault table."""
         reference = self._home / f"{self._config}-inline"
         same = bytes_in(self.output) == bytes_in(reference)
         add(
@@ -149,12 +149,12 @@ class Run:
             seconds=self.seconds_to_recover(moment),
         )
         assert same, "the bytes differ from those of a run without faults"
-        left = [path for path in self.output.rglob(".*")]
-        assert left == [], "temporary files or progress stayed"
+        hidden = list(self.output.rglob(".*"))
+        assert hidden == [], "temporary files or progress files are left"
         assert self.begun_again() <= twice
         wait_until(lambda: not self._hosts.workers() and not self._hosts.decoders(), "the workers are gone")
-        strays = [path for host in range(1, NUM_HOSTS + 1) for path in (self._hosts.folder / f"tmp{host}").glob("*")]
-        assert strays == []
+        temporary = [path for host in range(1, NUM_HOSTS + 1) for path in (self._hosts.folder / f"tmp{host}").glob("*")]
+        assert temporary == []
 
 
 def kill_driver(process: "subprocess.Popen[str]") -> None:
@@ -163,27 +163,27 @@ def kill_driver(process: "subprocess.Popen[str]") -> None:
 
 
 def finish(process: "subprocess.Popen[str]", status: int | None = None, patience: float = PATIENCE * 2) -> str:
-    """Wait for a run to end; returns what it said."""
+    """Wait for a run to end; returns its error output."""
     try:
-        said = process.communicate(timeout=patience)[1]
+        stderr = process.communicate(timeout=patience)[1]
     except subprocess.TimeoutExpired:
         process.kill()
         raise AssertionError(f"the run hangs: {process.communicate()[1]}") from None
-    assert status is None or process.returncode == status, said
-    return said
+    assert status is None or process.returncode == status, stderr
+    return stderr
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:
-    """All files but the log, which holds times."""
+    """All files except the log, which holds times."""
     files = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path): (folder / path).read_bytes() for path in files if path.parts[0] != "log"}
 
 
-def test_make_curate_gives_the_same_bytes_on_three_hosts(hosts: Hosts, home: Path) -> None:
+def test_curate_gives_the_same_bytes_on_three_hosts(hosts: Hosts, home: Path) -> None:
     command = ["-m", "pipelines.curate", "--config", "whole.toml", "--output", "by-hand", "--workers", "3"]
     environment = {**hosts.environment_of(2), "RAY_ADDRESS": f"{address(1)}:{PORT}"}
-    place = hosts.on(2, [sys.executable, *command], home)
-    done = subprocess.run(place, env=environment, capture_output=True, text=True)
+    on_host = hosts.on(2, [sys.executable, *command], home)
+    done = subprocess.run(on_host, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert bytes_in(home / "by-hand") == bytes_in(home / "whole-inline")
     run = Run(hosts, home, "whole", "healthy")
@@ -193,7 +193,7 @@ def test_make_curate_gives_the_same_bytes_on_three_hosts(hosts: Hosts, home: Pat
 
 @pytest.mark.parametrize("seed", range(20))
 def test_kill_at_a_random_moment(hosts: Hosts, home: Path, seed: int) -> None:
-    """Every fifth run is the whole pipeline, the others are ingest."""
+    """Every fifth run is the whole pipeline; the others are ingest."""
     generator = random.Random(seed)
     run = Run(hosts, home, "whole" if seed % 5 == 4 else "ingest", f"kill-{seed}")
     victim = ("worker", "node", "driver")[seed % 3]
@@ -220,7 +220,7 @@ def test_kill_at_a_random_moment(hosts: Hosts, home: Path, seed: int) -> None:
 
 
 def test_head_node_dies(hosts: Hosts, home: Path) -> None:
-    """The workers that are left may finish what there is; else the run ends and goes on with the next cluster."""
+    """The remaining workers may finish the run; otherwise it ends, and the next cluster resumes it."""
     run = Run(hosts, home, "ingest", "head")
     process = run.start(host=2)
     run.wait_for_shards(5, process)
@@ -249,7 +249,7 @@ def test_link_is_cut_and_restored(hosts: Hosts, home: Path, seconds: float | Non
     else:
         finish(process, 0)
         hosts.set_link(3, "up")
-        hosts.kill(3)  # Ray has given the host up; it must be started anew
+        hosts.kill(3)  # Ray has given the host up; its Ray must be restarted
         hosts.start(3)
     run.check(fault, moment)
 
@@ -257,11 +257,10 @@ def test_link_is_cut_and_restored(hosts: Hosts, home: Path, seconds: float | Non
 def test_disk_is_full(hosts: Hosts, home: Path) -> None:
     run = Run(hosts, home, "ingest", "small/out")
     run.diary = home / "full-disk-diary"
-    said = finish(run.start(), 1)
-    assert "No space left on device" in said
-    partly = [path for path in (home / "small").rglob("*.parquet") if not path.name.startswith(".")]
+    assert "No space left on device" in finish(run.start(), 1)
+    written = [path for path in (home / "small").rglob("*.parquet") if not path.name.startswith(".")]
     reference = bytes_in(home / "ingest-inline")
-    assert all(path.read_bytes() == reference[path.name] for path in partly), "a half-written file has a final name"
+    assert all(path.read_bytes() == reference[path.name] for path in written), "a half-written file has a final name"
     subprocess.run(["mount", "-o", "remount,size=64m", home / "small"], check=True)
     moment = time.time()
     run.resume()
@@ -287,7 +286,7 @@ def test_worker_fails_in_a_shard(hosts: Hosts, home: Path, kind: str, fault: str
     run.check(fault, moment)
 
 
-def test_poison_shard_is_set_aside_and_comes_back(hosts: Hosts, home: Path) -> None:
+def test_poison_shard_is_set_aside_and_tried_again(hosts: Hosts, home: Path) -> None:
     run = Run(hosts, home, "ingest", "poison")
     (run.diary / "faults").mkdir(parents=True)
     (run.diary / "faults/ingest,00011").write_text("poison")
@@ -300,7 +299,7 @@ def test_poison_shard_is_set_aside_and_comes_back(hosts: Hosts, home: Path) -> N
     (home / "ingest.toml").write_text(config)
     moment = time.time()
     run.resume()
-    run.check("poison shard; set aside, tried again when mended", moment, twice=6 + 2 * NUM_HOSTS)
+    run.check("poison shard; set aside, tried again once corrected", moment, twice=6 + 2 * NUM_HOSTS)
 
 
 @pytest.mark.parametrize(
@@ -318,13 +317,12 @@ def test_decoder_fails(hosts: Hosts, home: Path, number: int, fault: str) -> Non
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_stops_the_run_and_it_goes_on(hosts: Hosts, home: Path, number: int, status: int) -> None:
+def test_signal_stops_the_run_and_a_resume_finishes_it(hosts: Hosts, home: Path, number: int, status: int) -> None:
     run = Run(hosts, home, "ingest", f"signal-{number}")
     process = run.start()
     run.wait_for_shards(7, process)
     os.kill(child_of(process.pid), number)
-    said = finish(process, status)
-    assert "Traceback" not in said
+    assert "Traceback" not in finish(process, status)
     wait_until(lambda: not hosts.workers() and not hosts.decoders(), "the workers are gone")
     assert not (run.output / "manifest.json").exists()
     moment = time.time()
@@ -337,7 +335,7 @@ LIBRARY = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="needs Debian's package faketime")
 def test_clock_jumps(hosts: Hosts, home: Path) -> None:
-    """A run a year ahead, killed, resumed a year behind; the files' times are of the future by then."""
+    """A run is killed with its clock a year ahead and resumed a year behind; file times then lie in the future."""
     run = Run(hosts, home, "ingest", "clock")
     command = run._command("--runner", "inline")
     ahead, behind = ({**hosts.environment_of(1), "LD_PRELOAD": str(LIBRARY), "FAKETIME": f"{d}365d"} for d in "+-")
@@ -364,12 +362,12 @@ else:
 
 
 def test_outputs_on_s3(hosts: Hosts, home: Path) -> None:
-    """A server on host 1 takes the outputs of a run that is killed on its way."""
+    """A server on host 1 stores the outputs of a run that is killed midway."""
     server_command = hosts.on(1, [sys.executable, "-c", SERVE, "-H", address(1), "-p", str(S3_PORT)])
     server = subprocess.Popen(server_command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def copy(what: str) -> bool:
-        command = hosts.on(1, [sys.executable, "-c", COPY, what])
+    def copy(target: str) -> bool:
+        command = hosts.on(1, [sys.executable, "-c", COPY, target])
         return subprocess.run(command, env=hosts.environment_of(1), capture_output=True).returncode == 0
 
     wait_until(lambda: copy("make"), "the S3 server answers")
@@ -393,7 +391,7 @@ NUM_STEPS, STEPS_TO_CHECKPOINT = 40, 5
 
 
 class Training:
-    """One training run of a rank on each host, on the corpus of the whole pipeline."""
+    """One training run with a rank on each host, on the corpus of the whole pipeline."""
 
     def __init__(self, hosts: Hosts, home: Path, name: str) -> None:
         self._hosts, self._home = hosts, home
@@ -411,7 +409,7 @@ class Training:
         )
 
     def metrics(self) -> list[dict[str, float]]:
-        """A line for each step, without what depends on the machine."""
+        """The steps and losses of each line; other fields depend on the machine."""
         path = self.output / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [{name: line[name] for name in line if name.startswith(("step", "loss"))} for line in lines]
@@ -445,7 +443,7 @@ def trained(hosts: Hosts, home: Path) -> Training:
 
 
 @pytest.mark.parametrize(("seed", "victim"), list(enumerate(["rank", "node", "driver"])))
-def test_training_goes_on_from_its_checkpoint(
+def test_training_resumes_from_its_checkpoint(
     hosts: Hosts, home: Path, trained: Training, seed: int, victim: str
 ) -> None:
     run = Training(hosts, home, f"trained-{victim}")
@@ -461,7 +459,7 @@ def test_training_goes_on_from_its_checkpoint(
     moment, reached = time.time(), len(run.metrics())
     saved = checkpoint.steps(str(run.output / "checkpoints"))[-1]
     if victim == "node":
-        hosts.start(3)  # as many ranks are needed as before
+        hosts.start(3)  # the same number of ranks is needed
     if victim == "driver":
         finish(process)
         wait_until(lambda: not run.ranks(), "the ranks of the old driver are gone")
@@ -484,8 +482,8 @@ def test_training_goes_on_from_its_checkpoint(
     assert reached - saved <= STEPS_TO_CHECKPOINT
 
 
-def test_the_demo_loses_a_node(hosts: Hosts, home: Path) -> None:
-    """The demo's run without faults is that of `make curate`, on this machine alone."""
+def test_demo_survives_the_loss_of_a_node(hosts: Hosts, home: Path) -> None:
+    """The reference without faults is the run of `make curate` on this machine alone."""
     assert (ROOT / "runs/demo/corpus/manifest.json").exists(), "run `make curate` first, as `make test-cluster` does"
     (home / "data").symlink_to(ROOT / "data")
     (home / "pipelines").mkdir()

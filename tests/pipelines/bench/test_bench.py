@@ -1,4 +1,4 @@
-"""The benchmarks run and judge right, at a hundredth of their sizes. Times are not looked at."""
+"""The benchmarks run and compare correctly, at a hundredth of their sizes. Times are not checked."""
 
 import io
 import math
@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from curation.run_folder import read_images
-from pipelines.bench import contests, crops, decoding, embedding, mixture, similarity
+from pipelines.bench import crops, decoding, embedding, mixture, similarity, similarity_works
 from pipelines.bench.processes import in_process
+from pipelines.bench.tables import Comparison
 
 SCALE = 100
 
 
-def shown(tables: list[Table]) -> str:
+def printed(tables: list[Table]) -> str:
     console = Console(file=io.StringIO(), width=250)
     for table in tables:
         console.print(table)
@@ -25,64 +26,66 @@ def shown(tables: list[Table]) -> str:
     return console.file.getvalue()
 
 
-def quality(row: similarity.Row) -> float:
+def quality(row: Comparison) -> float:
     """The first figure of a row's recall or objective."""
     return float(next(word for word in row.quality.replace("%", "").split() if word[0].isdigit()))
 
 
 @pytest.fixture(scope="module")
-def measured() -> similarity.Bench:
-    return similarity.bench(list(similarity.WORKS), scale=SCALE, repeats=1, measure=contests.measure)
+def result() -> similarity.SimilarityBench:
+    return similarity.bench(list(similarity.WORKS), scale=SCALE, repeats=1, measure=similarity_works.measure)
 
 
-def test_every_work_has_its_rows(measured: similarity.Bench) -> None:
-    join, growth, searching, building, exact, voting, kmeans, components = measured.rows
+def test_every_work_has_its_rows(result: similarity.SimilarityBench) -> None:
+    join, growth, searching, building, exact, voting, kmeans, components = result.rows
     assert quality(join) >= 0.99
     assert quality(searching) == quality(building) >= 0.95
-    assert searching.seconds < building.seconds
-    assert quality(exact) == 1 and quality(voting) > 0.999  # torch.cdist may take another of two equally near ones
+    assert searching.our_value < building.our_value
+    assert quality(exact) == 1 and quality(voting) > 0.999  # torch.cdist may order two equal distances otherwise
     assert float(kmeans.quality.split()[2]) >= 0.97  # of the peer's objective: 40 clusters from another start
     assert components.quality.startswith("100.0000%")
-    assert math.isnan(growth.peer_seconds)
-    assert [size.size for size in measured.sizes] == [500, 1000, 2000, 4000, 10_000, 10_000, 3072, 5000][
-        : len(measured.sizes)
+    assert math.isnan(growth.peer_value)
+    assert [row.size for row in result.growth_rows] == [500, 1000, 2000, 4000, 10_000, 10_000, 3072, 5000][
+        : len(result.growth_rows)
     ]
-    for row in measured.rows:
-        assert row.on_disk > 0 and row.seconds > 0
+    for row in result.rows:
+        assert row.input_bytes > 0 and row.our_value > 0
 
 
-def test_tables_say_what_they_hold(measured: similarity.Bench) -> None:
-    text = shown(similarity.tables(measured))
+def test_tables_have_every_row(result: similarity.SimilarityBench) -> None:
+    text = printed(similarity.tables(result))
     assert text.count("at 1/100 of the sizes") == 2
-    for row in measured.rows:
+    for row in result.rows:
         assert row.peer in text and row.quality in text
-    alone = similarity.Bench("", 1, None, contests.measure, rows=measured.rows[1:2])
-    assert "sizes" not in shown(similarity.tables(alone))
-    assert similarity.tables(similarity.Bench("", 1, None, contests.measure)) == []
+    one_row = similarity.SimilarityBench("", 1, None, similarity_works.measure, rows=result.rows[1:2])
+    assert "sizes" not in printed(similarity.tables(one_row))
+    assert similarity.tables(similarity.SimilarityBench("", 1, None, similarity_works.measure)) == []
 
 
-def test_a_work_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """It tells why it failed, and does not inherit the peak memory of the process that starts it."""
-    held = np.ones(500_000_000, np.uint8)
+def test_work_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """The process reports why it failed, and does not inherit the peak memory of its parent."""
+    ballast = np.ones(500_000_000, np.uint8)
     arguments = {"folder": str(tmp_path / "edges"), "num_edges": 1000}
-    made = in_process("contests", "make_edges", arguments)
-    assert made["bytes"] == 8000
-    assert made["peak"] < 1e8 < held.nbytes
+    measured = in_process("similarity_works", "make_edges", **arguments)
+    assert measured["bytes"] == 8000
+    assert measured["peak"] < 1e8 < ballast.nbytes
     with pytest.raises(RuntimeError, match=r"make_edges ended with status 1:\n(.|\n)*FileExistsError"):
-        in_process("contests", "make_edges", arguments)
+        in_process("similarity_works", "make_edges", **arguments)
 
 
-def test_judges_count_what_is_missing(tmp_path: Path) -> None:
+def test_comparisons_count_misses(tmp_path: Path) -> None:
     true, found = np.array([[0, 1], [2, 3]]), np.array([[1, 0], [2, 9]])
     for name, rows in (("true", true), ("found", found)):
         np.save(tmp_path / f"{name}.npy", rows)
-    assert contests.judge_neighbors(str(tmp_path / "true.npy"), str(tmp_path / "found.npy")) == {"recall": 0.75}
+    recall = similarity_works.compare_neighbors(str(tmp_path / "true.npy"), str(tmp_path / "found.npy"))
+    assert recall == {"recall": 0.75}
     np.array([0, 0, 2], np.int32).tofile(tmp_path / "ours")
     np.array([0, 0, 0], np.int32).tofile(tmp_path / "peer")
-    assert contests.judge_components(str(tmp_path / "ours"), str(tmp_path / "peer"))["same"] == pytest.approx(2 / 3)
+    agreement = similarity_works.compare_components(str(tmp_path / "ours"), str(tmp_path / "peer"))
+    assert agreement["same"] == pytest.approx(2 / 3)
 
 
-def test_a_mixture_has_its_copies_and_clusters() -> None:
+def test_mixture_has_copies_and_clusters() -> None:
     matrix = np.concatenate(list(mixture.blocks(3000, 64, num_clusters=20, share_copies=0.1, seed=1)))
     again = np.concatenate(list(mixture.blocks(3000, 64, num_clusters=20, share_copies=0.1, seed=1)))
     assert matrix.dtype == np.float16 and np.array_equal(matrix, again)
@@ -91,29 +94,29 @@ def test_a_mixture_has_its_copies_and_clusters() -> None:
     assert 0.05 < (nearest > 0.75).mean() < 0.3  # copies and their originals
 
 
-def test_decoding_is_measured_on_drawn_photographs_and_on_ones_own(tmp_path: Path) -> None:
+def test_decoding_is_measured_on_drawn_photographs_and_on_a_folder(tmp_path: Path) -> None:
     drawn = decoding.draw(500, 400, np.random.default_rng(0))
     assert drawn.size == (500, 400)
-    drawn.save(tmp_path / "mine.jpg", quality=decoding.QUALITY)
-    assert 40_000 < (tmp_path / "mine.jpg").stat().st_size < 90_000  # as a photograph of that size
+    (tmp_path / "photograph.jpg").write_bytes(decoding.to_jpeg(drawn))
+    assert 40_000 < (tmp_path / "photograph.jpg").stat().st_size < 90_000  # as a photograph of that size
     for folder, size in ((None, (300, 240)), (str(tmp_path), (560, 480))):
         (row,) = decoding.bench(scale=8, repeats=1, folder=folder, sizes=[size])
         assert (row.width, row.height) == size
         assert min(row.ours, row.plain, row.draft, row.bytes_per_image) > 0
-        assert (row.psnr_worst > 53) == (size == (300, 240))  # the other one is scaled while it is decoded
+        assert (row.psnr_worst > 53) == (size == (300, 240))  # the other size is scaled while it is decoded
         assert row.psnr_worst > 38
 
 
-def test_the_stage_is_held_against_its_halves(tmp_path: Path) -> None:
+def test_embedding_stage_is_compared_with_its_halves(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    measured = embedding.rates("vit_tiny_patch16", 6, 1)
-    assert measured.keys() == {"stage", "decoding", "model"} and min(measured.values()) > 0
+    rates = embedding.rates("vit_tiny_patch16", 6, 1)
+    assert rates.keys() == {"stage", "decoding", "model"} and min(rates.values()) > 0
     folder = str(tmp_path)
     assert embedding.make(folder, 30, (64, 48))["images"] == 30
-    assert len(read_images(f"{folder}/ingest")) == 30, "all are different"
+    assert len(read_images(f"{folder}/ingest")) == 30, "some images are equal"
     peak = embedding.memory(folder)["peak"]
     torch.set_num_threads(threads)
-    text = shown(embedding.tables([embedding.Rates("vit", 8.0, 20.0, 10.0)], {30: peak}))
+    text = printed(embedding.tables([embedding.StageRates("vit", 8.0, 20.0, 10.0)], {30: peak}))
     assert "0.80" in text and "30" in text
 
 
@@ -122,6 +125,6 @@ def test_crops_and_reading_are_measured() -> None:
     rows = crops.bench(scale=SCALE, repeats=1)
     assert torch.get_num_threads() == threads
     assert [row.work for row in rows] == ["10 crops, with decoding", "10 crops, decoded before", "reading"]
-    assert all(row.ours > 0 and row.peer > 0 for row in rows)
-    text = shown([crops.table(rows)])
+    assert all(row.our_value > 0 and row.peer_value > 0 for row in rows)
+    text = printed([crops.table(rows)])
     assert all(row.work in text and row.quality in text for row in rows)

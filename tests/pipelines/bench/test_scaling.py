@@ -1,4 +1,4 @@
-"""The benchmarks of workers, tars and shards run, at a thousandth of their sizes. Times are not looked at."""
+"""The benchmarks of workers, tars and shards run, at a thousandth of their sizes. Times are not checked."""
 
 import io
 from pathlib import Path
@@ -13,13 +13,13 @@ from pipelines.bench import scaling
 def test_packing_has_a_row_for_each_size() -> None:
     rows = scaling.bench_packing(scale=500, repeats=1)
     assert [row.image_bytes for row in rows] == list(scaling.SIZES)
-    assert all(min(*row.clock.values(), *row.processor.values()) > 0 for row in rows)
+    assert all(min(*row.elapsed.values(), *row.processor.values()) > 0 for row in rows)
     console = Console(file=io.StringIO(), width=150)
     console.print(scaling.packing_table(rows))
     assert isinstance(console.file, io.StringIO) and "TarWriter" in console.file.getvalue()
 
 
-def test_shards_stop_before_the_last_and_go_on_with_it(tmp_path: Path) -> None:
+def test_shards_stop_before_the_last_and_resume_with_it(tmp_path: Path) -> None:
     first = scaling.shards(str(tmp_path), 7, "inline")
     assert len(done_shards(str(tmp_path / "tiny"))) == 6
     second = scaling.shards(str(tmp_path), 7, "inline")
@@ -30,6 +30,6 @@ def test_shards_stop_before_the_last_and_go_on_with_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_workers_do_all_images(tmp_path: Path) -> None:
     scaling.make(str(tmp_path), 32)
-    found = scaling.stages(str(tmp_path), 2)
-    assert found.keys() == {"ingest", "pack", "ingest processor", "pack processor"}
-    assert min(found.values()) > 0
+    seconds = scaling.stages(str(tmp_path), 2)
+    assert seconds.keys() == {"ingest", "pack", "ingest processor", "pack processor"}
+    assert min(seconds.values()) > 0

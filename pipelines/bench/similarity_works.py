@@ -1,16 +1,12 @@
-"""What the rows of similarity.py run, ours and the peers': each in a process of its own, so that memory can be told.
+"""The works that similarity.py measures, by our code and by peers, each in a process of its own.
 
-    python -m pipelines.bench.contests NAME '{"argument": value, ...}'
-
-prints as JSON what it measured. Times are of the work alone: imports, a warm-up, and the peers' reading of their
-vectors into memory are not counted; what ours read from disk is. A function's name says what it does, `peer_` in front
-that a peer does it; `judge_` compares the two.
+Times exclude imports, a warm-up, and the reading of a peer's vectors into memory. They include what our code reads from
+disk. A function named `peer_...` is the peer's work; a function named `compare_...` compares the results of the two.
 
 Legend: N vectors, Q queries, D dimensions, K clusters.
 """
 
-import json
-import sys
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,17 +32,17 @@ from curation.search.top_k import merge_into_best
 from evaluation import knn
 from evaluation.features import SHARD_IMAGES, FeatureFiles
 from pipelines.bench import mixture
-
-Measured = dict[str, float]
+from pipelines.bench.processes import Measurements, memory, run_work
 
 ROWS_PER_FILE = 16_384
-# Of the pairs that the join looks for: at most this many a vector, at least this similar.
+# The pairs that the join looks for: at most this many for a vector, of at least this similarity.
 JOIN_NEIGHBORS, JOIN_FLOOR = 64, 0.6
-# Exhaustive search takes each query as long as the next: the peer of the join is timed on every so many blocks.
+# The peer of the join is timed on one block of queries in this many, since exhaustive search takes the same time for
+# each query.
 TIMED_BLOCKS, QUERIES_PER_BLOCK = 10, 2000
 # Queries and vectors of a block of torch.cdist. Measured (2026-11, two cores): the fastest of five pairs of sizes.
 CDIST_QUERIES, CDIST_ROWS = 1000, 81_920
-# Edges that are read at a time.
+# Edges that are read at once.
 EDGES_PER_BLOCK = disk_arrays.BLOCK
 
 
@@ -55,28 +51,29 @@ EDGES_PER_BLOCK = disk_arrays.BLOCK
 
 def make_vectors(
     folder: str, num_vectors: int, num_queries: int, width: int, num_clusters: int, share_copies: float
-) -> Measured:
-    """Vectors in Parquet files, with queries of the same mixture in queries.npy; gives the vectors' bytes as fp16."""
+) -> Measurements:
+    """Write vectors to Parquet files, and queries of the same mixture to queries.npy; gives the vectors' fp16 bytes."""
     Path(folder).mkdir()
-    held = np.empty((0, width), np.float16)
-    written = 0
+    waiting = np.empty((0, width), np.float16)
+    num_written = 0
     for block in mixture.blocks(
         num_vectors + num_queries, width, num_clusters=num_clusters, share_copies=share_copies, seed=0
     ):
-        held = np.concatenate([held, block])
-        while written < num_vectors and len(held) >= (count := min(ROWS_PER_FILE, num_vectors - written)):
-            ids = [sha256_of_bytes(str(row).encode())[:32] for row in range(written, written + count)]
-            path = paths.join(folder, f"vectors-{written // ROWS_PER_FILE:05d}.parquet")
-            parquet.write_table(path, vectors.make_table(ids, held[:count]))
-            held, written = held[count:], written + count
-    np.save(Path(folder, "queries.npy"), held)
+        waiting = np.concatenate([waiting, block])
+        while num_written < num_vectors and len(waiting) >= (count := min(ROWS_PER_FILE, num_vectors - num_written)):
+            rows = range(num_written, num_written + count)
+            ids = [sha256_of_bytes(str(row).encode())[:32] for row in rows]
+            path = paths.join(folder, f"vectors-{num_written // ROWS_PER_FILE:05d}.parquet")
+            parquet.write_table(path, vectors.make_table(ids, waiting[:count]))
+            waiting, num_written = waiting[count:], num_written + count
+    np.save(Path(folder, "queries.npy"), waiting)
     return {"bytes": 2.0 * width * num_vectors}
 
 
-def make_edges(folder: str, num_edges: int) -> Measured:
-    """Edges between permuted nodes, int32, in edges.bin, and the number of nodes in nodes.npy.
+def make_edges(folder: str, num_edges: int) -> Measurements:
+    """Write edges between permuted nodes, int32, to edges.bin, and the number of nodes to nodes.npy.
 
-    In equal parts of the nodes: one giant component, chains of up to 100,000 nodes, and components of up to 6 nodes.
+    Three equal parts of the nodes form one giant component, long chains, and components of up to 6 nodes.
     """
     Path(folder).mkdir()
     generator = np.random.default_rng(0)
@@ -99,8 +96,8 @@ def make_edges(folder: str, num_edges: int) -> Measured:
 # All pairs above a similarity
 
 
-def all_pairs(folder: str, output: str, rows_per_cell: int, num_probes: int, rows_per_part: int) -> Measured:
-    """The join, from files to files: training, exchange, join, and the recall that it measures itself."""
+def all_pairs(folder: str, output: str, rows_per_cell: int, num_probes: int, rows_per_part: int) -> Measurements:
+    """The join, from files to files: training, exchange, join, and its own measurement of recall."""
     search = SearchConfig(
         backend="ivf", rows_per_cell=rows_per_cell, num_probes=num_probes, rows_per_part=rows_per_part, min_recall=0
     )
@@ -111,8 +108,8 @@ def all_pairs(folder: str, output: str, rows_per_cell: int, num_probes: int, row
     return {"seconds": seconds, "edges": float(manifest.totals["edges"])}
 
 
-def peer_all_pairs(folder: str) -> Measured:
-    """faiss's exhaustive search of all vectors among all, timed on a share of the queries."""
+def peer_all_pairs(folder: str) -> Measurements:
+    """faiss's exhaustive search for the neighbours of all vectors, timed on a share of the queries."""
     matrix = _read_all(folder)
     started = time.perf_counter()
     flat = faiss.IndexFlatIP(matrix.shape[1])
@@ -126,24 +123,24 @@ def peer_all_pairs(folder: str) -> Measured:
     return {"seconds": adding + (time.perf_counter() - started) * len(matrix) / timed}
 
 
-def judge_all_pairs(folder: str, joined: str, num_sampled: int) -> Measured:
-    """Recall: the share of the true neighbours of some vectors that are edges, either way, of the join."""
+def compare_all_pairs(folder: str, joined: str, num_sampled: int) -> Measurements:
+    """Recall: the share of the true neighbours of some vectors that are edges of the join, in either direction."""
     matrix = _read_all(folder)
     sampled = np.unique(np.linspace(0, len(matrix) - 1, min(num_sampled, len(matrix))).astype(np.int64))
     row = exact.search(matrix[sampled], [matrix], JOIN_NEIGHBORS + 1, floor=JOIN_FLOOR)[1]
     query, column = np.nonzero((row >= 0) & (row != sampled[:, None]))
-    true = _numbered(sampled[query], row[query, column], len(matrix))
-    names = require_manifest(joined).files("edges")
-    found = []
-    for name in names:
+    true = _pair_numbers(sampled[query], row[query, column], len(matrix))
+    joined_pairs = []
+    for name in require_manifest(joined).files("edges"):
         edges = parquet.read_table(paths.join(joined, name), self_join.EDGES, ["place", "other_place"])
         one, other = (edges.column(end).to_numpy() for end in ("place", "other_place"))
-        found.append(_numbered(one, other, len(matrix)))
-    return {"recall": float(np.isin(true, np.concatenate(found)).mean()), "true_pairs": float(len(np.unique(true)))}
+        joined_pairs.append(_pair_numbers(one, other, len(matrix)))
+    recall = float(np.isin(true, np.concatenate(joined_pairs)).mean())
+    return {"recall": recall, "true_pairs": float(len(np.unique(true)))}
 
 
-def _numbered(one: np.ndarray, other: np.ndarray, num_vectors: int) -> np.ndarray:
-    """A number for each pair, the same one both ways."""
+def _pair_numbers(one: np.ndarray, other: np.ndarray, num_vectors: int) -> np.ndarray:
+    """A number for each pair, the same in both directions."""
     numbers: np.ndarray = np.minimum(one, other) * num_vectors + np.maximum(one, other)
     return numbers
 
@@ -151,8 +148,10 @@ def _numbered(one: np.ndarray, other: np.ndarray, num_vectors: int) -> np.ndarra
 # Neighbours of queries
 
 
-def neighbors(folder: str, output: str, k: int, rows_per_cell: int, num_probes: int, files_per_part: int) -> Measured:
-    """Approximate neighbours, part by part: `seconds` with reading and building, `searching` without."""
+def neighbors(
+    folder: str, output: str, k: int, rows_per_cell: int, num_probes: int, files_per_part: int
+) -> Measurements:
+    """Approximate neighbours, part by part: `seconds` include reading and building, `searching` does not."""
     queries = np.load(Path(folder, "queries.npy"), allow_pickle=False)
     search = SearchConfig(backend="ivf", rows_per_cell=rows_per_cell, num_probes=num_probes)
     files = _files(folder)
@@ -174,7 +173,7 @@ def neighbors(folder: str, output: str, k: int, rows_per_cell: int, num_probes: 
     return {"seconds": seconds, "searching": searching}
 
 
-def exact_neighbors(folder: str, output: str, k: int, num_files: int) -> Measured:
+def exact_neighbors(folder: str, output: str, k: int, num_files: int) -> Measurements:
     """Exact neighbours among the vectors of the first files, streamed."""
     queries = np.load(Path(folder, "queries.npy"), allow_pickle=False)
     started = time.perf_counter()
@@ -184,8 +183,8 @@ def exact_neighbors(folder: str, output: str, k: int, num_files: int) -> Measure
     return {"seconds": seconds}
 
 
-def peer_neighbors(folder: str, output: str, k: int) -> Measured:
-    """faiss's exhaustive search; adding the vectors, a copy in memory, is not counted."""
+def peer_neighbors(folder: str, output: str, k: int) -> Measurements:
+    """faiss's exhaustive search; the time excludes adding the vectors, a copy in memory."""
     matrix = _read_all(folder)
     queries = np.load(Path(folder, "queries.npy"), allow_pickle=False).astype(np.float32)
     flat = faiss.IndexFlatIP(matrix.shape[1])
@@ -197,8 +196,8 @@ def peer_neighbors(folder: str, output: str, k: int) -> Measured:
     return {"seconds": seconds}
 
 
-def make_features(folder: str, vectors_folder: str) -> Measured:
-    """The vectors as the evaluations keep features: files of float32."""
+def make_features(folder: str, vectors_folder: str) -> Measurements:
+    """Write the vectors in the format of the evaluations' features: files of float32."""
     Path(folder).mkdir()
     matrix = _read_all(vectors_folder)
     for number, start in enumerate(range(0, len(matrix), SHARD_IMAGES)):
@@ -206,49 +205,49 @@ def make_features(folder: str, vectors_folder: str) -> Measured:
     return {"bytes": float(matrix.nbytes)}
 
 
-def classify_neighbors(folder: str, vectors_folder: str, output: str, k: int, num_files: int) -> Measured:
+def classify_neighbors(folder: str, vectors_folder: str, output: str, k: int, num_files: int) -> Measurements:
     """The neighbours that vote in k-NN evaluation, among the features of the first files, streamed."""
     names = [name for name in paths.list_names(folder) if name.endswith(".npy")][:num_files]
-    own = FeatureFiles(tuple(paths.join(folder, name) for name in names))
+    features = FeatureFiles(tuple(paths.join(folder, name) for name in names))
     queries = torch.from_numpy(np.load(Path(vectors_folder, "queries.npy"), allow_pickle=False))
     started = time.perf_counter()
-    rows = knn.neighbors(own.blocks(), queries, k=k)[1]
+    rows = knn.neighbors(features.blocks(), queries, k=k)[1]
     seconds = time.perf_counter() - started
     np.save(output, rows.numpy())
     return {"seconds": seconds}
 
 
-def peer_classify_neighbors(vectors_folder: str, output: str, k: int) -> Measured:
-    """torch.cdist and topk in blocks, of features that are in memory and have length 1 before the time begins."""
+def peer_classify_neighbors(vectors_folder: str, output: str, k: int) -> Measurements:
+    """torch.cdist and topk in blocks; the features are in memory and have length 1 before the clock starts."""
     normalize = torch.nn.functional.normalize
     matrix = normalize(torch.from_numpy(_read_all(vectors_folder)))
     queries = np.load(Path(vectors_folder, "queries.npy"), allow_pickle=False).astype(np.float32)
-    found = []
+    nearest = []
     started = time.perf_counter()
-    for asked in torch.split(normalize(torch.from_numpy(queries)), CDIST_QUERIES):
-        distances, rows = torch.full((len(asked), k), torch.inf), torch.zeros(len(asked), k, dtype=torch.int64)
+    for block in torch.split(normalize(torch.from_numpy(queries)), CDIST_QUERIES):
+        distances, rows = torch.full((len(block), k), torch.inf), torch.zeros(len(block), k, dtype=torch.int64)
         for first in range(0, len(matrix), CDIST_ROWS):
-            own = torch.cdist(asked, matrix[first : first + CDIST_ROWS])
-            near, places = own.topk(min(k, own.shape[1]), largest=False)
-            distances, order = torch.cat([distances, near], 1).topk(k, largest=False)
-            rows = torch.cat([rows, places + first], 1).gather(1, order)
-        found.append(rows)
+            block_distances = torch.cdist(block, matrix[first : first + CDIST_ROWS])
+            smallest, columns = block_distances.topk(min(k, block_distances.shape[1]), largest=False)
+            distances, order = torch.cat([distances, smallest], 1).topk(k, largest=False)
+            rows = torch.cat([rows, columns + first], 1).gather(1, order)
+        nearest.append(rows)
     seconds = time.perf_counter() - started
-    np.save(output, torch.cat(found).numpy())
+    np.save(output, torch.cat(nearest).numpy())
     return {"seconds": seconds}
 
 
-def judge_neighbors(true: str, found: str) -> Measured:
-    """Recall: the share of the true neighbours that were found."""
-    wanted, got = (np.load(path, allow_pickle=False) for path in (true, found))
-    return {"recall": float((wanted[:, :, None] == got[:, None, :]).any(axis=2).mean())}
+def compare_neighbors(true: str, ours: str) -> Measurements:
+    """Recall: the share of the true neighbours that are among ours."""
+    true_rows, our_rows = (np.load(path, allow_pickle=False) for path in (true, ours))
+    return {"recall": float((true_rows[:, :, None] == our_rows[:, None, :]).any(axis=2).mean())}
 
 
 # Clusters
 
 
-def cluster(folder: str, output: str, num_clusters: int, num_iterations: int) -> Measured:
-    """Spherical k-means as the cluster stage does it: vectors into plain files once, these read in each iteration."""
+def cluster(folder: str, output: str, num_clusters: int, num_iterations: int) -> Measurements:
+    """Spherical k-means as in the cluster stage: vectors are copied to plain files once, and read in each iteration."""
     started = time.perf_counter()
     points = []
     for number, file in enumerate(_files(folder)):
@@ -265,8 +264,8 @@ def cluster(folder: str, output: str, num_clusters: int, num_iterations: int) ->
     return {"seconds": seconds}
 
 
-def peer_cluster(folder: str, output: str, num_clusters: int, num_iterations: int) -> Measured:
-    """faiss's spherical k-means over the same vectors in memory, all of them."""
+def peer_cluster(folder: str, output: str, num_clusters: int, num_iterations: int) -> Measurements:
+    """faiss's spherical k-means over all of the same vectors, in memory."""
     matrix = _read_all(folder)
     peer = faiss.Kmeans(
         matrix.shape[1],
@@ -285,14 +284,14 @@ def peer_cluster(folder: str, output: str, num_clusters: int, num_iterations: in
     return {"seconds": seconds}
 
 
-def judge_cluster(folder: str, ours: str, peer: str) -> Measured:
+def compare_clusters(folder: str, ours: str, peer: str) -> Measurements:
     """Objectives: the mean cosine to the nearest centroid."""
     total = np.zeros(2)
     count = 0
-    centroids = [np.load(path, allow_pickle=False) for path in (ours, peer)]
+    both = [np.load(path, allow_pickle=False) for path in (ours, peer)]
     for file in _files(folder):
         matrix = vectors.read_file(file)[1]
-        total += [exact.assign(matrix, of)[1].sum(dtype=np.float64) for of in centroids]
+        total += [exact.assign(matrix, centroids)[1].sum(dtype=np.float64) for centroids in both]
         count += len(matrix)
     return {"ours": float(total[0] / count), "peer": float(total[1] / count)}
 
@@ -300,8 +299,8 @@ def judge_cluster(folder: str, ours: str, peer: str) -> Measured:
 # Components
 
 
-def components(folder: str, output: str) -> Measured:
-    """Connected components of edges read block by block, the nodes' on disk."""
+def components(folder: str, output: str) -> Measurements:
+    """Connected components of edges read block by block; the parents of the nodes are on disk."""
     num_nodes = int(np.load(Path(folder, "nodes.npy"), allow_pickle=False)[0])
     path = Path(folder, "edges.bin")
     num_edges = path.stat().st_size // 8
@@ -322,7 +321,7 @@ def components(folder: str, output: str) -> Measured:
     return {"seconds": seconds}
 
 
-def peer_components(folder: str, output: str) -> Measured:
+def peer_components(folder: str, output: str) -> Measurements:
     """scipy's connected components of the same edges in memory."""
     num_nodes = int(np.load(Path(folder, "nodes.npy"), allow_pickle=False)[0])
     edges = np.fromfile(Path(folder, "edges.bin"), np.int32).reshape(-1, 2)
@@ -332,72 +331,59 @@ def peer_components(folder: str, output: str) -> Measured:
     label = scipy.sparse.csgraph.connected_components(coordinates.tocsr(), directed=False)[1]
     seconds = time.perf_counter() - started
     smallest = np.empty(int(label.max()) + 1, np.int32)
-    smallest[label[::-1]] = np.arange(num_nodes - 1, -1, -1, dtype=np.int32)  # the last one written is the smallest
+    smallest[label[::-1]] = np.arange(num_nodes - 1, -1, -1, dtype=np.int32)  # the last write is the smallest node
     smallest[label].tofile(output)
     return {"seconds": seconds, "components": float(len(smallest))}
 
 
-def judge_components(ours: str, peer: str) -> Measured:
-    """The share of the nodes that are in the same component, named by its smallest node."""
+def compare_components(ours: str, peer: str) -> Measurements:
+    """The share of the nodes in the same component; a component's name is its smallest node."""
     return {"same": float((np.fromfile(ours, np.int32) == np.fromfile(peer, np.int32)).mean())}
 
 
 # The process
 
 
-CONTESTS: dict[str, Callable[..., Measured]] = {
-    work.__name__: work
-    for work in (
-        make_vectors,
-        make_edges,
-        all_pairs,
-        peer_all_pairs,
-        judge_all_pairs,
-        neighbors,
-        exact_neighbors,
-        peer_neighbors,
-        make_features,
-        classify_neighbors,
-        peer_classify_neighbors,
-        judge_neighbors,
-        cluster,
-        peer_cluster,
-        judge_cluster,
-        components,
-        peer_components,
-        judge_components,
-    )
-}
+WORKS: tuple[Callable[..., Measurements], ...] = (
+    make_vectors,
+    make_edges,
+    all_pairs,
+    peer_all_pairs,
+    compare_all_pairs,
+    neighbors,
+    exact_neighbors,
+    peer_neighbors,
+    make_features,
+    classify_neighbors,
+    peer_classify_neighbors,
+    compare_neighbors,
+    cluster,
+    peer_cluster,
+    compare_clusters,
+    components,
+    peer_components,
+    compare_components,
+)
 
 
-def measure(name: str, arguments: dict[str, Any]) -> Measured:
-    """What the work of that name measures, and `peak`: the most bytes of memory beyond those before it began.
+def measure(name: str, **arguments: Any) -> Measurements:
+    """The measurements of the work of that name, and `peak`: bytes of memory beyond the memory before it.
 
-    Pages of files that are mapped count as memory. Only Linux tells; elsewhere `peak` is not a number.
+    Mapped pages of files count as memory. `peak` is NaN outside Linux.
     """
     _warm_up()
     before = memory("VmRSS")
-    measured = CONTESTS[name](**arguments)
-    return measured | {"peak": memory("VmHWM") - before}
+    work = next(work for work in WORKS if work.__name__ == name)
+    return work(**arguments) | {"peak": memory("VmHWM") - before}
 
 
 def _warm_up() -> None:
-    """Load and set up what the first products do."""
+    """Run small products, so that libraries load and start their threads."""
     matrix = np.eye(256, 64, dtype=np.float16)
     exact.search(matrix, [matrix], 4)
     flat = faiss.IndexFlatIP(64)
     flat.add(matrix.astype(np.float32))
     flat.search(matrix.astype(np.float32), 4)
-
-
-def memory(field: str) -> float:
-    """A field of this process's memory in bytes, such as VmRSS; not a number where the system does not tell."""
-    # Not resource.getrusage: a process's ru_maxrss begins with the peak of the one that started it.
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return float("nan")
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
-    return 1024.0 * int(line.split()[1])
 
 
 def _files(folder: str) -> list[str]:
@@ -414,4 +400,4 @@ def _read_all(folder: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], json.loads(sys.argv[2]))))
+    run_work({work.__name__: functools.partial(measure, work.__name__) for work in WORKS})
