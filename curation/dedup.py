@@ -575,6 +575,6 @@ def command_line(
 
 
 if __name__ == "__main__":
-    from curation import dedup  # by its real name, or its classes would exist twice
+    from curation import dedup  # by its real name: otherwise each class would exist twice
 
     command.main(dedup.command_line)

@@ -280,6 +280,6 @@ def command_line(
 
 
 if __name__ == "__main__":
-    from curation import embed  # by its real name, or its classes would exist twice
+    from curation import embed  # by its real name: otherwise each class would exist twice
 
     command.main(embed.command_line)

@@ -300,6 +300,6 @@ def command_line(
 
 
 if __name__ == "__main__":
-    from curation import pairs  # by its real name, or its classes would exist twice
+    from curation import pairs  # by its real name: otherwise each class would exist twice
 
     command.main(pairs.command_line)
