@@ -286,6 +286,6 @@ command_line = stage_command(
 
 
 if __name__ == "__main__":
-    from curation import pairs  # by its real name, or its classes would exist twice
+    from curation import pairs  # by its real name: otherwise each class would exist twice
 
     command.main(pairs.command_line)
