@@ -14,8 +14,8 @@
       log/           the times of every finished shard                    curation/engine/run_log.py
 
 `run` is the whole path. The config follows it: a section for each stage, and the rules between sections. A finished
-stage is not done again. A stage with another config or other inputs is refused, or redone with --replace; then the later
-stages are redone only where their inputs have changed.
+stage is not done again. A stage with another config or other inputs is refused, or redone with --replace; then the
+later stages are redone only where their inputs have changed.
 """
 
 from typing import Any
