@@ -54,6 +54,7 @@ class FolderData(Settings):
     """Images, and masks with the same names. A mask has one grey (or palette) value a pixel: its class."""
 
     layout: Literal["folders"]
+    """The kind of data; it decides which other keys the table has."""
     train_images: str
     """Folder, local or any fsspec URL; its subfolders are searched too."""
     train_masks: str
@@ -61,6 +62,7 @@ class FolderData(Settings):
     test_images: str
     """The same for the scored images."""
     test_masks: str
+    """Folder with the masks of the scored images."""
     num_classes: int = Field(ge=2, le=IGNORED)
     """Classes are numbered from 0."""
     ignored: tuple[Annotated[int, Field(ge=0, le=255)], ...] = (IGNORED,)
@@ -71,6 +73,7 @@ class StampData(Settings):
     """Images made by pasting cut-outs on backgrounds. Training and scored images share neither."""
 
     layout: Literal["stamps"]
+    """The kind of data; it decides which other keys the table has."""
     stamps: str
     """Folder of PNGs with an alpha channel; its subfolders are searched too. Opaque PNGs are left out."""
     backgrounds: tuple[str, ...] = Field(min_length=1)
