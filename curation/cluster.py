@@ -3,29 +3,29 @@
     cluster/
       centroids-0.npy  ...               (clusters, D) float32, unit length; level 0 is the finest
       parents-0.npy  ...                 (clusters,) int64: which cluster of level 1 each of level 0 is in
-      assignments-00000.parquet  ...     records.ASSIGNMENTS: the kept pool images, shard by shard of ingest; in a file
-                                         all rows of level 0, then all of level 1, ...
+      assignments-00000.parquet  ...     schemas.ASSIGNMENTS: the kept pool images, one file per shard of ingest; a file
+                                         holds all rows of level 0, then all of level 1, ...
       manifest.json                      its facts hold the objectives and the sizes of the clusters
 
-Level 0 clusters the vectors, each further level the centroids of the one below (Vo et al., "Automatic data curation for
-self-supervised learning: a clustering-based approach", 2024). An image is in the level-0 cluster whose centroid is
-nearest to it; further up it is where that cluster is.
+Level 0 clusters the vectors; each further level clusters the centroids of the level below (Vo et al., "Automatic data
+curation for self-supervised learning: a clustering-based approach", 2024). On level 0 an image belongs to the cluster
+with the nearest centroid. On each further level it belongs to the parent of its cluster.
 
-Most images lie in few dense regions, and so would most centroids. Resampling (the same paper) evens that out: it draws
-the same number of points from each cluster, and clusters those anew.
+Most images lie in a few dense regions, and plain k-means puts most centroids there. Resampling (the same paper) spreads
+the centroids more evenly: it draws the same number of points from each cluster and runs k-means on these points.
 
-What is in memory, where K is the number of clusters of a level: in a worker the centroids, float64 sums of the same
-shape, a block of points, and 4 bytes per point of a part; in the driver four matrices (K, D), twice the points drawn of
-each cluster as 16 bytes, and at the start kmeans.START_POINTS_PER_CLUSTER x K points. Nothing grows with the pool. On
-disk, until the stage is done: the points trained on, again, and a matrix (K, D) float64 per part.
+Memory, for K clusters of a level: a worker holds the centroids, float64 sums of the same shape, a block of points, and
+4 bytes per point of a part. The driver holds four matrices (K, D), twice the points drawn from the clusters at 16 bytes
+each, and at the start kmeans.START_POINTS_PER_CLUSTER x K points. Nothing grows with the pool. Disk, until the stage is
+done: a copy of the training points, and a matrix (K, D) float64 per part.
 
     .progress/
-      count/  points/                    how many points there are; the points trained on, shard by shard
-      level-0/round-0/                   the k-means of level 0 ; each resampling is one more round
-        state.npy                        the centroids of the iteration under way, and the objectives so far
-        start/                           the points to start from
-        iteration-00000/                 the sums of each part; gone when the iteration is done
-        guesses/                         the cluster of each point in the iteration before, to be faster
+      count/  points/                    the number of points; the training points, one file per shard
+      level-0/round-0/                   the k-means of level 0; each resampling is one more round
+        state.npy                        the current centroids, and the objectives so far
+        start/                           the sample for the first centroids
+        iteration-00000/                 the sums of each part; deleted when the iteration is done
+        guesses/                         the cluster of each point in the previous iteration, for speed
       level-0/round-1/candidates/  drawn/  ...
 
     python -m curation.cluster --config CONFIG.toml --images ingest/ --dedup dedup/ --vectors embed/ --output cluster/
@@ -37,14 +37,13 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import typer
 from pydantic import Field, field_validator
 
-from curation.config import Settings, load
+from curation.config import Settings
 from curation.engine import command, progress
 from curation.engine.manifest import PROGRESS_NAME, Manifest, ShardRecord, require_manifest, step_folder
 from curation.engine.run_log import RunLog
@@ -56,49 +55,51 @@ from curation.files.paths import FileRecord
 from curation.run_folder import RunFolder, kept_shards, read_centroids, read_kept, read_parents
 from curation.search import exact, kmeans
 from curation.search.kmeans import Reduction
+from curation.stage_command import stage_command
 
-# Points that are read at a time. Measured (D 384, 4,096 clusters): half as many cost an eighth more and save 70 MB.
+# Points read at a time. Measured (D 384, 4,096 clusters): half as many take an eighth more time and save 70 MB.
 BLOCK_ROWS = 32_768
-# Between two saves of a k-means that runs in the driver alone. Assumed: no pity to lose, and no time lost to saving.
+# Between two saves of a k-means that runs in the driver alone. Assumed: little work to lose, little time for saving.
 SECONDS_BETWEEN_SAVES = 30.0
 STATE_NAME = "state.npy"
 
 
 class ResamplingConfig(Settings):
-    """How the centroids of a level are spread more evenly."""
+    """Resampling, which spreads the centroids of a level more evenly."""
 
     num_rounds: int = Field(ge=1)
-    """How often points are drawn and clustered anew (10 in the paper)."""
+    """Rounds of drawing points and clustering them (10 in the paper)."""
     sample_size: int = Field(ge=1)
-    """Points drawn from each cluster, or all of a smaller one (about half of the mean cluster in the paper)."""
+    """Maximum points drawn from each cluster (about half of the mean cluster size in the paper)."""
     draw: Literal["closest", "random"] = "closest"
-    """Which points of a cluster: those nearest to its centroid, or any."""
+    """Points drawn from a cluster: the closest to its centroid, or random ones."""
 
 
 class LevelConfig(Settings):
-    """How many clusters a level has, and how they are found."""
+    """The k-means of one level."""
 
     num_clusters: int = Field(ge=1)
     """Clusters (100,000 over 744 million images in DINOv2; 10 million to 10,000 in four levels in Vo et al.)."""
     num_iterations: int = Field(default=25, ge=1)
-    """Rounds of k-means, fewer when nothing changes any more (25 is faiss's default; DINOv2 states none; 50 in Vo)."""
+    """Maximum iterations of k-means (25 is faiss's default; DINOv2 states none; 50 in Vo). It stops when nothing
+    changes."""
     start: Literal["random", "k_means++"] = "k_means++"
-    """Which points the first centroids are: any, or such as lie apart."""
+    """First centroids: random points, or points far apart (k-means++)."""
     resampling: ResamplingConfig | None = None
-    """Whether the centroids are spread more evenly than the points are."""
+    """Resampling of the level; none when left out."""
 
 
 class ClusterConfig(Settings):
-    """The levels of clusters, and what they are trained on."""
+    """The levels of clusters, and their training points."""
 
     levels: tuple[LevelConfig, ...] = Field(min_length=1)
-    """The finest first. Each clusters the centroids of the one before, so it has fewer."""
+    """The finest level first. Each clusters the centroids of the level before, so it has fewer clusters."""
     max_points_per_centroid: int | None = Field(default=None, ge=1)
-    """Train level 0 on a sample of about so many images per cluster; on all of them when not given."""
+    """Approximate images per cluster in the sample that trains level 0; all images when left out."""
     seed: int = Field(default=0, ge=0)
-    """Of the sample, the first centroids, and what is drawn at random."""
+    """Seed of the sample, the first centroids and the random draws."""
     rows_per_part: int = Field(default=262_144, ge=1)
-    """Points that one worker goes through at a time. What fits into one part is clustered by the driver itself."""
+    """Points that one worker processes at a time. The driver itself clusters points that fit into one part."""
 
     @field_validator("levels")
     @classmethod
@@ -119,11 +120,11 @@ class PointFile:
 
 @dataclass(frozen=True)
 class Part:
-    """A run of points: rows `begin` to `end` of each file, one file after another; the first is point `first`."""
+    """Consecutive points, which may lie in several files."""
 
     name: str
-    first: int
-    pieces: tuple[tuple[str, int, int], ...]
+    first: int  # number of the first point among all points
+    pieces: tuple[tuple[str, int, int], ...]  # path, first row and end row in each file
 
     @property
     def rows(self) -> int:
@@ -132,7 +133,7 @@ class Part:
 
 @dataclass(frozen=True)
 class State:
-    """Where a k-means stands."""
+    """The progress of a k-means."""
 
     centroids: np.ndarray  # (K, D) float32
     objectives: list[float]  # mean cosine of the points to their centroids in each iteration so far
@@ -154,7 +155,7 @@ def run(
         Shard(f"{number:05d}", shard, count)
         for number, (shard, count) in enumerate(zip(kept_shards(inputs), counts, strict=True))
     ]
-    # The points of a single part are clustered before workers would have started.
+    # Clustering the points of a single part takes less time than starting workers.
     is_small = sum(counts) <= config.rows_per_part
     steps = _Steps(config, InlineRunner() if is_small else runner, log)
     stage = Stage(
@@ -175,7 +176,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Steps:
-    """How the steps of this stage run: each is a stage of its own in the progress folder."""
+    """Runs the steps of this stage. Each is a stage of its own in the progress folder."""
 
     config: ClusterConfig
     runner: Runner
@@ -188,7 +189,7 @@ class _Steps:
         shards: list[Shard],
         unit: str = "images",
     ) -> Sequence[ShardRecord]:
-        """The records of the step in `folder`, whose name is its path below the progress folder."""
+        """Run a step in `folder`, named by its path below the progress folder; returns its records."""
         stage = Stage(
             name="cluster " + folder.rpartition(f"/{PROGRESS_NAME}/")[2],
             config=self.config,
@@ -206,7 +207,7 @@ class _Steps:
         folder: str,
         make_worker: Callable[[], Callable[[Shard], ShardRecord]],
     ) -> Sequence[ShardRecord]:
-        """The records of a step over the parts of `points`. A single part is done at once and leaves no step behind."""
+        """Run a step over the parts of `points`; returns its records. A single part runs here, without a stage."""
         shards = [Shard(part.name, part, part.rows) for part in cut(points, self.config.rows_per_part)]
         if len(shards) == 1:
             return [make_worker()(shards[0])]
@@ -214,7 +215,7 @@ class _Steps:
 
 
 def make_worker(output: str, num_levels: int) -> Callable[[Shard], ShardRecord]:
-    """A worker that assigns the kept pool images of one shard after another, on every level."""
+    """Make a worker that assigns the kept pool images of each shard to their clusters on every level."""
     centroids = [read_centroids(output, level) for level in range(num_levels)]
     parents = [read_parents(output, level) for level in range(num_levels - 1)]
 
@@ -240,14 +241,14 @@ def make_worker(output: str, num_levels: int) -> Callable[[Shard], ShardRecord]:
 
 
 def _train(steps: _Steps, shards: list[Shard], output: str) -> ShardRecord:
-    """Find the centroids of every level, and write them and the parents."""
+    """Train the centroids of every level; writes them and the parents."""
     config = steps.config
     points = _training_points(steps, shards, output)
     num_points = sum(file.rows for file in points)
     if (num_clusters := config.levels[0].num_clusters) > num_points:
-        for step in ("count", "points"):  # so that another config needs no --replace
+        for step in ("count", "points"):  # so that a corrected config needs no --replace
             paths.delete(step_folder(output, step))
-        which = "were kept" if config.max_points_per_centroid is None else "are in the sample to train on"
+        which = "were kept" if config.max_points_per_centroid is None else "are in the training sample"
         raise ConfigError(
             f"cluster.levels.0.num_clusters is {num_clusters:,}, but only {num_points:,} pool images {which}."
         )
@@ -265,7 +266,7 @@ def _train(steps: _Steps, shards: list[Shard], output: str) -> ShardRecord:
 
 
 def _training_points(steps: _Steps, shards: list[Shard], output: str) -> tuple[PointFile, ...]:
-    """The vectors of the kept pool, or of a sample of it, as files that are quick to read."""
+    """The vectors of the kept pool, or of a sample of it, in files that are fast to read."""
     config, share = steps.config, 1.0
     if config.max_points_per_centroid is not None:
         counts = steps.over_shards(step_folder(output, "count"), _make_counter, shards)
@@ -294,32 +295,32 @@ def _make_extractor(folder: str, seed: int, share: float) -> Callable[[Shard], S
 
 
 def _fraction(seed: int, image_id: str) -> float:
-    """A number in [0, 1) that depends on the seed and the image alone."""
+    """A number in [0, 1) that depends only on the seed and the image."""
     return int.from_bytes(hashlib.sha256(f"cluster:{seed}:{image_id}".encode()).digest()[:7], "big") / 2**56
 
 
 def _train_level(steps: _Steps, number: int, points: tuple[PointFile, ...], folder: str) -> np.ndarray:
-    """The centroids of a level over `points`: a k-means, and one more on what each resampling draws."""
+    """Train the centroids of a level on `points`: one k-means, and one more on the points of each resampling."""
     config = steps.config
     level = config.levels[number]
     state: State | None = None
     for round_number in range(1 + (level.resampling.num_rounds if level.resampling else 0)):
-        own = paths.join(folder, f"round-{round_number}")
-        following = _read_state(own)
+        round_folder = paths.join(folder, f"round-{round_number}")
+        following = _read_state(round_folder)
         if following is None or not following.done:
             seed = int(np.random.SeedSequence([config.seed, number, round_number]).generate_state(1)[0])
             drawn = points
             if round_number > 0:
-                before = paths.join(folder, f"round-{round_number - 1}")
-                drawn = _resample(steps, number, points, before, seed, own)
-            following = _run_kmeans(steps, level, drawn, following, seed, own)
+                previous_folder = paths.join(folder, f"round-{round_number - 1}")
+                drawn = _resample(steps, number, points, previous_folder, seed, round_folder)
+            following = _run_kmeans(steps, level, drawn, following, seed, round_folder)
             progress.say(
                 f"cluster: level {number}, round {round_number}: {level.num_clusters:,} clusters of "
                 f"{sum(file.rows for file in drawn):,} points, {len(following.objectives)} iterations, "
                 f"mean cosine {following.objectives[-1]:.4f}"
             )
             for step in ("candidates", "drawn", "start", "guesses"):
-                paths.delete(paths.join(own, step))
+                paths.delete(paths.join(round_folder, step))
         state = following
     assert state is not None
     return state.centroids
@@ -333,14 +334,14 @@ def _run_kmeans(
     seed: int,
     folder: str,
 ) -> State:
-    """K-means over `points`, going on from `state` where there is one; its state is kept in `folder`."""
+    """Run k-means over `points`, from `state` if there is one; saves its state in `folder`."""
     rows_per_part = steps.config.rows_per_part
     parts = cut(points, rows_per_part)
     num_points = sum(part.rows for part in parts)
     if state is None:
         rows = kmeans.start_rows(num_points, level.num_clusters, level.start, seed)
-        started = _take(steps, points, rows, paths.join(folder, "start"))
-        sample = np.concatenate([block for part in cut(started, rows_per_part) for block in read_blocks(part)])
+        sample_files = _take(steps, points, rows, paths.join(folder, "start"))
+        sample = np.concatenate([block for part in cut(sample_files, rows_per_part) for block in read_blocks(part)])
         state = State(kmeans.initial_centroids(sample, level.num_clusters, level.start, seed), [], False)
         del sample
         _write_state(folder, state)
@@ -353,32 +354,32 @@ def _run_kmeans(
             reduction, guess = kmeans.reduce_points(read_blocks(parts[0]), centroids, guess=guess)
             return reduction
         step = paths.join(folder, f"iteration-{len(objectives):05d}")
-        done = steps.over_parts(points, step, functools.partial(_make_reducer, folder, step))
-        return kmeans.merge(_read_reduction(paths.join(step, record.files[0].name)) for record in done)
+        records = steps.over_parts(points, step, functools.partial(_make_reducer, folder, step))
+        return kmeans.merge(_read_reduction(paths.join(step, record.files[0].name)) for record in records)
 
-    saved = time.monotonic()
+    saved_at = time.monotonic()
     num_left = level.num_iterations - len(objectives)
     for centroids, objective, settled in kmeans.lloyd(state.centroids, num_left, reduce_all):
         objectives.append(objective / num_points)
         state = State(centroids, list(objectives), settled or len(objectives) == level.num_iterations)
-        if len(parts) > 1 or state.done or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+        if len(parts) > 1 or state.done or time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
             _write_state(folder, state)
-            saved = time.monotonic()
+            saved_at = time.monotonic()
         paths.delete(paths.join(folder, f"iteration-{len(objectives) - 1:05d}"))
     return state
 
 
 def _make_reducer(folder: str, step: str) -> Callable[[Shard], ShardRecord]:
-    """A worker that reduces one part after another by the centroids in the state of the k-means in `folder`."""
+    """Make a worker that reduces each part by the saved centroids of the k-means in `folder`."""
     centroids = npy.read_array(paths.join(folder, STATE_NAME))
 
     def process(shard: Shard) -> ShardRecord:
         guess_path = paths.join(folder, "guesses", f"{shard.name}.npy")
         guess = npy.read_array(guess_path) if paths.exists(guess_path) else None
-        reduction, found = kmeans.reduce_points(read_blocks(shard.work), centroids, guess=guess)
+        reduction, clusters = kmeans.reduce_points(read_blocks(shard.work), centroids, guess=guess)
         arrays = (reduction.sums, reduction.counts, np.array(reduction.objective))
         file = npy.write_arrays(paths.join(step, f"reduction-{shard.name}.npy"), *arrays)
-        npy.write_arrays(guess_path, found)  # only makes the next iteration faster, so it may be of any iteration
+        npy.write_arrays(guess_path, clusters)  # only speeds up the next iteration, so any iteration's will do
         return ShardRecord(name=shard.name, files=(file,))
 
     return process
@@ -388,16 +389,16 @@ def _resample(
     steps: _Steps,
     number: int,
     points: tuple[PointFile, ...],
-    before: str,
+    previous_folder: str,
     seed: int,
     folder: str,
 ) -> tuple[PointFile, ...]:
-    """The points that are drawn from each cluster of the k-means in `before`; raises ConfigError for too few."""
+    """Draw points from each cluster of the k-means in `previous_folder`. Raises ConfigError for too few points."""
     level = steps.config.levels[number]
     resampling, num_clusters = level.resampling, level.num_clusters
     assert resampling is not None
     step = paths.join(folder, "candidates")
-    make = functools.partial(_make_drawer, resampling, before, seed, step)
+    make = functools.partial(_make_drawer, resampling, previous_folder, seed, step)
     best = kmeans.Drawn.none()
     for record in steps.over_parts(points, step, make):
         more = kmeans.Drawn(*npy.read_arrays(paths.join(step, record.files[0].name), 3))
@@ -405,22 +406,24 @@ def _resample(
     if len(best.row) < num_clusters:
         raise ConfigError(
             f"cluster.levels.{number}.resampling.sample_size is {resampling.sample_size:,}, which draws "
-            f"{len(best.row):,} points of the {len(np.unique(best.cluster)):,} clusters that are not empty; "
-            f"{num_clusters:,} clusters cannot be made of them. Raise it, or leave resampling out."
+            f"{len(best.row):,} points from the {len(np.unique(best.cluster)):,} clusters that are not empty; these "
+            f"are too few points for {num_clusters:,} clusters. Raise it, or leave resampling out."
         )
     return _take(steps, points, np.sort(best.row), paths.join(folder, "drawn"))
 
 
-def _make_drawer(resampling: ResamplingConfig, before: str, seed: int, step: str) -> Callable[[Shard], ShardRecord]:
-    """A worker that draws from the clusters of one part after another."""
-    centroids = npy.read_array(paths.join(before, STATE_NAME))
+def _make_drawer(
+    resampling: ResamplingConfig, previous_folder: str, seed: int, step: str
+) -> Callable[[Shard], ShardRecord]:
+    """Make a worker that draws points of each part from their clusters."""
+    centroids = npy.read_array(paths.join(previous_folder, STATE_NAME))
 
     def process(shard: Shard) -> ShardRecord:
         row, best = shard.work.first, kmeans.Drawn.none()
         for block in read_blocks(shard.work):
             cluster, key = exact.assign(block, centroids)
             if resampling.draw == "random":
-                # The n-th number of the generator for the n-th point, however the points are cut.
+                # The n-th point gets the n-th number of the generator, so the cut into parts changes nothing.
                 bits = np.random.PCG64(np.random.SeedSequence([seed, 2])).advance(row)
                 key = np.random.Generator(bits).random(len(block)).astype(np.float32)
             more = kmeans.Drawn(cluster, key, np.arange(row, row + len(block)))
@@ -433,12 +436,12 @@ def _make_drawer(resampling: ResamplingConfig, before: str, seed: int, step: str
 
 
 def _take(steps: _Steps, points: tuple[PointFile, ...], rows: np.ndarray, folder: str) -> tuple[PointFile, ...]:
-    """The points with the given ascending `rows`, as files of their own in `folder`."""
+    """Copy the points with the given ascending `rows` into files in `folder`."""
     rows_path = folder + "-rows.npy"
     npy.write_arrays(rows_path, rows)
-    done = steps.over_parts(points, folder, functools.partial(_make_taker, rows_path, folder))
+    records = steps.over_parts(points, folder, functools.partial(_make_taker, rows_path, folder))
     paths.delete(rows_path)
-    return _point_files(folder, done)
+    return _point_files(folder, records)
 
 
 def _make_taker(rows_path: str, folder: str) -> Callable[[Shard], ShardRecord]:
@@ -446,56 +449,56 @@ def _make_taker(rows_path: str, folder: str) -> Callable[[Shard], ShardRecord]:
 
     def process(shard: Shard) -> ShardRecord:
         part = shard.work
-        own = rows[slice(*np.searchsorted(rows, (part.first, part.first + part.rows)))]
-        return _write_points(folder, shard.name, kmeans.take(read_blocks(part), own - part.first))
+        rows_in_part = rows[slice(*np.searchsorted(rows, (part.first, part.first + part.rows)))] - part.first
+        return _write_points(folder, shard.name, kmeans.take(read_blocks(part), rows_in_part))
 
     return process
 
 
 def cut(points: Sequence[PointFile], rows_per_part: int) -> list[Part]:
-    """All points in runs of `rows_per_part`, the last one shorter."""
+    """Cut all points into parts of `rows_per_part`; the last part may be smaller."""
     parts: list[Part] = []
     pieces: list[tuple[str, int, int]] = []
-    first = held = 0
+    first = num_rows = 0  # of the part under way
     for file in points:
         begin = 0
         while begin < file.rows:
-            end = min(file.rows, begin + rows_per_part - held)
+            end = min(file.rows, begin + rows_per_part - num_rows)
             pieces.append((file.path, begin, end))
-            held, begin = held + end - begin, end
-            if held == rows_per_part:
+            num_rows, begin = num_rows + end - begin, end
+            if num_rows == rows_per_part:
                 parts.append(Part(f"{len(parts):05d}", first, tuple(pieces)))
-                first, held, pieces = first + held, 0, []
+                first, num_rows, pieces = first + num_rows, 0, []
     if pieces:
         parts.append(Part(f"{len(parts):05d}", first, tuple(pieces)))
     return parts
 
 
 def read_blocks(part: Part) -> Iterator[np.ndarray]:
-    """The points of a part in blocks (n, D) of BLOCK_ROWS, the last one shorter."""
+    """The points of a part in blocks (n, D) of BLOCK_ROWS; the last block may be smaller."""
     pending: list[np.ndarray] = []
-    held = 0
+    num_pending = 0
     for path, begin, end in part.pieces:
         with paths.open_read(path) as file:
             (_, width), _, dtype = npy.read_header(file)
             file.seek(begin * width * dtype.itemsize, 1)
             while begin < end:
-                count = min(end - begin, BLOCK_ROWS - held)
+                count = min(end - begin, BLOCK_ROWS - num_pending)
                 pending.append(np.frombuffer(file.read(count * width * dtype.itemsize), dtype).reshape(count, width))
-                held, begin = held + count, begin + count
-                if held == BLOCK_ROWS:
+                num_pending, begin = num_pending + count, begin + count
+                if num_pending == BLOCK_ROWS:
                     yield np.concatenate(pending)
-                    pending, held = [], 0
+                    pending, num_pending = [], 0
     if pending:
         yield np.concatenate(pending)
 
 
-def _finish(config: ClusterConfig, output: str, done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
-    """The facts: per level how each k-means went, and how many images its clusters hold."""
+def _finish(config: ClusterConfig, output: str, records: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
+    """The facts of each level: the objectives of each k-means, and the sizes of its clusters."""
     num_levels = len(config.levels)
     counts = np.zeros(config.levels[0].num_clusters, np.int64)
     similarity, num_images = np.zeros(num_levels), 0
-    for record in done:
+    for record in records:
         for file in record.files:
             if not file.name.startswith("assignments-"):
                 continue
@@ -550,32 +553,13 @@ def _write_points(folder: str, name: str, matrix: np.ndarray) -> ShardRecord:
     return ShardRecord(name=name, files=(file,), totals={"points": len(matrix)})
 
 
-def _point_files(folder: str, done: Sequence[ShardRecord]) -> tuple[PointFile, ...]:
-    return tuple(PointFile(paths.join(folder, record.files[0].name), record.totals["points"]) for record in done)
+def _point_files(folder: str, records: Sequence[ShardRecord]) -> tuple[PointFile, ...]:
+    return tuple(PointFile(paths.join(folder, record.files[0].name), record.totals["points"]) for record in records)
 
 
-def command_line(
-    config: command.ConfigOption,
-    images: Annotated[str, typer.Option("--images", help="Folder of the finished ingest.")],
-    deduplicated: Annotated[str, typer.Option("--dedup", help="Folder of the finished dedup.")],
-    embedded: Annotated[str, typer.Option("--vectors", help="Folder of the finished embed.")],
-    output: command.OutputOption,
-    runner: command.RunnerOption = "ray",
-    workers: command.WorkersOption = None,
-    overrides: command.SetOption = None,
-    plan: command.PlanOption = False,
-    replace: command.ReplaceOption = False,
-) -> None:
-    """Cluster the kept pool images."""
-    settings = load(ClusterConfig, config, overrides or (), section="cluster")
-    inputs = RunFolder(ingest=images, dedup=deduplicated, embed=embedded)
-    command.plan_or_run(
-        settings,
-        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
-        plan=plan,
-        runner=runner,
-        workers=workers,
-    )
+command_line = stage_command(
+    "cluster", ClusterConfig, run, "Cluster the kept pool images.", reads=("ingest", "dedup", "embed")
+)
 
 
 if __name__ == "__main__":

@@ -30,15 +30,14 @@ import functools
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import typer
 from pydantic import Field, model_validator
 
-from curation.config import Settings, load
+from curation.config import Settings
 from curation.copies.components import component_sizes, connected_components, family_edges, flatten, separate, unite
 from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
 from curation.engine import command
@@ -52,6 +51,7 @@ from curation.files.disk_arrays import blocks, count_true, on_disk
 from curation.files.image_ids import pack_ids, unpack_ids
 from curation.run_folder import RunFolder, require_same_ingest
 from curation.search.top_k import top_k_of_groups
+from curation.stage_command import stage_command
 
 # How many of the largest components the manifest names; the report shows them.
 LARGEST_COMPONENTS = 20
@@ -551,30 +551,12 @@ def _rows(table: pa.Table, part: slice, graph: DuplicateGraph, decision: Decisio
     ), reason
 
 
-def command_line(
-    config: command.ConfigOption,
-    images: Annotated[str, typer.Option("--images", help="Folder of the finished ingest.")],
-    pairs: Annotated[str, typer.Option("--pairs", help="Folder of the finished pairs.")],
-    output: command.OutputOption,
-    runner: command.RunnerOption = "ray",
-    workers: command.WorkersOption = None,
-    overrides: command.SetOption = None,
-    plan: command.PlanOption = False,
-    replace: command.ReplaceOption = False,
-) -> None:
-    """Decide which images are copies, and which are kept."""
-    settings = load(DedupConfig, config, overrides or (), section="dedup")
-    inputs = RunFolder(ingest=images, pairs=pairs)
-    command.plan_or_run(
-        settings,
-        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
-        plan=plan,
-        runner=runner,
-        workers=workers,
-    )
+command_line = stage_command(
+    "dedup", DedupConfig, run, "Decide which images are copies, and which are kept.", reads=("ingest", "pairs")
+)
 
 
 if __name__ == "__main__":
-    from curation import dedup  # by its real name, or its classes would exist twice
+    from curation import dedup  # by its real name: otherwise each class would exist twice
 
     command.main(dedup.command_line)

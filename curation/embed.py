@@ -1,24 +1,24 @@
 """Embed and describe: from images to one unit vector each. The same stage with two kinds of model.
 
-    embed/                          what resembles what: a self-supervised ViT
-      vectors-00000.parquet  ...    records.vectors: float16, unit length
+    embed/                          for comparing content: vectors of a self-supervised ViT
+      vectors-00000.parquet  ...    schemas.vectors: float16, unit length
       manifest.json
-    describe/                       what is a copy of what: a copy-detection descriptor
+    describe/                       for finding copies: copy-detection descriptors
       vectors-00000.parquet  ...
-      thumbnails-00000.parquet ...  records.THUMBNAILS, where `thumbnail_side` asks for them
+      thumbnails-00000.parquet ...  schemas.THUMBNAILS, unless `thumbnail_side` is 0
       manifest.json
 
-One shard of images gives one shard of vectors, in the same order; an image that occurs twice in a shard is embedded
-once. Reading, decoding and the model overlap: threads read and decode ahead of the model, a bounded number of pictures,
-and on a GPU the next batch is copied while one is computed. Memory holds those and one shard of vectors, however many
-images there are.
+One shard of images gives one shard of vectors, in the same order. An image that occurs twice in a shard is embedded
+once. Reading, decoding and the model overlap: threads read and decode a bounded number of pictures ahead of the model,
+and on a GPU the next batch is copied while the current one is computed. Memory holds these pictures and one shard of
+vectors; it does not grow with the number of images.
 
     python -m curation.embed --config CONFIG.toml --images ingest/ --output embed/
     python -m curation.embed --config CONFIG.toml --images ingest/ --output describe/ --stage describe
     python -m curation.embed --images FOLDER --model vit_small_patch14 --weights dinov2_vits14.pth --output OUT/
 
-The last needs no config: FOLDER holds image files, tars or Parquet; OUT/ingest/ then lists them, OUT/embed/ has their
-vectors.
+The last command needs no config. FOLDER holds image files, tars or Parquet files. The command writes the images' rows
+to OUT/ingest/ and their vectors to OUT/embed/.
 """
 
 import functools
@@ -53,27 +53,27 @@ from curation.ingest import IngestConfig
 from curation.models.embedders import Embedder, EmbedderConfig, load_embedder
 from curation.run_folder import RunFolder
 
-# WebP keeps a 96-pixel drawing recognisable in 1-3 kB. Assumed enough for verification and for the report.
+# WebP stores a recognisable drawing of 96 pixels in 1-3 kB. Assumed enough for verification and for the report.
 THUMBNAIL_QUALITY = 90
-# Threads that read images which lie in files of their own; those of one tar are read one after the other. Assumed: an
-# object store answers in 50 to 200 ms.
+# Threads that read images stored in separate files; images in one tar are read one after the other. Assumed: an object
+# store answers in 50 to 200 ms.
 READERS = 8
 
 
 class EmbedConfig(Settings):
-    """Which model, and what it costs."""
+    """The model, and the resources of its workers."""
 
     embedder: EmbedderConfig
-    """The model and how it reads a picture."""
+    """The model, and how pictures are prepared for it."""
     threads_per_worker: int = Field(default=1, ge=1)
-    """Threads of the model in each worker, on a CPU. Several workers of one thread are faster than one of several,
-    whose threads wait for the one that decoding holds up (measured: docs/benchmarks.md). Part of the plan: sums of
-    another order round differently."""
+    """Threads of the model in each worker, on a CPU. Several workers with one thread each are faster than one worker
+    with several threads: decoding delays one thread, and the others wait for it (measured: docs/benchmarks.md). Part of
+    the plan, because the number of threads changes the order of sums and so their rounding."""
     decode_threads: Annotated[int, NotInPlan] = Field(default=2, ge=1)
-    """Threads of each worker that decode pictures ahead of the model. A GPU wants as many as keep it fed: a core
+    """Threads of each worker that decode pictures ahead of the model. Raise it until a GPU no longer waits: a core
     decodes some hundred photographs a second."""
     thumbnail_side: int = Field(default=0, ge=0, le=1024)
-    """Longest side in pixels of the thumbnails to write beside the vectors; 0 writes none."""
+    """Longest side in pixels of the thumbnails written beside the vectors; 0 writes none."""
 
 
 def run(
@@ -88,7 +88,7 @@ def run(
 ) -> Manifest:
     """Embed every accepted image of the finished ingest; returns the manifest of the stage `name`.
 
-    Raises InputError when a source has changed since it was ingested, DeviceError or WeightsError for the model.
+    Raises InputError when a source has changed since ingest, and DeviceError or WeightsError for the model.
     """
     ingested = require_manifest(inputs.ingest)
     limits = ImageLimits.model_validate(ingested.facts["limits"], strict=False)
@@ -107,13 +107,13 @@ def run(
         output=output,
         shards=shards,
         make_worker=functools.partial(make_worker, config, limits, output),
-        note=_note,
+        note=_describe_times,
     )
     return run_stage(stage, runner, replace=replace, log=log)
 
 
 def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callable[[Shard], ShardRecord]:
-    """A worker that loads the model once and embeds one shard after another."""
+    """A worker that loads the model once and embeds the images of a shard."""
     torch.set_num_threads(config.threads_per_worker)
     embedder = load_embedder(config.embedder)
 
@@ -124,19 +124,20 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
         vectors = np.empty((len(rows), embedder.dimensions), np.float16)
         thumbnails: list[bytes | None] = [None] * len(rows)
         meter, decoding = Meter(), 0.0
-        pictures = prepared(config, embedder, limits, [rows[place] for batch in batches for place in batch], meter)
+        rows_in_order = [rows[index] for batch in batches for index in batch]
+        pictures = prepared_pictures(config, embedder, limits, rows_in_order, meter)
 
-        def stacked() -> Iterator[np.ndarray]:
+        def stacked_batches() -> Iterator[np.ndarray]:
             nonlocal decoding
             for batch in batches:
-                own = [next(pictures) for _ in batch]
-                for place, picture in zip(batch, own, strict=True):
-                    thumbnails[place] = picture.thumbnail
+                batch_pictures = [next(pictures) for _ in batch]
+                for index, picture in zip(batch, batch_pictures, strict=True):
+                    thumbnails[index] = picture.thumbnail
                     decoding += picture.seconds
-                yield np.stack([picture.pixels for picture in own])
+                yield np.stack([picture.pixels for picture in batch_pictures])
 
-        for batch, found in zip(batches, embedder.embed_batches(stacked()), strict=True):
-            vectors[batch] = found
+        for batch, batch_vectors in zip(batches, embedder.embed_batches(stacked_batches()), strict=True):
+            vectors[batch] = batch_vectors
         image_ids = [row["image_id"] for row in rows]
         path = paths.join(output, f"vectors-{shard.name}.parquet")
         files = [parquet.write_table(path, make_table(image_ids, vectors))]
@@ -156,68 +157,68 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
 
 
 def rows_of(images: str) -> list[dict[str, Any]]:
-    """The rows of one images file that the model needs, each image once."""
+    """The rows of one images file, one per image_id, with the columns that embedding needs."""
     table = parquet.read_table(images, schemas.IMAGES, ["image_id", "uri", "offset", "length", "width", "height"])
     return list({row["image_id"]: row for row in reversed(table.to_pylist())}.values())[::-1]
 
 
-class Prepared(NamedTuple):
-    """A picture as the model will see it."""
+class PreparedPicture(NamedTuple):
+    """A picture at the size of the model's input."""
 
     pixels: np.ndarray  # (3, H, W) uint8
-    thumbnail: bytes | None
-    seconds: float  # of processor time
+    thumbnail: bytes | None  # encoded; None without `thumbnail_side`
+    seconds: float  # processor time of the preparation
 
 
-def prepared(
+def prepared_pictures(
     config: EmbedConfig, embedder: Embedder, limits: ImageLimits, rows: Sequence[dict[str, Any]], meter: Meter
-) -> Iterator[Prepared]:
-    """The pictures of `rows` in their order, read and decoded by threads ahead of who takes them: two batches."""
+) -> Iterator[PreparedPicture]:
+    """The pictures of `rows`, in order. Threads read and decode two batches ahead of the consumer."""
 
-    def prepare(read: tuple[dict[str, Any], bytes]) -> Prepared:
-        row, data = read
+    def prepare(row_and_bytes: tuple[dict[str, Any], bytes]) -> PreparedPicture:
+        row, data = row_and_bytes
         started = time.thread_time()
         shape = embedder.shape(row["width"], row["height"])
         picture = decode_picture(data, limits, target_side=max(min(shape), config.thumbnail_side))
         pixels = embedder.preprocess(picture, shape)
         thumbnail = encode_thumbnail(upright(picture), config.thumbnail_side) if config.thumbnail_side else None
-        return Prepared(pixels, thumbnail, time.thread_time() - started)
+        return PreparedPicture(pixels, thumbnail, time.thread_time() - started)
 
     threads = config.decode_threads
     return prefetch(prepare, _read(rows), threads=threads, ahead=2 * config.embedder.batch_size + threads, meter=meter)
 
 
 def _batches(shapes: Sequence[tuple[int, int]], size: int) -> list[list[int]]:
-    """The places of pictures of these shapes in batches of one shape, otherwise in order."""
+    """Indices into `shapes`, in batches of at most `size` pictures of one shape."""
     batches: list[list[int]] = []
-    for _, places in groupby(sorted(range(len(shapes)), key=shapes.__getitem__), key=shapes.__getitem__):
-        alike = list(places)
-        batches.extend(alike[start : start + size] for start in range(0, len(alike), size))
+    for _, indices in groupby(sorted(range(len(shapes)), key=shapes.__getitem__), key=shapes.__getitem__):
+        same_shape = list(indices)
+        batches.extend(same_shape[start : start + size] for start in range(0, len(same_shape), size))
     return batches
 
 
 def _read(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Each row with the bytes of its image, read ahead."""
-    files = len({row["uri"] for row in rows})
-    readers = READERS if files > len(rows) / 2 else 1
-    idle = [ReferenceReader() for _ in range(readers)]
+    """Each row with the bytes of its image, read ahead of the consumer."""
+    num_files = len({row["uri"] for row in rows})
+    num_readers = READERS if num_files > len(rows) / 2 else 1
+    idle_readers = [ReferenceReader() for _ in range(num_readers)]
 
     def read(row: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        reader = idle.pop()
+        reader = idle_readers.pop()
         try:
             return row, reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
         finally:
-            idle.append(reader)
+            idle_readers.append(reader)
 
     try:
-        yield from prefetch(read, rows, threads=readers, ahead=readers)
+        yield from prefetch(read, rows, threads=num_readers, ahead=num_readers)
     finally:
-        for reader in idle:
+        for reader in idle_readers:
             reader.close()
 
 
-def _note(measured: Mapping[str, float]) -> str:
-    """Where the workers' time went, for who watches: a model that waits wants more threads that decode."""
+def _describe_times(measured: Mapping[str, float]) -> str:
+    """A note for the progress display on the workers' time. If the model waits, raise `decode_threads`."""
     if not measured.get("taken"):
         return ""
     waited, decoding = (measured[key] / measured["seconds"] for key in ("waited", "decoding"))
@@ -228,7 +229,7 @@ def _note(measured: Mapping[str, float]) -> str:
 
 
 def encode_thumbnail(picture: Image.Image, side: int) -> bytes:
-    """`picture` (RGB) as an encoded image whose longest side is at most `side` pixels; never enlarged."""
+    """`picture` (RGB) as an encoded WebP image with sides of at most `side` pixels; never enlarged."""
     small = picture.copy() if max(picture.size) <= side else picture
     small.thumbnail((side, side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -240,11 +241,13 @@ def command_line(
     images: Annotated[str, typer.Option("--images", help="Folder of the finished ingest, or of images.")],
     output: command.OutputOption,
     config: Annotated[str | None, typer.Option("--config", help="TOML file; the stage reads its own section.")] = None,
-    stage: Annotated[Literal["embed", "describe"], typer.Option("--stage", help="The section to use.")] = "embed",
+    stage: Annotated[
+        Literal["embed", "describe"], typer.Option("--stage", help="Section of the config to use.")
+    ] = "embed",
     model: Annotated[str | None, typer.Option("--model", help="Without --config: name of the model.")] = None,
-    weights: Annotated[str | None, typer.Option("--weights", help="Without --config: its checkpoint.")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="Without --config: the model's checkpoint.")] = None,
     layout: Annotated[
-        Layout | None, typer.Option("--layout", help="Without --config: how a folder stores its images.")
+        Layout | None, typer.Option("--layout", help="Without --config: how the folder stores images.")
     ] = None,
     runner: command.RunnerOption = "ray",
     workers: command.WorkersOption = None,
@@ -280,6 +283,6 @@ def command_line(
 
 
 if __name__ == "__main__":
-    from curation import embed  # by its real name, or its classes would exist twice
+    from curation import embed  # by its real name: otherwise each class would exist twice
 
     command.main(embed.command_line)

@@ -32,10 +32,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import typer
 from pydantic import Field, model_validator
 
-from curation.config import Settings, load
+from curation.config import Settings
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.engine.run_log import RunLog
@@ -52,6 +51,7 @@ from curation.retrieval_modes import MODES
 from curation.retrieve import DatasetConfig
 from curation.run_folder import RunFolder, kept_images, retrieved_tables
 from curation.search.top_k import rank_in_groups, sort_into_groups
+from curation.stage_command import stage_command
 
 PARTS = ("seeds", "retrieval", "clustering")
 PLAN_STEP = "tars"
@@ -566,28 +566,7 @@ def _unique_by(image: np.ndarray, group: np.ndarray, num_groups: int) -> list[in
     return counts
 
 
-def command_line(
-    config: command.ConfigOption,
-    images: Annotated[str, typer.Option("--images", help="Folder of the finished ingest.")],
-    deduplicated: Annotated[str, typer.Option("--dedup", help="Folder of the finished dedup.")],
-    retrieved: Annotated[str, typer.Option("--retrieved", help="Folder of the finished retrieve.")],
-    output: command.OutputOption,
-    runner: command.RunnerOption = "ray",
-    workers: command.WorkersOption = None,
-    overrides: command.SetOption = None,
-    plan: command.PlanOption = False,
-    replace: command.ReplaceOption = False,
-) -> None:
-    """Write the corpus."""
-    settings = load(PackConfig, config, overrides or (), section="pack")
-    inputs = RunFolder(ingest=images, dedup=deduplicated, retrieve=retrieved)
-    command.plan_or_run(
-        settings,
-        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
-        plan=plan,
-        runner=runner,
-        workers=workers,
-    )
+command_line = stage_command("pack", PackConfig, run, "Write the corpus.", reads=("ingest", "dedup", "retrieve"))
 
 
 if __name__ == "__main__":

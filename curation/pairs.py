@@ -17,14 +17,13 @@ hashes of all images, about 100 bytes each; nothing else grows with their number
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import typer
 from pydantic import Field, field_validator
 
-from curation.config import Settings, load
+from curation.config import Settings
 from curation.copies.compare_thumbnails import PreparedThumbnail, ThumbnailComparer, VerificationConfig
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
@@ -40,6 +39,7 @@ from curation.search import exact, self_join
 from curation.search.config import SearchConfig
 from curation.search.self_join import Neighborhood
 from curation.search.top_k import starts_group
+from curation.stage_command import stage_command
 
 # Prepared thumbnails that a worker keeps at hand, each up to 0.8 MB. Assumed: a shard of pairs, sorted by its first
 # image, needs few more.
@@ -275,31 +275,17 @@ def _hash_pairs(
         yield by_bucket(np.concatenate(held, axis=1))
 
 
-def command_line(
-    config: command.ConfigOption,
-    images: Annotated[str, typer.Option("--images", help="Folder of the finished ingest.")],
-    descriptors: Annotated[str, typer.Option("--descriptors", help="Folder of the finished describe.")],
-    output: command.OutputOption,
-    runner: command.RunnerOption = "ray",
-    workers: command.WorkersOption = None,
-    overrides: command.SetOption = None,
-    plan: command.PlanOption = False,
-    replace: command.ReplaceOption = False,
-) -> None:
-    """Find the pairs of images that may be copies."""
-    settings = load(PairsConfig, config, overrides or (), section="pairs")
-    inputs = RunFolder(ingest=images, describe=descriptors)
-    command.plan_or_run(
-        settings,
-        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
-        plan=plan,
-        runner=runner,
-        workers=workers,
-        gpus_per_worker=settings.search.num_gpus,
-    )
+command_line = stage_command(
+    "pairs",
+    PairsConfig,
+    run,
+    "Find the pairs of images that may be copies.",
+    reads=("ingest", "describe"),
+    num_gpus=lambda settings: settings.search.num_gpus,
+)
 
 
 if __name__ == "__main__":
-    from curation import pairs  # by its real name, or its classes would exist twice
+    from curation import pairs  # by its real name: otherwise each class would exist twice
 
     command.main(pairs.command_line)

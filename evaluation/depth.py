@@ -1,27 +1,27 @@
-"""How far away things are, read off frozen patch tokens: what features know of the geometry of a scene.
+"""Monocular depth from frozen patch tokens, which measures geometry in the features.
 
-A small head is trained on the tokens of a frozen backbone to say the depth of every pixel, and is scored by ten
-numbers. The heads, the loss and the crops are those of DINOv2; three things differ from what made its published
-numbers, and every result says so in its settings: the learning rate and its schedule are DINOv3's, the loss has no
-gradient term, and padding is cut off the prediction where DINOv2 stretched it over the picture.
+A small head on the tokens of a frozen backbone is trained to predict the depth of every pixel, and scored by ten
+metrics. The heads, the loss and the crops are those of DINOv2. Three things differ from its published numbers: the
+learning rate and its schedule are DINOv3's, the loss has no gradient term, and the prediction for the padding is cut
+off, where DINOv2 stretches the prediction over the image.
 
-What is read (`layout`), every depth map as large as its picture:
+The layouts of the data. Every depth map has the size of its image:
 
-    nyu          NYU Depth v2 as BTS hands it out: a list of "/<scene>/rgb_00045.jpg /<scene>/sync_depth_00045.png
+    nyu          NYU Depth v2 as published by BTS: a list of "/<scene>/rgb_00045.jpg /<scene>/sync_depth_00045.png
                  518.8579", 480 x 640, PNG of 16 bits in millimetres
-    nyu_arrays   the test set as DenseDepth hands it out: eigen_test_rgb.npy (n, 480, 640, 3) uint8 and
+    nyu_arrays   the test set as published by DenseDepth: eigen_test_rgb.npy (n, 480, 640, 3) uint8 and
                  eigen_test_depth.npy (n, 480, 640) in metres
     kitti        KITTI's Eigen split: a list of "<date>/<drive>/image_02/data/<frame>.png
-                 <drive>/proj_depth/groundtruth/image_02/<frame>.png focal", pictures below input/, depths below
+                 <drive>/proj_depth/groundtruth/image_02/<frame>.png focal", images below input/, depths below
                  gt_depth/, PNG of 16 bits in metres / 256; lines whose depth is None are left out
     sun_rgbd     SUN RGB-D: a list of "SUNRGBD/<sensor>/.../image/<name>.jpg SUNRGBD/<sensor>/.../depth/<name>.png",
-                 PNG of 16 bits, millimetres turned left by 3 bits, cut off at 8 m
+                 PNG of 16 bits, millimetres rotated left by 3 bits, clipped at 8 m
     folder       <folder>/rgb/<name>.<any> and <folder>/depth/<name>.png of 16 bits, or .npy in metres
 
-Depth 0 is unknown everywhere.
+In every layout, depth 0 means unknown.
 
 Shapes:
-    B  pictures    H, W  pixels    h, w  patches    D  width of a token    L  blocks that are read    K  depth bins
+    B  images    H, W  pixels    h, w  patches    D  width of a token    L  blocks of a head's input    K  depth bins
 
 Sources: Oquab et al., DINOv2 (arXiv 2304.07193), 7.4, and its released heads; Li et al., BinsFormer (arXiv 2204.00987),
 whose toolbox has the lists and crops; Eigen et al. (arXiv 1406.2283) for the loss and the metrics; Ranftl et al., DPT
@@ -67,46 +67,46 @@ HeadName = Literal["linear_1", "linear_4", "dpt"]
 Tokens = Sequence[tuple[Tensor, Tensor]]  # of each block: patch tokens (B, D, h, w) and CLS (B, D)
 
 METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3", "mae")
-READERS = 2  # threads that read and crop ahead of the model. Assumed.
+READERS = 2  # threads that read and crop in advance. Assumed.
 NUM_BINS = 256  # cited: DINOv2, hub/depthers.py
 MIN_DEPTH = 1e-3  # metres; cited: the same
-BIN_FLOOR = 0.1  # added to every bin before they are normalised; cited: AdaBins and DINOv2's decode_head.py
-UPSAMPLING = 4  # of the patch grid before the head; cited: DINOv2, hub/depthers.py
+BIN_FLOOR = 0.1  # added to every bin before normalisation; cited: AdaBins and DINOv2's decode_head.py
+UPSAMPLING = 4  # factor on the patch grid before the head; cited: DINOv2, hub/depthers.py
 LOSS_EPSILON = 1e-3  # metres; cited: DINOv2's sigloss.py
-LOSS_MEAN_WEIGHT = 0.15  # of the squared mean; cited: the same, where Eigen et al. have a half
+LOSS_MEAN_WEIGHT = 0.15  # of the squared mean; cited: the same. Eigen et al. have 0.5
 DPT_CHANNELS = 256  # cited: DINOv2, hub/depthers.py
-LOSS_WARMUP_STEPS = 100  # first steps, in which the loss is the mean error alone; cited: the same
+LOSS_WARMUP_STEPS = 100  # first steps, whose loss is the mean error alone; cited: the same
 WEIGHT_DECAY = 0.01  # of AdamW; cited: DINOv3's NYU config
-GRADIENT_CLIP = 35.0  # greatest norm of the gradient; cited: the same
-MAX_ROTATION = 2.5  # degrees; cited: BinsFormer's toolbox, as all of `augment`
+GRADIENT_CLIP = 35.0  # maximum norm of the gradient; cited: the same
+MAX_ROTATION = 2.5  # degrees; cited: BinsFormer's toolbox, as the other numbers of `augment`
 
 
 class DepthConfig(Settings):
-    """A head on frozen tokens that says how far away every pixel is."""
+    """A head on frozen tokens that predicts the depth of every pixel."""
 
     train: DepthDataConfig
-    """What the head is trained on."""
+    """The training data."""
     tests: tuple[DepthDataConfig, ...] = Field(min_length=1)
-    """What it is scored on."""
+    """The test data."""
     heads: tuple[HeadName, ...] = ("linear_1", "linear_4")
-    """The last block alone, four blocks, or DPT on the same four."""
+    """Heads to train: a linear head on the last block or on four blocks, or DPT on the same four blocks."""
     final_norm: bool = False
-    """Whether tokens pass the backbone's last norm. Off, as for DINOv2's released heads; DINOv3 has it on."""
+    """Whether tokens pass the backbone's last norm: false for DINOv2's released heads, true for DINOv3."""
     max_depth: float | None = Field(default=None, gt=MIN_DEPTH)
-    """Metres: the last bin, and the cap of what is trained on and scored. Left out, 80 where KITTI is trained on, 10
-    elsewhere."""
+    """Metres: the last bin. Greater depths are neither trained on nor scored. Left out, 80 for training data of layout
+    "kitti", 10 for others."""
     crop_size: tuple[int, int] | None = None
-    """Height and width in pixels of a training crop. Left out, 416 x 544, for KITTI 352 x 704."""
+    """Height and width in pixels of a training crop. Left out, 352 x 704 for KITTI, 416 x 544 for other data."""
     steps: int = Field(default=38_400, ge=1)
     """Optimizer steps. Cited: DINOv2 and DINOv3."""
     warmup_steps: int = Field(default=12_800, ge=2)
-    """Of them, those in which the learning rate rises. Cited: the same."""
+    """First steps, in which the learning rate rises. Cited: the same."""
     batch_size: int = Field(default=16, ge=1)
-    """Crops a step. Cited: 2 on each of 8 GPUs."""
+    """Crops of a step. Cited: the same, 2 on each of 8 GPUs."""
     learning_rate: float = Field(default=3e-4, gt=0)
-    """The highest. Cited: DINOv3's NYU config."""
+    """Maximum of the schedule. Cited: DINOv3's NYU config."""
     seed: int = Field(default=0, ge=0)
-    """Of the head's first weights, the order of the pictures and the crops."""
+    """Draws the fresh head, the order of the images and the crops."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,7 +118,7 @@ class DepthConfig(Settings):
 
     @property
     def cap(self) -> float:
-        """Metres."""
+        """The greatest depth in metres that is trained on and scored."""
         return self.max_depth or LAYOUTS[self.train.layout].max_depth
 
 
@@ -126,7 +126,7 @@ class DepthConfig(Settings):
 
 
 def valid_mask(truth: Tensor, *, max_depth: float, crop: Crop = "none") -> Tensor:
-    """Which pixels of `truth` (H, W) count: between a millimetre and `max_depth`, and inside the crop."""
+    """The pixels of `truth` (H, W) that count: between a millimetre and `max_depth`, inside the crop."""
     inside = torch.zeros_like(truth, dtype=torch.bool)
     rows, columns = truth.shape
     match crop:
@@ -144,13 +144,13 @@ def valid_mask(truth: Tensor, *, max_depth: float, crop: Crop = "none") -> Tenso
 def measure(prediction: Tensor, truth: Tensor, mask: Tensor) -> dict[str, float]:
     """The ten metrics over the pixels of `mask`, all (H, W), depths in metres. NaN where no pixel counts.
 
-    abs_rel, sq_rel: mean error and squared error by true depth. rmse, mae: metres. rmse_log: of natural logarithms.
-    log10: mean error of decimal ones. silog: the standard deviation of the errors of natural logarithms, times 100.
-    d1, d2, d3: the share of pixels off by a factor less than 1.25, its square, its cube.
+    abs_rel, sq_rel: mean error and mean squared error, each divided by the true depth. rmse, mae: metres. rmse_log: of
+    natural logarithms. log10: mean error of decimal logarithms. silog: 100 times the standard deviation of the errors
+    of natural logarithms. d1, d2, d3: the share of pixels with a ratio to the truth below 1.25, 1.25^2, 1.25^3.
     """
-    found, true = prediction[mask].double(), truth[mask].double()
-    error, log_error = found - true, found.log() - true.log()
-    ratio = torch.maximum(found / true, true / found)
+    predicted, true = prediction[mask].double(), truth[mask].double()
+    error, log_error = predicted - true, predicted.log() - true.log()
+    ratio = torch.maximum(predicted / true, true / predicted)
     values = {
         "abs_rel": (error.abs() / true).mean(),
         "sq_rel": (error.square() / true).mean(),
@@ -166,19 +166,19 @@ def measure(prediction: Tensor, truth: Tensor, mask: Tensor) -> dict[str, float]
     return {name: float(values[name]) for name in METRICS}
 
 
-def mean_over_pictures(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the pictures in which a pixel counts. Raises InputError where there are none."""
+def mean_over_images(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the images in which a pixel counts. Raises InputError where there are none."""
     counted = [one for one in measured if not math.isnan(one["mae"])]
     if not counted:
-        raise InputError("No pixel of any test picture has a depth that counts. Check the units and max_depth.")
+        raise InputError("No pixel of any test image has a depth that counts. Check the units and max_depth.")
     return {name: math.fsum(one[name] for one in counted) / len(counted) for name in METRICS}
 
 
 def sig_loss(prediction: Tensor, truth: Tensor, *, max_depth: float, mean_alone: bool = False) -> Tensor:
     """The scale-invariant loss of Eigen et al. over all pixels with 0 < truth <= max_depth: a scalar.
 
-    The root of the variance (n - 1) of the logarithmic errors plus 0.15 of their squared mean; with `mean_alone` the
-    root of the latter. 0 where fewer than two pixels count.
+    It is the root of the variance (n - 1) of the logarithmic errors plus 0.15 times their squared mean. With
+    `mean_alone` the variance is left out. It is 0 where fewer than two pixels count.
     """
     mask = (truth > 0) & (truth <= max_depth)
     error = (prediction[mask] + LOSS_EPSILON).log() - (truth[mask] + LOSS_EPSILON).log()
@@ -194,14 +194,14 @@ def sig_loss(prediction: Tensor, truth: Tensor, *, max_depth: float, mean_alone:
 
 
 def depth_of_bins(logits: Tensor, max_depth: float) -> Tensor:
-    """(B, K, h, w) to metres (B, h, w): the mean of K depths from a millimetre to `max_depth`, evenly spaced."""
+    """Logits (B, K, h, w) to metres (B, h, w): the weighted mean of K depths, evenly spaced up to `max_depth`."""
     weights = functional.relu(logits) + BIN_FLOOR
     bins = torch.linspace(MIN_DEPTH, max_depth, logits.shape[1], device=logits.device, dtype=logits.dtype)
     return torch.einsum("bkhw,k->bhw", weights / weights.sum(dim=1, keepdim=True), bins)
 
 
 class LinearDepthHead(nn.Module):
-    """One linear layer on the patch and CLS tokens of L blocks, four times as fine as the patches, to K depths."""
+    """One linear layer on the patch and CLS tokens of L blocks, to K depth bins, at four times the patch resolution."""
 
     def __init__(self, embed_dim: int, num_blocks: int, max_depth: float) -> None:
         super().__init__()
@@ -211,14 +211,14 @@ class LinearDepthHead(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         """Metres (B, 4h, 4w)."""
         joined = [part for patches, cls in tokens for part in (patches, cls[:, :, None, None].expand_as(patches))]
-        # A linear layer and bilinear interpolation may change places, and on the patches the layer costs a sixteenth.
+        # The linear layer and bilinear interpolation commute. Before upsampling the layer costs a sixteenth.
         logits = self.depth_bins(torch.cat(joined, dim=1))
         fine = functional.interpolate(logits, scale_factor=UPSAMPLING, mode="bilinear")
         return depth_of_bins(fine, self.max_depth)
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions, each behind a ReLU, beside the identity."""
+    """Two 3 x 3 convolutions, each after a ReLU, added to the identity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class Residual(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds what a finer block says to what coarser ones said, and doubles the resolution."""
+    """Adds the map of a finer block to that of the coarser ones, and doubles the resolution."""
 
     def __init__(self, *, first: bool) -> None:
         super().__init__()
@@ -250,7 +250,8 @@ class Fusion(nn.Module):
 class DptHead(nn.Module):
     """Dense Prediction Transformer: four blocks as maps of four resolutions, fused from the coarsest to the finest.
 
-    As DINOv2's: CLS tokens joined to the patches by a linear layer, 256 channels, no batch norm; one depth, no bins.
+    As in DINOv2: CLS tokens joined to the patches by a linear layer, 256 channels, no batch norm, one depth without
+    bins.
     """
 
     def __init__(self, embed_dim: int) -> None:
@@ -274,7 +275,7 @@ class DptHead(nn.Module):
         )
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Metres (B, 32h', 32w'); h' and w' are half of the patch grid, rounded up."""
+        """Metres (B, 32h', 32w'); h' and w' are half the sides of the patch grid, rounded up."""
         maps = []
         for level, (patches, cls) in enumerate(tokens):
             flat = patches.flatten(2).transpose(1, 2)
@@ -296,7 +297,7 @@ def _convolution(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
 
 
 def make_head(name: HeadName, embed_dim: int, max_depth: float, seed: int) -> LinearDepthHead | DptHead:
-    """The head with fresh weights, a pure function of the arguments: PyTorch's own distributions for its layers."""
+    """The head with fresh weights from PyTorch's default distributions: a pure function of the arguments."""
     head: LinearDepthHead | DptHead
     with torch.device("meta"):  # allocates nothing and draws from no global generator
         match name:
@@ -315,17 +316,19 @@ def make_head(name: HeadName, embed_dim: int, max_depth: float, seed: int) -> Li
     if isinstance(head, DptHead):
         last = head.depth[-1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
-        # A head that starts below 0 everywhere gets no gradient through its last ReLU. Assumed: a metre is enough.
+        # A head that starts below 0 everywhere gets no gradient through its last ReLU. Assumed: one metre suffices.
         nn.init.ones_(last.bias)
     return head
 
 
 def blocks_of(head: HeadName, num_blocks: int) -> tuple[int, ...]:
-    """The blocks that a head reads, counted from 0. Cited: DINOv2, hub/depthers.py, whose 24 blocks are no fourths."""
+    """The blocks that a head reads, counted from 0. Cited: DINOv2, hub/depthers.py; for 24 blocks it is irregular."""
     if head == "linear_1":
         return (num_blocks - 1,)
     if num_blocks < 4:
-        raise InputError(f"Head '{head}' reads four blocks, and the backbone has {num_blocks}. Take 'linear_1'.")
+        raise InputError(
+            f"Head '{head}' reads four blocks, and the backbone has {num_blocks}. Set heads to 'linear_1'."
+        )
     return (4, 11, 17, 23) if num_blocks == 24 else tuple(num_blocks * part // 4 - 1 for part in (1, 2, 3, 4))
 
 
@@ -341,9 +344,9 @@ def predict(
     final_norm: bool,
     all_rows: int | None = None,
 ) -> Tensor:
-    """Metres (B, H, W) float32 on the model's device for pictures (B, 3, H, W) uint8 of any size.
+    """Metres (B, H, W) float32 on the model's device for images (B, 3, H, W) uint8 of any size.
 
-    all_rows: `pixels` are this rank's share of so many pictures, and the metres are those of all of them.
+    all_rows: the number of images of all ranks, where `pixels` is this rank's share. The metres are of all images.
     """
     assert model.patch_size is not None
     height, width = pixels.shape[-2:]
@@ -352,8 +355,8 @@ def predict(
     if all_rows is not None:
         gathered = [[gather_rows(model.world, part, all_rows) for part in block] for block in tokens]
         tokens = tuple((patches, cls) for patches, cls in gathered)
-    found = head(tokens)
-    whole = functional.interpolate(found[:, None], size=padded.shape[-2:], mode="bilinear")[:, 0]
+    depths = head(tokens)
+    whole = functional.interpolate(depths[:, None], size=padded.shape[-2:], mode="bilinear")[:, 0]
     return whole[:, top : top + height, left : left + width]
 
 
@@ -368,12 +371,12 @@ def predict_for_score(
     flip: bool,
     cap: float,
 ) -> Tensor:
-    """As `predict`, on the CPU, cut to what can be scored, and with `flip` the mean with that of the mirror image."""
-    found = predict(model, head, pixels, blocks, final_norm=final_norm).clamp(MIN_DEPTH, cap)
+    """As `predict`, on the CPU, clipped to scored depths; with `flip`, averaged with the mirror image's prediction."""
+    depths = predict(model, head, pixels, blocks, final_norm=final_norm).clamp(MIN_DEPTH, cap)
     if flip:
         mirrored = predict(model, head, pixels.flip(-1), blocks, final_norm=final_norm).clamp(MIN_DEPTH, cap)
-        found = (found + mirrored.flip(-1)) / 2
-    return found.cpu()
+        depths = (depths + mirrored.flip(-1)) / 2
+    return depths.cpu()
 
 
 def train_head(
@@ -385,15 +388,16 @@ def train_head(
     augmented: bool = True,
     loss_warmup_steps: int = LOSS_WARMUP_STEPS,
 ) -> LinearDepthHead | DptHead:
-    """A head trained on `samples`: on a CPU the same every time, on a GPU but for rounding.
+    """A head trained on `samples`: always the same on a CPU; on a GPU, up to rounding.
 
-    Raises InputError, and TrainingError where the loss is not finite.
+    loss_warmup_steps: first steps, whose loss is the mean error alone. Raises InputError, and TrainingError where the
+    loss is not finite.
     """
     assert model.num_blocks is not None
     blocks = blocks_of(name, model.num_blocks)
     head = make_head(name, model.embed_dim, config.cap, config.seed).to(model.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=WEIGHT_DECAY)
-    # Cited: OneCycle, whose other defaults (from 1/25 of the highest rate, down to 1/250,000 of it) are PyTorch's.
+    # Cited: OneCycle. Its other defaults are PyTorch's: from 1/25 of the maximum, down to 1/250,000 of it.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         config.learning_rate,
@@ -402,8 +406,8 @@ def train_head(
         cycle_momentum=False,
     )
     for step, (pixels, truth) in enumerate(training_batches(samples, config, model.world, augmented=augmented)):
-        found = predict(model, head, pixels, blocks, final_norm=config.final_norm, all_rows=config.batch_size)
-        loss = sig_loss(found, truth.to(model.device), max_depth=config.cap, mean_alone=step < loss_warmup_steps)
+        depths = predict(model, head, pixels, blocks, final_norm=config.final_norm, all_rows=config.batch_size)
+        loss = sig_loss(depths, truth.to(model.device), max_depth=config.cap, mean_alone=step < loss_warmup_steps)
         if not loss.isfinite():
             raise TrainingError(f"The loss of the depth head '{name}' is {loss.item()} at step {step}.")
         optimizer.zero_grad()
@@ -417,9 +421,9 @@ def train_head(
 def training_batches(
     samples: Sequence[DepthSample], config: DepthConfig, world: World = ALONE, *, augmented: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the crops (., 3, H, W) uint8 of every step, and the depths (B, H, W) of all of them.
+    """This rank's share of the crops (., 3, H, W) uint8 of each step, and the depths (B, H, W) of all ranks.
 
-    A pure function of the seed and the step; threads read ahead.
+    A pure function of the seed and the step. Threads read in advance.
     """
     size = config.crop_size or ((352, 704) if config.train.layout == "kitti" else (416, 544))
     num_crops = len(order.share_of_batch(config.batch_size, world))
@@ -451,26 +455,26 @@ def training_batches(
 
 
 def augment(image: Tensor, depth: Tensor, random: np.random.Generator, *, brightness: float) -> tuple[Tensor, Tensor]:
-    """A picture and its depth turned by up to 2.5 degrees, mirrored, and changed in colour, each at even odds.
+    """An image and its depth: rotated by up to 2.5 degrees, mirrored, and changed in colour, each with probability 1/2.
 
-    Depth is taken from the nearest pixel, and unknown where the turned picture has none. `brightness`: the factor
-    changes by up to this much. Cited: BinsFormer's toolbox; the changes of colour as in BTS, on values of 0..1.
+    Depth comes from the nearest pixel, and is unknown where the rotated image has none. brightness: maximum change of
+    the factor. Cited: BinsFormer's toolbox; the changes of colour as in BTS, on values of 0..1.
     """
-    turned, mirrored, changed = random.random(3) < 0.5
+    rotated, mirrored, recolored = random.random(3) < 0.5
     angle = math.radians(random.uniform(-MAX_ROTATION, MAX_ROTATION))
     gamma, bright = random.uniform(0.9, 1.1), random.uniform(1 - brightness, 1 + brightness)
     colors = random.uniform(0.9, 1.1, 3)
     values = image.float()
-    if turned:
+    if rotated:
         rows, columns = depth.shape
         cosine, sine = math.cos(angle), math.sin(angle)
-        turn = torch.tensor([[[cosine, -sine * rows / columns, 0], [sine * columns / rows, cosine, 0]]])
-        grid = functional.affine_grid(turn, [1, 1, rows, columns], align_corners=False)
+        rotation = torch.tensor([[[cosine, -sine * rows / columns, 0], [sine * columns / rows, cosine, 0]]])
+        grid = functional.affine_grid(rotation, [1, 1, rows, columns], align_corners=False)
         values = functional.grid_sample(values[None], grid, mode="bilinear", align_corners=False)[0]
         depth = functional.grid_sample(depth[None, None], grid, mode="nearest", align_corners=False)[0, 0]
     if mirrored:
         values, depth = values.flip(-1), depth.flip(-1)
-    if changed:
+    if recolored:
         factors = torch.from_numpy(bright * colors).float()[:, None, None]
         values = 255 * ((values / 255) ** gamma * factors).clamp(max=1)
     return values.round().to(torch.uint8), depth
@@ -479,7 +483,7 @@ def augment(image: Tensor, depth: Tensor, random: np.random.Generator, *, bright
 def _random_crop(
     image: Tensor, depth: Tensor, size: tuple[int, int], random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    top, left = (int(random.integers(have - want + 1)) for have, want in zip(depth.shape, size, strict=True))
+    top, left = (int(random.integers(side - part + 1)) for side, part in zip(depth.shape, size, strict=True))
     rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
     return image[:, rows, columns], depth[rows, columns]
 
@@ -489,25 +493,25 @@ def _tokens(model: FrozenModel, pixels: Tensor, blocks: Sequence[int], *, final_
     if final_norm:
         return model.intermediate(pixels, blocks)
     assert model.backbone is not None
-    found = model.backbone.get_intermediate_layers(
+    tokens = model.backbone.get_intermediate_layers(
         model.normalized(pixels), list(blocks), reshape=True, return_class_token=True, norm=False
     )
-    return tuple((patches.float(), cls.float()) for patches, cls in found)
+    return tuple((patches.float(), cls.float()) for patches, cls in tokens)
 
 
 # ---- the evaluation
 
 
 def run(config: DepthConfig, model: FrozenModel, output: str) -> list[Result]:
-    """Train every head, score it on every test set. One result a metric. `output` is not written to."""
+    """Train every head and score it on every test set; one result for each metric. Writes nothing to `output`."""
     if model.backbone is None or model.num_blocks is None or model.backbone.cls_token is None:
         raise InputError(
-            f"{model.name} has no patch tokens with a CLS token. Depth needs a Vision Transformer that has."
+            f"{model.name} has no patch tokens with a CLS token. Depth needs a Vision Transformer with both."
         )
     train = find_samples(config.train, "train")
     tests = [find_samples(data, "test") for data in config.tests]
     trained_on = hash_samples(train)
-    found: list[Result] = []
+    all_results: list[Result] = []
     for name in config.heads:
         start = time.monotonic()
         head = train_head(model, name, config, train)
@@ -518,7 +522,7 @@ def run(config: DepthConfig, model: FrozenModel, output: str) -> list[Result]:
             seconds = training_seconds + time.monotonic() - start
             data_hash = sha256_of_bytes((trained_on + hash_samples(samples)).encode())
             facts = {"head": name, "num_train": len(train), "num_test": len(samples)}
-            found += results.make(
+            all_results += results.make(
                 "depth",
                 data.name,
                 model,
@@ -527,7 +531,7 @@ def run(config: DepthConfig, model: FrozenModel, output: str) -> list[Result]:
                 settings=facts | config.model_dump(mode="json"),
                 seconds=seconds,
             )
-    return found
+    return all_results
 
 
 def _protocol(head: HeadName, config: DepthConfig, data: DepthDataConfig) -> str:
@@ -547,12 +551,15 @@ def score(
     data: DepthDataConfig,
     samples: Sequence[DepthSample],
 ) -> dict[str, float]:
+    """The metrics of `head` on a test set, averaged over its images. Ranks share the images."""
     cap = min(config.cap, LAYOUTS[data.layout].max_depth) if data.layout == "sun_rgbd" else config.cap
     share = model.world.share(len(samples))
     rows = [torch.empty(0, len(METRICS), dtype=torch.float64)]
-    for image, truth in prefetch(lambda place: read_sample(samples[place], data), share, threads=READERS):
-        (found,) = predict_for_score(model, head, image[None], blocks, final_norm=config.final_norm, flip=True, cap=cap)
-        own = measure(found, truth, valid_mask(truth, max_depth=config.cap, crop=LAYOUTS[data.layout].crop))
-        rows.append(torch.tensor([[own[metric] for metric in METRICS]], dtype=torch.float64))
-    every = gather_rows(model.world, torch.cat(rows), len(samples)).tolist()
-    return mean_over_pictures([dict(zip(METRICS, row, strict=True)) for row in every])
+    for image, truth in prefetch(lambda row: read_sample(samples[row], data), share, threads=READERS):
+        (depths,) = predict_for_score(
+            model, head, image[None], blocks, final_norm=config.final_norm, flip=True, cap=cap
+        )
+        measured = measure(depths, truth, valid_mask(truth, max_depth=config.cap, crop=LAYOUTS[data.layout].crop))
+        rows.append(torch.tensor([[measured[metric] for metric in METRICS]], dtype=torch.float64))
+    all_rows = gather_rows(model.world, torch.cat(rows), len(samples)).tolist()
+    return mean_over_images([dict(zip(METRICS, row, strict=True)) for row in all_rows])

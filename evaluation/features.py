@@ -1,18 +1,17 @@
-"""A frozen model, and what it sees in pictures: what every evaluation starts from.
+"""Loads frozen models and computes their features, the input of every evaluation.
 
-Any backbone that `curation.weights` reads, by its path alone; any embedder of the curation, by its name; the same
-backbone with fresh weights, and plain pixels, which say what a score is worth.
+A model is a backbone that `curation.weights` reads, given by its path alone, or an embedder of the curation, given by
+its name. Two baselines show what a score is worth: the same backbone with fresh weights, and plain pixels.
 
-Features are computed once. They are a stage over shards of images, in a folder that is named after the hashes of the
-model, of the images and of how the pictures were read, and whose manifest repeats them; so what another model saw is
-never taken for this one's.
+Features are computed once, by a stage over shards of images. The hashes of the model, of the images and of the view
+name its folder and are in its manifest, so features of another model are never taken for those of this one.
 
     <cache>/features/<hash>/
       features-00000.npy  ...     (n, F) float32, in the order of the split, read memory-mapped
       manifest.json
 
 Shapes:
-    B  pictures    H, W  pixels, multiples of the patch size    h, w  patches    D  embed_dim    F  num_features
+    B  images    H, W  pixels, multiples of the patch size    h, w  patches    D  embed_dim    F  num_features
 """
 
 # Calling a torch module is typed Any, and torch's stubs leave `memory_format` out of `Module.to`.
@@ -50,37 +49,37 @@ from curation.models.embedders import EmbedderConfig, ModelName
 from evaluation.data.splits import Split
 from evaluation.data.views import PicturesConfig, read_squares
 
-# Side in pixels of what "pixels" reads of a picture. Assumed: as CIFAR's, at which photographs can still be told apart.
+# Side in pixels of the images that "pixels" reads. Assumed: CIFAR's size, at which people still recognise photographs.
 PIXELS_SIDE = 32
-# Images of one file of features, which one worker or rank computes: 4 MB at F 1,024. Assumed.
+# Images of one file of features, computed by one worker or rank: 4 MB at F 1,024. Assumed.
 SHARD_IMAGES = 1024
 
 
 class FrozenModelConfig(Settings):
-    """Which frozen model. Everything but `label` and `device` changes what it computes."""
+    """Which frozen model. Every field but `label` and `device` changes its features."""
 
     name: ModelName | Literal["pixels"] | None = None
-    """An embedder of the curation, or "pixels": the picture itself, scaled to 32 x 32. Left out, the checkpoint says
-    which Vision Transformer it is; given, it must be that."""
+    """An embedder of the curation, or "pixels": the image itself, scaled to 32 x 32. Left out, the checkpoint says
+    which Vision Transformer it is. A given name must agree with the checkpoint."""
     weights: str | None = None
     """Local path of a checkpoint in a layout of `curation.weights`: a file, or a folder of transformers. Left out,
-    efficientnet_lite0 takes the weights of its package."""
+    efficientnet_lite0 takes the weights of its Python package."""
     label: str | None = None
-    """What results call the model. Left out, its name and the name of the checkpoint."""
+    """Name of the model in results. Left out, its name and the name of the checkpoint."""
     untrained_seed: int | None = None
-    """Vision Transformers: take the checkpoint's architecture alone, and fresh weights drawn from this seed."""
+    """Vision Transformers: take only the checkpoint's architecture, with fresh weights drawn from this seed."""
     untrained_layer_scale: float = Field(default=1e-5, gt=0)
-    """With untrained_seed: what LayerScale starts from, where the checkpoint has it. Cited: DINOv2."""
+    """With untrained_seed: initial value of LayerScale, where the checkpoint has it. Cited: DINOv2."""
     pooling: vit.Pooling | None = None
-    """Vision Transformers: what stands for the whole picture. Left out, the CLS token, or the mean of the patches where
-    there is none."""
+    """Vision Transformers: which tokens represent the whole image. Left out, the CLS token, or the mean of the patch
+    tokens where there is none."""
     position_interpolation: backbone.PositionInterpolation | None = None
-    """Vision Transformers: how the positional embedding is resized. Left out, as its authors do it: "antialias"
+    """Vision Transformers: how the positional embedding is resized. Left out, as its authors resize it: "antialias"
     with registers, "plain" for MAE and I-JEPA, else "offset"."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model runs. Asking for "cuda" where there is none is an error."""
+    """Where the model runs. "cuda" on a machine without a GPU is an error."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the model's weights and activations; what it gives is float32 in any case."""
+    """Type of the model's weights and activations. Features are always float32."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -103,16 +102,16 @@ class FrozenModelConfig(Settings):
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A frozen model on its device. `load_model` makes one."""
+    """A frozen model on its device, made by `load_model`."""
 
     name: str
-    """What results call it."""
+    """Name of the model in results."""
     hash: str
-    """64 hex digits: of the weights and of all else that its features depend on, the name and the device apart."""
+    """64 hex digits of the weights and of everything else that shapes the features. The device is not in it."""
     embed_dim: int
-    """Width D of a token; where there are none, of the features of a picture."""
+    """Width D of a token; for a model without tokens, num_features."""
     num_features: int
-    """Length F of the features of a picture."""
+    """Length F of the features of an image."""
     patch_size: int | None
     """Pixels; None for a model without patch tokens."""
     num_blocks: int | None
@@ -124,37 +123,38 @@ class FrozenModel:
     deviation: Tensor = field(repr=False)
     """(1, 3, 1, 1), likewise."""
     read: Callable[[Tensor], Tensor] = field(repr=False)
-    """Normalised pictures (B, 3, H, W) to features (B, F)."""
+    """Normalised images (B, 3, H, W) to features (B, F)."""
     backbone: VisionTransformer | None = field(repr=False)
-    """Where the patch tokens come from."""
+    """The network that gives patch tokens; None for a model without them."""
     config: FrozenModelConfig = field(repr=False)
-    """What it was loaded from."""
+    """The config that it was loaded by."""
     world: World = field(repr=False)
-    """The ranks that hold it: what goes through it is shared out among them."""
+    """The ranks that hold a copy of it. They share its input."""
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
-        """One vector a picture, of any length: (B, 3, H, W) uint8 to (B, F) float32 on the CPU.
+        """Features of any norm: (B, 3, H, W) uint8 to (B, F) float32 on the CPU.
 
-        Raises InputError where a number is not finite.
+        Raises InputError for features that are not finite.
         """
         return _finite(self.read(self._normalized(pixels)).float().cpu(), self.name)
 
     @torch.no_grad()
     def intermediate(self, pixels: Tensor, blocks: Sequence[int]) -> tuple[tuple[Tensor, Tensor], ...]:
-        """After each of `blocks` (counted from 0, ascending) and the last norm: patch tokens (B, D, h, w), CLS (B, D).
+        """Patch tokens (B, D, h, w) and CLS tokens (B, D) of each of `blocks`, counted from 0 and ascending.
 
-        float32 on the model's device. Raises InputError for a model without a CLS token or without patch tokens.
+        They have passed the last norm and are float32 on the model's device. Raises InputError for a model without a
+        CLS token or without patch tokens.
         """
         if self.backbone is None:
             raise InputError(f"{self.name} has no patch tokens. This evaluation needs a Vision Transformer.")
-        found = self.backbone.get_intermediate_layers(
+        tokens = self.backbone.get_intermediate_layers(
             self._normalized(pixels), list(blocks), reshape=True, return_class_token=True
         )
-        return tuple((_finite(patches.float(), self.name), cls.float()) for patches, cls in found)
+        return tuple((_finite(patches.float(), self.name), cls.float()) for patches, cls in tokens)
 
     def normalized(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 as the network reads it, on the model's device."""
+        """Images (B, 3, H, W) uint8 as the network reads them, on the model's device."""
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and pixels.shape[1] == 3, (pixels.dtype, pixels.shape)
         return ((pixels.to(self.device).float() - self.mean) / self.deviation).to(self.dtype)
 
@@ -163,7 +163,7 @@ class FrozenModel:
 
 
 def load_model(config: FrozenModelConfig, world: World = ALONE) -> FrozenModel:
-    """The model of `config` on its device, frozen; on each rank of `world`. Raises DeviceError and WeightsError."""
+    """The model of `config`, frozen, on its device; for each rank of `world`. Raises DeviceError and WeightsError."""
     device, dtype = require_device(config.device), getattr(torch, config.precision)
     embedder_model = embedders.MODELS.get(config.name or "")
     if config.name is None or (embedder_model is not None and embedder_model.vit is not None):
@@ -207,24 +207,24 @@ def load_model(config: FrozenModelConfig, world: World = ALONE) -> FrozenModel:
 def _load_vit(config: FrozenModelConfig, device: torch.device, dtype: torch.dtype, world: World) -> FrozenModel:
     assert config.weights is not None
     checkpoint = weights.read(config.weights)
-    found = weights.architecture(checkpoint.tensors, checkpoint.path)
-    size = next((name for name, size in backbone.SIZES.items() if size.embed_dim == found.embed_dim), None)
+    architecture = weights.architecture(checkpoint.tensors, checkpoint.path)
+    size = next((name for name, size in backbone.SIZES.items() if size.embed_dim == architecture.embed_dim), None)
     if size is None:
         known = ", ".join(f"{one.embed_dim} ({name})" for name, one in backbone.SIZES.items())
-        raise WeightsError(f"{config.weights}: its tokens are {found.embed_dim} wide. Known widths: {known}.")
-    name = f"{size}_patch{found.patch_size}"
+        raise WeightsError(f"{config.weights}: its tokens are {architecture.embed_dim} wide. Known widths: {known}.")
+    name = f"{size}_patch{architecture.patch_size}"
     variant = None if config.name is None else embedders.MODELS[config.name].vit
-    if variant is not None and (variant.size, variant.patch_size) != (size, found.patch_size):
+    if variant is not None and (variant.size, variant.patch_size) != (size, architecture.patch_size):
         raise WeightsError(f"{config.weights} holds a {name}; the config says {config.name}. Leave the name out.")
-    pooling = config.pooling or ("cls" if found.has_cls_token else "patch_mean")
-    if pooling != "patch_mean" and not found.has_cls_token:
+    pooling = config.pooling or ("cls" if architecture.has_cls_token else "patch_mean")
+    if pooling != "patch_mean" and not architecture.has_cls_token:
         raise WeightsError(f"{config.weights} has no CLS token. Set model.pooling = 'patch_mean'.")
     interpolation = config.position_interpolation or vit.interpolation(
-        _family(variant, checkpoint.layout, found), found.num_register_tokens
+        _family(variant, checkpoint.layout, architecture), architecture.num_register_tokens
     )
     fresh = config.untrained_seed is not None
     network = weights.build_like(
-        found,
+        architecture,
         size,
         layer_scale=config.untrained_layer_scale,
         position_interpolation=interpolation,
@@ -233,18 +233,18 @@ def _load_vit(config: FrozenModelConfig, device: torch.device, dtype: torch.dtyp
     if not fresh:
         weights.fill(network, checkpoint)
     network.eval().requires_grad_(False)
-    own = _hash(network.state_dict(), [name, interpolation, pooling, config.precision])
+    model_hash = _hash(network.state_dict(), [name, interpolation, pooling, config.precision])
     network.to(device, dtype, memory_format=torch.channels_last)
     mean, deviation = embedders.normalization_tensors(embedders.IMAGENET_NORMALIZATION, device)
-    place = Path(config.weights)
-    label = f"{name} untrained" if fresh else f"{name} {place.parent.name}/{place.name}"
+    path = Path(config.weights)
+    label = f"{name} untrained" if fresh else f"{name} {path.parent.name}/{path.name}"
     return FrozenModel(
         name=config.label or label,
-        hash=own,
-        embed_dim=found.embed_dim,
-        num_features=vit.num_features(found.embed_dim, pooling),
-        patch_size=found.patch_size,
-        num_blocks=found.depth,
+        hash=model_hash,
+        embed_dim=architecture.embed_dim,
+        num_features=vit.num_features(architecture.embed_dim, pooling),
+        patch_size=architecture.patch_size,
+        num_blocks=architecture.depth,
         device=device,
         dtype=dtype,
         mean=mean,
@@ -256,9 +256,9 @@ def _load_vit(config: FrozenModelConfig, device: torch.device, dtype: torch.dtyp
     )
 
 
-def _family(variant: vit.Variant | None, layout: weights.Layout, found: weights.Architecture) -> vit.Family:
+def _family(variant: vit.Variant | None, layout: weights.Layout, architecture: weights.Architecture) -> vit.Family:
     """The family by the model's name, where it has one, and by the checkpoint."""
-    if layout == "ijepa" or not found.has_cls_token:
+    if layout == "ijepa" or not architecture.has_cls_token:
         return "ijepa"
     return "mae" if layout == "mae" or (variant is not None and variant.family == "mae") else "vit"
 
@@ -270,14 +270,14 @@ def _pixels(images: Tensor) -> Tensor:
 def _finite(features: Tensor, name: str) -> Tensor:
     if not features.isfinite().all():
         raise InputError(
-            f"{name} gave numbers that are not finite. Take model.precision 'float32' or 'bfloat16', or check the "
+            f"{name} gave features that are not finite. Set model.precision to 'float32' or 'bfloat16', or check the "
             "weights."
         )
     return features
 
 
 def require_finite_rows(rows: Tensor, name: str, first_row: int = 0) -> None:
-    """Raise InputError where a row of the `name` features (., D) is not finite; rows count from `first_row`."""
+    """Raise InputError where a row of the `name` features (., D) is not finite. Rows are counted from `first_row`."""
     wrong = torch.nonzero(~rows.isfinite().all(1))
     if len(wrong):
         row = first_row + int(wrong[0])
@@ -285,7 +285,7 @@ def require_finite_rows(rows: Tensor, name: str, first_row: int = 0) -> None:
 
 
 def unit_rows(features: Tensor, name: str, *, dtype: torch.dtype = torch.float32, first_row: int = 0) -> Tensor:
-    """`features` (., D) as rows of length 1, or 0 where they were 0. Raises as `require_finite_rows`."""
+    """`features` (., D) as rows of unit length; zero rows stay zero. Raises as `require_finite_rows`."""
     units = functional.normalize(features.to(dtype), dim=1)
     require_finite_rows(units, name, first_row)
     return units
@@ -301,13 +301,13 @@ def _hash(state: Mapping[str, Tensor], facts: Sequence[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class FeatureFiles:
-    """The features of a split, on disk, in its order. Raises InputError where a file cannot be read."""
+    """The features of a split, on disk, in its order. Methods raise InputError for a file that cannot be read."""
 
     files: tuple[str, ...]
     """Each holds (., F) float32."""
 
     def blocks(self) -> Iterator[Tensor]:
-        """The features file by file, (., F), memory-mapped where they are local; none is held but by the caller."""
+        """The features file by file, (., F), memory-mapped where they are local. Only the caller holds them."""
         return (torch.from_numpy(_read_part(file)) for file in self.files)
 
     def matrix(self) -> Tensor:
@@ -316,23 +316,23 @@ class FeatureFiles:
 
     def take(self, rows: Tensor) -> Tensor:
         """The features of some rows, (m,) int64: (m, F) in memory."""
-        found, start = torch.empty(len(rows), 0), 0
+        taken, start = torch.empty(len(rows), 0), 0
         for block in self.blocks():
             if start == 0:
-                found = block.new_empty(len(rows), block.shape[1])
-            own = (rows >= start) & (rows < start + len(block))
-            found[own] = block[rows[own] - start]
+                taken = block.new_empty(len(rows), block.shape[1])
+            in_block = (rows >= start) & (rows < start + len(block))
+            taken[in_block] = block[rows[in_block] - start]
             start += len(block)
-        return found
+        return taken
 
 
 def extract(
     model: FrozenModel, split: Split, config: PicturesConfig, cache: str, runner: Runner | None = None
 ) -> FeatureFiles:
-    """The features of the images of `split`, from the cache where they are there.
+    """The features of the images of `split`, read from the cache where it has them.
 
-    `runner` may spread the images over workers, each of which loads the model; the ranks of the model's world, which
-    all call this, share them instead. Raises InputError for features that are not finite or a cache that is damaged.
+    `runner` may spread the images over workers, each of which loads the model. Several ranks, which all call this,
+    share the images instead. Raises InputError for features that are not finite, and for a damaged cache.
     """
     inputs = {"model": model.hash, "images": split.images_hash}
     plan = plan_values(config)
@@ -361,11 +361,11 @@ def extract(
     else:
         follow(model.world, "features", make_worker, shards, folder)
         manifest = require_manifest(folder)
-    found = FeatureFiles(tuple(paths.join(folder, name) for name in manifest.files("features")))
-    shapes = [tuple(block.shape) for block in found.blocks()]
+    features = FeatureFiles(tuple(paths.join(folder, name) for name in manifest.files("features")))
+    shapes = [tuple(block.shape) for block in features.blocks()]
     if shapes != [(shard.num_items, model.num_features) for shard in shards]:
         raise InputError(f"{folder} is damaged: its files hold features of the shapes {shapes}. Delete it.")
-    return found
+    return features
 
 
 def _make_worker(
@@ -373,14 +373,14 @@ def _make_worker(
 ) -> Callable[[Shard], ShardRecord]:
     model = load()
     if model.hash != model_hash:
-        raise InputError(f"{model.config.weights} has changed since the evaluation began. Start it again.")
+        raise InputError(f"{model.config.weights} has changed since the evaluation began. Start the evaluation again.")
 
     def process(shard: Shard) -> ShardRecord:
         pixels = read_squares(split, shard.work, config, ahead=2 * config.batch_size)
-        found = []
+        batches = []
         while batch := list(islice(pixels, config.batch_size)):
-            found.append(model.image_features(torch.stack(batch)))
-        features = torch.cat(found)
+            batches.append(model.image_features(torch.stack(batch)))
+        features = torch.cat(batches)
         record = npy.write_arrays(paths.join(output, f"features-{shard.name}.npy"), features.numpy())
         return ShardRecord(name=shard.name, files=(record,), totals={"images": len(features)})
 
@@ -394,9 +394,11 @@ def _identity(model: FrozenModel) -> FrozenModel:
 def _read_part(path: str) -> np.ndarray:
     try:
         if paths.is_local(path):
-            found: np.ndarray = np.load(paths.filesystem(path)[1], mmap_mode="c", allow_pickle=False)
+            features: np.ndarray = np.load(paths.filesystem(path)[1], mmap_mode="c", allow_pickle=False)
         else:
-            found = np.load(io.BytesIO(paths.read_bytes(path)), allow_pickle=False)
+            features = np.load(io.BytesIO(paths.read_bytes(path)), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read ({error}). Delete its folder, and it is computed again.") from None
-    return found
+        raise InputError(
+            f"{path}: cannot be read ({error}). Delete its folder; the features are then computed again."
+        ) from None
+    return features

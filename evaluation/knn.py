@@ -1,13 +1,13 @@
-"""Which class the nearest neighbours vote for: what features are worth before anything is trained on them.
+"""k-NN classification by a weighted vote, which measures features without training anything on them.
 
-The search is the exact one of the curation, so neighbours, and which of two equally near ones comes first, depend
-neither on blocks nor on threads. `classify` is `neighbors` and `vote`; for several k, search once for the greatest and
-let the first k columns vote.
+The search is the exact one of the curation. Neighbours and the order of equally near ones depend neither on blocks nor
+on threads. `classify` is `neighbors`, then `vote`. For several k, search once for the greatest, then take the votes of
+the first k columns.
 
 Legend: n training images, m test images, D dimensions, C classes, k neighbours.
 
 Source: Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination (arXiv 1805.01978), 3.4, and
-DINOv2's published evaluation, which takes T = 0.07 and k of 10, 20, 100 and 200.
+DINOv2's published evaluation, with T = 0.07 and k of 10, 20, 100 and 200.
 """
 
 import time
@@ -38,7 +38,7 @@ from evaluation.scores import class_mean
 TEMPERATURE = 0.07  # of the weights exp(cosine / temperature). Cited: DINOv2, eval/knn.py
 # Draws of each few-shot variant, with the seeds 0, 1, ... as in DINOv2's eval/knn.py. Assumed.
 TRIES = 5
-BLOCK_ROWS = 16_384  # training images that are float32 at a time: 100 MB at D 1,536. Assumed.
+BLOCK_ROWS = 16_384  # training images converted to float32 at a time: 100 MB at D 1,536. Assumed.
 
 
 def classify(
@@ -52,11 +52,11 @@ def classify(
 ) -> Tensor:
     """Class probabilities (m, C) float32 by the weighted vote of the `k` training images nearest in cosine.
 
-    train_features: (n, D) of any float type and length. Read block by block, so it may be a view of a memory-mapped
-        file that exceeds memory. Where n is less than k, all vote.
+    train_features: (n, D) of any float type and norm. Read block by block, so it may be a view of a memory-mapped file
+        larger than memory. Where n is less than k, all vote.
     train_labels: (n,) integers from 0; C is the greatest of them + 1.
-    device: where the products are computed; the result is the same, on the CPU.
-    Equally near images come in their order in `train_features`. Raises InputError.
+    device: where the products are computed; the result is the same, and on the CPU.
+    Equally near images are ordered by their row in `train_features`. Raises InputError.
     """
     if train_features.ndim != 2 or len(train_features) == 0 or train_labels.shape != train_features.shape[:1]:
         raise InputError(
@@ -66,7 +66,7 @@ def classify(
     train_labels = train_labels.cpu()
     if train_labels.is_floating_point() or int(train_labels.min()) < 0:
         raise InputError(
-            f"Labels must be integers from 0. Found: {train_labels.dtype}, the least is {train_labels.min().item()}."
+            f"Labels must be integers from 0. Found: {train_labels.dtype}, minimum {train_labels.min().item()}."
         )
     starts = range(0, len(train_features), BLOCK_ROWS)
     blocks = (train_features[start : start + BLOCK_ROWS] for start in starts)
@@ -79,7 +79,7 @@ def neighbors(
 ) -> tuple[Tensor, Tensor]:
     """The `k` training images nearest to each test image: cosines (m, k) float32 and rows (m, k) int64.
 
-    The nearest first, equally near ones by row, counted through the blocks (., D) in order. A feature of length 0 has
+    Nearest first, equally near ones by row. Rows are counted through the blocks (., D) in order. A zero feature has
     cosine 0 to all. Raises InputError, also where there are fewer than `k` training images.
     """
     if k < 1:
@@ -95,10 +95,10 @@ def neighbors(
 
 
 def vote(similarities: Tensor, labels: Tensor, num_classes: int, *, temperature: float = TEMPERATURE) -> Tensor:
-    """Class probabilities (m, C) float32: each neighbour counts exp(cosine / temperature), and all sum to 1.
+    """Class probabilities (m, C) float32: a neighbour counts exp(cosine / temperature), normalised to a sum of 1.
 
-    similarities, labels: (m, k), of the neighbours. DINOv2's evaluation makes one softmax over the greatest k and sums
-    its first columns for each smaller one: then less than 1 in all, and the same class has most.
+    similarities, labels: (m, k), of the neighbours. DINOv2's evaluation computes one softmax over the greatest k and
+    sums its first columns for each smaller k. Its sums are below 1, and the most probable class is the same.
     """
     if not temperature > 0:
         raise InputError(f"The temperature is {temperature}; expected more than 0.")
@@ -107,9 +107,9 @@ def vote(similarities: Tensor, labels: Tensor, num_classes: int, *, temperature:
 
 
 def accuracy(probabilities: Tensor, labels: Tensor, *, top: int = 1) -> float:
-    """The share of test images whose class is among the `top` most probable, equal ones in the order of classes.
+    """The share of test images whose class is among the `top` most probable. Ties are broken by the lower class.
 
-    probabilities: (m, C). labels: (m,) integers; one that is not below C, a class that was never trained on, is wrong.
+    probabilities: (m, C). labels: (m,) integers. A label of C or above, a class without training images, is wrong.
     """
     num_images, num_classes = probabilities.shape
     if labels.shape != (num_images,) or num_images == 0:
@@ -118,29 +118,29 @@ def accuracy(probabilities: Tensor, labels: Tensor, *, top: int = 1) -> float:
             f"{list(labels.shape)}."
         )
     known = labels < num_classes
-    own = torch.where(known, labels, 0).long()[:, None]
-    score = probabilities.gather(1, own)
+    true_class = torch.where(known, labels, 0).long()[:, None]
+    score = probabilities.gather(1, true_class)
     before = (probabilities > score) | (
-        (probabilities == score) & (torch.arange(num_classes, device=labels.device) < own)
+        (probabilities == score) & (torch.arange(num_classes, device=labels.device) < true_class)
     )
     return float((known & (before.sum(1) < top)).double().mean())
 
 
 class KnnConfig(Settings):
-    """k-NN of one dataset. The defaults are those of DINOv2's published evaluation."""
+    """k-NN on one dataset. The defaults are those of DINOv2's published evaluation."""
 
     name: str
-    """What results call the dataset."""
+    """Name of the dataset in results."""
     train: SplitConfig
-    """The images that vote."""
+    """The training images, which vote."""
     test: SplitConfig
-    """The images that are classified."""
+    """The test images, which are classified."""
     pictures: PicturesConfig = PicturesConfig()
-    """What the model sees of them."""
+    """How the model sees them."""
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(10, 20, 100, 200), min_length=1)
-    """How many neighbours vote; each gives a result."""
+    """Numbers of voting neighbours; each gives a result."""
     per_class: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Few-shot variants: how many images of each class vote. Of `k`, those apply that are at most all of these."""
+    """Few-shot variants: numbers of training images for each class. A variant skips each `k` above its total."""
     allow_missing_classes: bool = False
     """Whether the test images may lack classes of the training images."""
 
@@ -148,38 +148,42 @@ class KnnConfig(Settings):
 def run(
     config: KnnConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
-    """Classify one dataset; features are kept in `cache`, <output>/cache when None. Raises UserError kin."""
+    """Classify one dataset. Features are cached in `cache`, <output>/cache when None. Raises UserError."""
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     train, test = splits.load_pair(
         config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
     )
-    own = features.extract(model, train, config.pictures, cache, runner)
-    asked = features.extract(model, test, config.pictures, cache, runner).matrix()
+    train_features = features.extract(model, train, config.pictures, cache, runner)
+    test_features = features.extract(model, test, config.pictures, cache, runner).matrix()
     if max(config.k) > len(train):
         raise InputError(
             f"k is {max(config.k)}, and {train.path} has only {len(train)} images. Take smaller values of k."
         )
-    found: list[Score] = []
-    for k, scores in _scores(config, model, own.blocks(), train.labels, asked, test.labels).items():
-        found += [Score(f"k={k}", metric, value) for metric, value in scores.items()]
+    scores: list[Score] = []
+    by_k = _scores(config, model, train_features.blocks(), train.labels, test_features, test.labels)
+    for k, values_by_metric in by_k.items():
+        scores += [Score(f"k={k}", metric, value) for metric, value in values_by_metric.items()]
     for per_class in config.per_class:
         draws = [splits.few_shot(train.labels, per_class, seed) for seed in range(TRIES)]
-        tried = [_scores(config, model, [own.take(rows)], train.labels[rows], asked, test.labels) for rows in draws]
-        if not tried[0]:
+        by_draw = [
+            _scores(config, model, [train_features.take(rows)], train.labels[rows], test_features, test.labels)
+            for rows in draws
+        ]
+        if not by_draw[0]:
             raise InputError(
-                f"{per_class} images a class are {len(draws[0])}, fewer than every k of {list(config.k)}. Take a "
-                "smaller k too."
+                f"{per_class} images per class are {len(draws[0])} images, fewer than every k of {list(config.k)}. Add "
+                "a smaller k."
             )
-        for k in tried[0]:
-            for metric in tried[0][k]:
-                values = [scores[k][metric] for scores in tried]
+        for k in by_draw[0]:
+            for metric in by_draw[0][k]:
+                values = [values_by_k[k][metric] for values_by_k in by_draw]
                 spread = float(np.std(values, ddof=1))
-                found.append(Score(f"k={k}, {per_class} per class", metric, float(np.mean(values)), spread))
+                scores.append(Score(f"k={k}, {per_class} per class", metric, float(np.mean(values)), spread))
     return results.make(
         "knn",
         config.name,
         model,
-        found,
+        scores,
         data_hash=hash_json([train.data_hash, test.data_hash]),
         settings=config.model_dump(mode="json"),
         seconds=time.perf_counter() - started,
@@ -187,25 +191,34 @@ def run(
 
 
 def _scores(
-    config: KnnConfig, model: FrozenModel, blocks: Iterable[Tensor], labels: Tensor, asked: Tensor, truth: Tensor
+    config: KnnConfig,
+    model: FrozenModel,
+    blocks: Iterable[Tensor],
+    labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
 ) -> dict[int, dict[str, float]]:
-    """By k, of those that the training images suffice for, what the vote of that many scores.
+    """The scores by k and metric, for each k that does not exceed the number of training images.
 
     Ranks share the test images.
     """
-    wanted = [k for k in config.k if k <= len(labels)]
-    if not wanted:
+    possible_k = [k for k in config.k if k <= len(labels)]
+    if not possible_k:
         return {}
-    share = model.world.share(len(asked))
+    share = model.world.share(len(test_features))
+    queries = test_features[share.start : share.stop]
     similarities, rows = (
-        gather_rows(model.world, own, len(asked))
-        for own in neighbors(blocks, asked[share.start : share.stop], k=max(wanted), device=str(model.device))
+        gather_rows(model.world, part, len(test_features))
+        for part in neighbors(blocks, queries, k=max(possible_k), device=str(model.device))
     )
     num_classes = int(labels.max()) + 1
     scores = {}
-    for k in wanted:
+    for k in possible_k:
         votes = vote(similarities[:, :k], labels[rows[:, :k]], num_classes)
-        scores[k] = {"top-1": accuracy(votes, truth), "mean per class": class_mean(votes.argmax(1), truth)}
+        scores[k] = {
+            "top-1": accuracy(votes, test_labels),
+            "mean per class": class_mean(votes.argmax(1), test_labels),
+        }
     return scores
 
 

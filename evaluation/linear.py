@@ -1,15 +1,15 @@
-"""A linear probe with augmentation: many heads at once on one frozen backbone, and the best of them.
+"""A linear probe with augmentation: trains many heads at once on one frozen backbone and selects the best.
 
-What a linear classifier reads in a model hangs on its learning rate and on which tokens it is given. So every pair of
-both is trained, all heads on the same features of the same crops, which costs little beside the backbone; the best on a
-held-out part of the training images is the result. The test images choose nothing.
+The accuracy of a linear classifier depends on its learning rate and on its input tokens. So a head is trained for every
+pair of both. All heads share the features of the same crops, which costs little beside the backbone. The result is the
+head with the best accuracy on a held-out part of the training images. The test images select nothing.
 
-    <cache>/linear/<hash>/head.safetensors      weight (C, F), bias (C,) of the chosen head
-                          head.json             which one it is, and what it was chosen by
+    <cache>/linear/<hash>/head.safetensors      weight (C, F), bias (C,) of the selected head
+                          head.json             its input and learning rate, and its held-out accuracy
 
-Crops, order and fresh heads are pure functions of the seed and of the position, so a run is repeated exactly.
+Crops, order and fresh heads are pure functions of the seed and the position, so a run is repeated exactly.
 
-Legend: B images of a step, L learning rates, C classes, D width of a token, F width of what a head reads.
+Legend: B images of a step, L learning rates, C classes, D width of a token, F width of the input of a head.
 
 Source: DINOv2's published evaluation (eval/linear.py): 13 learning rates, 1 and 4 blocks, with and without the mean of
 the patch tokens, SGD with momentum 0.9 and no weight decay, cosine to 0 over 12,500 steps of 1,024 images.
@@ -51,13 +51,13 @@ from evaluation.scores import classifier_scores
 
 Grid = Literal["paper", "code"]
 
-# Cited: the paper's appendix (arXiv 2304.07193), and the defaults of eval/linear.py. For a batch of 256 images.
+# For a batch of 256 images. Cited: the paper's appendix (arXiv 2304.07193), and the defaults of eval/linear.py.
 LEARNING_RATES: dict[Grid, tuple[float, ...]] = {
     "paper": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
     "code": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
 }
 REFERENCE_BATCH = 256
-# Whether a head also reads the mean of the last block's patch tokens; each is tried. Cited: eval/linear.py.
+# Whether a head also reads the mean of the last block's patch tokens; heads of both kinds are trained. Cited: as above.
 AVERAGES = (False, True)
 MOMENTUM = 0.9  # cited: as above
 INITIAL_DEVIATION = 0.01  # cited: as above
@@ -65,32 +65,32 @@ CROP_AREA, CROP_ASPECT, CROP_ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # cited
 
 
 class LinearConfig(Settings):
-    """A linear probe of one dataset. The defaults are those of DINOv2's published evaluation."""
+    """A linear probe on one dataset. The defaults are those of DINOv2's published evaluation."""
 
     name: str
-    """What results call the dataset."""
+    """Name of the dataset in results."""
     train: SplitConfig
-    """The images to train and to choose by."""
+    """The images to train on; a part of them is held out for the selection."""
     test: SplitConfig
-    """The images that are classified."""
+    """The test images, which are classified."""
     pictures: PicturesConfig = PicturesConfig()
-    """What the model sees of images that are not trained on, and the size of the crops of those that are."""
+    """How the model sees held-out and test images, and the size of training crops."""
     grid: Grid = "code"
-    """Learning rates for a batch of 256: the paper's list, or that of the published code."""
+    """Learning rates for a batch of 256: the list of the paper, or that of the published code."""
     learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """Learning rates in place of the grid's."""
+    """Learning rates for a batch of 256, in place of the grid's."""
     blocks: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 4), min_length=1)
-    """Of how many last blocks a head reads the CLS tokens; each is tried."""
+    """Numbers of last blocks whose CLS tokens a head reads; heads of each kind are trained."""
     batch_size: int = Field(default=1024, ge=1)
-    """Images of a step. Learning rates are scaled by it over 256."""
+    """Images of a step. Learning rates are multiplied by batch_size / 256."""
     images_per_pass: int = Field(default=128, ge=1)
-    """Images that go through the model at once; changes the speed alone."""
+    """Images a forward pass. Changes only the speed."""
     steps: int = Field(default=12_500, ge=1)
-    """Steps of training."""
+    """Training steps."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
-    """Share of each class's training images to choose the head by."""
+    """Share of the training images of each class that is held out to select the head."""
     seed: int = 0
-    """Of the held-out share, of the order of the images, of the crops, and of the fresh heads."""
+    """Draws the held-out share, the order of the images, the crops and the fresh heads."""
     allow_missing_classes: bool = False
     """Whether the test images may lack classes of the training images."""
 
@@ -99,7 +99,7 @@ class LinearConfig(Settings):
         for name in ("learning_rates", "blocks"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} has a value twice: {list(values)}")
+                raise ValueError(f"{name} has a value twice: {list(values)}. Remove one.")
         return self
 
     @property
@@ -110,12 +110,12 @@ class LinearConfig(Settings):
 
 @dataclass(frozen=True)
 class Reading:
-    """What a head is given of a picture."""
+    """The input of a head."""
 
     blocks: int
-    """The CLS tokens of so many last blocks; 0: the features of a model without blocks."""
+    """Number of last blocks whose CLS tokens are read; 0: the features of a model without blocks."""
     average: bool
-    """Whether the mean of the last block's patch tokens stands beside them."""
+    """Whether the mean of the last block's patch tokens is read too."""
 
     def of(self, tokens: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """(B, F) from the patch tokens (B, D, h, w) and CLS tokens (B, D) of the last blocks."""
@@ -126,10 +126,10 @@ class Reading:
 
 
 class Heads:
-    """Linear heads that read the same and learn at different rates, as one matrix product."""
+    """Linear heads with the same input and different learning rates, computed as one matrix product."""
 
     def __init__(self, rates: Sequence[float], num_classes: int, width: int, *, seed: Sequence[int]) -> None:
-        """Fresh heads on the CPU, each drawn alike whatever others there are."""
+        """Fresh heads on the CPU. All start from the same weights, which do not depend on the number of heads."""
         random = torch.Generator().manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
         first = torch.empty(num_classes, width).normal_(0, INITIAL_DEVIATION, generator=random)
         self.rates = torch.tensor(rates)
@@ -138,7 +138,7 @@ class Heads:
         self._momentum = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
 
     def to(self, device: torch.device) -> "Heads":
-        """Themselves, moved."""
+        """Moves the heads to `device`, in place."""
         self.weight = self.weight.detach().to(device).requires_grad_()
         self.bias = self.bias.detach().to(device).requires_grad_()
         self._momentum = [value.to(device) for value in self._momentum]
@@ -152,7 +152,10 @@ class Heads:
         return product.view(len(inputs), num_rates, num_classes).transpose(0, 1)
 
     def sgd_step(self, inputs: Tensor, labels: Tensor, factor: float) -> Tensor:
-        """One step of SGD at `factor` times each head's rate; the losses (L,) before it. inputs (B, F), labels (B,)."""
+        """Takes one SGD step at `factor` times each head's rate; returns the losses (L,) before it.
+
+        inputs: (B, F). labels: (B,).
+        """
         logits = self.logits(inputs)
         repeated = labels.expand(len(logits), -1)
         losses = functional.cross_entropy(logits.transpose(1, 2), repeated, reduction="none").mean(1)
@@ -166,7 +169,7 @@ class Heads:
 
 @dataclass(frozen=True, eq=False)
 class ChosenHead:
-    """The chosen one. `fitted` gives it."""
+    """The selected head, made by `fitted`."""
 
     reading: Reading
     rate: float
@@ -178,31 +181,31 @@ class ChosenHead:
     """(C,)."""
 
     def logits(self, model: FrozenModel, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 to (B, C) on the CPU."""
+        """Images (B, 3, H, W) uint8 to logits (B, C) on the CPU."""
         inputs = read(model, pixels, [self.reading])[0]
         return (inputs @ self.weight.to(inputs.device).T + self.bias.to(inputs.device)).cpu()
 
 
 def read(model: FrozenModel, pixels: Tensor, readings: Sequence[Reading]) -> list[Tensor]:
-    """What each of `readings` gives (B, F), from one pass of (B, 3, H, W) uint8, on the model's device."""
+    """The input (B, F) of each of `readings`, on the model's device, from one forward pass of (B, 3, H, W) uint8."""
     if model.num_blocks is None:
         return [model.image_features(pixels).to(model.device)] * len(readings)
-    most = max(reading.blocks for reading in readings)
-    if most > model.num_blocks:
-        raise InputError(f"{model.name} has {model.num_blocks} blocks, and heads of {most} were asked for.")
-    tokens = model.intermediate(pixels, range(model.num_blocks - most, model.num_blocks))
+    max_blocks = max(reading.blocks for reading in readings)
+    if max_blocks > model.num_blocks:
+        raise InputError(f"{model.name} has {model.num_blocks} blocks, and a head reads {max_blocks}. Change `blocks`.")
+    tokens = model.intermediate(pixels, range(model.num_blocks - max_blocks, model.num_blocks))
     return [reading.of(tokens) for reading in readings]
 
 
 def readings_of(config: LinearConfig, model: FrozenModel) -> list[Reading]:
-    """What heads of `model` are given; a model without blocks has one feature, and nothing to choose."""
+    """The inputs of the heads of `model`. A model without blocks has one input only."""
     if model.num_blocks is None:
         return [Reading(0, False)]
     return [Reading(blocks, average) for blocks in config.blocks for average in AVERAGES]
 
 
 def random_crop(picture: Picture, side: int, random: np.random.Generator) -> Tensor:
-    """A random part of the picture, (3, side, side) uint8, mirrored half of the time."""
+    """A random part of the image, (3, side, side) uint8, mirrored with probability 1/2."""
     whole = torch.from_numpy(np.array(upright(picture))).permute(2, 0, 1)
     height, width = whole.shape[1:]
     top, left, rows, columns = _crop_box(height, width, random)
@@ -212,7 +215,7 @@ def random_crop(picture: Picture, side: int, random: np.random.Generator) -> Ten
 
 
 def _crop_box(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, rows and columns of 8% to 100% of the picture; its middle where none of ten draws fits."""
+    """Top, left, rows and columns of 8% to 100% of the image; of its middle where none of ten draws fits."""
     for _ in range(CROP_ATTEMPTS):
         area = height * width * random.uniform(*CROP_AREA)
         aspect = math.exp(random.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
@@ -225,7 +228,7 @@ def _crop_box(height: int, width: int, random: np.random.Generator) -> tuple[int
 
 
 def fitted(config: LinearConfig, model: FrozenModel, train: Split, cache: str) -> ChosenHead:
-    """The best head for `train`, from the cache where it is there; all ranks call this and have the same."""
+    """The best head for `train`, read from the cache where it has one. All ranks call this and get the same head."""
     inputs = [model.hash, train.data_hash]
     plan = config.model_dump(mode="json", exclude={"name", "train", "test", "images_per_pass", "allow_missing_classes"})
     folder = paths.join(cache, "linear", hash_json([inputs, plan])[:32])
@@ -258,65 +261,65 @@ def fitted(config: LinearConfig, model: FrozenModel, train: Split, cache: str) -
 
 
 def _train(config: LinearConfig, model: FrozenModel, train: Split) -> ChosenHead:
-    own, held = (train.take(rows) for rows in splits.hold_out(train.labels, config.held_out, config.seed))
+    trained, held = (train.take(rows) for rows in splits.hold_out(train.labels, config.held_out, config.seed))
     readings, num_classes, world = readings_of(config, model), len(train.classes), model.world
     scaled = [rate * config.batch_size / REFERENCE_BATCH for rate in config.rates]
     heads: list[Heads] = []
     with bar("linear", total=config.steps, unit="steps") as advance:
-        for step, (pixels, labels) in enumerate(_crops(config, own, world)):
+        for step, (pixels, labels) in enumerate(_crops(config, trained, world)):
             passes = [read(model, part, readings) for part in torch.split(pixels, config.images_per_pass)]
             inputs = [gather_rows(world, torch.cat(parts), len(labels)) for parts in zip(*passes, strict=True)]
             if not heads:
                 heads = [
-                    Heads(scaled, num_classes, one.shape[1], seed=[config.seed, place]).to(model.device)
-                    for place, one in enumerate(inputs)
+                    Heads(scaled, num_classes, rows.shape[1], seed=[config.seed, number]).to(model.device)
+                    for number, rows in enumerate(inputs)
                 ]
             factor = 0.5 * (1 + math.cos(math.pi * step / config.steps))
             losses = [
-                several.sgd_step(one, labels.to(model.device), factor)
-                for several, one in zip(heads, inputs, strict=True)
+                group.sgd_step(rows, labels.to(model.device), factor) for group, rows in zip(heads, inputs, strict=True)
             ]
-            advance(1, f"least loss {min(float(own_losses.min()) for own_losses in losses):.3f}")
+            advance(1, f"lowest loss {min(float(group.min()) for group in losses):.3f}")
     right = torch.zeros(len(heads), len(scaled), dtype=torch.int64)
     for pixels, labels in middles(held, world, config.pictures, config.images_per_pass):
-        for place, (several, one) in enumerate(zip(heads, read(model, pixels, readings), strict=True)):
-            right[place] += (several.logits(one).argmax(2).cpu() == labels).sum(1)
+        for number, (group, rows) in enumerate(zip(heads, read(model, pixels, readings), strict=True)):
+            right[number] += (group.logits(rows).argmax(2).cpu() == labels).sum(1)
     right = sum_over_ranks(right.to(world.device)).cpu()
     best = int(right.argmax())
-    place, rate = divmod(best, len(scaled))
-    chosen = heads[place]
+    best_reading, best_rate = divmod(best, len(scaled))
+    chosen = heads[best_reading]
     if not (chosen.weight.isfinite().all() and chosen.bias.isfinite().all()):
-        raise InputError("The best linear head is not finite: every learning rate is too great. Take smaller ones.")
+        raise InputError("The best linear head is not finite: every learning rate is too great. Set smaller ones.")
     return ChosenHead(
-        readings[place],
-        config.rates[rate],
+        readings[best_reading],
+        config.rates[best_rate],
         int(right.flatten()[best]) / len(held),
         train.classes,
-        chosen.weight[rate].detach().cpu(),
-        chosen.bias[rate].detach().cpu(),
+        chosen.weight[best_rate].detach().cpu(),
+        chosen.bias[best_rate].detach().cpu(),
     )
 
 
 def _crops(config: LinearConfig, split: Split, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the random crops (., 3, side, side) of each step, and the labels (B,) of all of them.
+    """This rank's share of the random crops (., 3, side, side) of each step, and the labels (B,) of all ranks.
 
-    Threads make them ahead, a step each.
+    Threads make them in advance; each makes the crops of a whole step.
     """
     side = config.pictures.image_size
-    # The smallest crop of a picture that is scaled down to this still has `side` pixels.
+    # Images may be decoded at this size: their smallest crop still has `side` pixels.
     target_side = math.ceil(side / math.sqrt(CROP_AREA[0]))
 
     share = order.share_of_batch(config.batch_size, world)
 
     def make(item: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
-        first, own = item
+        first, batch = item
         reader, crops = ReferenceReader(), []
-        for place, row in zip(share, split.table.take(pa.array([own[one] for one in share])).to_pylist(), strict=True):
+        rows_of_rank = split.table.take(pa.array([batch[number] for number in share])).to_pylist()
+        for number, row in zip(share, rows_of_rank, strict=True):
             data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
             picture = decode_picture(data, split.limits, target_side=target_side)
-            crops.append(random_crop(picture, side, np.random.default_rng([config.seed, 1, first + place])))
+            crops.append(random_crop(picture, side, np.random.default_rng([config.seed, 1, first + number])))
         reader.close()
-        return torch.stack(crops), split.labels[torch.tensor(own)]
+        return torch.stack(crops), split.labels[torch.tensor(batch)]
 
     rows = order.shuffled_rows(len(split), config.seed)
     starts = range(0, config.steps * config.batch_size, config.batch_size)
@@ -326,7 +329,7 @@ def _crops(config: LinearConfig, split: Split, world: World) -> Iterator[tuple[T
 
 
 def middles(split: Split, world: World, config: PicturesConfig, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The middles of this rank's share of the pictures (B, 3, side, side) and their labels (B,), `size` at a time."""
+    """Middle squares of this rank's share of the images (B, 3, side, side) and their labels (B,), `size` at a time."""
     share = world.share(len(split))
     squares = read_squares(split, share, config)
     start = share.start
@@ -338,23 +341,23 @@ def middles(split: Split, world: World, config: PicturesConfig, size: int) -> It
 def predict(
     head: ChosenHead, model: FrozenModel, split: Split, pictures: PicturesConfig, size: int, among: Tensor
 ) -> Tensor:
-    """The class (m,) int64 of each picture, the likeliest of the classes `among` (c,); all ranks are told all.
+    """The most probable of the classes `among` (c,) for each image: (m,) int64, on every rank.
 
-    size: pictures that go through the model at once.
+    size: images a forward pass.
     """
-    found = [torch.empty(0, dtype=torch.int64)]
+    predicted = [torch.empty(0, dtype=torch.int64)]
     for pixels, _ in middles(split, model.world, pictures, size):
-        found.append(among[head.logits(model, pixels)[:, among].argmax(1)])
-    return gather_rows(model.world, torch.cat(found), len(split))
+        predicted.append(among[head.logits(model, pixels)[:, among].argmax(1)])
+    return gather_rows(model.world, torch.cat(predicted), len(split))
 
 
 def run(
     config: LinearConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
-    """Train, choose and classify one dataset; the head is kept in `cache`, <output>/cache when None.
+    """Train and select a head, and classify one dataset. The head is cached in `cache`, <output>/cache when None.
 
-    The pictures are read in this process, and shared by the ranks of the model's world; `runner` ingests. Raises
-    UserError kin.
+    The images are read in this process, and shared among the ranks of the model's world. `runner` only ingests. Raises
+    UserError.
     """
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     train, test = splits.load_pair(

@@ -1,6 +1,6 @@
-"""Logistic regression on frozen features: what a linear classifier reads in them, with no augmentation and no luck.
+"""Logistic regression on frozen features: a linear classifier without augmentation or randomness.
 
-The strength of the regularisation is chosen on a held-out tenth of the training images, never on the test images; the
+The strength of the regularisation is selected on a held-out tenth of the training images, never on the test images. The
 classifier is then fitted to all training images.
 
 Legend: n training images, m test images, F features, C classes.
@@ -34,29 +34,29 @@ from evaluation.features import FrozenModel, require_finite_rows
 from evaluation.results import Result, Score
 from evaluation.scores import classifier_scores
 
-# Cited: DINOv2 eval/log_regression.py. The inverse strengths of the regularisation.
+# Inverse strengths of the regularisation. Cited: DINOv2, eval/log_regression.py.
 DEFAULT_C = tuple(float(value) for value in 10 ** np.linspace(-6, 5, 45))
 HELD_OUT_SEED = 0  # draws the held-out share. Cited: the same
-TOLERANCE = 1e-12  # of the gradient, at which a fit ends sooner. Cited: the same
+TOLERANCE = 1e-12  # of the gradient; a fit that reaches it ends early. Cited: the same
 
 
 class LogisticConfig(Settings):
-    """Logistic regression of one dataset. The defaults are those of DINOv2's published evaluation."""
+    """Logistic regression on one dataset. The defaults are those of DINOv2's published evaluation."""
 
     name: str
-    """What results call the dataset."""
+    """Name of the dataset in results."""
     train: SplitConfig
-    """The images to fit."""
+    """The training images."""
     test: SplitConfig
-    """The images that are classified."""
+    """The test images, which are classified."""
     pictures: PicturesConfig = PicturesConfig(resize_size=224, image_size=224)
-    """What the model sees of them."""
+    """How the model sees them."""
     c: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=DEFAULT_C, min_length=1)
-    """The inverse strengths of regularisation to choose from."""
+    """Inverse strengths of the regularisation, of which the best is selected."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
-    """Share of each class's training images to choose by."""
+    """Share of the training images of each class that is held out for the selection."""
     max_iterations: int = Field(default=1000, ge=1)
-    """Of L-BFGS, for each fit."""
+    """Maximum iterations of L-BFGS for each fit."""
     allow_missing_classes: bool = False
     """Whether the test images may lack classes of the training images."""
 
@@ -70,21 +70,21 @@ def choose(
     seed: int = HELD_OUT_SEED,
     max_iterations: int = 1000,
 ) -> tuple[float, float]:
-    """The best of `c` on a held-out share, and its accuracy there; of equally good ones the first.
+    """The best of `c` on a held-out share, and its accuracy there. Ties go to the first.
 
-    train_features: (n, F), train_labels: (n,) integers from 0. Each fit starts where the one before it ended, which
-    changes the speed alone: the loss has one minimum.
+    train_features: (n, F), train_labels: (n,) integers from 0. Each fit starts from the solution of the one before,
+    which changes only the speed: the loss has one minimum.
     """
-    own, held = splits.hold_out(train_labels, held_out, seed)
-    truth = train_labels[held].numpy()
+    fitted, held = splits.hold_out(train_labels, held_out, seed)
+    held_labels = train_labels[held].numpy()
     classifier = _classifier(c[0], max_iterations)
     classifier.set_params(warm_start=True)
     best, best_share = c[0], -1.0
     with bar("logistic", total=len(c), unit="fits") as advance:
         for value in c:
             classifier.set_params(C=value)
-            _fit(classifier, train_features[own], train_labels[own])
-            share = float((classifier.predict(train_features[held].double().numpy()) == truth).mean())
+            _fit(classifier, train_features[fitted], train_labels[fitted])
+            share = float((classifier.predict(train_features[held].double().numpy()) == held_labels).mean())
             if share > best_share:
                 best, best_share = value, share
             advance(1, "")
@@ -99,7 +99,7 @@ def predict(
     *,
     max_iterations: int = 1000,
 ) -> Tensor:
-    """The class (m,) int64 of each test image by the classifier that fits all training images."""
+    """The class (m,) int64 of each test image, by a classifier fitted to all training images."""
     require_finite_rows(test_features, "test")
     classifier = _classifier(c, max_iterations)
     _fit(classifier, train_features, train_labels)
@@ -109,26 +109,26 @@ def predict(
 def run(
     config: LogisticConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> list[Result]:
-    """Fit and classify one dataset; features are kept in `cache`, <output>/cache when None. Raises UserError kin.
+    """Fit and classify one dataset. Features are cached in `cache`, <output>/cache when None.
 
-    Of several ranks the first one fits; the others find nothing.
+    Only the first rank fits; the others return no results. Raises UserError.
     """
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     train, test = splits.load_pair(
         config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
     )
-    own = features.extract(model, train, config.pictures, cache, runner).matrix()
-    asked = features.extract(model, test, config.pictures, cache, runner).matrix()
+    train_features = features.extract(model, train, config.pictures, cache, runner).matrix()
+    test_features = features.extract(model, test, config.pictures, cache, runner).matrix()
     if not model.world.is_first:
         return []
     c, share = choose(
-        own,
+        train_features,
         train.labels,
         config.c,
         held_out=config.held_out,
         max_iterations=config.max_iterations,
     )
-    predicted = predict(own, train.labels, asked, c, max_iterations=config.max_iterations)
+    predicted = predict(train_features, train.labels, test_features, c, max_iterations=config.max_iterations)
     protocol = f"L-BFGS, best of {len(config.c)} C"
     return results.make(
         "logistic",
@@ -145,11 +145,11 @@ def _classifier(c: float, max_iterations: int) -> LogisticRegression:
     return LogisticRegression(C=c, solver="lbfgs", max_iter=max_iterations, tol=TOLERANCE)
 
 
-def _fit(classifier: LogisticRegression, own: Tensor, labels: Tensor) -> None:
-    require_finite_rows(own, "training")
+def _fit(classifier: LogisticRegression, train_features: Tensor, labels: Tensor) -> None:
+    require_finite_rows(train_features, "training")
     if len(torch.unique(labels)) < 2:
-        raise InputError("The training images are all of one class; there is nothing to tell apart.")
+        raise InputError("The training images are all of one class. A classifier needs at least two.")
     with warnings.catch_warnings():
-        # A tolerance of 1e-12 is below what float64 can reach, and the published protocol ends at the iterations.
+        # float64 cannot reach a tolerance of 1e-12; the published protocol ends at the maximum of iterations.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier.fit(own.double().numpy(), labels.numpy())
+        classifier.fit(train_features.double().numpy(), labels.numpy())

@@ -1,4 +1,4 @@
-"""A sheet of pictures and their nearest neighbours in a labelled set: what the numbers of k-NN look like."""
+"""Draws sheets of images with their nearest neighbours in a labelled set, to illustrate the scores of k-NN."""
 
 import numpy as np
 import torch
@@ -16,23 +16,23 @@ from evaluation.data.views import PicturesConfig
 from evaluation.features import FrozenModel
 from evaluation.visualize import PictureRecord, Pixels
 
-# Side in pixels of a picture on the sheet. Assumed: nine fit beside one another on a page.
+# Side in pixels of an image on the sheet. Assumed: nine fit side by side on a page.
 SIDE = 96
 
 
 class NeighboursConfig(Settings):
-    """Whose neighbours are drawn. Features are those of k-NN, from the cache where they are there."""
+    """One sheet. It uses the features of k-NN, from the cache where it has them."""
 
     name: str
-    """What the sheet is called."""
+    """Name of the sheet."""
     split: SplitConfig
-    """The pictures that are asked for, and those that may be found."""
+    """The labelled set: queries and neighbours."""
     pictures: PicturesConfig = PicturesConfig()
-    """What the model sees of them."""
+    """How the model sees them."""
     queries: int = Field(default=8, ge=1)
-    """How many are asked for: drawn, one of each class before a second of any."""
+    """Number of queries. They are drawn, one of each class before a second of any."""
     k: int = Field(default=8, ge=1)
-    """Neighbours of each."""
+    """Neighbours of each query."""
 
 
 def choose(labels: Tensor, count: int, seed: int = 0) -> list[int]:
@@ -41,21 +41,21 @@ def choose(labels: Tensor, count: int, seed: int = 0) -> list[int]:
     labels: (n,) integers from 0.
     """
     order = np.random.default_rng([seed]).permutation(len(labels))
-    seen = torch.zeros(int(labels.max()) + 1, dtype=torch.int64)
-    turns = []
+    num_drawn = torch.zeros(int(labels.max()) + 1, dtype=torch.int64)
+    ranked_rows = []  # the rank of a row within its class, and the row
     for row in order.tolist():
-        turns.append((int(seen[labels[row]]), row))
-        seen[labels[row]] += 1
-    return [row for _, row in sorted(turns, key=lambda turn: turn[0])[:count]]
+        ranked_rows.append((int(num_drawn[labels[row]]), row))
+        num_drawn[labels[row]] += 1
+    return [row for _, row in sorted(ranked_rows, key=lambda ranked: ranked[0])[:count]]
 
 
 def run(
     config: NeighboursConfig, model: FrozenModel, output: str, *, cache: str | None = None, runner: Runner | None = None
 ) -> PictureRecord | None:
-    """Draw one sheet below `output`, on the first rank; features are kept in `cache`, <output>/cache when None."""
+    """Draw one sheet below `output`, on the first rank. Features are cached in `cache`, <output>/cache when None."""
     cache = cache or paths.join(output, "cache")
     split = splits.load(config.split, cache, runner or InlineRunner())
-    found = features.extract(model, split, config.pictures, cache, runner)
+    image_features = features.extract(model, split, config.pictures, cache, runner)
     if not model.world.is_first:
         return None
     labels = [split.classes[label] for label in split.labels.tolist()]
@@ -63,7 +63,7 @@ def run(
     return visualize.draw_neighbours(
         model,
         output,
-        found.matrix(),
+        image_features.matrix(),
         labels,
         lambda row: _square(split, row),
         queries=rows,
@@ -73,7 +73,7 @@ def run(
 
 
 def _square(split: Split, row: int) -> Pixels:
-    """The largest square in the middle of a picture, (SIDE, SIDE, 3)."""
+    """The largest square in the middle of an image, (SIDE, SIDE, 3)."""
     shape = (SIDE, SIDE)
     ((_, pixels),) = splits.pictures(
         split, [row], lambda picture: to_shape(picture, shape, crop=True), target_side=SIDE, threads=1

@@ -1,7 +1,7 @@
-"""What others published by the protocols that are here too, to stand beside one's own numbers.
+"""Published numbers of the protocols of this package, for comparison with results.
 
-A number is shown only beside results of the same evaluation, data set, protocol and metric. Data sets are known by the
-name that the config gives them, in any spelling of case, spaces and hyphens.
+A number is shown only beside results of the same evaluation, data set, protocol and metric. A data set is recognised by
+its name in the config; case, spaces and hyphens do not matter.
 """
 
 import re
@@ -13,23 +13,23 @@ from evaluation.results import Result
 
 @dataclass(frozen=True)
 class Column:
-    """Which results a published number stands beside."""
+    """Which results a published number is comparable with."""
 
     evaluation: str
     datasets: tuple[str, ...]
-    """Names, in lower case letters and digits alone."""
+    """Names, of lower-case letters and digits only."""
     protocol: str
-    """Regular expression that the whole protocol of a result matches."""
+    """Regular expression that must match the whole protocol of a result."""
     metric: str
     percent: bool = True
-    """Whether the source gives percent where results are shares."""
+    """Whether the source gives percent. Results are shares."""
     remark: str | None = None
-    """What differs, or what the source leaves open."""
+    """A difference, or a detail that the source does not state."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A number that stands beside one's own."""
+    """A published number that is comparable with a result."""
 
     model: str
     value: float
@@ -39,7 +39,7 @@ class Published:
 
 
 _IMAGENET = ("imagenet", "imagenet1k", "in1k", "ilsvrc2012")
-_KNN = Column("knn", _IMAGENET, r"k=20", "top-1", remark="the source does not say for which k")
+_KNN = Column("knn", _IMAGENET, r"k=20", "top-1", remark="the source does not state k")
 _LINEAR = Column("linear", _IMAGENET, r"52 heads, grid of the (paper|code), 12,500 steps", "top-1")
 _V2 = Column("robustness", ("imagenetv2", "v2"), r".*", "top-1")
 _REAL = Column("robustness", ("imagenetreal", "real"), r".*", "top-1")
@@ -48,7 +48,7 @@ _R = Column("robustness", ("imagenetr",), r".*", "top-1")
 _C = Column("robustness", ("imagenetc",), r".*", "mCE")
 _SKETCH = Column("robustness", ("imagenetsketch",), r".*", "top-1")
 _ANY_LENGTH = r"52 heads, grid of the (paper|code), .*"
-_LENGTH_REMARK = "the source does not say how many steps"
+_LENGTH_REMARK = "the source does not state the number of steps"
 _INAT18 = Column("linear", ("inaturalist2018", "inat2018", "inat18"), _ANY_LENGTH, "top-1", remark=_LENGTH_REMARK)
 _INAT21 = Column("linear", ("inaturalist2021", "inat2021", "inat21"), _ANY_LENGTH, "top-1", remark=_LENGTH_REMARK)
 _OXFORD = ("roxford", "roxford5k", "oxford", "oxford5k", "revisitedoxford")
@@ -64,7 +64,7 @@ _SEGMENTATION = tuple(
     for protocol in ("linear", "multiscale")
 )
 _SCHEDULE = r", 38,400 steps of 16"
-_DEPTH_REMARK = "the source's loss has a gradient term besides, and its learning rate is not published with the number"
+_DEPTH_REMARK = "the loss of the source has a further gradient term, and its learning rate is not published"
 _DEPTH = tuple(
     Column("depth", (name,), head + _SCHEDULE, "rmse", percent=False, remark=_DEPTH_REMARK)
     for name in ("nyu", "kitti")
@@ -122,15 +122,15 @@ _ROWS: tuple[tuple[str, str, tuple[Column, ...], str], ...] = (
     ("DINOv3 ViT-B/16", _DINOV3, _DINOV3_COLUMNS, "89.3 76.7 58.5 .373"),
     ("DINOv3 ViT-L/16", _DINOV3, _DINOV3_COLUMNS, "90.2 88.1 63.1 .352"),
     ("DINOv3 ViT-H+/16", _DINOV3, _DINOV3_COLUMNS, "90.3 90.0 64.5 .352"),
-    # Without its Oxford number, on which its sources disagree.
+    # Without its Oxford number: its sources disagree on it.
     ("DINOv3 ViT-7B/16", _DINOV3, (_REAL, _R, _NYU_LAST_NORM), "90.4 91.1 .309"),
 )
 
 
 def beside(result: Result) -> list[Published]:
-    """What was published of the same evaluation, data set, protocol and metric; none for most."""
+    """The published numbers of the same evaluation, data set, protocol and metric; none for most results."""
     name = re.sub(r"[^a-z0-9]", "", result.dataset.lower())
-    found = []
+    matches = []
     for model, source, columns, numbers in _ROWS:
         for column, number in zip(columns, _numbers(numbers), strict=True):
             if (
@@ -138,8 +138,8 @@ def beside(result: Result) -> list[Published]:
                 and name in column.datasets
                 and re.fullmatch(column.protocol, result.protocol)
             ):
-                found.append(Published(model, number / 100 if column.percent else number, source, column.remark))
-    return found
+                matches.append(Published(model, number / 100 if column.percent else number, source, column.remark))
+    return matches
 
 
 def _numbers(text: str) -> Sequence[float]:

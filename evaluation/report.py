@@ -1,8 +1,8 @@
-"""report.html: what the evaluations found, as one page for people.
+"""Writes report.html: the results of the evaluations on one page for people.
 
-One section an evaluation, in it a table a data set with the models as rows, published numbers below one's own where
-the protocol is the same, and a plot; then the pictures. The page is one file that loads nothing and holds no script,
-and every text from outside is escaped: names of data sets and models are strangers' file names.
+Each evaluation has a section, with a table and a plot for each data set. The rows of a table are models; published
+numbers of the same protocol follow. The pictures come last. The page is one file that loads nothing and has no script.
+Every text from outside is escaped, because names of data sets and models are untrusted input.
 """
 
 import base64
@@ -22,7 +22,7 @@ from evaluation.visualize import PICTURES_FOLDER, PictureKind, PictureRecord
 
 REPORT_FILE = "report.html"
 
-# In the order of the page; what is not here comes behind, by name.
+# In the order of the page. Other evaluations follow, sorted by name.
 TITLES = {
     "knn": "Nearest neighbours",
     "logistic": "Logistic regression",
@@ -38,43 +38,43 @@ PICTURE_TITLES: dict[PictureKind, str] = {
     "attention": "Attention",
     "neighbours": "Nearest neighbours",
 }
-# Errors: less is better, and they are no shares.
+# Errors: lower is better, and they are no shares.
 ERRORS = frozenset({"abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "mae"})
 LESS_IS_BETTER = ERRORS | {"mCE"}
 UNITS = {"rmse": "m", "mae": "m"}
-# Beyond this a table is hard to read. Assumed.
+# Wider tables are hard to read. Assumed.
 MAX_COLUMNS = 10
 COLORS = ("#2f6690", "#b5382e", "#2e8b62", "#b07d2b", "#6a4c93", "#4a5a63", "#c2578a", "#3aa0a8")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def write(output: str) -> str:
-    """Write the report on the results and pictures below `output`; returns its path. Raises InputError.
+    """Write the report on the results and pictures below `output`, and return its path. Raises InputError.
 
     The same results and pictures give the same bytes.
     """
     path = paths.join(output, REPORT_FILE)
-    found = results.latest(results.read(output))
+    latest = results.latest(results.read(output))
     pictures = [
         (picture, _read_png(paths.join(output, PICTURES_FOLDER, picture.file)))
         for picture in visualize.read_pictures(output)
     ]
-    if not found and not pictures:
+    if not latest and not pictures:
         raise InputError(f"'{output}' has neither results nor pictures to report. Run an evaluation first.")
-    paths.write_bytes(path, page(found, pictures).encode())
+    paths.write_bytes(path, page(latest, pictures).encode())
     return path
 
 
-def page(found: Sequence[Result], pictures: Sequence[tuple[PictureRecord, bytes]]) -> str:
+def page(latest: Sequence[Result], pictures: Sequence[tuple[PictureRecord, bytes]]) -> str:
     """The whole document. pictures: each with the bytes of its PNG."""
-    evaluations = sorted({one.evaluation for one in found}, key=_place)
-    sections = [_evaluation(name, [one for one in found if one.evaluation == name]) for name in evaluations]
+    evaluations = sorted({result.evaluation for result in latest}, key=_sort_key)
+    sections = [_evaluation(name, [result for result in latest if result.evaluation == name]) for name in evaluations]
     sections += [
         _pictures(kind, title, [pair for pair in pictures if pair[0].kind == kind])
         for kind, title in PICTURE_TITLES.items()
         if any(picture.kind == kind for picture, _ in pictures)
     ]
-    models = list(dict.fromkeys([one.model for one in found] + [picture.model for picture, _ in pictures]))
+    models = list(dict.fromkeys([result.model for result in latest] + [picture.model for picture, _ in pictures]))
     links = [(name, TITLES.get(name, name)) for name in evaluations] + [
         (f"pictures-{kind}", title)
         for kind, title in PICTURE_TITLES.items()
@@ -86,8 +86,8 @@ def page(found: Sequence[Result], pictures: Sequence[tuple[PictureRecord, bytes]
         tag("p", "Models: ", *_separated(tag("strong", name) for name in models)),
         tag(
             "p",
-            "Shares are in percent, errors of depth as they are; the best of one's own models is bold. Rows in italics "
-            "were published by others for the same protocol.",
+            "Shares are in percent; errors of depth are in their own units. The best of the evaluated models is bold. "
+            "Rows in italics are published numbers of the same protocol.",
             class_="note",
         ),
         tag("nav", tag("ol", *(tag("li", tag("a", title, href=f"#{_slug(name)}")) for name, title in links))),
@@ -100,58 +100,66 @@ def page(found: Sequence[Result], pictures: Sequence[tuple[PictureRecord, bytes]
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One line of a table."""
+    """The row of one model in a table."""
 
     model: str
     cells: tuple[Result | Published | None, ...]
     published: bool
 
 
-def _evaluation(name: str, found: Sequence[Result]) -> Markup:
-    datasets = list(dict.fromkeys(one.dataset for one in found))
-    body = [part for dataset in datasets for part in _dataset([one for one in found if one.dataset == dataset])]
-    return _section(name, TITLES.get(name, name), *body, _details(found))
+def _evaluation(name: str, evaluation_results: Sequence[Result]) -> Markup:
+    datasets = list(dict.fromkeys(result.dataset for result in evaluation_results))
+    parts = [
+        part
+        for dataset in datasets
+        for part in _dataset([result for result in evaluation_results if result.dataset == dataset])
+    ]
+    return _section(name, TITLES.get(name, name), *parts, _details(evaluation_results))
 
 
-def _dataset(found: Sequence[Result]) -> list[Markup]:
-    """The heading, and one table, or where it would be too wide one for k=10 and k=20 and so on, or one a protocol."""
-    columns = list(dict.fromkeys((one.protocol, one.metric) for one in found))
+def _dataset(dataset_results: Sequence[Result]) -> list[Markup]:
+    """The heading and one table. A table that is too wide is divided by families of protocols, then by protocol."""
+    columns = list(dict.fromkeys((result.protocol, result.metric) for result in dataset_results))
     if all(_number(protocol) is not None for protocol, _ in columns):
         columns.sort(key=lambda column: (_family(column[0]), _number(column[0])))  # metrics keep their order
     groups = [columns]
     for key in (_family, str):
         if any(len(group) > MAX_COLUMNS for group in groups):
             keys = dict.fromkeys(key(protocol) for protocol, _ in columns)
-            groups = [[column for column in columns if key(column[0]) == one] for one in keys]
-    parts = [tag("h3", found[0].dataset)]
+            groups = [[column for column in columns if key(column[0]) == group_key] for group_key in keys]
+    parts = [tag("h3", dataset_results[0].dataset)]
     for group in groups:
-        rows = table_rows([one for one in found if (one.protocol, one.metric) in group], group)
+        rows = table_rows([result for result in dataset_results if (result.protocol, result.metric) in group], group)
         parts += [_table(group, rows), *_sources(rows), *_plots(group, rows)]
     return parts
 
 
-def table_rows(found: Sequence[Result], columns: Sequence[tuple[str, str]]) -> list[ModelRow]:
-    """One's own models in the order of the results, then what was published. columns: protocols and metrics.
+def table_rows(table_results: Sequence[Result], columns: Sequence[tuple[str, str]]) -> list[ModelRow]:
+    """The evaluated models in the order of the results, then the published ones. columns: protocols and metrics.
 
-    Models of one name and other weights, or the same on other data, have a row each.
+    Each combination of a name, weights and data has its own row.
     """
-    own: dict[tuple[str, str, str], dict[tuple[str, str], Result]] = {}
-    for one in found:
-        own.setdefault((one.model, one.model_hash, one.data_hash), {})[one.protocol, one.metric] = one
-    names = [model for model, _, _ in own]
+    cells_of_model: dict[tuple[str, str, str], dict[tuple[str, str], Result]] = {}
+    for result in table_results:
+        cells = cells_of_model.setdefault((result.model, result.model_hash, result.data_hash), {})
+        cells[result.protocol, result.metric] = result
+    names = [model for model, _, _ in cells_of_model]
     rows = [
         ModelRow(
             model if names.count(model) == 1 else f"{model} ({model_hash[:8]} on {data_hash[:8]})",
             tuple(cells.get(column) for column in columns),
             published=False,
         )
-        for (model, model_hash, data_hash), cells in own.items()
+        for (model, model_hash, data_hash), cells in cells_of_model.items()
     ]
-    others: dict[str, dict[tuple[str, str], Published]] = {}
-    for one in found:
-        for published in beside(one):
-            others.setdefault(published.model, {})[one.protocol, one.metric] = published
-    return rows + [ModelRow(model, tuple(map(cells.get, columns)), published=True) for model, cells in others.items()]
+    published_of_model: dict[str, dict[tuple[str, str], Published]] = {}
+    for result in table_results:
+        for published in beside(result):
+            published_of_model.setdefault(published.model, {})[result.protocol, result.metric] = published
+    return rows + [
+        ModelRow(model, tuple(map(published_cells.get, columns)), published=True)
+        for model, published_cells in published_of_model.items()
+    ]
 
 
 def _table(columns: Sequence[tuple[str, str]], rows: Sequence[ModelRow]) -> Markup:
@@ -191,14 +199,14 @@ def _table(columns: Sequence[tuple[str, str]], rows: Sequence[ModelRow]) -> Mark
 def _value(cell: Result | Published | None, metric: str, *, best: bool) -> object:
     if cell is None:
         return "—"
-    text = shown(cell.value, metric)
+    text = format_value(cell.value, metric)
     if isinstance(cell, Result) and cell.spread is not None:
-        text += f" ± {shown(cell.spread, metric)}"
+        text += f" ± {format_value(cell.spread, metric)}"
     return tag("strong", text) if best else text
 
 
-def shown(value: float, metric: str) -> str:
-    """A value as the page writes it: errors with three decimals, shares in percent with one."""
+def format_value(value: float, metric: str) -> str:
+    """A value as text: errors with three decimals, shares in percent with one."""
     return f"{value:.3f}" if metric in ERRORS else f"{100 * value:.1f}"
 
 
@@ -216,20 +224,21 @@ def _sources(rows: Sequence[ModelRow]) -> list[Markup]:
     return [tag("p", text, class_="note")]
 
 
-def _details(found: Sequence[Result]) -> Markup:
-    """Settings, hashes and times: one line a run."""
-    seen: dict[tuple[str, ...], Result] = {}
-    for one in found:
-        seen.setdefault((one.dataset, one.model, one.model_hash, one.data_hash, one.protocol), one)
+def _details(evaluation_results: Sequence[Result]) -> Markup:
+    """A table of settings, hashes and times, one row for each run."""
+    first_of_run: dict[tuple[str, ...], Result] = {}
+    for result in evaluation_results:
+        run = (result.dataset, result.model, result.model_hash, result.data_hash, result.protocol)
+        first_of_run.setdefault(run, result)
     lines = [
         tag(
             "tr",
-            *(tag("td", text) for text in (one.dataset, one.protocol, one.model)),
-            *(tag("td", tag("code", text[:12], title=text)) for text in (one.model_hash, one.data_hash)),
-            tag("td", f"{one.seconds:,.1f} s", class_="number"),
-            tag("td", tag("code", json.dumps(one.settings, sort_keys=True, ensure_ascii=False), class_="settings")),
+            *(tag("td", text) for text in (result.dataset, result.protocol, result.model)),
+            *(tag("td", tag("code", text[:12], title=text)) for text in (result.model_hash, result.data_hash)),
+            tag("td", f"{result.seconds:,.1f} s", class_="number"),
+            tag("td", tag("code", json.dumps(result.settings, sort_keys=True, ensure_ascii=False), class_="settings")),
         )
-        for one in seen.values()
+        for result in first_of_run.values()
     ]
     names = ("Data", "Protocol", "Model", "Model hash", "Data hash", "Time", "Settings")
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
@@ -241,16 +250,18 @@ def _details(found: Sequence[Result]) -> Markup:
 
 
 def _plots(columns: Sequence[tuple[str, str]], rows: Sequence[ModelRow]) -> list[Markup]:
-    """Lines of the first metric over a number that the protocols name, such as k; else bars of one column: the first
-    for which there are published numbers, or simply the first."""
+    """A line plot of the first metric over the number in the protocols, such as k, where they have one. Otherwise bars
+    of one column: the first with published numbers, or the first of all."""
     metric = columns[0][1]
     family = _family(columns[0][0])
     chosen = [index for index, (protocol, of) in enumerate(columns) if of == metric and _family(protocol) == family]
     numbers = [_number(columns[index][0]) for index in chosen]
     labelled = [number for number in numbers if number is not None]
-    own = [row for row in rows if not row.published]
+    evaluated = [row for row in rows if not row.published]
     if len(set(labelled)) == len(chosen) > 2:
-        series = [(row.model, [cell.value if (cell := row.cells[index]) else None for index in chosen]) for row in own]
+        series = [
+            (row.model, [cell.value if (cell := row.cells[index]) else None for index in chosen]) for row in evaluated
+        ]
         return [line_plot([columns[index][0] for index in chosen], series, metric)]
     compared = (index for row in rows if row.published for index, cell in enumerate(row.cells) if cell is not None)
     column = min(compared, default=0)
@@ -260,31 +271,31 @@ def _plots(columns: Sequence[tuple[str, str]], rows: Sequence[ModelRow]) -> list
 
 
 def line_plot(ticks: Sequence[str], series: Sequence[tuple[str, Sequence[float | None]]], metric: str) -> Markup:
-    """Values over evenly spaced ticks, a line a model, as SVG. None leaves a gap out."""
+    """Values over evenly spaced ticks as SVG, one line for each model. None is skipped."""
     width, height, left, top = 640, 260, 56, 14
     values = [value for _, line in series for value in line if value is not None]
     low, high = min(values), max(values)
     margin = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
     low, high = low - margin, high + margin
 
-    def place(index: int, value: float) -> tuple[float, float]:
+    def position(index: int, value: float) -> tuple[float, float]:
         x = left + (width - left - 16) * index / max(len(ticks) - 1, 1)
         return round(x, 1), round(top + (height - top) * (high - value) / (high - low), 1)
 
     drawn: list[object] = []
     for step in range(5):
         value = low + (high - low) * step / 4
-        y = place(0, value)[1]
+        y = position(0, value)[1]
         drawn += [
             tag("line", x1=left, x2=width, y1=y, y2=y, class_="grid"),
-            tag("text", shown(value, metric), x=left - 8, y=y + 4, text_anchor="end"),
+            tag("text", format_value(value, metric), x=left - 8, y=y + 4, text_anchor="end"),
         ]
     for index, tick in enumerate(ticks):
         anchor = "end" if index == len(ticks) - 1 and len(ticks) > 1 else "middle"
-        drawn.append(tag("text", tick, x=place(index, low)[0], y=height + 20, text_anchor=anchor))
+        drawn.append(tag("text", tick, x=position(index, low)[0], y=height + 20, text_anchor=anchor))
     for number, (model, line) in enumerate(series):
         color = COLORS[number % len(COLORS)]
-        points = [place(index, value) for index, value in enumerate(line) if value is not None]
+        points = [position(index, value) for index, value in enumerate(line) if value is not None]
         drawn.append(
             tag("polyline", points=" ".join(f"{x},{y}" for x, y in points), fill="none", stroke=color, stroke_width=2)
         )
@@ -303,7 +314,7 @@ def line_plot(ticks: Sequence[str], series: Sequence[tuple[str, Sequence[float |
 
 
 def bar_plot(bars: Sequence[tuple[str, float, bool]], title: str, metric: str) -> Markup:
-    """A bar a model from 0, published ones pale, as SVG."""
+    """Bars from 0 as SVG, one for each model; those of published numbers are pale."""
     width, left, step = 640, 250, 24
     highest = max(max(value for _, value, _ in bars), 1e-9)
     drawn: list[object] = []
@@ -312,20 +323,20 @@ def bar_plot(bars: Sequence[tuple[str, float, bool]], title: str, metric: str) -
         drawn += [
             tag("text", _clip(model, 36), tag("title", model), x=left - 8, y=y + 16, text_anchor="end"),
             tag("rect", x=left, y=y + 4, width=round(length, 1), height=16, class_="pale" if published else "own"),
-            tag("text", shown(value, metric), x=round(left + length + 6, 1), y=y + 16),
+            tag("text", format_value(value, metric), x=round(left + length + 6, 1), y=y + 16),
         ]
     plot = tag("svg", *drawn, viewBox=f"0 0 {width} {len(bars) * step + 4}", role="img", aria_label=title)
     return tag("figure", plot, tag("figcaption", title), class_="plot")
 
 
 def _number(protocol: str) -> float | None:
-    """The number behind the one equals sign of a protocol: 20 of "k=20"."""
-    found = re.findall(r"=\s*([0-9]+(?:\.[0-9]+)?)", protocol)
-    return float(found[0]) if len(found) == 1 else None
+    """The number after the only equals sign of a protocol: 20 for "k=20"."""
+    numbers = re.findall(r"=\s*([0-9]+(?:\.[0-9]+)?)", protocol)
+    return float(numbers[0]) if len(numbers) == 1 else None
 
 
 def _family(protocol: str) -> str:
-    """What protocols have in common that differ in their number alone: "k" of "k=20"."""
+    """The common part of protocols that differ only in their number: "k" for "k=20"."""
     return re.sub(r"=\s*[0-9.]+", "", protocol)
 
 
@@ -377,7 +388,7 @@ def _clip(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:half]}…{text[-half:]}"
 
 
-def _place(evaluation: str) -> tuple[int, str]:
+def _sort_key(evaluation: str) -> tuple[int, str]:
     known = list(TITLES)
     return (known.index(evaluation) if evaluation in known else len(known), evaluation)
 

@@ -1,13 +1,13 @@
-"""How a linear head that was trained on ImageNet does on images that differ from ImageNet's.
+"""Scores a linear head that was trained on ImageNet on images that differ from ImageNet's.
 
-The head is that of `evaluation.linear`, chosen on ImageNet's training images alone. The sets are read as published:
+The head is that of `evaluation.linear`, selected on ImageNet's training images alone. The sets are read as published:
 
     imagenet-a, imagenet-r, sketch    <path>/<wnid>/<image>
-    imagenet-v2                       <path>/<place of the class>/<image>
+    imagenet-v2                       <path>/<index of the class>/<image>
     imagenet-c                        <path>/<corruption>/<severity>/<wnid>/<image>
     imagenet-real                     <path>/<wnid>/ILSVRC2012_val_<number>.JPEG, and real.json beside it
 
-Sets of fewer classes (A and R have 200) are scored among their own, as their authors do.
+Sets of fewer classes (A and R have 200) are scored among these classes, as their authors do.
 
 Legend: m images, C classes.
 
@@ -40,7 +40,7 @@ from evaluation.scores import accuracy
 
 SetKind = Literal["folders", "places", "corruptions", "real"]
 SEVERITIES = ("1", "2", "3", "4", "5")  # cited: arXiv 1903.12261
-# AlexNet's error on each corruption of ImageNet-C, the mean over the severities; mCE divides by them. Cited: arXiv
+# AlexNet's mean error over the severities, for each corruption of ImageNet-C; mCE divides by it. Cited: arXiv
 # 1903.12261 and github.com/hendrycks/robustness.
 ALEXNET_ERRORS = {
     "gaussian_noise": 0.886428,
@@ -66,33 +66,33 @@ class RobustnessConfig(Settings):
     """One set of images, and the head that classifies them."""
 
     name: str
-    """What results call the set."""
+    """Name of the set in results."""
     path: str
     """Its folder, local or any fsspec URL."""
     kind: SetKind = "folders"
-    """"folders": a folder a class (A, R, Sketch). "places": folders are numbers, the places of the classes among the
-    sorted ones (V2). "corruptions": a folder a corruption, of five severities (C). "real": ReaL."""
+    """"folders": one folder for each class (A, R, Sketch). "places": folders are numbers, the indices of the sorted
+    classes (V2). "corruptions": one folder for each corruption, with five severities (C). "real": ReaL."""
     linear: LinearConfig
-    """The probe whose head is used; `train` is ImageNet. Read from the cache where it was trained before."""
+    """The probe that trains the head; `train` is ImageNet. The head is read from the cache where it has it."""
     real_labels: str | None = None
-    """For "real": path of real.json, a list of lists of places of classes, one for each validation image by number."""
+    """For "real": path of real.json, which lists the indices of the allowed classes of each validation image."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.kind == "real") != (self.real_labels is not None):
-            raise ValueError("kind 'real', and no other, needs real_labels, the path of real.json")
+            raise ValueError("kind 'real' needs real_labels, the path of real.json; other kinds have none")
         return self
 
 
 def mean_corruption_error(errors: Mapping[str, Sequence[float]], alexnet: Mapping[str, float]) -> float:
-    """mCE: over the corruptions, the mean of our mean error over the severities divided by AlexNet's; 1 is AlexNet."""
-    ratios = [sum(own) / len(own) / alexnet[corruption] for corruption, own in errors.items()]
+    """mCE: the mean over corruptions of the model's mean error over severities divided by AlexNet's. AlexNet has 1."""
+    ratios = [sum(values) / len(values) / alexnet[corruption] for corruption, values in errors.items()]
     return sum(ratios) / len(ratios)
 
 
 def real_accuracy(predicted: Tensor, allowed: Sequence[Sequence[int]]) -> float:
-    """The share of images whose predicted class (m,) is among the allowed ones; images that allow none do not count."""
-    counted = [int(one) in own for one, own in zip(predicted.tolist(), allowed, strict=True) if own]
+    """The share of images whose predicted class (m,) is allowed. Images without an allowed class do not count."""
+    counted = [int(label) in labels for label, labels in zip(predicted.tolist(), allowed, strict=True) if labels]
     if not counted:
         raise InputError("No image has a ReaL label.")
     return sum(counted) / len(counted)
@@ -107,9 +107,9 @@ def run(
     runner: Runner | None = None,
     alexnet_errors: Mapping[str, float] = ALEXNET_ERRORS,
 ) -> list[Result]:
-    """Classify one set; the head and the lists of images are kept in `cache`, <output>/cache when None.
+    """Classify one set. The head and the lists of images are cached in `cache`, <output>/cache when None.
 
-    alexnet_errors: for "corruptions", by the folders that are read. Raises UserError kin.
+    alexnet_errors: for "corruptions", by the names of the folders to read. Raises UserError.
     """
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     runner = runner or InlineRunner()
@@ -126,7 +126,7 @@ def run(
                 hashes.append(split.data_hash)
         metric, value = "mCE", mean_corruption_error(errors, alexnet_errors)
     else:
-        split = _load(config.path, train, cache, runner, places=config.kind == "places")
+        split = _load(config.path, train, cache, runner, folders_are_indices=config.kind == "places")
         predicted, hashes = _predicted(config, head, model, split), [split.data_hash]
         if config.kind == "real":
             assert config.real_labels is not None
@@ -148,32 +148,32 @@ def run(
     )
 
 
-def _load(path: str, train: Split, cache: str, runner: Runner, *, places: bool = False) -> Split:
+def _load(path: str, train: Split, cache: str, runner: Runner, *, folders_are_indices: bool = False) -> Split:
     split = splits.load(SplitConfig(path=path), cache, runner)
-    if not places:
+    if not folders_are_indices:
         return splits.with_classes(split, train, subset=True)
     wrong = [name for name in split.classes if not name.isdecimal() or int(name) >= len(train.classes)]
     if wrong:
-        raise InputError(f"{path}: the folder '{wrong[0]}' is not a place among {len(train.classes)} classes.")
-    numbers = torch.tensor([int(name) for name in split.classes])
-    return Split(split.path, split.table, train.classes, numbers[split.labels], split.limits)
+        raise InputError(f"{path}: the folder '{wrong[0]}' is not the index of one of {len(train.classes)} classes.")
+    indices = torch.tensor([int(name) for name in split.classes])
+    return Split(split.path, split.table, train.classes, indices[split.labels], split.limits)
 
 
 def _predicted(config: RobustnessConfig, head: ChosenHead, model: FrozenModel, split: Split) -> Tensor:
-    """The class (m,) of each image, among those that occur in `split`."""
+    """The class (m,) of each image, among the classes in `split`."""
     settings = config.linear
     return linear.predict(head, model, split, settings.pictures, settings.images_per_pass, torch.unique(split.labels))
 
 
 def _allowed(split: Split, labels: list[list[int]], path: str) -> list[list[int]]:
-    """The ReaL labels of each image, found by the number in its name."""
-    found = []
+    """The ReaL labels of each image, by the number in its name."""
+    allowed = []
     for uri in split.table["uri"].to_pylist():
         number = _VALIDATION_NUMBER.search(uri)
         if number is None or not 1 <= int(number[1]) <= len(labels):
             raise InputError(
-                f"{uri}: its name gives no place in {path}, which has {len(labels):,} lists. Expected "
-                "ILSVRC2012_val_<8 digits>.JPEG, as ImageNet's validation images are called."
+                f"{uri}: its name holds no index into {path}, which has {len(labels):,} lists. Expected "
+                "ILSVRC2012_val_<8 digits>.JPEG, the name of an ImageNet validation image."
             )
-        found.append(labels[int(number[1]) - 1])
-    return found
+        allowed.append(labels[int(number[1]) - 1])
+    return allowed

@@ -1,24 +1,24 @@
-"""The command: a model and a config in, results out.
+"""The command of all evaluations: evaluates one model by a config, and writes results and a report.
 
     python -m evaluation.run --model PATH --config EVAL.toml --output DIR
     python -m evaluation.run --only knn ...            the [[knn]] tables alone; likewise for every other evaluation
-    torchrun --nproc-per-node 8 -m evaluation.run ...  on eight devices, which share what goes through the model
+    torchrun --nproc-per-node 8 -m evaluation.run ...  on eight devices, which share the images
 
     DIR/
-      results.jsonl     one line a number, see results.py; further runs, of other models too, add to it
-      pictures/         what visualize draws
-      report.html       all of it, with the published numbers beside ours where the protocol is the same
+      results.jsonl     one line a number, see results.py; further runs, also of other models, append to it
+      pictures/         drawn by visualize and neighbours
+      report.html       results and pictures, with published numbers of the same protocol
       cache/            ingested splits, features and heads; may be deleted
 
-The config is TOML: [model] says more of the model, and each evaluation is a list of tables, one a dataset:
+The config is TOML. [model] has settings of the model; each evaluation is a list of tables, one for each dataset:
 
     [[knn]]
     name = "flowers"
     train = { path = "flowers/train" }
     test = { path = "flowers/test" }
 
-Exit status 2, with one message, for whatever the user can mend: a split that is missing, classes that differ between
-splits, features that are not finite. What was found until then stays.
+Exit status 2, with one message, for errors of the user: a missing split, classes that differ between splits, features
+that are not finite. Earlier results of the run stay in the file.
 """
 
 import json
@@ -59,35 +59,35 @@ from evaluation.robustness import RobustnessConfig
 from evaluation.segmentation import SegmentationConfig
 from evaluation.visualize import VisualizeConfig
 
-# What --model may name in place of a path.
+# Names that --model may give in place of a path.
 WITHOUT_WEIGHTS = ("efficientnet_lite0", "pixels")
-# How long ranks wait for one that fits or scores alone. Assumed: a day.
+# Maximum time that ranks wait for a rank that fits or scores alone. Assumed: one day.
 TIMEOUT_SECONDS = 86_400.0
 
 
 class EvaluationConfig(Settings):
-    """Which model, and what to find out about it."""
+    """The model, and its evaluations."""
 
     model: FrozenModelConfig
     """The frozen model. The option --model sets its weights or its name."""
     knn: tuple[KnnConfig, ...] = ()
-    """The vote of the nearest neighbours."""
+    """k-NN classification."""
     logistic: tuple[LogisticConfig, ...] = ()
     """Logistic regression."""
     linear: tuple[LinearConfig, ...] = ()
     """Linear probes with augmentation."""
     robustness: tuple[RobustnessConfig, ...] = ()
-    """A linear head on images that differ from those it was trained on."""
+    """A linear head on images that differ from its training images."""
     retrieval: tuple[RetrievalConfig, ...] = ()
-    """Ranking images of the same thing."""
+    """Retrieval of images of the same object or class."""
     segmentation: tuple[SegmentationConfig, ...] = ()
-    """A linear head that names every pixel's class."""
+    """A linear head that classifies every pixel."""
     depth: tuple[DepthConfig, ...] = ()
-    """Heads that tell how far away every pixel is."""
+    """Heads that predict the depth of every pixel."""
     neighbours: tuple[NeighboursConfig, ...] = ()
-    """Sheets of pictures with their nearest neighbours."""
+    """Sheets of images with their nearest neighbours."""
     visualize: tuple[VisualizeConfig, ...] = ()
-    """Pictures of what the model sees."""
+    """Pictures of patch tokens and attention."""
 
 
 def evaluate(
@@ -99,43 +99,43 @@ def evaluate(
     runner: Runner | None = None,
     only: tuple[str, ...] = (),
 ) -> list[Result]:
-    """Run every evaluation of the config, or those named; each one's results are written when it is done.
+    """Run every evaluation of the config, or only the kinds in `only`. Results are written after each evaluation.
 
-    All ranks of the model's world call this; the first one writes, and alone has every result.
+    All ranks of the model's world call this. Only the first rank writes, and only it returns every result.
     """
-    found: list[Result] = []
+    all_results: list[Result] = []
     for name, settings in _listed(config):
         if only and name not in only:
             continue
         match settings:
             case KnnConfig():
-                own = knn.run(settings, model, output, cache=cache, runner=runner)
+                new_results = knn.run(settings, model, output, cache=cache, runner=runner)
             case LogisticConfig():
-                own = logistic.run(settings, model, output, cache=cache, runner=runner)
+                new_results = logistic.run(settings, model, output, cache=cache, runner=runner)
             case LinearConfig():
-                own = linear.run(settings, model, output, cache=cache, runner=runner)
+                new_results = linear.run(settings, model, output, cache=cache, runner=runner)
             case RobustnessConfig():
-                own = robustness.run(settings, model, output, cache=cache, runner=runner)
+                new_results = robustness.run(settings, model, output, cache=cache, runner=runner)
             case RetrievalConfig():
-                own = retrieval.run(settings, model, output, cache=cache, runner=runner)
+                new_results = retrieval.run(settings, model, output, cache=cache, runner=runner)
             case SegmentationConfig():
-                own = segmentation.run(settings, model, output)
+                new_results = segmentation.run(settings, model, output)
             case DepthConfig():
-                own = depth.run(settings, model, output)
+                new_results = depth.run(settings, model, output)
             case NeighboursConfig():
                 neighbours.run(settings, model, output, cache=cache, runner=runner)
-                own = []
+                new_results = []
             case VisualizeConfig():
                 if model.world.is_first:
                     visualize.run(settings, model, output)
-                own = []
+                new_results = []
             case _:
                 raise AssertionError(name)
         if model.world.is_first:
-            for result in own:
+            for result in new_results:
                 results.append(output, result)
-        found += own
-    return found
+        all_results += new_results
+    return all_results
 
 
 def _listed(config: EvaluationConfig) -> list[tuple[str, Settings]]:
@@ -179,15 +179,15 @@ def command_line(
         loaded = load_model(settings.model, world)
         gpus = int(settings.model.device == "cuda")
         with command.open_runner(runner, workers, gpus_per_worker=gpus) as chosen:
-            found = evaluate(settings, loaded, output, cache=cache, runner=chosen, only=kinds)
+            all_results = evaluate(settings, loaded, output, cache=cache, runner=chosen, only=kinds)
         if world.is_first:
-            if found:
-                print_table(found)
+            if all_results:
+                print_table(all_results)
             print(f"The report is {report.write(output)}")
 
 
 def _require(path: str, config: EvaluationConfig, kinds: tuple[str, ...]) -> None:
-    """Raise ConfigError unless there is something to do, of each of `kinds`."""
+    """Raise ConfigError unless the config has an evaluation, and one of each of `kinds`."""
     names = [name for name, _ in _listed(config)]
     if not names:
         raise ConfigError(f"{path}: no evaluation. Add a table such as [[knn]] with name, train and test.")
@@ -195,21 +195,21 @@ def _require(path: str, config: EvaluationConfig, kinds: tuple[str, ...]) -> Non
         raise ConfigError(f"{path} has no [[{absent[0]}]]. It has: {', '.join(dict.fromkeys(names))}.")
 
 
-def print_table(found: list[Result]) -> None:
-    """Print the results for a person."""
-    Console(highlight=False, markup=False, emoji=False, width=150).print(table(found))
+def print_table(model_results: list[Result]) -> None:
+    """Print the results of one model."""
+    Console(highlight=False, markup=False, emoji=False, width=150).print(table(model_results))
 
 
-def table(found: list[Result]) -> Table:
-    """The results as a table for the terminal."""
-    shown = Table(title=printable(found[0].model) if found else None, title_justify="left")
+def table(model_results: list[Result]) -> Table:
+    """The results of one model as a table for the terminal."""
+    rows = Table(title=printable(model_results[0].model) if model_results else None, title_justify="left")
     for column in ("evaluation", "dataset", "protocol", "metric", "value", "spread", "seconds"):
-        shown.add_column(column, justify="right" if column in ("value", "spread", "seconds") else "left")
-    for result in found:
+        rows.add_column(column, justify="right" if column in ("value", "spread", "seconds") else "left")
+    for result in model_results:
         spread = "" if result.spread is None else f"{result.spread:.4f}"
-        own = (f"{result.value:.4f}", spread, f"{result.seconds:,.1f}")
-        shown.add_row(*map(printable, (result.evaluation, result.dataset, result.protocol, result.metric)), *own)
-    return shown
+        numbers = (f"{result.value:.4f}", spread, f"{result.seconds:,.1f}")
+        rows.add_row(*map(printable, (result.evaluation, result.dataset, result.protocol, result.metric)), *numbers)
+    return rows
 
 
 if __name__ == "__main__":

@@ -10,23 +10,23 @@ from curation.errors import InputError
 
 
 def classifier_scores(predicted: Tensor, labels: Tensor) -> dict[str, float]:
-    """By metric, the scores of predicted classes (m,) against the labels (m,)."""
+    """Scores by metric of predicted classes (m,) against labels (m,)."""
     return {"top-1": accuracy(predicted, labels), "mean per class": class_mean(predicted, labels)}
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """The share of right answers."""
+    """The share of images whose class is right. Both (m,) integers."""
     return float((predicted == labels).double().mean())
 
 
 def class_mean(predicted: Tensor, labels: Tensor) -> float:
-    """The mean over the classes that occur in `labels` of each one's share of right answers. Both (m,) integers."""
+    """The mean of the accuracy of each class, over the classes in `labels`. Both (m,) integers."""
     if predicted.shape != labels.shape or labels.ndim != 1 or len(labels) == 0:
         raise InputError(
             f"Expected predicted classes and labels (m,), m at least 1. Found: {list(predicted.shape)} and "
             f"{list(labels.shape)}."
         )
-    classes, place = torch.unique(labels, return_inverse=True)
-    counts = torch.bincount(place, minlength=len(classes))
-    right = torch.bincount(place, weights=(predicted == labels).double(), minlength=len(classes))
+    classes, indices = torch.unique(labels, return_inverse=True)
+    counts = torch.bincount(indices, minlength=len(classes))
+    right = torch.bincount(indices, weights=(predicted == labels).double(), minlength=len(classes))
     return float((right / counts).mean())

@@ -1,10 +1,10 @@
-"""What a frozen model's patches say of every pixel: a linear head on patch tokens, and its mean IoU.
+"""Semantic segmentation by a linear head on frozen patch tokens, scored by mean IoU.
 
-Two protocols have names, "linear" and "multiscale": those of DINOv2's published configs for ADE20K and
-VOC 2012. Two things differ: pictures are scaled with antialiasing, and logits are laid over the padded picture
-that the model saw, not stretched over the one without its padding.
+Two protocols have names, "linear" and "multiscale": those of DINOv2's published configs for ADE20K and VOC 2012. Two
+details differ: images are scaled with antialiasing, and logits are upsampled to the padded image that the model sees,
+not stretched over the image without padding.
 
-Legend: B pictures, C classes, D channels of a head, H W pixels, h w patches.
+Legend: B images, C classes, D channels of a head, H W pixels, h w patches.
 """
 
 # Calling a torch module is typed Any, and some of torch's functions are not typed.
@@ -35,59 +35,59 @@ from evaluation.features import FrozenModel
 from evaluation.padding import pad, pad_to_patches
 from evaluation.results import Result, Score
 
-# Tries for a crop with more than one class. Cited: mmsegmentation, RandomCrop.
+# Maximum draws for a crop with more than one class. Cited: mmsegmentation, RandomCrop.
 CROP_TRIES = 10
-# A crop is drawn again while one class has more of it. Cited: mmsegmentation, RandomCrop's cat_max_ratio in DINOv2's
-# configs.
+# A crop is drawn again while one class covers a greater share of it. Cited: RandomCrop's cat_max_ratio in DINOv2's
+# configs of mmsegmentation.
 MAX_SHARE = 0.75
 WEIGHT_DECAY = 1e-4  # of AdamW, on all parameters. Cited: DINOv2's configs, as the protocols below
-# Windows that the model sees at a time when pictures are scored; changes no score but for rounding. Assumed.
+# Windows a forward pass when images are scored; changes scores only by rounding. Assumed.
 WINDOWS_PER_PASS = 4
-READERS = 2  # threads that read and crop ahead of the model. Assumed.
+READERS = 2  # threads that read and crop in advance. Assumed.
 
 
 class Protocol(Settings):
-    """How the head is made, trained and scored. The defaults are DINOv2's linear protocol."""
+    """How the head is built, trained and scored. The defaults are DINOv2's linear protocol."""
 
     blocks: int = Field(default=1, ge=1)
-    """The last so many blocks, side by side."""
+    """Number of last blocks whose patch tokens are concatenated."""
     image_side: int = Field(default=512, ge=1)
-    """Pixels to which the shorter side of a picture is scaled."""
+    """Length in pixels to which the shorter side of an image is scaled."""
     window: int = Field(default=512, ge=1)
-    """Side in pixels of the crops that are trained on, and of the window that slides over scored pictures."""
+    """Side in pixels of training crops and of the window that slides over scored images."""
     stride: int = Field(default=341, ge=1)
-    """Pixels from window to window."""
+    """Pixels between neighbouring windows."""
     train_scales: tuple[float, float] = (0.5, 2.0)
-    """Least and greatest factor on `image_side`, drawn for each crop."""
+    """Range of the factor on `image_side`, drawn for each crop."""
     test_scales: tuple[float, ...] = (1.0,)
     """Factors on `image_side` whose probabilities are averaged."""
     flip: bool = False
-    """Whether the mirrored picture is averaged in too."""
+    """Whether the mirror image is averaged in too."""
     batch_size: int = Field(default=16, ge=2)
-    """Crops a step."""
+    """Crops of a step."""
     steps: int = Field(default=40_000, ge=1)
-    """Of the optimizer."""
+    """Steps of the optimizer."""
     warmup_steps: int = Field(default=1500, ge=0)
-    """In which the learning rate rises from 0; all the while it falls to 0 at the end."""
+    """First steps, in which the learning rate is also multiplied by a factor that rises from 0 to 1."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Of AdamW."""
+    """Learning rate of AdamW; it falls linearly towards 0 at the last step."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
         if not 0 < self.train_scales[0] <= self.train_scales[1]:
-            problems.append(f"train_scales {self.train_scales}: expected 0 < least <= greatest")
+            problems.append(f"train_scales {self.train_scales}: expected 0 < minimum <= maximum")
         if not self.test_scales or min(self.test_scales) <= 0:
             problems.append(f"test_scales {self.test_scales}: expected one or more above 0")
         if self.stride > self.window:
-            problems.append(f"stride {self.stride} is more than window {self.window}: pixels would be left out")
+            problems.append(f"stride {self.stride} is greater than window {self.window}: pixels would be left out")
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
 
-# Cited: DINOv2's published configs dinov2_*_{ade20k,voc2012}_{linear,ms}_config.py. Its reduced rate of the first step
-# (warmup_ratio 1e-6) is 0 here.
+# Cited: DINOv2's published configs dinov2_*_{ade20k,voc2012}_{linear,ms}_config.py. Their learning rate of the first
+# step (warmup_ratio 1e-6) is 0 here.
 PROTOCOLS = {
     "linear": Protocol(),
     "multiscale": Protocol(
@@ -103,23 +103,23 @@ PROTOCOLS = {
 
 
 class SegmentationConfig(Settings):
-    """One dataset, one protocol."""
+    """Segmentation of one dataset by one protocol."""
 
     name: str
-    """What results call the dataset."""
+    """Name of the dataset in results."""
     data: Annotated[SceneData, Field(discriminator="layout")]
-    """Where the pictures and their masks are."""
+    """Layout and location of the images and their masks."""
     protocol: Literal["linear", "multiscale"] | Protocol = "linear"
-    """A published one by its name, or all of one's own."""
+    """A published protocol by its name, or a complete protocol."""
     seed: int = 0
-    """Of the head, the order of pictures and the crops."""
+    """Draws the fresh head, the order of the images and the crops."""
 
 
 # --------------------------------------------------------------------------------------------------- crops and order
 
 
 def crop_of(scene: Scene, protocol: Protocol, random: np.random.Generator, *, distort: bool = True) -> Scene:
-    """A crop of `window` pixels a side to train on: scaled, perhaps mirrored and distorted, padded where too small."""
+    """A training crop of `window` pixels a side: scaled, mirrored with probability 1/2, distorted and padded."""
     factor = random.uniform(*protocol.train_scales)
     scaled = _scaled(scene, protocol.image_side * factor / min(scene.target.shape))
     height, width = (min(length, protocol.window) for length in scaled.target.shape)
@@ -148,7 +148,7 @@ def _scaled(scene: Scene, factor: float) -> Scene:
 
 
 def _resized(image: Tensor, shape: Sequence[int]) -> Tensor:
-    """(3, H, W) uint8 at another shape."""
+    """An image (3, H, W) uint8 scaled to another shape."""
     if list(image.shape[1:]) == list(shape):
         return image
     resized = functional.interpolate(image[None].float(), size=tuple(shape), mode="bilinear", antialias=True)[0]
@@ -156,22 +156,22 @@ def _resized(image: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _distorted(image: Tensor, random: np.random.Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue vary, each half of the time.
+    """The image with brightness, contrast, saturation and hue changed, each with probability 1/2.
 
-    Cited: mmsegmentation's PhotoMetricDistortion, whose hue is in steps of 2 degrees.
+    Cited: mmsegmentation's PhotoMetricDistortion, whose hue has steps of 2 degrees.
     """
 
-    def now() -> bool:
+    def draw() -> bool:
         return bool(random.random() < 0.5)
 
     pixels: np.ndarray = image.numpy().astype(np.float32)
-    if now():
+    if draw():
         pixels = np.clip(pixels + random.uniform(-32, 32), 0, 255)
-    contrast_first, contrast = now(), now()
+    contrast_first, contrast = draw(), draw()
     factor = random.uniform(0.5, 1.5)
     if contrast and contrast_first:
         pixels = np.clip(pixels * factor, 0, 255)
-    saturate, turn = now(), now()
+    saturate, turn = draw(), draw()
     if saturate or turn:
         picture = Image.fromarray(pixels.astype(np.uint8).transpose(1, 2, 0)).convert("HSV")
         hue, saturation, value = (np.asarray(band, np.float64) for band in picture.split())
@@ -191,13 +191,13 @@ def _distorted(image: Tensor, random: np.random.Generator) -> Tensor:
 
 @final
 class LinearSegmentationHead(nn.Module):
-    """Batch normalisation and one linear layer on each patch: (B, D, h, w) to logits (B, C, h, w)."""
+    """Batch normalisation and one linear layer for each patch: (B, D, h, w) to logits (B, C, h, w)."""
 
     def __init__(self, channels: int, num_classes: int, seed: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
         self.classify = nn.utils.skip_init(nn.Conv2d, channels, num_classes, kernel_size=1)
-        # Cited: mmsegmentation's decode heads start from a normal distribution of 0.01.
+        # Cited: mmsegmentation initialises decode heads with a standard deviation of 0.01.
         nn.init.normal_(self.classify.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(self.classify.bias)
 
@@ -210,8 +210,8 @@ def pixel_logits(
 ) -> Tensor:
     """Logits of every pixel: (B, 3, H, W) uint8 to (B, C, H, W) float32 on the model's device.
 
-    all_rows: `pixels` are this rank's share of so many pictures, and the logits are those of all of them.
-    Sides that are no multiple of the patch are padded on both sides; the padding's logits are cut off again.
+    all_rows: the number of images of all ranks, where `pixels` is this rank's share. The logits are of all images.
+    Images are padded to whole patches on both sides; the logits of the padding are cut off again.
     """
     assert model.patch_size is not None and model.num_blocks is not None
     height, width = pixels.shape[-2:]
@@ -225,14 +225,16 @@ def pixel_logits(
 
 
 def learning_rate(step: int, protocol: Protocol) -> float:
-    """It falls in a line to 0 at the last step, and rises in a line from 0 meanwhile at the start."""
+    """The learning rate at `step`: it falls linearly towards 0, times a factor that rises during warm-up."""
     warmup = min(1.0, step / protocol.warmup_steps) if protocol.warmup_steps else 1.0
     return protocol.learning_rate * (1 - step / protocol.steps) * warmup
 
 
 def train_head(model: FrozenModel, scenes: Scenes, protocol: Protocol, *, seed: int = 0) -> LinearSegmentationHead:
-    """A head trained on `scenes`, in evaluation mode. The same seed gives the same head on the same device; on a GPU
-    but for rounding."""
+    """A head trained on `scenes`, in evaluation mode.
+
+    The same seed gives the same head on the same device; on a GPU, up to rounding.
+    """
     head = LinearSegmentationHead(model.embed_dim * protocol.blocks, scenes.num_classes, seed).to(model.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=WEIGHT_DECAY)
     for step, (pixels, targets) in enumerate(_batches(scenes, protocol, seed, model.world)):
@@ -241,7 +243,7 @@ def train_head(model: FrozenModel, scenes: Scenes, protocol: Protocol, *, seed: 
         logits = pixel_logits(model, head, pixels.to(model.device), protocol.blocks, all_rows=protocol.batch_size)
         targets = targets.to(model.device).long()
         loss = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        # All pixels count in the mean, those without a class as 0. Cited: mmsegmentation's avg_non_ignore, off.
+        # Pixels without a class count as 0 in the mean. Cited: mmsegmentation without avg_non_ignore.
         (loss / targets.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -249,13 +251,13 @@ def train_head(model: FrozenModel, scenes: Scenes, protocol: Protocol, *, seed: 
 
 
 def _batches(scenes: Scenes, protocol: Protocol, seed: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the crops (., 3, H, W) of each step, and the targets (B, H, W) of all of them."""
+    """This rank's share of the crops (., 3, H, W) of each step, and the targets (B, H, W) of all ranks."""
     size = protocol.batch_size
     num_crops = len(order.share_of_batch(size, world))
 
     def make(item: tuple[int, int]) -> Scene:
-        position, place = item
-        return crop_of(scenes.read(place), protocol, np.random.default_rng([seed, 1, position]))
+        position, row = item
+        return crop_of(scenes.read(row), protocol, np.random.default_rng([seed, 1, position]))
 
     items = order.share_of_steps(len(scenes.names), seed, num_steps=protocol.steps, batch_size=size, world=world)
     crops = prefetch(make, items, threads=READERS, ahead=2 * num_crops)
@@ -276,17 +278,17 @@ def predict(
     *,
     windows_per_pass: int = WINDOWS_PER_PASS,
 ) -> Tensor:
-    """The class of every pixel of (3, H, W) uint8, (H, W) int64: of the mean probability over scales and mirrors."""
+    """The class (H, W) int64 of every pixel of (3, H, W) uint8, by the mean probability over scales and flips."""
     height, width = image.shape[1:]
     total: Tensor | None = None
     for scale in protocol.test_scales:
         factor = protocol.image_side * scale / min(height, width)
         resized = _resized(image, [max(1, round(length * factor)) for length in (height, width)]).to(model.device)
         for mirrored in (False, True) if protocol.flip else (False,):
-            seen = resized.flip(2) if mirrored else resized
+            view = resized.flip(2) if mirrored else resized
             logits = slide(
                 lambda windows: pixel_logits(model, head, windows, protocol.blocks),
-                seen,
+                view,
                 window=protocol.window,
                 stride=protocol.stride,
                 windows_per_pass=windows_per_pass,
@@ -301,9 +303,9 @@ def predict(
 def slide(
     logits_of: Callable[[Tensor], Tensor], image: Tensor, *, window: int, stride: int, windows_per_pass: int
 ) -> Tensor:
-    """The mean logits (C, H, W) of the windows over (3, H, W); `logits_of`: (B, 3, h, w) to (B, C, h, w).
+    """The mean logits (C, H, W) of the windows over (3, H, W). logits_of: (B, 3, h, w) to (B, C, h, w).
 
-    The last window of a row or column ends where the picture does; one that is larger than the picture is as large.
+    The last window of a row or column ends at the edge of the image. A window is never larger than the image.
     """
     height, width = image.shape[1:]
     corners = [(top, left) for top in _starts(height, window, stride) for left in _starts(width, window, stride)]
@@ -328,7 +330,7 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def confusion(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Pixels by their class (rows) and the predicted one (columns), (C, C) int64; IGNORED ones are left out."""
+    """Counts of pixels by true class (rows) and predicted class (columns), (C, C) int64, without IGNORED pixels."""
     counted = target != IGNORED
     pairs = target[counted].long() * num_classes + predicted[counted].long()
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
@@ -336,14 +338,14 @@ def confusion(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """Shares between 0 and 1. Classes that neither occur nor are predicted count in none of the means."""
+    """Shares between 0 and 1. Means leave out classes that neither occur nor are predicted."""
 
     mean_iou: float
     mean_class_accuracy: float
-    """Over the classes that occur."""
+    """The mean over the classes that occur."""
     pixel_accuracy: float
     ious: tuple[float | None, ...]
-    """By class; None where it neither occurs nor is predicted."""
+    """By class; None for a class that neither occurs nor is predicted."""
 
 
 def scores_of(counts: Tensor) -> SegmentationScores:
@@ -351,9 +353,9 @@ def scores_of(counts: Tensor) -> SegmentationScores:
     counts = counts.double()
     hit, occurs, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     if not occurs.any():
-        raise InputError("No pixel of the scored pictures has a class.")
+        raise InputError("No pixel of the scored images has a class.")
     union = occurs + predicted - hit
-    ious = [float(own / total) if total else None for own, total in zip(hit, union, strict=True)]
+    ious = [float(count / total) if total else None for count, total in zip(hit, union, strict=True)]
     present = [iou for iou in ious if iou is not None]
     return SegmentationScores(
         mean_iou=math.fsum(present) / len(present),
@@ -371,7 +373,7 @@ def score(
     *,
     windows_per_pass: int = WINDOWS_PER_PASS,
 ) -> SegmentationScores:
-    """The scores of `head` on `scenes`, one picture at a time; ranks share the pictures."""
+    """The scores of `head` on `scenes`, one image at a time. Ranks share the images."""
     counts = torch.zeros(scenes.num_classes, scenes.num_classes, dtype=torch.int64)
     for scene in prefetch(scenes.read, model.world.share(len(scenes.names)), threads=READERS, ahead=READERS):
         predicted = predict(model, head, scene.image, protocol, windows_per_pass=windows_per_pass)
@@ -380,15 +382,15 @@ def score(
 
 
 def run(config: SegmentationConfig, model: FrozenModel, output: str) -> list[Result]:
-    """Train a head on the dataset's training pictures and score it on its others: mIoU and two accuracies.
+    """Train a head on the training images and score it on the test images: mIoU and two accuracies.
 
-    Raises InputError for bad data, and for a model without patch tokens or with fewer blocks than the protocol takes.
+    Raises InputError for bad data, and for a model without patch tokens or with fewer blocks than the protocol reads.
     """
     protocol = PROTOCOLS[config.protocol] if isinstance(config.protocol, str) else config.protocol
     if model.patch_size is None or model.num_blocks is None:
         raise InputError(f"{model.name} has no patch tokens. Segmentation needs a Vision Transformer.")
     if model.num_blocks < protocol.blocks:
-        raise InputError(f"{model.name} has {model.num_blocks} blocks; the protocol takes the last {protocol.blocks}.")
+        raise InputError(f"{model.name} has {model.num_blocks} blocks; the protocol reads the last {protocol.blocks}.")
     started = time.perf_counter()
     train, test = load_scenes(config.data)
     head = train_head(model, train, protocol, seed=config.seed)
@@ -400,7 +402,7 @@ def run(config: SegmentationConfig, model: FrozenModel, output: str) -> list[Res
         "test_pictures": len(test.names),
         "ious": list(scores.ious),
     }
-    found = {
+    values = {
         "mIoU": scores.mean_iou,
         "mean class accuracy": scores.mean_class_accuracy,
         "pixel accuracy": scores.pixel_accuracy,
@@ -409,7 +411,7 @@ def run(config: SegmentationConfig, model: FrozenModel, output: str) -> list[Res
         "segmentation",
         config.name,
         model,
-        [Score(_protocol_name(protocol), metric, value) for metric, value in found.items()],
+        [Score(_protocol_name(protocol), metric, value) for metric, value in values.items()],
         data_hash=hash_json([train.hash, test.hash]),
         settings=settings,
         seconds=seconds,
@@ -417,7 +419,7 @@ def run(config: SegmentationConfig, model: FrozenModel, output: str) -> list[Res
 
 
 def _protocol_name(protocol: Protocol) -> str:
-    """Its name where it is a published one, else what it is."""
+    """The name of a published protocol; for another, a description."""
     for name, published in PROTOCOLS.items():
         if protocol == published:
             return name

@@ -1,14 +1,14 @@
-"""Evaluate several models in the same way, and report them side by side.
+"""Evaluates several models by the same evaluations, and reports them side by side.
 
     python -m pipelines.evaluate --config pipelines/configs/evaluate/demo.toml --output runs/evaluate
 
     runs/evaluate/
       results.jsonl     one line a number, of every model
-      pictures/         what the models see
+      pictures/         patch tokens, attention and nearest neighbours
       report.html       tables, plots and pictures
       cache/            features; may be deleted
 
-A model without patch tokens is left out of what needs them: segmentation, depth and the pictures.
+A model without patch tokens is left out of segmentation, depth and visualize, which need them.
 """
 
 from typing import Any
@@ -23,30 +23,30 @@ from evaluation import report, run
 from evaluation.features import load_model
 from evaluation.run import EvaluationConfig
 
-# Evaluations whose pictures are all of one size, and those that need patch tokens.
+# Evaluations whose images all have one size, and evaluations that need patch tokens.
 WITH_PICTURES = ("knn", "logistic", "neighbours")
 OF_PATCHES = ("segmentation", "depth", "visualize")
 
 
 class EvaluateConfig(Settings):
-    """Which models, and what to find out about each."""
+    """The models, and the evaluations of each."""
 
     models: tuple[dict[str, Any], ...] = Field(min_length=1)
-    """A table each: the settings of evaluation.features.FrozenModelConfig, and `image_size`, the side in pixels of the
-    square that the model sees of a labelled picture."""
+    """One table for each model: the settings of evaluation.features.FrozenModelConfig, and `image_size`, the side in
+    pixels of the square that the model sees of a labelled image."""
     evaluations: dict[str, Any]
     """The evaluations, as `python -m evaluation.run` reads them."""
 
     @model_validator(mode="after")
     def _every_model_has_a_size(self) -> "EvaluateConfig":
-        for place, model in enumerate(self.models):
+        for number, model in enumerate(self.models):
             if not isinstance(model.get("image_size"), int):
-                raise ValueError(f"models.{place} has no image_size")
+                raise ValueError(f"models.{number} has no image_size")
         return self
 
-    def of_model(self, place: int) -> EvaluationConfig:
+    def of_model(self, number: int) -> EvaluationConfig:
         """The evaluations of one model. Raises ConfigError."""
-        model = dict(self.models[place])
+        model = dict(self.models[number])
         size = model.pop("image_size")
         pictures = {"resize_size": size, "image_size": size}
         evaluations = dict(self.evaluations)
@@ -56,7 +56,7 @@ class EvaluateConfig(Settings):
             {**table, "data": {"pictures": pictures, **table["data"]}} if _is_labelled(table) else table
             for table in evaluations.get("retrieval", [])
         ]
-        return config.parse(EvaluationConfig, {"model": model, **evaluations}, origin=f"models.{place}")
+        return config.parse(EvaluationConfig, {"model": model, **evaluations}, origin=f"models.{number}")
 
 
 def _is_labelled(table: dict[str, Any]) -> bool:
@@ -64,17 +64,17 @@ def _is_labelled(table: dict[str, Any]) -> bool:
 
 
 def evaluate(settings: EvaluateConfig, output: str) -> str | None:
-    """Run everything, on all ranks where torchrun started several; the first of them gives the path of the report."""
-    configs = [settings.of_model(place) for place in range(len(settings.models))]  # all mistakes before any work
-    device: Device = "cuda" if any(own.model.device == "cuda" for own in configs) else "cpu"
+    """Run all evaluations, on each rank that torchrun started. The first rank returns the path of the report."""
+    configs = [settings.of_model(number) for number in range(len(settings.models))]  # every config is checked first
+    device: Device = "cuda" if any(one.model.device == "cuda" for one in configs) else "cpu"
     with open_world(device, timeout_seconds=run.TIMEOUT_SECONDS) as world:
-        for own in configs:
-            model = load_model(own.model, world)
+        for evaluations in configs:
+            model = load_model(evaluations.model, world)
             if model.patch_size is None:
-                own = own.model_copy(update=dict.fromkeys(OF_PATCHES, ()))
-            found = run.evaluate(own, model, output)
+                evaluations = evaluations.model_copy(update=dict.fromkeys(OF_PATCHES, ()))
+            results = run.evaluate(evaluations, model, output)
             if world.is_first:
-                run.print_table(found)
+                run.print_table(results)
         return report.write(output) if world.is_first else None
 
 

@@ -79,8 +79,8 @@ def _roots(parent: np.ndarray, nodes: np.ndarray) -> np.ndarray:
 def _unite_roots(parent: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
     """Unite pairs of roots. In each round, every root is hooked under the smallest root that it shares an edge with.
 
-    The trees are flattened after each round, so that there are O(log^2 N) rounds (Liu and Tarjan, "Simple concurrent
-    labeling algorithms for connected components", 2019), most of them on few edges.
+    The trees are flattened after each round. So there are O(log^2 N) rounds, most of them on few edges (Liu and Tarjan,
+    "Simple concurrent labeling algorithms for connected components", 2019).
     """
     while len(still_open := np.flatnonzero(one != other)):
         one, other = one[still_open], other[still_open]

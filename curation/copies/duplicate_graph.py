@@ -1,7 +1,7 @@
 """The duplicate graph on the driver's disk: the images of an ingest as numbered nodes, and their pairs as edges.
 
 Nodes are numbered in the order of the image_ids. For this, the rows of ingest and the ends of pairs are sorted into
-buckets by the first bits of their image_id, so that only a small part of all ids is in memory at a time.
+buckets by the first bits of their image_id. So only a small part of all ids is in memory at a time.
 
 Legend: N nodes, E edges, R rows of ingest.
 """

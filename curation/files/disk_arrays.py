@@ -1,7 +1,7 @@
-"""Arrays on the driver's disk, for what is too much for memory: one value for every image or pair.
+"""Arrays on the driver's disk, for data that does not fit in memory: one value for every image or pair.
 
-The files have no name: they are gone with the last reference to them, also when the process is killed. They lie in the
-folder for temporary files (the environment's TMPDIR), which should be on a disk and not in memory.
+The files have no name: the system deletes them with the last reference to them, also when the process is killed. They
+lie in the folder for temporary files (the environment variable TMPDIR), which should be on a disk and not in memory.
 """
 
 import os
@@ -12,8 +12,8 @@ from typing import final
 import numpy as np
 from numpy.typing import DTypeLike
 
-# Elements of an array that are worked on at once, with a few dozen arrays of as many in memory. Measured with the
-# components of 50 million edges on 2 cores: a quarter takes as long, four times as many 1.6 times as long.
+# Elements of an array that are processed at once; memory holds a few dozen arrays of this length. Measured on the
+# components of 50 million edges with 2 cores: a quarter of it is as fast, four times as many take 1.6 times as long.
 BLOCK = 1 << 20
 
 
@@ -24,7 +24,7 @@ def blocks(length: int) -> Iterator[slice]:
 
 
 def on_disk(length: int, dtype: DTypeLike, fill: float = 0) -> np.ndarray:
-    """An array (length,) on disk, all of it `fill`. Zeros that are never overwritten take no room."""
+    """An array (length,) on disk, filled with `fill`. Zeros that are never overwritten take no space."""
     with tempfile.TemporaryFile(prefix="seedbed-") as file:
         mapped = np.memmap(file, dtype, "w+", shape=(max(length, 1),))  # an empty file cannot be mapped
     array = mapped[:length].view(np.ndarray)  # indexing the subclass would be slower
@@ -35,23 +35,23 @@ def on_disk(length: int, dtype: DTypeLike, fill: float = 0) -> np.ndarray:
 
 
 def count_true(values: np.ndarray) -> int:
-    """How many of the values are true."""
+    """The number of true values."""
     return int(np.count_nonzero(values))
 
 
 @final
 class Buckets:
-    """Rows of one type on disk, added in any order and read bucket by bucket, each in the order of adding.
+    """Rows of one dtype on disk, added in any order and read bucket by bucket, each in the order of adding.
 
-    A bucket must fit in memory; beyond that memory holds `BLOCK` rows, and 8 bytes a bucket for every `BLOCK` rows.
+    A bucket must fit in memory. Memory also holds `BLOCK` rows, and 8 bytes a bucket for every `BLOCK` rows.
     """
 
     def __init__(self, num_buckets: int, dtype: DTypeLike) -> None:
         self.num_buckets = num_buckets
         self._dtype = np.dtype(dtype)
         self._file = tempfile.TemporaryFile(prefix="seedbed-")
-        self._added: list[tuple[np.ndarray, np.ndarray]] = []  # not yet written: bucket of each row, and the rows
-        self._bounds: list[np.ndarray] = []  # of each block in the file: where its buckets begin and end, in rows
+        self._added: list[tuple[np.ndarray, np.ndarray]] = []  # not yet written: the bucket of each row, and the rows
+        self._bounds: list[np.ndarray] = []  # for each block in the file: the first row of each bucket, and the end
 
     def add(self, bucket: np.ndarray, rows: np.ndarray) -> None:
         """Add rows (R,), each with its bucket (R,)."""

@@ -1,4 +1,4 @@
-"""Locks on folders: one run at a time writes an output."""
+"""Locks on folders, so that only one run at a time writes an output."""
 
 import contextlib
 import errno
@@ -14,9 +14,9 @@ from curation.files.paths import filesystem
 
 @contextlib.contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Lock a local folder against other processes for as long as this one lives.
+    """Lock a local folder against other processes during the block. The lock ends with the process at the latest.
 
-    Raises BlockingIOError while another one has it, and another OSError where folders have no locks.
+    Raises BlockingIOError while another process holds the lock, and another OSError where folders have no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -28,9 +28,9 @@ def locked(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_writer(folder: str) -> Iterator[None]:
-    """Keep other runs out of `folder` during the block. Raises OutputMismatchError while another one is in it.
+    """Keep other runs from writing `folder` during the block. Raises OutputMismatchError while another run writes it.
 
-    Only on a disk of this machine: a network drive or an object store has no lock for a folder. A run that is killed
+    This works on a disk of this machine only: network drives and object stores have no locks for folders. A killed run
     leaves nothing locked.
     """
     fs, inner = filesystem(folder)
@@ -44,6 +44,6 @@ def sole_writer(folder: str) -> Iterator[None]:
                     f"Another run is writing '{folder}'. Wait until it is done, stop it, or give another --output."
                 ) from None
             except OSError as error:
-                if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP):  # a network drive's
+                if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP):  # these come from network drives
                     raise
         yield

@@ -10,7 +10,7 @@ from curation.files.paths import FileRecord
 
 
 def write_arrays(path: str, *arrays: np.ndarray) -> FileRecord:
-    """Write arrays to one file, one behind the other, and return what was written. `numpy.load` reads the first."""
+    """Write arrays to one file, one behind the other; returns the record of the file. `numpy.load` reads the first."""
     with paths.atomic_write(path) as file:
         for array in arrays:
             np.lib.format.write_array(file, array, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Arrow tables in Parquet files: written atomically, read with their columns checked."""
+"""Arrow tables in Parquet files: written atomically, and read with a check of their columns."""
 
 import posixpath
 from collections.abc import Iterable
@@ -12,23 +12,23 @@ from curation.errors import InputError
 from curation.files.paths import FileRecord, atomic_write, open_read
 
 
-def write_table(path: str, table: pa.Table) -> "FileRecord":
-    """Write an Arrow table as Parquet to `path` atomically and return what was written."""
+def write_table(path: str, table: pa.Table) -> FileRecord:
+    """Write an Arrow table as Parquet to `path` atomically; returns the record of the file."""
     with atomic_write(path) as file:
         pq.write_table(table, pa.PythonFile(file, mode="w"), **_encoding(table.schema))
     return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=table.num_rows)
 
 
-def write_row_groups(path: str, column: str, tables: Iterable[tuple[int, pa.Table]], empty: pa.Table) -> "FileRecord":
-    """Write tables of one schema as row groups of one Parquet file, marked by a number in an added `column`.
+def write_row_groups(path: str, column: str, tables: Iterable[tuple[int, pa.Table]], empty: pa.Table) -> FileRecord:
+    """Write tables of one schema as row groups of one Parquet file, each marked by its number in an added `column`.
 
-    Only one table is held at a time; those without rows leave nothing, and `empty` gives the schema of a file without
-    any. `read_row_groups` reads the groups of one number without the others.
+    Only one table is held at a time. Tables without rows are left out; `empty` gives the schema. `read_row_groups`
+    reads the groups of one number without the others.
     """
     schema = empty.schema.append(pa.field(column, pa.int32()))
     num_rows = 0
     with atomic_write(path) as file:
-        # Of the other columns the least and greatest value would stand in every group's footer: of vectors, kilobytes.
+        # Statistics of other columns (minimum and maximum, kilobytes for vectors) would enlarge the footer by group.
         options = _encoding(schema) | {"write_statistics": [column]}
         with pq.ParquetWriter(pa.PythonFile(file, mode="w"), schema, **options) as writer:
             for number, table in tables:
@@ -41,34 +41,34 @@ def write_row_groups(path: str, column: str, tables: Iterable[tuple[int, pa.Tabl
 
 
 def read_row_groups(path: str, column: str, number: int, schema: pa.Schema) -> pa.Table:
-    """What `write_row_groups` wrote under `number`, with the columns of `schema`; no rows where there is nothing."""
+    """The rows that `write_row_groups` wrote under `number`, if any, with the columns of `schema`."""
     with open_read(path) as file:
         parquet = pq.ParquetFile(file)
-        place = parquet.schema_arrow.names.index(column)
-        place += len(parquet.metadata.schema) - len(parquet.schema_arrow.names)
+        index = parquet.schema_arrow.names.index(column)
+        index += len(parquet.metadata.schema) - len(parquet.schema_arrow.names)  # among leaf columns, where it is last
         chosen = [
             group
             for group in range(parquet.num_row_groups)
-            if parquet.metadata.row_group(group).column(place).statistics.min == number
+            if parquet.metadata.row_group(group).column(index).statistics.min == number
         ]
         return parquet.read_row_groups(chosen, columns=schema.names).select(schema.names).cast(schema)
 
 
 def read_table(path: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file and check that it has the columns of `schema`, or the chosen `columns` of it.
+    """Read the columns of `schema`, or the named `columns` of it, from a Parquet file.
 
-    Raises InputError when there is no such file, when it is no Parquet, or when columns are missing or mistyped.
+    Raises InputError when there is no such file, when it is not Parquet, or when columns are missing or of other types.
     """
-    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-    table = read_table_columns(path, wanted.names)
+    selected = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    table = read_table_columns(path, selected.names)
     try:
-        return table.cast(wanted)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:  # ValueError: null where none may be
+        return table.cast(selected)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:  # ValueError: null in a required column
         raise InputError(f"{path}: columns of the wrong type: {error}.") from None
 
 
 def read_table_columns(path: str, columns: list[str]) -> pa.Table:
-    """The named columns of a Parquet file, in that order, whatever their types. Raises InputError as `read_table`."""
+    """The named columns of a Parquet file, in that order, of any types. Raises InputError as `read_table` does."""
     try:
         with open_read(path) as file:
             parquet = pq.ParquetFile(file)
@@ -84,7 +84,7 @@ def read_table_columns(path: str, columns: list[str]) -> pa.Table:
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
-    """Zstandard and dictionaries, but not for vectors: these get hardly smaller, and several times slower to read."""
+    """Zstandard and dictionaries, except for vectors: these shrink little, and take several times longer to read."""
     leaves = []
     for column in schema:
         is_list = pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)
@@ -95,7 +95,7 @@ def _encoding(schema: pa.Schema) -> dict[str, Any]:
 
 
 def num_rows(path: str) -> int:
-    """The number of rows of a Parquet file, from its footer. Raises InputError as `read_table`."""
+    """The number of rows of a Parquet file, from its footer. Raises InputError as `read_table` does."""
     try:
         with open_read(path) as file:
             return int(pq.ParquetFile(file).metadata.num_rows)

@@ -1,7 +1,7 @@
-"""Where bytes live: fsspec paths and atomic writes.
+"""Paths of any filesystem that fsspec knows, and atomic writes.
 
-A path is local or any fsspec URL (`s3://`, `gs://`, `memory://`). A file appears under its final name whole or not at
-all.
+A path is local or an fsspec URL (`s3://`, `gs://`, `memory://`). A file appears under its final name when it is
+complete, or not at all.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from curation.errors import InputError
 
 TEMPORARY_PREFIX = ".tmp-"
-# Bytes that wait for the thread which hashes them, and as many that it has. Assumed: hashing them takes milliseconds,
+# Bytes handed to the hashing thread at a time; as many again may wait. Assumed: hashing them takes milliseconds, and
 # handing them over a hundredth of that.
 HASHED_AT_ONCE = 1 << 20
 
@@ -32,9 +32,9 @@ HASHED_AT_ONCE = 1 << 20
 def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
     """The fsspec filesystem of `path` and the path inside it. Raises InputError for an unknown protocol."""
     protocol, mark, rest = path.partition("://")
-    if not mark:  # a crawl's file names may hold '::', which fsspec would take for a chain of protocols
+    if not mark:  # file names of a crawl may contain '::', which fsspec would take for a chain of protocols
         return LocalFileSystem(), os.path.abspath(path)
-    if mark not in rest:  # the same in a URL
+    if mark not in rest:  # a URL may contain '::' too
         rest = rest.replace("::", "\0")
     try:
         fs, inner = fsspec.core.url_to_fs(protocol + mark + rest)
@@ -44,17 +44,17 @@ def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` lies on a filesystem of this machine (mounted network drives count)."""
+    """Whether `path` lies on a filesystem of this machine, including mounted network drives."""
     return isinstance(filesystem(path)[0], LocalFileSystem)
 
 
 def join(folder: str, *names: str) -> str:
-    """`folder` and `names` with single slashes between them, keeping a protocol."""
+    """`folder` and `names` with single slashes between them; a protocol in front stays."""
     return posixpath.join(folder.rstrip("/") or "/", *names)
 
 
 def exists(path: str) -> bool:
-    """Whether a file or folder is at `path`."""
+    """Whether there is a file or folder at `path`."""
     fs, inner = filesystem(path)
     return bool(fs.exists(inner))
 
@@ -66,7 +66,7 @@ def is_folder(path: str) -> bool:
 
 
 def open_read(path: str) -> BinaryIO:
-    """The file at `path`, opened for reading bytes. Raises FileNotFoundError."""
+    """Open the file at `path` for reading bytes. Raises FileNotFoundError."""
     fs, inner = filesystem(path)
     return fs.open(inner, "rb")  # type: ignore[no-any-return]  # fsspec is untyped
 
@@ -78,7 +78,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def list_names(folder: str) -> list[str]:
-    """The sorted base names in `folder`; empty when there is no such folder."""
+    """The base names in `folder`, sorted; empty when there is no such folder."""
     fs, inner = filesystem(folder)
     fs.invalidate_cache()
     if not fs.isdir(inner):
@@ -87,24 +87,24 @@ def list_names(folder: str) -> list[str]:
 
 
 def delete(path: str) -> None:
-    """Remove the file or folder at `path` if there is one."""
+    """Delete the file or folder at `path` if there is one."""
     fs, inner = filesystem(path)
     if fs.exists(inner):
-        # Other filesystems than the local one would take '*' or '[' in a name for a pattern.
+        # Filesystems other than the local one would take '*' or '[' in a name for a pattern.
         fs.rm(inner if isinstance(fs, LocalFileSystem) else glob.escape(inner), recursive=True)
 
 
 class HashingFile(io.RawIOBase):
-    """A write-only file that hashes and counts what passes through it. `sha256` and `size` are valid at any time.
+    """A write-only file that hashes and counts the bytes written. `sha256` and `size` are valid at any time.
 
-    While a large file is written, a thread hashes what was written before: a processor without instructions for SHA-256
-    takes longer over that than over everything else in packing.
+    A thread hashes the bytes of a large file while later ones are written: on a processor without instructions for
+    SHA-256, hashing takes longer than everything else in packing.
     """
 
     def __init__(self, target: BinaryIO) -> None:
         self._target = target
         self._hash = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)  # starts with its first work
+        self._thread = ThreadPoolExecutor(1)  # the thread starts with the first block to hash
         self._hashing: Future[None] | None = None
         self._unhashed: list[bytes] = []
         self._unhashed_size = 0
@@ -112,6 +112,7 @@ class HashingFile(io.RawIOBase):
 
     @property
     def sha256(self) -> str:
+        """The SHA-256 of all bytes so far, as 64 hex digits."""
         self._wait_for_hash()
         self._hash.update(b"".join(self._unhashed))
         self._unhashed, self._unhashed_size = [], 0
@@ -129,7 +130,7 @@ class HashingFile(io.RawIOBase):
         self._unhashed_size += len(view)
         if self._unhashed_size >= HASHED_AT_ONCE:
             self._wait_for_hash()
-            # In one piece: after each, the thread waits for this one to let go of Python.
+            # As one piece: after each update, the thread waits until this thread releases the interpreter lock.
             self._hashing = self._thread.submit(self._hash.update, b"".join(self._unhashed))
             self._unhashed, self._unhashed_size = [], 0
         self._target.write(view)
@@ -144,21 +145,20 @@ class HashingFile(io.RawIOBase):
 
 @contextlib.contextmanager
 def atomic_write(path: str, *, durable: bool = True) -> Iterator[HashingFile]:
-    """A file to write that takes the name `path` only when the block ends without an error.
+    """A file to write, which takes the name `path` only when the block ends without an error.
 
-    Local files are synced (unless `durable` is false: a machine that loses its power may then lose them) and renamed;
-    elsewhere the finished file is uploaded in one piece. After an error, or a kill, nothing is at `path` that was not
-    there before.
+    A local file is synced and renamed. With `durable` false it is not synced, and a power failure may lose it. On other
+    filesystems the finished file is uploaded in one piece. An error or a kill leaves `path` as it was.
     """
     fs, inner = filesystem(path)
     folder, name = posixpath.split(inner)
     fs.makedirs(folder, exist_ok=True)
     if not isinstance(fs, LocalFileSystem):
-        with tempfile.TemporaryFile() as file:  # it has no name, so a kill leaves nothing on this machine
+        with tempfile.TemporaryFile() as file:  # without a name, so that a kill leaves nothing on this machine
             yield (writer := HashingFile(file))
             writer.flush()
             file.flush()
-            file.seek(0)  # where /dev/fd is a duplicate, it begins where this one stands
+            file.seek(0)  # where /dev/fd duplicates the descriptor, reading starts at its position
             fs.put_file(f"/dev/fd/{file.fileno()}", inner)
         return
     temporary = f"{folder}/{TEMPORARY_PREFIX}{secrets.token_hex(8)}-{name}"
@@ -176,7 +176,7 @@ def atomic_write(path: str, *, durable: bool = True) -> Iterator[HashingFile]:
 
 
 def write_bytes(path: str, data: bytes, *, durable: bool = True) -> "FileRecord":
-    """Write `data` to `path` atomically and return what was written."""
+    """Write `data` to `path` atomically; returns the record of the file."""
     with atomic_write(path, durable=durable) as file:
         file.write(data)
     return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=0)
@@ -188,6 +188,10 @@ class FileRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
+    """The base name."""
     sha256: str
+    """The hash of the file's bytes, as 64 hex digits."""
     bytes: int
+    """The file's size."""
     rows: int
+    """Rows of a table; 0 for other files."""

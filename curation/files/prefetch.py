@@ -1,6 +1,6 @@
-"""Work ahead in threads, so that reading and decoding go on while a model or a product computes.
+"""Prefetch results in threads, so that reading and decoding continue while a model or a product computes.
 
-Results come in the order of the items, whatever thread was done first, so bytes do not depend on the threads.
+Results come in the order of the items, whichever thread finishes first, so that bytes do not depend on the threads.
 """
 
 import time
@@ -13,21 +13,21 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Threads and results ahead when files are read. Assumed: an object store answers in 50 to 200 ms, and each file is
-# memory.
+# Threads, and results prefetched, when files are read. Assumed: an object store answers in 50 to 200 ms, and each file
+# takes memory.
 FILES_AHEAD = 2
 
 
 @dataclass
 class Meter:
-    """What a prefetch has told so far: whether the caller or the threads are the slower ones."""
+    """Counts of a prefetch so far, which show whether the caller or the threads are slower."""
 
     taken: int = 0
-    """Results that the caller took."""
+    """Results taken by the caller."""
     ready: int = 0
-    """Results that were ready when one was taken, summed."""
+    """Results ready when one was taken, summed over all results taken."""
     seconds_waited: float = 0.0
-    """How long the caller waited for results."""
+    """Time that the caller waited for results, in seconds."""
 
 
 def prefetch(
@@ -38,10 +38,10 @@ def prefetch(
     ahead: int = FILES_AHEAD,
     meter: Meter | None = None,
 ) -> Iterator[Result]:
-    """`function(item)` for each item, in order. Up to `ahead` results are made by threads before they are asked for.
+    """`function(item)` for each item, in order. Threads compute up to `ahead` results before the caller takes them.
 
-    `items` are taken by the caller's thread. An error of an item is raised in its place; those behind it are dropped,
-    as they are when the caller stops early.
+    The caller's thread iterates over `items`. An error is raised in place of its item's result; later results are
+    dropped, as they are when the caller stops early.
     """
     meter = meter or Meter()
     pool = ThreadPoolExecutor(threads)

@@ -1,22 +1,20 @@
-"""The Arrow schemas: every column name and type that crosses a file, written once.
+"""The Arrow schemas of the stages' tables: every column name and type that crosses a file.
 
-`image_id` is text: the first 128 bits of the SHA-256 of the file's bytes as 32 hex digits. It never is a row number.
+`image_id` is text: the first 128 bits of the SHA-256 of the file's bytes as 32 hex digits. It is never a row number.
 """
 
 import pyarrow as pa
-
-ROLES = ("seed", "pool", "holdout")
 
 IMAGES = pa.schema(
     [
         ("image_id", pa.string()),
         ("source", pa.string()),  # name of the dataset
-        ("role", pa.string()),  # one of ROLES
-        ("uri", pa.string()),  # the file that holds the bytes; for Parquet, with '#<column>' behind it
-        ("offset", pa.int64()),  # bytes into the file; for Parquet, the row
+        ("role", pa.string()),  # 'seed', 'pool' or 'holdout'
+        ("uri", pa.string()),  # the file that holds the bytes; for Parquet, followed by '#<column>'
+        ("offset", pa.int64()),  # of the bytes in the file; for Parquet, the row
         ("length", pa.int64()),  # bytes
-        ("width", pa.int32()),  # pixels, as seen (after EXIF orientation)
-        ("height", pa.int32()),
+        ("width", pa.int32()),  # pixels, after EXIF orientation
+        ("height", pa.int32()),  # pixels, after EXIF orientation
         ("format", pa.string()),
         ("phash", pa.uint64()),
         ("label", pa.string()),  # may be null
@@ -32,7 +30,7 @@ PAIRS = pa.schema(
         ("image_id", pa.string()),  # the smaller of the two ids
         ("other_image_id", pa.string()),
         ("similarity", pa.float32()),
-        ("differs_locally", pa.bool_()),  # whether they agree but for one place; false where nobody looked
+        ("differs_locally", pa.bool_()),  # whether they agree except in one rectangle; false without verification
         ("cosine", pa.float32()),  # of the two copy descriptors
         ("mutual", pa.bool_()),  # whether each descriptor is among the other's `num_neighbors` nearest
     ]
@@ -61,9 +59,9 @@ ASSIGNMENTS = pa.schema(
 RETRIEVED = pa.schema(
     [
         ("image_id", pa.string()),
-        ("seed_source", pa.string()),  # the dataset that asked; null where none did (mode 'balanced')
+        ("seed_source", pa.string()),  # the dataset whose seeds retrieved the image; null in mode 'balanced'
         ("seed_image_id", pa.string()),  # null unless mode is 'sample'
-        ("mode", pa.string()),  # 'sample', 'cluster', or 'balanced': drawn over all clusters, whatever the seeds
+        ("mode", pa.string()),  # 'sample', 'cluster', or 'balanced': drawn from all clusters, independent of the seeds
         ("rank", pa.int32()),  # 0 is the nearest to the seed, or the first drawn from the cluster
         ("similarity", pa.float32()),  # cosine to the seed image, or to the centroid
         ("cluster_id", pa.int32()),  # of level 0; null for samples
@@ -74,19 +72,20 @@ CORPUS = pa.schema(
     [
         ("key", pa.string()),  # name of the sample in its tar
         ("shard", pa.string()),  # name of the tar
-        ("offset", pa.int64()),  # where the image lies in it, in bytes
-        ("length", pa.int64()),
+        ("offset", pa.int64()),  # of the image's bytes in the tar
+        ("length", pa.int64()),  # bytes
         ("image_id", pa.string()),
         ("source", pa.string()),
         ("role", pa.string()),
-        # Why it is here: 'as_is:<dataset>', 'sample:<dataset>:<seed image_id>:<rank>',
+        # Why the image is in the corpus: 'as_is:<dataset>', 'sample:<dataset>:<seed image_id>:<rank>',
         # 'cluster:<dataset>:<cluster_id>', 'balanced:<cluster_id>'.
         ("reasons", pa.list_(pa.string())),
         ("weight", pa.float64()),
     ]
 )
 
-# What pack writes for its own workers: where each sample comes from, and why. `position` is its place in the corpus.
+# The plan that pack writes for its workers: the origin of each sample, and its reasons. `position` is the sample's row
+# in the corpus.
 PLANNED_SAMPLES = pa.schema(
     [
         ("position", pa.int64()),

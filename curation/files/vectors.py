@@ -12,14 +12,14 @@ import torch
 from curation.errors import InputError
 from curation.files import npy, parquet, paths, schemas
 
-# Rows of a .npy matrix that are read at a time. Assumed: 168 MB at 1,280 dimensions of float16.
+# Rows of a .npy matrix read at a time: 168 MB at 1,280 dimensions of float16. Assumed.
 NPY_ROWS = 65_536
-# Rows whose lengths are computed at a time, in float32: 10 MB at 1,280 dimensions. Assumed.
+# Rows whose norms are computed at a time, in float32: 10 MB at 1,280 dimensions. Assumed.
 NORM_ROWS = 2048
 
 
 def make_table(image_ids: list[str], matrix: np.ndarray) -> pa.Table:
-    """A vectors table from N ids and a matrix (N, D); values are stored as float16."""
+    """A vectors table of N ids and a matrix (N, D); values are stored as float16."""
     rows, dimensions = matrix.shape
     assert rows == len(image_ids), (rows, len(image_ids))
     values = pa.array(np.ascontiguousarray(matrix, dtype=np.float16).reshape(-1))
@@ -33,10 +33,10 @@ def num_rows(path: str) -> int:
 
 
 def read_file(path: str) -> tuple[list[str], np.ndarray]:
-    """Ids and unit vectors (N, D) float16 of one Parquet or `.npy` file; a row of a matrix has its number as id.
+    """Ids and unit vectors (N, D) float16 of one Parquet or `.npy` file. The ids of a matrix are its row numbers.
 
-    Vectors are scaled to unit length. Raises InputError naming the file, and the image where there is one, when the
-    file is not of these kinds, or when a vector is missing, zero or not finite.
+    Vectors are scaled to unit length. Raises InputError when the file is of another kind, or when a vector is missing,
+    zero or not finite. The message names the file, and the image where there is one.
     """
     if path.endswith(".npy"):
         return _read_npy(path)
@@ -44,17 +44,17 @@ def read_file(path: str) -> tuple[list[str], np.ndarray]:
     try:
         image_ids = table.column("image_id").cast(pa.string()).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        found = table.schema.field("image_id").type
-        raise InputError(f"{path}: column 'image_id' has type {found}; expected text or whole numbers.") from None
+        id_type = table.schema.field("image_id").type
+        raise InputError(f"{path}: column 'image_id' has type {id_type}; expected text or whole numbers.") from None
     kind = table.schema.field("vector").type
     column = table.column("vector").combine_chunks()
     if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         raise InputError(f"{path}: column 'vector' has type {kind}; expected a list of floats per row.")
     if column.null_count or table.column("image_id").null_count:
         raise InputError(f"{path}: a row has no image_id or no vector.")
-    values = column.flatten()  # honours the slice that a table may be of its chunk; .values would not
+    values = column.flatten()  # respects the offset of a sliced chunk; .values would not
     if not pa.types.is_floating(kind.value_type) or values.null_count:
-        raise InputError(f"{path}: column 'vector' has values that are no floats ({kind}).")
+        raise InputError(f"{path}: column 'vector' has values that are not floats ({kind}).")
     if len(values) % max(len(column), 1) or len(set(column.value_lengths().to_pylist())) > 1:
         raise InputError(f"{path}: vectors of different widths in column 'vector'.")
     width = len(values) // max(len(column), 1) if len(column) else getattr(kind, "list_size", 0)
@@ -75,7 +75,7 @@ def _read_npy(path: str) -> tuple[list[str], np.ndarray]:
 
 
 def _npy_blocks(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Ids (row numbers) and unit vectors of a matrix, NPY_ROWS rows at a time; a block of no rows when it has none."""
+    """Ids (row numbers) and unit vectors of a matrix, NPY_ROWS rows at a time; one empty block for an empty matrix."""
     with paths.open_read(path) as file:
         try:
             shape, by_column, dtype = npy.read_header(file)
@@ -84,7 +84,7 @@ def _npy_blocks(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
         if len(shape) != 2 or not np.issubdtype(dtype, np.floating):
             raise InputError(f"{path}: expected a matrix of floats (rows, width). Found: {dtype} {shape}.")
         rows, width = shape
-        step = max(1, rows) if by_column else NPY_ROWS  # what is stored by column can only be read whole
+        step = max(1, rows) if by_column else NPY_ROWS  # a matrix stored by column can only be read whole
         for start in range(0, max(1, rows), step):
             count = min(step, rows - start)
             data = file.read(count * width * dtype.itemsize)
@@ -96,14 +96,14 @@ def _npy_blocks(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
 
 
 def _unit(matrix: np.ndarray, image_ids: list[str], path: str) -> np.ndarray:
-    """`matrix` (N, D) with rows of unit length, float16; what is unit length within float16 stays as it is."""
+    """`matrix` (N, D) with rows of unit length, float16. Rows that have it up to float16 rounding stay as they are."""
     if matrix.dtype == np.float16:
         norms = np.empty(len(matrix), np.float32)
         for start in range(0, len(matrix), NORM_ROWS):
             # A copy, since torch warns of arrays that it may not write to. It converts twice as fast as numpy.
             block = torch.from_numpy(matrix[start : start + NORM_ROWS].copy()).float()
             norms[start : start + NORM_ROWS] = torch.linalg.vector_norm(block, dim=1).numpy()
-    else:  # squares that float32 could not hold
+    else:  # squares may exceed the range of float32
         norms = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64, casting="same_kind")).astype(np.float32)
     wrong = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
     if len(wrong):
@@ -111,8 +111,8 @@ def _unit(matrix: np.ndarray, image_ids: list[str], path: str) -> np.ndarray:
             f"{path}: the vector of image '{image_ids[int(wrong[0])]}' is zero or not finite ({len(wrong)} such rows). "
             "Embed these images again, or leave the rows out."
         )
-    # Vectors that Seedbed wrote are unit length up to float16 rounding; scaling them again would only add rounding.
-    rough = np.abs(norms - 1) > 2e-3
-    if not rough.any():
+    # Vectors that Seedbed wrote have unit length up to float16 rounding; scaling them again would only add rounding.
+    needs_scaling = np.abs(norms - 1) > 2e-3
+    if not needs_scaling.any():
         return matrix.astype(np.float16, copy=False)
-    return np.where(rough[:, None], matrix / norms[:, None], matrix).astype(np.float16)
+    return np.where(needs_scaling[:, None], matrix / norms[:, None], matrix).astype(np.float16)

@@ -193,10 +193,10 @@ def initial_centroids(sample: np.ndarray, num_clusters: int, start: Start, seed:
     `random` draws any K points. `k_means++` draws one after another, each with a probability proportional to its
     squared distance to the nearest point drawn before (Arthur and Vassilvitskii, "k-means++: the advantages of careful
     seeding", 2007). Many candidates are drawn at a time by the distances before the draw. A candidate near another one
-    of the same draw is rejected with the probability that makes the distribution that of drawing one by one. (Rejection
-    as in Cohen-Addad et al., "Fast and accurate k-means++ via rejection sampling", 2020, who draw from a tree.) Points
-    of float32 are compared as float16, so that all distances are exact. With fewer than K distinct points, the rest are
-    repeats.
+    of the same draw is rejected with the probability that makes the distribution that of drawing one by one.
+    (Cohen-Addad et al., "Fast and accurate k-means++ via rejection sampling", 2020, also reject, but draw from a tree.)
+    Points of float32 are compared as float16, so that all distances are exact. With fewer than K distinct points, the
+    rest are repeats.
     """
     assert 1 <= num_clusters <= len(sample), (num_clusters, len(sample))
     random = np.random.default_rng([seed, 1])  # independent of the generator in `start_rows`

@@ -1,7 +1,7 @@
-"""Images with depth maps: the published data sets in their released layouts, and any folder."""
+"""Reads images with depth maps: the published data sets in their released layouts, and any folder.
 
-# Calling a torch module is typed Any.
-# mypy: disable-error-code="no-any-return"
+The layouts are drawn at the top of evaluation/depth.py.
+"""
 
 import io
 from collections.abc import Sequence
@@ -25,26 +25,24 @@ from evaluation.data.image_files import read_bytes, read_rgb
 
 LayoutName = Literal["nyu", "nyu_arrays", "kitti", "sun_rgbd", "folder"]
 Crop = Literal["none", "eigen", "garg"]
-# The picture inside the white border of NYU's frames: rows, then columns. Cited: BTS and BinsFormer's toolbox.
+# The image inside the white border of NYU's frames: rows, then columns. Cited: BTS and BinsFormer's toolbox.
 NYU_INSIDE = (slice(45, 472), slice(43, 608))
 KITTI_ROWS, KITTI_COLUMNS = 352, 1216  # the bottom rows and the middle columns; cited: the same ("KB crop")
-
-
-# Layout "folder": folders of the pictures and of the depths. Ours.
+# Layout "folder": subfolders of the images and of the depths. Ours.
 FOLDER_IMAGES, FOLDER_DEPTHS = "rgb", "depth"
 
 
 @dataclass(frozen=True)
 class DepthLayout:
-    """What is particular to one published data set."""
+    """Facts of one published data set."""
 
     train_list: str | None
     test_list: str | None
     units_per_metre: float
     max_depth: float
-    """Metres. Beyond it nothing is trained on or scored."""
+    """Metres. Greater depths are neither trained on nor scored."""
     crop: Crop
-    """The part of a test picture that is scored. "eigen": rows 45 to 470 and columns 41 to 600, made for 480 x 640.
+    """The part of a test image that is scored. "eigen": rows 45 to 470 and columns 41 to 600, made for 480 x 640.
     "garg": shares of the sides, made for KITTI. Cited: Eigen et al. (arXiv 1406.2283), Garg et al. (arXiv 1603.04992),
     as in BinsFormer's toolbox."""
 
@@ -59,16 +57,16 @@ LAYOUTS: dict[LayoutName, DepthLayout] = {
 
 
 class DepthDataConfig(Settings):
-    """Pictures with their depths."""
+    """Images with their depths."""
 
     name: str
-    """What results call it. "nyu", "kitti" and "sun_rgbd" have published numbers to stand beside."""
+    """Name of the data in results. Published numbers exist for "nyu", "kitti" and "sun_rgbd"."""
     layout: LayoutName
-    """How the files lie; see the top of this module."""
+    """How the files are arranged; see the top of evaluation/depth.py."""
     folder: str
-    """Where they lie."""
+    """Folder of the files."""
     units_per_metre: float = Field(default=1000, gt=0)
-    """Layout "folder": what a PNG says for one metre."""
+    """Layout "folder": the PNG value of one metre."""
 
 
 # ---- reading
@@ -76,16 +74,16 @@ class DepthDataConfig(Settings):
 
 @dataclass(frozen=True)
 class DepthSample:
-    """Where a picture and its depth lie."""
+    """The files of an image and of its depth."""
 
     image: str
     depth: str
     row: int | None = None
-    """Where both are arrays of many."""
+    """The row in both files, where they are arrays of many images."""
 
 
 def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list[DepthSample]:
-    """The pairs of a data set, in the order of the pictures' names. Raises InputError where there are none."""
+    """The pairs of a data set, ordered by the names of the images. Raises InputError where there are none."""
     if data.layout == "folder":
         samples = _pairs_of_folder(data)
     elif data.layout == "nyu_arrays":
@@ -94,7 +92,7 @@ def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list
     else:
         samples = _pairs_of_list(data, split)
     if not samples:
-        raise InputError(f"{data.folder}: no picture with a depth in layout '{data.layout}'. Check the folder.")
+        raise InputError(f"{data.folder}: no image with a depth in layout '{data.layout}'. Check the folder.")
     return samples
 
 
@@ -109,51 +107,52 @@ def _pairs_of_list(data: DepthDataConfig, split: Literal["train", "test"]) -> li
         raise InputError(
             f"No list of pairs at '{path}'. Layout '{data.layout}' needs it for its {split} split."
         ) from None
-    below = ("input", "gt_depth") if data.layout == "kitti" else ("", "")
+    subfolders = ("input", "gt_depth") if data.layout == "kitti" else ("", "")
     samples = []
     for number, line in enumerate(lines, 1):
         parts = line.split()
         if not parts or parts[1:2] == ["None"]:  # KITTI: 45 frames of the test have no ground truth
             continue
         if len(parts) < 2:
-            raise InputError(f"{path}, line {number}: expected a picture and its depth. Found: {line!r}.")
+            raise InputError(f"{path}, line {number}: expected an image and its depth. Found: {line!r}.")
         image, depth = (
-            paths.join(data.folder, folder, part.lstrip("/")) for folder, part in zip(below, parts[:2], strict=True)
+            paths.join(data.folder, subfolder, part.lstrip("/"))
+            for subfolder, part in zip(subfolders, parts[:2], strict=True)
         )
         samples.append(DepthSample(image, depth))
     return sorted(samples, key=lambda sample: sample.image)
 
 
 def _pairs_of_folder(data: DepthDataConfig) -> list[DepthSample]:
-    found: list[dict[str, str]] = []
-    for folder in (FOLDER_IMAGES, FOLDER_DEPTHS):
-        place = paths.join(data.folder, folder)
-        names = [name for name in paths.list_names(place) if not name.startswith(".")]
+    files_by_stem: list[dict[str, str]] = []
+    for subfolder in (FOLDER_IMAGES, FOLDER_DEPTHS):
+        folder = paths.join(data.folder, subfolder)
+        names = [name for name in paths.list_names(folder) if not name.startswith(".")]
         if not names:
-            raise InputError(f"No files in '{place}'. Layout 'folder' has {FOLDER_IMAGES}/ and {FOLDER_DEPTHS}/.")
-        found.append({PurePosixPath(name).stem: paths.join(place, name) for name in names})
-    images, depths = found
-    if alone := sorted(images.keys() ^ depths.keys()):
+            raise InputError(f"No files in '{folder}'. Layout 'folder' has {FOLDER_IMAGES}/ and {FOLDER_DEPTHS}/.")
+        files_by_stem.append({PurePosixPath(name).stem: paths.join(folder, name) for name in names})
+    images, depths = files_by_stem
+    if unpaired := sorted(images.keys() ^ depths.keys()):
         raise InputError(
-            f"{data.folder}: {len(alone)} of the pictures and depths have no partner of the same name, such as "
-            f"'{alone[0]}'. Remove them."
+            f"{data.folder}: {len(unpaired)} of the images and depths have no partner of the same name, such as "
+            f"'{unpaired[0]}'. Remove them."
         )
     return [DepthSample(images[name], depths[name]) for name in sorted(images)]
 
 
 def read_sample(sample: DepthSample, data: DepthDataConfig) -> tuple[Tensor, Tensor]:
-    """A picture (3, H, W) uint8 and its depth (H, W) float32 in metres, 0 where unknown; KITTI's without its border.
+    """An image (3, H, W) uint8 and its depth (H, W) float32 in metres, 0 where unknown. KITTI's are cropped.
 
     Raises InputError.
     """
     image, depth = _read_image(sample), _read_depth(sample, data)
     if image.shape[1:] != depth.shape:
         raise InputError(
-            f"{sample.depth} has {depth.shape[0]} x {depth.shape[1]} pixels, its picture {sample.image} has "
-            f"{image.shape[1]} x {image.shape[2]}. They must be as large."
+            f"{sample.depth} has {depth.shape[0]} x {depth.shape[1]} pixels, its image {sample.image} has "
+            f"{image.shape[1]} x {image.shape[2]}. They must have the same size."
         )
     if not np.isfinite(depth).all() or depth.min() < 0:
-        raise InputError(f"{sample.depth}: depths that are negative or not finite. Write 0 where it is unknown.")
+        raise InputError(f"{sample.depth}: depths that are negative or not finite. Write 0 for an unknown depth.")
     if data.layout.startswith("nyu") and depth.shape != (480, 640):
         raise InputError(f"{sample.image} has {depth.shape[0]} x {depth.shape[1]} pixels; NYU's have 480 x 640.")
     if data.layout == "kitti":
@@ -178,9 +177,10 @@ def _read_depth(sample: DepthSample, data: DepthDataConfig) -> NDArray[np.float3
         return np.asarray(_array(sample.depth)[sample.row], np.float32)
     content = read_bytes(sample.depth)
     if sample.depth.endswith(".npy"):
-        return np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
+        depths: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
+        return depths
     with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
-        if not picture.mode.startswith("I"):  # I;16, or I where Pillow is older
+        if not picture.mode.startswith("I"):  # I;16, or I in older versions of Pillow
             raise InputError(f"{sample.depth} is a PNG of mode {picture.mode}; a depth has one channel of 16 bits.")
         values = np.asarray(picture).astype(np.uint16)
     if data.layout == "sun_rgbd":

@@ -1,4 +1,4 @@
-"""Reads files of the data sets; whatever is wrong with one becomes a message that names it."""
+"""Reads files of the data sets. Every error names the file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,8 +1,8 @@
-"""Pickles that hold plain data, read without running anything: some ground truth is published as nothing else.
+"""Reads pickles of plain data without running anything in them: some ground truth is published only as a pickle.
 
-A pickle names functions and what to call them with, so to load one from a stranger is to run a stranger's program.
-Here a name leads to one of a few stand-ins of this file, which make arrays out of bytes, or to an error; numpy's own,
-which trust what they are told of types and memory, are never called. The only file that imports pickle.
+A pickle names functions and their arguments, so loading an untrusted pickle runs an untrusted program. Here every name
+leads to a stand-in of this file, which makes arrays from bytes, or to an error. numpy's own functions are never called:
+they trust the types and sizes that the pickle states. This is the only file that imports pickle.
 """
 
 import io
@@ -15,12 +15,12 @@ import numpy as np
 
 from curation.errors import InputError
 
-# Of numbers, truth values and text of a stated width; never of objects.
+# Numbers, truth values and text of a stated width; never objects.
 _ARRAY_TYPE = re.compile(r"[<>|=]?(?:[biuf][1248]|[US][1-9][0-9]{0,4})")
 
 
 def loads(data: bytes, origin: str) -> Any:
-    """What the pickle holds: None, numbers, text, bytes, lists, tuples, dicts, sets, numpy scalars and `Array`.
+    """The content of a pickle: None, numbers, text, bytes, lists, tuples, dicts, sets, numpy scalars and `Array`.
 
     Text of Python 2 is read as Latin-1. `origin` names the file in messages. Raises InputError for anything else.
     """
@@ -28,27 +28,27 @@ def loads(data: bytes, origin: str) -> Any:
         return _Reader(io.BytesIO(data), origin).load()
     except InputError:
         raise
-    # A damaged or hostile pickle can raise nearly anything, and the library promises no list.
+    # A damaged or hostile pickle can raise nearly any exception, and the library promises no list.
     except Exception as error:
         raise InputError(f"{origin}: not a pickle of plain data ({type(error).__name__}: {error}).") from None
 
 
 @final
 class Array:
-    """A numpy array of a pickle: its `values` are there once the pickle is read."""
+    """A numpy array of a pickle. Its `values` are set once the pickle is read."""
 
     def __init__(self) -> None:
         self.values: np.ndarray = np.empty(0)
 
     def __setstate__(self, state: Any) -> None:
-        """As numpy writes an array's state: version (not always), shape, type, Fortran's order, bytes."""
+        """Takes an array's state as numpy writes it: version (not always), shape, type, Fortran order, bytes."""
         shape, type_, is_fortran, data = state[-4:]
         self.values = _array(shape, type_, "F" if is_fortran else "C", data)
 
 
 @final
 class _Type:
-    """A numpy type of a pickle: its `text` is there as soon as it is named, its byte order with its state."""
+    """A numpy type of a pickle. Its `text` is set when the pickle names it; its byte order comes with its state."""
 
     def __init__(self, text: Any, *_: Any) -> None:
         self.text = _latin(text).decode("ascii")
@@ -72,13 +72,13 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         # numpy 2 renamed its modules, Python 3 its builtins.
-        place = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
-        if (place, name) not in _STAND_INS:
+        known_module = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
+        if (known_module, name) not in _STAND_INS:
             raise InputError(
                 f"{self._origin}: the pickle names {module}.{name}, and only numbers, text, containers and numpy "
                 "arrays are read. Nothing of it was run; take the file from its publisher."
             )
-        return _STAND_INS[place, name]
+        return _STAND_INS[known_module, name]
 
 
 def _array(shape: Any, type_: Any, order: Any, data: Any) -> np.ndarray:
@@ -90,7 +90,7 @@ def _array(shape: Any, type_: Any, order: Any, data: Any) -> np.ndarray:
 
 
 def _latin(value: Any, encoding: str = "latin1") -> bytes:
-    """Bytes, which older protocols write as text in Latin-1."""
+    """Bytes; older pickle protocols write them as text in Latin-1."""
     if encoding != "latin1":
         raise ValueError(f"text in {encoding!r}")
     return value.encode("latin1") if isinstance(value, str) else bytes(memoryview(value))
@@ -105,14 +105,14 @@ def _scalar(type_: Any, data: Any) -> Any:
 
 
 def _no_bytes() -> bytes:
-    """Empty bytes, which older protocols write as a call; called with a number, `bytes` would take that much memory."""
+    """Empty bytes, which older protocols write as a call. It takes no argument: `bytes(n)` would allocate n bytes."""
     return b""
 
 
 def _from_buffer(data: Any, type_: Any, shape: Any, order: Any) -> Array:
-    made = Array()
-    made.values = _array(shape, type_, order, data)
-    return made
+    array = Array()
+    array.values = _array(shape, type_, order, data)
+    return array
 
 
 _STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {

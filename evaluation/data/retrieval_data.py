@@ -1,4 +1,4 @@
-"""Query and database photographs of the published retrieval data sets, and any labelled images."""
+"""Reads query and database photographs of the published retrieval data sets, and any labelled images."""
 
 import json
 from typing import Any, Literal, NamedTuple
@@ -23,8 +23,8 @@ class RevisitedData(Settings):
     path: str
     """Folder with jpg/ and gnd_roxford5k.pkl or gnd_rparis6k.pkl, local or any fsspec URL."""
     query: Literal["box", "whole"] = "box"
-    """What of a query's picture is asked with: the box around the building, as the benchmark defines it, or all of it.
-    Scores differ by points; every result says which it was."""
+    """The part of a query image that is compared: the box around the building, as the benchmark defines it, or all of
+    it. The choice changes scores by several points; every result states it."""
     view: ViewConfig = ViewConfig()
 
 
@@ -35,11 +35,12 @@ class MetData(Settings):
     path: str
     """Folder with ground_truth/ and images/, local or any fsspec URL."""
     database: str = "MET_database.json"
-    """Which list of the database; mini_MET_database.json is a part of it."""
+    """The list of the database; mini_MET_database.json is a part of it."""
     neighbors: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 15, 20, 50)
-    """How many neighbours may vote: what has the best GAP on the validation set does. Cited: its published grid."""
+    """Numbers of voting neighbours; the one with the best GAP on the validation set is used. Cited: its published
+    grid."""
     scales: tuple[float, ...] = (0.01, 0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 50.0, 100.0, 500.0)
-    """By what cosines are multiplied before their softmax, chosen likewise. Cited: its published grid."""
+    """Factors of the cosines before their softmax, chosen likewise. Cited: its published grid."""
     view: ViewConfig = ViewConfig()
 
 
@@ -70,7 +71,7 @@ class Photo(NamedTuple):
 
     path: str
     box: tuple[int, int, int, int] | None = None
-    """Left, upper, right, lower in pixels; all of it when None."""
+    """Left, upper, right, lower in pixels; the whole image when None."""
 
 
 class Revisited(NamedTuple):
@@ -79,19 +80,19 @@ class Revisited(NamedTuple):
     queries: list[Photo]
     database: list[Photo]
     rows: list[dict[str, Tensor]]
-    """Of each query its "easy", "hard" and "junk" rows of the database."""
+    """For each query, the "easy", "hard" and "junk" rows of the database."""
 
 
 def read_revisited(data: RevisitedData) -> Revisited:
-    """The lists and the ground truth. Raises InputError for a file that is not there or not as published."""
+    """The lists and the ground truth. Raises InputError for a file that is missing or not as published."""
     names = [name for name in paths.list_names(data.path) if name.startswith("gnd_") and name.endswith(".pkl")]
     if len(names) != 1:
         raise InputError(
             f"{data.path}: expected one ground truth, gnd_roxford5k.pkl or gnd_rparis6k.pkl, beside jpg/. Found: "
             f"{', '.join(names) or 'none'}."
         )
-    place = paths.join(data.path, names[0])
-    content = plain_pickle.loads(paths.read_bytes(place), place)  # calls nothing that the file names
+    path = paths.join(data.path, names[0])
+    content = plain_pickle.loads(paths.read_bytes(path), path)  # calls nothing that the file names
     try:
         images, queries, truths = ([*content[key]] for key in ("imlist", "qimlist", "gnd"))
         if not queries or len(queries) != len(truths) or not all(isinstance(one, str) for one in (*images, *queries)):
@@ -100,25 +101,25 @@ def read_revisited(data: RevisitedData) -> Revisited:
         boxes = [_box(truth["bbx"]) if data.query == "box" else None for truth in truths]
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
-            f"{place}: not the ground truth of Revisited Oxford or Paris ({type(error).__name__}: {error}). Take the "
+            f"{path}: not the ground truth of Revisited Oxford or Paris ({type(error).__name__}: {error}). Take the "
             "published file."
         ) from None
 
     def path_of(name: str) -> str:
         return paths.join(data.path, "jpg", f"{name}.jpg")
 
-    asked = [Photo(path_of(name), box) for name, box in zip(queries, boxes, strict=True)]
-    return Revisited(asked, [Photo(path_of(name)) for name in images], rows)
+    query_photos = [Photo(path_of(name), box) for name, box in zip(queries, boxes, strict=True)]
+    return Revisited(query_photos, [Photo(path_of(name)) for name in images], rows)
 
 
 def _rows(value: Any, num_images: int) -> Tensor:
-    rows = _numbers(value)
-    if rows.size and not np.issubdtype(rows.dtype, np.integer):
-        raise ValueError(f"rows of type {rows.dtype}")
-    found = torch.from_numpy(rows.astype(np.int64).reshape(-1))
-    if len(found) and not (int(found.min()) >= 0 and int(found.max()) < num_images):
-        raise ValueError(f"row {int(found.max())} of {num_images} images")
-    return found
+    numbers = _numbers(value)
+    if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(f"rows of type {numbers.dtype}")
+    rows = torch.from_numpy(numbers.astype(np.int64).reshape(-1))
+    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < num_images):
+        raise ValueError(f"row {int(rows.max())} of {num_images} images")
+    return rows
 
 
 def _box(value: Any) -> tuple[int, int, int, int]:
@@ -143,9 +144,9 @@ class Met(NamedTuple):
 
 def read_met(data: MetData, name: str) -> Met:
     """One list of the ground truth, "MET_database.json", "testset.json" or "valset.json". Raises InputError."""
-    place = paths.join(data.path, "ground_truth", name)
+    path = paths.join(data.path, "ground_truth", name)
     try:
-        entries = json.loads(paths.read_bytes(place))
+        entries = json.loads(paths.read_bytes(path))
         key = "id" if name == data.database else "MET_id"
         labels = [int(entry[key]) if key in entry or name == data.database else -1 for entry in entries]
         photos = [Photo(paths.join(data.path, "images", str(entry["path"]))) for entry in entries]
@@ -153,30 +154,30 @@ def read_met(data: MetData, name: str) -> Met:
             raise ValueError("no images")
     except FileNotFoundError:
         raise InputError(
-            f"No ground truth at '{place}'. Give the folder that holds ground_truth/ and images/."
+            f"No ground truth at '{path}'. Give the folder that holds ground_truth/ and images/."
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{place}: not a list of the Met dataset ({type(error).__name__}: {error}).") from None
+        raise InputError(f"{path}: not a list of the Met dataset ({type(error).__name__}: {error}).") from None
     return Met(photos, torch.tensor(labels))
 
 
 def read_amstertime(data: AmsterTimeData) -> tuple[list[Photo], list[Photo]]:
-    """The archive's images, and those of the streets in the same order. Raises InputError where one has no other."""
+    """The images of the archive, and those of the streets in the same order. Raises InputError for unpaired images."""
     sides = []
     for side in ("old", "new"):
         folder = paths.join(data.path, side)
         if not paths.is_folder(folder):
             raise InputError(f"No folder '{folder}'. Give the folder that holds old/ and new/.")
         files = list_files(SourceConfig(name="amstertime", path=folder, role="holdout"))
-        own = {file.path.rpartition(".")[0]: Photo(paths.join(folder, file.path)) for file in files}
-        if len(own) < len(files):
-            raise InputError(f"{folder}: {len(files)} files have {len(own)} names but for their extensions.")
-        sides.append(own)
+        photos = {file.path.rpartition(".")[0]: Photo(paths.join(folder, file.path)) for file in files}
+        if len(photos) < len(files):
+            raise InputError(f"{folder}: {len(files)} files have only {len(photos)} names without their extensions.")
+        sides.append(photos)
     old, new = sides
-    alone = sorted(old.keys() ^ new.keys())
-    if alone or not old:
+    unpaired = sorted(old.keys() ^ new.keys())
+    if unpaired or not old:
         raise InputError(
-            f"{data.path}: old/ and new/ hold {len(old)} and {len(new)} images, and {len(alone)} names are in one of "
-            f"them alone: {listed(alone)}."
+            f"{data.path}: old/ and new/ hold {len(old)} and {len(new)} images, and {len(unpaired)} names are in only "
+            f"one of them: {listed(unpaired)}."
         )
     return [old[name] for name in sorted(old)], [new[name] for name in sorted(old)]

@@ -1,10 +1,10 @@
-"""Pictures with a class for every pixel: what segmentation is trained and scored on.
+"""Reads images with a class for every pixel, the data of segmentation.
 
 ade20k       <path>/images/{training,validation}/  <path>/annotations/{training,validation}/; 0 is no class
 cityscapes   <path>/leftImg8bit/{train,val}/<city>/  <path>/gtFine/{train,val}/<city>/*_labelIds.png; 19 classes
 voc2012      <path>/JPEGImages/  SegmentationClass/  ImageSets/Segmentation/{train,val}.txt; 255 is no class
 folders      folders of images and of masks with the same names
-stamps       cut-out pictures pasted on others: the alpha channel is the mask
+stamps       cut-out images pasted on others; the alpha channel is the mask
 """
 
 import io
@@ -31,59 +31,60 @@ from evaluation.data.splits import listed
 IGNORED = 255  # a pixel without a class, in every target here
 LIMITS = ImageLimits(min_side=1)  # an image of any size counts
 
-# Cited: cityscapesScripts, labels.py: the 19 classes that are evaluated, in the order of their train ids.
+# Cited: cityscapesScripts, labels.py: the 19 evaluated classes, in the order of their train ids.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 ADE20K_CLASSES, VOC_CLASSES = 150, 21
 
-# Pictures of stamps, all assumed.
-TEST_SHARE = 0.25  # of the stamps of each class, and of the backgrounds: only scored pictures are made of them
-MAX_STAMPS = 3  # in one picture, which has at least one
-STAMP_SIDES = (0.3, 0.7)  # range of the longer side of a stamp, in sides of the picture
+# Images made of stamps; all assumed.
+TEST_SHARE = 0.25  # of the stamps of each class and of the backgrounds: reserved for scored images
+MAX_STAMPS = 3  # in one image, which has at least one
+STAMP_SIDES = (0.3, 0.7)  # range of the longer side of a stamp, in sides of the image
 
 
 class PublishedData(Settings):
     """A dataset in its published layout."""
 
     layout: Literal["ade20k", "cityscapes", "voc2012"]
-    """Which one. ADE20K is the ADEChallengeData2016 of its scene parsing benchmark."""
+    """Name of the dataset. ADE20K is ADEChallengeData2016, of its scene parsing benchmark."""
     path: str
-    """Its folder, local or any fsspec URL: ADEChallengeData2016, VOCdevkit/VOC2012, or that with leftImg8bit/."""
+    """Its folder, local or any fsspec URL: ADEChallengeData2016, VOCdevkit/VOC2012, or the folder of leftImg8bit/."""
 
 
 class FolderData(Settings):
-    """Images, and masks with the same names: one grey (or palette) value a pixel, the number of its class."""
+    """Images, and masks with the same names. A mask has one grey (or palette) value a pixel: its class."""
 
     layout: Literal["folders"]
     train_images: str
-    """Folder, local or any fsspec URL, searched through."""
+    """Folder, local or any fsspec URL; its subfolders are searched too."""
     train_masks: str
-    """Folder with a mask for each of these, of the same path but for the extension."""
+    """Folder with a mask for each of these, at the same path with another extension."""
     test_images: str
-    """The same of the images that are scored."""
+    """The same for the scored images."""
     test_masks: str
     num_classes: int = Field(ge=2, le=IGNORED)
-    """Classes have the numbers from 0 below this."""
+    """Classes are numbered from 0."""
     ignored: tuple[Annotated[int, Field(ge=0, le=255)], ...] = (IGNORED,)
-    """Numbers of pixels that do not count."""
+    """Values of pixels that do not count."""
 
 
 class StampData(Settings):
-    """Pictures made of cut-out ones on others. Those for training and those for scoring share neither."""
+    """Images made by pasting cut-outs on backgrounds. Training and scored images share neither."""
 
     layout: Literal["stamps"]
     stamps: str
-    """Folder of PNGs with an alpha channel, searched through; those that are opaque throughout are left out."""
+    """Folder of PNGs with an alpha channel; its subfolders are searched too. Opaque PNGs are left out."""
     backgrounds: tuple[str, ...] = Field(min_length=1)
-    """Folders of images of any kind, searched through. What they show counts as background: no animals behind stamps
-    of animals."""
+    """Folders of images of any kind; their subfolders are searched too. All that they show counts as background, so
+    there should be no animals behind stamps of animals."""
     classes: Literal["foreground", "folder"] = "folder"
-    """Whether all stamps are one class, or those in each first folder below `stamps` are. The background is another."""
+    """"foreground": all stamps are one class. "folder": each folder directly below `stamps` is a class. The background
+    is a further class."""
     side: int = Field(default=224, ge=16)
-    """Of the pictures, in pixels."""
+    """Side of the images in pixels."""
     train_pictures: int = Field(default=400, ge=1)
-    """Pictures to train on."""
+    """Number of images to train on."""
     test_pictures: int = Field(default=100, ge=1)
-    """Pictures to score."""
+    """Number of scored images."""
 
 
 SceneData = PublishedData | FolderData | StampData
@@ -91,7 +92,7 @@ SceneData = PublishedData | FolderData | StampData
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture, and the class of each of its pixels."""
+    """An image, and the class of each of its pixels."""
 
     image: Tensor
     """(3, H, W) uint8."""
@@ -101,21 +102,21 @@ class Scene:
 
 @dataclass(frozen=True, eq=False)
 class Scenes:
-    """The pictures of one split."""
+    """The images of one split."""
 
     names: tuple[str, ...]
     """For messages."""
     num_classes: int
     read: Callable[[int], Scene]
-    """The picture of that place. Raises InputError that names the file."""
+    """The image with that number. Raises InputError that names the file."""
     hash: str
-    """64 hex digits: of all bytes that the pictures and targets are made of."""
+    """64 hex digits: of all bytes that the images and targets are made from."""
 
 
 def load_scenes(data: SceneData, *, stamp_seed: int = 0) -> tuple[Scenes, Scenes]:
-    """The pictures to train on, and those to score. Raises InputError for a folder or a mask that is missing.
+    """The training images and the scored images. Raises InputError for a missing folder or mask.
 
-    stamp_seed: draws which stamps are pasted where. The same for every model, so that scores can be compared.
+    stamp_seed: draws which stamps are pasted where. It is the same for every model, so that scores can be compared.
     """
     if isinstance(data, StampData):
         return _stamp_scenes(data, stamp_seed)
@@ -172,31 +173,31 @@ def _voc2012(path: str, split: str) -> list[Pair]:
 
 
 def _by_stem(folder: str, suffix: str = "") -> dict[str, str]:
-    """Paths by what they are called below `folder`, without the extension and the suffix, which they must have."""
+    """Paths by their names below `folder`, without extension and suffix. Names that lack the suffix are left out."""
     if not paths.is_folder(folder):
         raise InputError(f"No folder '{folder}'. Check the path of the dataset.")
-    found: dict[str, str] = {}
+    path_by_name: dict[str, str] = {}
     for file in list_files(SourceConfig(name="segmentation", path=folder, role="holdout")):
         stem = file.path.rpartition(".")[0]
         if stem.endswith(suffix):
             name = stem.removesuffix(suffix)
-            if name in found:
+            if name in path_by_name:
                 raise InputError(f"{folder}: two files are called '{name}' but for their extension. Remove one.")
-            found[name] = paths.join(folder, file.path)
-    if not found:
+            path_by_name[name] = paths.join(folder, file.path)
+    if not path_by_name:
         raise InputError(f"{folder}: no image files{f' that end in {suffix}' if suffix else ''}.")
-    return found
+    return path_by_name
 
 
-def _same_names(images: dict[str, str], masks: dict[str, str], where: str) -> list[Pair]:
+def _same_names(images: dict[str, str], masks: dict[str, str], mask_folder: str) -> list[Pair]:
     missing = sorted(images.keys() - masks.keys())
     if missing:
-        raise InputError(f"{where}: no mask for {listed(missing)}.")
+        raise InputError(f"{mask_folder}: no mask for {listed(missing)}.")
     return [(path, masks[name]) for name, path in sorted(images.items())]
 
 
 def _lookup(classes: dict[int, int], ignored: Sequence[int]) -> np.ndarray:
-    """What each value of a mask means, (256,): a class, IGNORED, or -1 where it means nothing."""
+    """The class of each value of a mask, (256,); IGNORED, or -1 for a value that has no meaning."""
     lookup = np.full(256, -1, np.int16)
     lookup[list(classes)] = list(classes.values())
     lookup[list(ignored)] = IGNORED
@@ -204,24 +205,24 @@ def _lookup(classes: dict[int, int], ignored: Sequence[int]) -> np.ndarray:
 
 
 def _file_scenes(pairs: Sequence[Pair], lookup: np.ndarray, num_classes: int) -> Scenes:
-    def read(place: int) -> Scene:
-        image_path, mask_path = pairs[place]
+    def read(number: int) -> Scene:
+        image_path, mask_path = pairs[number]
         image, target = read_rgb(image_path, LIMITS), read_mask(mask_path, lookup)
-        _require_same(pairs[place], (image.shape[2], image.shape[1]), (target.shape[1], target.shape[0]))
+        _require_same(pairs[number], (image.shape[2], image.shape[1]), (target.shape[1], target.shape[0]))
         return Scene(image, target)
 
     hashes = prefetch(_checked_hashes, pairs)
-    hashed = hash_json([own for pair in hashes for own in pair])
-    return Scenes(tuple(image for image, _ in pairs), num_classes, read, hashed)
+    content_hash = hash_json([file_hash for pair in hashes for file_hash in pair])
+    return Scenes(tuple(image for image, _ in pairs), num_classes, read, content_hash)
 
 
 def _checked_hashes(pair: Pair) -> list[str]:
-    """The hashes of an image and its mask. Raises InputError where their headers do not fit, before any training."""
+    """The hashes of an image and its mask. Raises InputError where their headers differ, before any training."""
     image, mask = (read_bytes(path) for path in pair)
     with rejects_named(pair[0]):
         header = read_header(image, LIMITS)
     mask_size = _open_picture(pair[1], mask).size
-    # A PNG may say behind its pixels that it lies on its side: only who reads them knows.
+    # A PNG may state its rotation after its pixels, so width and height may be swapped here. `read` checks again.
     if {header.width, header.height} != set(mask_size):
         _require_same(pair, (header.width, header.height), mask_size)
     return [sha256_of_bytes(data) for data in (image, mask)]
@@ -231,25 +232,25 @@ def _require_same(pair: Pair, image_size: tuple[int, int], mask_size: tuple[int,
     if image_size != mask_size:
         raise InputError(
             f"{pair[1]}: the mask has {mask_size[0]} x {mask_size[1]} pixels, and its image {pair[0]} "
-            f"{image_size[0]} x {image_size[1]}. Give each image the mask that was made for it."
+            f"{image_size[0]} x {image_size[1]}. Give each image its own mask."
         )
 
 
 def read_mask(path: str, lookup: np.ndarray) -> Tensor:
-    """(H, W) uint8 classes of a mask's values through `lookup` (256,). Raises InputError that names the file."""
+    """The classes (H, W) uint8 of a mask, by `lookup` (256,). Raises InputError that names the file."""
     picture = _loaded(path)
     if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-        raise InputError(f"{path}: a mask holds one class a pixel; this is a picture of mode {picture.mode}.")
+        raise InputError(f"{path}: a mask has one class a pixel; this image has mode {picture.mode}.")
     values = np.asarray(picture).astype(np.int64)
     known = (values >= 0) & (values < 256)
     classes = np.where(known, lookup[np.where(known, values, 0)], -1)
     if (classes < 0).any():
-        raise InputError(f"{path}: the mask holds the value {int(values[classes < 0][0])}, which is no class here.")
+        raise InputError(f"{path}: the mask has the value {int(values[classes < 0][0])}, which is no class.")
     return torch.from_numpy(classes.astype(np.uint8))
 
 
 def _loaded(path: str) -> Image.Image:
-    """A picture with its values as stored: no class is a colour."""
+    """An image with its values as stored: they are classes, not colours."""
     return _open_picture(path, read_bytes(path), load=True)
 
 
@@ -258,7 +259,7 @@ def _open_picture(path: str, data: bytes, *, load: bool = False) -> Image.Image:
         picture = Image.open(io.BytesIO(data), formats=("PNG", "BMP", "TIFF", "GIF"))
         if load:
             picture.load()
-    # Pillow's parsers raise a dozen kinds on malformed bytes and promise no list.
+    # Pillow's parsers raise many kinds of exceptions on malformed bytes and promise no list.
     except Exception as error:
         raise InputError(f"{path}: not a readable PNG, BMP, TIFF or GIF ({type(error).__name__}: {error}).") from None
     return picture
@@ -268,19 +269,20 @@ def _hash_of(path: str) -> str:
     return sha256_of_bytes(read_bytes(path))
 
 
-# ------------------------------------------------------------------------------------------------ stamps on pictures
+# -------------------------------------------------------------------------------------------------- stamps on images
 
 
 def _stamp_scenes(data: StampData, seed: int) -> tuple[Scenes, Scenes]:
-    """Scenes that are made when they are read: of the config and their place alone."""
-    stamps: dict[str, tuple[str, str]] = {}  # by the hash of the bytes, so that none is in both splits: class and path
+    """Scenes that are made when they are read, as functions of the config, the seed and their number alone."""
+    # Class and path by the hash of the bytes, so that no stamp is in both splits.
+    stamps: dict[str, tuple[str, str]] = {}
     for name, path in _by_stem(data.stamps).items():
         alpha = np.asarray(_loaded(path).convert("RGBA"))[..., 3]
         if alpha.min() < 128 <= alpha.max():
             folder = name.partition("/")[0] if data.classes == "folder" and "/" in name else "stamp"
             stamps.setdefault(_hash_of(path), (folder, path))
-    behind_all = [path for folder in data.backgrounds for path in _by_stem(folder).values()]
-    backgrounds = {_hash_of(path): path for path in behind_all}
+    background_paths = [path for folder in data.backgrounds for path in _by_stem(folder).values()]
+    backgrounds = {_hash_of(path): path for path in background_paths}
     classes = sorted({folder for folder, _ in stamps.values()})
     if not classes:
         raise InputError(f"{data.stamps}: no PNG with an alpha channel that is partly transparent.")
@@ -288,26 +290,26 @@ def _stamp_scenes(data: StampData, seed: int) -> tuple[Scenes, Scenes]:
         raise InputError(
             f"{data.stamps}: {len(classes)} folders; at most {IGNORED - 1} classes of stamps are possible."
         )
-    own = [[key for key, (folder, _) in stamps.items() if folder == one] for one in classes]
-    halves = [_divide(keys, seed) for keys in (*own, list(backgrounds))]
+    keys_by_class = [[key for key, (folder, _) in stamps.items() if folder == name] for name in classes]
+    halves = [_divide(keys, seed) for keys in (*keys_by_class, list(backgrounds))]
     split: list[Scenes] = []
     for number, count in enumerate((data.train_pictures, data.test_pictures)):
-        *of_class, behind = [half[number] for half in halves]
-        chosen = [(stamps[key][1], label) for label, keys in enumerate(of_class, 1) for key in keys]
-        if not chosen or not behind:
+        *class_keys, background_keys = [half[number] for half in halves]
+        labelled = [(stamps[key][1], label) for label, keys in enumerate(class_keys, 1) for key in keys]
+        if not labelled or not background_keys:
             raise InputError(
-                f"{data.stamps}: {len(stamps)} stamps and {len(backgrounds)} backgrounds are too few to divide; a "
-                "class needs two, and so do the backgrounds."
+                f"{data.stamps}: {len(stamps)} stamps and {len(backgrounds)} backgrounds are too few to divide. Each "
+                "class needs at least two stamps, and at least two backgrounds are needed."
             )
         drawn_by = {"test_share": TEST_SHARE, "max_stamps": MAX_STAMPS, "stamp_sides": STAMP_SIDES, "seed": seed}
-        facts = [data.model_dump(mode="json") | drawn_by, number, [*of_class, behind]]
-        files = [backgrounds[key] for key in behind]
-        split.append(_pasted_scenes(data, seed, number, count, chosen, files, len(classes) + 1, hash_json(facts)))
+        facts = [data.model_dump(mode="json") | drawn_by, number, [*class_keys, background_keys]]
+        files = [backgrounds[key] for key in background_keys]
+        split.append(_pasted_scenes(data, seed, number, count, labelled, files, len(classes) + 1, hash_json(facts)))
     return split[0], split[1]
 
 
 def _divide(keys: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """Those to train on and those to score, in an order of the seed."""
+    """The keys for training and those for scored images, in an order drawn by the seed."""
     ordered = sorted(keys, key=lambda key: sha256_of_bytes(f"{seed} {key}".encode()))
     num_test = max(1, round(TEST_SHARE * len(ordered))) if len(ordered) > 1 else 0
     return ordered[num_test:], ordered[:num_test]
@@ -325,11 +327,11 @@ def _pasted_scenes(
 ) -> Scenes:
     side = data.side
 
-    def read(place: int) -> Scene:
-        random = np.random.default_rng([seed, split, place])
-        path = backgrounds[random.integers(len(backgrounds))]
-        behind = Image.fromarray(read_rgb(path, LIMITS).permute(1, 2, 0).numpy())
-        canvas = ImageOps.fit(behind, (side, side), Image.Resampling.BICUBIC)
+    def read(number: int) -> Scene:
+        random = np.random.default_rng([seed, split, number])
+        background_path = backgrounds[random.integers(len(backgrounds))]
+        background = Image.fromarray(read_rgb(background_path, LIMITS).permute(1, 2, 0).numpy())
+        canvas = ImageOps.fit(background, (side, side), Image.Resampling.BICUBIC)
         target = np.zeros((side, side), np.uint8)
         for _ in range(random.integers(1, MAX_STAMPS + 1)):
             path, label = stamps[random.integers(len(stamps))]
@@ -345,5 +347,5 @@ def _pasted_scenes(
             target[top : top + height, left : left + width][covered] = label
         return Scene(torch.from_numpy(np.array(canvas)).permute(2, 0, 1), torch.from_numpy(target))
 
-    names = tuple(f"picture {place} of {data.stamps}" for place in range(count))
+    names = tuple(f"image {number} of {data.stamps}" for number in range(count))
     return Scenes(names, num_classes, read, content_hash)

@@ -1,4 +1,4 @@
-"""What a model sees of an image: a square of its middle, or the whole image at a chosen shape."""
+"""The view of an image that a model gets: a square of its middle, or the whole image at a chosen shape."""
 
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, Self

@@ -128,7 +128,7 @@ def _time_halves(folder: str, name: str, repeats: int, barrier: threading.Barrie
     shard = Shard("00000", paths.join(folder, "ingest", images), len(rows))
 
     def decode() -> list[np.ndarray]:
-        return [picture.pixels for picture in embed.prepared(config, embedder, limits, rows, Meter())]
+        return [picture.pixels for picture in embed.prepared_pictures(config, embedder, limits, rows, Meter())]
 
     pixels = decode()
     batches = [np.stack(pixels[start : start + size]) for start in range(0, len(rows), size)]

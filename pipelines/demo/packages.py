@@ -4,7 +4,6 @@ apt-get downloads them with the system's sources and keys, but with package list
 needed, and nothing on the system changes.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from curation.engine import progress
 from curation.errors import InputError
+from curation.files.hashes import sha256_of_file
 
 STAMPS = "tuxpaint-stamps-default"
 DRAWINGS = "openclipart-png"
@@ -93,13 +93,7 @@ def copyright_file(package: str, folder: Path) -> Path:
 
 def hash_files(debs: dict[str, Path]) -> dict[str, str]:
     """The SHA-256 of each package."""
-    return {package: hash_file(deb) for package, deb in debs.items()}
-
-
-def hash_file(path: Path) -> str:
-    """The SHA-256 of a local file, as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {package: sha256_of_file(str(deb)) for package, deb in debs.items()}
 
 
 def run_tool(command: Sequence[str], folder: Path, earlier_output: str = "") -> str:

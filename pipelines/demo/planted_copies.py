@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps, ImageStat
 from curation.engine import progress
 from curation.errors import InputError
 from curation.files import parquet
+from curation.files.hashes import sha256_of_file
 from curation.files.paths import FileRecord
 from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
 from curation.images.hashing import image_id
-from pipelines.demo.packages import hash_file
 
 TRANSFORMS = ("jpeg", "resize", "crop", "colour", "mirror", "border", "overlay", "rotation")
 
@@ -90,7 +90,7 @@ def plant(
 
 def unique_images(tree: Path) -> list[str]:
     """The paths below `tree` of the images that have no exact copy there, sorted."""
-    hashes = {path.relative_to(tree).as_posix(): hash_file(path) for path in tree.rglob("*.png")}
+    hashes = {path.relative_to(tree).as_posix(): sha256_of_file(str(path)) for path in tree.rglob("*.png")}
     counts = Counter(hashes.values())
     return sorted(path for path, sha256 in hashes.items() if counts[sha256] == 1)
 

@@ -1,5 +1,6 @@
-"""Small stages and images that the tests make by hand."""
+"""Small stages, images and ids for the tests."""
 
+import hashlib
 import io
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,11 @@ from curation.run_folder import RunFolder
 def id_of(number: int) -> str:
     """An image_id that sorts as its number."""
     return f"{number:032x}"
+
+
+def hashed_id(number: int) -> str:
+    """An image_id anywhere in the range of ids, as those of real images."""
+    return hashlib.sha256(str(number).encode()).hexdigest()[:32]
 
 
 def encoded_image(seed: int, format: str = "PNG", size: tuple[int, int] = (24, 20)) -> bytes:
@@ -42,7 +48,7 @@ def unit_vectors(seed: int, count: int, width: int = 8) -> np.ndarray:
 
 
 def image_row(image_id: str, source: str, role: str, **columns: Any) -> dict[str, Any]:
-    """A row of records.IMAGES."""
+    """A row of schemas.IMAGES."""
     return {
         "image_id": image_id,
         "source": source,
@@ -66,21 +72,21 @@ def write_stage(
     facts: dict[str, Any] | None = None,
     inputs: dict[str, str] | None = None,
 ) -> str:
-    """A finished stage in `folder` whose shards hold the given tables by kind, e.g. {"vectors": table}."""
-    place = str(folder)
+    """Write a finished stage into `folder`. Each shard holds tables by kind, for example {"vectors": table}."""
+    path = str(folder)
     done = []
     for number, tables in enumerate(shards):
-        files = [parquet.write_table(f"{place}/{kind}-{number:05d}.parquet", table) for kind, table in tables.items()]
+        files = [parquet.write_table(f"{path}/{kind}-{number:05d}.parquet", table) for kind, table in tables.items()]
         counts = totals[number] if totals else {}
         done.append(ShardRecord(name=f"{number:05d}", files=tuple(files), totals=counts))
-    plan = Plan(stage=Path(place).name, config={}, inputs=inputs or {}, num_shards=len(shards))
+    plan = Plan(stage=Path(path).name, config={}, inputs=inputs or {}, num_shards=len(shards))
     total = sum_counts(record.totals for record in done)
-    write_manifest(place, Manifest(plan=plan, shards=tuple(done), totals=total, rejects={}, facts=facts or {}))
-    return place
+    write_manifest(path, Manifest(plan=plan, shards=tuple(done), totals=total, rejects={}, facts=facts or {}))
+    return path
 
 
 def write_ingest(folder: str | Path, shards: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """A finished ingest whose shards hold the given rows of records.IMAGES."""
+    """Write a finished ingest whose shards hold the given rows of schemas.IMAGES."""
     tables = [{"images": pa.Table.from_pylist(list(rows), schema=schemas.IMAGES)} for rows in shards]
     totals = [{"images": len(rows), "accepted": len(rows), "rejected": 0} for rows in shards]
     facts = {"sources": [], "limits": ImageLimits().model_dump(mode="json")}
@@ -88,7 +94,7 @@ def write_ingest(folder: str | Path, shards: Sequence[Sequence[dict[str, Any]]])
 
 
 def write_vectors(folder: str | Path, images: str, shards: Sequence[Mapping[str, np.ndarray]]) -> str:
-    """A finished embed whose shards hold the given vectors by image_id. Every vector has the same width."""
+    """Write a finished embed whose shards hold the given vectors, all of one width, by image_id."""
     width = max(len(vector) for shard in shards for vector in shard.values())
     tables = [
         {"vectors": vectors.make_table(list(shard), np.array(list(shard.values())).reshape(len(shard), width))}
@@ -104,7 +110,7 @@ def write_pairs(
     *,
     min_similarity: float = 0.0,
 ) -> str:
-    """A finished pairs whose shards hold the given pairs."""
+    """Write a finished pairs whose shards hold the given pairs: two ids and a similarity."""
     tables = [
         {
             "pairs": pa.Table.from_pylist(
@@ -120,7 +126,7 @@ def write_pairs(
 
 
 def write_dedup(folder: str | Path, images: str, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> str:
-    """A finished dedup that keeps the rows of ingest that `keep` says, other than the holdout."""
+    """Write a finished dedup that keeps the rows of ingest for which `keep` is true, except holdout rows."""
     tables, totals = [], []
     for name in require_manifest(images).files("images"):
         rows = parquet.read_table(paths.join(images, name), schemas.IMAGES).to_pylist()
@@ -154,39 +160,43 @@ def packed_stages(ingest: str, dedup: str, retrieve: str) -> RunFolder:
 
 
 def content_hash(folder: str) -> str:
+    """The hash of a finished stage's files."""
     return require_manifest(folder).content_hash
 
 
 def bytes_in(folder: str) -> dict[str, bytes]:
-    """Every file below a folder of any filesystem, by its path inside."""
+    """The bytes of every file below a folder of any filesystem, by the path within the folder."""
     fs, inner = paths.filesystem(folder)
     return {path.removeprefix(inner): fs.cat_file(path) for path in fs.find(inner)}
 
 
 class Killed(BaseException):
-    """Stands for the death of the driver: nothing catches it."""
+    """Simulates a kill of the driver: no code catches it."""
 
 
-class MortalRunner(Runner):
-    """Runs shards here, and dies at a given call of a worker, before or behind its work, counted over all steps."""
+class KilledRunner(Runner):
+    """Runs shards in this process for `num_calls` calls of workers, over all steps. The next call raises Killed.
 
-    def __init__(self, lives_for: int, *, behind: bool = False) -> None:
-        self.left, self._behind = lives_for, behind
+    That call raises before the worker's work, or after it with `after_work`. `calls_left` counts down.
+    """
+
+    def __init__(self, num_calls: int, *, after_work: bool = False) -> None:
+        self.calls_left, self._after_work = num_calls, after_work
 
     def map(
         self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
     ) -> Generator[ShardRecord | None, None, None]:
-        def make_mortal_worker() -> Worker:
+        def make_killed_worker() -> Worker:
             worker = make_worker()
 
             def process(shard: Shard) -> ShardRecord:
-                self.left -= 1
-                if self.left < 0:
-                    if self._behind:
+                self.calls_left -= 1
+                if self.calls_left < 0:
+                    if self._after_work:
                         worker(shard)
                     raise Killed
                 return worker(shard)
 
             return process
 
-        yield from InlineRunner().map(stage, make_mortal_worker, shards)
+        yield from InlineRunner().map(stage, make_killed_worker, shards)

@@ -1,4 +1,4 @@
-"""Clusters: the kept pool images at their nearest centroids on every level, the same bytes however the work is cut."""
+"""The cluster stage: kept pool images go to their nearest centroids on every level; cutting the work changes no byte."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from curation.run_folder import read_centroids, read_parents
 from curation.search import kmeans
 from tests.curation.builders import (
     Killed,
-    MortalRunner,
+    KilledRunner,
     bytes_in,
     id_of,
     image_row,
@@ -36,7 +36,7 @@ WIDTH = 8
 def small_run(
     folder: Path, roles: list[list[str]], dropped: tuple[int, ...] = (), matrix: np.ndarray | None = None
 ) -> tuple[tuple[str, str, str], np.ndarray]:
-    """Ingest, dedup and embed of images 0, 1, 2, ... with the given roles, shard by shard; the vectors."""
+    """Finished ingest, dedup and embed of images 0, 1, 2, ... with the roles of each shard; and the vectors."""
     count = sum(len(shard) for shard in roles)
     matrix = (unit_vectors(count, count, WIDTH) if matrix is None else matrix).astype(np.float16)
     numbers = iter(range(count))
@@ -54,7 +54,7 @@ def one_level(num_clusters: int, **settings: Any) -> ClusterConfig:
 
 
 def hierarchy(**settings: Any) -> ClusterConfig:
-    """Three levels, each resampled in its own way."""
+    """Three levels, each with another kind of resampling or none."""
     return ClusterConfig(
         levels=(
             LevelConfig(num_clusters=12, num_iterations=4, resampling=ResamplingConfig(num_rounds=2, sample_size=3)),
@@ -95,13 +95,13 @@ def test_kept_pool_images_go_to_their_nearest_centroid(tmp_path: Path) -> None:
     assert {row["cluster_id"] for row in rows} == set(range(5))
     sums = np.stack([matrix[pool][cosines.argmax(axis=1) == k].astype(np.float64).sum(axis=0) for k in range(5)])
     means = sums / np.linalg.norm(sums, axis=1, keepdims=True)
-    np.testing.assert_allclose(centroids, means, atol=1e-6, err_msg="neither seeds nor dropped images move a centroid")
+    np.testing.assert_allclose(centroids, means, atol=1e-6, err_msg="seeds or dropped images moved a centroid")
     (level,) = manifest.facts["levels"]
     assert level["mean_cosine"] == pytest.approx(np.mean([row["similarity"] for row in rows]))
-    assert level["objectives"][0][-1] == pytest.approx(level["mean_cosine"]), "the last iterations changed nothing"
+    assert level["objectives"][0][-1] == pytest.approx(level["mean_cosine"]), "the last iteration moved centroids"
     sizes = sorted(np.bincount([row["cluster_id"] for row in rows], minlength=5).tolist())
-    found = [level[f"{name}_cluster"] for name in ("smallest", "median", "largest")]
-    assert found == [sizes[0], sizes[2], sizes[4]] and level["empty_clusters"] == 0
+    size_facts = [level[f"{name}_cluster"] for name in ("smallest", "median", "largest")]
+    assert size_facts == [sizes[0], sizes[2], sizes[4]] and level["empty_clusters"] == 0
 
 
 def test_agrees_with_the_fit_of_one_process(tmp_path: Path) -> None:
@@ -134,13 +134,13 @@ def test_same_bytes_twice_and_a_second_run_does_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [one_level(3), one_level(3, max_points_per_centroid=4), hierarchy()])
 def test_cuts_of_the_same_images_give_the_same_clusters(tmp_path: Path, config: ClusterConfig) -> None:
-    found = []
+    results = []
     for cuts in ([["pool"] * 24], [["pool"] * 5, [], ["pool"] * 19], [["pool"]] * 24):
         folder = tmp_path / str(len(cuts))
         stages, _ = small_run(folder, cuts)
         cluster.run(config, stages_of(*stages), str(folder / "cluster"), InlineRunner())
-        found.append(sorted(assignments(str(folder / "cluster")), key=lambda row: (row["level"], row["image_id"])))
-    assert found[0] == found[1] == found[2]
+        results.append(sorted(assignments(str(folder / "cluster")), key=lambda row: (row["level"], row["image_id"])))
+    assert results[0] == results[1] == results[2]
 
 
 @pytest.mark.parametrize("sample", [None, 5])
@@ -148,17 +148,17 @@ def test_cuts_of_the_same_images_give_the_same_clusters(tmp_path: Path, config: 
 def test_parts_of_any_size_give_the_same_bytes(
     tmp_path: Path, sample: int | None, draw: Literal["closest", "random"]
 ) -> None:
-    """Of level 0, whose vectors are float16; of the float32 centroids above, sums depend on how they are cut."""
+    """Holds for level 0, whose vectors are float16; sums of float32 centroids depend on the cut."""
     stages, _ = small_run(tmp_path, [["pool"] * 30, ["seed"] * 2, ["pool"] * 47, []])
     resampling = ResamplingConfig(num_rounds=1, sample_size=3, draw=draw)
     levels = (LevelConfig(num_clusters=12, num_iterations=4, resampling=resampling), LevelConfig(num_clusters=3))
-    found = []
-    for rows_per_part in (1000, 77, 30, 13):  # all images in a part, just so; a part a shard; many
+    results = []
+    for rows_per_part in (1000, 77, 30, 13):  # one part, one full part, about one part per shard, many parts
         output = str(tmp_path / str(rows_per_part))
         config = ClusterConfig(levels=levels, rows_per_part=rows_per_part, max_points_per_centroid=sample)
         cluster.run(config, stages_of(*stages), output, InlineRunner())
-        found.append({name: data for name, data in bytes_in(output).items() if name != "/manifest.json"})
-    assert found[0] == found[1] == found[2] == found[3] and len(found[0]) == 7
+        results.append({name: data for name, data in bytes_in(output).items() if name != "/manifest.json"})
+    assert results[0] == results[1] == results[2] == results[3] and len(results[0]) == 7
 
 
 def test_levels_are_consistent(tmp_path: Path) -> None:
@@ -195,9 +195,9 @@ def test_levels_are_consistent(tmp_path: Path) -> None:
 def test_resampling_spreads_centroids_more_evenly_than_the_points_are(
     tmp_path: Path, draw: Literal["closest", "random"]
 ) -> None:
-    """Three quarters of the points of a sphere lie in a cap that is a twentieth of it.
+    """Three quarters of the points lie in a cap that covers a twentieth of the sphere.
 
-    A third of the plain centroids lie there, and a tenth or less of the resampled ones.
+    Without resampling a third of the centroids lie in the cap; with resampling, a tenth or less.
     """
     random = np.random.default_rng(0)
     matrix = np.zeros((3000, WIDTH))
@@ -216,7 +216,7 @@ def test_resampling_spreads_centroids_more_evenly_than_the_points_are(
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_same_bytes_on_ray(tmp_path: Path, num_workers: int) -> None:
-    """One iteration of many parts; each step starts workers, which takes the time."""
+    """One iteration over many parts. Each step starts workers, which takes most of the time."""
     stages, _ = small_run(tmp_path, [["pool"] * 30, ["pool"] * 25])
     level = LevelConfig(num_clusters=6, num_iterations=1)
     config = ClusterConfig(levels=(level, LevelConfig(num_clusters=2)), rows_per_part=20)
@@ -232,26 +232,26 @@ def test_same_bytes_on_ray(tmp_path: Path, num_workers: int) -> None:
 def test_every_kill_resumes_at_the_unfinished_part(tmp_path: Path) -> None:
     stages, _ = small_run(tmp_path, [["pool"] * 30, ["pool"] * 25])
     config = hierarchy(rows_per_part=19, max_points_per_centroid=4)
-    straight, counter = str(tmp_path / "straight"), MortalRunner(10**6)
+    straight, counter = str(tmp_path / "straight"), KilledRunner(10**6)
     cluster.run(config, stages_of(*stages), straight, counter)
-    num_shards = 10**6 - counter.left
+    num_shards = 10**6 - counter.calls_left
     assert num_shards > 30
     for lives_for in (1, 2, 5):
         output, deaths = str(tmp_path / str(lives_for)), 0
         while read_manifest(output) is None:
             try:
-                cluster.run(config, stages_of(*stages), output, MortalRunner(lives_for))
+                cluster.run(config, stages_of(*stages), output, KilledRunner(lives_for))
             except Killed:
                 deaths += 1
-        assert deaths == (num_shards - 1) // lives_for, "a shard that was done is never done again"
+        assert deaths == (num_shards - 1) // lives_for, "a finished shard was done again"
         assert bytes_in(output) == bytes_in(straight)
 
 
 @pytest.mark.parametrize("seconds_between_saves", [0.0, 30.0])
-def test_kills_of_the_driver_that_clusters_alone_change_nothing(
+def test_kills_of_a_driver_that_clusters_alone_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds_between_saves: float
 ) -> None:
-    """Where one part holds everything; it dies as it reads the points, once in each of its first iterations."""
+    """One part holds all points. The driver dies when it reads them, once in each of its first iterations."""
     stages, _ = small_run(tmp_path, [["pool"] * 60, ["pool"] * 50])
     straight, output = str(tmp_path / "straight"), str(tmp_path / "output")
     cluster.run(hierarchy(), stages_of(*stages), straight, InlineRunner())
@@ -264,8 +264,8 @@ def test_kills_of_the_driver_that_clusters_alone_change_nothing(
             raise Killed
         return read_blocks(part)
 
-    # The driver alone has no worker that could be killed, so it dies where it reads; and a save by the clock is made to
-    # come at every iteration, or at none.
+    # No worker runs that could be killed, so the driver dies where it reads. A save by the clock comes at every
+    # iteration, or at none.
     monkeypatch.setattr(cluster, "SECONDS_BETWEEN_SAVES", seconds_between_saves)
     monkeypatch.setattr(cluster, "read_blocks", mortal_read_blocks)
     lives_for = deaths = 0
@@ -309,11 +309,11 @@ def test_more_clusters_than_images_are_refused(
         cluster.run(config, stages_of(*stages), str(output), InlineRunner())
     assert [path.name for path in output.iterdir()] == [".progress"]
     if len(dropped) < 3:
-        cluster.run(one_level(1), stages_of(*stages), str(output), InlineRunner())  # corrected, and no --replace needed
+        cluster.run(one_level(1), stages_of(*stages), str(output), InlineRunner())  # corrected; needs no --replace
 
 
-def test_sample_that_is_smaller_than_the_clusters_is_refused(tmp_path: Path) -> None:
-    matrix = np.repeat(unit_vectors(0, 2, WIDTH), 10, axis=0)  # two of four clusters will be empty
+def test_fewer_drawn_points_than_clusters_are_refused(tmp_path: Path) -> None:
+    matrix = np.repeat(unit_vectors(0, 2, WIDTH), 10, axis=0)  # two of the four clusters are empty
     stages, _ = small_run(tmp_path, [["pool"] * 20], matrix=matrix)
     level = LevelConfig(num_clusters=4, resampling=ResamplingConfig(num_rounds=1, sample_size=1))
     with pytest.raises(ConfigError, match=r"levels\.0\.resampling\.sample_size is 1, which draws \d points"):
@@ -327,7 +327,7 @@ def test_levels_that_do_not_decrease_are_refused(sizes: tuple[int, ...]) -> None
 
 
 def test_points_are_read_in_blocks_across_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "BLOCK_ROWS", 4)  # else one block would hold all 23 points
+    monkeypatch.setattr(cluster, "BLOCK_ROWS", 4)  # otherwise one block would hold all 23 points
     matrix = unit_vectors(0, 23, 3).astype(np.float16)
     files = []
     for number, rows in enumerate(np.split(matrix, [5, 5, 6, 17])):

@@ -1,4 +1,4 @@
-"""Small labelled pictures, and a small model, that the tests make by hand."""
+"""Builds small labelled images and a small model for tests."""
 
 import io
 import json
@@ -17,7 +17,7 @@ CLASSES = ("bars", "disc", "ring")
 
 
 def drawn(label: str, seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """A picture of one of CLASSES, of any colours and place."""
+    """An image of one of CLASSES, with random colours and position."""
     random = np.random.default_rng([seed, CLASSES.index(label)])
     dark, light = (tuple(int(value) for value in random.integers(low, low + 90, 3)) for low in (0, 160))
     picture = Image.new("RGB", size, dark)
@@ -35,14 +35,14 @@ def drawn(label: str, seed: int, size: tuple[int, int] = (48, 40)) -> Image.Imag
 
 
 def encoded(label: str, seed: int, size: tuple[int, int] = (48, 40), format: str = "PNG") -> bytes:
-    """The same, encoded."""
+    """The same image, encoded."""
     buffer = io.BytesIO()
     drawn(label, seed, size).save(buffer, format)
     return buffer.getvalue()
 
 
 def image_folder(folder: Path, per_class: int, *, first: int = 0, classes: tuple[str, ...] = CLASSES) -> str:
-    """A folder a class, as torchvision's ImageFolder reads it."""
+    """Writes one folder for each class, as torchvision's ImageFolder reads it."""
     for label in classes:
         (folder / label).mkdir(parents=True)
         for number in range(first, first + per_class):
@@ -51,11 +51,11 @@ def image_folder(folder: Path, per_class: int, *, first: int = 0, classes: tuple
 
 
 def tar_of(path: Path, per_class: int, sidecar: str) -> str:
-    """The same as a WebDataset tar, with the label in `.cls` or `.json`."""
+    """Writes the same images as a WebDataset tar, with the label in `.cls` or `.json`."""
     with tarfile.open(path, "w") as archive:
-        for place, label in enumerate(CLASSES):
+        for class_index, label in enumerate(CLASSES):
             for number in range(per_class):
-                value = str(place).encode() if sidecar == "cls" else json.dumps({"label": label}).encode()
+                value = str(class_index).encode() if sidecar == "cls" else json.dumps({"label": label}).encode()
                 for extension, data in (("png", encoded(label, number)), (sidecar, value)):
                     member = tarfile.TarInfo(f"{label}-{number:03d}.{extension}")
                     member.size = len(data)
@@ -64,10 +64,10 @@ def tar_of(path: Path, per_class: int, sidecar: str) -> str:
 
 
 def parquet_of(path: Path, per_class: int) -> str:
-    """The same as Hugging Face keeps it: a struct of bytes, and a whole number for the class."""
+    """Writes the same images as Parquet in Hugging Face's form: a struct of bytes, and an integer for the class."""
     rows = [
-        {"image": {"bytes": encoded(label, number), "path": None}, "label": place}
-        for place, label in enumerate(CLASSES)
+        {"image": {"bytes": encoded(label, number), "path": None}, "label": class_index}
+        for class_index, label in enumerate(CLASSES)
         for number in range(per_class)
     ]
     pq.write_table(pa.Table.from_pylist(rows), path)
@@ -75,7 +75,7 @@ def parquet_of(path: Path, per_class: int) -> str:
 
 
 def checkpoint(path: Path, seed: int = 0, *, depth: int = 2, registers: int = 0) -> str:
-    """A Vision Transformer of a few blocks in the released layout."""
+    """Saves a Vision Transformer of a few blocks in the released layout."""
     network = backbone.build(
         "vit_tiny", patch_size=8, image_size=32, depth=depth, num_register_tokens=registers, layer_scale=1.0, seed=seed
     )

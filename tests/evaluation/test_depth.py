@@ -1,4 +1,4 @@
-"""Depth: metrics by their definition, heads against the arithmetic they stand for, readers on the published layouts."""
+"""Tests of depth: metrics by their definition, heads against their arithmetic, readers of the published layouts."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.evaluation.data.scene_builders import depth_scene
 
 
 def write_picture(path: Path, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """A PNG of smooth random colours."""
+    """Writes a PNG of smooth random colours and returns its pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
@@ -54,12 +54,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> features.FrozenModel:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_metrics_are_what_they_are_defined_to_be(seed: int) -> None:
+def test_metrics_follow_their_definitions(seed: int) -> None:
     random = np.random.default_rng(seed)
-    true, found = random.uniform(0.5, 9, (2, 12, 15)).astype(np.float32)
+    true, predicted = random.uniform(0.5, 9, (2, 12, 15)).astype(np.float32)
     mask = random.random((12, 15)) < 0.7
-    values = depth.measure(*(torch.from_numpy(one) for one in (found, true, mask)))
-    pairs = [(float(p), float(t)) for p, t in zip(found[mask], true[mask], strict=True)]
+    values = depth.measure(*(torch.from_numpy(one) for one in (predicted, true, mask)))
+    pairs = [(float(p), float(t)) for p, t in zip(predicted[mask], true[mask], strict=True)]
     n = len(pairs)
     logs = [math.log(p) - math.log(t) for p, t in pairs]
     expected = {
@@ -79,7 +79,7 @@ def test_metrics_are_what_they_are_defined_to_be(seed: int) -> None:
     assert 0 < values["d1"] < values["d2"] < values["d3"] < 1
 
 
-def test_a_scale_costs_everything_but_silog() -> None:
+def test_a_wrong_scale_affects_every_metric_but_silog() -> None:
     true = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) + 1
     values = depth.measure(2 * true, true, torch.ones(8, 8, dtype=torch.bool))
     assert values["silog"] == pytest.approx(0, abs=1e-5)
@@ -89,17 +89,17 @@ def test_a_scale_costs_everything_but_silog() -> None:
     assert (values["d1"], values["d2"], values["d3"]) == (0, 0, 0)  # 1.25 ** 3 is 1.953
 
 
-def test_pictures_count_alike_and_empty_ones_do_not() -> None:
+def test_images_have_equal_weight_and_empty_ones_do_not_count() -> None:
     true, off = torch.full((4, 4), 2.0), torch.full((4, 4), 3.0)
     some, nothing = torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
     some[0, 0] = True
     measured = [depth.measure(off, true, some), depth.measure(true, true, ~nothing), depth.measure(off, true, nothing)]
-    assert depth.mean_over_pictures(measured)["mae"] == pytest.approx(0.5)
-    with pytest.raises(InputError, match="No pixel of any test picture"):
-        depth.mean_over_pictures(measured[2:])
+    assert depth.mean_over_images(measured)["mae"] == pytest.approx(0.5)
+    with pytest.raises(InputError, match="No pixel of any test image"):
+        depth.mean_over_images(measured[2:])
 
 
-def test_masks_hold_what_is_known_and_inside() -> None:
+def test_masks_hold_known_pixels_inside_the_crop() -> None:
     truth = torch.full((480, 640), 3.0)
     truth[50, 50], truth[60, 60], truth[70, 70] = 0, 10, 5e-4
     mask = depth.valid_mask(truth, max_depth=10, crop="eigen")
@@ -112,33 +112,33 @@ def test_masks_hold_what_is_known_and_inside() -> None:
 
 
 def test_the_loss_by_hand() -> None:
-    found, true = torch.tensor([1.0, 2.0, 8.0, 9.0]), torch.tensor([2.0, 2.0, 2.0, 0.0])  # the last is unknown
+    predicted, true = torch.tensor([1.0, 2.0, 8.0, 9.0]), torch.tensor([2.0, 2.0, 2.0, 0.0])  # the last is unknown
     errors = [math.log(p + 1e-3) - math.log(2 + 1e-3) for p in (1, 2, 8)]
     mean = sum(errors) / 3
     variance = sum((e - mean) ** 2 for e in errors) / 2
-    assert float(depth.sig_loss(found, true, max_depth=10)) == pytest.approx(math.sqrt(variance + 0.15 * mean**2))
-    alone = depth.sig_loss(found, true, max_depth=10, mean_alone=True)
+    assert float(depth.sig_loss(predicted, true, max_depth=10)) == pytest.approx(math.sqrt(variance + 0.15 * mean**2))
+    alone = depth.sig_loss(predicted, true, max_depth=10, mean_alone=True)
     assert float(alone) == pytest.approx(math.sqrt(0.15) * abs(mean), rel=1e-4)
-    assert float(depth.sig_loss(found[:3], true[:3] * 20, max_depth=10)) == 0  # all beyond the cap
+    assert float(depth.sig_loss(predicted[:3], true[:3] * 20, max_depth=10)) == 0  # all above max_depth
 
 
 @pytest.mark.parametrize("truth", [torch.full((1, 4, 4), 2.0), torch.zeros(1, 4, 4)])
 def test_the_loss_has_a_finite_gradient_where_it_is_zero(truth: Tensor) -> None:
-    found = torch.full((1, 4, 4), 2.0, requires_grad=True)
-    (gradient,) = torch.autograd.grad(depth.sig_loss(found, truth, max_depth=10), found)
+    predicted = torch.full((1, 4, 4), 2.0, requires_grad=True)
+    (gradient,) = torch.autograd.grad(depth.sig_loss(predicted, truth, max_depth=10), predicted)
     assert gradient.isfinite().all()
 
 
 # ---- heads
 
 
-def test_bins_give_their_mean() -> None:
+def test_bins_give_their_weighted_mean() -> None:
     logits = torch.zeros(1, 256, 2, 2)
-    logits[0, :, 0, 0] = -5  # as good as 0
+    logits[0, :, 0, 0] = -5  # nearly 0
     logits[0, 255, 0, 1] = 1e6
-    found = depth.depth_of_bins(logits, 10)[0]
-    assert found[0, 0] == pytest.approx((1e-3 + 10) / 2) and found[1, 1] == pytest.approx((1e-3 + 10) / 2)
-    assert found[0, 1] == pytest.approx(10, rel=1e-3)
+    metres = depth.depth_of_bins(logits, 10)[0]
+    assert metres[0, 0] == pytest.approx((1e-3 + 10) / 2) and metres[1, 1] == pytest.approx((1e-3 + 10) / 2)
+    assert metres[0, 1] == pytest.approx(10, rel=1e-3)
 
 
 def test_the_linear_head_is_one_linear_layer_on_upsampled_tokens() -> None:
@@ -153,27 +153,27 @@ def test_the_linear_head_is_one_linear_layer_on_upsampled_tokens() -> None:
     assert head(tokens).shape == (2, 12, 20)
 
 
-def test_dpt_reads_every_block_and_token_and_starts_alive() -> None:
+def test_dpt_reads_every_block_and_token_and_starts_with_gradients() -> None:
     random = torch.Generator().manual_seed(0)
     tokens = [
         tuple(torch.randn(shape, generator=random, requires_grad=True) for shape in ((1, 16, 3, 5), (1, 16)))
         for _ in range(4)
     ]
     head = depth.make_head("dpt", 16, 10, seed=0)
-    found = head([(patches, cls) for patches, cls in tokens])
-    assert found.shape == (1, 64, 96) and (found >= depth.MIN_DEPTH).all()
-    gradients = torch.autograd.grad(found.mean(), [one for pair in tokens for one in pair] + list(head.parameters()))
+    metres = head([(patches, cls) for patches, cls in tokens])
+    assert metres.shape == (1, 64, 96) and (metres >= depth.MIN_DEPTH).all()
+    gradients = torch.autograd.grad(metres.mean(), [one for pair in tokens for one in pair] + list(head.parameters()))
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", ["linear_1", "dpt"])
-def test_fresh_heads_are_a_function_of_the_seed(name: depth.HeadName) -> None:
+def test_fresh_heads_depend_on_the_seed(name: depth.HeadName) -> None:
     states = [depth.make_head(name, 16, 10, seed).state_dict() for seed in (5, 5, 6)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
 
 
-def test_which_blocks_a_head_reads() -> None:
+def test_the_blocks_that_a_head_reads() -> None:
     assert depth.blocks_of("linear_1", 12) == (11,)
     assert depth.blocks_of("linear_4", 12) == (2, 5, 8, 11)
     assert depth.blocks_of("linear_4", 24) == (4, 11, 17, 23)
@@ -233,12 +233,12 @@ def test_reads_kitti(tmp_path: Path) -> None:
 
 
 def test_reads_sun_rgbd(tmp_path: Path) -> None:
-    place = "SUNRGBD/kv2/kinect2data/000002_2014-05-26_14-23-37_260595134347_rgbf000103-resize"
-    write_picture(tmp_path / place / "image/0000103.jpg", 53, 73)
+    folder = "SUNRGBD/kv2/kinect2data/000002_2014-05-26_14-23-37_260595134347_rgbf000103-resize"
+    write_picture(tmp_path / folder / "image/0000103.jpg", 53, 73)
     millimetres = ramp(53, 73, 0, 12_000)
-    turned = (millimetres << 3) | (millimetres >> 13)  # as the sensors' files hold it
-    write_depth(tmp_path / place / "depth/0000103.png", turned)
-    (tmp_path / "SUNRGBD_val_splits.txt").write_text(f"{place}/image/0000103.jpg {place}/depth/0000103.png\n")
+    rotated = (millimetres << 3) | (millimetres >> 13)  # as in the published files
+    write_depth(tmp_path / folder / "depth/0000103.png", rotated)
+    (tmp_path / "SUNRGBD_val_splits.txt").write_text(f"{folder}/image/0000103.jpg {folder}/depth/0000103.png\n")
     (sample,) = depth_data.find_samples(data(tmp_path, "sun_rgbd"), "test")
     _, metres = depth_data.read_sample(sample, data(tmp_path, "sun_rgbd"))
     assert np.array_equal(metres, np.minimum(millimetres / np.float32(1000), np.float32(8)))
@@ -254,7 +254,7 @@ def test_reads_a_folder_of_png_and_npy(tmp_path: Path) -> None:
     assert first[0, 0] == 1 and first[-1, -1] == 9 and (second == 2.5).all()
 
 
-def test_says_what_is_wrong_with_the_data(tmp_path: Path) -> None:
+def test_errors_in_the_data_are_reported(tmp_path: Path) -> None:
     write_picture(tmp_path / "rgb/a.png", 20, 30)
     with pytest.raises(InputError, match="No files in"):
         depth_data.find_samples(data(tmp_path), "test")
@@ -278,7 +278,7 @@ def test_says_what_is_wrong_with_the_data(tmp_path: Path) -> None:
         depth_data.find_samples(data(tmp_path, "nyu"), "test")
 
 
-def test_configs_that_cannot_be() -> None:
+def test_inconsistent_configs_are_refused() -> None:
     folder = {"name": "x", "layout": "folder", "folder": "x"}
     with pytest.raises(ValueError, match="warmup_steps is 9"):
         DepthConfig.model_validate({"train": folder, "tests": [folder], "steps": 9, "warmup_steps": 9}, strict=False)
@@ -290,25 +290,25 @@ def test_configs_that_cannot_be() -> None:
 # ---- training and prediction
 
 
-def test_turning_a_picture_turns_its_depth() -> None:
+def test_an_image_and_its_depth_are_rotated_together() -> None:
     rows, columns = torch.meshgrid(torch.arange(64), torch.arange(96), indexing="ij")
     metres = (1 + rows / 64 + 2 * columns / 96).float()
     image = (60 * metres).round().to(torch.uint8).expand(3, -1, -1).contiguous()
     moved = 0
     for seed in range(12):
-        turned, found = depth.augment(image, metres, np.random.default_rng(seed), brightness=0.0)
+        augmented, augmented_metres = depth.augment(image, metres, np.random.default_rng(seed), brightness=0.0)
         again, _ = depth.augment(image, metres, np.random.default_rng(seed), brightness=0.0)
-        assert torch.equal(turned, again)
-        known = functional.max_pool2d((found == 0).float()[None, None], 3, stride=1, padding=1)[0, 0] == 0
+        assert torch.equal(augmented, again)
+        known = functional.max_pool2d((augmented_metres == 0).float()[None, None], 3, stride=1, padding=1)[0, 0] == 0
         assert known.float().mean() > 0.85
-        # Whatever was done to the colours, they still follow the depth.
-        correlation = torch.corrcoef(torch.stack([turned[0][known].float(), found[known]]))[0, 1]
+        # The changed colours still follow the depth.
+        correlation = torch.corrcoef(torch.stack([augmented[0][known].float(), augmented_metres[known]]))[0, 1]
         assert correlation > 0.99
-        moved += not torch.equal(found, metres)
+        moved += not torch.equal(augmented_metres, metres)
     assert 4 < moved < 12
 
 
-def test_prediction_knows_no_padding_and_no_mirror(model: features.FrozenModel) -> None:
+def test_padding_and_mirroring_do_not_change_the_prediction(model: features.FrozenModel) -> None:
     head = depth.make_head("linear_1", model.embed_dim, 10, seed=0)
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (2, 3, 24, 40), generator=random, dtype=torch.uint8)
@@ -323,7 +323,7 @@ def test_prediction_knows_no_padding_and_no_mirror(model: features.FrozenModel) 
     assert odd.shape == (2, 21, 37) and odd.std() > 0
 
 
-def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path, model: features.FrozenModel) -> None:
+def test_a_head_learns_and_training_is_repeatable(tmp_path: Path, model: features.FrozenModel) -> None:
     depth_scene(tmp_path / "train", 12, seed=0)
     depth_scene(tmp_path / "test", 3, seed=1)
     settings = {
@@ -338,7 +338,7 @@ def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path,
     }
     config = DepthConfig(steps=40, **settings)
     samples = [depth_data.find_samples(one, "test") for one in config.tests]
-    head, untrained = (
+    trained, barely_trained = (
         depth.train_head(
             model,
             "linear_1",
@@ -350,7 +350,9 @@ def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path,
         for steps in (40, 3)
     )
     for tested, pairs in zip(config.tests, samples, strict=True):
-        after, before = (depth.score(model, one, (3,), config, tested, pairs)["silog"] for one in (head, untrained))
+        after, before = (
+            depth.score(model, one, (3,), config, tested, pairs)["silog"] for one in (trained, barely_trained)
+        )
         assert after < 0.5 * before
     first, again = (depth.run(DepthConfig(steps=3, **settings), model, str(tmp_path)) for _ in range(2))
     assert [one.metric for one in first] == list(depth.METRICS) * 2
@@ -362,7 +364,7 @@ def test_a_head_learns_what_there_is_to_learn_and_twice_the_same(tmp_path: Path,
     assert {one.data_hash for one in again} == {one.data_hash for one in first}
 
 
-def test_dpt_trains_to_numbers(tmp_path: Path, model: features.FrozenModel) -> None:
+def test_dpt_trains_to_finite_metrics(tmp_path: Path, model: features.FrozenModel) -> None:
     depth_scene(tmp_path, 2, seed=0)
     config = DepthConfig(
         train=data(tmp_path),
@@ -377,7 +379,7 @@ def test_dpt_trains_to_numbers(tmp_path: Path, model: features.FrozenModel) -> N
     assert len(results) == 10 and all(math.isfinite(one.value) for one in results)
 
 
-def test_every_picture_is_seen_before_one_comes_again(tmp_path: Path) -> None:
+def test_every_image_is_seen_before_any_is_repeated(tmp_path: Path) -> None:
     depth_scene(tmp_path, 6, seed=0)
     settings = data(tmp_path)
     config = DepthConfig(train=settings, tests=(settings,), steps=3, warmup_steps=2, batch_size=4, crop_size=(40, 48))

@@ -1,4 +1,4 @@
-"""Models load by what they are, and the cache gives back what this model saw of these images, and nothing else."""
+"""Tests of features: how models load, and that the cache gives only features of the same model, images and view."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_a_backbone_loads_by_its_path_alone(tmp_path: Path) -> None:
         torch.testing.assert_close(cls, model.image_features(pixels()))
 
 
-def test_hashes_are_of_what_changes_features(tmp_path: Path) -> None:
+def test_hashes_differ_where_features_differ(tmp_path: Path) -> None:
     one, other = checkpoint(tmp_path / "one.pth", 0), checkpoint(tmp_path / "other.pth", 1)
     config = FrozenModelConfig(weights=one)
     changed = [
@@ -55,7 +55,7 @@ def test_hashes_are_of_what_changes_features(tmp_path: Path) -> None:
     assert load_model(FrozenModelConfig(weights=one, label="another name")).hash == hashes[0]
 
 
-def test_fresh_weights_are_of_the_same_architecture(tmp_path: Path) -> None:
+def test_fresh_weights_have_the_same_architecture(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "one.pth", 3, registers=2)
     model = load_model(FrozenModelConfig(weights=path, untrained_seed=3))
     assert model.backbone is not None and model.backbone.num_register_tokens == 2 and "untrained" in model.name
@@ -72,7 +72,7 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
         load_model(FrozenModelConfig(name="pixels")).intermediate(pixels(), [0])
 
 
-def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     network = backbone.build("vit_tiny", patch_size=8, image_size=32, depth=1)
     network.norm.weight.data[3] = torch.nan
     weights.save(network, str(tmp_path / "broken.pth"))
@@ -80,17 +80,17 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         load_model(FrozenModelConfig(weights=str(tmp_path / "broken.pth"))).image_features(pixels())
 
 
-def test_features_are_those_of_the_model_whatever_the_batch_and_the_cache(tmp_path: Path) -> None:
+def test_features_do_not_depend_on_batch_or_cache(tmp_path: Path) -> None:
     split, model = split_of(tmp_path), load_model(model_config(tmp_path))
-    found = [
+    matrices = [
         extract(model, split, SMALL.model_copy(update={"batch_size": size}), str(tmp_path / f"cache-{size}")).matrix()
         for size in (1, 5, 64)
     ]
-    for one in found:
-        torch.testing.assert_close(one, found[0], atol=1e-4, rtol=1e-4)
-    assert found[0].shape == (12, 192) and len(torch.unique(found[0], dim=0)) == 12
+    for matrix in matrices:
+        torch.testing.assert_close(matrix, matrices[0], atol=1e-4, rtol=1e-4)
+    assert matrices[0].shape == (12, 192) and len(torch.unique(matrices[0], dim=0)) == 12
     again = extract(model, split, SMALL.model_copy(update={"batch_size": 7}), str(tmp_path / "cache-64"))
-    assert torch.equal(again.matrix(), found[2]), "read, not computed"
+    assert torch.equal(again.matrix(), matrices[2]), "the cache must be read"
 
 
 def test_a_cached_feature_of_another_model_or_view_is_never_used(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_cached_feature_of_another_model_or_view_is_never_used(tmp_path: Path)
     torch.testing.assert_close(turned, second[reversed_rows], atol=1e-4, rtol=1e-4)
 
 
-def test_a_damaged_cache_is_told(tmp_path: Path) -> None:
+def test_a_damaged_cache_is_reported(tmp_path: Path) -> None:
     split, model, cache = split_of(tmp_path), load_model(FrozenModelConfig(name="pixels")), tmp_path / "cache"
     extract(model, split, SMALL, str(cache))
     (part,) = cache.glob("features/*/features-00000.npy")
@@ -119,7 +119,7 @@ def test_a_damaged_cache_is_told(tmp_path: Path) -> None:
 
 def test_rows_are_taken_across_files(tmp_path: Path) -> None:
     whole = np.arange(24, dtype=np.float32).reshape(8, 3)
-    files = [str(tmp_path / f"{place}.npy") for place in range(3)]
+    files = [str(tmp_path / f"{number}.npy") for number in range(3)]
     for file, part in zip(files, (whole[:3], whole[3:4], whole[4:]), strict=True):
         np.save(file, part)
     features = FeatureFiles(tuple(files))

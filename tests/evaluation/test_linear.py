@@ -1,4 +1,4 @@
-"""52 heads at once are 52 heads one by one; the best is chosen without the test images."""
+"""Tests of the linear probe: heads trained together equal heads trained alone; test images do not affect the choice."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_both_grids_have_thirteen_rates() -> None:
     assert [len(set(rates)) for rates in LEARNING_RATES.values()] == [13, 13]
 
 
-def test_all_heads_at_once_are_each_trained_alone(tmp_path: Path) -> None:
+def test_heads_trained_together_equal_heads_trained_alone(tmp_path: Path) -> None:
     config, model = config_of(tmp_path), load_model(model_config(tmp_path))
     split = splits.load(config.train, str(tmp_path / "cache"), InlineRunner())
     readings = readings_of(config, model)
@@ -53,26 +53,26 @@ def test_all_heads_at_once_are_each_trained_alone(tmp_path: Path) -> None:
         for pixels, labels in linear._crops(config, split, ALONE)
     ]
     factors = [1.0, 0.8, 0.5, 0.2]
-    for place, width in enumerate((192, 384, 384, 576)):
-        together = Heads(config.rates, 3, width, seed=[7, place])
+    for number, width in enumerate((192, 384, 384, 576)):
+        together = Heads(config.rates, 3, width, seed=[7, number])
         start = together.weight.detach().clone()
         assert float(start.std()) == pytest.approx(0.01, rel=0.1)
         for (inputs, labels), factor in zip(steps, factors, strict=True):
-            together.sgd_step(inputs[place], labels, factor)
-        for number, rate in enumerate(config.rates):
-            weight = start[number].clone().requires_grad_()
+            together.sgd_step(inputs[number], labels, factor)
+        for rate_index, rate in enumerate(config.rates):
+            weight = start[rate_index].clone().requires_grad_()
             bias = torch.zeros(3, requires_grad=True)
             alone = torch.optim.SGD([weight, bias], lr=rate, momentum=0.9, weight_decay=0)
             for (inputs, labels), factor in zip(steps, factors, strict=True):
                 alone.param_groups[0]["lr"] = rate * factor
                 alone.zero_grad()
-                functional.cross_entropy(functional.linear(inputs[place], weight, bias), labels).backward()
+                functional.cross_entropy(functional.linear(inputs[number], weight, bias), labels).backward()
                 alone.step()
-            torch.testing.assert_close(together.weight[number], weight, atol=1e-6, rtol=1e-5)
-            torch.testing.assert_close(together.bias[number], bias, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(together.weight[rate_index], weight, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(together.bias[rate_index], bias, atol=1e-6, rtol=1e-5)
 
 
-def test_a_probe_learns_and_is_read_again(tmp_path: Path) -> None:
+def test_a_probe_learns_and_is_read_from_the_cache(tmp_path: Path) -> None:
     config = config_of(tmp_path, steps=60, batch_size=16, learning_rates=(1e-9, 0.05))
     model, cache = load_model(FrozenModelConfig(name="pixels")), str(tmp_path / "cache")
     first = linear.run(config, model, str(tmp_path / "out"), cache=cache)
@@ -85,7 +85,7 @@ def test_a_probe_learns_and_is_read_again(tmp_path: Path) -> None:
     assert not torch.equal(head.weight, other.weight)
 
 
-def test_the_test_images_choose_nothing(tmp_path: Path) -> None:
+def test_the_test_images_do_not_affect_the_choice(tmp_path: Path) -> None:
     model, cache = load_model(FrozenModelConfig(name="pixels")), str(tmp_path / "cache")
     config = config_of(tmp_path)
     wrong = tmp_path / "wrong"
@@ -98,7 +98,7 @@ def test_the_test_images_choose_nothing(tmp_path: Path) -> None:
     assert chosen[0] == chosen[1] and first[0].data_hash != second[0].data_hash
 
 
-def test_crops_are_parts_of_the_picture_and_follow_the_seed() -> None:
+def test_crops_are_parts_of_the_image_and_depend_on_the_seed() -> None:
     picture = picture_of(drawn("bars", 3, (90, 60)))
     crops = [random_crop(picture, 16, np.random.default_rng(seed)) for seed in (0, 0, 1)]
     assert crops[0].shape == (3, 16, 16) and crops[0].dtype == torch.uint8

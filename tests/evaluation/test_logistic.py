@@ -1,4 +1,4 @@
-"""The fits are scikit-learn's, and C is chosen on held-out training images."""
+"""Tests of logistic regression against fits from scratch; C is selected on held-out training images."""
 
 import pytest
 import torch
@@ -25,10 +25,10 @@ def test_agrees_with_fits_from_scratch() -> None:
     train, labels = clustered(0, 120)
     test, truth = clustered(1, 60)
     grid = (1e-4, 1e-2, 1.0, 100.0)
-    own, held = hold_out(labels, 0.1, 0)
+    trained, held = hold_out(labels, 0.1, 0)
     shares = []
     for c in grid:
-        classifier = LogisticRegression(C=c, max_iter=1000, tol=1e-10).fit(train[own].double(), labels[own])
+        classifier = LogisticRegression(C=c, max_iter=1000, tol=1e-10).fit(train[trained].double(), labels[trained])
         shares.append(float(classifier.score(train[held].double(), labels[held])))
     chosen, share = choose(train, labels, grid)
     assert share == max(shares) and chosen == grid[shares.index(share)]
@@ -37,7 +37,7 @@ def test_agrees_with_fits_from_scratch() -> None:
     assert predicted.tolist() == expected.tolist() and float((predicted == truth).double().mean()) > 0.6
 
 
-def test_bad_features_are_told() -> None:
+def test_bad_features_are_reported() -> None:
     train, labels = clustered(0, 40)
     train[7, 2] = torch.nan
     with pytest.raises(InputError, match=r"training features hold .* row 7"):

@@ -1,4 +1,4 @@
-"""Sheets of neighbours ask for every class before any twice, and show the pictures that the model finds."""
+"""Tests of sheets of neighbours: the draw of the queries, and the images on the sheet."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from evaluation.visualize import GAP, OTHER, SAME
 from tests.evaluation.builders import image_folder
 
 
-def test_every_class_is_asked_for_before_any_twice() -> None:
+def test_every_class_is_drawn_before_any_is_drawn_twice() -> None:
     labels = torch.tensor([0] * 50 + [1] * 3 + [2])
     rows = choose(labels, 5, seed=1)
     assert sorted(labels[rows[:3]].tolist()) == [0, 1, 2] and sorted(labels[rows].tolist()) == [0, 0, 1, 1, 2]
@@ -23,7 +23,7 @@ def test_every_class_is_asked_for_before_any_twice() -> None:
     assert choose(labels, 5, seed=1) == rows != choose(labels, 5, seed=2)
 
 
-def test_the_sheet_shows_what_is_near(tmp_path: Path) -> None:
+def test_the_sheet_shows_the_nearest_images(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "set", 4)
     config = NeighboursConfig(
         name="toy",
@@ -37,5 +37,5 @@ def test_the_sheet_shows_what_is_near(tmp_path: Path) -> None:
     assert picture is not None and picture.kind == "neighbours" and "2 nearest in toy" in picture.caption
     drawn = np.asarray(Image.open(tmp_path / "out" / "pictures" / picture.file))
     assert drawn.shape == (3 * SIDE + 2 * GAP, 3 * SIDE + 2 * GAP, 3)
-    frames = {tuple(drawn[row * (SIDE + GAP), place * (SIDE + GAP)]) for row in range(3) for place in (1, 2)}
+    frames = {tuple(drawn[row * (SIDE + GAP), column * (SIDE + GAP)]) for row in range(3) for column in (1, 2)}
     assert frames <= {SAME, OTHER} and SAME in frames

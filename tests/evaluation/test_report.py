@@ -1,4 +1,4 @@
-"""The report: every number in its place, published ones only where the protocol is the same, nothing injected."""
+"""Tests of the report: numbers in their cells, published numbers only for the same protocol, no injection."""
 
 import base64
 import html
@@ -33,7 +33,7 @@ def result(**fields: object) -> Result:
 
 
 class Reader(HTMLParser):
-    """The text of every element with its tag, and all start tags; fails on unbalanced elements."""
+    """Collects all start tags and the texts of table cells; fails on unbalanced elements."""
 
     VOID = frozenset({"meta", "img"})
 
@@ -67,14 +67,14 @@ class Reader(HTMLParser):
 
 
 def test_a_table_has_models_as_rows_and_protocols_in_order() -> None:
-    found = [
+    shown = [
         result(model=model, model_hash=digit * 64, protocol=f"k={k}", metric=metric, value=value)
         for model, digit, value in (("teacher", "1", 0.8125), ("untrained", "2", 0.25))
         for k in (100, 20)
         for metric in ("top-1", "top-5")
     ]
-    found.append(result(model="pixels", model_hash="3" * 64, value=0.125, spread=0.03))
-    read = Reader(report.page(found, []))
+    shown.append(result(model="pixels", model_hash="3" * 64, value=0.125, spread=0.03))
+    read = Reader(report.page(shown, []))
     assert read.rows[:5] == [
         ["Model", "k=20", "k=100"],
         ["top-1", "top-5", "top-1", "top-5"],
@@ -83,36 +83,36 @@ def test_a_table_has_models_as_rows_and_protocols_in_order() -> None:
         ["pixels", "12.5 ± 3.0", "—", "—", "—"],
     ]
     bold = [tag for tag, _ in read.tags].count("strong")
-    assert bold == 3 + 4  # the models on top, and the best of each column
+    assert bold == 3 + 4  # the models at the top, and the best of each column
 
 
-def test_errors_stand_as_they_are_and_the_least_is_best() -> None:
-    found = [
+def test_errors_are_not_percent_and_the_lowest_is_best() -> None:
+    shown = [
         result(evaluation="depth", model=name, model_hash=digit * 64, protocol="linear 1", metric="rmse", value=value)
         for name, digit, value in (("a", "1", 1.25), ("b", "2", 0.5))
     ]
-    text = report.page(found, [])
+    text = report.page(shown, [])
     assert "<strong>0.500</strong>" in text and "<strong>1.250</strong>" not in text and "rmse (m)" in text
 
 
 def test_wide_tables_are_divided_by_protocol() -> None:
-    found = [
+    shown = [
         result(evaluation="depth", protocol=protocol, metric=metric)
         for protocol in ("linear 1", "linear 4")
         for metric in ("abs_rel", "rmse", "d1", "d2", "d3", "mae")
     ]
-    rows = Reader(report.page(found, [])).rows
+    rows = Reader(report.page(shown, [])).rows
     assert [row for row in rows if row[0] == "Model"] == [["Model", "linear 1"], ["Model", "linear 4"]]
 
 
-def test_few_shot_results_have_a_table_of_their_own() -> None:
-    found = [
+def test_few_shot_results_have_a_separate_table() -> None:
+    shown = [
         result(protocol=f"k={k}{suffix}", metric=metric)
         for suffix in ("", ", 5 per class")
         for k in (20, 10, 200)
         for metric in ("top-1", "top-5")
     ]
-    rows = Reader(report.page(found, [])).rows
+    rows = Reader(report.page(shown, [])).rows
     assert [row for row in rows if row[0] == "Model"] == [
         ["Model", "k=10", "k=20", "k=200"],
         ["Model", "k=10, 5 per class", "k=20, 5 per class", "k=200, 5 per class"],
@@ -124,7 +124,7 @@ def test_one_name_with_two_weights_is_two_rows() -> None:
     assert ["teacher (aaaaaaaa on bbbbbbbb)", "50.0"] in rows and ["teacher (cccccccc on bbbbbbbb)", "75.0"] in rows
 
 
-def test_published_numbers_stand_beside_the_same_protocol_only() -> None:
+def test_published_numbers_are_shown_only_for_the_same_protocol() -> None:
     same = result(dataset="ImageNet-1k")
     (small,) = [one for one in published.beside(same) if one.model == "DINOv2 ViT-S/14"]
     assert small.value == pytest.approx(0.79) and "2304.07193" in small.source
@@ -132,8 +132,10 @@ def test_published_numbers_stand_beside_the_same_protocol_only() -> None:
     for other in ({"protocol": "k=10"}, {"metric": "top-5"}, {"evaluation": "logistic"}):
         assert published.beside(result(dataset="ImageNet-1k", **other)) == []
     depth = {"evaluation": "depth", "metric": "rmse", "dataset": "NYU"}
-    found = {one.model: one.value for one in published.beside(result(protocol="dpt, 38,400 steps of 16", **depth))}
-    assert found == {
+    rmse_by_model = {
+        one.model: one.value for one in published.beside(result(protocol="dpt, 38,400 steps of 16", **depth))
+    }
+    assert rmse_by_model == {
         "DINOv2 ViT-S/14": 0.356,
         "DINOv2 ViT-B/14": 0.317,
         "DINOv2 ViT-L/14": 0.293,
@@ -158,20 +160,20 @@ def test_published_numbers_stand_beside_the_same_protocol_only() -> None:
     assert [one.value for one in last] == [0.431, 0.4, 0.396, 0.362]  # the last of the long rows
 
 
-def test_published_rows_are_marked_and_sourced() -> None:
+def test_published_rows_are_marked_and_have_a_source() -> None:
     text = report.page([result(dataset="imagenet")], [])
     read = Reader(text)
     assert ["DINOv2 ViT-B/14", "82.1"] in read.rows
     assert [fields for tag, fields in read.tags if tag == "tr" and fields.get("class") == "published"]
-    assert "Published: " in text and "does not say for which k" in text
-    assert "<strong>83.8</strong>" not in text  # the best of one's own models alone is bold
+    assert "Published: " in text and "does not state k" in text
+    assert "<strong>83.8</strong>" not in text  # only evaluated models can be bold
 
 
 def test_nothing_is_injected(tmp_path: Path) -> None:
     picture = visualize.PictureRecord(file="pca-a.png", kind="pca", model=EVIL, caption=EVIL)
     fields = dict.fromkeys(("evaluation", "dataset", "model", "protocol", "metric"), EVIL)
-    found = [result(settings={EVIL: EVIL}, **fields), result(model_hash="c" * 64, settings={}, **fields)]
-    text = report.page(found, [(picture, b"\x89PNG")])
+    shown = [result(settings={EVIL: EVIL}, **fields), result(model_hash="c" * 64, settings={}, **fields)]
+    text = report.page(shown, [(picture, b"\x89PNG")])
     read = Reader(text)
     names = {tag for tag, _ in read.tags}
     assert "script" not in names and "\x07" not in text
@@ -182,26 +184,26 @@ def test_nothing_is_injected(tmp_path: Path) -> None:
     assert any("default-src 'none'" in (fields.get("content") or "") for tag, fields in read.tags if tag == "meta")
 
 
-def test_plots_lie_within_their_frame() -> None:
+def test_plots_stay_within_their_frame() -> None:
     series = [("one", [0.5, 0.75, None]), ("two", [0.25, 0.25, 0.5])]
     text = report.line_plot(["k=10", "k=20", "k=100"], series, "top-1")
     points = [line.split() for line in re.findall(r'points="([^"]*)"', text)]
     assert [len(line) for line in points] == [2, 3]
-    places = [tuple(map(float, point.split(","))) for line in points for point in line]
-    assert all(0 <= x <= 640 and 0 <= y <= 260 for x, y in places)
-    assert places[1][1] < places[0][1] < places[2][1]  # the greater value stands higher
+    positions = [tuple(map(float, point.split(","))) for line in points for point in line]
+    assert all(0 <= x <= 640 and 0 <= y <= 260 for x, y in positions)
+    assert positions[1][1] < positions[0][1] < positions[2][1]  # greater values are higher
     bars = report.bar_plot([("a", 0.4, False), ("b", 0.8, True)], "top-1", "top-1")
     widths = [float(width) for width in re.findall(r'width="([\d.]+)" height', bars)]
     assert widths[1] == pytest.approx(2 * widths[0]) and 'class="pale"' in bars
     report.line_plot(["k=1"], [("flat", [0.0])], "top-1")  # no division by a range of 0
 
 
-def test_writes_one_file_the_same_twice(tmp_path: Path) -> None:
+def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     output = str(tmp_path)
     with pytest.raises(InputError, match="neither results nor pictures"):
         report.write(output)
     results.append(output, result(value=0.1))
-    results.append(output, result(value=0.9))  # run again: the later counts
+    results.append(output, result(value=0.9))  # a second run: the later record counts
     png = encoded_image(0)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/pca-a.png").write_bytes(png)

@@ -1,4 +1,4 @@
-"""Results are added and read back, and a damaged line is told."""
+"""Tests of results: records are appended and read back, and a damaged line is reported."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def result(**changes: object) -> Result:
 
 
 @pytest.mark.parametrize("protocol", ["", "memory://results-"])
-def test_records_are_added_and_read_back(tmp_path: Path, protocol: str) -> None:
+def test_records_are_appended_and_read_back(tmp_path: Path, protocol: str) -> None:
     folder = f"{protocol}{tmp_path}/new"
     assert read(folder) == []
     records = [result(), result(value=0.25, spread=0.1), result(model="other")]
@@ -36,7 +36,7 @@ def test_records_are_added_and_read_back(tmp_path: Path, protocol: str) -> None:
     assert latest(read(folder)) == records[1:]
 
 
-def test_a_damaged_line_is_told(tmp_path: Path) -> None:
+def test_a_damaged_line_is_reported(tmp_path: Path) -> None:
     append(str(tmp_path), result())
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"evaluation": "knn"}\n')
@@ -44,6 +44,6 @@ def test_a_damaged_line_is_told(tmp_path: Path) -> None:
         read(str(tmp_path))
 
 
-def test_a_value_that_is_no_number_is_refused() -> None:
+def test_a_value_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         result(value=float("nan"))

@@ -1,3 +1,5 @@
+"""Tests of retrieval: scores against scikit-learn and hand-computed values, and readers of the published layouts."""
+
 import json
 import math
 import pickle
@@ -48,7 +50,7 @@ def rows(*values: int) -> Tensor:
 
 
 def ranked(queries: Tensor, database: Tensor) -> Tensor:
-    return torch.cat([found for _, found in rank(queries, database)])
+    return torch.cat([rankings for _, rankings in rank(queries, database)])
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -69,8 +71,8 @@ def test_average_precision_by_hand() -> None:
     assert math.isnan(average_precision(torch.tensor([False, False])))
 
 
-def test_junk_is_as_if_it_were_not_there() -> None:
-    ranking = rows(7, 1, 5, 3)  # row 7 is junk: then come a positive, another image, and a positive
+def test_junk_is_removed_from_the_ranking() -> None:
+    ranking = rows(7, 1, 5, 3)  # row 7 is junk; a positive, another image and a positive follow
     score = revisited_score(ranking, rows(1, 3), rows(7, 9), cutoffs=(1, 2, 3, 10))
     assert score is not None
     # Trapezoids: from 1 to 1 at the first positive, from 1/2 to 2/3 at the second.
@@ -88,42 +90,42 @@ def test_junk_is_as_if_it_were_not_there() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_junk_rule_on_any_ranking(seed: int) -> None:
+def test_the_junk_rule_on_random_rankings(seed: int) -> None:
     random = np.random.default_rng(seed)
     ranking, shuffled = random.permutation(60), random.permutation(60)
     positives, junk = shuffled[: random.integers(1, 12)], shuffled[20 : 20 + random.integers(0, 30)]
-    left = [row for row in ranking if row not in junk]
+    without_junk = [row for row in ranking if row not in junk]
     precisions = [1.0]
-    area, found = 0.0, 0
-    for place, row in enumerate(left, 1):
-        found += row in positives
-        precisions.append(found / place)
+    area, num_positives = 0.0, 0
+    for position, row in enumerate(without_junk, 1):
+        num_positives += row in positives
+        precisions.append(num_positives / position)
         if row in positives:
             area += (precisions[-1] + precisions[-2]) / 2 / len(positives)
     score = revisited_score(*map(torch.from_numpy, (ranking, positives, junk)), cutoffs=(5,))
     assert score is not None and score.average_precision == pytest.approx(area)
-    last = min(5, max(place for place, row in enumerate(left, 1) if row in positives))
-    assert score.precisions == pytest.approx((sum(row in positives for row in left[:last]) / last,))
+    last = min(5, max(position for position, row in enumerate(without_junk, 1) if row in positives))
+    assert score.precisions == pytest.approx((sum(row in positives for row in without_junk[:last]) / last,))
 
 
-def test_difficulties_divide_the_truth() -> None:
+def test_difficulties_divide_the_ground_truth() -> None:
     truth = {"easy": rows(1), "hard": rows(2, 3), "junk": rows(4)}
-    found = {name: [part.tolist() for part in revisited_rows(truth, name)] for name in retrieval.DIFFICULTIES}
-    assert found == {"easy": [[1], [4, 2, 3]], "medium": [[1, 2, 3], [4]], "hard": [[2, 3], [4, 1]]}
+    rows_of = {name: [part.tolist() for part in revisited_rows(truth, name)] for name in retrieval.DIFFICULTIES}
+    assert rows_of == {"easy": [[1], [4, 2, 3]], "medium": [[1, 2, 3], [4]], "hard": [[2, 3], [4, 1]]}
 
 
 def test_gap_by_hand() -> None:
-    # Surest first: right, a distractor, right, wrong. Three queries show an object.
+    # Most confident first: right, a distractor, right, wrong. Three queries show an object.
     correct, confidence = torch.tensor([True, False, False, True]), torch.tensor([0.7, 0.1, 0.8, 0.9])
     assert global_average_precision(correct, confidence, 3) == pytest.approx((1 / 1 + 2 / 3) / 3)
-    # As unsure ones come in their order.
+    # Equally confident predictions keep their order.
     same = torch.full((4,), 0.5)
     assert global_average_precision(correct, same, 3) == pytest.approx((1 / 1 + 2 / 4) / 3)
     with pytest.raises(InputError, match="GAP needs"):
         global_average_precision(correct, confidence, 0)
 
 
-def said_by_hand(cosines: list[float], labels: list[int], num_classes: int, scale: float) -> tuple[int, float]:
+def predicted_by_hand(cosines: list[float], labels: list[int], num_classes: int, scale: float) -> tuple[int, float]:
     best: dict[int, float] = {}
     for cosine, label in zip(cosines, labels, strict=True):
         best[label] = max(best.get(label, 0.0), cosine)
@@ -136,25 +138,25 @@ def said_by_hand(cosines: list[float], labels: list[int], num_classes: int, scal
 def test_instances_are_classified_as_published(scale: float, num_classes: int) -> None:
     random = torch.Generator().manual_seed(0)
     labels = torch.randint(9, (40, 7), generator=random) * 1000
-    cosines = (torch.randn(40, 7, generator=random) * 4).round() / 12  # some equal, some negative
+    cosines = (torch.randn(40, 7, generator=random) * 4).round() / 12  # with ties and negative values
     cosines[0] = -0.5
-    found = classify_instances(cosines, labels, num_classes, scale=scale)
+    predictions = classify_instances(cosines, labels, num_classes, scale=scale)
     for row in range(40):
-        label, confidence = said_by_hand(cosines[row].tolist(), labels[row].tolist(), num_classes, scale)
-        assert int(found.predicted[row]) == label
-        assert float(found.confidence[row]) == pytest.approx(confidence, rel=1e-9)
+        label, confidence = predicted_by_hand(cosines[row].tolist(), labels[row].tolist(), num_classes, scale)
+        assert int(predictions.predicted[row]) == label
+        assert float(predictions.confidence[row]) == pytest.approx(confidence, rel=1e-9)
 
 
-def test_rankings_are_exact_and_ties_come_by_row() -> None:
+def test_rankings_are_exact_and_ties_are_ordered_by_row() -> None:
     random = torch.Generator().manual_seed(0)
     database = torch.randn(90, 8, generator=random).repeat(3, 1)[torch.randperm(270, generator=random)]
     queries = torch.randn(150, 8, generator=random)
-    found = ranked(queries * 3, database * torch.rand(270, 1, generator=random).add(1).round())
+    rankings = ranked(queries * 3, database * torch.rand(270, 1, generator=random).add(1).round())
     cosines = (
         torch.nn.functional.normalize(queries.double()) @ torch.nn.functional.normalize(database.double()).T
     ).float()
-    for own, ranking in zip(cosines.tolist(), found.tolist(), strict=True):
-        assert ranking == sorted(range(270), key=lambda row: (-own[row], row))
+    for row_cosines, ranking in zip(cosines.tolist(), rankings.tolist(), strict=True):
+        assert ranking == sorted(range(270), key=lambda row: (-row_cosines[row], row))
     alone = torch.cat([ranked(query[None] * 3, database) for query in queries[:70]])
     assert torch.equal(alone, ranked(queries, database)[:70])
 
@@ -189,7 +191,7 @@ def test_a_pair_scores_one_over_its_rank() -> None:
     assert paired_precisions(queries, database) == pytest.approx([1, 1 / 2, 1 / 3])
 
 
-def test_bad_features_are_told() -> None:
+def test_bad_features_are_reported() -> None:
     good = torch.ones(3, 2)
     for queries, database, message in (
         (good, torch.ones(3, 4), "Expected features"),
@@ -214,14 +216,14 @@ def write(path: Path, image: Image.Image) -> None:
 
 
 def revisited(root: Path, **change: Any) -> Path:
-    """Six pictures of three buildings, as published, and queries that show one in a corner of another."""
+    """Writes six images of three buildings as published, and queries that show one in a corner of another image."""
     for number in range(6):
         write(root / "jpg" / f"all_souls_00000{number}.jpg", picture(number % 3, (40, 30 + number)))
     truths = []
     for number in range(3):
-        strange = picture(100 - number, (120, 96))
-        strange.paste(picture(number), (70, 50))
-        write(root / "jpg" / f"query_00000{number}.jpg", strange)
+        surroundings = picture(100 - number, (120, 96))
+        surroundings.paste(picture(number), (70, 50))
+        write(root / "jpg" / f"query_00000{number}.jpg", surroundings)
         truths.append(
             {
                 "bbx": np.array([70.2, 50.4, 109.8, 81.6]),
@@ -256,9 +258,9 @@ def test_revisited_oxford_is_read_and_scored(tmp_path: Path) -> None:
     ]
     model = load_model(PIXELS)
     results = retrieval.run(RetrievalConfig(name="oxford", data=data), model, str(tmp_path / "out"))
-    found = values(results)
-    assert len(results) == len(found) == 12
-    assert set(found.values()) == {1.0}  # the last query's because its junk does not count
+    scores = values(results)
+    assert len(results) == len(scores) == 12
+    assert set(scores.values()) == {1.0}  # of the last query because its junk does not count
     assert results[0].settings["queries"] == {"easy": 3, "medium": 3, "hard": 2}
     assert results[0].protocol == "easy, queries cropped, squash 32 px"
     whole = data.model_copy(update={"query": "whole"})
@@ -281,12 +283,14 @@ def test_revisited_oxford_is_read_and_scored(tmp_path: Path) -> None:
         ({"gnd": len}, "names .*len"),
     ],
 )
-def test_a_truth_that_is_not_as_published_is_told(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_ground_truth_that_is_not_as_published_is_reported(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=rf"gnd_roxford5k\.pkl: .*{message}"):
         read_revisited(RevisitedData(layout="revisited", path=str(revisited(tmp_path, **change))))
 
 
-def test_missing_files_are_told(tmp_path: Path) -> None:
+def test_missing_files_are_reported(tmp_path: Path) -> None:
     root = revisited(tmp_path)
     data = RevisitedData(layout="revisited", path=str(root), view=VIEW)
     (root / "jpg" / "all_souls_000002.jpg").unlink()
@@ -295,7 +299,7 @@ def test_missing_files_are_told(tmp_path: Path) -> None:
     (root / "jpg" / "query_000000.jpg").write_bytes(b"<html>")
     with pytest.raises(InputError, match=r"query_000000\.jpg: the image cannot be used: not_an_image"):
         see(Photo(str(root / "jpg" / "query_000000.jpg")), VIEW, 8)
-    with pytest.raises(InputError, match="has nothing of its 40 x 31"):
+    with pytest.raises(InputError, match="lies outside the 40 x 31 pixels"):
         see(Photo(str(root / "jpg" / "all_souls_000001.jpg"), (50, 0, 60, 9)), VIEW, 8)
     (root / "gnd_roxford5k.pkl").unlink()
     with pytest.raises(InputError, match="expected one ground truth"):
@@ -303,7 +307,7 @@ def test_missing_files_are_told(tmp_path: Path) -> None:
 
 
 def met(root: Path) -> Path:
-    """A database of four exhibits, two pictures each; queries of them, of another art and of none."""
+    """Writes a database of four exhibits, two images each, with queries of the exhibits and distractors."""
     lists: dict[str, list[dict[str, Any]]] = {"MET_database": [], "testset": [], "valset": []}
     for exhibit in range(4):
         for view in range(2):
@@ -327,20 +331,23 @@ def met(root: Path) -> Path:
 
 def test_met_is_read_and_scored(tmp_path: Path) -> None:
     data = MetData(layout="met", path=str(met(tmp_path)), neighbors=(1, 3), view=VIEW)
-    found = read_met(data, "testset.json")
-    assert found.labels.tolist() == [-1, 0, 100, 200, 0]
-    assert found.photos[1] == Photo(str(tmp_path / "images" / "test_met" / "testset_0.jpg"))
+    test = read_met(data, "testset.json")
+    assert test.labels.tolist() == [-1, 0, 100, 200, 0]
+    assert test.photos[1] == Photo(str(tmp_path / "images" / "test_met" / "testset_0.jpg"))
     assert read_met(data, "MET_database.json").labels.tolist() == [0, 0, 100, 100, 200, 200, 300, 300]
     results = retrieval.run(RetrievalConfig(name="met", data=data), load_model(PIXELS), str(tmp_path / "out"))
-    found_values = {result.metric: result.value for result in results}
-    assert found_values["accuracy"] == 3 / 4
-    assert 0 < found_values["GAP"] <= found_values["GAP-"] <= 3 / 4
-    assert results[0].settings["chosen"] == {"neighbors": 1, "scale": 0.01}  # all are perfect on the validation set
-    place = tmp_path / "ground_truth" / "testset.json"
-    place.write_text('[{"MET_id": 1}]')
+    scores = {result.metric: result.value for result in results}
+    assert scores["accuracy"] == 3 / 4
+    assert 0 < scores["GAP"] <= scores["GAP-"] <= 3 / 4
+    assert results[0].settings["chosen"] == {
+        "neighbors": 1,
+        "scale": 0.01,
+    }  # every choice is perfect on the validation set
+    path = tmp_path / "ground_truth" / "testset.json"
+    path.write_text('[{"MET_id": 1}]')
     with pytest.raises(InputError, match=r"testset\.json: not a list .*'path'"):
         read_met(data, "testset.json")
-    place.unlink()
+    path.unlink()
     with pytest.raises(InputError, match=r"No ground truth at .*testset\.json"):
         read_met(data, "testset.json")
 
@@ -356,14 +363,14 @@ def test_amstertime_is_read_and_scored(tmp_path: Path) -> None:
         *("0000.png", "0001.png", "0003.png"),
     ]
     results = retrieval.run(RetrievalConfig(name="amstertime", data=data), load_model(PIXELS), str(tmp_path / "out"))
-    found = values(results)
-    ways = [found["archive to street", "mAP"], found["street to archive", "mAP"]]
-    assert found["both ways", "mAP"] == pytest.approx(sum(ways) / 2) and min(ways) > 0.4
+    scores = values(results)
+    ways = [scores["archive to street", "mAP"], scores["street to archive", "mAP"]]
+    assert scores["both ways", "mAP"] == pytest.approx(sum(ways) / 2) and min(ways) > 0.4
     write(tmp_path / "old" / "0007.jpg", picture(7))
-    with pytest.raises(InputError, match="1 names are in one of them alone: 0007"):
+    with pytest.raises(InputError, match="1 names are in only one of them: 0007"):
         read_amstertime(data)
     write(tmp_path / "old" / "0007.png", picture(7))
-    with pytest.raises(InputError, match="old: 5 files have 4 names"):
+    with pytest.raises(InputError, match="old: 5 files have only 4 names"):
         read_amstertime(data)
 
 
@@ -393,14 +400,14 @@ def test_a_labelled_folder(tmp_path: Path) -> None:
     assert results[0].settings["queries"] == 12
 
 
-def test_features_are_kept_for_the_same_model_and_bytes_alone(tmp_path: Path) -> None:
+def test_features_are_cached_for_the_same_model_bytes_and_view(tmp_path: Path) -> None:
     root = revisited(tmp_path / "data")
     photos = [Photo(str(root / "jpg" / f"all_souls_00000{number}.jpg")) for number in range(6)]
     model, cache = load_model(PIXELS), str(tmp_path / "cache")
     first = retrieval._look(model, photos, VIEW, cache)
-    (kept,) = (tmp_path / "cache" / "retrieval").iterdir()
-    np.save(kept, np.full((6, 3072), 7, np.float32))
-    assert (retrieval._look(model, photos, VIEW, cache).features == 7).all()  # it is read
+    (cached,) = (tmp_path / "cache" / "retrieval").iterdir()
+    np.save(cached, np.full((6, 3072), 7, np.float32))
+    assert (retrieval._look(model, photos, VIEW, cache).features == 7).all()  # the cache is read
     for change in (
         lambda: retrieval._look(load_model(FrozenModelConfig(name="efficientnet_lite0")), photos, VIEW, cache),
         lambda: retrieval._look(model, photos, VIEW.model_copy(update={"resize": "center_crop"}), cache),

@@ -1,4 +1,4 @@
-"""The command: one model after another into one file, and status 2 with one message for bad input."""
+"""Tests of the command: results of several runs in one file, and status 2 with one message for bad input."""
 
 import subprocess
 import sys
@@ -35,29 +35,29 @@ def knn_config(tmp_path: Path, **changes: object) -> KnnConfig:
 
 def test_knn_of_pictures_with_few_shots(tmp_path: Path) -> None:
     config, model = knn_config(tmp_path), load_model(FrozenModelConfig(name="pixels"))
-    found = knn.run(config, model, str(tmp_path / "out"))
-    scores = {(result.protocol, result.metric): result for result in found}
+    first = knn.run(config, model, str(tmp_path / "out"))
+    scores = {(result.protocol, result.metric): result for result in first}
     assert {protocol for protocol, _ in scores} == {"k=1", "k=5", "k=12", "k=1, 3 per class", "k=5, 3 per class"}
     assert scores["k=1", "top-1"].value > 0.6 and scores["k=1", "top-1"].spread is None
     assert scores["k=1, 3 per class", "top-1"].spread is not None
-    # Every class has as many test images.
+    # Every class has the same number of test images.
     assert scores["k=5", "mean per class"].value == pytest.approx(scores["k=5", "top-1"].value)
     again = knn.run(config, model, str(tmp_path / "out"))
-    assert [result.value for result in again] == [result.value for result in found]
+    assert [result.value for result in again] == [result.value for result in first]
     with pytest.raises(InputError, match=r"k is 25, and .* has only 24"):
         knn.run(config.model_copy(update={"k": (25,)}), model, str(tmp_path / "out"))
     with pytest.raises(InputError, match="fewer than every k"):
         knn.run(config.model_copy(update={"k": (12,)}), model, str(tmp_path / "out"))
 
 
-def test_the_mean_over_classes_weighs_each_alike() -> None:
+def test_the_mean_over_classes_weights_classes_equally() -> None:
     predicted, labels = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 0, 0, 2, 2])
     assert class_mean(predicted, labels) == 0.5
     with pytest.raises(InputError):
         class_mean(predicted[:0], labels[:0])
 
 
-def test_what_was_found_stays_when_a_later_evaluation_fails(tmp_path: Path) -> None:
+def test_results_stay_when_a_later_evaluation_fails(tmp_path: Path) -> None:
     good = knn_config(tmp_path, per_class=())
     bad = good.model_copy(update={"name": "bad", "test": SplitConfig(path=str(tmp_path / "absent"))})
     config = EvaluationConfig(model=FrozenModelConfig(name="pixels"), knn=(good, bad))
@@ -68,7 +68,7 @@ def test_what_was_found_stays_when_a_later_evaluation_fails(tmp_path: Path) -> N
     assert run.table(results.read(str(tmp_path / "out"))).row_count == 6
 
 
-def test_the_command_runs_and_refuses(tmp_path: Path) -> None:
+def test_the_command_runs_and_refuses_bad_input(tmp_path: Path) -> None:
     train, test = image_folder(tmp_path / "train", 5), image_folder(tmp_path / "test", 2, first=50)
     text = f"""
         [[knn]]
@@ -81,8 +81,8 @@ def test_the_command_runs_and_refuses(tmp_path: Path) -> None:
     (tmp_path / "eval.toml").write_text(text)
 
     def command(*options: str) -> subprocess.CompletedProcess[str]:
-        own = ["--config", str(tmp_path / "eval.toml"), "--output", str(tmp_path / "out"), *options]
-        return subprocess.run([sys.executable, "-m", "evaluation.run", *own], capture_output=True, text=True)
+        arguments = ["--config", str(tmp_path / "eval.toml"), "--output", str(tmp_path / "out"), *options]
+        return subprocess.run([sys.executable, "-m", "evaluation.run", *arguments], capture_output=True, text=True)
 
     done = command("--model", checkpoint(tmp_path / "vit.pth"), "--only", "knn")
     assert done.returncode == 0, done.stderr

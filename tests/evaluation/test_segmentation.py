@@ -1,3 +1,5 @@
+"""Tests of segmentation: scores against scikit-learn, crops, windows, heads and their training."""
+
 import itertools
 from pathlib import Path
 
@@ -43,12 +45,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> FrozenModel:
 
 
 def two_halves(num_scenes: int) -> Scenes:
-    """Pictures that are red and blue, the classes 0 and 1, with a border that does not count."""
+    """Images with a red and a blue part, the classes 0 and 1, and a border that does not count."""
 
-    def read(place: int) -> Scene:
+    def read(number: int) -> Scene:
         image = Image.new("RGB", (40, 40), (40, 40, 230))
         target = Image.new("L", (40, 40), 1)
-        box = (0, 0, 8 + 5 * place % 25, 40)
+        box = (0, 0, 8 + 5 * number % 25, 40)
         ImageDraw.Draw(image).rectangle(box, fill=(230, 30, 30))
         ImageDraw.Draw(target).rectangle(box, fill=0)
         ImageDraw.Draw(target).line((0, 0, 39, 0), fill=IGNORED)
@@ -67,35 +69,35 @@ def test_scores_agree_with_scikit_learn(seed: int) -> None:
     )  # and 6 is never predicted
     target[torch.rand(target.shape, generator=random) < 0.1] = IGNORED
     counts = sum(
-        (confusion(one, own, num_classes) for one, own in zip(predicted, target, strict=True)),
+        (confusion(*pair, num_classes) for pair in zip(predicted, target, strict=True)),
         torch.zeros(num_classes, num_classes, dtype=torch.int64),
     )
     assert torch.equal(counts, confusion(predicted, target, num_classes))
-    found = scores_of(counts)
+    scores = scores_of(counts)
     known = target != IGNORED
     truth, guess = target[known].numpy(), predicted[known].numpy()
-    assert found.mean_iou == pytest.approx(jaccard_score(truth, guess, average="macro"))
+    assert scores.mean_iou == pytest.approx(jaccard_score(truth, guess, average="macro"))
     by_class = jaccard_score(truth, guess, average=None, labels=range(6))
-    assert found.ious == (*(pytest.approx(iou) for iou in by_class), None)
-    assert found.pixel_accuracy == pytest.approx(accuracy_score(truth, guess))
-    known_guess = np.where(guess == 5, 4, guess)  # scikit-learn warns of a class that is only predicted
-    as_if = scores_of(confusion(torch.from_numpy(known_guess), torch.from_numpy(truth), num_classes))
-    assert as_if.mean_class_accuracy == pytest.approx(balanced_accuracy_score(truth, known_guess))
+    assert scores.ious == (*(pytest.approx(iou) for iou in by_class), None)
+    assert scores.pixel_accuracy == pytest.approx(accuracy_score(truth, guess))
+    known_guess = np.where(guess == 5, 4, guess)  # scikit-learn warns about a class that is only predicted
+    guessed = scores_of(confusion(torch.from_numpy(known_guess), torch.from_numpy(truth), num_classes))
+    assert guessed.mean_class_accuracy == pytest.approx(balanced_accuracy_score(truth, known_guess))
 
 
 def test_scores_by_hand() -> None:
     target = torch.tensor([[0, 0, 1], [1, 1, IGNORED]])
-    found = scores_of(confusion(torch.tensor([[0, 1, 1], [1, 1, 2]]), target, 3))
-    assert found.ious == (1 / 2, 3 / 4, None)
-    assert found.mean_iou == pytest.approx(5 / 8)
-    assert found.pixel_accuracy == pytest.approx(4 / 5)
-    assert found.mean_class_accuracy == pytest.approx((1 / 2 + 3 / 3) / 2)
+    scores = scores_of(confusion(torch.tensor([[0, 1, 1], [1, 1, 2]]), target, 3))
+    assert scores.ious == (1 / 2, 3 / 4, None)
+    assert scores.mean_iou == pytest.approx(5 / 8)
+    assert scores.pixel_accuracy == pytest.approx(4 / 5)
+    assert scores.mean_class_accuracy == pytest.approx((1 / 2 + 3 / 3) / 2)
     with pytest.raises(InputError, match="No pixel"):
         scores_of(confusion(target, torch.full_like(target, IGNORED), 3))
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_crop_keeps_pixels_and_classes_together(seed: int) -> None:
+def test_a_crop_keeps_pixels_and_classes_aligned(seed: int) -> None:
     scene = two_halves(1).read(0)
     protocol = SMALL.model_copy(update={"train_scales": (0.5, 2.0)})
     crop = crop_of(scene, protocol, np.random.default_rng(seed), distort=False)
@@ -110,36 +112,36 @@ def test_a_crop_keeps_pixels_and_classes_together(seed: int) -> None:
     assert torch.equal(distorted.target, crop.target)
 
 
-def test_windows_cover_the_picture_and_are_averaged() -> None:
+def test_windows_cover_the_image_and_are_averaged() -> None:
     image = torch.arange(2 * 3 * 50 * 70).view(2, 3, 50, 70)[0].float()
     for window, stride in ((32, 24), (20, 7), (64, 64)):
         starts = segmentation._starts(50, window, stride)
         assert starts[0] == 0 and starts[-1] == max(50 - window, 0)
         assert all(after - before <= stride for before, after in itertools.pairwise(starts))
         for per_pass in (2, 100):
-            found = slide(lambda part: part * 2, image, window=window, stride=stride, windows_per_pass=per_pass)
-            torch.testing.assert_close(found, image * 2)
+            doubled = slide(lambda part: part * 2, image, window=window, stride=stride, windows_per_pass=per_pass)
+            torch.testing.assert_close(doubled, image * 2)
     assert segmentation._starts(600, 512, 341) == [0, 88]  # as mmsegmentation places them
     assert segmentation._starts(853, 512, 341) == [0, 341]
     assert segmentation._starts(854, 512, 341) == [0, 341, 342]
 
-    def from_left(part: Tensor) -> Tensor:  # 0 to 3 in each window
+    def columns(part: Tensor) -> Tensor:  # 0 to 3 in each window
         return torch.arange(4.0).expand(len(part), 1, 1, 4)
 
-    row = slide(from_left, torch.zeros(3, 1, 6), window=4, stride=2, windows_per_pass=2)
+    row = slide(columns, torch.zeros(3, 1, 6), window=4, stride=2, windows_per_pass=2)
     assert row[0, 0].tolist() == [0, 1, (2 + 0) / 2, (3 + 1) / 2, 2, 3]
 
 
-def test_sides_that_are_no_multiple_of_the_patch_are_padded(model: FrozenModel) -> None:
+def test_images_are_padded_to_whole_patches(model: FrozenModel) -> None:
     head = LinearSegmentationHead(model.embed_dim, 3, seed=0).eval()
     pixels = torch.randint(256, (2, 3, 27, 34), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = pixel_logits(model, head, pixels, 1)
+        logits = pixel_logits(model, head, pixels, 1)
         by_hand = torch.tensor(PADDING_COLOR, dtype=torch.uint8)[:, None, None].repeat(2, 1, 32, 40)
         by_hand[:, :, 2:29, 3:37] = pixels
         expected = pixel_logits(model, head, by_hand, 1)[:, :, 2:29, 3:37]
-    assert found.shape == (2, 3, 27, 34)
-    torch.testing.assert_close(found, expected)
+    assert logits.shape == (2, 3, 27, 34)
+    torch.testing.assert_close(logits, expected)
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
@@ -150,7 +152,7 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert learning_rate(39_999, protocol) == pytest.approx(1e-3 / 40_000)
 
 
-def test_a_head_learns_and_the_seed_makes_it(model: FrozenModel) -> None:
+def test_a_head_learns_and_depends_on_the_seed(model: FrozenModel) -> None:
     scenes = two_halves(6)
     untrained = LinearSegmentationHead(model.embed_dim, 2, seed=0).eval()
     head = train_head(model, scenes, SMALL, seed=3)
@@ -165,7 +167,7 @@ def test_a_head_learns_and_the_seed_makes_it(model: FrozenModel) -> None:
     assert all(score(model, head, scenes, SMALL, windows_per_pass=size).mean_iou == after for size in (1, 50))
 
 
-def test_several_blocks_scales_and_the_mirror(model: FrozenModel) -> None:
+def test_several_blocks_and_scales_and_the_mirror_image(model: FrozenModel) -> None:
     protocol = SMALL.model_copy(update={"blocks": 2, "test_scales": (1.0, 1.5), "flip": True})
     scenes = two_halves(6)
     head = train_head(model, scenes, protocol)
@@ -176,7 +178,7 @@ def test_several_blocks_scales_and_the_mirror(model: FrozenModel) -> None:
     assert (straight == mirrored.flip(1)).double().mean() > 0.99
     assert score(model, head, scenes, protocol).mean_iou > 0.8
     no_flip = protocol.model_copy(update={"flip": False})
-    with torch.no_grad():  # two scales are the mean of their probabilities
+    with torch.no_grad():  # the probabilities of two scales are averaged
         parts = []
         for scale in (32, 48):
             resized = segmentation._resized(scene.image, [scale, scale])
@@ -199,9 +201,9 @@ def test_an_evaluation_end_to_end(tmp_path: Path, model: FrozenModel) -> None:
     assert segmentation._protocol_name(PROTOCOLS["multiscale"]) == "multiscale"
 
 
-def test_models_that_do_not_fit_are_told(tmp_path: Path, model: FrozenModel) -> None:
+def test_models_that_do_not_fit_are_refused(tmp_path: Path, model: FrozenModel) -> None:
     config = SegmentationConfig(name="discs", data=stamps(tmp_path), protocol="multiscale")
-    with pytest.raises(InputError, match="has 2 blocks; the protocol takes the last 4"):
+    with pytest.raises(InputError, match="has 2 blocks; the protocol reads the last 4"):
         segmentation.run(config, model, str(tmp_path))
     with pytest.raises(InputError, match="pixels has no patch tokens"):
         segmentation.run(config, load_model(FrozenModelConfig(name="pixels")), str(tmp_path))
@@ -210,8 +212,8 @@ def test_models_that_do_not_fit_are_told(tmp_path: Path, model: FrozenModel) -> 
 def test_configs_are_closed() -> None:
     text = {"name": "x", "data": {"layout": "voc2012", "path": "p"}, "protocol": "linear"}
     assert parse(SegmentationConfig, text, origin="test").protocol == "linear"
-    own = parse(SegmentationConfig, text | {"protocol": {"steps": 5, "test_scales": [1.0, 2.0]}}, origin="test")
-    assert isinstance(own.protocol, Protocol) and own.protocol.test_scales == (1.0, 2.0)
+    custom = parse(SegmentationConfig, text | {"protocol": {"steps": 5, "test_scales": [1.0, 2.0]}}, origin="test")
+    assert isinstance(custom.protocol, Protocol) and custom.protocol.test_scales == (1.0, 2.0)
     for change in (
         {"data": {"layout": "voc2013", "path": "p"}},
         {"data": {"layout": "stamps", "stamps": "a", "backgrounds": []}},

@@ -1,4 +1,7 @@
-"""Every evaluation finds the same in one process, on two ranks, and on Ray workers; the first rank alone writes."""
+"""Tests that every evaluation gives the same results in one process, on two ranks and on Ray workers.
+
+Only the first rank writes.
+"""
 
 import tomllib
 from pathlib import Path
@@ -20,11 +23,11 @@ from tests.conftest import Ranks
 from tests.evaluation.builders import CLASSES, drawn, image_folder, model_config
 from tests.evaluation.data.scene_builders import depth_scene, stamps, write
 
-Found = dict[tuple[str, str, str], float]
+Values = dict[tuple[str, str, str], float]
 
 
 def write_config(folder: Path) -> str:
-    """A config of every evaluation, on data in `folder`."""
+    """Writes data and a config of every evaluation into `folder`, and returns the path of the config."""
     train, test = image_folder(folder / "train", 5), image_folder(folder / "test", 3, first=50)
     pairs = folder / "pairs"
     for number, label in enumerate((*CLASSES, *CLASSES[:2])):
@@ -79,15 +82,15 @@ def write_config(folder: Path) -> str:
     return str(path)
 
 
-def values_of(found: list[results.Result]) -> Found:
-    return {(one.evaluation + " " + one.dataset, one.protocol, one.metric): one.value for one in found}
+def values_of(all_results: list[results.Result]) -> Values:
+    return {(one.evaluation + " " + one.dataset, one.protocol, one.metric): one.value for one in all_results}
 
 
-def evaluate(path: str, output: str, runner: Runner | None = None) -> Found:
-    """On this process, or as one rank of several, with two images a shard of features."""
+def evaluate(path: str, output: str, runner: Runner | None = None) -> Values:
+    """Evaluates in this process, or as one rank of several, with shards of two images."""
     config = parse(EvaluationConfig, tomllib.loads(Path(path).read_text()), origin=path)
     with pytest.MonkeyPatch.context() as patch, open_world("cpu", timeout_seconds=120) as world:
-        patch.setattr(features, "SHARD_IMAGES", 2)  # so that there are shards for all
+        patch.setattr(features, "SHARD_IMAGES", 2)  # so that every worker and rank has shards
         return values_of(run.evaluate(config, load_model(config.model, world), output, runner=runner))
 
 
@@ -97,26 +100,26 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(config: str, tmp_path_factory: pytest.TempPathFactory) -> Found:
+def alone(config: str, tmp_path_factory: pytest.TempPathFactory) -> Values:
     return evaluate(config, str(tmp_path_factory.mktemp("alone")))
 
 
-def test_two_ranks_find_what_one_process_does(config: str, alone: Found, ranks: Ranks, tmp_path: Path) -> None:
+def test_two_ranks_agree_with_one_process(config: str, alone: Values, ranks: Ranks, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     first, second = ranks(evaluate, config, output)
     assert len({evaluation for evaluation, _, _ in alone}) == 8
     assert first == pytest.approx(alone, abs=1e-6)
     written = results.read(output)
     assert values_of(written) == first and len(written) == len(first)
-    # The second rank knows the same of what ranks share; logistic regression is fitted by the first alone.
+    # The second rank has the same results, except of logistic regression, which only the first fits.
     assert second == {key: value for key, value in first.items() if not key[0].startswith("logistic")}
     (sheet,) = (tmp_path / "out" / "pictures").glob("neighbours-sheet-*.png")
     assert Image.open(sheet).size == (4 * 96 + 3 * GAP, 4 * 96 + 3 * GAP)
-    # Now all is in the cache, and the ranks agree that it is.
+    # Now everything is in the cache, and all ranks read it.
     assert ranks(evaluate, config, output)[0] == first
 
 
-def test_how_many_go_through_at_once_changes_nothing(config: str, alone: Found, tmp_path: Path) -> None:
+def test_batch_sizes_do_not_change_results(config: str, alone: Values, tmp_path: Path) -> None:
     values = tomllib.loads(Path(config).read_text())
     for table in (*values["knn"], *values["logistic"], values["retrieval"][0]["data"]):
         table["pictures"]["batch_size"] = 3
@@ -130,7 +133,7 @@ def test_how_many_go_through_at_once_changes_nothing(config: str, alone: Found, 
         assert evaluate(str(other), str(tmp_path / "out")) == pytest.approx(alone, abs=1e-6)
 
 
-def test_ray_workers_find_what_one_process_does(config: str, alone: Found, tmp_path: Path) -> None:
+def test_ray_workers_agree_with_one_process(config: str, alone: Values, tmp_path: Path) -> None:
     runner = RayRunner(num_workers=2)
     try:
         assert evaluate(config, str(tmp_path), runner) == alone

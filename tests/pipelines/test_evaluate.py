@@ -1,4 +1,4 @@
-"""Several models side by side, on small pictures: results of each, one report, and mistakes told before any work."""
+"""Tests of several models side by side: results of each, one report, and config errors before any work."""
 
 import json
 from pathlib import Path
@@ -42,22 +42,22 @@ def values(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_every_model_has_its_rows_and_one_report_shows_them(tmp_path: Path) -> None:
+def test_every_model_has_results_and_is_in_the_report(tmp_path: Path) -> None:
     report = evaluate(parse(EvaluateConfig, values(tmp_path), origin="test"), str(tmp_path / "out"))
-    found = results.read(str(tmp_path / "out"))
-    assert {(result.model, result.evaluation) for result in found} == {
+    all_results = results.read(str(tmp_path / "out"))
+    assert {(result.model, result.evaluation) for result in all_results} == {
         (model, evaluation) for model in ("trained", "pixels") for evaluation in ("knn", "retrieval")
     }
-    assert len({result.model_hash for result in found}) == 2
+    assert len({result.model_hash for result in all_results}) == 2
     assert report is not None
     page = Path(report).read_text()
     assert "trained" in page and "pixels" in page
-    # Pixels have no patches to draw.
+    # "pixels" has no patch tokens to draw.
     drawn = [json.loads(line) for line in (tmp_path / "out" / "pictures" / "pictures.jsonl").read_text().splitlines()]
     assert {picture["model"] for picture in drawn} == {"trained"}
 
 
-def test_mistakes_are_told_before_any_work(tmp_path: Path) -> None:
+def test_config_errors_are_reported_before_any_work(tmp_path: Path) -> None:
     wrong = values(tmp_path)
     wrong["models"][1]["colour"] = 3
     with pytest.raises(ConfigError, match=r"models\.1: 1 problem in the config:\n  Unknown key: 'model\.colour'"):

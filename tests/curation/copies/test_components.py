@@ -1,4 +1,4 @@
-"""Connected components: equal to scipy's, whatever the order of the edges."""
+"""Connected components equal scipy's for any order of the edges; family edges follow their rule."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ MARGINS = {"sure": 0.9, "margin": 0.1, "local_margin": 0.05}
 
 @pytest.fixture(params=[1, 3, 64, disk_arrays.BLOCK])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Runs a test with blocks of several sizes: of one edge, and of more than all."""
+    """Runs a test with several block sizes, from one edge to more than all edges."""
     monkeypatch.setattr(disk_arrays, "BLOCK", request.param)
     return int(request.param)
 
@@ -44,12 +44,12 @@ def components(num_nodes: int, first: np.ndarray, second: np.ndarray) -> np.ndar
 
 
 def check(num_nodes: int, first: np.ndarray, second: np.ndarray) -> None:
-    found = components(num_nodes, first, second)
-    assert found.dtype == np.int32
-    np.testing.assert_array_equal(found, by_scipy(num_nodes, first, second))
+    component = components(num_nodes, first, second)
+    assert component.dtype == np.int32
+    np.testing.assert_array_equal(component, by_scipy(num_nodes, first, second))
 
 
-def test_no_nodes_no_edges_one_node(block: int) -> None:
+def test_no_nodes_no_edges_and_one_node(block: int) -> None:
     assert connected_components(0, []).shape == (0,)
     assert components(0, EMPTY, EMPTY).shape == (0,)
     assert component_sizes(EMPTY).shape == (0,)
@@ -58,7 +58,7 @@ def test_no_nodes_no_edges_one_node(block: int) -> None:
     assert components(1, np.array([0]), np.array([0])).tolist() == [0]
 
 
-def test_nodes_take_eight_bytes_only_where_they_must() -> None:
+def test_nodes_take_eight_bytes_only_when_four_are_too_few() -> None:
     assert node_type(2**31 - 1) is np.int32
     assert node_type(2**31) is np.int64
 
@@ -67,7 +67,7 @@ def test_nodes_take_eight_bytes_only_where_they_must() -> None:
 def test_random_graphs(seed: int, block: int) -> None:
     rng = np.random.default_rng(seed)
     num_nodes = int(rng.integers(1, 300))
-    num_edges = int(rng.integers(0, 2 * num_nodes))  # around one edge a node, where components grow large
+    num_edges = int(rng.integers(0, 2 * num_nodes))  # about one edge a node, where large components appear
     first, second = rng.integers(0, num_nodes, (2, num_edges))
     check(num_nodes, first, second)
 
@@ -83,8 +83,8 @@ def test_chains_stars_cliques_and_trees_under_any_numbering(seed: int) -> None:
     clique = np.nonzero(np.ones((20, 20)))
     for first, second in (chain, chain[::-1], star, tree, combs, clique):
         check(500, first, second)
-        names = rng.permutation(500)
-        check(500, names[first], names[second])
+        numbers = rng.permutation(500)
+        check(500, numbers[first], numbers[second])
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -106,13 +106,13 @@ def test_arguments_stay_as_they_were() -> None:
 
 
 def test_long_chain_takes_few_rounds() -> None:
-    """A chain of 200,000 in random order: what takes a round per link would not end."""
+    """A chain of 200,000 nodes in random order; an algorithm with one round per link would take hours."""
     order = np.random.default_rng(0).permutation(200_000)
     assert not components(200_000, order[:-1], order[1:]).any()
 
 
-def test_star_whose_rays_come_in_order_takes_few_rounds() -> None:
-    """The middle has the largest number: what hooks it under one ray a round would not end."""
+def test_star_with_rays_in_order_takes_few_rounds() -> None:
+    """The centre has the largest number; an algorithm that hooks it under one ray per round would take hours."""
     rays = np.arange(200_000)
     assert not components(200_001, rays, np.full(200_000, 200_000)).any()
 
@@ -131,14 +131,14 @@ def test_edges_may_come_in_blocks_of_any_size_and_the_result_lie_on_disk(seed: i
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_joining_goes_on_from_a_flat_forest(seed: int, block: int) -> None:
+def test_a_flat_forest_can_be_united_further(seed: int, block: int) -> None:
     rng = np.random.default_rng(seed)
     edges = rng.integers(0, 60, (2, 50))
     parent = np.empty(60, np.int32)
     separate(parent)
     for stop in range(0, 51, 10):
         unite(parent, *edges[:, max(stop - 10, 0) : stop])
-        assert (parent <= np.arange(60)).all(), "a tree's root is its smallest node"
+        assert (parent <= np.arange(60)).all(), "the root of a tree is its smallest node"
         np.testing.assert_array_equal(flatten(parent), by_scipy(60, *edges[:, :stop]))
 
 
@@ -150,32 +150,32 @@ from curation.files.disk_arrays import on_disk
 
 num_edges = int(sys.argv[1])
 
-def anonymous():
+def anonymous_kilobytes():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
     return int(line.split()[1])
 
-most = 0
+peak = 0
 
 def edges():
-    global most
+    global peak
     for start in range(0, num_edges, 500_000):
         rng = np.random.default_rng(start)
         yield rng.integers(0, num_edges, (2, 500_000), dtype=np.int32)
-        most = max(most, anonymous())
+        peak = max(peak, anonymous_kilobytes())
 
 parent = connected_components(num_edges, edges(), parent=on_disk(num_edges, np.int32))
-print(max(most, anonymous()))
+print(max(peak, anonymous_kilobytes()))
 """
 
 
 def test_memory_does_not_grow_with_nodes_and_edges() -> None:
-    """What a process holds beyond its files, with 1 million nodes and edges and with 6."""
+    """The anonymous memory of a process with 6 million nodes and edges is about that with 1 million."""
     root = str(Path(__file__).parents[3])
     kilobytes = [
         int(subprocess.run([sys.executable, "-c", MEASURE, str(n)], capture_output=True, check=True, cwd=root).stdout)
         for n in (1_000_000, 6_000_000)
     ]
-    # 5 million nodes more would be 20 MB as int32, 40 MB as int64; their edges 40 MB or 80 MB.
+    # In memory, 5 million nodes more would take 20 MB as int32 or 40 MB as int64; their edges 40 MB or 80 MB.
     assert kilobytes[1] < kilobytes[0] + 15_000
 
 
@@ -184,7 +184,7 @@ def test_sizes_count_each_component(seed: int, block: int) -> None:
     rng = np.random.default_rng(seed)
     component = components(50, *rng.integers(0, 50, (2, 30)))
     sizes = component_sizes(component)
-    assert sizes[component].tolist() == [int((component == own).sum()) for own in component]
+    assert sizes[component].tolist() == [int((component == root).sum()) for root in component]
     assert sizes.sum() == 50 and not sizes[component != np.arange(50)].any()
 
 
@@ -193,7 +193,7 @@ def family(edges: list[tuple[int, int, float, bool]]) -> list[bool]:
     return family_edges(10, first, second, similarity, local.astype(bool), **MARGINS).tolist()
 
 
-def test_lone_pair_with_an_overlay_is_of_copies() -> None:
+def test_single_pair_with_an_overlay_is_a_pair_of_copies() -> None:
     assert family([(0, 1, 0.8, True)]) == [False]
 
 
@@ -201,8 +201,8 @@ def test_pictures_that_all_resemble_one_another_are_a_family() -> None:
     assert family([(0, 1, 0.8, True), (0, 2, 0.8, True), (1, 2, 0.79, True)]) == [True, True, True]
 
 
-def test_copies_of_one_picture_are_no_rivals_of_each_other() -> None:
-    # 1 is surely 2; 0 is either of them with something laid over.
+def test_copies_of_one_picture_are_not_rivals_of_each_other() -> None:
+    # 1 and 2 show one picture for sure; 0 is a copy of it with an overlay.
     assert family([(1, 2, 0.99, False), (0, 1, 0.8, True), (0, 2, 0.8, True)]) == [False, False, False]
 
 
@@ -212,20 +212,20 @@ def test_pair_without_a_local_difference_needs_rivals_at_both_ends() -> None:
     assert family(chain) == [False, True, False]
 
 
-def test_no_edges_have_no_family() -> None:
+def test_without_edges_there_is_no_family() -> None:
     nothing = np.array([], bool)
     for num_nodes in (0, 3):
         assert len(family_edges(num_nodes, EMPTY, EMPTY, EMPTY.astype(float), nothing, **MARGINS)) == 0
 
 
-def has_rival(node: int, partner: int, least: float, same: np.ndarray, edges: list[tuple[int, int, float]]) -> bool:
+def has_rival(node: int, partner: int, floor: float, same: np.ndarray, edges: list[tuple[int, int, float]]) -> bool:
     others = [(b if a == node else a, value) for a, b, value in edges if node in (a, b)]
-    return any(value >= least and same[third] not in (same[node], same[partner]) for third, value in others)
+    return any(value >= floor and same[third] not in (same[node], same[partner]) for third, value in others)
 
 
 @pytest.mark.parametrize("seed", range(25))
 def test_families_follow_the_rule(seed: int, block: int) -> None:
-    """Against a plain reading of the docstring, edge by edge, with many equal similarities."""
+    """Against the rule of the docstring, applied edge by edge, with many equal similarities."""
     rng = np.random.default_rng(seed)
     pairs = np.array([(a, b) for a in range(14) for b in range(a) if rng.random() < 0.35]).reshape(-1, 2)
     first, second = pairs.T
@@ -236,8 +236,8 @@ def test_families_follow_the_rule(seed: int, block: int) -> None:
     edges = list(zip(first.tolist(), second.tolist(), similarity.tolist(), strict=True))
     expected = []
     for (one, other, value), differs, sure in zip(edges, local.tolist(), is_sure.tolist(), strict=True):
-        least = value - (0.05 if differs else 0.1)
-        rivals = [has_rival(one, other, least, same, edges), has_rival(other, one, least, same, edges)]
+        floor = value - (0.05 if differs else 0.1)
+        rivals = [has_rival(one, other, floor, same, edges), has_rival(other, one, floor, same, edges)]
         expected.append(not sure and (any(rivals) if differs else all(rivals)))
     assert family_edges(14, first, second, similarity, local, **MARGINS).tolist() == expected
     order = rng.permutation(len(pairs))

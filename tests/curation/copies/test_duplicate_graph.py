@@ -1,4 +1,4 @@
-"""The numbered graph says what the files say, whatever the blocks and buckets."""
+"""The numbered graph agrees with the files, for any sizes of blocks and buckets."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,21 +18,21 @@ from tests.curation.builders import content_hash, id_of, image_row, write_ingest
 Name = Callable[[int], str]
 
 
-def hash_of(number: int) -> str:
-    """An image_id that begins as evenly as a hash."""
+def spread_id(number: int) -> str:
+    """An image_id anywhere in the range of ids, whose last bytes are zeros, as in `id_of(0)`, for number 0."""
     return f"{(number + 1) * 0x9E3779B97F4A7C15 % 2**64:016x}{number:016x}"
 
 
 def write_run(
-    folder: Path, seed: int, name: Name = hash_of
+    folder: Path, seed: int, name: Name = spread_id
 ) -> tuple[str, str, list[dict[str, Any]], list[tuple[Any, ...]]]:
-    """Ingest of many copies, a pair between every two neighbours, and the rows of both."""
+    """An ingest with many copies and a pair of every two neighbouring ids: both folders, and the rows of both."""
     rng = np.random.default_rng(seed)
     shards, numbers = [], set()
     for count in [*rng.integers(0, 15, 5).tolist(), 2]:
         drawn = rng.integers(0, 30, count).tolist()
         numbers |= set(drawn)
-        roles = rng.choice(schemas.ROLES, count).tolist()
+        roles = rng.choice(["seed", "pool", "holdout"], count).tolist()
         shards.append(
             [
                 image_row(name(n), role, role, width=n + 1, height=3, length=7 * n)
@@ -42,8 +42,8 @@ def write_run(
     images = write_ingest(folder / "ingest", shards)
     ordered = sorted(name(n) for n in numbers)
     pairs = [
-        (*ordered[place : place + 2], float(rng.random()), bool(rng.random() < 0.5), float(rng.random()), place % 2 > 0)
-        for place in rng.permutation(len(ordered) - 1).tolist()
+        (*ordered[row : row + 2], float(rng.random()), bool(rng.random() < 0.5), float(rng.random()), row % 2 > 0)
+        for row in rng.permutation(len(ordered) - 1).tolist()
     ]
     tables = [
         {
@@ -59,11 +59,11 @@ def write_run(
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("block", "bucket"), [(disk_arrays.BLOCK, 1 << 20), (1, 1), (4, 9)])
-@pytest.mark.parametrize("name", [hash_of, id_of])
+@pytest.mark.parametrize("name", [spread_id, id_of])
 def test_graph_agrees_with_the_rows(
     tmp_path: Path, seed: int, block: int, bucket: int, name: Name, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk_arrays, "BLOCK", block)  # of a million, as the buckets: more than any small case
+    monkeypatch.setattr(disk_arrays, "BLOCK", block)  # a million by default, as ROWS_PER_BUCKET: more than a test needs
     monkeypatch.setattr(duplicate_graph, "ROWS_PER_BUCKET", bucket)
     images, copies, rows, pairs = write_run(tmp_path, seed, name)
     graph = read_graph(images, copies)
@@ -71,19 +71,20 @@ def test_graph_agrees_with_the_rows(
     assert ids == sorted({row["image_id"] for row in rows})
     assert [ids[node] for node in graph.node_of_row] == [row["image_id"] for row in rows]
     for node, image_id in enumerate(ids):
-        own = [number for number, row in enumerate(rows) if row["image_id"] == image_id]
-        roles = {rows[number]["role"] for number in own}
+        copies_of_image = [number for number, row in enumerate(rows) if row["image_id"] == image_id]
+        roles = {rows[number]["role"] for number in copies_of_image}
         assert graph.nodes.is_seed[node] == ("seed" in roles)
         assert graph.nodes.is_holdout[node] == ("holdout" in roles)
-        stands = min(own, key=lambda number: (("seed", "holdout", "pool").index(rows[number]["role"]), number))
-        assert graph.row_of_node[node] == stands
-        assert graph.nodes.pixels[node] == rows[stands]["width"] * rows[stands]["height"]
-        assert graph.nodes.length[node] == rows[stands]["length"]
+        preference = [("seed", "holdout", "pool").index(row["role"]) for row in rows]
+        first = min(copies_of_image, key=preference.__getitem__)
+        assert graph.row_of_node[node] == first
+        assert graph.nodes.pixels[node] == rows[first]["width"] * rows[first]["height"]
+        assert graph.nodes.length[node] == rows[first]["length"]
     edges = graph.edges
     assert [ids[node] for node in edges.first] == [row[0] for row in pairs]
     assert [ids[node] for node in edges.second] == [row[1] for row in pairs]
-    for place, column in enumerate((edges.similarity, edges.differs_locally, edges.cosine, edges.mutual), start=2):
-        assert column.tolist() == np.array([row[place] for row in pairs], column.dtype).tolist()
+    for index, column in enumerate((edges.similarity, edges.differs_locally, edges.cosine, edges.mutual), start=2):
+        assert column.tolist() == np.array([row[index] for row in pairs], column.dtype).tolist()
 
 
 def test_file_of_another_length_than_written_is_noticed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Arrays on disk behave as arrays in memory, and leave nothing behind."""
+"""Arrays on disk behave as arrays in memory, and leave no files behind."""
 
 import contextlib
 import gc
@@ -38,7 +38,7 @@ def test_arrays_are_filled_and_can_be_written(length: int, monkeypatch: pytest.M
 def test_no_file_has_a_name_and_none_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-    def held() -> list[str]:  # open by this process: those of tests before may be closed meanwhile
+    def open_files() -> list[str]:  # of this process in tmp_path; files of earlier tests may be closed meanwhile
         links = []
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(FileNotFoundError):
@@ -48,14 +48,14 @@ def test_no_file_has_a_name_and_none_stays_open(tmp_path: Path, monkeypatch: pyt
     array, buckets = on_disk(10, np.int64), Buckets(2, ROW)
     buckets.add(np.zeros(3, np.int64), np.zeros(3, ROW))
     assert len(buckets.read(0)) == 3
-    assert list(tmp_path.iterdir()) == [] and held()
+    assert list(tmp_path.iterdir()) == [] and open_files()
     del array, buckets
     gc.collect()
-    assert held() == []
+    assert open_files() == []
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_buckets_give_back_what_was_added_in_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_return_their_rows_in_the_order_of_adding(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_arrays, "BLOCK", 20)
     rng = np.random.default_rng(seed)
     num_buckets = int(rng.integers(1, 5))
@@ -68,7 +68,7 @@ def test_buckets_give_back_what_was_added_in_order(seed: int, monkeypatch: pytes
         bucket = rng.integers(0, num_buckets, count)
         buckets.add(bucket, rows)
         added += list(zip(bucket.tolist(), rows.tolist(), strict=True))
-        if rng.random() < 0.2:  # reading in between changes nothing
+        if rng.random() < 0.2:  # reading between additions changes nothing
             buckets.read(0)
     for number in range(num_buckets):
         assert buckets.read(number).tolist() == [row for bucket, row in added if bucket == number]

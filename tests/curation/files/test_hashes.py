@@ -1,4 +1,4 @@
-"""Hashes are SHA-256, whatever the size of a file and its place; mixed numbers are the published ones."""
+"""Hashes are SHA-256, for files of any size on any filesystem; mixed numbers equal the published ones."""
 
 import hashlib
 from pathlib import Path

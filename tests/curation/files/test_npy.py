@@ -38,10 +38,10 @@ def test_header_says_shape_order_and_dtype_and_leaves_the_file_at_the_values(tmp
     for version in ((1, 0), (2, 0)):
         for order, by_column in (("C", False), ("F", True)):
             with open(tmp_path / "m.npy", "wb") as file:
-                np.lib.format.write_array(file, np.array(matrix, order=order), version=version)  # type: ignore[call-overload]
+                np.lib.format.write_array(file, np.array(matrix, order=order), version=version)
             with open(tmp_path / "m.npy", "rb") as file:
                 assert npy.read_header(file) == ((2, 3), by_column, np.dtype(">f4"))
-                assert file.read() == matrix.tobytes(order)  # type: ignore[arg-type]
+                assert file.read() == matrix.tobytes(order)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"\x93NUMPY\x03\x00", b"PK\x03\x04 an archive", b"text" * 100])

@@ -1,4 +1,4 @@
-"""Vectors: what users bring comes in as unit float16, or is refused with its file and its image."""
+"""Vectors of users are read as unit float16, or refused with the file and the image."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_every_float_matrix_is_read_with_row_numbers_as_ids(tmp_path: Path, dtyp
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 0.5, 1.0, 1.001, 1000.0, 1e30])
-def test_length_does_not_matter(tmp_path: Path, scale: float) -> None:
+def test_vectors_of_any_length_are_scaled_to_unit_length(tmp_path: Path, scale: float) -> None:
     unit = unit_vectors(1, 20, 33)
     np.save(tmp_path / "v.npy", unit * np.float32(scale))
     matrix = vectors.read_file(str(tmp_path / "v.npy"))[1].astype(np.float64)
@@ -61,7 +61,7 @@ def test_length_does_not_matter(tmp_path: Path, scale: float) -> None:
 
 
 @pytest.mark.parametrize("width", [2, 64, 1280])
-def test_what_seedbed_wrote_is_read_bit_for_bit(tmp_path: Path, width: int) -> None:
+def test_vectors_that_seedbed_wrote_are_read_bit_for_bit(tmp_path: Path, width: int) -> None:
     unit = unit_vectors(width, 50, width).astype(np.float16)
     ids = [id_of(row) for row in range(50)]
     path = paths.join(str(tmp_path), "vectors-00000.parquet")
@@ -73,7 +73,7 @@ def test_what_seedbed_wrote_is_read_bit_for_bit(tmp_path: Path, width: int) -> N
     assert vectors.read_file(str(tmp_path / "v.npy"))[1].tobytes() == unit.tobytes()
 
 
-def test_slices_of_a_table_are_honoured(tmp_path: Path) -> None:
+def test_slices_of_a_table_are_respected(tmp_path: Path) -> None:
     unit = unit_vectors(3, 30, 4).astype(np.float16)
     table = vectors.make_table([id_of(row) for row in range(30)], unit)
     path = str(tmp_path / "v.parquet")
@@ -83,7 +83,7 @@ def test_slices_of_a_table_are_honoured(tmp_path: Path) -> None:
     assert matrix.tobytes() == unit[[20, 21, 22, 23, 24, 3]].tobytes()
 
 
-def test_no_rows_and_columns_in_any_order(tmp_path: Path) -> None:
+def test_tables_without_rows_and_with_columns_in_any_order(tmp_path: Path) -> None:
     path = str(tmp_path / "v.parquet")
     parquet.write_table(path, vectors.make_table([], np.empty((0, 7), np.float16)))
     ids, matrix = vectors.read_file(path)
@@ -108,17 +108,17 @@ NAN, INF = float("nan"), float("inf")
         ([[1.0, 0.0], []], "different widths"),
         ([[1.0, 0.0], [1.0, 0.0, 1.0]], "different widths"),
         ([[1.0], [1.0, 0.0, 1.0]], "different widths"),
-        ([[], []], "values that are no floats"),
+        ([[], []], "values that are not floats"),
         ([[1.0, 0.0], None], "a row has no image_id or no vector"),
-        ([[1.0, 0.0], [1.0, None]], "values that are no floats"),
-        ([[1, 0], [1, 0]], "values that are no floats"),
-        ([["a"], ["b"]], "values that are no floats"),
+        ([[1.0, 0.0], [1.0, None]], "values that are not floats"),
+        ([[1, 0], [1, 0]], "values that are not floats"),
+        ([["a"], ["b"]], "values that are not floats"),
         ([1.0, 2.0], "expected a list of floats per row"),
         (["a", "b"], "expected a list of floats per row"),
         ([b"\0\0\x80?", b"a"], "expected a list of floats per row"),
     ],
 )
-def test_wrong_vectors_are_refused_with_file_and_image(tmp_path: Path, rows: list[object], message: str) -> None:
+def test_invalid_vectors_are_refused_with_file_and_image(tmp_path: Path, rows: list[object], message: str) -> None:
     columns = [pa.array(rows)]
     widths = {len(row) for row in rows if isinstance(row, list)}
     if len(widths) == 1 and widths != {0}:
@@ -139,7 +139,7 @@ def test_wrong_vectors_are_refused_with_file_and_image(tmp_path: Path, rows: lis
         (pa.table({"image_id": [b"\xff"], "vector": [[1.0]]}), "column 'image_id' has type"),
     ],
 )
-def test_wrong_columns_are_refused(tmp_path: Path, table: pa.Table, message: str) -> None:
+def test_invalid_columns_are_refused(tmp_path: Path, table: pa.Table, message: str) -> None:
     path = str(tmp_path / "v.parquet")
     parquet.write_table(path, table)
     with pytest.raises(InputError, match=rf"v\.parquet: .*{message}"):
@@ -160,7 +160,7 @@ def test_wrong_columns_are_refused(tmp_path: Path, table: pa.Table, message: str
         (np.ones((3, 0), np.float32), r"image '0' is zero"),
     ],
 )
-def test_wrong_matrices_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
+def test_invalid_matrices_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
     np.save(tmp_path / "v.npy", array, allow_pickle=True)
     with pytest.raises(InputError, match=rf"v\.npy: .*{message}"):
         vectors.read_file(str(tmp_path / "v.npy"))
@@ -183,7 +183,7 @@ def test_damaged_matrix_is_an_input_error(tmp_path: Path) -> None:
 # Folders
 
 
-def together(path: str) -> tuple[list[str], np.ndarray]:
+def read_together(path: str) -> tuple[list[str], np.ndarray]:
     parts = list(read_vectors(path))
     return [image_id for ids, _ in parts for image_id in ids], np.concatenate([matrix for _, matrix in parts])
 
@@ -196,10 +196,10 @@ def test_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path, root:
     for name, rows in (("b", slice(3, 5)), ("a", slice(0, 3)), ("c", slice(5, 9))):
         parquet.write_table(paths.join(folder, f"{name}.parquet"), vectors.make_table(ids[rows], unit[rows]))
     paths.write_bytes(paths.join(folder, "README.md"), b"not a vector")
-    read_ids, matrix = together(folder)
+    read_ids, matrix = read_together(folder)
     assert read_ids == ids and matrix.tobytes() == unit.tobytes()
     assert len(list(read_vectors(folder))) == 3
-    assert together(paths.join(folder, "a.parquet"))[0] == ids[:3]
+    assert read_together(paths.join(folder, "a.parquet"))[0] == ids[:3]
 
 
 def test_folder_of_a_stage_gives_the_files_of_its_manifest(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_folder_of_a_stage_gives_the_files_of_its_manifest(tmp_path: Path) -> No
         tmp_path / "embed", [{"vectors": tables[0], "thumbnails": pa.table({"x": [1]})}, {"vectors": tables[1]}]
     )
     parquet.write_table(paths.join(folder, "stray.parquet"), tables[2])
-    assert together(folder)[0] == [id_of(0), id_of(1)]
+    assert read_together(folder)[0] == [id_of(0), id_of(1)]
     with pytest.raises(InputError, match="holds no vectors"):
         list(read_vectors(write_stage(tmp_path / "ingest", [{"images": tables[0]}])))
 
@@ -217,16 +217,16 @@ def test_folder_of_a_stage_gives_the_files_of_its_manifest(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "empty", [pa.list_(pa.float32()), pa.list_(pa.float16(), 3), pa.list_(pa.float16(), 6)], ids=str
 )
-def test_empty_file_among_others_says_nothing_of_the_width(tmp_path: Path, empty: pa.DataType) -> None:
+def test_width_of_an_empty_file_among_others_is_ignored(tmp_path: Path, empty: pa.DataType) -> None:
     parquet.write_table(
         str(tmp_path / "a.parquet"), pa.table({"image_id": pa.array([], pa.string()), "vector": pa.array([], empty)})
     )
     parquet.write_table(str(tmp_path / "b.parquet"), vectors.make_table(["x"], unit_vectors(0, 1, 6)))
-    ids, matrix = together(str(tmp_path))
+    ids, matrix = read_together(str(tmp_path))
     assert ids == ["x"] and matrix.shape == (1, 6)
 
 
-def test_what_holds_no_vectors_is_refused(tmp_path: Path) -> None:
+def test_paths_without_vectors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"No file or folder at '.*nothing'"):
         list(read_vectors(str(tmp_path / "nothing")))
     with pytest.raises(InputError, match=r"holds no vectors"):

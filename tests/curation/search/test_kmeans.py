@@ -1,4 +1,4 @@
-"""K-means: as good as others', the same however the points are cut, and sane on points that are few or equal."""
+"""K-means is as good as faiss's, gives equal bytes for any cut of the points, and handles few or equal points."""
 
 import itertools
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ def fit(
 
 
 def plain_lloyd(points: np.ndarray, centroids: np.ndarray, num_iterations: int) -> tuple[np.ndarray, list[float]]:
-    """The same in a few lines of float64, for points without empty clusters."""
+    """Spherical k-means in a few lines of float64, for cases without empty clusters."""
     points, centroids, objectives = points.astype(np.float64), centroids.astype(np.float64), []
     for _ in range(num_iterations):
         cosines = points @ centroids.T
@@ -44,14 +44,14 @@ def plain_lloyd(points: np.ndarray, centroids: np.ndarray, num_iterations: int) 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("start", ["random", "k_means++"])
-def test_agrees_with_a_plain_one_from_the_same_start(seed: int, start: Start) -> None:
+def test_agrees_with_plain_k_means_from_the_same_start(seed: int, start: Start) -> None:
     points = mixture(seed, 600, 12)
     rows = kmeans.start_rows(len(points), 10, start, seed)
     first = kmeans.initial_centroids(kmeans.take([points], rows), 10, start, seed)
-    found = fit([points], 10, num_iterations=6, seed=seed, start=start)
-    expected, objectives = plain_lloyd(points, first, len(found.objectives))
-    np.testing.assert_allclose(found.centroids, expected, atol=1e-5)
-    np.testing.assert_allclose(found.objectives, objectives, rtol=1e-6)
+    result = fit([points], 10, num_iterations=6, seed=seed, start=start)
+    expected, objectives = plain_lloyd(points, first, len(result.objectives))
+    np.testing.assert_allclose(result.centroids, expected, atol=1e-5)
+    np.testing.assert_allclose(result.objectives, objectives, rtol=1e-6)
     assert all(after >= before - 1e-3 for before, after in itertools.pairwise(objectives))
 
 
@@ -61,13 +61,13 @@ def test_objective_is_within_one_percent_of_faiss(seed: int) -> None:
     peer = faiss.Kmeans(24, 80, niter=10, spherical=True, seed=seed + 1, max_points_per_centroid=10**6)
     peer.train(points.astype(np.float32))
     for start in ("random", "k_means++"):
-        found = fit([points], 80, num_iterations=10, seed=seed, start=start)
-        assert found.objectives[-1] >= 0.99 * peer.obj[-1]
+        result = fit([points], 80, num_iterations=10, seed=seed, start=start)
+        assert result.objectives[-1] >= 0.99 * peer.obj[-1]
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("start", ["random", "k_means++"])
-def test_cuts_of_float16_points_change_no_byte(seed: int, start: Start) -> None:
+def test_cuts_of_float16_points_change_no_byte_of_the_centroids(seed: int, start: Start) -> None:
     points = mixture(seed, 900, 20)
     whole = fit([points], 30, 12, seed, start)
     for cuts in ([1, 2, 899], [300, 600], list(range(1, 900, 40))):
@@ -77,7 +77,7 @@ def test_cuts_of_float16_points_change_no_byte(seed: int, start: Start) -> None:
     assert fit([points], 30, 12, seed + 1, start).centroids.tobytes() != whole.centroids.tobytes()
 
 
-def test_merged_reductions_of_parts_are_the_reduction_of_all() -> None:
+def test_merged_reductions_of_parts_equal_the_reduction_of_all_points() -> None:
     random = np.random.default_rng(0)
     points = random.integers(-3, 4, (500, 6)).astype(np.float32)  # whole numbers, so that sums are exact
     centroids = unit_vectors(1, 8, 6)
@@ -115,11 +115,11 @@ def test_guess_changes_nothing() -> None:
 )
 def test_few_and_equal_points(points: np.ndarray, num_clusters: int, num_distinct: int, start: Start) -> None:
     points = points.astype(np.float16)
-    found = fit([points[:0], points, points[:0]], num_clusters, start=start)
-    assert found.centroids.shape == (num_clusters, points.shape[1]) and found.centroids.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(found.centroids, axis=1), 1, atol=1e-6)
+    result = fit([points[:0], points, points[:0]], num_clusters, start=start)
+    assert result.centroids.shape == (num_clusters, points.shape[1]) and result.centroids.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(result.centroids, axis=1), 1, atol=1e-6)
     if num_distinct <= num_clusters and start == "k_means++":
-        cosines = (points.astype(np.float32) @ found.centroids.T).max(axis=1)
+        cosines = (points.astype(np.float32) @ result.centroids.T).max(axis=1)
         np.testing.assert_allclose(cosines, 1, atol=2e-3)
 
 
@@ -135,7 +135,7 @@ def test_empty_clusters_take_half_of_the_largest() -> None:
     old = unit_vectors(0, 5, 6)
     sums = np.stack([old[0] * 100, old[1] * 0, old[2] * 30, old[3] * 0, old[4]]).astype(np.float64)
     following = kmeans.update(Reduction(sums, np.array([100, 0, 60, 0, 1]), 0.0), old)
-    # The second empty one takes from cluster 2: the first halved cluster 0 to 50.
+    # The second empty cluster splits cluster 2, since the first split left cluster 0 with 50.
     cosines = following.astype(np.float64) @ old.astype(np.float64).T
     assert cosines[1, 0] > 0.99999 and cosines[3, 2] > 0.99999 and cosines[4, 4] > 0.99999
     assert not np.array_equal(following[0], following[1]) and not np.array_equal(following[2], following[3])
@@ -143,7 +143,7 @@ def test_empty_clusters_take_half_of_the_largest() -> None:
     np.testing.assert_allclose(np.linalg.norm(following, axis=1), 1, atol=1e-6)
 
 
-def test_clusters_without_a_mean_or_a_donor_keep_their_centroid() -> None:
+def test_clusters_keep_their_centroid_without_a_mean_or_a_cluster_to_split() -> None:
     old = unit_vectors(0, 3, 4)
     sums = np.stack([np.zeros(4), old[2] * 1.0, np.zeros(4)]).astype(np.float64)
     following = kmeans.update(Reduction(sums, np.array([1, 1, 0]), 0.0), old)
@@ -169,7 +169,7 @@ def test_start_is_of_different_points(num_points: int, num_clusters: int, start:
 def test_k_means_plus_plus_draws_with_its_probabilities_at_any_batch(
     batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the definition, worked out over all orders of three draws from five points on a circle."""
+    """Against the definition, computed over all orders of three draws from five points on a circle."""
     monkeypatch.setattr(kmeans, "CANDIDATES", batch)
     angles = np.array([0, 0.1, 0.5, 1.5, 3.0])
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16)
@@ -195,7 +195,7 @@ def test_k_means_plus_plus_draws_with_its_probabilities_at_any_batch(
     assert np.mean(np.square(deviations)) < 2
 
 
-def test_k_means_plus_plus_starts_better_on_separate_clusters() -> None:
+def test_k_means_plus_plus_starts_better_than_random_on_separate_clusters() -> None:
     points = mixture(0, 4000, 60, spread=0.02)
     random, spread = (fit([points], 60, num_iterations=1, seed=1, start=start) for start in ("random", "k_means++"))
     assert spread.objectives[0] > random.objectives[0] + 0.02 * len(points)

@@ -1,4 +1,4 @@
-"""A scan loses no pair: its estimates stay within the stated slack, its candidates hold all that reach a floor."""
+"""A scan misses no pair: estimates stay within the slack, and all pairs that reach a floor are candidates."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def of_kind(kind: str, seed: int, width: int, count: int = 90) -> np.ndarray:
         case "clustered":
             matrix = unit_vectors(seed, 3, width)[rng.integers(0, 3, count)]
             matrix = matrix + rng.normal(scale=0.02 / width**0.5, size=matrix.shape)
-        case "one-hot":  # one large entry in all sets the scale of all, so that those with none lose most
+        case "one-hot":  # a few large entries set the scale, so that the other vectors lose most precision
             matrix = np.eye(count, width) + rng.normal(scale=width**-0.5, size=(count, width))
             matrix[: min(count, width)] = np.eye(count, width)[: min(count, width)]
         case "constant":
@@ -39,19 +39,19 @@ def padded(values: np.ndarray) -> torch.Tensor:
 
 
 def exact_codes(matrix: np.ndarray) -> Codes:
-    """Codes as a processor without int8 units has them: the vectors themselves, all with one scale."""
+    """Codes as on a processor without int8 units: the vectors themselves, with one scale."""
     norm = np.linalg.norm(matrix, axis=1).max(initial=0, keepdims=True).astype(np.float64)
     return Codes(padded(matrix), len(matrix), np.ones(1), norm, np.zeros(1))
 
 
 def both_codes(queries: np.ndarray, vectors: np.ndarray, kind: str) -> tuple[Codes, Codes]:
-    """Codes of both sides: those that this machine uses, or float32."""
+    """Codes of both sides: float32, or native to this machine."""
     if kind == "float32":
         return exact_codes(queries), exact_codes(vectors)
     return low_precision.encode_rows(queries, "cpu"), low_precision.encode([vectors], "cpu")
 
 
-@pytest.mark.parametrize("codes", ["own", "float32"])
+@pytest.mark.parametrize("codes", ["native", "float32"])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_candidates_hold_every_pair_that_reaches_its_floor(kind: str, width: int, codes: str) -> None:
@@ -66,33 +66,33 @@ def test_candidates_hold_every_pair_that_reaches_its_floor(kind: str, width: int
         query, row, value = estimates.candidates(floor)
         assert (row < len(vectors)).all()
         pair = query * len(vectors) + row
-        assert (np.diff(pair) > 0).all(), "by query, then by row, and each once"
+        assert (np.diff(pair) > 0).all(), "by query, then by row, each pair once"
         assert np.isin(np.flatnonzero(products >= floor[:, None]), pair).all()
         assert (np.abs(value - products[query, row]) <= estimates.slack[query]).all()
-        assert (value >= (floor - estimates.slack)[query] - estimates.unit[query]).all(), "few others"
+        assert (value >= (floor - estimates.slack)[query] - estimates.unit[query]).all(), "few other pairs"
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_slack_bounds_what_rounding_does_to_every_product(kind: str, width: int) -> None:
-    """The least floor makes a candidate of every pair, so that every estimate is looked at."""
+def test_slack_bounds_the_rounding_of_every_product(kind: str, width: int) -> None:
+    """With the lowest floor every pair is a candidate, so that every estimate is checked."""
     vectors, queries = of_kind(kind, 2, width), of_kind(kind, 3, width)
-    estimates = low_precision.estimate(*both_codes(queries, vectors, "own"))
+    estimates = low_precision.estimate(*both_codes(queries, vectors, "native"))
     query, row, value = estimates.candidates(np.full(len(queries), -np.inf))
     assert len(query) == len(queries) * len(vectors)
     products = np.einsum("pd,pd->p", queries[query].astype(np.float64), vectors[row].astype(np.float64))
     assert (np.abs(value - products) <= estimates.slack[query]).all()
 
 
-def test_slack_is_small_where_no_entry_stands_out() -> None:
-    """Or nearly everything would be a candidate, and the scan be no faster than all exact products."""
-    slack = low_precision.estimate(*both_codes(of_kind("random", 0, 384), of_kind("random", 1, 384), "own")).slack
+def test_slack_is_small_for_vectors_without_large_entries() -> None:
+    """With a large slack nearly all pairs would be candidates, and the scan no faster than exact products."""
+    slack = low_precision.estimate(*both_codes(of_kind("random", 0, 384), of_kind("random", 1, 384), "native")).slack
     assert (slack < 0.025).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("codes", ["own", "fine"])
-def test_the_floor_of_one_tile_is_reached_by_k_products_and_no_less_than_its_slack_below(codes: str, kind: str) -> None:
+@pytest.mark.parametrize("codes", ["native", "fine"])
+def test_floor_of_one_tile_is_at_most_the_kth_product_and_near_it(codes: str, kind: str) -> None:
     queries, vectors = of_kind("random", 1, 60, 10), of_kind(kind, 0, 60, count=200)
     encode = (
         low_precision.encode_finely
@@ -110,9 +110,9 @@ def test_the_floor_of_one_tile_is_reached_by_k_products_and_no_less_than_its_sla
 
 
 @pytest.mark.parametrize("num_rows", [1, low_precision.LANES - 1, low_precision.LANES, low_precision.LANES + 1])
-@pytest.mark.parametrize("codes", ["own", "float32"])
-def test_rows_that_pad_a_tile_are_never_found(codes: str, num_rows: int) -> None:
-    """Not even where every real product is negative: the padding would have zero."""
+@pytest.mark.parametrize("codes", ["native", "float32"])
+def test_rows_that_pad_a_tile_are_never_candidates(codes: str, num_rows: int) -> None:
+    """Not even when every real product is negative and those of the padding would be zero."""
     vectors = np.repeat(-unit_vectors(0, 1, 20), num_rows, axis=0)
     estimates = low_precision.estimate(*both_codes(-vectors[:1], vectors, codes))
     for floor in (-np.inf, -3.0, -1.0):
@@ -125,7 +125,7 @@ def test_rows_that_pad_a_tile_are_never_found(codes: str, num_rows: int) -> None
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 40])
-@pytest.mark.parametrize("codes", ["own", "float32"])
+@pytest.mark.parametrize("codes", ["native", "float32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_floor_is_never_above_the_kth_best(kind: str, codes: str, k: int) -> None:
     queries = np.concatenate([of_kind("random", 1, 60, 10), of_kind("clustered", 0, 60, 10)])
@@ -143,13 +143,13 @@ def test_floor_is_never_above_the_kth_best(kind: str, codes: str, k: int) -> Non
         assert (floor >= before - 2 * best.slack).all()
         before = floor
     if len(seen) > 500 and k < 8:
-        assert (floor > products[:, 20 * k] - 4 * best.slack).all(), "and seldom far below"
+        assert (floor > products[:, 20 * k] - 4 * best.slack).all(), "seldom far below"
 
 
-@pytest.mark.parametrize("codes", ["own", "float32"])
-def test_taken_codes_are_those_of_the_rows(codes: str) -> None:
+@pytest.mark.parametrize("codes", ["native", "float32"])
+def test_taken_codes_are_the_codes_of_the_rows(codes: str) -> None:
     vectors, queries = of_kind("one-hot", 0, 40), of_kind("random", 1, 40, 9)
-    own, tile = both_codes(queries, vectors, codes)
+    query_codes, tile = both_codes(queries, vectors, codes)
     rng = np.random.default_rng(0)
     for rows in (np.arange(0), np.array([89]), rng.integers(0, 90, 70), rng.permutation(90)):
         taken = tile.take(rows)
@@ -157,8 +157,8 @@ def test_taken_codes_are_those_of_the_rows(codes: str) -> None:
         assert torch.equal(taken.values[: len(rows)], tile.values[rows])
         assert not taken.values[len(rows) :].any()
         if len(rows):
-            query, row, value = low_precision.estimate(own, taken).candidates(np.full(9, -3.0))
-            expected = low_precision.estimate(own, tile).candidates(np.full(9, -3.0))[2].reshape(9, 90)
+            query, row, value = low_precision.estimate(query_codes, taken).candidates(np.full(9, -3.0))
+            expected = low_precision.estimate(query_codes, tile).candidates(np.full(9, -3.0))[2].reshape(9, 90)
             np.testing.assert_allclose(value, expected[query, rows[row]], atol=1e-6)
             assert len(query) == 9 * len(rows)
 
@@ -178,7 +178,7 @@ def test_blocks_of_one_matrix_have_the_codes_of_the_whole(dtype: type) -> None:
 
 
 def nearest_by_products(matrix: np.ndarray, cells: np.ndarray, k: int) -> np.ndarray:
-    """Brute force over the products of whole numbers, ties by row; each row of `matrix` has a scale of its own."""
+    """Brute force over the products of whole numbers, ties by row; each row of `matrix` has its own scale."""
     codes = low_precision.whole_number_codes(cells, "cpu")
     right = codes.values[: codes.num_rows, : cells.shape[1]].numpy().astype(np.int64)
     peak = np.abs(matrix).max(axis=1, keepdims=True)
@@ -200,15 +200,15 @@ def test_nearest_by_codes_are_those_of_the_products_with_ties_by_row(kind: str, 
 
 def test_nearest_by_codes_are_nearly_the_nearest() -> None:
     cells, matrix = unit_vectors(0, 200, 64), unit_vectors(1, 50, 64)
-    found = low_precision.nearest_by_codes(matrix, [low_precision.whole_number_codes(cells, "cpu")], 10)
+    rows = low_precision.nearest_by_codes(matrix, [low_precision.whole_number_codes(cells, "cpu")], 10)
     products = matrix @ cells.T
     best = np.sort(products, axis=1)[:, :-11:-1]
-    np.testing.assert_allclose(np.take_along_axis(products, found, axis=1), best, atol=0.03)
+    np.testing.assert_allclose(np.take_along_axis(products, rows, axis=1), best, atol=0.03)
 
 
 @pytest.mark.parametrize("width", [1, 1040, 1041, 4096])
-def test_whole_numbers_of_other_devices_have_exact_products(width: int) -> None:
-    """Of the largest codes as well: in float32 while no sum can pass 2**24, in float64 above."""
+def test_whole_numbers_on_other_devices_have_exact_products(width: int) -> None:
+    """For the largest codes as well: in float32 while no sum can exceed 2**24, in float64 above."""
     rng = np.random.default_rng(width)
     matrix = np.concatenate([np.full((1, width), -1), rng.choice([-1, 1], (30, width)), rng.normal(size=(30, width))])
     matrix = matrix.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Search equals brute force, however the vectors are cut into blocks; approximate search, within its bound."""
+"""Search equals brute force for any cut of the vectors into blocks; approximate search does so among shared cells."""
 
 from collections.abc import Iterator
 
@@ -22,13 +22,13 @@ def brute_force(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.nd
 
 
 def all_scores(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """The similarities (Q, N) of all pairs as they are scored one by one, in float32."""
+    """The similarities (Q, N) of all pairs, scored one by one in float32."""
     query, row = np.indices((len(queries), len(vectors))).reshape(2, -1)
     return exact.pair_similarity(queries, query, vectors, row).reshape(len(queries), len(vectors))
 
 
 def best_of(scores: np.ndarray, k: int, floor: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` best of each row (Q, N) that reach the floor, ties to the first, filled up as `search` does."""
+    """The `k` best of each row (Q, N) that reach the floor, ties to the first, padded as by `exact.search`."""
     scores = np.where(scores >= np.float32(floor), scores, -np.inf)
     scores = np.pad(scores, ((0, 0), (0, max(0, k - scores.shape[1]))), constant_values=-np.inf)
     rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -36,14 +36,14 @@ def best_of(scores: np.ndarray, k: int, floor: float = -np.inf) -> tuple[np.ndar
     return similarity, np.where(similarity > -np.inf, rows, -1)
 
 
-def assert_equal(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> None:
-    """Similarities and rows are equal, the former to the last bit."""
-    np.testing.assert_array_equal(found[1], expected[1])
-    np.testing.assert_array_equal(found[0], expected[0])
+def assert_equal(result: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> None:
+    """Assert that rows are equal, and similarities to the last bit."""
+    np.testing.assert_array_equal(result[1], expected[1])
+    np.testing.assert_array_equal(result[0], expected[0])
 
 
 def clustered(seed: int, count: int, width: int, num_clusters: int, spread: float = 0.3) -> np.ndarray:
-    """Unit vectors around some directions, of clusters of unequal sizes."""
+    """Unit vectors around some directions, in clusters of unequal sizes."""
     rng = np.random.default_rng(seed)
     which = np.minimum(rng.geometric(3 / num_clusters, count) - 1, num_clusters - 1)
     matrix = unit_vectors(seed + 1000, num_clusters, width)[which]
@@ -54,19 +54,19 @@ def clustered(seed: int, count: int, width: int, num_clusters: int, spread: floa
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Sets torch's number of threads back."""
+    """Restores torch's number of threads."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
 def grid_vectors(rng: np.random.Generator, count: int, width: int, distinct: int) -> np.ndarray:
-    """Vectors with entries -1, 0 and 1 from a small set: sums are exact in any order, and many are equal."""
+    """Vectors of entries -1, 0 and 1 from a small set: sums are exact in any order, and many vectors are equal."""
     return rng.integers(-1, 2, (distinct, width))[rng.integers(0, distinct, count)].astype(np.float32)
 
 
 def cut(rng: np.random.Generator, vectors: np.ndarray, parts: int) -> list[np.ndarray]:
-    """`vectors` in blocks at random places; some are empty."""
+    """`vectors` cut into blocks at random rows; some blocks are empty."""
     return np.split(vectors, np.sort(rng.integers(0, len(vectors) + 1, parts)))
 
 
@@ -83,8 +83,8 @@ def test_search_equals_brute_force(seed: int, dtype: type) -> None:
     assert similarity.dtype == np.float32 and rows.dtype == np.int64
     num_found = min(k, count)
     np.testing.assert_allclose(similarity[:, :num_found], expected, atol=1e-5)
-    own = np.einsum("qd,qkd->qk", queries.astype(np.float64), vectors.astype(np.float64)[rows[:, :num_found]])
-    np.testing.assert_allclose(similarity[:, :num_found], own, atol=1e-5)
+    of_rows = np.einsum("qd,qkd->qk", queries.astype(np.float64), vectors.astype(np.float64)[rows[:, :num_found]])
+    np.testing.assert_allclose(similarity[:, :num_found], of_rows, atol=1e-5)
     assert all(len(set(row)) == num_found for row in rows[:, :num_found].tolist())
     assert (np.diff(similarity, axis=1)[:, : num_found - 1] <= 0).all()
     assert (rows[:, num_found:] == -1).all() and (similarity[:, num_found:] == -np.inf).all()
@@ -104,14 +104,14 @@ def test_ties_are_ranked_by_row(seed: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_all_copies_are_found_in_order_where_there_is_room(seed: int) -> None:
+def test_all_copies_are_found_in_order_when_k_is_large_enough(seed: int) -> None:
     rng = np.random.default_rng(seed)
     distinct = unit_vectors(seed, int(rng.integers(30, 60)), int(rng.choice([37, 256]))).astype(np.float16)
     which = rng.integers(0, len(distinct), 1500)
     rows = exact.search(distinct, [distinct[which]], 100)[1]
-    for own, found in enumerate(rows):
-        copies = np.flatnonzero(which == own)  # nothing is nearer to a vector than itself
-        np.testing.assert_array_equal(found[: len(copies)], copies)
+    for number, neighbors in enumerate(rows):
+        copies = np.flatnonzero(which == number)  # nothing is nearer to a vector than itself
+        np.testing.assert_array_equal(neighbors[: len(copies)], copies)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -126,24 +126,24 @@ def test_blocks_change_no_bit(seed: int) -> None:
         assert again[1].tobytes() == rows.tobytes()
     one_by_one = [exact.search(query[None], [vectors], 10) for query in queries]
     assert np.concatenate([rows for _, rows in one_by_one]).tobytes() == rows.tobytes()
-    assert np.concatenate([own for own, _ in one_by_one]).tobytes() == similarity.tobytes()
+    assert np.concatenate([similarity for similarity, _ in one_by_one]).tobytes() == similarity.tobytes()
 
 
 def test_more_queries_than_are_searched_at_a_time() -> None:
     queries, vectors = unit_vectors(0, 2051, 3), unit_vectors(1, 7, 3)
     expected, rows = brute_force(queries, vectors, 2)
-    found = exact.search(queries, [vectors[:4], vectors[4:]], 2)
-    np.testing.assert_allclose(found[0], expected, atol=1e-6)
-    np.testing.assert_array_equal(found[1], rows)
+    result = exact.search(queries, [vectors[:4], vectors[4:]], 2)
+    np.testing.assert_allclose(result[0], expected, atol=1e-6)
+    np.testing.assert_array_equal(result[1], rows)
 
 
 @pytest.mark.parametrize("blocks", [[], [np.empty((0, 4), np.float16)], [np.empty((0, 4), np.float32)] * 3])
-def test_nothing_to_find(blocks: list[np.ndarray]) -> None:
+def test_search_without_vectors(blocks: list[np.ndarray]) -> None:
     similarity, rows = exact.search(unit_vectors(0, 3, 4), blocks, 2)
     assert (similarity == -np.inf).all() and (rows == -1).all() and rows.shape == (3, 2)
 
 
-def test_nobody_asks() -> None:
+def test_search_without_queries() -> None:
     similarity, rows = exact.search(np.empty((0, 4), np.float16), [unit_vectors(0, 3, 4)], 2)
     assert similarity.shape == rows.shape == (0, 2)
 
@@ -152,29 +152,29 @@ def test_pair_similarity_is_the_inner_product_of_each_pair() -> None:
     left, right = unit_vectors(0, 30, 20).astype(np.float16), unit_vectors(1, 40, 20).astype(np.float16)
     rng = np.random.default_rng(0)
     rows, others = rng.integers(0, 30, exact.PAIR_BLOCK + 5), rng.integers(0, 40, exact.PAIR_BLOCK + 5)
-    found = exact.pair_similarity(left, rows, right, others)
+    similarity = exact.pair_similarity(left, rows, right, others)
     expected = np.einsum("pd,pd->p", left[rows].astype(np.float64), right[others].astype(np.float64))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(similarity, expected, atol=1e-6)
     assert exact.pair_similarity(left, rows[:0], right, others[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_bits_of_a_pair_depend_on_the_pair_alone(seed: int, threads: None) -> None:
+def test_bits_of_a_pair_depend_only_on_the_pair(seed: int, threads: None) -> None:
     rng = np.random.default_rng(seed)
     width = int([1, 385, 64][seed])
     left, right = unit_vectors(seed, 60, width), unit_vectors(seed + 50, 70, width).astype(np.float16)
     rows, others = rng.integers(0, 60, 200), rng.integers(0, 70, 200)
-    found = exact.pair_similarity(left, rows, right, others)
+    similarity = exact.pair_similarity(left, rows, right, others)
     one_by_one = [exact.pair_similarity(left, rows[p : p + 1], right, others[p : p + 1]) for p in range(200)]
-    assert np.concatenate(one_by_one).tobytes() == found.tobytes()
+    assert np.concatenate(one_by_one).tobytes() == similarity.tobytes()
     order = rng.permutation(200)
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
-        assert exact.pair_similarity(left, rows[order], right, others[order]).tobytes() == found[order].tobytes()
+        assert exact.pair_similarity(left, rows[order], right, others[order]).tobytes() == similarity[order].tobytes()
         swapped = exact.pair_similarity(right.astype(np.float32), others, left, rows)
-        np.testing.assert_array_equal(swapped, found)
+        np.testing.assert_array_equal(swapped, similarity)
         repeated = exact.pair_similarity(left, np.repeat(rows[:1], 100), right, np.repeat(others[:1], 100))
-        assert (repeated == found[0]).all()
+        assert (repeated == similarity[0]).all()
 
 
 # Search: floors, tiles, blocks, threads
@@ -182,8 +182,8 @@ def test_bits_of_a_pair_depend_on_the_pair_alone(seed: int, threads: None) -> No
 
 @pytest.mark.parametrize("floor", [-2.0, -1.0, -0.2, 0.0, 0.5, 0.9, 1.5])
 @pytest.mark.parametrize("seed", range(4))
-def test_floor_leaves_out_what_is_below(seed: int, floor: float) -> None:
-    """Over several tiles and, by the grid, with products that just reach a floor."""
+def test_vectors_below_the_floor_are_left_out(seed: int, floor: float) -> None:
+    """Over several tiles; vectors of the grid have products equal to a floor."""
     rng = np.random.default_rng(seed)
     vectors = [clustered(seed, 1500, 24, 40), grid_vectors(rng, 1100, 24, 400) / np.float32(4)][seed % 2]
     queries = np.concatenate([vectors[:10], -vectors[:10], unit_vectors(seed, 10, 24)])
@@ -195,24 +195,24 @@ def test_floor_leaves_out_what_is_below(seed: int, floor: float) -> None:
 def test_more_vectors_than_are_held_at_a_time() -> None:
     num_rows = exact.BLOCK_ROWS + 3000
     vectors, queries = unit_vectors(0, num_rows, 3).astype(np.float16), unit_vectors(1, 2, 3)
-    vectors[-5:] = vectors[:5]  # copies in the other block come second
+    vectors[-5:] = vectors[:5]  # copies in the second block come second
     queries = np.concatenate([queries, vectors[:5].astype(np.float32)])
     for floor in (-np.inf, 0.9995):
-        found = exact.search(queries, np.array_split(vectors, 7), 3, floor=floor)
-        assert_equal(found, best_of(all_scores(queries, vectors), 3, floor))
+        result = exact.search(queries, np.array_split(vectors, 7), 3, floor=floor)
+        assert_equal(result, best_of(all_scores(queries, vectors), 3, floor))
 
 
 def test_more_queries_and_vectors_than_one_product_takes() -> None:
     queries, vectors = clustered(0, 2300, 16, 30), clustered(0, 2500, 16, 30).astype(np.float16)
     assert len(queries) > low_precision.QUERY_ROWS["cpu"] and len(vectors) > 2 * low_precision.TILE_ROWS["cpu"]
     similarity, rows = exact.search(queries, [vectors], 7)
-    some = np.r_[:20, 2040:2060, 2290:2300]  # of either part
+    some = np.r_[:20, 2040:2060, 2290:2300]  # of both parts of the queries
     assert_equal((similarity[some], rows[some]), best_of(all_scores(queries[some], vectors), 7))
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "one-hot", "constant", "opposite", "zero"])
 @pytest.mark.parametrize("width", [1, 90])
-def test_search_is_exact_for_every_kind_of_vectors(kind: str, width: int) -> None:
+def test_search_is_exact_for_all_kinds_of_vectors(kind: str, width: int) -> None:
     match kind:
         case "clustered":
             vectors = clustered(3, 1200, width, 12, spread=0.01)
@@ -236,17 +236,17 @@ def test_number_of_threads_changes_no_bit(threads: None) -> None:
     vectors, queries = clustered(0, 3000, 257, 50).astype(np.float16), clustered(1, 100, 257, 50)
     cells = unit_vectors(5, 40, 257)
 
-    def everything() -> list[np.ndarray]:
+    def all_results() -> list[np.ndarray]:
         visits = ivf.cells_of(vectors, cells, 3)
-        own = CellLists.of(np.arange(100), ivf.cells_of(queries, cells, 1)[:, 0], 40)
-        visiting = CellLists.of(np.repeat(np.arange(3000), 3), visits.reshape(-1), 40)
-        in_cells = ivf.search_cells(queries, [own], vectors, visiting, 8)
+        queries_in = CellLists.of(np.arange(100), ivf.cells_of(queries, cells, 1)[:, 0], 40)
+        vectors_in = CellLists.of(np.repeat(np.arange(3000), 3), visits.reshape(-1), 40)
+        in_cells = ivf.search_cells(queries, [queries_in], vectors, vectors_in, 8)
         return [*exact.search(queries, [vectors], 8), *exact.assign(vectors, queries), visits, *in_cells]
 
     torch.set_num_threads(1)
-    alone = everything()
+    with_one = all_results()
     torch.set_num_threads(2)
-    assert [array.tobytes() for array in everything()] == [array.tobytes() for array in alone]
+    assert [array.tobytes() for array in all_results()] == [array.tobytes() for array in with_one]
 
 
 # Assignment
@@ -270,30 +270,30 @@ def test_assign_gives_the_first_of_the_nearest(kind: str, seed: int) -> None:
             centroids = centroids[:1]
     vectors = np.concatenate([clustered(seed, 50, 20, 30), grid_vectors(rng, 40, 20, 50) / 4, -centroids[:9]])
     for dtype in (np.float16, np.float32):
-        own: np.ndarray = vectors.astype(dtype)
-        scores = all_scores(own, centroids)
+        points: np.ndarray = vectors.astype(dtype)
+        scores = all_scores(points, centroids)
         expected = scores.argmax(axis=1), scores.max(axis=1)
-        guesses = [None, expected[0], np.zeros(len(own), np.int64), rng.integers(0, len(centroids), len(own))]
+        guesses = [None, expected[0], np.zeros(len(points), np.int64), rng.integers(0, len(centroids), len(points))]
         for guess in guesses:
-            cluster, similarity = exact.assign(own, centroids, guess=guess)
+            cluster, similarity = exact.assign(points, centroids, guess=guess)
             np.testing.assert_array_equal(cluster, expected[0])
             assert similarity.tobytes() == expected[1].tobytes()
 
 
-def test_assign_more_vectors_than_at_a_time_and_none() -> None:
+def test_assign_takes_no_vectors_and_more_than_one_product_takes() -> None:
     vectors, centroids = unit_vectors(0, 2100, 5), unit_vectors(1, 11, 5)
     cluster, similarity = exact.assign(vectors, centroids)
     np.testing.assert_array_equal(cluster, all_scores(vectors, centroids).argmax(axis=1))
     halves = [exact.assign(half, centroids) for half in np.array_split(vectors, 2)]
-    assert np.concatenate([own for own, _ in halves]).tobytes() == cluster.tobytes()
-    assert np.concatenate([own for _, own in halves]).tobytes() == similarity.tobytes()
+    assert np.concatenate([cluster for cluster, _ in halves]).tobytes() == cluster.tobytes()
+    assert np.concatenate([similarity for _, similarity in halves]).tobytes() == similarity.tobytes()
     assert [array.shape for array in exact.assign(vectors[:0], centroids)] == [(0,), (0,)]
 
 
 # Cells
 
 
-def test_cells_that_are_visited_are_nearly_the_nearest() -> None:
+def test_visited_cells_are_nearly_the_nearest() -> None:
     vectors, cells = unit_vectors(0, 2100, 48), unit_vectors(1, 70, 48)
     similarity = vectors @ cells.T
     for num_probes in (1, 4, 70):
@@ -305,16 +305,15 @@ def test_cells_that_are_visited_are_nearly_the_nearest() -> None:
 
 
 def test_cells_in_more_than_one_tile_and_equal_cells() -> None:
-    cells = np.repeat(unit_vectors(0, 5, 4), 1700, axis=0)  # each 1,700 times, more than one tile takes
+    cells = np.repeat(unit_vectors(0, 5, 4), 1700, axis=0)  # five cells, 1,700 times each
     assert len(cells) > ivf.CELLS_PER_TILE
-    own = cells[::1700]
-    visits = ivf.cells_of(own, cells, 3)
+    visits = ivf.cells_of(cells[::1700], cells, 3)
     np.testing.assert_array_equal(visits, np.arange(5)[:, None] * 1700 + np.arange(3))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_cells_of_a_vector_depend_on_no_other_vector(seed: int) -> None:
-    """Copies of an image lie in several files, among others; all must visit the same cells."""
+    """Copies of an image lie in several files, next to different images; all must visit the same cells."""
     vectors, cells = unit_vectors(seed, 300, 16), unit_vectors(seed + 9, 400, 16)
     visits = ivf.cells_of(vectors, cells, 20)
     for part in (slice(0, 1), slice(10, 12), slice(100, 200)):
@@ -333,12 +332,12 @@ def test_lists_hold_every_pair_once_in_order(seed: int) -> None:
     cells, rows = np.array(sorted(pairs), np.int64).reshape(-1, 2)[order].T
     lists = CellLists.of(rows, cells, num_cells)
     for cell in range(num_cells):
-        assert lists.of_cell(cell).tolist() == sorted(row for own, row in pairs if own == cell)
+        assert lists.of_cell(cell).tolist() == sorted(row for row_cell, row in pairs if row_cell == cell)
     assert len(lists.starts) == num_cells + 1 and lists.starts[-1] == len(pairs)
 
 
 def sharing(rng: np.random.Generator, num_rows: int, num_cells: int, each: int) -> tuple[CellLists, np.ndarray]:
-    """Lists in which every row is in `each` cells, most of them in the first few, and (num_rows, num_cells) bool."""
+    """Lists with every row in `each` cells, most often the first few; and the same as (num_rows, num_cells) bool."""
     weight = rng.random(num_cells) ** 6
     cells = np.argsort(-(weight + 0.3 * rng.random((num_rows, num_cells))), axis=1)[:, :each]
     inside = np.zeros((num_rows, num_cells), bool)
@@ -349,11 +348,11 @@ def sharing(rng: np.random.Generator, num_rows: int, num_cells: int, each: int) 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("kind", ["random", "clustered", "tied"])
 @pytest.mark.parametrize("seed", range(2))
-def test_search_cells_finds_the_nearest_of_those_that_share_a_cell(
+def test_search_cells_finds_the_nearest_vectors_that_share_a_cell(
     seed: int, kind: str, dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(seed)
-    if seed == 1:  # cells in several tiles, and pairs that are settled many times
+    if seed == 1:  # cells in several tiles, and pairs that are scored in many batches
         monkeypatch.setitem(low_precision.CELL_ROWS, "cpu", 300)
         monkeypatch.setattr(ivf, "WAITING_PAIRS", 500)
 
@@ -365,8 +364,8 @@ def test_search_cells_finds_the_nearest_of_those_that_share_a_cell(
                 matrix = grid_vectors(np.random.default_rng(7), count, 40, 30) / np.float32(6)
             case _:
                 matrix = unit_vectors(int(rng.integers(1000)), count, 40)
-        own: np.ndarray = matrix.astype(dtype)
-        return own
+        converted: np.ndarray = matrix.astype(dtype)
+        return converted
 
     queries, vectors = make(60), make(2500)
     queries_in, asks = sharing(rng, 60, 25, 1)
@@ -374,8 +373,8 @@ def test_search_cells_finds_the_nearest_of_those_that_share_a_cell(
     scores = np.where(asks.astype(int) @ holds.T.astype(int), all_scores(queries, vectors), -np.inf)
     assert np.diff(vectors_in.starts).max() > 1000 and not np.diff(queries_in.starts).all()
     for k, floor in ((1, -np.inf), (5, 0.2), (60, -1.0), (2501, 0.0)):
-        found = ivf.search_cells(queries, [queries_in], vectors, vectors_in, k, floor=floor)
-        assert_equal(found, best_of(scores, k, floor))
+        result = ivf.search_cells(queries, [queries_in], vectors, vectors_in, k, floor=floor)
+        assert_equal(result, best_of(scores, k, floor))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -385,7 +384,7 @@ def test_search_cells_with_queries_in_several_cells(seed: int) -> None:
     queries_in, asks = sharing(rng, 150, 12, 4)
     vectors_in, holds = sharing(rng, 700, 12, 1)
     scores = np.where(asks.astype(int) @ holds.T.astype(int), all_scores(queries, vectors), -np.inf)
-    ranks = np.concatenate([rng.permutation(4) for _ in range(150)])  # in which of two visits a query is in a cell
+    ranks = np.concatenate([rng.permutation(4) for _ in range(150)])  # decides in which of two lists a visit stands
     rows, cells = np.nonzero(asks)
     visits = [CellLists.of(rows[now], cells[now], 12) for now in (ranks == 0, ranks > 0)]
     for k in (1, 9, 701):
@@ -401,7 +400,7 @@ def test_search_of_all_cells_is_the_exact_search() -> None:
 
 
 @pytest.mark.parametrize(("num_queries", "num_vectors"), [(0, 0), (0, 5), (5, 0), (1, 1)])
-def test_search_cells_of_nothing_and_of_one(num_queries: int, num_vectors: int) -> None:
+def test_search_cells_of_no_vectors_and_of_one(num_queries: int, num_vectors: int) -> None:
     queries, vectors = unit_vectors(0, num_queries, 6), unit_vectors(0, num_vectors, 6)
     in_first = [CellLists.of(np.arange(n), np.zeros(n, np.int64), 3) for n in (num_queries, num_vectors)]
     similarity, rows = ivf.search_cells(queries, [in_first[0]], vectors, in_first[1], 2)
@@ -425,12 +424,12 @@ def test_coded_lists_find_nearly_all_and_score_exactly() -> None:
     queries = clustered(0, 2200, 32, 60, spread=0.5)[2000:]
     nearest = exact.search(queries, [vectors], 10)
     similarity, rows = coded(vectors, rows_per_cell=100, num_probes=8, overfetch=8).search(queries, 10)
-    hits = [len(set(found) & set(wanted)) for found, wanted in zip(rows.tolist(), nearest[1].tolist(), strict=True)]
+    hits = [len(set(one) & set(other)) for one, other in zip(rows.tolist(), nearest[1].tolist(), strict=True)]
     assert sum(hits) >= 0.95 * rows.size
     scores = all_scores(queries, vectors)
     assert np.take_along_axis(scores, rows, axis=1).tobytes() == similarity.tobytes()
     assert (np.diff(similarity, axis=1) <= 0).all()
-    assert all(len(set(found)) == 10 for found in rows.tolist())
+    assert all(len(set(neighbors)) == 10 for neighbors in rows.tolist())
 
 
 def test_coded_lists_that_fetch_everything_are_exact() -> None:
@@ -444,18 +443,19 @@ def test_coded_lists_with_short_lists_and_no_queries() -> None:
     vectors = clustered(0, 600, 16, 20)
     lists = coded(vectors, rows_per_cell=20, num_probes=1, overfetch=4)
     similarity, rows = lists.search(vectors[:50], 500)
-    found = rows >= 0
-    assert found.any(axis=1).all() and not found[:, -1].any()
-    assert (np.diff(found.astype(int), axis=1) <= 0).all(), "what is missing comes last"
-    assert (similarity[~found] == -np.inf).all()
+    is_row = rows >= 0
+    assert is_row.any(axis=1).all() and not is_row[:, -1].any()
+    assert (np.diff(is_row.astype(int), axis=1) <= 0).all(), "the padding comes last"
+    assert (similarity[~is_row] == -np.inf).all()
     assert [array.shape for array in lists.search(vectors[:0], 3)] == [(0, 3), (0, 3)]
 
 
-def test_coded_lists_of_the_same_seed_find_the_same() -> None:
+def test_coded_lists_of_equal_seeds_give_equal_results() -> None:
     vectors, queries = clustered(0, 1000, 16, 20), unit_vectors(1, 100, 16)
-    found = [coded(vectors, rows_per_cell=50, num_probes=2, overfetch=1, seed=s).search(queries, 5) for s in (3, 3, 4)]
-    assert_equal(found[0], found[1])
-    assert (found[0][1] != found[2][1]).any()
+    lists = [coded(vectors, rows_per_cell=50, num_probes=2, overfetch=1, seed=seed) for seed in (3, 3, 4)]
+    results = [each.search(queries, 5) for each in lists]
+    assert_equal(results[0], results[1])
+    assert (results[0][1] != results[2][1]).any()
 
 
 def test_codes_that_do_not_divide_the_width_are_refused() -> None:
@@ -470,12 +470,12 @@ def test_codes_that_do_not_divide_the_width_are_refused() -> None:
         ({"pq_bytes": 7}, "pq_bytes is 7; faiss on a GPU takes 1, 2, 3, 4, 8"),
     ],
 )
-def test_what_faiss_cannot_do_on_a_gpu_is_refused_at_once(settings: dict[str, int], message: str) -> None:
-    asked = {"backend": "ivf", "codes": "pq", "device": "cuda"} | settings
+def test_settings_that_faiss_lacks_on_a_gpu_are_refused_at_once(settings: dict[str, int], message: str) -> None:
+    refused = {"backend": "ivf", "codes": "pq", "device": "cuda"} | settings
     with pytest.raises(ValidationError, match=message):
-        SearchConfig.model_validate(asked)
-    for less in ({"device": "cpu"}, {"codes": "flat"}, {"num_probes": 2048, "pq_bytes": 96}):
-        SearchConfig.model_validate(asked | less)
+        SearchConfig.model_validate(refused)
+    for change in ({"device": "cpu"}, {"codes": "flat"}, {"num_probes": 2048, "pq_bytes": 96}):
+        SearchConfig.model_validate(refused | change)
 
 
 @pytest.mark.parametrize(("num_vectors", "num_cells"), [(0, 1), (1, 1), (49, 1), (1000, 10), (1049, 10), (1051, 11)])

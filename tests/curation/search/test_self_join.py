@@ -1,6 +1,5 @@
-"""Join: the pairs that brute force finds, each once with its first places, the same bytes however the work is cut."""
+"""The self-join finds the pairs of brute force, each once with its first places, with equal bytes for any cut."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,16 @@ from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import parquet, vectors
 from curation.files.image_ids import bucket_of, pack_ids
 from curation.search import exact, self_join
-from curation.search.config import SearchConfig
+from curation.search.config import RECALL_QUERIES, SearchConfig
 from curation.search.self_join import Neighborhood
-from tests.curation.builders import Killed, MortalRunner, bytes_in, unit_vectors
+from tests.curation.builders import Killed, KilledRunner, bytes_in, hashed_id, unit_vectors
 
 # The rows of one file: ids, and vectors (N, D) float16.
 Part = tuple[list[str], np.ndarray]
-# A pair of ids, and what the join says of it: two places, the cosine, and whether it is mutual.
+# For each pair of ids: two places, the cosine, and whether the pair is mutual.
 Pairs = dict[tuple[str, str], tuple[int, int, float, bool]]
 
 WIDTH = 12
-
-
-def spread_id(number: int) -> str:
-    """An image_id as hashes give them: anywhere in the range."""
-    return hashlib.sha256(str(number).encode()).hexdigest()[:32]
 
 
 def of_kind(kind: str, seed: int, count: int) -> np.ndarray:
@@ -48,13 +42,13 @@ def of_kind(kind: str, seed: int, count: int) -> np.ndarray:
 
 
 def make_parts(kind: str, seed: int, count: int = 120) -> list[Part]:
-    """Files of some images, of which a third occur again: in another file, or twice in one; one file is empty."""
+    """Files of some images, a third of which occur again, in another file or in the same one; one file is empty."""
     rng = np.random.default_rng(seed)
     matrix = of_kind(kind, seed, count)
     numbers = rng.permutation(np.concatenate([np.arange(count), rng.integers(0, count, count // 3)]))
     rows = [*np.array_split(numbers, 4), numbers[:0]]
     rows = [rows[number] for number in rng.permutation(5)]
-    return [([spread_id(int(number)) for number in own], matrix[own]) for own in rows]
+    return [([hashed_id(int(number)) for number in part], matrix[part]) for part in rows]
 
 
 def write(folder: Path, parts: Sequence[Part]) -> list[str]:
@@ -76,7 +70,7 @@ def run(
     name: str = "join",
     **search: Any,
 ) -> tuple[Manifest, Pairs]:
-    """Join some files; the manifest, and all pairs."""
+    """Join some files; returns the manifest and all pairs."""
     files = write(folder / "vectors", parts)
     neighborhood = Neighborhood(SearchConfig(**search), k, floor, num_buckets)
     output = str(folder / name)
@@ -85,7 +79,7 @@ def run(
 
 
 def pairs_of(output: str, num_buckets: int) -> Pairs:
-    """All pairs of a join, in the order and the bucket where they belong."""
+    """All pairs of a join; asserts that they are sorted and lie in the right bucket."""
     pairs: Pairs = {}
     for bucket in range(num_buckets):
         table = self_join.read_bucket(output, bucket)
@@ -101,10 +95,10 @@ def pairs_of(output: str, num_buckets: int) -> Pairs:
 
 
 class Distinct:
-    """The images of some files, each once, and how similar they are."""
+    """The images of some files, each once, and their similarities."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        ids = np.array([image_id for own, _ in parts for image_id in own])
+        ids = np.array([image_id for part_ids, _ in parts for image_id in part_ids])
         self.ids, self.places = np.unique(ids, return_index=True)
         matrix = np.concatenate([matrix for _, matrix in parts])[self.places]
         one, other = np.indices((len(self.ids), len(self.ids))).reshape(2, -1)
@@ -113,14 +107,14 @@ class Distinct:
         np.testing.assert_allclose(self.scores, double, atol=1e-6)
 
     def nearest(self, k: int, floor: float, ties: str) -> list[tuple[int, int]]:
-        """Each image and its `k` nearest others: of equally near ones those of the first place, or of the least id."""
+        """Each image with its `k` nearest other images; ties go to the first place, or to the smallest id."""
         tie = self.places if ties == "place" else np.arange(len(self.ids))
-        found = []
-        for own, scores in enumerate(self.scores):
-            best = np.lexsort((tie, -scores))[: k + 1]  # as many again as itself
-            best = best[(best != own) & (scores[best] >= np.float32(floor))]
-            found += [(own, int(other)) for other in best[np.lexsort((best, -scores[best]))][:k]]
-        return found
+        pairs = []
+        for image, scores in enumerate(self.scores):
+            best = np.lexsort((tie, -scores))[: k + 1]  # one more, for the image itself
+            best = best[(best != image) & (scores[best] >= np.float32(floor))]
+            pairs += [(image, int(other)) for other in best[np.lexsort((best, -scores[best]))][:k]]
+        return pairs
 
     def pairs(self, nearest: Sequence[tuple[int, int]]) -> Pairs:
         directed = set(nearest)
@@ -157,7 +151,7 @@ def test_exact_join_equals_brute_force(tmp_path: Path, kind: str, k: int, floor:
 def test_join_of_all_cells_equals_brute_force(
     tmp_path: Path, kind: str, k: int, floor: float, rows_per_part: int
 ) -> None:
-    """In one group of cells, in several, and in more groups than there are cells."""
+    """With one group of cells, with several, and with more groups than cells."""
     parts = make_parts(kind, seed=rows_per_part)
     ivf: dict[str, Any] = {"backend": "ivf", "rows_per_cell": 12, "num_probes": 1000, "rows_per_part": rows_per_part}
     manifest, pairs = run(tmp_path, parts, k=k, floor=floor, **ivf)
@@ -170,8 +164,9 @@ def test_join_of_all_cells_equals_brute_force(
 @pytest.mark.parametrize("rows_per_part", [10**6, 40])
 @pytest.mark.parametrize("num_probes", [1, 2, 5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_measured_recall_is_the_true_one(tmp_path: Path, kind: str, num_probes: int, rows_per_part: int) -> None:
-    """The sample is all images when so many are asked for."""
+def test_measured_recall_is_the_true_recall(tmp_path: Path, kind: str, num_probes: int, rows_per_part: int) -> None:
+    """The sample holds all images, since there are fewer than RECALL_QUERIES."""
+    assert RECALL_QUERIES > 160
     parts = make_parts(kind, seed=num_probes)
     ivf: dict[str, Any] = {
         "backend": "ivf",
@@ -192,29 +187,30 @@ def test_measured_recall_is_the_true_one(tmp_path: Path, kind: str, num_probes: 
         assert manifest.facts["recall"] > 0.9
 
 
-def test_recall_below_the_least_is_an_error_until_that_is_lowered(tmp_path: Path) -> None:
+def test_recall_below_the_minimum_is_an_error_until_the_minimum_is_lowered(tmp_path: Path) -> None:
     parts = make_parts("random", 0)
     ivf: dict[str, Any] = {"backend": "ivf", "rows_per_cell": 4, "num_probes": 1}
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"search\.min_recall is 0\.95\. Raise search\.num_probes \(1\)"):
             run(tmp_path, parts, **ivf)
         assert read_manifest(str(tmp_path / "join")) is None
-    manifest, _ = run(tmp_path, parts, min_recall=0.01, **ivf)  # goes on with the work that was stopped
+    manifest, _ = run(tmp_path, parts, min_recall=0.01, **ivf)  # resumes the stopped work
     assert 0.01 <= manifest.facts["recall"] < 0.95
     with pytest.raises(ConfigError, match=r"search\.min_recall is 0\.95"):
-        run(tmp_path, parts, **ivf)  # what is done is held against a raised one, too
+        run(tmp_path, parts, **ivf)  # a finished join is checked against a raised minimum, too
     assert run(tmp_path, parts, name="more", **ivf | {"num_probes": 1000})[0].facts["recall"] == 1
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_copies_in_other_company_visit_the_same_cells(tmp_path: Path, seed: int) -> None:
-    """Each file holds every image, and one that no other holds: whichever group finds a pair, its places are first."""
-    matrix, strange = of_kind("random", seed, 120), np.eye(3, WIDTH, dtype=np.float16)
-    ids = [spread_id(number) for number in range(120)]
-    parts = [([*ids, spread_id(200 + n)], np.concatenate([matrix, strange[n : n + 1]])) for n in range(3)]
+def test_copies_in_different_files_visit_the_same_cells(tmp_path: Path, seed: int) -> None:
+    """Each file holds all images and one more of its own. Every group must report a pair by its first places."""
+    matrix, extra = of_kind("random", seed, 120), np.eye(3, WIDTH, dtype=np.float16)
+    ids = [hashed_id(number) for number in range(120)]
+    parts = [([*ids, hashed_id(200 + n)], np.concatenate([matrix, extra[n : n + 1]])) for n in range(3)]
     ivf: dict[str, Any] = {"backend": "ivf", "rows_per_cell": 4, "num_probes": 6, "rows_per_part": 40, "min_recall": 0}
     _, pairs = run(tmp_path, parts, **ivf)
-    first = {image_id: place for place, image_id in reversed(list(enumerate(i for own, _ in parts for i in own)))}
+    all_ids = [image_id for part_ids, _ in parts for image_id in part_ids]
+    first = {image_id: place for place, image_id in reversed(list(enumerate(all_ids)))}
     assert len(pairs) > 100 and all(row[:2] == (first[low], first[high]) for (low, high), row in pairs.items())
 
 
@@ -223,10 +219,10 @@ IVF: dict[str, Any] = {"backend": "ivf", "rows_per_cell": 2, "rows_per_part": 3,
 
 
 @pytest.mark.parametrize("search", [EXACT, IVF], ids=["exact", "ivf"])
-def test_none_one_and_equal_images(tmp_path: Path, search: dict[str, Any]) -> None:
-    one: Part = ([spread_id(0)], of_kind("random", 0, 1))
+def test_no_images_one_image_and_equal_images(tmp_path: Path, search: dict[str, Any]) -> None:
+    one: Part = ([hashed_id(0)], of_kind("random", 0, 1))
     nothing: Part = ([], of_kind("random", 0, 0))
-    twins = ([spread_id(0), spread_id(1)], of_kind("random", 0, 1).repeat(2, axis=0))
+    twins = ([hashed_id(0), hashed_id(1)], of_kind("random", 0, 1).repeat(2, axis=0))
     cases: list[tuple[list[Part], int]] = [
         ([], 0),
         ([nothing], 0),
@@ -245,17 +241,17 @@ def test_none_one_and_equal_images(tmp_path: Path, search: dict[str, Any]) -> No
     low, high = sorted(twins[0])
     ((pair, row),) = pairs.items()
     assert pair == (low, high) and row[3] and row[2] == pytest.approx(1, abs=2e-3)
-    assert row[:2] == tuple({spread_id(0): 0, spread_id(1): 2}[image_id] for image_id in pair)
+    assert row[:2] == tuple({hashed_id(0): 0, hashed_id(1): 2}[image_id] for image_id in pair)
 
 
 @pytest.mark.parametrize("last", ["images", "nothing"])
 def test_more_rows_than_a_block_holds(tmp_path: Path, last: str) -> None:
-    """One image fills nearly all of the first block; it is compared with the others once."""
+    """Rows of one image fill nearly all of the first block; it is compared with the others once."""
     matrix = of_kind("clustered", 0, 60)
     numbers = np.concatenate([np.arange(30), np.zeros(self_join.ROWS_PER_BLOCK, np.int64), np.arange(40)])
-    full = ([spread_id(int(number)) for number in numbers], matrix[numbers])
+    full = ([hashed_id(int(number)) for number in numbers], matrix[numbers])
     rest = np.arange(20, 60 if last == "images" else 20)
-    parts = [full, ([spread_id(int(number)) for number in rest], matrix[rest])]
+    parts = [full, ([hashed_id(int(number)) for number in rest], matrix[rest])]
     manifest, pairs = run(tmp_path, parts)
     assert len(manifest.shards) == 2
     distinct = Distinct(parts)
@@ -278,23 +274,24 @@ SEARCHES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("after_work", [False, True])
 @pytest.mark.parametrize("search", SEARCHES, ids=["exact", "ivf"])
-def test_every_kill_resumes_to_the_same_bytes(tmp_path: Path, search: dict[str, Any], behind: bool) -> None:
+def test_every_kill_resumes_to_the_same_bytes(tmp_path: Path, search: dict[str, Any], after_work: bool) -> None:
     parts = make_parts("clustered", 1)
-    counter = MortalRunner(10**6)
+    counter = KilledRunner(10**6)
     run(tmp_path, parts, name="straight", runner=counter, **search)
-    num_calls = 10**6 - counter.left
+    num_calls = 10**6 - counter.calls_left
     assert num_calls == (1 if search["backend"] == "exact" else 5 + 4 + 1)
     straight = bytes_in(str(tmp_path / "straight"))
-    for lives_for in {1, num_calls // 2, num_calls - 1} - {num_calls}:
-        name, deaths = f"killed after {lives_for}", 0
+    for calls_before_kill in {1, num_calls // 2, num_calls - 1} - {num_calls}:
+        name, num_kills = f"killed after {calls_before_kill}", 0
         while read_manifest(str(tmp_path / name)) is None:
+            runner = KilledRunner(max(calls_before_kill, num_kills), after_work=after_work)
             try:
-                run(tmp_path, parts, name=name, runner=MortalRunner(max(lives_for, deaths), behind=behind), **search)
+                run(tmp_path, parts, name=name, runner=runner, **search)
             except Killed:
-                deaths += 1
-        assert deaths > 0 and bytes_in(str(tmp_path / name)) == straight
+                num_kills += 1
+        assert num_kills > 0 and bytes_in(str(tmp_path / name)) == straight
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -312,29 +309,29 @@ def test_ray_gives_the_same_bytes(tmp_path: Path, num_workers: int) -> None:
 def test_second_run_does_nothing_and_another_floor_is_refused(tmp_path: Path) -> None:
     parts = make_parts("random", 0)
     first = run(tmp_path, parts)[0]
-    assert run(tmp_path, parts, runner=MortalRunner(0))[0] == first
+    assert run(tmp_path, parts, runner=KilledRunner(0))[0] == first
     with pytest.raises(OutputMismatchError, match="another config or of other inputs"):
         run(tmp_path, parts, floor=0.4)
 
 
-# What is wrong with the vectors
+# Invalid vectors
 
 
 @pytest.mark.parametrize("search", [EXACT, IVF], ids=["exact", "ivf"])
-@pytest.mark.parametrize("place", [0, 1, 4])
+@pytest.mark.parametrize("number", [0, 1, 4])
 @pytest.mark.parametrize("wrong", ["NaN", "infinite", "zero", "wide"])
-def test_wrong_vectors_are_refused_with_the_file_and_the_image(
-    tmp_path: Path, wrong: str, place: int, search: dict[str, Any]
+def test_invalid_vectors_are_refused_with_the_file_and_the_image(
+    tmp_path: Path, wrong: str, number: int, search: dict[str, Any]
 ) -> None:
-    parts = [([spread_id(10 * n), spread_id(10 * n + 1)], of_kind("random", n, 2)) for n in range(5)]
-    ids, matrix = parts[place]
+    parts = [([hashed_id(10 * n), hashed_id(10 * n + 1)], of_kind("random", n, 2)) for n in range(5)]
+    ids, matrix = parts[number]
     match wrong:
         case "wide":
-            parts[place] = ids, unit_vectors(0, 2, WIDTH + 1).astype(np.float16)
-            message = rf"vectors-0000{place or 1}\.parquet: vectors of width \d+; others of this run have \d+"
+            parts[number] = ids, unit_vectors(0, 2, WIDTH + 1).astype(np.float16)
+            message = rf"vectors-0000{number or 1}\.parquet: vectors of width \d+; others of this run have \d+"
         case _:
             matrix[1] = {"NaN": np.nan, "infinite": np.inf, "zero": 0}[wrong]
-            message = rf"vectors-0000{place}\.parquet: the vector of image '{ids[1]}' is zero or not finite \(1 such"
+            message = rf"vectors-0000{number}\.parquet: the vector of image '{ids[1]}' is zero or not finite \(1 such"
     with pytest.raises(InputError, match=message):
         run(tmp_path, parts, **search)
     assert read_manifest(str(tmp_path / "join")) is None

@@ -1,4 +1,4 @@
-"""Small pictures with masks or depths that the tests draw."""
+"""Builds small images with masks or depths for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from evaluation.data.scenes import StampData
 
 
 def photograph(seed: int, size: tuple[int, int]) -> Image.Image:
-    """Bands of colour with noise."""
+    """An image of colour bands with noise."""
     random = np.random.default_rng(seed)
     smooth = np.asarray(Image.fromarray(random.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize(size), np.int16)
     return Image.fromarray((smooth + random.integers(-9, 10, smooth.shape)).clip(0, 255).astype(np.uint8))
@@ -26,7 +26,7 @@ def grey(values: Any) -> Image.Image:
 
 
 def stamps(root: Path) -> StampData:
-    """Red animals and green plants, cut out as discs, and blue backgrounds."""
+    """Stamp data: red animals and green plants, cut out as discs, and blue backgrounds."""
     for number in range(4):
         for folder, color in (("animals", (250, 0, 0)), ("plants", (0, 250, 0))):
             disc = Image.new("RGBA", (40, 30 + number), (9, 9, 9, 0))
@@ -45,7 +45,7 @@ def stamps(root: Path) -> StampData:
 
 
 def depth_scene(folder: Path, count: int, seed: int) -> None:
-    """Pictures whose brightness is their depth."""
+    """Writes images whose brightness is their depth, in the layout "folder"."""
     (folder / "rgb").mkdir(parents=True)
     (folder / "depth").mkdir()
     for number in range(count):

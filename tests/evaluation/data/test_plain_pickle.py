@@ -28,10 +28,10 @@ PLAIN: dict[str, Any] = {
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_data_comes_back(protocol: int) -> None:
-    found = loads(pickle.dumps(PLAIN, protocol), "a.pkl")
-    assert list(found) == list(PLAIN)
+    content = loads(pickle.dumps(PLAIN, protocol), "a.pkl")
+    assert list(content) == list(PLAIN)
     for name, expected in PLAIN.items():
-        value = found[name].values if isinstance(found[name], Array) else found[name]
+        value = content[name].values if isinstance(content[name], Array) else content[name]
         assert type(value) is type(expected), name
         if isinstance(expected, np.ndarray):
             assert value.dtype == expected.dtype
@@ -41,7 +41,7 @@ def test_plain_data_comes_back(protocol: int) -> None:
 
 
 class Hostile:
-    """Pickled as a call of any function."""
+    """An object whose pickle calls a given function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -51,15 +51,15 @@ class Hostile:
 
 
 def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
-    mark = tmp_path / "was-run"
+    marker = tmp_path / "was-run"
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        for function, argument in ((Path.touch, mark), (exec, f"open({str(mark)!r}, 'w')"), (Path.mkdir, mark)):
+        for function, argument in ((Path.touch, marker), (exec, f"open({str(marker)!r}, 'w')"), (Path.mkdir, marker)):
             data = pickle.dumps({"gnd": [Hostile(function, argument)]}, protocol)
             with pytest.raises(InputError, match=r"gnd\.pkl: the pickle names"):
                 loads(data, "gnd.pkl")
-    assert not mark.exists()
-    pickle.loads(pickle.dumps(Hostile(Path.touch, mark)))
-    assert mark.exists()  # so such a pickle does run elsewhere
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Hostile(Path.touch, marker)))
+    assert marker.exists()  # the standard library does run such a pickle
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_anything_else_is_refused(value: Any) -> None:
         loads(pickle.dumps([value], 2), "a.pkl")
 
 
-def test_a_damaged_pickle_is_told() -> None:
+def test_a_damaged_pickle_is_reported() -> None:
     data = pickle.dumps(PLAIN)
     for cut in range(0, len(data), 37):
         with pytest.raises(InputError, match="not a pickle of plain data"):

@@ -55,7 +55,7 @@ def test_voc_is_read_as_published(tmp_path: Path) -> None:
     for name in ("2007_000032", "2007_000033", "2007_000039", "2007_999999"):
         write(tmp_path / "JPEGImages" / f"{name}.jpg", photograph(3, (24, 18)))
         mask = grey(np.full((18, 24), 20))
-        mask.putpalette([7, 77, 177] * 256)  # as published: a palette, whose colours mean nothing
+        mask.putpalette([7, 77, 177] * 256)  # as published: a palette, whose colours have no meaning
         mask.paste(IGNORED, (0, 0, 24, 1))
         write(tmp_path / "SegmentationClass" / f"{name}.png", mask)
     train, test = load_scenes(PublishedData(layout="voc2012", path=str(tmp_path)))
@@ -72,21 +72,21 @@ def folders(root: Path, *, size: tuple[int, int] = (20, 18)) -> FolderData:
             write(root / split / "images" / f"a/{number}.jpg", photograph(number, (20, 18)))
             write(root / split / "masks" / f"a/{number}.png", grey(np.full((18, 20), number % 2)))
     write(root / "test" / "masks" / "a" / "1.png", grey(np.full(size[::-1], 1)))
-    places = {
+    folder_of_field = {
         f"{split}_{kind}": str(root / split / kind) for split in ("train", "test") for kind in ("images", "masks")
     }
-    return FolderData(layout="folders", num_classes=2, **places)
+    return FolderData(layout="folders", num_classes=2, **folder_of_field)
 
 
 def test_folders_are_read_by_name(tmp_path: Path) -> None:
     train, test = load_scenes(folders(tmp_path))
-    assert [train.read(place).target.unique().tolist() for place in range(3)] == [[0], [1], [0]]
+    assert [train.read(number).target.unique().tolist() for number in range(3)] == [[0], [1], [0]]
     assert train.hash != test.hash or train.names != test.names
     before = load_scenes(folders(tmp_path))[0].hash
     assert before == train.hash
     write(tmp_path / "train" / "masks" / "a" / "2.png", grey(np.full((18, 20), 1)))
     config = folders(tmp_path / "other")
-    assert load_scenes(config)[0].hash == before  # wherever it lies
+    assert load_scenes(config)[0].hash == before  # the folder does not matter
     changed = config.model_copy(update={"train_masks": str(tmp_path / "train" / "masks")})
     assert load_scenes(changed)[0].hash != before
 
@@ -100,7 +100,7 @@ def test_a_mask_of_another_size_is_named(tmp_path: Path) -> None:
         test.read(1)
 
 
-def test_bad_masks_and_folders_are_told(tmp_path: Path) -> None:
+def test_errors_in_masks_and_folders_are_reported(tmp_path: Path) -> None:
     config = folders(tmp_path)
     mask = tmp_path / "test" / "masks" / "a" / "0.png"
     _, test = load_scenes(config)
@@ -126,13 +126,13 @@ def test_bad_masks_and_folders_are_told(tmp_path: Path) -> None:
         load_scenes(PublishedData(layout="ade20k", path=str(tmp_path)))
 
 
-def test_the_alpha_of_a_stamp_is_its_mask(tmp_path: Path) -> None:
+def test_the_alpha_channel_of_a_stamp_is_its_mask(tmp_path: Path) -> None:
     train, test = load_scenes(stamps(tmp_path))
-    assert (len(train.names), len(test.names), train.num_classes) == (12, 6, 3)  # none for what is opaque
+    assert (len(train.names), len(test.names), train.num_classes) == (12, 6, 3)  # the opaque image has none
     seen = set()
     for scenes in (train, test):
-        for place in range(len(scenes.names)):
-            scene = scenes.read(place)
+        for number in range(len(scenes.names)):
+            scene = scenes.read(number)
             assert scene.image.shape == (3, 64, 64) and scene.target.shape == (64, 64)
             red, green, blue = (channel.long() for channel in scene.image)
             clearly = {0: blue > 190, 1: red > 240, 2: green > 240}
@@ -143,18 +143,18 @@ def test_the_alpha_of_a_stamp_is_its_mask(tmp_path: Path) -> None:
     assert seen == {0, 1, 2}
 
 
-def test_stamps_depend_on_the_seed_alone_and_splits_share_none(tmp_path: Path) -> None:
+def test_stamps_depend_only_on_the_seed_and_splits_share_none(tmp_path: Path) -> None:
     config = stamps(tmp_path)
     first, again = load_scenes(config), load_scenes(config)
     other = load_scenes(config, stamp_seed=1)
-    for ours, same, different in zip(first, again, other, strict=True):
-        assert ours.hash == same.hash != different.hash
-        pictures = [torch.stack([one.read(place).image for place in (5, 1, 1)]) for one in (ours, same, different)]
+    for scenes, same, different in zip(first, again, other, strict=True):
+        assert scenes.hash == same.hash != different.hash
+        pictures = [torch.stack([one.read(number).image for number in (5, 1, 1)]) for one in (scenes, same, different)]
         assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
         assert torch.equal(pictures[0][1], pictures[0][2])
 
-    def shades(scenes: Scenes) -> set[int]:  # each background has a blue of its own
-        return {int(scenes.read(place).image[2].max()) for place in range(len(scenes.names))}
+    def shades(scenes: Scenes) -> set[int]:  # each background has a different blue
+        return {int(scenes.read(number).image[2].max()) for number in range(len(scenes.names))}
 
     assert not shades(first[0]) & shades(first[1])
     (both,) = {load_scenes(config.model_copy(update={"classes": "foreground"}))[0].num_classes}

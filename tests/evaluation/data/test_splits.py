@@ -1,4 +1,4 @@
-"""Every layout holds the same images and labels, and what is wrong with a split is told."""
+"""Tests of splits: every layout gives the same images and labels, and errors name the split."""
 
 from pathlib import Path
 
@@ -36,12 +36,12 @@ def test_every_layout_gives_the_same_images_and_labels(tmp_path: Path) -> None:
         SplitConfig(path=parquet_of(tmp_path / "images.parquet", 3), layout="parquet", label_column="label"),
     ]
     for config in numbered:
-        found = load(config, cache, runner)
-        assert found.classes == ("0", "1", "2")
-        assert {image: CLASSES[int(label)] for image, label in labels_of(found).items()} == labels_of(plain)
+        split = load(config, cache, runner)
+        assert split.classes == ("0", "1", "2")
+        assert {image: CLASSES[int(label)] for image, label in labels_of(split).items()} == labels_of(plain)
 
 
-def test_hashes_follow_images_and_labels(tmp_path: Path) -> None:
+def test_hashes_depend_on_images_and_labels(tmp_path: Path) -> None:
     runner, cache = InlineRunner(), str(tmp_path / "cache")
     tar, numbered = (tar_of(tmp_path / f"{kind}.tar", 3, kind) for kind in ("json", "cls"))
     first, second = (load(SplitConfig(path=path, layout="webdataset"), cache, runner) for path in (tar, numbered))
@@ -50,13 +50,13 @@ def test_hashes_follow_images_and_labels(tmp_path: Path) -> None:
     assert len(fewer) == 2 and fewer.images_hash != first.images_hash and fewer.classes == first.classes
 
 
-def test_classes_may_be_chosen_and_must_agree(tmp_path: Path) -> None:
+def test_classes_can_be_selected_and_must_agree(tmp_path: Path) -> None:
     runner, cache = InlineRunner(), str(tmp_path / "cache")
     train = SplitConfig(path=image_folder(tmp_path / "train", 3))
     fewer = SplitConfig(path=image_folder(tmp_path / "fewer", 2, first=9, classes=("disc", "ring")))
     with pytest.raises(InputError, match=r"fewer has no images of 1 of its classes \(bars\)"):
         load_pair(train, fewer, cache, runner)
-    with pytest.raises(InputError, match=r"train has 1 classes that .*fewer has not \(bars\)"):
+    with pytest.raises(InputError, match=r"train has 1 classes that .*fewer lacks \(bars\)"):
         load_pair(fewer, train, cache, runner, subset=True)
     _, test = load_pair(train, fewer, cache, runner, subset=True)
     assert test.labels.tolist() == [1, 1, 2, 2] and test.classes == CLASSES
@@ -72,11 +72,11 @@ def test_deeper_folders_make_finer_classes(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "deep" / "a", 2)
     path, cache = str(Path(folder).parent), str(tmp_path / "cache")
     for depth, classes in ((1, ("a",)), (2, tuple(f"a/{name}" for name in CLASSES)), (0, ("a/bars",))):
-        found = load(SplitConfig(path=path, label_folders=depth), cache, InlineRunner())
-        assert found.classes[: len(classes)] == classes
+        split = load(SplitConfig(path=path, label_folders=depth), cache, InlineRunner())
+        assert split.classes[: len(classes)] == classes
 
 
-def test_bad_splits_are_told(tmp_path: Path) -> None:
+def test_errors_in_splits_are_reported(tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     with pytest.raises(UserError, match="there is nothing at"):
         load(SplitConfig(path=str(tmp_path / "absent")), cache, InlineRunner())
@@ -93,20 +93,20 @@ def test_bad_splits_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_few_shot_and_hold_out_take_of_every_class(seed: int) -> None:
+def test_few_shot_and_hold_out_draw_from_every_class(seed: int) -> None:
     labels = torch.randint(4, (200,), generator=torch.Generator().manual_seed(seed))
     rows = few_shot(labels, 7, seed)
     assert labels[rows].bincount().tolist() == [7] * 4 and rows.tolist() == sorted(set(rows.tolist()))
     assert torch.equal(few_shot(labels, 7, seed), rows) and not torch.equal(few_shot(labels, 7, seed + 1), rows)
     assert len(few_shot(labels, 1000, seed)) == 200
-    own, held = hold_out(labels, 0.25, seed)
-    assert sorted(own.tolist() + held.tolist()) == list(range(200))
+    trained, held = hold_out(labels, 0.25, seed)
+    assert sorted(trained.tolist() + held.tolist()) == list(range(200))
     shares = labels[held].bincount() / labels.bincount()
     assert (shares - 0.25).abs().max() < 0.02
 
 
-def test_a_class_of_one_image_is_trained_on() -> None:
-    own, held = hold_out(torch.tensor([0, 1, 1, 1, 1]), 0.9, 0)
-    assert 0 in own and len(held) == 3
-    with pytest.raises(InputError, match="leaves none to choose by"):
+def test_the_only_image_of_a_class_is_not_held_out() -> None:
+    trained, held = hold_out(torch.tensor([0, 1, 1, 1, 1]), 0.9, 0)
+    assert 0 in trained and len(held) == 3
+    with pytest.raises(InputError, match="holds out none to select by"):
         hold_out(torch.tensor([0, 1]), 0.5, 0)

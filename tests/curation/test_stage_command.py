@@ -1,0 +1,72 @@
+"""The commands of the stages: their options, their plan, and their work on folders of earlier stages."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from curation import cluster, dedup, ingest, pack, pairs
+from curation.engine.manifest import require_manifest
+from tests.curation.builders import encoded_image, write_pairs
+
+COMMON = ["--config", "--output", "--runner", "--workers", "--set", "--plan", "--replace", "--help"]
+FOLDERS = {
+    ingest: [],
+    pairs: ["--images", "--descriptors"],
+    dedup: ["--images", "--pairs"],
+    cluster: ["--images", "--dedup", "--vectors"],
+    pack: ["--images", "--dedup", "--retrieved"],
+}
+CONFIG = """
+[[ingest.sources]]
+name = "pool"
+role = "pool"
+path = "PATH"
+
+[dedup]
+threshold = 0.7
+"""
+
+
+def app(stage: object) -> typer.Typer:
+    application = typer.Typer()
+    application.command()(stage.command_line)  # type: ignore[attr-defined]  # a module
+    return application
+
+
+@pytest.mark.parametrize("stage", FOLDERS, ids=lambda stage: str(stage.__name__))
+def test_help_lists_the_folders_that_the_stage_reads_and_the_common_options(stage: object) -> None:
+    shown = CliRunner().invoke(app(stage), ["--help"], env={"COLUMNS": "200"}).output
+    listed = {word for word in shown.replace("│", " ").split() if word.startswith("--")}
+    assert set(COMMON + FOLDERS[stage]) <= listed  # type: ignore[index]  # a module
+    assert not listed & {option for options in FOLDERS.values() for option in options} - set(FOLDERS[stage])  # type: ignore[index]
+
+
+def test_a_missing_folder_is_named() -> None:
+    shown = CliRunner().invoke(app(dedup), ["--config", "c.toml", "--output", "out", "--images", "ingest"])
+    assert shown.exit_code == 2 and "--pairs" in shown.output
+
+
+def test_two_stages_run_alone_one_after_the_other(tmp_path: Path) -> None:
+    for number in (1, 2, 2):
+        path = tmp_path / f"images/{len(list(tmp_path.glob('images/*')))}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded_image(number))
+    config, images = tmp_path / "config.toml", str(tmp_path / "ingest")
+    config.write_text(CONFIG.replace("PATH", str(tmp_path / "images")))
+
+    def call(stage: str, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", f"curation.{stage}", "--config", str(config), "--runner", "inline", *options]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+
+    call("ingest", "--output", images)
+    planned = call("dedup", "--images", images, "--pairs", "nowhere", "--output", "nowhere", "--plan")
+    assert "threshold = 0.7" in planned.stdout
+    copies = write_pairs(tmp_path / "pairs", images, [[]])
+    output = str(tmp_path / "dedup")
+    call("dedup", "--images", images, "--pairs", copies, "--output", output, "--set", "dedup.threshold=0.8")
+    manifest = require_manifest(output)
+    assert manifest.totals["exact"] == 1 and manifest.facts["threshold"] == 0.8
