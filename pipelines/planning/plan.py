@@ -14,7 +14,7 @@ from curation.quotas import most_clusters
 from curation.retrieval_modes import MODES, DatasetRows, Request, Retrieval, expected_rows, mode_of
 from curation.retrieve import DatasetConfig
 from curation.search.config import SearchConfig
-from pipelines.curate_config import CurateConfig
+from pipelines.main_path import CurateConfig
 from pipelines.planning.price import Price, count_images, price_run
 from pipelines.planning.rates import FIXED, FixedRates, RatesConfig
 from pipelines.status import duration

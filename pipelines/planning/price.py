@@ -15,7 +15,7 @@ from curation.models.embedders import MODELS
 from curation.retrieval_modes import MODES, mode_of
 from curation.search.config import SearchConfig
 from curation.search.ivf import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL
-from pipelines.curate_config import CurateConfig
+from pipelines.main_path import CurateConfig
 from pipelines.planning.rates import FIXED, RatesConfig
 
 TERA = 1e12

@@ -73,12 +73,9 @@ def command_line(
         if only_ingest:
             ingest.run(load(IngestConfig, config, section="ingest"), output, counting)
         else:
-            from pipelines import (
-                curate,
-                curate_config,  # imports torch; workers of ingest start in a third of the time without it
-            )
+            from pipelines import main_path
 
-            curate.run(load(curate_config.CurateConfig, config), output, counting)
+            main_path.run(load(main_path.CurateConfig, config), output, counting)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from curation.files import paths
 from curation.pack import PackConfig
 from curation.profiles import PROFILES
 from curation.retrieve import RetrieveConfig
-from pipelines.curate_config import CurateConfig
+from pipelines.main_path import CurateConfig
 
 LEAST: dict[str, Any] = {
     "ingest": {

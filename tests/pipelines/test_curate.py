@@ -18,7 +18,7 @@ from curation.engine.manifest import require_manifest
 from curation.errors import ConfigError
 from curation.files.folder_lock import sole_writer
 from curation.run_folder import STAGES
-from pipelines.curate_config import CurateConfig
+from pipelines.main_path import CurateConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """

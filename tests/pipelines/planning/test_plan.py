@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from curation.config import load, parse
-from pipelines.curate_config import CurateConfig
+from pipelines.main_path import CurateConfig
 from pipelines.planning.plan import print_plan, total_rows
 from pipelines.planning.price import Price, count_images, price_run
 from pipelines.planning.rates import FixedRates, RatesConfig

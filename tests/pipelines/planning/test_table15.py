@@ -8,7 +8,7 @@ import pytest
 from curation.config import load
 from curation.quotas import most_clusters
 from curation.retrieval_modes import DatasetRows
-from pipelines.curate_config import CurateConfig
+from pipelines.main_path import CurateConfig
 from pipelines.planning.plan import contradictions, dataset_rows
 
 CONFIG = load(CurateConfig, str(Path(__file__).parents[3] / "pipelines/configs/lvd142m.toml"))

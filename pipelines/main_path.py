@@ -1,21 +1,64 @@
-"""The config of a whole run: a section for each stage, and the rules between them."""
+"""THE MAIN PATH: from seed datasets and an uncurated pool to a corpus, one stage after another.
+
+    runs/demo/
+      run.toml       the resolved config
+      ingest/        accepted images by reference, rejects with a reason  curation/ingest.py
+      embed/         the content of each image as a vector                curation/embed.py
+      describe/      a copy descriptor and a thumbnail of each image      curation/embed.py
+      pairs/         pairs of images that may be copies                   curation/pairs.py
+      dedup/         one image kept per copy; matches of the holdout out  curation/dedup.py
+      cluster/       clusters of the kept pool                            curation/cluster.py
+      retrieve/      pool images that resemble the seeds                  curation/retrieve.py
+      corpus/        the corpus and its composition                       curation/pack.py
+      report.html    the results in pictures                              curation/report/page.py
+      log/           the times of every finished shard                    curation/engine/run_log.py
+
+`run` is the whole path. The config follows it: a section for each stage, and the rules between sections. A finished
+stage is not done again. A stage with another config or other inputs is refused, or redone with --replace; then the
+later stages are redone only where their inputs have changed.
+"""
 
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from curation import profiles
+from curation import cluster, dedup, embed, ingest, pack, pairs, profiles, retrieve
 from curation.cluster import ClusterConfig
-from curation.config import Settings
+from curation.config import Settings, write_resolved
 from curation.dedup import DedupConfig
 from curation.embed import EmbedConfig
+from curation.engine.run_log import RunLog
+from curation.engine.runner import Runner
+from curation.files import paths
 from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.pairs import PairsConfig
 from curation.profiles import Profile
-from curation.report.page import ReportConfig
+from curation.report import page
+from curation.report.page import CONFIG_NAME, ReportConfig
 from curation.retrieve import RetrieveConfig
+from curation.run_folder import RunFolder
 from pipelines.planning.rates import RatesConfig
+
+
+def run(
+    config: "CurateConfig", output: str, runner: Runner, *, replace: bool = False, log: RunLog | None = None
+) -> None:
+    """Run every stage that is not done, and write the report."""
+    folder = RunFolder.of(output)
+    saved_config = paths.join(output, CONFIG_NAME)
+    if not paths.exists(saved_config):
+        write_resolved(config, saved_config)
+    ingest.run(config.ingest, folder.ingest, runner, replace=replace, log=log)
+    embed.run(config.embed, folder, folder.embed, runner, replace=replace, log=log)
+    embed.run(config.describe, folder, folder.describe, runner, name="describe", replace=replace, log=log)
+    pairs.run(config.pairs, folder, folder.pairs, runner, replace=replace, log=log)
+    dedup.run(config.dedup, folder, folder.dedup, runner, replace=replace, log=log)
+    cluster.run(config.cluster, folder, folder.cluster, runner, replace=replace, log=log)
+    retrieve.run(config.retrieve, folder, folder.retrieve, runner, replace=replace, log=log)
+    pack.run(config.pack, folder, folder.corpus, runner, replace=replace, log=log)
+    write_resolved(config, saved_config)  # last: a config that a stage refuses must not replace the saved one
+    page.run(config.report, output)
 
 
 class CurateConfig(Settings):
