@@ -1,12 +1,12 @@
 #!/bin/bash
-# One curation run on SLURM: a Ray node on every machine of the job, and the command on the first. Submit from the
+# Runs one curation on SLURM: a Ray node on every machine of the job, and the command on the first. Submit from the
 # repository:
 #
 #     sbatch --nodes=4 deploy/slurm.sh --config CONFIG --output OUTPUT [--set a.b=value ...]
 #
-# What follows the script's name goes to `python -m pipelines.curate` as it is. Repository, sources and OUTPUT lie on a
-# disk that every node sees. Partition, account, time, cores and GPUs are the cluster's own: give them to sbatch, before
-# the script. There are as many workers as cores; with GPUs give --workers, the number of GPUs, behind the script.
+# Arguments after the script's name go to `python -m pipelines.curate` unchanged. Repository, sources and OUTPUT lie on
+# a disk that every node sees. Give partition, account, time, cores and GPUs to sbatch, before the script's name. The
+# number of workers is that of the cores; with GPUs, give --workers, the number of GPUs, after the script's name.
 #
 #SBATCH --job-name=seedbed-curate
 #SBATCH --nodes=1
@@ -16,9 +16,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
-# A node that fails takes its shards with it, and no more: they are given out again.
+# The job goes on when a node fails; other workers take its shards.
 #SBATCH --no-kill
-# SIGTERM two minutes before the time is up, to this shell alone, which passes it on below.
+# SIGTERM two minutes before the end of the time, to this shell only, which passes it on (requeue, below).
 #SBATCH --signal=B:TERM@120
 set -euo pipefail
 
@@ -29,13 +29,13 @@ cores=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one node need two
 
-# Whoever has the token can run programs as this user, and Ray listens on every address. So it is made for this run, in
-# a file on the shared disk that nobody else can read; on a command line or in SLURM's records others could see it.
+# The token lets its holder run programs as this user, and Ray listens on every address. So each run has a new token, in
+# a file on the shared disk that only this user can read. A command line and SLURM's records are visible to others.
 secret=$(mktemp -d "$PWD/.seedbed-$SLURM_JOB_ID.XXXXXX") # mode 700
 (umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$secret/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$secret/token" RAY_USAGE_STATS_ENABLED=0
-unset RAY_AUTH_TOKEN # would go before the file
-temporary="/tmp/seedbed-$SLURM_JOB_ID" # on each node's own disk; short, since a socket's path has 107 characters
+unset RAY_AUTH_TOKEN # it would take precedence over the file
+temporary="/tmp/seedbed-$SLURM_JOB_ID" # on the local disk of each node; short, since a socket path has 107 characters
 
 steps=()
 finish() {
@@ -50,7 +50,7 @@ finish() {
 }
 trap finish EXIT
 
-# Runs `ray` on some nodes of the job. A node that is lost does not end the step on the others.
+# Runs `ray` on some nodes of the job. The loss of a node does not end the step on the others.
 ray_on() {
     local nodes=$1 where=$2
     shift 2
@@ -68,31 +68,31 @@ if [ "$SLURM_NNODES" -gt 1 ]; then
 fi
 export RAY_ADDRESS="$address:$port"
 
-# Until every node is there; a node that does not come within ten minutes ends the job with an error.
+# Waits for every node; a node that does not join within ten minutes ends the job with an error.
 "$python" - "$RAY_ADDRESS" "$SLURM_NNODES" << 'END'
 import sys
 import time
 
 import ray
 
-until, found = time.monotonic() + 600, 0
-while time.monotonic() < until:
+deadline, num_nodes = time.monotonic() + 600, 0
+while time.monotonic() < deadline:
     try:
         if not ray.is_initialized():
             ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-        found = sum(node["Alive"] for node in ray.nodes())
+        num_nodes = sum(node["Alive"] for node in ray.nodes())
     except (ConnectionError, RuntimeError):
         pass  # the head is not up yet
-    if found == int(sys.argv[2]):
+    if num_nodes == int(sys.argv[2]):
         sys.exit()
     time.sleep(1)
-sys.exit(f"{found} of {sys.argv[2]} nodes joined Ray within 600 s. See the log of the job, and Ray's in its --temp-dir.")
+sys.exit(f"{num_nodes} of {sys.argv[2]} nodes joined Ray within 600 s. See the job's log, and Ray's in its --temp-dir.")
 END
 
 "$python" -m pipelines.curate --runner ray --workers $((SLURM_NNODES * cores)) "$@" &
 driver=$!
 
-# Out of time: the command stops in order; the job queues again, and goes on where it stopped.
+# At the end of the time, the command stops in order; the job is queued again, and resumes the run.
 requeue() {
     kill -TERM "$driver"
     wait "$driver" || true

@@ -3,7 +3,7 @@
     python -m pipelines.status runs/demo
 
 A shard is done when its marker exists, whatever the log says. The log (engine/run_log.py) adds the shard of each
-worker, the driver's last sign of life, and times. Standard output has one line for each stage, and for each step of the
+worker, the driver's last heartbeat, and times. Standard output has one line for each stage, and for each step of the
 stage that is running.
 """
 
@@ -38,7 +38,7 @@ class StageStatus:
 
     name: str
     state: State
-    """`stale`: unfinished, and its driver gives no sign of life; `stopped`: the same, but its driver ended in order."""
+    """`stale`: unfinished, and its driver has no heartbeat; `stopped`: unfinished, and its driver ended in order."""
     num_shards: int | None
     """None while the stage has not begun."""
     done: int
@@ -62,7 +62,7 @@ class RunStatus:
     run: str
     driver: Driver | None
     seconds_silent: float | None
-    """Since the driver's last sign of life."""
+    """Since the driver's last heartbeat."""
     state: State
     """Of the stages that are begun and not done."""
     why_stopped: str | None
@@ -158,13 +158,13 @@ def _summary(status: RunStatus) -> str:
     driver = f"process {status.driver.process} on {status.driver.machine}"
     silence = duration(status.seconds_silent)
     if status.state == "stale":
-        return f"Lost: {driver} gave no sign of life for {silence}. Run the same command again to resume the run."
+        return f"Lost: {driver} has had no heartbeat for {silence}. Run the same command again to resume the run."
     running = [stage for stage in status.stages if stage.state == "running"]
     waiting = [stage.name for stage in status.stages if stage.state == "left"]
     known = [stage.seconds_left for stage in running if stage.seconds_left is not None]
     left = f"about {duration(max(known))} for the running stage" if known else "unknown before the first shards"
     rest = f"; then {', '.join(waiting)}, whose rates are unknown before they begin" if waiting else ""
-    return f"Running: {driver}, last sign of life {silence} ago. Time left: {left}{rest}."
+    return f"Running: {driver}, last heartbeat {silence} ago. Time left: {left}{rest}."
 
 
 def print_times(run: str) -> None:

@@ -1,8 +1,8 @@
 """Runs every benchmark: python -m pipelines.bench --run runs/demo --data data/demo
 
-Two tables are of the demo that `make curate` wrote, the next ones of drawn photographs (decoding.py, embedding.py,
-crops.py, training.py), three of workers, tars and shards (scaling.py), the last of drawn vectors (similarity.py). Each
-names the works, the peers, the ratios and their targets; the first line has the machine and the date.
+Two tables are of the demo that `make curate` wrote. The next ones are of drawn photographs (decoding.py, embedding.py,
+crops.py, training.py), of workers, tars and shards (scaling.py), and of drawn vectors (similarity.py). Each names the
+works, the peers, the ratios and their targets; the first line has the machine and the date.
 """
 
 import datetime

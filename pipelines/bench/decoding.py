@@ -4,10 +4,10 @@ Our code is `decode_picture` and `to_shape` of curation/images/decode.py. The pe
 (`open`, `convert("RGB")`, `resize` with the bicubic filter) and the same after `draft`. Each runs on one thread in a
 process of its own, because the state of the allocator changes the time of later works. Times are processor time.
 
-The photographs are drawn, since the repository has none: dead leaves (Lee, Mumford and Huang 2001), discs that hide
-each other with radii by a power law. Such pictures have the edges and the scaling of natural ones. Each disc has a
-texture of 1/f noise; a slight blur and the grain of a sensor follow. As JPEGs they have the size of photographs: 55 kB
-and 480 kB. Or give a folder of your own JPEGs; the ratio falls with the bytes per pixel (docs/benchmarks.md).
+The photographs are drawn, since the repository has none. They are dead leaves (Lee, Mumford and Huang 2001): discs that
+hide each other, with radii by a power law. Such pictures have the edges and the scaling of natural ones. Each disc has
+a texture of 1/f noise; a slight blur and the grain of a sensor follow. As JPEGs they have the size of photographs: 55
+kB and 480 kB. Or give a folder of your own JPEGs; the ratio falls with the bytes per pixel (docs/benchmarks.md).
 """
 
 import io

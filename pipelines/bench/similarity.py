@@ -1,9 +1,9 @@
 """Measures search, clustering and components against the tools that people use otherwise, and as the input grows.
 
 The data are mixtures with unequal clusters and planted copies (mixture.py), as Parquet shards of the vectors schema in
-a temporary folder. The number of clusters is proportional to the number of vectors, so that the pairs to find grow
-little faster than the vectors: most are copies (5,970 edges among 50,000 vectors, 31,100 among 200,000). Our code reads
-from that folder; the peers have everything in memory before their clock starts. Every work runs in a process of its own
+a temporary folder. The number of clusters is proportional to the number of vectors. So the pairs to find grow little
+faster than the vectors: most are copies (5,970 edges among 50,000 vectors, 31,100 among 200,000). Our code reads from
+that folder; the peers have everything in memory before their clock starts. Every work runs in a process of its own
 (similarity_works.py).
 """
 

@@ -1,9 +1,9 @@
 """Measures a step of the trainer against a plain step, the share of each ingredient, and memory.
 
-The plain step is DINOv2's arithmetic in its simplest form. Global and local crops have separate forward passes,
-stochastic depth computes every branch and drops some, and the heads hold the scores of the whole batch at once.
-Ingredients are then added one by one; the last row is training.loop.step itself. On a GPU, further rows time that step
-at the sizes of the short recipe, compiled or not, with attention of packed crops in one call or in one call per size.
+The plain step is DINOv2's arithmetic in its simplest form. Global and local crops have separate forward passes.
+Stochastic depth computes every branch and drops some. The heads hold the scores of the whole batch at once. Ingredients
+are then added one by one; the last row is training.loop.step itself. On a GPU, further rows time that step at the sizes
+of the short recipe, compiled or not. Attention of packed crops is then in one call, or in one call per size.
 
 All steps take turns on the crops of the same drawn photographs (decoding.py) with the same masks. A row with a memory
 figure is a process of its own.

@@ -73,15 +73,10 @@ def print_price(console: Console, price: Price) -> None:
 
 def total_rows(config: CurateConfig) -> int | None:
     """The most rows that the corpus can have; None where a count is missing."""
-    rows = [dataset_rows(config, dataset) for dataset in config.retrieve.datasets]
     clustering = config.retrieve.clustering
-    drawn = 0 if clustering is None else clustering.num_images
-    return _sum_rows(rows, drawn)
-
-
-def _sum_rows(datasets: Iterable[DatasetRows | None], drawn: int) -> int | None:
-    total = drawn
-    for rows in datasets:
+    total = 0 if clustering is None else clustering.num_images
+    for dataset in config.retrieve.datasets:
+        rows = dataset_rows(config, dataset)
         if rows is None:
             return None
         total += rows.rows
