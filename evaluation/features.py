@@ -3,8 +3,8 @@
 A model is a backbone that `curation.weights` reads, given by its path alone, or an embedder of the curation, given by
 its name. Two baselines show what a score is worth: the same backbone with fresh weights, and plain pixels.
 
-Features are computed once, by a stage over shards of images. The hashes of the model, of the images and of the view
-name its folder and are in its manifest, so features of another model are never taken for those of this one.
+Features are computed once, by a stage over shards of images. Its folder is named by the hashes of the model, the images
+and the view, and its manifest holds them. So features of another model are never taken for those of this one.
 
     <cache>/features/<hash>/
       features-00000.npy  ...     (n, F) float32, in the order of the split, read memory-mapped
@@ -55,7 +55,7 @@ Pooling = Literal["cls", "patch_mean", "cls_patch_mean"]
 PIXELS_SIDE = 32
 # Images of one file of features, computed by one worker or rank: 4 MB at F 1,024. Assumed.
 SHARD_IMAGES = 1024
-# Fields that set how features are computed without changing them, apart from rounding.
+# What says how features are computed and shapes none of them, rounding apart.
 NOT_IN_PLAN = frozenset({"batch_size", "decode_threads"})
 
 
