@@ -55,7 +55,7 @@ Pooling = Literal["cls", "patch_mean", "cls_patch_mean"]
 PIXELS_SIDE = 32
 # Images of one file of features, computed by one worker or rank: 4 MB at F 1,024. Assumed.
 SHARD_IMAGES = 1024
-# What says how features are computed and shapes none of them, rounding apart.
+# Fields that set how features are computed without changing them, apart from rounding.
 NOT_IN_PLAN = frozenset({"batch_size", "decode_threads"})
 
 
