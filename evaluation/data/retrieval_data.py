@@ -12,7 +12,7 @@ from curation.errors import InputError
 from curation.files import paths
 from curation.images.sources import SourceConfig, list_files
 from evaluation.data import plain_pickle
-from evaluation.data.splits import SplitConfig, listed
+from evaluation.data.splits import SplitConfig, abbreviated
 from evaluation.data.views import PicturesConfig, ViewConfig
 
 
@@ -185,6 +185,6 @@ def read_amstertime(data: AmsterTimeData) -> tuple[list[Photo], list[Photo]]:
     if unpaired or not old:
         raise InputError(
             f"{data.path}: old/ and new/ hold {len(old)} and {len(new)} images, and {len(unpaired)} names are in only "
-            f"one of them: {listed(unpaired)}."
+            f"one of them: {abbreviated(unpaired)}."
         )
     return [old[name] for name in sorted(old)], [new[name] for name in sorted(old)]
