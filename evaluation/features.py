@@ -357,7 +357,7 @@ def extract(
     elif model.world.is_first:
         leading = RankRunner(model.world)
         manifest = lead(leading)
-        leading.dismiss()
+        leading.close()
     else:
         follow(model.world, "features", make_worker, shards, folder)
         manifest = require_manifest(folder)

@@ -21,7 +21,7 @@ from torch import Tensor
 from curation import ingest
 from curation.config import Settings
 from curation.engine.manifest import require_manifest
-from curation.engine.ranks import first_alone
+from curation.engine.ranks import first_rank_first
 from curation.engine.runner import Runner
 from curation.errors import InputError
 from curation.files import paths
@@ -243,7 +243,7 @@ def _ingested(config: SplitConfig, cache: str, runner: Runner) -> str:
     listing = sources.listing_hash(sources.list_files(source))
     name = hash_json([settings.model_dump(mode="json"), listing])[:32]
     folder = paths.join(cache, "ingest", name)
-    with first_alone():
+    with first_rank_first():
         ingest.run(settings, folder, runner)
     return folder
 
