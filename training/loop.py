@@ -64,7 +64,7 @@ Evaluate = Callable[[VisionTransformer, int], dict[str, float]]
 # Steps in a row that may be skipped because the loss or a gradient is not finite. Assumed; DINOv3's trainer allows 2.
 MAX_SKIPPED_STEPS = 10
 
-# Fields of TrainConfig that may change when a run continues: where and how fast it runs, and what it reports.
+# Fields of TrainConfig that may change when a run resumes: its device, its speed and its reports.
 _MAY_CHANGE: dict[str, Any] = {
     **dict.fromkeys(
         (
@@ -497,7 +497,7 @@ def _resume(trainer: Trainer, output: str) -> Counters:
 
 
 def _compared_config(config: TrainConfig) -> dict[str, Any]:
-    """The settings that must stay the same when a run continues: those that its numbers depend on."""
+    """The settings that determine a run's results; a resumed run must have the same."""
     return config.model_dump(mode="json", exclude=_MAY_CHANGE)
 
 

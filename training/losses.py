@@ -228,7 +228,7 @@ def prototype_cross_entropy(
             for crop, chunk in enumerate(features[:, rows]):  # chunk: (rows, d)
                 if crop == 0 or weights_of_crop[crop] != weights_of_crop[crop - 1]:
                     target = _weighted_sum(probabilities, weights_of_crop[crop])  # (rows, K)
-                # Each row of `target` sums to `total`, so the cross-entropy needs no matrix of logarithms, and its
+                # Each row of `target` sums to `total`. So the cross-entropy needs no matrix of logarithms, and its
                 # gradient by the scores is total * softmax - target. The factors of a row are applied to the smaller
                 # matrices below.
                 total = sum(weights_of_crop[crop])

@@ -68,8 +68,8 @@ class OptimizerConfig(Settings):
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of the second average. Cited: PyTorch's default."""
     layer_decay: float = Field(default=0.9, gt=0, le=1)
-    """Factor of the learning rate for each layer further from the heads. The embeddings have it to the power of
-    depth + 1, the last block to the power of 1, the last norm and the heads to the power of 0. 1 turns it off."""
+    """Factor of the learning rate for each layer further from the heads; 1 turns it off. The exponent is depth + 1 for
+    the embeddings, 1 for the last block, and 0 for the last norm and the heads."""
     patch_embed_multiplier: float = Field(default=0.2, ge=0)
     """Further factor of the learning rate for the patch projection."""
     clip_norm: float = Field(default=3.0, gt=0)

@@ -1,14 +1,14 @@
 """The order of the samples: a permutation of every epoch that is computed and never stored.
 
-Position p = step * batch_size + i counts all samples that training ever draws. Epoch e = p // R has as many positions
-as there are samples, R. Its order is drawn from (seed, e), so any step can be the first.
+Position p = step * batch_size + i counts all samples that training draws. With R samples, epoch e = p // R has R
+positions. Its order is drawn from (seed, e), so any step can be the first.
 
 With weights, an epoch has each sample floor(x) or ceil(x) times, where x is R times its share of all weight. This is
 systematic sampling: shuffled index k stands for the sample whose interval of the cumulative weights holds k + u. The
 shift u is one number for an epoch and moves by the golden ratio from epoch to epoch. Over e epochs a sample then comes
 e * x times, give or take one or two. Equal weights give each sample exactly once.
 
-Legend: P positions that are asked for at once.
+Legend: R samples, P positions.
 """
 
 from typing import final

@@ -1,7 +1,7 @@
 """The images of a run: a corpus, or any images, as one list of samples.
 
 <output>/
-  ingest/                 only for raw images: a stage of its own, see curation/ingest.py
+  ingest/                 only for raw images: a finished ingest stage, see curation/ingest.py
   samples/
     samples.arrow         one row per sample: where its bytes lie. Memory-mapped by every rank and worker
     cumulative.npy        the running sum of the samples' weights, if these differ and count. Memory-mapped too
@@ -139,7 +139,7 @@ def _ingested_tables(folder: str) -> Iterator[pa.Table]:
 
 
 def _list_samples(config: DataConfig, folder: str, tables: Iterator[pa.Table], output: str) -> None:
-    """Write samples.arrow and cumulative.npy into `output`, or keep those that already list the same data."""
+    """Write samples.arrow and cumulative.npy into `output`, or keep files that already list the same data."""
     content = require_manifest(folder).content_hash
     facts = {"content": content, "layout": config.layout, "use_weights": str(config.use_weights)}
     path = paths.join(output, "samples.arrow")

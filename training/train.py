@@ -1,4 +1,4 @@
-"""The trainer's command: one process, or as many as torchrun starts.
+"""The trainer's command, for one process or the processes that torchrun starts.
 
     python -m training.train --config pipelines/configs/train/vitl16_short.toml --output runs/vitl16
     torchrun --standalone --nproc-per-node 8 -m training.train --config ... --output ...

@@ -361,8 +361,8 @@ def test_a_lost_shard_stops_the_run_and_is_named(tmp_path: Path, gone: bool, wor
         corpus.tar(1).unlink()
     else:
         os.truncate(corpus.tar(1), 2000)
-    what = "cannot be read any more" if gone else "is cut off"
-    with pytest.raises(InputError, match=rf"^The shard .*corpus-000001\.tar {what}.*Restore it"):
+    problem = "cannot be read any more" if gone else "is cut off"
+    with pytest.raises(InputError, match=rf"^The shard .*corpus-000001\.tar {problem}.*Restore it"):
         corpus.steps(corpus.config(workers=workers))
 
 
