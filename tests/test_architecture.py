@@ -21,7 +21,7 @@ MAY_IMPORT = {
 # The files of all four packages that import a heavy dependency. Benchmarks also call it as the peer.
 DOORS = {
     "ray": {"curation/engine/ray_runner.py", "pipelines/train_on_ray.py"},
-    "faiss": {"curation/search/ivf.py", "pipelines/bench/contests.py"},
+    "faiss": {"curation/search/ivf.py", "pipelines/bench/similarity_works.py"},
     "cv2": {
         "curation/copies/compare_thumbnails.py",
         "training/augment.py",
