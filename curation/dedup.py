@@ -1,29 +1,45 @@
-"""Deduplicate: which images are copies, which one of each component is kept, and what the holdout takes away.
+"""Deduplicate: which images are copies, which image of each component is kept, and what matches the holdout.
 
     dedup/
-      duplicates-00000.parquet  ...     records.DUPLICATES: one row for each row of ingest's images, in its order
-      manifest.json                     its facts hold the largest components, what each guard did, a threshold sweep
+      duplicates-00000.parquet  ...     schemas.DUPLICATES: one row for each row of ingest's images, in its order
+      manifest.json                     its facts hold the largest components, the effect of each guard, and a threshold
+                                        sweep
 
-Images with equal bytes are one image that occurs several times. Pairs at or above `threshold` join two images into one
-component. Of its images are kept: every seed, since seeds are trusted as they are; where there is none, the one with
-the most pixels, then the most bytes, then the smallest image_id. With `matches_kept`, going through them in this order,
-also every image that is no copy of one kept before.
+Images with equal bytes are one unique image that occurs several times. Pairs at or above `threshold` connect two images
+into one component. All seeds of a component are kept, since seeds are trusted. Without a seed, one image is kept: the
+one with the most pixels, then the most bytes, then the smallest image_id. This order is the priority of an image; seeds
+come before all others. With `matches_kept`, images are visited by priority, and an image is dropped only when it is a
+copy of an image that was kept before it:
 
-Before that, the holdout takes away what matches it. `direct`: the images with a pair at or above `holdout_threshold`
-with a holdout image. `component` (DINOv2, appendix A.3): the whole components, joined at `holdout_threshold`, that hold
-one. A dropped row has one reason, the first that holds: 'holdout' (the bytes of a holdout image), 'exact', 'holdout'
-(a match), 'near'.
+    three images by falling priority, A, B, C:    A --0.8-- B --0.7-- C    (A and C are not copies)
 
-One chain of near-copies can join a large part of a pool. Four guards against it, each counted in the facts:
-`mutual_neighbors` and `families` leave out pairs, `max_component_size` splits what grew too large, and `matches_kept`
-verifies each dropped image against the kept one it is said to copy.
+    default         A is kept; B and C are dropped for A
+    matches_kept    A is kept; B is dropped for A; C is kept, because its only copy B was dropped
 
-The driver decides, with everything over images and pairs in arrays on its disk (scratch.py): about 90 bytes for each
-row of ingest and 70 for each pair. They are walked in blocks, so memory grows with none of them,
-nor with the size of a component; measured: 0.35 GB with 1 and with 2 million images. The driver also writes the shards;
-a run that was stopped decides again.
+Images that match the holdout are dropped first. `direct` drops an image with a pair at or above `holdout_threshold` to
+a holdout image. `component` (DINOv2, appendix A.3) drops whole components, connected at `holdout_threshold`, that
+contain a holdout image:
+
+    H is a holdout image, holdout_threshold is 0.45:    H --0.5-- A --0.5-- B
+
+    direct          A is dropped; B is kept
+    component       A and B are dropped
+
+A dropped row has one reason, the first that applies: 'holdout' (the bytes of a holdout image), 'exact', 'holdout' (a
+match), 'near'.
+
+A chain of near-copies can connect a large share of a pool into one component. There are four guards against chains, and
+the facts count the effect of each. `mutual_neighbors` and `families` leave out pairs, `max_component_size` splits large
+components, and `matches_kept` compares each dropped image with the kept image that it is a copy of.
+
+The driver decides. Its arrays over images and pairs lie on disk (files/disk_arrays.py): about 90 bytes per row of
+ingest and 70 per pair. They are read in blocks, so memory grows neither with their length nor with the size of a
+component; measured: 0.35 GB with 1 and with 2 million images. The driver also writes the shards. A resumed run decides
+again.
 
     python -m curation.dedup --config CONFIG.toml --images ingest/ --pairs pairs/ --output dedup/
+
+Legend: N unique images, the nodes, numbered in the order of their image_ids; E pairs, the edges.
 """
 
 import functools
@@ -53,76 +69,80 @@ from curation.run_folder import RunFolder, require_same_ingest
 from curation.search.top_k import top_k_of_groups
 from curation.stage_command import stage_command
 
-# How many of the largest components the manifest names; the report shows them.
+# Number of the largest components that the manifest names; the report shows them.
 LARGEST_COMPONENTS = 20
-# Similarity between two rows of the threshold sweep. Assumed: a dozen rows are enough to choose by.
+# Difference in threshold between two rows of the threshold sweep. Assumed: a dozen rows are enough to choose by.
 SWEEP_STEP = 0.05
-# The settings that guard against chains of copies; the facts hold the value of each and its effect.
+# Rise of the threshold at each split of a large component (`max_component_size`). Assumed.
+SPLIT_STEP = 0.02
+# The settings that guard against chains of copies, and `holdout_cosine`; the facts hold the value and effect of each.
 GUARDS = ("mutual_neighbors", "families", "max_component_size", "matches_kept", "holdout_cosine")
-# What a reason's number stands for.
+# A reason is stored as its index in this tuple.
 REASONS = (None, "exact", "near", "holdout")
 KEPT, EXACT, NEAR, HOLDOUT = range(4)
 
 
 class FamilyConfig(Settings):
-    """When a pair is of a family, such as road signs with other symbols, and not of copies; see graph.family_edges."""
+    """When a pair belongs to a family, such as road signs with other symbols; see copies.components.family_edges."""
 
     sure: float = Field(default=0.9, ge=0, le=1)
-    """Similarity from which a pair that does not differ in one place is of copies whatever else there is."""
+    """Minimum similarity of a pair that is always of copies, unless it differs locally (in one rectangle)."""
     margin: float = Field(default=0.1, ge=0, le=1)
-    """How much less similar a third image may be and still be a rival."""
+    """A rival of the pair is a third image whose similarity to one of the two is at most this much lower."""
     local_margin: float = Field(default=0.05, ge=0, le=1)
-    """The same for pairs that differ in one place."""
+    """The same for pairs that differ locally."""
 
 
 class DedupConfig(Settings):
-    """Where a pair becomes a copy."""
+    """When a pair counts as copies, and which images are dropped."""
 
     threshold: float = Field(default=0.6, ge=-1, le=1)
-    """Similarity at which two images are copies (0.6 in DINOv2, with SSCD descriptors)."""
+    """Minimum similarity of copies (0.6 in DINOv2, with SSCD descriptors)."""
     holdout_threshold: float = Field(default=0.45, ge=-1, le=1)
-    """Similarity at which an image matches a holdout image (0.45 in DINOv2)."""
+    """Minimum similarity of an image and a holdout image that match (0.45 in DINOv2)."""
     holdout_cosine: float | None = Field(default=None, ge=-1, le=1)
-    """Cosine of two copy descriptors at which an image matches a holdout image too, whatever the similarity says. For
-    verified pairs; set pairs.min_cosine to it, or those below pairs.min_similarity are not written, and so not seen."""
-    mutual_neighbors: bool = False
-    """Whether a pair joins two images only when each is among the other's nearest descriptors. Pairs that perceptual
-    hashes alone found are not. A match with the holdout needs no such pair, but `component` joins by such pairs only.
+    """Minimum cosine of the copy descriptors of an image and a holdout image that match, whatever their similarity. For
+    verified pairs. Set pairs.min_cosine to the same value; otherwise pairs below pairs.min_similarity are not written.
     """
+    mutual_neighbors: bool = False
+    """Whether only mutual pairs connect images: each image is among the other's nearest descriptors. Pairs found by
+    perceptual hashes alone are not mutual. A direct match with the holdout need not be mutual; the pairs that connect
+    the components of `decontamination = "component"` must be."""
     max_component_size: int | None = Field(default=None, ge=2)
-    """Unique images above which a component is joined again at `threshold` + `split_step`, what is still too large at
-    one step more, and so on up to 1. Images that are all of similarity 1 stay together."""
-    split_step: float = Field(default=0.02, gt=0, le=1)
-    """How much the threshold rises at each such split."""
+    """Maximum number of unique images in a component. A larger component is split: its images are connected again
+    at `threshold` + SPLIT_STEP, what remains too large at one step more, and so on up to 1. Images connected by pairs
+    of similarity 1 stay together."""
     matches_kept: bool = False
-    """Whether an image goes only when it is itself a copy of one that stays: each is verified against that one. In a
-    chain of small steps the ends may have little in common; this keeps an image every other step, where else one of
-    the whole component is kept."""
+    """Whether an image is dropped only when it is itself a copy of a kept image. The ends of a long chain may have
+    little in common. This setting keeps about every other image of a chain; without it, one image of the component is
+    kept."""
     families: FamilyConfig | None = None
-    """How images are told from copies that only belong to one family; for verified pairs."""
+    """How families are told from copies, for verified pairs. Without this section no pair belongs to a family."""
     decontamination: Literal["direct", "component"] = "direct"
-    """Whether the holdout takes away what matches it, or whole components that hold one of its images."""
+    """Whether images that match a holdout image are dropped, or the whole components that contain one."""
     decontaminate_seeds: bool = True
-    """Whether seeds that match the holdout go too. DINOv2 took evaluation sets' training splits both as seeds and as
-    holdout, so its recipe needs false."""
+    """Whether seeds that match the holdout are dropped too. In DINOv2 the training splits of evaluation sets are both
+    seeds and holdout, so its recipe needs false."""
 
     @model_validator(mode="after")
-    def _holdout_is_no_laxer(self) -> "DedupConfig":
+    def _check_thresholds(self) -> "DedupConfig":
         if self.holdout_threshold > self.threshold:
-            raise ValueError("holdout_threshold must not lie above threshold, or copies of the holdout could stay")
+            raise ValueError(
+                "holdout_threshold must not lie above threshold; otherwise copies of the holdout could be kept"
+            )
         return self
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to each unique image: arrays over the N nodes, on disk; and what there is to say of the whole."""
+    """The decision on each unique image, as arrays over the N nodes on disk, and counts for the manifest."""
 
     component: np.ndarray  # (N,): the node of the component's smallest image_id
     reason: np.ndarray  # (N,) uint8: KEPT, NEAR or HOLDOUT
     matched: np.ndarray  # (N,): the node for which this one was dropped; -1 when kept
-    similarity: np.ndarray  # (N,) float32: of that match; NaN when the two are joined by other images only
-    guards: dict[str, dict[str, int]]  # by option, what it did
-    sweep: list[dict[str, float | int]]  # by threshold, what joining at it alone would do
+    similarity: np.ndarray  # (N,) float32: of that match; NaN when only other images connect the two
+    guards: dict[str, dict[str, int]]  # counts of the effects of each guard, by its setting
+    sweep: list[dict[str, float | int]]  # one row a threshold: counts of the components at that threshold
 
 
 def run(
@@ -136,32 +156,31 @@ def run(
 ) -> Manifest:
     """Decide for every row of the finished ingest; returns the manifest.
 
-    Raises ConfigError for a threshold below the `min_similarity` that the pairs were written with. The decision lies on
-    the disk of the driver, which therefore writes all shards itself: `runner` is not used.
+    Raises ConfigError for a threshold below the `min_similarity` of the pairs written. `runner` is not used: the
+    decision lies on the driver's disk, so the driver writes all shards itself.
     """
     images, pairs = inputs.ingest, inputs.pairs
     ingested, paired = require_manifest(images), require_manifest(pairs)
-    written = paired.facts["min_similarity"]
-    if config.holdout_threshold < written:
+    min_similarity = paired.facts["min_similarity"]
+    if config.holdout_threshold < min_similarity:
         raise ConfigError(
-            f"dedup.holdout_threshold is {config.holdout_threshold:g}, but pairs below {written:g} were not written. "
-            "Lower pairs.min_similarity, or raise the threshold."
+            f"dedup.holdout_threshold is {config.holdout_threshold:g}, but pairs below {min_similarity:g} were not "
+            "written. Lower pairs.min_similarity, or raise the threshold."
         )
     require_same_ingest(pairs, paired, images, ingested)
     shards, start = [], 0
     for record, name in zip(ingested.shards, ingested.files("images"), strict=True):
         count = record.totals["accepted"]
-        part = slice(start, start + count)
-        work = (paths.join(images, name), part)
+        work = (paths.join(images, name), slice(start, start + count))
         shards.append(Shard(name.removeprefix("images-").removesuffix(".parquet"), work, count))
-        start = part.stop
+        start += count
     if not start:
         raise InputError(f"'{images}' holds no accepted image. See its rejects-*.parquet for the reasons.")
 
-    @functools.cache  # when it is first needed, which it is not by a stage that is done
-    def decided() -> tuple[DuplicateGraph, Decision]:
+    @functools.cache  # called only when a shard is missing, so that a finished stage decides nothing
+    def graph_and_decision() -> tuple[DuplicateGraph, Decision]:
         graph = read_graph(images, pairs)
-        return graph, decide(config, graph.nodes, graph.edges, sweep_from=written)
+        return graph, decide(config, graph.nodes, graph.edges, min_sweep_threshold=min_similarity)
 
     stage = Stage(
         name="dedup",
@@ -169,8 +188,8 @@ def run(
         inputs={"images": ingested.content_hash, "pairs": paired.content_hash},
         output=output,
         shards=shards,
-        make_worker=lambda: make_worker(output, *decided()),
-        finish=lambda done: (_facts(*decided()), None),
+        make_worker=lambda: make_worker(output, *graph_and_decision()),
+        finish=lambda done: (_facts(*graph_and_decision()), None),
         facts={
             "threshold": config.threshold,
             "holdout_threshold": config.holdout_threshold,
@@ -181,12 +200,12 @@ def run(
 
 
 def make_worker(output: str, graph: DuplicateGraph, decision: Decision) -> Callable[[Shard], ShardRecord]:
-    """A worker that writes the decided rows of one shard after another."""
+    """A worker that writes the decided rows of a shard."""
 
     def process(shard: Shard) -> ShardRecord:
-        path, part = shard.work
+        path, rows_of_shard = shard.work
         table = parquet.read_table(path, schemas.IMAGES, ["image_id", "role"])
-        rows, reason = _rows(table, part, graph, decision)
+        rows, reason = _decided_rows(table, rows_of_shard, graph, decision)
         file = parquet.write_table(paths.join(output, f"duplicates-{shard.name}.parquet"), rows)
         counts = np.bincount(reason[~pc.equal(table["role"], "holdout").to_numpy()], minlength=len(REASONS))
         totals = {REASONS[number] or "kept": int(count) for number, count in enumerate(counts) if count}
@@ -196,94 +215,94 @@ def make_worker(output: str, graph: DuplicateGraph, decision: Decision) -> Calla
     return process
 
 
-def decide(config: DedupConfig, nodes: Nodes, edges: Edges, *, sweep_from: float = 0.0) -> Decision:
-    """Which images are dropped, given the edges between them. `sweep_from`: the lowest threshold of the sweep."""
+def decide(config: DedupConfig, nodes: Nodes, edges: Edges, *, min_sweep_threshold: float = 0.0) -> Decision:
+    """Which images are dropped, given the edges between them. The sweep begins at `min_sweep_threshold`."""
     num_nodes = len(nodes.image_ids)
-    kind = edges.first.dtype
+    node_type = edges.first.dtype
     decision = Decision(
-        component=on_disk(num_nodes, kind),
+        component=on_disk(num_nodes, node_type),
         reason=on_disk(num_nodes, np.uint8),
-        matched=on_disk(num_nodes, kind, fill=-1),
+        matched=on_disk(num_nodes, node_type, fill=-1),
         similarity=on_disk(num_nodes, np.float32, fill=np.nan),
         guards={},
         sweep=[],
     )
-    _take_holdout(config, nodes, edges, decision)
-    joins = _joining(config, num_nodes, edges, decision)
-    _connect(config, edges, joins, decision)
-    _keep_one_each(config, nodes, edges, joins, decision)
-    decision.sweep.extend(_sweep(config, nodes, edges, joins, sweep_from))
+    _drop_matches_of_holdout(config, nodes, edges, decision)
+    may_connect = _edges_that_may_connect(config, num_nodes, edges, decision)
+    _find_components(config, edges, may_connect, decision)
+    _drop_copies(config, nodes, edges, may_connect, decision)
+    decision.sweep.extend(_sweep(config, nodes, edges, may_connect, min_sweep_threshold))
     return decision
 
 
-def _take_holdout(config: DedupConfig, nodes: Nodes, edges: Edges, decision: Decision) -> None:
-    """Drop the holdout's images and what matches them, naming the most similar one, of equals the smallest image_id."""
+def _drop_matches_of_holdout(config: DedupConfig, nodes: Nodes, edges: Edges, decision: Decision) -> None:
+    """Drop the holdout images and the images that match one. The match is the most similar, then the smallest node."""
     num_nodes = len(nodes.image_ids)
     is_candidate = on_disk(num_nodes, bool)
     for part in blocks(num_nodes):
-        spared = nodes.is_seed[part] & (not config.decontaminate_seeds)
-        is_candidate[part] = ~nodes.is_holdout[part] & ~spared
-        own = part.start + np.flatnonzero(nodes.is_holdout[part] & ~spared)
-        decision.reason[own], decision.matched[own], decision.similarity[own] = HOLDOUT, own, 1.0
+        is_exempt = nodes.is_seed[part] & (not config.decontaminate_seeds)
+        is_candidate[part] = ~nodes.is_holdout[part] & ~is_exempt
+        dropped = part.start + np.flatnonzero(nodes.is_holdout[part] & ~is_exempt)
+        decision.reason[dropped], decision.matched[dropped], decision.similarity[dropped] = HOLDOUT, dropped, 1.0
 
     def matches() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Candidates, a holdout image that each matches, and their similarity."""
+        """In blocks: candidates, a holdout image that each matches, and their similarity."""
         for part in blocks(len(edges.first)):
             is_match = edges.similarity[part] >= config.holdout_threshold
             if config.holdout_cosine is not None:
                 is_match |= edges.cosine[part] >= config.holdout_cosine
             ends = edges.first[part][is_match], edges.second[part][is_match]
             for one, other in (ends, ends[::-1]):
-                taken = is_candidate[one] & nodes.is_holdout[other]
-                yield one[taken], other[taken], edges.similarity[part][is_match][taken]
+                chosen = is_candidate[one] & nodes.is_holdout[other]
+                yield one[chosen], other[chosen], edges.similarity[part][is_match][chosen]
 
     best = on_disk(num_nodes, np.float32, fill=-np.inf)
-    holdout = on_disk(num_nodes, decision.matched.dtype, fill=num_nodes)
+    match = on_disk(num_nodes, decision.matched.dtype, fill=num_nodes)  # num_nodes: no match
     for one, _, value in matches():
         np.maximum.at(best, one, value)
     for one, other, value in matches():
         top = value == best[one]
-        np.minimum.at(holdout, one[top], other[top])
-    by_cosine = 0
+        np.minimum.at(match, one[top], other[top])
+    num_by_cosine = 0
     for part in blocks(num_nodes):
-        taken = part.start + np.flatnonzero(holdout[part] < num_nodes)
-        decision.reason[taken], decision.matched[taken] = HOLDOUT, holdout[taken]
-        decision.similarity[taken] = best[taken]
-        by_cosine += count_true(best[taken] < config.holdout_threshold)
+        dropped = part.start + np.flatnonzero(match[part] < num_nodes)
+        decision.reason[dropped], decision.matched[dropped] = HOLDOUT, match[dropped]
+        decision.similarity[dropped] = best[dropped]
+        num_by_cosine += count_true(best[dropped] < config.holdout_threshold)
     if config.holdout_cosine is not None:
-        decision.guards["holdout_cosine"] = {"images_taken": by_cosine}
+        decision.guards["holdout_cosine"] = {"images_taken": num_by_cosine}
     if config.decontamination == "component":
-        _take_components(config, nodes, edges, is_candidate, decision)
+        _drop_components_of_holdout(config, nodes, edges, is_candidate, decision)
 
 
-def _take_components(
+def _drop_components_of_holdout(
     config: DedupConfig, nodes: Nodes, edges: Edges, is_candidate: np.ndarray, decision: Decision
 ) -> None:
-    """Drop the candidates that are joined to a holdout image, naming the one with the smallest image_id."""
+    """Drop the candidates in the component of a holdout image. The match is its holdout image of the smallest node."""
     num_nodes = len(nodes.image_ids)
 
-    def joined() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def connecting_edges() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for part in blocks(len(edges.first)):
             chosen = edges.similarity[part] >= config.holdout_threshold
             if config.mutual_neighbors:
                 chosen &= edges.mutual[part]
             yield edges.first[part][chosen], edges.second[part][chosen]
 
-    component = connected_components(num_nodes, joined(), parent=on_disk(num_nodes, edges.first.dtype))
-    holdout = on_disk(num_nodes, decision.matched.dtype, fill=num_nodes)
+    component = connected_components(num_nodes, connecting_edges(), parent=on_disk(num_nodes, edges.first.dtype))
+    holdout_of = on_disk(num_nodes, decision.matched.dtype, fill=num_nodes)  # by component; num_nodes: none
     for part in blocks(num_nodes):
-        held = part.start + np.flatnonzero(nodes.is_holdout[part])
-        np.minimum.at(holdout, component[held], held.astype(holdout.dtype))
+        holdout = part.start + np.flatnonzero(nodes.is_holdout[part])
+        np.minimum.at(holdout_of, component[holdout], holdout.astype(holdout_of.dtype))
     for part in blocks(num_nodes):
-        taken = is_candidate[part] & (decision.matched[part] < 0) & (holdout[component[part]] < num_nodes)
-        node = part.start + np.flatnonzero(taken)
-        decision.reason[node], decision.matched[node] = HOLDOUT, holdout[component[node]]
+        is_dropped = is_candidate[part] & (decision.matched[part] < 0) & (holdout_of[component[part]] < num_nodes)
+        dropped = part.start + np.flatnonzero(is_dropped)
+        decision.reason[dropped], decision.matched[dropped] = HOLDOUT, holdout_of[component[dropped]]
 
 
-def _joining(config: DedupConfig, num_nodes: int, edges: Edges, decision: Decision) -> np.ndarray:
-    """Which edges, (E,) bool, may join copies if they are similar enough."""
+def _edges_that_may_connect(config: DedupConfig, num_nodes: int, edges: Edges, decision: Decision) -> np.ndarray:
+    """Which edges, (E,) bool, connect copies if they are similar enough: the ones that no guard leaves out."""
     num_edges = len(edges.first)
-    joins = on_disk(num_edges, bool, fill=True)
+    may_connect = on_disk(num_edges, bool, fill=True)
     left_out = []
     if config.families is not None:
         ends = edges.first, edges.second, edges.similarity, edges.differs_locally
@@ -293,55 +312,55 @@ def _joining(config: DedupConfig, num_nodes: int, edges: Edges, decision: Decisi
     for guard, marked in left_out:
         count = 0
         for part in blocks(num_edges):
-            out = joins[part] & (marked[part] if guard == "families" else ~marked[part])
-            joins[part] &= ~out
-            count += count_true(out & (edges.similarity[part] >= config.threshold))
+            is_left_out = may_connect[part] & (marked[part] if guard == "families" else ~marked[part])
+            may_connect[part] &= ~is_left_out
+            count += count_true(is_left_out & (edges.similarity[part] >= config.threshold))
         decision.guards[guard] = {"pairs_left_out": count}
-    return joins
+    return may_connect
 
 
-def _connect(config: DedupConfig, edges: Edges, joins: np.ndarray, decision: Decision) -> None:
-    """Find the components, and split the ones that are too large."""
+def _find_components(config: DedupConfig, edges: Edges, may_connect: np.ndarray, decision: Decision) -> None:
+    """Find the components, and split the ones above `max_component_size`."""
     component = decision.component
     threshold, too_large = config.threshold, None
 
-    def joined() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def connecting_edges() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for part in blocks(len(edges.first)):
-            chosen = joins[part] & (edges.similarity[part] >= threshold)
+            chosen = may_connect[part] & (edges.similarity[part] >= threshold)
             if too_large is not None:
                 chosen &= too_large[edges.first[part]]
             yield edges.first[part][chosen], edges.second[part][chosen]
 
-    connected_components(len(component), joined(), parent=component)
+    connected_components(len(component), connecting_edges(), parent=component)
     if config.max_component_size is None:
         return
-    sizes, steps = component_sizes(component), 0
+    sizes, num_steps = component_sizes(component), 0
     counts = {"components_split": 0, "images_in_them": 0}
     while oversized := sum(count_true(sizes[part] > config.max_component_size) for part in blocks(len(sizes))):
         if threshold >= 1:
             break
-        steps += 1
-        threshold = min(config.threshold + steps * config.split_step, 1.0)
+        num_steps += 1
+        threshold = min(config.threshold + num_steps * SPLIT_STEP, 1.0)
         too_large = on_disk(len(component), bool)
         for part in blocks(len(component)):
             too_large[part] = sizes[component[part]] > config.max_component_size
-        if steps == 1:
+        if num_steps == 1:
             images = sum(count_true(too_large[part]) for part in blocks(len(component)))
             counts = {"components_split": oversized, "images_in_them": images}
         for part in blocks(len(component)):
             component[part][too_large[part]] = part.start + np.flatnonzero(too_large[part])
-        for first, second in joined():
+        for first, second in connecting_edges():
             unite(component, first, second)
         sizes = component_sizes(flatten(component))
     decision.guards["max_component_size"] = counts | {"components_still_larger": oversized}
 
 
-# One of each component. Of several images the one that "goes before" the others is kept: seeds first, then by pixels,
-# bytes and image_id.
+# Which images of a component are kept. Priority: seeds first, then the most pixels, the most bytes, the smallest
+# image_id.
 
 
-def _goes_before(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Whether each node in `one` goes before its counterpart in `other`."""
+def _has_priority(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether each node in `one` has priority over its counterpart in `other`."""
     result = one < other
     for column in (nodes.length, nodes.pixels, nodes.is_seed):
         a, b = column[one], column[other]
@@ -349,157 +368,166 @@ def _goes_before(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarray
     return result
 
 
-def _offer(nodes: Nodes, chosen: np.ndarray, place: np.ndarray, node: np.ndarray) -> None:
-    """Put each node at its place in `chosen` where it goes before the one there, or where there is none (-1)."""
+def _put_by_priority(nodes: Nodes, target: np.ndarray, index: np.ndarray, node: np.ndarray) -> None:
+    """Put each node at its index in `target`, unless the node there has priority; -1 in `target` stands for none."""
     keys = (~nodes.is_seed[node], -nodes.pixels[node], -nodes.length[node], node)
-    first = top_k_of_groups(place, 1, *keys)
-    place, node = place[first], node[first]
-    there = chosen[place]
-    wins = (there < 0) | _goes_before(nodes, node, there)
-    chosen[place[wins]] = node[wins]
+    first = top_k_of_groups(index, 1, *keys)
+    index, node = index[first], node[first]
+    present = target[index]
+    is_put = (present < 0) | _has_priority(nodes, node, present)
+    target[index[is_put]] = node[is_put]
 
 
-def _keep_one_each(config: DedupConfig, nodes: Nodes, edges: Edges, joins: np.ndarray, decision: Decision) -> None:
-    """Drop the copies among what the holdout left."""
+def _drop_copies(config: DedupConfig, nodes: Nodes, edges: Edges, may_connect: np.ndarray, decision: Decision) -> None:
+    """Drop the copies among the candidates: the nodes that were not dropped for the holdout."""
     num_nodes = len(nodes.image_ids)
-    component, kind = decision.component, decision.component.dtype
-    is_open = on_disk(num_nodes, bool)
-    first_of = on_disk(num_nodes, kind, fill=-1)  # of each component of several, the open node that goes first
+    component, node_type = decision.component, decision.component.dtype
+    is_candidate = on_disk(num_nodes, bool)
+    first_of = on_disk(num_nodes, node_type, fill=-1)  # by component of two or more: its candidate of highest priority
     sizes = component_sizes(component)
     for part in blocks(num_nodes):
-        is_open[part] = decision.matched[part] < 0
-        node = part.start + np.flatnonzero(is_open[part] & (sizes[component[part]] > 1))
-        _offer(nodes, first_of, component[node], node)
+        is_candidate[part] = decision.matched[part] < 0
+        node = part.start + np.flatnonzero(is_candidate[part] & (sizes[component[part]] > 1))
+        _put_by_priority(nodes, first_of, component[node], node)
 
-    def others() -> Iterator[np.ndarray]:
-        """The open nodes that are neither seeds nor the first of their component."""
+    def other_candidates() -> Iterator[np.ndarray]:
+        """In blocks: the candidates that are neither seeds nor the first of their component."""
         for part in blocks(num_nodes):
             first = first_of[component[part]]
             not_first = (first >= 0) & (first != np.arange(part.start, part.stop))
-            yield part.start + np.flatnonzero(is_open[part] & ~nodes.is_seed[part] & not_first)
+            yield part.start + np.flatnonzero(is_candidate[part] & ~nodes.is_seed[part] & not_first)
 
-    copies = _open_copies(config, nodes, edges, joins, is_open, component)
-    better, worse, similarity = copies
+    better, worse, similarity = _pairs_of_candidates(config, nodes, edges, may_connect, is_candidate, component)
     if not config.matches_kept:
-        for node in others():
+        for node in other_candidates():
             decision.reason[node], decision.matched[node] = NEAR, first_of[component[node]]
         for part in blocks(len(better)):
-            direct = decision.matched[worse[part]] == better[part]
-            decision.similarity[worse[part][direct]] = similarity[part][direct]
+            is_match = decision.matched[worse[part]] == better[part]
+            decision.similarity[worse[part][is_match]] = similarity[part][is_match]
         return
     dropped = _copies_of_kept(num_nodes, better, worse)
     best = on_disk(num_nodes, np.float32, fill=-np.inf)
     for part in blocks(len(better)):
-        stays = ~dropped[better[part]] & dropped[worse[part]]
-        np.maximum.at(best, worse[part][stays], similarity[part][stays])
+        is_match = ~dropped[better[part]] & dropped[worse[part]]
+        np.maximum.at(best, worse[part][is_match], similarity[part][is_match])
     for part in blocks(len(better)):
         top = ~dropped[better[part]] & dropped[worse[part]] & (similarity[part] == best[worse[part]])
-        _offer(nodes, decision.matched, worse[part][top], better[part][top])
-    kept = 0
-    for node in others():
-        kept += count_true(~dropped[node])
+        _put_by_priority(nodes, decision.matched, worse[part][top], better[part][top])
+    num_kept = 0
+    for node in other_candidates():
+        num_kept += count_true(~dropped[node])
         node = node[dropped[node]]
         decision.reason[node], decision.similarity[node] = NEAR, best[node]
-    decision.guards["matches_kept"] = {"images_kept": kept}
+    decision.guards["matches_kept"] = {"images_kept": num_kept}
 
 
-def _open_copies(
-    config: DedupConfig, nodes: Nodes, edges: Edges, joins: np.ndarray, is_open: np.ndarray, component: np.ndarray
+def _pairs_of_candidates(
+    config: DedupConfig,
+    nodes: Nodes,
+    edges: Edges,
+    may_connect: np.ndarray,
+    is_candidate: np.ndarray,
+    component: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs of copies that can drop an image: the node that goes before, the other (no seed), their similarity."""
+    """The pairs of copies among the candidates: the node with priority, the other node (no seed), their similarity."""
     better, worse = (on_disk(len(edges.first), edges.first.dtype) for _ in range(2))
     similarity = on_disk(len(edges.first), np.float32)
     count = 0
     for part in blocks(len(edges.first)):
         one, other, value = edges.first[part], edges.second[part], edges.similarity[part]
-        chosen = joins[part] & (value >= config.threshold) & (one != other)
-        chosen &= is_open[one] & is_open[other] & (component[one] == component[other])
+        chosen = may_connect[part] & (value >= config.threshold) & (one != other)
+        chosen &= is_candidate[one] & is_candidate[other] & (component[one] == component[other])
         one, other, value = one[chosen], other[chosen], value[chosen]
-        forward = _goes_before(nodes, one, other)
-        one, other = np.where(forward, one, other), np.where(forward, other, one)
+        in_order = _has_priority(nodes, one, other)
+        one, other = np.where(in_order, one, other), np.where(in_order, other, one)
         chosen = ~nodes.is_seed[other]
-        place = slice(count, count + count_true(chosen))
-        better[place], worse[place], similarity[place] = one[chosen], other[chosen], value[chosen]
-        count = place.stop
+        target = slice(count, count + count_true(chosen))
+        better[target], worse[target], similarity[target] = one[chosen], other[chosen], value[chosen]
+        count = target.stop
     return better[:count], worse[:count], similarity[:count]
 
 
 def _copies_of_kept(num_nodes: int, better: np.ndarray, worse: np.ndarray) -> np.ndarray:
-    """Which nodes, (N,) bool, are dropped: those with an edge to a better one that is not.
+    """Which nodes, (N,) bool, are dropped: the nodes with an edge to a better node that is kept.
 
-    In rounds: what has no better neighbour left is kept, what has one that is kept is dropped, and edges of dropped
-    nodes go. That gives the same as going through all nodes from the best to the worst, and mostly in few rounds (G. E.
-    Blelloch and others, "Greedy sequential maximal independent set and matching are parallel on average", 2012).
+    Works in rounds. A node without a better neighbour is kept, the worse neighbours of a kept node are dropped, and the
+    edges of dropped nodes are removed. The result equals a pass over all nodes from the best to the worst. Mostly it
+    takes a small number of rounds (G. E. Blelloch and others, "Greedy sequential maximal independent set and matching
+    are parallel on average", 2012).
     """
-    dropped, waits = on_disk(num_nodes, bool), on_disk(num_nodes, bool)
-    left = [on_disk(len(better), better.dtype) for _ in range(2)]
+    dropped, has_better = on_disk(num_nodes, bool), on_disk(num_nodes, bool)
+    remaining_better, remaining_worse = (on_disk(len(better), better.dtype) for _ in range(2))
     for part in blocks(len(better)):
-        left[0][part], left[1][part] = better[part], worse[part]
-    num_left = len(better)
-    while num_left:
-        for part in blocks(num_left):
-            waits[left[1][part]] = True
-        for part in blocks(num_left):
-            dropped[left[1][part][~waits[left[0][part]]]] = True
+        remaining_better[part], remaining_worse[part] = better[part], worse[part]
+    num_remaining = len(better)
+    while num_remaining:
+        for part in blocks(num_remaining):
+            has_better[remaining_worse[part]] = True
+        for part in blocks(num_remaining):
+            dropped[remaining_worse[part][~has_better[remaining_better[part]]]] = True
         count = 0
-        for part in blocks(num_left):
-            one, other = left[0][part], left[1][part]
-            waits[other] = False
-            stays = ~dropped[one] & ~dropped[other]
-            place = slice(count, count + count_true(stays))
-            left[0][place], left[1][place] = one[stays], other[stays]
-            count = place.stop
-        num_left = count
+        for part in blocks(num_remaining):
+            one, other = remaining_better[part], remaining_worse[part]
+            has_better[other] = False
+            remains = ~dropped[one] & ~dropped[other]
+            target = slice(count, count + count_true(remains))
+            remaining_better[target], remaining_worse[target] = one[remains], other[remains]
+            count = target.stop
+        num_remaining = count
     return dropped
 
 
-# What the report shows
+# Facts for the report
 
 
-def sweep_thresholds(config: DedupConfig, lowest: float) -> list[float]:
-    """Multiples of `SWEEP_STEP` from `lowest` up to below 1, and the thresholds; a multiple too near to one is not."""
-    first = max(int(np.floor(lowest / SWEEP_STEP + 1e-9)), 0)
+def sweep_thresholds(config: DedupConfig, min_threshold: float) -> list[float]:
+    """The rising thresholds of the sweep: multiples of SWEEP_STEP and the two thresholds of `config`, below 1.
+
+    The first is the multiple at or just below `min_threshold`. Other multiples less than half a step from a threshold
+    of `config` are left out.
+    """
+    first = max(int(np.floor(min_threshold / SWEEP_STEP + 1e-9)), 0)
     last = round(1 / SWEEP_STEP) - 1
     grid = [round(number * SWEEP_STEP, 6) for number in range(min(first, last), last + 1)]
-    own = [config.threshold, config.holdout_threshold]
-    inner = {edge for edge in grid[1:] if all(abs(edge - threshold) >= SWEEP_STEP / 2 for threshold in own)}
-    return [grid[0], *sorted(inner | {threshold for threshold in own if grid[0] < threshold < 1})]
+    configured = [config.threshold, config.holdout_threshold]
+    inner = {edge for edge in grid[1:] if all(abs(edge - threshold) >= SWEEP_STEP / 2 for threshold in configured)}
+    return [grid[0], *sorted(inner | {threshold for threshold in configured if grid[0] < threshold < 1})]
 
 
 def _sweep(
-    config: DedupConfig, nodes: Nodes, edges: Edges, joins: np.ndarray, lowest: float
+    config: DedupConfig, nodes: Nodes, edges: Edges, may_connect: np.ndarray, min_threshold: float
 ) -> list[dict[str, float | int]]:
-    """What joining at each threshold would do, the lowest first; found in one union from the highest down.
+    """Counts of the components at each threshold, the lowest first; one union from the highest threshold down.
 
-    `dropped` counts the images that go when of each component only the seeds, or else one image, are kept.
+    `dropped` counts the images that are dropped when each component keeps all its seeds, or one image without a seed.
     """
     num_nodes = len(nodes.image_ids)
     parent = on_disk(num_nodes, edges.first.dtype)
     separate(parent)
     rows: list[dict[str, float | int]] = []
-    num_pairs, above = 0, np.inf
-    for threshold in reversed(sweep_thresholds(config, lowest)):
+    num_pairs, previous_threshold = 0, np.inf
+    for threshold in reversed(sweep_thresholds(config, min_threshold)):
         for part in blocks(len(edges.first)):
             value = edges.similarity[part]
-            band = joins[part] & (value >= threshold) & (value < above)
+            band = may_connect[part] & (value >= threshold) & (value < previous_threshold)
             unite(parent, edges.first[part][band], edges.second[part][band])
             num_pairs += count_true(band)
-        above = threshold
+        previous_threshold = threshold
         sizes, has_seed = component_sizes(flatten(parent)), on_disk(num_nodes, bool)
-        num_joined = num_several = largest = num_seeds = 0
+        num_not_roots = num_components = largest = num_seeds = 0
         for part in blocks(num_nodes):
             has_seed[parent[part][nodes.is_seed[part]]] = True
             num_seeds += count_true(nodes.is_seed[part])
-            num_joined += count_true(sizes[part] == 0)
-            num_several += count_true(sizes[part] > 1)
+            num_not_roots += count_true(sizes[part] == 0)
+            num_components += count_true(sizes[part] > 1)
             largest = max(largest, int(sizes[part].max()))
-        spared = num_seeds - sum(count_true(has_seed[part]) for part in blocks(num_nodes))
+        num_further_seeds = num_seeds - sum(count_true(has_seed[part]) for part in blocks(num_nodes))
         rows.append(
             {
                 "threshold": threshold,
                 "pairs": num_pairs,
-                "components_of_two_or_more": num_several,
-                "dropped": num_joined - spared,
+                "components_of_two_or_more": num_components,
+                "dropped": num_not_roots - num_further_seeds,
                 "largest_component": largest,
             }
         )
@@ -507,6 +535,7 @@ def _sweep(
 
 
 def _facts(graph: DuplicateGraph, decision: Decision) -> dict[str, Any]:
+    """The facts of the manifest: counts, the largest components, the effect of each guard, the threshold sweep."""
     sizes = component_sizes(decision.component)
     histogram: dict[int, int] = {}
     largest: list[tuple[int, int]] = []
@@ -514,8 +543,9 @@ def _facts(graph: DuplicateGraph, decision: Decision) -> dict[str, Any]:
         roots = part.start + np.flatnonzero(sizes[part] > 1)
         for size, count in zip(*np.unique(sizes[roots], return_counts=True), strict=True):
             histogram[int(size)] = histogram.get(int(size), 0) + int(count)
-        first = roots[np.lexsort((roots, -sizes[roots]))][:LARGEST_COMPONENTS]
-        largest = heapq.nsmallest(LARGEST_COMPONENTS, largest + [(-int(sizes[root]), int(root)) for root in first])
+        largest_here = roots[np.lexsort((roots, -sizes[roots]))][:LARGEST_COMPONENTS]
+        candidates = [(-int(sizes[root]), int(root)) for root in largest_here]
+        largest = heapq.nsmallest(LARGEST_COMPONENTS, largest + candidates)
     names = unpack_ids(graph.nodes.image_ids[[root for _, root in largest]]).to_pylist() if largest else []
     return {
         "unique_images": len(sizes),
@@ -527,25 +557,33 @@ def _facts(graph: DuplicateGraph, decision: Decision) -> dict[str, Any]:
     }
 
 
-def _rows(table: pa.Table, part: slice, graph: DuplicateGraph, decision: Decision) -> tuple[pa.Table, np.ndarray]:
-    """The decided rows of one shard of ingest, which are the rows `part` of all, and the number of each's reason."""
-    node = graph.node_of_row[part]
+def _decided_rows(
+    table: pa.Table, rows: slice, graph: DuplicateGraph, decision: Decision
+) -> tuple[pa.Table, np.ndarray]:
+    """The decided rows of one shard, and the number of the reason of each row.
+
+    `table` holds the ingest rows of the shard; `rows` are their numbers among all rows of ingest.
+    """
+    node = graph.node_of_row[rows]
     assert (graph.nodes.image_ids[node] == pack_ids(table["image_id"])).all(), "ingest has changed under this stage"
-    reason, matched, score = (column[node] for column in (decision.reason, decision.matched, decision.similarity))
-    copy = graph.row_of_node[node] != np.arange(part.start, part.stop)
-    reason[copy] = np.where(graph.nodes.is_holdout[node[copy]], HOLDOUT, EXACT)
-    matched[copy], score[copy] = node[copy], 1.0
+    reason, matched, similarity = (column[node] for column in (decision.reason, decision.matched, decision.similarity))
+    is_exact_copy = graph.row_of_node[node] != np.arange(rows.start, rows.stop)
+    copied_node = node[is_exact_copy]
+    reason[is_exact_copy] = np.where(graph.nodes.is_holdout[copied_node], HOLDOUT, EXACT)
+    matched[is_exact_copy], similarity[is_exact_copy] = copied_node, 1.0
     kept = matched < 0
-    names = pa.array(REASONS, pa.string())
-    partner = unpack_ids(graph.nodes.image_ids[matched])  # at -1 the last, which is no partner
+    reason_names = pa.array(REASONS, pa.string())
+    matched_ids = unpack_ids(
+        graph.nodes.image_ids[matched]
+    )  # the row of a kept image, at -1, is replaced by null below
     return pa.table(
         {
             "image_id": table["image_id"].combine_chunks(),
             "component_id": unpack_ids(graph.nodes.image_ids[decision.component[node]]),
             "kept": kept,
-            "reason": names.take(pa.array(reason)),
-            "matched_image_id": pc.if_else(pa.array(kept), pa.scalar(None, pa.string()), partner),
-            "similarity": pa.array(score, mask=np.isnan(score)),
+            "reason": reason_names.take(pa.array(reason)),
+            "matched_image_id": pc.if_else(pa.array(kept), pa.scalar(None, pa.string()), matched_ids),
+            "similarity": pa.array(similarity, mask=np.isnan(similarity)),
         },
         schema=schemas.DUPLICATES,
     ), reason

@@ -1,15 +1,17 @@
-"""Pairs: which two images may be copies of one another, and how sure that is.
+"""Pairs: which two images may be copies of one another, and how similar they are.
 
     pairs/
-      pairs-00000.parquet  ...     records.PAIRS, every pair at or above `min_similarity`, by the smaller id
+      pairs-00000.parquet  ...     schemas.PAIRS: every pair at or above `min_similarity`, by the smaller id
       manifest.json                with `ivf`, its facts hold the recall of the search
 
-Two searches propose candidates: the nearest copy descriptors above a cosine (join.py), and perceptual hashes within a
-Hamming distance. A candidate's similarity is the cosine of the descriptors, or, with `verification`, what a look at
-both thumbnails gives. Images with equal bytes are one image here: they would fill every list of neighbours.
+Two searches propose candidates: the nearest copy descriptors above a cosine (search/self_join.py), and perceptual
+hashes within a Hamming distance. The similarity of a candidate is the cosine of its descriptors, or, with
+`verification`, the result of comparing the two thumbnails. Images with equal bytes count as one image; otherwise they
+would fill every list of neighbours.
 
-A shard judges the pairs whose smaller id lies in one of equal ranges of ids. The driver holds the ids and perceptual
-hashes of all images, about 100 bytes each; nothing else grows with their number.
+The ids are divided into equal ranges, one for each shard. A shard scores the candidates whose smaller id lies in its
+range. The driver holds the ids and perceptual hashes of all images, about 100 bytes per image; nothing else grows with
+the number of images.
 
     python -m curation.pairs --config CONFIG.toml --images ingest/ --descriptors describe/ --output pairs/
 """
@@ -41,39 +43,40 @@ from curation.search.self_join import Neighborhood
 from curation.search.top_k import starts_group
 from curation.stage_command import stage_command
 
-# Prepared thumbnails that a worker keeps at hand, each up to 0.8 MB. Assumed: a shard of pairs, sorted by its first
-# image, needs few more.
-CACHED_VIEWS = 1500
-# Pairs of perceptual hashes that are held at a time. Assumed.
+# Prepared thumbnails that a worker keeps in memory, each up to 0.8 MB. Assumed: a shard rarely needs more, because its
+# pairs are sorted by their first image.
+CACHED_THUMBNAILS = 1500
+# Pairs of perceptual hashes that are held in memory at a time. Assumed.
 HASH_PAIRS_PER_FILE = 1_000_000
 
 
 class PairsConfig(Settings):
-    """How candidates are found and judged."""
+    """How candidates are searched and scored."""
 
     search: SearchConfig = SearchConfig()
-    """How near descriptors are searched."""
+    """The search for near descriptors."""
     num_neighbors: int = Field(default=64, ge=1)
-    """Nearest descriptors that each image proposes at most (64 in DINOv2, appendix A.3)."""
+    """Maximum number of nearest descriptors that are candidates of an image (64 in DINOv2, appendix A.3)."""
     min_descriptor_similarity: float = Field(default=0.6, ge=-1, le=1)
-    """Cosine of two descriptors from which they are candidates."""
+    """Minimum cosine of the descriptors of two candidates."""
     max_phash_distance: int = Field(default=4, ge=-1, le=16)
-    """Differing bits of two 64-bit perceptual hashes up to which they are candidates; -1 leaves the hashes out."""
+    """Maximum number of bits in which the 64-bit perceptual hashes of two candidates differ; -1 uses no hashes."""
     verification: VerificationConfig | None = None
-    """How a candidate is verified on its thumbnails; without it, the cosine of the descriptors is the similarity."""
+    """How the thumbnails of candidates are compared. Without this section, the cosine of the descriptors is the
+    similarity."""
     min_similarity: float = Field(default=0.4, ge=-1, le=1)
-    """Pairs below are not written; the lowest threshold that a later stage may use."""
+    """Minimum similarity of the pairs written, and so the lowest threshold that a later stage may use."""
     min_cosine: float | None = Field(default=None, ge=-1, le=1)
-    """With verification: pairs whose descriptors are at least so near are written in any case, for a later stage that
-    goes by the cosine (dedup.holdout_cosine)."""
+    """With verification: minimum cosine of pairs that are written whatever their similarity, for a later stage with a
+    threshold on the cosine (dedup.holdout_cosine)."""
     images_per_shard: int = Field(default=1000, ge=1)
-    """Images whose pairs one shard judges. With verification each takes seconds; without, a million is well."""
+    """Images whose candidates one shard scores. An image takes seconds with verification; without, use a million."""
 
     @field_validator("search")
     @classmethod
-    def _lists_hold_vectors(cls, value: SearchConfig) -> SearchConfig:
+    def _cells_hold_vectors(cls, value: SearchConfig) -> SearchConfig:
         if value.codes == "pq":
-            raise ValueError("codes 'pq' are for [retrieve.search]; the join compares the vectors themselves")
+            raise ValueError("codes 'pq' are for [retrieve.search]; the self-join compares the vectors themselves")
         return value
 
 
@@ -86,35 +89,36 @@ def run(
     replace: bool = False,
     log: RunLog | None = None,
 ) -> Manifest:
-    """Find and judge the pairs among all images of a finished ingest and describe; returns the manifest.
+    """Find and score the pairs among all images of a finished ingest and describe; returns the manifest.
 
-    Its facts are `search`, and `min_similarity`: no pair below it is written.
+    Its facts are `search` and `min_similarity`, the minimum similarity of the pairs written.
 
-    Raises InputError when the descriptors are of other images, and ConfigError when they lack thumbnails that
-    verification needs, or when the search's recall is too low.
+    Raises InputError when the descriptors are of other images. Raises ConfigError when verification lacks thumbnails,
+    or when the recall of the search is too low.
     """
     images, descriptors = inputs.ingest, inputs.describe
     ingested, described = require_manifest(images), require_manifest(descriptors)
     if described.plan.inputs.get("images") != ingested.content_hash:
-        raise InputError(f"'{descriptors}' has descriptors of other images than those of '{images}': not of one run.")
+        raise InputError(
+            f"'{descriptors}' has descriptors of other images than those of '{images}'; they are not stages of one run."
+        )
     if config.verification and len(described.files("thumbnails")) != len(described.shards):
         raise ConfigError(
-            f"'{descriptors}' holds no thumbnails, which verification needs. Set describe.thumbnail_side."
+            f"'{descriptors}' holds no thumbnails; pairs.verification needs them. Set describe.thumbnail_side."
         )
     files = [paths.join(descriptors, name) for name in described.files("vectors")]
-    places = _Places(files, [paths.join(descriptors, name) for name in described.files("thumbnails")])
-    num_shards = max(1, -(-places.num_rows // config.images_per_shard))
+    described_rows = _DescribedRows(files, [paths.join(descriptors, name) for name in described.files("thumbnails")])
+    num_shards = max(1, -(-described_rows.count // config.images_per_shard))
     joined, hashed = step_folder(output, "join"), step_folder(output, "hashes")
 
-    def propose() -> ShardRecord:
-        floor = config.min_descriptor_similarity
-        neighborhood = Neighborhood(config.search, config.num_neighbors, floor, num_shards)
+    def propose_candidates() -> ShardRecord:
+        min_cosine = config.min_descriptor_similarity
+        neighborhood = Neighborhood(config.search, config.num_neighbors, min_cosine, num_shards)
         self_join.run(neighborhood, files, joined, runner, content_hash=described.content_hash, log=log)
         if config.max_phash_distance >= 0:
-            for number, file in enumerate(_hash_pairs(config, images, places, num_shards)):
-                parquet.write_row_groups(
-                    paths.join(hashed, f"pairs-{number:05d}.parquet"), "bucket", file, self_join.PAIRED.empty_table()
-                )
+            for number, buckets in enumerate(_hash_pairs(config, images, described_rows, num_shards)):
+                path = paths.join(hashed, f"pairs-{number:05d}.parquet")
+                parquet.write_row_groups(path, "bucket", buckets, self_join.PAIRED.empty_table())
         return ShardRecord(name=PREPARED)
 
     def facts(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
@@ -125,38 +129,39 @@ def run(
         config=config,
         inputs={"images": ingested.content_hash, "descriptors": described.content_hash},
         output=output,
-        shards=[Shard(f"{bucket:05d}", bucket, places.num_rows // num_shards) for bucket in range(num_shards)],
-        make_worker=functools.partial(make_worker, config, places, joined, hashed, output),
-        prepare=propose,
+        shards=[Shard(f"{bucket:05d}", bucket, described_rows.count // num_shards) for bucket in range(num_shards)],
+        make_worker=functools.partial(make_worker, config, described_rows, joined, hashed, output),
+        prepare=propose_candidates,
         finish=facts,
         facts={"min_similarity": config.min_similarity},
     )
     manifest = run_stage(stage, runner, replace=replace, log=log)
-    config.search.require_recall(manifest.facts["search"])  # min_recall may have been raised since
+    config.search.require_recall(manifest.facts["search"])  # min_recall may be higher than when the stage finished
     return manifest
 
 
 def make_worker(
-    config: PairsConfig, places: "_Places", joined: str, hashed: str, output: str
+    config: PairsConfig, described_rows: "_DescribedRows", joined: str, hashed: str, output: str
 ) -> Callable[[Shard], ShardRecord]:
-    """A worker that judges the candidates of one range of ids after another."""
-    judge = _Judge(config.verification) if config.verification else None
+    """A worker that scores the candidates of a range of ids."""
+    verifier = _Verifier(config.verification) if config.verification else None
 
     def process(shard: Shard) -> ShardRecord:
         candidates = _candidates(joined, hashed, shard.work)
-        place = np.stack([candidates.column(name).to_numpy() for name in ("place", "other_place")])
+        rows = np.stack([candidates.column(name).to_numpy() for name in ("place", "other_place")])
         cosine = candidates.column("cosine").to_numpy()
-        cosine = np.where(np.isnan(cosine), places.cosine(place, np.isnan(cosine)), cosine).astype(np.float32)
-        if judge:
-            similarity, differs_locally = judge.compare(place, places.thumbnails(place))
+        missing = np.isnan(cosine)
+        cosine = np.where(missing, described_rows.cosine(rows, missing), cosine).astype(np.float32)
+        if verifier:
+            similarity, differs_locally = verifier.compare(rows, described_rows.thumbnails(rows))
         else:
             similarity, differs_locally = cosine, np.zeros(len(cosine), bool)
         columns = [candidates["image_id"], candidates["other_image_id"], similarity, differs_locally, cosine]
         table = pa.table([*columns, candidates["mutual"]], schema=schemas.PAIRS)
-        written = similarity >= config.min_similarity
+        is_written = similarity >= config.min_similarity
         if config.min_cosine is not None:
-            written |= cosine >= config.min_cosine
-        table = table.filter(pa.array(written))
+            is_written |= cosine >= config.min_cosine
+        table = table.filter(pa.array(is_written))
         file = parquet.write_table(paths.join(output, f"pairs-{shard.name}.parquet"), table)
         totals = {"candidates": candidates.num_rows, "pairs": table.num_rows}
         return ShardRecord(name=shard.name, files=(file,), totals=totals)
@@ -164,115 +169,118 @@ def make_worker(
     return process
 
 
-class _Places:
-    """Where each row of the descriptors lies: a place is its number, counted through all files."""
+class _DescribedRows:
+    """The rows of a finished describe, numbered through all files, as the column `place` of self_join.PAIRED is.
 
-    def __init__(self, files: Sequence[str], thumbnails: Sequence[str]) -> None:
-        self._files, self._thumbnails = files, thumbnails
+    Legend: N unique images, P pairs.
+    """
+
+    def __init__(self, files: Sequence[str], thumbnail_files: Sequence[str]) -> None:
+        self._files, self._thumbnail_files = files, thumbnail_files
         self._starts = np.cumsum([0, *(vectors.num_rows(file) for file in files)])
-        self.num_rows = int(self._starts[-1])
+        self.count = int(self._starts[-1])
 
-    def first_of_each(self) -> tuple[np.ndarray, np.ndarray]:
-        """All ids (N,), ascending, as bytes, and the first place of each, (N,)."""
+    def unique_ids(self) -> tuple[np.ndarray, np.ndarray]:
+        """All ids (N,), ascending, as bytes, and the first row of each, (N,)."""
         columns = [parquet.read_table_columns(file, ["image_id"]).column(0) for file in self._files]
-        ids, first = np.unique(np.concatenate([id_bytes(column) for column in columns]), return_index=True)
-        return ids, first
+        ids, first_row = np.unique(np.concatenate([id_bytes(column) for column in columns]), return_index=True)
+        return ids, first_row
 
-    def cosine(self, place: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """The cosines (P,) of the descriptors at `place` (2, P) where `wanted` (P,), else 0."""
-        result = np.zeros(place.shape[1], np.float32)
-        if wanted.any():
-            rows, pair = np.unique(place[:, wanted], return_inverse=True)
-            matrix = np.concatenate([vectors.read_file(file)[1][own] for file, own in self._by_file(self._files, rows)])
+    def cosine(self, rows: np.ndarray, is_needed: np.ndarray) -> np.ndarray:
+        """The cosines (P,) of the descriptors in `rows` (2, P) where `is_needed` (P,) is true, else 0."""
+        result = np.zeros(rows.shape[1], np.float32)
+        if is_needed.any():
+            unique_rows, pair = np.unique(rows[:, is_needed], return_inverse=True)
+            by_file = self._by_file(self._files, unique_rows)
+            matrix = np.concatenate([vectors.read_file(file)[1][rows_in_file] for file, rows_in_file, _ in by_file])
             pair = pair.reshape(2, -1)
-            result[wanted] = exact.pair_similarity(matrix, pair[0], matrix, pair[1])
+            result[is_needed] = exact.pair_similarity(matrix, pair[0], matrix, pair[1])
         return result
 
-    def thumbnails(self, place: np.ndarray) -> dict[int, bytes]:
-        """The thumbnails of the images at some places."""
-        found: dict[int, bytes] = {}
-        rows = np.unique(place)
-        for file, own in self._by_file(self._thumbnails, rows):
-            column = parquet.read_table(file, schemas.THUMBNAILS).column("thumbnail").take(pa.array(own))
-            found.update(zip(rows[len(found) : len(found) + len(own)].tolist(), column.to_pylist(), strict=True))
-        return found
+    def thumbnails(self, rows: np.ndarray) -> dict[int, bytes]:
+        """The thumbnail of each of the `rows`, in any shape."""
+        thumbnail_of_row: dict[int, bytes] = {}
+        for file, rows_in_file, file_rows in self._by_file(self._thumbnail_files, np.unique(rows)):
+            column = parquet.read_table(file, schemas.THUMBNAILS).column("thumbnail").take(pa.array(rows_in_file))
+            thumbnail_of_row.update(zip(file_rows.tolist(), column.to_pylist(), strict=True))
+        return thumbnail_of_row
 
-    def _by_file(self, files: Sequence[str], rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Each file with its own rows among the ascending `rows`, where it has any."""
+    def _by_file(self, files: Sequence[str], rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Each file that holds some of the ascending `rows`, with their numbers in the file and through all files."""
         bounds = np.searchsorted(rows, self._starts)
         for number in np.flatnonzero(np.diff(bounds)):
-            yield files[int(number)], rows[bounds[number] : bounds[number + 1]] - self._starts[number]
+            file_rows = rows[bounds[number] : bounds[number + 1]]
+            yield files[int(number)], file_rows - self._starts[number], file_rows
 
 
-class _Judge:
-    """Verifies pairs on thumbnails, keeping the views of the images seen last."""
+class _Verifier:
+    """Compares the thumbnails of pairs. Keeps prepared thumbnails; the least recently used ones go first."""
 
     def __init__(self, config: VerificationConfig) -> None:
         self._comparer = ThumbnailComparer(config)
-        self._views: OrderedDict[int, PreparedThumbnail] = OrderedDict()
+        self._prepared: OrderedDict[int, PreparedThumbnail] = OrderedDict()
 
-    def compare(self, place: np.ndarray, thumbnails: dict[int, bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """For each pair of places (2, P) its similarity, (P,) float32, and whether it differs locally, (P,) bool."""
+    def compare(self, rows: np.ndarray, thumbnails: dict[int, bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """For each pair of `rows` (2, P) its similarity, (P,) float32, and whether it differs locally, (P,) bool."""
         likenesses = [
-            self._comparer.compare(self._view_of(one, thumbnails), self._view_of(other, thumbnails))
-            for one, other in place.T.tolist()
+            self._comparer.compare(self._prepare(one, thumbnails), self._prepare(other, thumbnails))
+            for one, other in rows.T.tolist()
         ]
         similarity = np.array([likeness.similarity for likeness in likenesses], np.float32)
         return similarity, np.array([likeness.differs_locally for likeness in likenesses], bool)
 
-    def _view_of(self, place: int, thumbnails: dict[int, bytes]) -> PreparedThumbnail:
-        if place in self._views:
-            self._views.move_to_end(place)
-            return self._views[place]
-        view = self._views[place] = self._comparer.prepare(thumbnails[place])
-        if len(self._views) > CACHED_VIEWS:
-            self._views.popitem(last=False)
-        return view
+    def _prepare(self, row: int, thumbnails: dict[int, bytes]) -> PreparedThumbnail:
+        if row in self._prepared:
+            self._prepared.move_to_end(row)
+            return self._prepared[row]
+        prepared = self._prepared[row] = self._comparer.prepare(thumbnails[row])
+        if len(self._prepared) > CACHED_THUMBNAILS:
+            self._prepared.popitem(last=False)
+        return prepared
 
 
 def _candidates(joined: str, hashed: str, bucket: int) -> pa.Table:
-    """self_join.PAIRED of all candidates of one range of ids; the cosine of those by hash alone is NaN."""
-    near = self_join.read_bucket(joined, bucket)
+    """self_join.PAIRED of all candidates of one range of ids; the cosine is NaN for candidates by hash alone."""
+    by_descriptor = self_join.read_bucket(joined, bucket)
     by_hash = [
         parquet.read_row_groups(paths.join(hashed, name), "bucket", bucket, self_join.PAIRED)
         for name in paths.list_names(hashed)
     ]
-    table = pa.concat_tables([near, *by_hash])
+    table = pa.concat_tables([by_descriptor, *by_hash])
     one, other = id_bytes(table["image_id"]), id_bytes(table["other_image_id"])
-    order = np.lexsort((other, one))  # stable: of equal pairs that of the join comes first
+    order = np.lexsort((other, one))  # stable: of two equal pairs, the one of the self-join comes first
     return table.take(pa.array(order[starts_group(one[order], other[order])]))
 
 
 def _hash_pairs(
-    config: PairsConfig, images: str, places: _Places, num_buckets: int
+    config: PairsConfig, images: str, described_rows: _DescribedRows, num_buckets: int
 ) -> Iterator[Iterator[tuple[int, pa.Table]]]:
-    """The pairs of near perceptual hashes, some at a time, each time by bucket."""
-    rows = read_images(images, ["image_id", "phash"])
-    known, row = np.unique(id_bytes(rows["image_id"]), return_index=True)
-    ids, first = places.first_of_each()
-    if missing := sorted(set(known.tolist()).difference(ids.tolist())):
+    """The pairs of near perceptual hashes: for each file, its tables of self_join.PAIRED by bucket of ids."""
+    table = read_images(images, ["image_id", "phash"])
+    ingested_ids, ingested_row = np.unique(id_bytes(table["image_id"]), return_index=True)
+    ids, first_row = described_rows.unique_ids()
+    if missing := sorted(set(ingested_ids.tolist()).difference(ids.tolist())):
         raise InputError(f"There is no descriptor of image {missing[0].decode()}, which is in '{images}'.")
-    phash = rows["phash"].to_numpy()[row[np.searchsorted(known, ids)]]
-    del rows, known
+    phash = table["phash"].to_numpy()[ingested_row[np.searchsorted(ingested_ids, ids)]]
+    del table, ingested_ids
 
     def by_bucket(pairs: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
-        low, high = pairs  # ids are sorted, so the smaller row has the smaller id
-        count = len(low)
-        columns = [id_column(ids[low]), id_column(ids[high]), first[low], first[high]]
-        unknown = [np.full(count, np.nan, np.float32), np.zeros(count, bool)]
-        table = pa.table([*columns, *unknown], schema=self_join.PAIRED)
+        low, high = pairs  # `ids` is sorted, so the smaller index has the smaller id
+        columns = [id_column(ids[low]), id_column(ids[high]), first_row[low], first_row[high]]
+        cosine, mutual = np.full(len(low), np.nan, np.float32), np.zeros(len(low), bool)
+        table = pa.table([*columns, cosine, mutual], schema=self_join.PAIRED)
         bucket = bucket_of(pack_ids(table["image_id"]), num_buckets)
         for number in np.unique(bucket).tolist():
             yield number, table.take(pa.array(np.flatnonzero(bucket == number)))
 
-    held: list[np.ndarray] = []
+    held_pairs: list[np.ndarray] = []
     for i, j, _ in pairs_within(phash, config.max_phash_distance):
-        held.append(np.sort(np.stack([i, j]), axis=0))
-        if sum(part.shape[1] for part in held) >= HASH_PAIRS_PER_FILE:
-            yield by_bucket(np.concatenate(held, axis=1))
-            held = []
-    if held:
-        yield by_bucket(np.concatenate(held, axis=1))
+        held_pairs.append(np.sort(np.stack([i, j]), axis=0))
+        if sum(pairs.shape[1] for pairs in held_pairs) >= HASH_PAIRS_PER_FILE:
+            yield by_bucket(np.concatenate(held_pairs, axis=1))
+            held_pairs = []
+    if held_pairs:
+        yield by_bucket(np.concatenate(held_pairs, axis=1))
 
 
 command_line = stage_command(

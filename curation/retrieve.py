@@ -1,31 +1,31 @@
 """Retrieve: the pool images that resemble the seeds (DINOv2, section 3 and appendix A.4).
 
     retrieve/
-      retrieved-00000.parquet  ...     records.RETRIEVED
-      balanced.npy                     with `clustering`: how many images are drawn from each cluster, (K_0,) int64
+      retrieved-00000.parquet  ...     schemas.RETRIEVED
+      balanced.npy                     with `clustering`: the images to draw from each cluster, (K_0,) int64
       manifest.json                    its facts hold the recall of the search
 
-By `sample`: the `k` pool images nearest to each seed image. By `cluster`: from every cluster with more than
-`more_than_seeds` seed images of a dataset, up to `images_per_cluster` pool images, and at most `cap` per dataset,
-taken as evenly from its clusters as their sizes allow. A small dataset is better served by clusters: its few seed
-images stand for more of the pool than their nearest neighbours.
+Mode `sample` takes the `k` pool images nearest to each seed. Mode `cluster` takes pool images from every cluster with
+more than `more_than_seeds` seeds of a dataset. It takes up to `images_per_cluster` images from a cluster and at most
+`cap` images per dataset, as evenly as the sizes of the clusters allow. Mode `cluster` suits a small dataset: the
+clusters of its few seeds hold more of the pool than their nearest neighbours.
 
-The search by sample goes over parts of the pool, one a worker (parts.py), and its results are merged, ties by
-image_id. With `search.backend = "ivf"` its recall is measured on a sample of seeds in every run.
+The search by sample goes over parts of the pool, one part per worker (search/parts.py). The results of all parts are
+merged, ties by image_id. With `search.backend = "ivf"`, every run measures the recall on a sample of the seeds.
 
-With `clustering`, images are also drawn from the whole pool, whatever the seeds: by hierarchical balanced sampling over
-the levels of the cluster stage (see balance.balanced_counts), so that what is rare in the pool is not drowned by what
-is common ("Automatic Data Curation", arXiv 2405.15613; a part of DINOv3's corpus).
+With `clustering`, images are also drawn from the whole pool, independent of the seeds. The draw is hierarchical
+balanced sampling over the levels of the cluster stage (see quotas.balanced_counts). It gives rare images of the pool a
+larger share ("Automatic Data Curation", arXiv 2405.15613; a part of DINOv3's corpus).
 
-Memory: drawing from clusters streams the assignments and holds at most twice as many rows as are drawn, 220 bytes for
-each that is drawn (measured 2026-11-21), besides one file of assignments and 8 bytes a cluster. A draw by `clustering`
-is cut into shards of clusters, each of which reads all assignments.
+Memory: drawing from clusters streams the assignments and holds at most twice as many rows as are drawn. This takes 220
+bytes per drawn row (measured 2026-11-21), one file of assignments, and 8 bytes per cluster. A draw by `clustering` is
+cut into shards of clusters, each of which reads all assignments.
 
-In a pipeline this is a stage. Alone it works on anyone's vectors:
+Alone, outside a pipeline, the command works on any vectors:
 
     python -m curation.retrieve --seeds A --pool B --k 4 --output retrieved.parquet
 
-where A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` matrices (ids are then row numbers).
+A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` matrices (ids are then row numbers).
 """
 
 import functools
@@ -71,66 +71,69 @@ from curation.search.parts import NEIGHBORS, PartSearch, count_hits, merge_parts
 from curation.search.top_k import rank_in_groups, top_k_of_groups
 
 BALANCED_NAME = "balanced.npy"
-# Seed images that ask at a time: 84 MB as float16 at 1,280 dimensions, and twice that as float32. Assumed.
+# Column of the search's files that holds the number of a query shard.
+QUERY_SHARD_COLUMN = "asking"
+# Seeds that are searched at a time: 84 MB as float16 at 1,280 dimensions, and twice that as float32. Assumed.
 QUERY_ROWS = 32_768
-# Rows that are gathered, at the least, before those that cannot be drawn any more are dropped. Assumed: 12 MB.
+# Minimum rows to gather before dropping rows that can no longer be drawn. Assumed: 12 MB.
 GATHERED_ROWS = 250_000
 
 
 class DatasetConfig(Settings):
-    """What one seed dataset brings into the corpus."""
+    """The contribution of one seed dataset to the corpus."""
 
     name: str
     """A source with role `seed`."""
     as_is: bool = False
     """Whether the seed images themselves are packed."""
     retrieval: Retrieval = "by_size"
-    """How the pool is searched; `by_size` is `sample` above `sample_above` seed images, else `cluster`."""
+    """Retrieval mode; `by_size` is `sample` above `sample_above` seeds, otherwise `cluster`."""
     k: int = Field(default=4, ge=1)
-    """By sample: pool images per seed image (4 and 32 in DINOv2)."""
+    """By sample: pool images per seed (4 and 32 in DINOv2)."""
     cap: int = Field(default=1_000_000, ge=1)
-    """By cluster: the most images that the dataset brings (1 million in DINOv2)."""
+    """By cluster: maximum images retrieved for the dataset (1 million in DINOv2)."""
 
 
 class ClusteringConfig(Settings):
-    """What is drawn from the whole pool, whatever the seeds, evenly over its clusters."""
+    """A draw from the whole pool, balanced over its clusters and independent of the seeds."""
 
     num_images: int = Field(ge=1)
-    """Images to draw; all of the kept pool when it holds fewer (1.7 billion of some 17 billion in DINOv3)."""
+    """Images to draw; the whole kept pool when it holds fewer (1.7 billion of about 17 billion in DINOv3)."""
     draw: Literal["random", "nearest"] = "random"
-    """Which images of a cluster come first: any, or those nearest to its centroid."""
+    """Order of the images of a cluster: random, or nearest to the centroid first."""
     images_per_shard: int = Field(default=4_000_000, ge=1)
-    """Images after which another shard begins, at the next cluster. A shard holds 220 bytes for each, and reads all
+    """Drawn images per shard; the next shard begins at a new cluster. A shard holds 220 bytes per image, and reads all
     assignments once."""
 
 
 class RetrieveConfig(Settings):
-    """How each seed dataset searches the pool."""
+    """Retrieval from the pool."""
 
     datasets: tuple[DatasetConfig, ...] = ()
     """The seed datasets."""
     sample_above: int = Field(default=1_000_000, ge=0)
-    """Seed images above which `by_size` means `sample` (1 million in DINOv2)."""
+    """Number of seeds above which `by_size` is `sample` (1 million in DINOv2)."""
     more_than_seeds: int = Field(default=3, ge=0)
-    """A cluster counts for a dataset when it holds more than so many of its seed images (3 in DINOv2)."""
+    """Minimum seeds of a dataset per cluster, exclusive (3 in DINOv2); other clusters give the dataset no images."""
     images_per_cluster: int = Field(default=10_000, ge=1)
-    """Pool images taken from each such cluster at most (10,000 in DINOv2)."""
+    """By cluster: maximum pool images from each cluster (10,000 in DINOv2)."""
     draw: Literal["nearest", "random"] = "nearest"
-    """Which images of a cluster come first: those nearest to its centroid, or any. DINOv2 does not state its choice."""
+    """By cluster: order of the images of a cluster, nearest to the centroid first or random. DINOv2 does not state its
+    choice."""
     search: SearchConfig = SearchConfig()
-    """How the nearest of the pool are searched."""
+    """By sample: the search for the nearest pool images."""
     clustering: ClusteringConfig | None = None
-    """What is drawn besides, by hierarchical balanced sampling; nothing when the section is left out."""
+    """An additional draw by hierarchical balanced sampling; none when the section is left out."""
     seed: int = 0
-    """Of the random draws."""
+    """Seed of the random draws."""
 
     @field_validator("datasets")
     @classmethod
     def _names_are_unique(cls, value: tuple[DatasetConfig, ...]) -> tuple[DatasetConfig, ...]:
         names = [dataset.name for dataset in value]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two datasets have the name {', '.join(map(repr, twice))}; a source may be named once")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"two datasets have the name {', '.join(map(repr, repeated))}; name each source once")
         return value
 
 
@@ -144,27 +147,8 @@ def run(
     log: RunLog | None = None,
 ) -> Manifest:
     """Retrieve for every seed dataset; returns the manifest. Its facts are `search` and `datasets`."""
-    everything = kept_shards(inputs)
-    clustered = inputs.cluster
-    sources = [_source_of(shard) for shard in everything]
-    shards: list[Shard] = []
-    asking: list[_Asking] = []
-    for dataset in config.datasets:
-        own = [shard for shard, source in zip(everything, sources, strict=True) if source == dataset.name]
-        if not own:
-            raise ConfigError(f"dataset '{dataset.name}' of retrieve has no images: no source of that name has any.")
-        match _mode(config, dataset, own):
-            case "sample":
-                for shard in own:
-                    shards.append(Shard(f"{len(shards):05d}", (dataset, "sample", len(asking))))
-                    asking.append(_Asking(shard, dataset.name, dataset.k))
-            case "cluster":
-                shards.append(Shard(f"{len(shards):05d}", (dataset, "cluster", tuple(own))))
-            case "none":
-                pass
-    if config.clustering is not None:
-        num_parts = -(-config.clustering.num_images // config.clustering.images_per_shard)
-        shards += [Shard(f"{len(shards) + n:05d}", (None, "balanced", n)) for n in range(num_parts)]
+    kept = kept_shards(inputs)
+    shards, query_shards = _plan_shards(config, kept)
     hashes = {
         name: require_manifest(folder).content_hash
         for name, folder in (
@@ -174,25 +158,25 @@ def run(
             ("clusters", inputs.cluster),
         )
     }
-    found = step_folder(output, "search")
+    search_folder = step_folder(output, "search")
 
     def prepare() -> ShardRecord:
-        if asking:
+        if query_shards:
             search = Stage(
                 name="search",
                 config=config,
                 inputs=hashes,
-                output=found,
-                shards=_pool_parts(everything, config.search.rows_per_part),
-                make_worker=functools.partial(_make_search_worker, config.search, asking, found),
-                finish=functools.partial(_measure_recall, config.search, asking, found),
+                output=search_folder,
+                shards=_pool_parts(kept, config.search.rows_per_part),
+                make_worker=functools.partial(_make_search_worker, config.search, query_shards, search_folder),
+                finish=functools.partial(_measure_recall, config.search, query_shards, search_folder),
             )
             run_stage(search, runner, log=log)
-        counts = () if config.clustering is None else (_balance(config.clustering, clustered, output),)
+        counts = () if config.clustering is None else (_write_counts(config.clustering, inputs.cluster, output),)
         return ShardRecord(name=PREPARED, files=counts)
 
-    def finish(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
-        return ({"search": require_manifest(found).facts} if asking else {}), None
+    def finish(records: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
+        return ({"search": require_manifest(search_folder).facts} if query_shards else {}), None
 
     stage = Stage(
         name="retrieve",
@@ -200,7 +184,7 @@ def run(
         inputs=hashes,
         output=output,
         shards=shards,
-        make_worker=functools.partial(make_worker, config, asking, found, clustered, output),
+        make_worker=functools.partial(make_worker, config, query_shards, search_folder, inputs.cluster, output),
         prepare=prepare,
         finish=finish,
         facts=config.model_dump(mode="json", include={"datasets"}),
@@ -212,36 +196,65 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Asking:
-    """The seeds of one shard of ingest that search by sample."""
+class _QueryShard:
+    """The seeds of a dataset in one shard of ingest, as queries of the search by sample."""
 
     shard: KeptShard
     source: str
     k: int
 
     def read(self) -> tuple[list[str], np.ndarray]:
+        """Ids and vectors (N, D) of the seeds."""
         return read_kept(self.shard, role="seed", source=self.source)
 
 
+def _plan_shards(config: RetrieveConfig, kept: Sequence[KeptShard]) -> tuple[list[Shard], list[_QueryShard]]:
+    """The shards of the stage, dataset by dataset, and the queries of the search by sample.
+
+    The work of a shard is a dataset, the mode, and the scope: the number of a query shard, the shards of ingest that
+    hold the seeds, or the number of a part of the balanced draw.
+    """
+    sources = [_source_of(shard) for shard in kept]
+    shards: list[Shard] = []
+    query_shards: list[_QueryShard] = []
+    for dataset in config.datasets:
+        seed_shards = [shard for shard, source in zip(kept, sources, strict=True) if source == dataset.name]
+        if not seed_shards:
+            raise ConfigError(f"dataset '{dataset.name}' of retrieve has no images: no source of that name has any.")
+        match _mode(config, dataset, seed_shards):
+            case "sample":
+                for shard in seed_shards:
+                    shards.append(Shard(f"{len(shards):05d}", (dataset, "sample", len(query_shards))))
+                    query_shards.append(_QueryShard(shard, dataset.name, dataset.k))
+            case "cluster":
+                shards.append(Shard(f"{len(shards):05d}", (dataset, "cluster", tuple(seed_shards))))
+            case "none":
+                pass
+    if config.clustering is not None:
+        num_parts = -(-config.clustering.num_images // config.clustering.images_per_shard)
+        shards += [Shard(f"{len(shards) + part:05d}", (None, "balanced", part)) for part in range(num_parts)]
+    return shards, query_shards
+
+
 def make_worker(
-    config: RetrieveConfig, asking: Sequence[_Asking], found: str, clustered: str, output: str
+    config: RetrieveConfig, query_shards: Sequence[_QueryShard], search_folder: str, cluster_folder: str, output: str
 ) -> Callable[[Shard], ShardRecord]:
-    """A worker that retrieves for some seeds of one dataset after another."""
+    """Make a worker that retrieves the rows of each shard."""
 
     def process(shard: Shard) -> ShardRecord:
-        dataset, mode, what = shard.work
+        dataset, mode, scope = shard.work
         match mode:
             case "balanced":
-                table = _by_balance(config, clustered, output, part=what)
+                table = _by_balance(config, cluster_folder, output, part=scope)
                 totals = {"balanced_rows": table.num_rows}
             case "sample":
-                seed_ids = asking[what].read()[0]
-                names = require_manifest(found).files("found")
-                table = _by_sample(dataset, seed_ids, _merged(found, names, what, dataset.k))
+                seed_ids = query_shards[scope].read()[0]
+                names = require_manifest(search_folder).files("found")
+                table = _by_sample(dataset, seed_ids, _merge_parts(search_folder, names, scope, dataset.k))
                 totals = {f"seeds:{dataset.name}": len(seed_ids), f"rows:{dataset.name}": table.num_rows}
             case _:
-                seeds = np.concatenate([read_kept(part, role="seed", source=dataset.name)[1] for part in what])
-                table = _by_cluster(config, dataset, seeds, clustered)
+                seeds = np.concatenate([read_kept(part, role="seed", source=dataset.name)[1] for part in scope])
+                table = _by_cluster(config, dataset, seeds, cluster_folder)
                 totals = {f"seeds:{dataset.name}": len(seeds), f"rows:{dataset.name}": table.num_rows}
         file = parquet.write_table(paths.join(output, f"retrieved-{shard.name}.parquet"), table)
         return ShardRecord(name=shard.name, files=(file,), totals=totals)
@@ -252,7 +265,7 @@ def make_worker(
 def nearest(seed_ids: list[str], seeds: np.ndarray, pool: Iterable[tuple[list[str], np.ndarray]], k: int) -> pa.Table:
     """The `k` pool images nearest to each seed: columns seed_image_id, image_id, rank, similarity, in that order.
 
-    `seeds` is (N, D); `pool` gives ids and vectors block by block and is read once.
+    `seeds` is (N, D); `pool` gives ids and vectors block by block and is iterated once.
     """
     pool_ids: list[str] = []
 
@@ -263,35 +276,35 @@ def nearest(seed_ids: list[str], seeds: np.ndarray, pool: Iterable[tuple[list[st
             yield matrix
 
     similarity, row = exact.search(seeds, blocks(), k)
-    found = row >= 0
-    seed, rank = np.nonzero(found)
+    is_neighbor = row >= 0
+    seed, rank = np.nonzero(is_neighbor)
     return pa.table(
         {
             "seed_image_id": pa.array([seed_ids[index] for index in seed], pa.string()),
-            "image_id": pa.array([pool_ids[index] for index in row[found]], pa.string()),
+            "image_id": pa.array([pool_ids[index] for index in row[is_neighbor]], pa.string()),
             "rank": pa.array(rank, pa.int32()),
-            "similarity": pa.array(similarity[found], pa.float32()),
+            "similarity": pa.array(similarity[is_neighbor], pa.float32()),
         }
     )
 
 
 def _source_of(shard: KeptShard) -> str | None:
-    """The source of a shard's images; a shard has one. None when all of its images were rejected."""
+    """The one source of a shard's images; None when all of its images were rejected."""
     column = parquet.read_table(shard.images, schemas.IMAGES, ["source"]).column("source")
     return str(column[0]) if len(column) else None
 
 
-def _mode(config: RetrieveConfig, dataset: DatasetConfig, own: list[KeptShard]) -> Mode:
+def _mode(config: RetrieveConfig, dataset: DatasetConfig, seed_shards: list[KeptShard]) -> Mode:
     if dataset.retrieval != "by_size":
         return dataset.retrieval
-    count = sum(len(read_kept(shard, role="seed", source=dataset.name)[0]) for shard in own)
-    return mode_of(dataset.retrieval, count, config.sample_above)
+    num_seeds = sum(len(read_kept(shard, role="seed", source=dataset.name)[0]) for shard in seed_shards)
+    return mode_of(dataset.retrieval, num_seeds, config.sample_above)
 
 
-def _pool_parts(everything: Sequence[KeptShard], rows_per_part: int) -> list[Shard]:
-    """The shards of ingest in runs of at most `rows_per_part` vectors, or of one shard."""
+def _pool_parts(kept: Sequence[KeptShard], rows_per_part: int) -> list[Shard]:
+    """Parts of the pool: consecutive shards of ingest with at most `rows_per_part` vectors, but at least one shard."""
     parts: list[tuple[list[KeptShard], int]] = []
-    for shard in everything:
+    for shard in kept:
         num_rows = vectors.num_rows(shard.vectors)
         if not parts or parts[-1][1] + num_rows > rows_per_part:
             parts.append(([], 0))
@@ -299,22 +312,24 @@ def _pool_parts(everything: Sequence[KeptShard], rows_per_part: int) -> list[Sha
     return [Shard(f"{number:05d}", tuple(shards), rows) for number, (shards, rows) in enumerate(parts)]
 
 
-def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output: str) -> Callable[[Shard], ShardRecord]:
-    """A worker that searches one part of the pool after another for all that ask.
+def _make_search_worker(
+    config: SearchConfig, query_shards: Sequence[_QueryShard], output: str
+) -> Callable[[Shard], ShardRecord]:
+    """Make a worker that searches each part of the pool for the neighbours of all queries.
 
-    Writes NEIGHBORS, one row group for each of `asking`, and with `ivf` the same for a sample of the seeds, searched
-    with the index and exactly.
+    Writes NEIGHBORS, one row group per query shard. With `ivf`, it also searches for a sample of the seeds exactly, and
+    writes their neighbours to a second file.
     """
 
     def process(shard: Shard) -> ShardRecord:
-        read = [own for own in prefetch(functools.partial(read_kept, role="pool"), shard.work) if own[0]]
-        ids = id_bytes([image_id for own, _ in read for image_id in own])
-        part = PartSearch(config, [read.pop(0)[1] for _ in range(len(read))])
+        loaded = [pair for pair in prefetch(functools.partial(read_kept, role="pool"), shard.work) if pair[0]]
+        ids = id_bytes([image_id for image_ids, _ in loaded for image_id in image_ids])
+        part = PartSearch(config, [loaded.pop(0)[1] for _ in range(len(loaded))])
 
-        def found() -> Iterator[tuple[int, pa.Table]]:
-            for block in _query_blocks(asking):
+        def neighbors() -> Iterator[tuple[int, pa.Table]]:
+            for block in _query_blocks(query_shards):
                 queries = np.concatenate([seeds for _, seeds in block])
-                k = max(asking[number].k for number, _ in block)
+                k = max(query_shards[number].k for number, _ in block)
                 if part.num_vectors:
                     _check_width(queries, part.width)
                 similarity, row = part.search(queries, k)
@@ -322,18 +337,20 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
                 for (number, _), (start, stop) in zip(block, pairwise(starts.tolist()), strict=True):
                     yield number, neighbor_table(ids, similarity[start:stop], row[start:stop])
 
-        def exact() -> Iterator[tuple[int, pa.Table]]:
-            for number, (first, every) in enumerate(_sampled(asking)):
-                seeds = asking[number].read()[1]
-                rows = np.arange(first, len(seeds), every)
-                table = neighbor_table(ids, *part.search_exactly(seeds[rows], asking[number].k))
+        def exact_neighbors() -> Iterator[tuple[int, pa.Table]]:
+            for number, (first, step) in enumerate(_recall_samples(query_shards)):
+                seeds = query_shards[number].read()[1]
+                rows = np.arange(first, len(seeds), step)
+                table = neighbor_table(ids, *part.search_exactly(seeds[rows], query_shards[number].k))
                 yield number, table.set_column(0, "query", pa.array(rows[table["query"].to_numpy()].astype(np.int32)))
 
-        empty = NEIGHBORS.empty_table()
-        path = functools.partial(paths.join, output)
-        files = [parquet.write_row_groups(path(f"found-{shard.name}.parquet"), "asking", found(), empty)]
+        def write(kind: str, tables: Iterator[tuple[int, pa.Table]]) -> FileRecord:
+            path = paths.join(output, f"{kind}-{shard.name}.parquet")
+            return parquet.write_row_groups(path, QUERY_SHARD_COLUMN, tables, NEIGHBORS.empty_table())
+
+        files = [write("found", neighbors())]
         if config.backend == "ivf":
-            files.append(parquet.write_row_groups(path(f"exact-{shard.name}.parquet"), "asking", exact(), empty))
+            files.append(write("exact", exact_neighbors()))
         return ShardRecord(name=shard.name, files=tuple(files))
 
     return process
@@ -341,121 +358,128 @@ def _make_search_worker(config: SearchConfig, asking: Sequence[_Asking], output:
 
 def _check_width(seeds: np.ndarray, width: int) -> None:
     if width != seeds.shape[1]:
-        raise InputError(f"seeds have width {seeds.shape[1]}, the pool {width}: not of one model.")
+        raise InputError(f"seeds have width {seeds.shape[1]}, the pool {width}: the vectors are not of one model.")
 
 
-def _query_blocks(asking: Sequence[_Asking]) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """The numbers of those that ask with their seeds (n, D), about QUERY_ROWS seeds at a time."""
+def _query_blocks(query_shards: Sequence[_QueryShard]) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Blocks of whole query shards, about QUERY_ROWS seeds each: the number and the seeds (n, D) of each shard."""
     block: list[tuple[int, np.ndarray]] = []
-    for number, own in enumerate(asking):
-        block.append((number, own.read()[1]))
-        if sum(len(seeds) for _, seeds in block) >= QUERY_ROWS or number == len(asking) - 1:
+    for number, query_shard in enumerate(query_shards):
+        block.append((number, query_shard.read()[1]))
+        if sum(len(seeds) for _, seeds in block) >= QUERY_ROWS or number == len(query_shards) - 1:
             yield block
             block = []
 
 
-def _sampled(asking: Sequence[_Asking]) -> list[tuple[int, int]]:
-    """For each of those that ask, the first of its seeds that recall is measured on, and the step to the next."""
-    counts = [vectors.num_rows(own.shard.vectors) for own in asking]
-    every = max(1, sum(counts) // RECALL_QUERIES)
+def _recall_samples(query_shards: Sequence[_QueryShard]) -> list[tuple[int, int]]:
+    """For each query shard, the first row of the seeds that recall is measured on, and the step to the next row."""
+    counts = [vectors.num_rows(query_shard.shard.vectors) for query_shard in query_shards]
+    step = max(1, sum(counts) // RECALL_QUERIES)
     starts = np.cumsum([0, *counts[:-1]])
-    return [(int(-start % every), every) for start in starts]
+    return [(int(-start % step), step) for start in starts]
 
 
-def _merged(found: str, names: Sequence[str], number: int, k: int) -> pa.Table:
-    """NEIGHBORS of one of those that ask, from the files of all parts."""
-    files = (paths.join(found, name) for name in names)
-    return merge_parts((parquet.read_row_groups(path, "asking", number, NEIGHBORS) for path in files), k)
+def _merge_parts(search_folder: str, names: Sequence[str], number: int, k: int) -> pa.Table:
+    """NEIGHBORS of the query shard `number`, merged from the files of all parts."""
+    files = (paths.join(search_folder, name) for name in names)
+    return merge_parts((parquet.read_row_groups(path, QUERY_SHARD_COLUMN, number, NEIGHBORS) for path in files), k)
 
 
 def _measure_recall(
-    config: SearchConfig, asking: Sequence[_Asking], found: str, done: Sequence[ShardRecord]
+    config: SearchConfig, query_shards: Sequence[_QueryShard], search_folder: str, records: Sequence[ShardRecord]
 ) -> tuple[dict[str, Any], None]:
-    """The share of the true neighbours of the sampled seeds that the search found. Raises ConfigError when too low."""
+    """The recall of the search on the sampled seeds, as facts. Raises ConfigError when it is too low."""
     if config.backend == "exact":
         return {"backend": "exact", "recall": 1.0}, None
-    names = [file.name for record in done for file in record.files]
-    by_index, exactly = ([name for name in names if name.startswith(kind)] for kind in ("found-", "exact-"))
+    names = [file.name for record in records for file in record.files]
+    index_files, exact_files = ([name for name in names if name.startswith(kind)] for kind in ("found-", "exact-"))
     hits = total = 0
-    for number, own in enumerate(asking):
-        exact = _merged(found, exactly, number, own.k)
-        own_hits, own_total = count_hits(_merged(found, by_index, number, own.k), exact)
-        hits, total = hits + own_hits, total + own_total
+    for number, query_shard in enumerate(query_shards):
+        approximate, true = (
+            _merge_parts(search_folder, files, number, query_shard.k) for files in (index_files, exact_files)
+        )
+        shard_hits, shard_total = count_hits(approximate, true)
+        hits, total = hits + shard_hits, total + shard_total
     recall = hits / total if total else None
     facts = {"backend": "ivf", "recall": recall, "recall_neighbors": total}
     config.require_recall(facts)
     return facts, None
 
 
-def _by_sample(dataset: DatasetConfig, seed_ids: list[str], found: pa.Table) -> pa.Table:
-    """Rows of records.RETRIEVED, given the merged neighbours of these seeds."""
-    query = found["query"].to_numpy()
-    count = found.num_rows
+def _by_sample(dataset: DatasetConfig, seed_ids: list[str], neighbors: pa.Table) -> pa.Table:
+    """Rows of RETRIEVED by sample, from the merged `neighbors` of the seeds."""
+    query, num_rows = neighbors["query"].to_numpy(), neighbors.num_rows
     return pa.table(
         {
-            "image_id": found["image_id"],
-            "seed_source": pa.repeat(pa.scalar(dataset.name, pa.string()), count),
+            "image_id": neighbors["image_id"],
+            "seed_source": pa.repeat(pa.scalar(dataset.name, pa.string()), num_rows),
             "seed_image_id": pa.array(seed_ids, pa.string()).take(pa.array(query)),
-            "mode": pa.repeat(pa.scalar("sample", pa.string()), count),
+            "mode": pa.repeat(pa.scalar("sample", pa.string()), num_rows),
             "rank": rank_in_groups(query).astype(np.int32),
-            "similarity": found["similarity"],
-            "cluster_id": pa.nulls(count, pa.int32()),
+            "similarity": neighbors["similarity"],
+            "cluster_id": pa.nulls(num_rows, pa.int32()),
         },
         schema=schemas.RETRIEVED,
     )
 
 
-def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarray, clustered: str) -> pa.Table:
-    centroids = read_centroids(clustered)
-    seeds_in = np.bincount(exact.assign(seeds, centroids)[0], minlength=len(centroids))
-    chosen = np.flatnonzero(seeds_in > config.more_than_seeds)
-    sizes = cluster_sizes(clustered, len(centroids))
+def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarray, cluster_folder: str) -> pa.Table:
+    """Rows of RETRIEVED by cluster, given the vectors of all `seeds` (N, D) of the dataset."""
+    centroids = read_centroids(cluster_folder)
+    num_seeds = np.bincount(exact.assign(seeds, centroids)[0], minlength=len(centroids))
+    chosen = np.flatnonzero(num_seeds > config.more_than_seeds)
+    sizes = cluster_sizes(cluster_folder, len(centroids))
     counts = np.zeros(len(centroids), np.int64)
     counts[chosen] = cluster_counts(sizes[chosen].tolist(), config.images_per_cluster, dataset.cap)
-    return _as_retrieved(draw_images(clustered, counts, config.draw, config.seed), "cluster", dataset.name)
+    return _as_retrieved(draw_images(cluster_folder, counts, config.draw, config.seed), "cluster", dataset.name)
 
 
-def _by_balance(config: RetrieveConfig, clustered: str, output: str, part: int) -> pa.Table:
-    """The part of the draw whose clusters begin within its `images_per_shard` images of all that are drawn."""
+def _by_balance(config: RetrieveConfig, cluster_folder: str, output: str, part: int) -> pa.Table:
+    """Rows of RETRIEVED of one part of the balanced draw.
+
+    With all drawn images in the order of their clusters, a part holds the clusters whose first image lies in its run of
+    `images_per_shard` images.
+    """
     assert config.clustering is not None
     counts = npy.read_array(paths.join(output, BALANCED_NAME))
     counts[(np.cumsum(counts) - counts) // config.clustering.images_per_shard != part] = 0
-    return _as_retrieved(draw_images(clustered, counts, config.clustering.draw, config.seed), "balanced", None)
+    return _as_retrieved(draw_images(cluster_folder, counts, config.clustering.draw, config.seed), "balanced", None)
 
 
-def _balance(config: ClusteringConfig, clustered: str, output: str) -> FileRecord:
-    """Decide how many images are drawn from each cluster."""
-    names = {name for record in require_manifest(clustered).shards for name in (f.name for f in record.files)}
+def _write_counts(config: ClusteringConfig, cluster_folder: str, output: str) -> FileRecord:
+    """Compute the number of images to draw from each cluster, and write it to `balanced.npy`."""
+    names = {name for record in require_manifest(cluster_folder).shards for name in (f.name for f in record.files)}
     parents: list[np.ndarray] = []
     while f"parents-{len(parents)}.npy" in names:
-        parents.append(read_parents(clustered, len(parents)))
-    counts = balanced_counts(parents, cluster_sizes(clustered, len(read_centroids(clustered))), config.num_images)
-    return npy.write_arrays(paths.join(output, BALANCED_NAME), counts)
+        parents.append(read_parents(cluster_folder, len(parents)))
+    sizes = cluster_sizes(cluster_folder, len(read_centroids(cluster_folder)))
+    return npy.write_arrays(paths.join(output, BALANCED_NAME), balanced_counts(parents, sizes, config.num_images))
 
 
-def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nearest"], seed: int) -> pa.Table:
-    """`counts[c]` images of each of the finest clusters c: columns image_id, cluster_id, rank, similarity.
+def draw_images(cluster_folder: str, counts: np.ndarray, draw: Literal["random", "nearest"], seed: int) -> pa.Table:
+    """Draw `counts[c]` images from each finest cluster c: columns image_id, cluster_id, rank, similarity.
 
-    `counts` (K_0,) must not exceed the clusters' sizes. Sorted by cluster, then by rank: nearest to the centroid first,
-    or in an order of the seed and the image_ids alone; ties by image_id. Assignments are read one file at a time, and
-    rows that can no longer be drawn are dropped whenever as many have gathered as are drawn.
+    `counts` (K_0,) must not exceed the clusters' sizes. Rows are sorted by cluster, then by rank. Images nearest to the
+    centroid rank first, or the order depends only on the seed and the image_ids; ties go by image_id. Assignments are
+    read one file at a time. Rows that can no longer be drawn are dropped whenever the gathered rows exceed twice the
+    draw.
     """
-    wanted = pa.array(np.flatnonzero(counts), pa.int32())
-    most = max(2 * int(counts.sum()), GATHERED_ROWS)
+    chosen = pa.array(np.flatnonzero(counts), pa.int32())
+    max_rows = max(2 * int(counts.sum()), GATHERED_ROWS)
     gathered, num_rows = [_DRAWN[:0]], 0
     columns = ["image_id", "cluster_id", "similarity"]
-    for table in read_assignments(clustered, columns) if len(wanted) else ():
-        table = table.filter(pc.is_in(table["cluster_id"], wanted))
+    for table in read_assignments(cluster_folder, columns) if len(chosen) else ():
+        table = table.filter(pc.is_in(table["cluster_id"], chosen))
         rows = np.empty(table.num_rows, _DRAWN.dtype)
         rows["image_id"] = table["image_id"].to_numpy(zero_copy_only=False)
         rows["cluster_id"], rows["similarity"] = table["cluster_id"].to_numpy(), table["similarity"].to_numpy()
         rows["order"] = -rows["similarity"] if draw == "nearest" else shuffled(rows["image_id"], seed)
         gathered.append(rows)
         num_rows += len(rows)
-        if num_rows > most:
-            gathered = [_first_of_each(gathered, counts)]
+        if num_rows > max_rows:
+            gathered = [_take_first(gathered, counts)]
             num_rows = len(gathered[0])
-    drawn = _first_of_each(gathered, counts)
+    drawn = _take_first(gathered, counts)
     assert len(drawn) == counts.sum(), "counts exceed the clusters' sizes"
     return pa.table(
         {
@@ -467,14 +491,14 @@ def draw_images(clustered: str, counts: np.ndarray, draw: Literal["random", "nea
     )
 
 
-# A row that may be drawn. Its order is a float64, which holds the similarities and 53 bits of the shuffle exactly.
+# A row that may be drawn. `order` is a float64, which holds the similarities and 53 bits of the shuffle exactly.
 _DRAWN = np.empty(
     0, np.dtype([("image_id", "S32"), ("order", np.float64), ("cluster_id", np.int32), ("similarity", np.float32)])
 )
 
 
-def _first_of_each(parts: list[np.ndarray], counts: np.ndarray) -> np.ndarray:
-    """Of each cluster c the first `counts[c]` rows, sorted by cluster, order and image_id. Empties `parts`."""
+def _take_first(parts: list[np.ndarray], counts: np.ndarray) -> np.ndarray:
+    """The first `counts[c]` rows of each cluster c, sorted by cluster, order and image_id. Empties `parts`."""
     rows = np.concatenate(parts)
     parts.clear()
     first: np.ndarray = rows[top_k_of_groups(rows["cluster_id"], counts, rows["order"], rows["image_id"])]
@@ -482,7 +506,7 @@ def _first_of_each(parts: list[np.ndarray], counts: np.ndarray) -> np.ndarray:
 
 
 def shuffled(image_ids: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each image_id (N,) of 32 bytes, which depends on it and the seed alone: (N,) float64.
+    """A number in [0, 1) for each image_id (N,) of 32 bytes, from the image_id and the seed alone: (N,) float64.
 
     SplitMix64 over the seed and the four words of the image_id.
     """
@@ -494,6 +518,7 @@ def shuffled(image_ids: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _as_retrieved(drawn: pa.Table, mode: str, seed_source: str | None) -> pa.Table:
+    """Rows of RETRIEVED, given the drawn images."""
     columns = {name: drawn[name] for name in drawn.column_names}
     constant = {"seed_source": seed_source, "seed_image_id": None, "mode": mode}
     columns |= {name: pa.repeat(pa.scalar(value, pa.string()), drawn.num_rows) for name, value in constant.items()}
@@ -502,8 +527,8 @@ def _as_retrieved(drawn: pa.Table, mode: str, seed_source: str | None) -> pa.Tab
 
 def command_line(
     output: command.OutputOption,
-    seeds: Annotated[str | None, typer.Option("--seeds", help="Alone: vectors that ask.")] = None,
-    pool: Annotated[str | None, typer.Option("--pool", help="Alone: vectors that are searched.")] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Alone: vectors of the seeds.")] = None,
+    pool: Annotated[str | None, typer.Option("--pool", help="Alone: vectors of the pool.")] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Alone: pool images per seed image.")] = 4,
     config: Annotated[str | None, typer.Option("--config", help="TOML file; its section [retrieve] is read.")] = None,
     images: Annotated[str | None, typer.Option("--images", help="Folder of the finished ingest.")] = None,
@@ -516,18 +541,18 @@ def command_line(
     plan: command.PlanOption = False,
     replace: command.ReplaceOption = False,
 ) -> None:
-    """Retrieve from a pool what resembles the seeds: as a stage with --config, or alone with --seeds and --pool."""
+    """Retrieve the pool images that resemble the seeds: as a stage with --config, or alone with --seeds and --pool."""
     if config is None:
         if seeds is None or pool is None:
             raise ConfigError("Give --seeds and --pool (folders or files of vectors), or --config and a run's folders.")
         if plan or replace or overrides:
-            raise ConfigError("--plan, --replace and --set go with --config; --seeds and --pool work without.")
+            raise ConfigError("--plan, --replace and --set need --config; they do not go with --seeds and --pool.")
         if not output.endswith(".parquet"):
             raise ConfigError(f"--output {output}: alone, retrieve writes one file; give a name that ends in .parquet.")
         _retrieve_alone(seeds, pool, k, output)
         return
     if seeds is not None or pool is not None:
-        raise ConfigError("--seeds and --pool are for work without --config. Leave out the one or the other.")
+        raise ConfigError("--seeds and --pool do not go with --config. Leave out --config, or both of them.")
     if images is None or deduplicated is None or embedded is None or clustered is None:
         raise ConfigError("With --config, also give --images, --dedup, --vectors and --clusters.")
     settings = load(RetrieveConfig, config, overrides or (), section="retrieve")
@@ -543,9 +568,9 @@ def command_line(
 
 
 def _retrieve_alone(seeds: str, pool: str, k: int, output: str) -> None:
-    parts = list(read_vectors(seeds))
-    seed_ids = [image_id for ids, _ in parts for image_id in ids]
-    table = nearest(seed_ids, np.concatenate([matrix for _, matrix in parts]), read_vectors(pool), k)
+    blocks = list(read_vectors(seeds))
+    seed_ids = [image_id for ids, _ in blocks for image_id in ids]
+    table = nearest(seed_ids, np.concatenate([matrix for _, matrix in blocks]), read_vectors(pool), k)
     parquet.write_table(output, table)
     print(f"{table.num_rows:,} rows: the {k} nearest of the pool for each of {len(seed_ids):,} seeds, in {output}")
 

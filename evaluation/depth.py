@@ -1,9 +1,9 @@
 """Monocular depth from frozen patch tokens, which measures geometry in the features.
 
 A small head on the tokens of a frozen backbone is trained to predict the depth of every pixel, and scored by ten
-metrics. The heads, the loss and the crops are those of DINOv2. Three things differ from its published numbers: the
-learning rate and its schedule are DINOv3's, the loss has no gradient term, and the prediction for the padding is cut
-off, where DINOv2 stretches the prediction over the image.
+metrics. The heads, the loss and the crops are those of DINOv2. Three things differ from its published numbers. The
+learning rate and its schedule are DINOv3's. The loss has no gradient term. The prediction for the padding is cut off;
+DINOv2 stretches the prediction over the image.
 
 The layouts of the data. Every depth map has the size of its image:
 

@@ -3,8 +3,8 @@
 A model is a backbone that `curation.weights` reads, given by its path alone, or an embedder of the curation, given by
 its name. Two baselines show what a score is worth: the same backbone with fresh weights, and plain pixels.
 
-Features are computed once, by a stage over shards of images. The hashes of the model, of the images and of the view
-name its folder and are in its manifest, so features of another model are never taken for those of this one.
+Features are computed once, by a stage over shards of images. Its folder is named by the hashes of the model, the images
+and the view, and its manifest holds them. So features of another model are never taken for those of this one.
 
     <cache>/features/<hash>/
       features-00000.npy  ...     (n, F) float32, in the order of the split, read memory-mapped
@@ -357,7 +357,7 @@ def extract(
     elif model.world.is_first:
         leading = RankRunner(model.world)
         manifest = lead(leading)
-        leading.dismiss()
+        leading.close()
     else:
         follow(model.world, "features", make_worker, shards, folder)
         manifest = require_manifest(folder)

@@ -169,7 +169,7 @@ class Heads:
 
 @dataclass(frozen=True, eq=False)
 class ChosenHead:
-    """The selected head, made by `fitted`."""
+    """The selected head, made by `fit_or_load`."""
 
     reading: Reading
     rate: float
@@ -227,7 +227,7 @@ def _crop_box(height: int, width: int, random: np.random.Generator) -> tuple[int
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
-def fitted(config: LinearConfig, model: FrozenModel, train: Split, cache: str) -> ChosenHead:
+def fit_or_load(config: LinearConfig, model: FrozenModel, train: Split, cache: str) -> ChosenHead:
     """The best head for `train`, read from the cache where it has one. All ranks call this and get the same head."""
     inputs = [model.hash, train.data_hash]
     plan = config.model_dump(mode="json", exclude={"name", "train", "test", "images_per_pass", "allow_missing_classes"})
@@ -280,7 +280,7 @@ def _train(config: LinearConfig, model: FrozenModel, train: Split) -> ChosenHead
             ]
             advance(1, f"lowest loss {min(float(group.min()) for group in losses):.3f}")
     right = torch.zeros(len(heads), len(scaled), dtype=torch.int64)
-    for pixels, labels in middles(held, world, config.pictures, config.images_per_pass):
+    for pixels, labels in middle_squares(held, world, config.pictures, config.images_per_pass):
         for number, (group, rows) in enumerate(zip(heads, read(model, pixels, readings), strict=True)):
             right[number] += (group.logits(rows).argmax(2).cpu() == labels).sum(1)
     right = sum_over_ranks(right.to(world.device)).cpu()
@@ -328,7 +328,7 @@ def _crops(config: LinearConfig, split: Split, world: World) -> Iterator[tuple[T
     return prefetch(make, items, threads=threads, ahead=threads)
 
 
-def middles(split: Split, world: World, config: PicturesConfig, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def middle_squares(split: Split, world: World, config: PicturesConfig, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Middle squares of this rank's share of the images (B, 3, side, side) and their labels (B,), `size` at a time."""
     share = world.share(len(split))
     squares = read_squares(split, share, config)
@@ -346,7 +346,7 @@ def predict(
     size: images a forward pass.
     """
     predicted = [torch.empty(0, dtype=torch.int64)]
-    for pixels, _ in middles(split, model.world, pictures, size):
+    for pixels, _ in middle_squares(split, model.world, pictures, size):
         predicted.append(among[head.logits(model, pixels)[:, among].argmax(1)])
     return gather_rows(model.world, torch.cat(predicted), len(split))
 
@@ -363,7 +363,7 @@ def run(
     train, test = splits.load_pair(
         config.train, config.test, cache, runner or InlineRunner(), subset=config.allow_missing_classes
     )
-    head = fitted(config, model, train, cache)
+    head = fit_or_load(config, model, train, cache)
     every_class = torch.arange(len(train.classes))
     predicted = predict(head, model, test, config.pictures, config.images_per_pass, every_class)
     grid = "own grid" if config.learning_rates else f"grid of the {config.grid}"

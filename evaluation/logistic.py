@@ -61,7 +61,7 @@ class LogisticConfig(Settings):
     """Whether the test images may lack classes of the training images."""
 
 
-def choose(
+def select_c(
     train_features: Tensor,
     train_labels: Tensor,
     c: tuple[float, ...],
@@ -121,7 +121,7 @@ def run(
     test_features = features.extract(model, test, config.pictures, cache, runner).matrix()
     if not model.world.is_first:
         return []
-    c, share = choose(
+    c, share = select_c(
         train_features,
         train.labels,
         config.c,

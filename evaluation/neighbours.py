@@ -35,7 +35,7 @@ class NeighboursConfig(Settings):
     """Neighbours of each query."""
 
 
-def choose(labels: Tensor, count: int, seed: int = 0) -> list[int]:
+def choose_queries(labels: Tensor, count: int, seed: int = 0) -> list[int]:
     """`count` rows, or all where there are fewer: one of each class before a second of any, drawn by `seed`.
 
     labels: (n,) integers from 0.
@@ -59,7 +59,7 @@ def run(
     if not model.world.is_first:
         return None
     labels = [split.classes[label] for label in split.labels.tolist()]
-    rows = choose(split.labels, config.queries)
+    rows = choose_queries(split.labels, config.queries)
     return visualize.draw_neighbours(
         model,
         output,

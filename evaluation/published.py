@@ -127,7 +127,7 @@ _ROWS: tuple[tuple[str, str, tuple[Column, ...], str], ...] = (
 )
 
 
-def beside(result: Result) -> list[Published]:
+def comparable_numbers(result: Result) -> list[Published]:
     """The published numbers of the same evaluation, data set, protocol and metric; none for most results."""
     name = re.sub(r"[^a-z0-9]", "", result.dataset.lower())
     matches = []

@@ -16,7 +16,7 @@ from curation.files import paths
 from curation.report import markup
 from curation.report.markup import Markup, tag
 from evaluation import results, visualize
-from evaluation.published import Published, beside
+from evaluation.published import Published, comparable_numbers
 from evaluation.results import Result
 from evaluation.visualize import PICTURES_FOLDER, PictureKind, PictureRecord
 
@@ -154,7 +154,7 @@ def table_rows(table_results: Sequence[Result], columns: Sequence[tuple[str, str
     ]
     published_of_model: dict[str, dict[tuple[str, str], Published]] = {}
     for result in table_results:
-        for published in beside(result):
+        for published in comparable_numbers(result):
             published_of_model.setdefault(published.model, {})[result.protocol, result.metric] = published
     return rows + [
         ModelRow(model, tuple(map(published_cells.get, columns)), published=True)

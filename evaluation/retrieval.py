@@ -237,7 +237,7 @@ class _PhotoFeatures:
     """64 hex digits of the bytes of the images, their boxes and their order."""
 
 
-def _look(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, cache: str) -> _PhotoFeatures:
+def _cached_features(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, cache: str) -> _PhotoFeatures:
     """The features of `photos`, from `<cache>/retrieval/` where it has those of the same model, bytes and view."""
     hashes = prefetch(lambda photo: sha256_of_bytes(read_bytes(photo.path)), photos, threads=READERS)
     content_hash = hash_json([[file_hash, photo.box] for file_hash, photo in zip(hashes, photos, strict=True)])
@@ -247,18 +247,18 @@ def _look(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, cache: 
         photo_features = torch.from_numpy(npy.read_array(path))
     else:
         share = model.world.share(len(photos))
-        part = _compute(model, photos[share.start : share.stop], view, PHOTOS_PER_PASS)
+        part = _compute_features(model, photos[share.start : share.stop], view, PHOTOS_PER_PASS)
         photo_features = gather_rows(model.world, part, len(photos))
         if model.world.is_first:
             npy.write_arrays(path, photo_features.numpy())
     return _PhotoFeatures(photo_features, content_hash)
 
 
-def _compute(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, batch_size: int) -> Tensor:
+def _compute_features(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, batch_size: int) -> Tensor:
     result = torch.empty(len(photos), model.num_features)
     multiple = model.patch_size or efficientnet.STRIDE
     pictures = prefetch(
-        lambda item: (item[0], see(item[1], view, multiple)),
+        lambda item: (item[0], load_view(item[1], view, multiple)),
         enumerate(photos),
         threads=READERS,
         ahead=2 * batch_size,
@@ -273,7 +273,7 @@ def _compute(model: FrozenModel, photos: Sequence[Photo], view: ViewConfig, batc
     return result
 
 
-def see(photo: Photo, view: ViewConfig, multiple: int) -> Tensor:
+def load_view(photo: Photo, view: ViewConfig, multiple: int) -> Tensor:
     """The photo as the model sees it, (3, H, W) uint8; H and W are multiples of `multiple` with "keep_aspect".
 
     Raises InputError that names the file.
@@ -349,8 +349,8 @@ def run(
 
 def _run_revisited(data: RevisitedData, model: FrozenModel, cache: str) -> DatasetScores:
     published = read_revisited(data)
-    queries = _look(model, published.queries, data.view, cache)
-    database = _look(model, published.database, data.view, cache)
+    queries = _cached_features(model, published.queries, data.view, cache)
+    database = _cached_features(model, published.database, data.view, cache)
     scores: dict[str, list[RevisitedScore]] = {difficulty: [] for difficulty in DIFFICULTIES}
     for block, rankings in rank(queries.features, database.features, device=str(model.device)):
         for rows, ranking in zip(published.rows[block], rankings, strict=True):
@@ -390,7 +390,7 @@ def revisited_rows(rows: dict[str, Tensor], difficulty: str) -> tuple[Tensor, Te
 def _run_met(data: MetData, model: FrozenModel, cache: str) -> DatasetScores:
     database, test = read_met(data, data.database), read_met(data, "testset.json")
     num_classes = len(set(database.labels.tolist()))
-    database_features = _look(model, database.photos, data.view, cache)
+    database_features = _cached_features(model, database.photos, data.view, cache)
     max_neighbors = max(data.neighbors)
 
     def search(queries: _PhotoFeatures) -> tuple[Tensor, Tensor]:
@@ -410,13 +410,13 @@ def _run_met(data: MetData, model: FrozenModel, cache: str) -> DatasetScores:
             "accuracy": float(correct[is_object].double().mean()),
         }
 
-    test_features = _look(model, test.photos, data.view, cache)
+    test_features = _cached_features(model, test.photos, data.view, cache)
     hashes = [database_features.hash, database.labels.tolist(), test_features.hash, test.labels.tolist()]
     choices = [(k, scale) for k in data.neighbors for scale in data.scales]
     chosen = choices[0]
     if len(choices) > 1:
         validation = read_met(data, "valset.json")
-        validation_features = _look(model, validation.photos, data.view, cache)
+        validation_features = _cached_features(model, validation.photos, data.view, cache)
         hashes += [validation_features.hash, validation.labels.tolist()]
         neighbors = search(validation_features)
         # Ties go to the first choice.
@@ -431,7 +431,7 @@ def _run_met(data: MetData, model: FrozenModel, cache: str) -> DatasetScores:
 
 
 def _run_amstertime(data: AmsterTimeData, model: FrozenModel, cache: str) -> DatasetScores:
-    old, new = (_look(model, photos, data.view, cache) for photos in read_amstertime(data))
+    old, new = (_cached_features(model, photos, data.view, cache) for photos in read_amstertime(data))
     device = str(model.device)
     to_street = paired_precisions(old.features, new.features, device=device)
     to_archive = paired_precisions(new.features, old.features, device=device)

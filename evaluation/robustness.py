@@ -114,7 +114,7 @@ def run(
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     runner = runner or InlineRunner()
     train = splits.load(config.linear.train, cache, runner)
-    head = linear.fitted(config.linear, model, train, cache)
+    head = linear.fit_or_load(config.linear, model, train, cache)
     if config.kind == "corruptions":
         errors: dict[str, list[float]] = {}
         hashes = []

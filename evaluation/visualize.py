@@ -190,7 +190,7 @@ def attention(network: VisionTransformer, images: Tensor) -> Tensor:
     return scores.softmax(dim=-1)[..., num_special:].unflatten(-1, grid)
 
 
-def heat(weights: Tensor) -> NDArray[np.uint8]:
+def heat_map(weights: Tensor) -> NDArray[np.uint8]:
     """Colours (h, w, 3) of a map (h, w): its minimum is black, its maximum white, with red and yellow between."""
     low, high = weights.min(), weights.max()
     level = ((weights - low) / (high - low).clamp(min=1e-12)).cpu().numpy()
@@ -338,7 +338,7 @@ def run(config: VisualizeConfig, model: FrozenModel, output: str) -> list[Pictur
         columns = []
         for square, image in zip(squares, images, strict=True):
             (weights,) = attention(network, model.normalized(square[None])).mean(dim=1)  # over the heads
-            columns.append([image, *(enlarge(heat(one), patch_size) for one in weights)])
+            columns.append([image, *(enlarge(heat_map(one), patch_size) for one in weights)])
         names = ["the CLS token"] if network.cls_token is not None else []
         names += [f"register {number}" for number in range(1, network.num_register_tokens + 1)]
         caption = f"Attention in the last block, the mean of its heads: {', '.join(names)}."

@@ -1,9 +1,9 @@
-"""What all commands share: the exit status, the options, and the choice of a runner.
+"""The exit status, the options and the choice of a runner, shared by all commands.
 
 0    done
 2    the user's input or config is wrong: one message on standard error, no traceback
 1    anything else
-143  stopped by SIGTERM, 130 by SIGINT; the next run goes on where this one stopped
+143  stopped by SIGTERM, 130 by SIGINT; the next run continues with the unfinished shards
 """
 
 import contextlib
@@ -26,17 +26,17 @@ ConfigOption = Annotated[str, typer.Option("--config", help="TOML file; the stag
 OutputOption = Annotated[str, typer.Option("--output", help="Folder to write, local or any fsspec URL.")]
 RunnerOption = Annotated[RunnerName, typer.Option("--runner", help="Where the work runs; the bytes are the same.")]
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Ray workers; one for each processor when not given.")
+    int | None, typer.Option("--workers", min=1, help="Number of Ray workers; by default one per processor.")
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one setting: a.b=value. Repeatable.")]
-PlanOption = Annotated[bool, typer.Option("--plan", help="Print what would run, and stop.")]
+PlanOption = Annotated[bool, typer.Option("--plan", help="Print the plan and stop.")]
 ReplaceOption = Annotated[
-    bool, typer.Option("--replace", help="Redo a stage whose output is of another config or of other inputs.")
+    bool, typer.Option("--replace", help="Redo a stage whose output was made with another config or other inputs.")
 ]
 
 
 def main(function: Callable[..., Any]) -> None:
-    """Run `function` as a typer command and leave with the exit status above."""
+    """Run `function` as a typer command and exit with a status from the table above."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(function)
     signal.signal(signal.SIGTERM, _raise_on_sigterm)
@@ -46,7 +46,7 @@ def main(function: Callable[..., Any]) -> None:
         print(f"error: {progress.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except SeedbedError as error:
-        # The cause's traceback helps whoever mends the code; the message in front of it helps everyone.
+        # The traceback of the cause is for developers; the message is for every user.
         if error.__cause__ is not None:
             sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
         print(f"error: {progress.printable(str(error))}", file=sys.stderr)
@@ -62,17 +62,17 @@ def plan_or_run(
     workers: int | None,
     gpus_per_worker: float = 0,
 ) -> None:
-    """The body of a stage's command: print the resolved settings with --plan, else call `work` with the runner."""
+    """The body of a stage's command: with `plan`, print the resolved settings; else call `work` with a runner."""
     if plan:
         print(resolved_toml(settings), end="")
         return
-    with open_runner(runner, workers, gpus_per_worker=gpus_per_worker) as chosen:
-        work(chosen)
+    with open_runner(runner, workers, gpus_per_worker=gpus_per_worker) as opened:
+        work(opened)
 
 
 @contextlib.contextmanager
 def open_runner(name: RunnerName, workers: int | None = None, *, gpus_per_worker: float = 0) -> Iterator[Runner]:
-    """The runner of that name, closed at the end."""
+    """The runner with this name, closed at the end of the block."""
     if name == "inline":
         yield InlineRunner()
         return
@@ -80,7 +80,7 @@ def open_runner(name: RunnerName, workers: int | None = None, *, gpus_per_worker
 
     runner = RayRunner(num_workers=workers or os.cpu_count() or 1, gpus_per_worker=gpus_per_worker)
     try:
-        for line in runner.where_to_look():
+        for line in runner.monitoring_addresses():
             progress.say(line)
         yield runner
     finally:
@@ -88,4 +88,4 @@ def open_runner(name: RunnerName, workers: int | None = None, *, gpus_per_worker
 
 
 def _raise_on_sigterm(signal_number: int, frame: object) -> None:
-    sys.exit(128 + signal_number)  # unwinds, so that workers are stopped and no temporary file stays
+    sys.exit(128 + signal_number)  # unwinds the stack: stops the workers and deletes temporary files

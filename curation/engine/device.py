@@ -6,10 +6,10 @@ from curation.errors import DeviceError
 
 
 def require_device(name: str) -> torch.device:
-    """The device of that name. Raises DeviceError for "cuda" without a GPU: nothing falls back to the CPU."""
+    """The torch device with this name. Raises DeviceError for "cuda" without a GPU; there is no fallback to the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
-            f"device 'cuda' was asked for, and torch {torch.__version__} sees no GPU here. Set device to 'cpu', or "
-            "install a CUDA build of torch on a machine with a GPU."
+            f"device is 'cuda', but torch {torch.__version__} sees no GPU here. Set device to 'cpu', or install a CUDA "
+            "build of torch on a machine with a GPU."
         )
     return torch.device(name)

@@ -1,7 +1,7 @@
-"""Runs the shards of a stage on the ranks of a world, which torchrun started.
+"""Runs the shards of a stage on the ranks that torchrun started.
 
-The first rank leads: it alone calls the stage, through a RankRunner, and writes what is written once. The others follow
-it: they wait for the names of shards, do their share of them, and send back the records.
+The first rank is the leader: only it runs the stage, with a RankRunner, and writes the stage's single files. The other
+ranks are followers: they receive names of shards, process their share of them, and send the records back.
 """
 
 import functools
@@ -10,16 +10,16 @@ from collections.abc import Callable, Generator, Sequence
 from typing import final
 
 from curation.engine.manifest import ShardRecord
-from curation.engine.ranks import World, texts_of_ranks
-from curation.engine.runner import Runner, Shard, Worker, name_shard
+from curation.engine.ranks import World, gather_texts
+from curation.engine.runner import Runner, Shard, Worker, shard_error
 from curation.engine.stage import make_marking_worker
 
 
 @final
 class RankRunner(Runner):
-    """The leading rank's runner. `dismiss` must be called when the stage is done, or the others wait for more.
+    """The runner of the leader. Call `close` when the stage is done: until then the followers wait for shards.
 
-    A rank that fails takes the others with it: their next exchange fails, and torchrun stops them.
+    If one rank fails, the next exchange fails on every other rank, and torchrun stops them all.
     """
 
     def __init__(self, world: World) -> None:
@@ -30,34 +30,37 @@ class RankRunner(Runner):
     def map(
         self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
     ) -> Generator[ShardRecord, None, None]:
-        texts_of_ranks(self._world, json.dumps([shard.name for shard in shards]))
-        yield from _exchanged(self._world, stage, make_worker, shards)
+        gather_texts(self._world, json.dumps([shard.name for shard in shards]))
+        yield from _process_and_exchange(self._world, stage, make_worker, shards)
 
-    def dismiss(self) -> None:
-        """Tell the others that there are no more shards."""
-        texts_of_ranks(self._world, "[]")
+    def close(self) -> None:
+        """Tell the followers that there are no more shards."""
+        gather_texts(self._world, "[]")
 
 
 def follow(world: World, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], output: str) -> None:
-    """What every rank but the first calls, with all shards of the stage: does its share of what is left of them."""
+    """Process this rank's share of the unfinished shards until the leader closes its runner.
+
+    Every rank except the first calls this. shards: all shards of the stage, finished or not.
+    """
     by_name = {shard.name: shard for shard in shards}
     make_marking = functools.partial(make_marking_worker, make_worker, output)
-    while names := json.loads(texts_of_ranks(world, "")[0]):
-        _exchanged(world, stage, make_marking, [by_name[name] for name in names])
+    while names := json.loads(gather_texts(world, "")[0]):
+        _process_and_exchange(world, stage, make_marking, [by_name[name] for name in names])
 
 
-def _exchanged(
+def _process_and_exchange(
     world: World, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
 ) -> list[ShardRecord]:
-    """The records of all shards, of which this rank does every so many-th."""
+    """The records of all shards, equal on every rank. Rank r of R processes the shards r, r + R, r + 2 R, ..."""
     worker: Worker | None = None
-    own = []
+    rank_records = []
     for shard in shards[world.rank :: world.num_ranks]:
         try:
             worker = worker or make_worker()
-            own.append(worker(shard).model_dump_json())
+            rank_records.append(worker(shard).model_dump_json())
         except Exception as error:
-            raise name_shard(stage, shard, error) from error
-    by_rank = [json.loads(text) for text in texts_of_ranks(world, json.dumps(own))]
-    records = [by_rank[place % world.num_ranks][place // world.num_ranks] for place in range(len(shards))]
+            raise shard_error(stage, shard, error) from error
+    by_rank = [json.loads(text) for text in gather_texts(world, json.dumps(rank_records))]
+    records = [by_rank[index % world.num_ranks][index // world.num_ranks] for index in range(len(shards))]
     return [ShardRecord.model_validate_json(record) for record in records]

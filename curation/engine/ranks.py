@@ -1,8 +1,8 @@
-"""Many processes as one world: what every part that runs on several of them shares.
+"""Processes that work together, in the terms of torch.distributed: process groups and collectives.
 
-A process is a *rank*. torchrun starts the ranks and tells each its number by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
-and MASTER_PORT; Ray Train does, and opens the process group as well. Without either, one process is the whole world and
-there is no group at all: every function here then returns at once.
+A *rank* is one of the processes; the *world* is all of them. torchrun starts the ranks and gives each its number in
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Ray Train sets the same variables and also opens the process
+group. Without either, the world is one process without a process group, and every function here returns immediately.
 """
 
 import contextlib
@@ -21,27 +21,27 @@ from curation.errors import ConfigError, DeviceError
 Device = Literal["cpu", "cuda"]
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # cited: torchrun's documentation
-# How long a rank waits for the others before it gives up. Assumed: longer than the slowest of them writes a checkpoint.
+# A collective fails after this time. Assumed: longer than the slowest rank needs to write a checkpoint.
 TIMEOUT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks that work together, and which of them this process is."""
+    """The number of ranks, and the numbers of this one."""
 
     rank: int
     num_ranks: int
     local_rank: int
-    """The number of this process on its machine, and of its GPU there."""
+    """The number of this rank on its machine; also the number of its GPU."""
     device: torch.device
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this is rank 0, which writes the files that exist once."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` things this rank does: a run of them, in the order of ranks."""
+        """The contiguous share of `count` items of this rank. Shares follow the order of the ranks."""
         return _share(self.rank, self.num_ranks, count)
 
 
@@ -50,24 +50,24 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 @contextlib.contextmanager
 def open_world(device: Device, *, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
-    """The world that torchrun describes in the environment, or this process alone.
+    """The world that the environment describes, or a world of one process.
 
-    A process group that is already open (Ray Train's) is joined and left open. One opened here is closed at the end,
-    after an error too: the other ranks' next exchange then fails instead of waiting.
+    An open process group (from Ray Train) is used and stays open. A group opened here is closed at the end, also after
+    an error: the next collective of the other ranks then fails instead of waiting.
 
-    timeout_seconds: how long a rank waits for the others before it fails. Raises DeviceError, ConfigError.
+    timeout_seconds: a collective fails after this time. Raises DeviceError, ConfigError.
     """
-    rank, num_ranks, local_rank = _numbers()
-    chosen = require_device(device)
+    rank, num_ranks, local_rank = _read_environment()
+    torch_device = require_device(device)
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise DeviceError(
-                f"Local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}. Start at most "
-                "one process for each (torchrun --nproc-per-node)."
+                f"Local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}. Start at most one "
+                "process per GPU (torchrun --nproc-per-node)."
             )
-        chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
-    world = World(rank, num_ranks, local_rank, chosen)
+        torch_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(torch_device)
+    world = World(rank, num_ranks, local_rank, torch_device)
     if num_ranks == 1 or distributed.is_initialized():
         yield world
         return
@@ -76,7 +76,7 @@ def open_world(device: Device, *, timeout_seconds: float = TIMEOUT_SECONDS) -> I
         rank=rank,
         world_size=num_ranks,
         timeout=datetime.timedelta(seconds=timeout_seconds),
-        device_id=chosen if device == "cuda" else None,
+        device_id=torch_device if device == "cuda" else None,
     )
     try:
         yield world
@@ -84,45 +84,45 @@ def open_world(device: Device, *, timeout_seconds: float = TIMEOUT_SECONDS) -> I
         distributed.destroy_process_group()
 
 
-def _numbers() -> tuple[int, int, int]:
-    """Rank, number of ranks and local rank, as the environment says."""
-    found = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    # The address alone says nothing: clusters set it for every process.
-    if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
+def _read_environment() -> tuple[int, int, int]:
+    """The rank, the number of ranks and the local rank in the environment. Raises ConfigError."""
+    variables = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    # MASTER_ADDR and MASTER_PORT alone are not enough: clusters set them for every process.
+    if not variables.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
         return 0, 1, 0
-    if absent := [name for name in ENVIRONMENT if name not in found]:
+    if absent := [name for name in ENVIRONMENT if name not in variables]:
         raise ConfigError(
-            f"The environment has {', '.join(found)} and lacks {', '.join(absent)}. Start with torchrun, which sets "
-            "all of them, or unset them to work in one process."
+            f"The environment has {', '.join(variables)} and lacks {', '.join(absent)}. Start with torchrun, which "
+            "sets all of them, or unset them to run in one process."
         )
     try:
-        rank, num_ranks, local_rank = (int(found[name]) for name in ENVIRONMENT[:3])
+        rank, num_ranks, local_rank = (int(variables[name]) for name in ENVIRONMENT[:3])
     except ValueError:
-        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers. Found: {found}.") from None
+        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers. Found: {variables}.") from None
     if not 0 <= rank < num_ranks or local_rank < 0:
-        raise ConfigError(f"RANK must lie in [0, WORLD_SIZE), and LOCAL_RANK be 0 or more. Found: {found}.")
+        raise ConfigError(f"RANK must lie in [0, WORLD_SIZE), and LOCAL_RANK must be 0 or more. Found: {variables}.")
     return rank, num_ranks, local_rank
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of every rank's `tensor`, equal on all of them. Same shape everywhere; no gradient flows through."""
+    """The sum of the tensors of all ranks, equal on every rank. Shapes must be equal; no gradient flows through."""
     return _reduced(tensor, distributed.ReduceOp.SUM)
 
 
 def max_over_ranks(tensor: Tensor) -> Tensor:
-    """The elementwise largest of every rank's `tensor`. Same shape everywhere; no gradient flows through."""
+    """The elementwise maximum over all ranks, equal on every rank. Shapes must be equal; no gradient flows through."""
     return _reduced(tensor, distributed.ReduceOp.MAX)
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if distributed.is_initialized():
         distributed.barrier()
 
 
 @contextlib.contextmanager
-def first_alone() -> Iterator[None]:
-    """The first rank goes through the block alone, the others after it: for what is written once and read by all."""
+def first_rank_first() -> Iterator[None]:
+    """Run the block on the first rank, then on the others: for files that one rank writes and every rank reads."""
     is_first = not distributed.is_initialized() or distributed.get_rank() == 0
     if not is_first:
         barrier()
@@ -132,30 +132,30 @@ def first_alone() -> Iterator[None]:
 
 
 def all_ranks(condition: bool) -> bool:
-    """Whether it holds on every rank; all are told the same."""
+    """Whether `condition` is true on every rank; every rank gets the same answer."""
     return not max_over_ranks(torch.tensor(int(not condition), device=_device_of_group()))
 
 
-def gather_rows(world: World, own: Tensor, count: int) -> Tensor:
-    """The rows of all ranks, (count, ...), equal on all of them, from each one's `share(count)` of them, (., ...).
+def gather_rows(world: World, rows: Tensor, count: int) -> Tensor:
+    """The rows of all ranks, (count, ...), equal on every rank and on the device of `rows`.
 
-    On the device of `own`; no gradient flows through.
+    rows: the rows of this rank, (len(world.share(count)), ...). No gradient flows through.
     """
     if world.num_ranks == 1:
-        return own.detach()
+        return rows.detach()
     sizes = [len(_share(rank, world.num_ranks, count)) for rank in range(world.num_ranks)]
-    padded = torch.zeros(max(sizes), *own.shape[1:], dtype=own.dtype, device=_device_of_group())
-    padded[: len(own)] = own.detach()
-    found = [torch.empty_like(padded) for _ in sizes]
-    distributed.all_gather(found, padded)
-    return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)]).to(own.device)
+    padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype, device=_device_of_group())
+    padded[: len(rows)] = rows.detach()
+    padded_by_rank = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(padded_by_rank, padded)
+    return torch.cat([tensor[:size] for tensor, size in zip(padded_by_rank, sizes, strict=True)]).to(rows.device)
 
 
-def texts_of_ranks(world: World, own: str) -> list[str]:
-    """The text of every rank, by rank, on all of them."""
+def gather_texts(world: World, text: str) -> list[str]:
+    """The texts of all ranks, in the order of the ranks, equal on every rank."""
     if world.num_ranks == 1:
-        return [own]
-    data = torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8) if own else torch.empty(0, dtype=torch.uint8)
+        return [text]
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
     lengths = gather_rows(world, torch.tensor([len(data)]), world.num_ranks).tolist()
     padded = torch.zeros(1, max(lengths), dtype=torch.uint8)
     padded[0, : len(data)] = data
@@ -164,7 +164,7 @@ def texts_of_ranks(world: World, own: str) -> list[str]:
 
 
 def _device_of_group() -> torch.device:
-    """Where tensors must lie to be exchanged."""
+    """The device on which the process group exchanges tensors."""
     nccl = distributed.is_initialized() and distributed.get_backend() == "nccl"
     return torch.device("cuda") if nccl else torch.device("cpu")
 

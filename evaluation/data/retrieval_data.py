@@ -12,7 +12,7 @@ from curation.errors import InputError
 from curation.files import paths
 from curation.images.sources import SourceConfig, list_files
 from evaluation.data import plain_pickle
-from evaluation.data.splits import SplitConfig, listed
+from evaluation.data.splits import SplitConfig, abbreviated
 from evaluation.data.views import PicturesConfig, ViewConfig
 
 
@@ -20,18 +20,21 @@ class RevisitedData(Settings):
     """Revisited Oxford or Paris."""
 
     layout: Literal["revisited"]
+    """The kind of data; it decides which other keys the table has."""
     path: str
     """Folder with jpg/ and gnd_roxford5k.pkl or gnd_rparis6k.pkl, local or any fsspec URL."""
     query: Literal["box", "whole"] = "box"
     """The part of a query image that is compared: the box around the building, as the benchmark defines it, or all of
     it. The choice changes scores by several points; every result states it."""
     view: ViewConfig = ViewConfig()
+    """How the model sees the photographs."""
 
 
 class MetData(Settings):
     """The Met dataset."""
 
     layout: Literal["met"]
+    """The kind of data; it decides which other keys the table has."""
     path: str
     """Folder with ground_truth/ and images/, local or any fsspec URL."""
     database: str = "MET_database.json"
@@ -42,21 +45,25 @@ class MetData(Settings):
     scales: tuple[float, ...] = (0.01, 0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 50.0, 100.0, 500.0)
     """Factors of the cosines before their softmax, chosen likewise. Cited: its published grid."""
     view: ViewConfig = ViewConfig()
+    """How the model sees the photographs."""
 
 
 class AmsterTimeData(Settings):
     """AmsterTime."""
 
     layout: Literal["amstertime"]
+    """The kind of data; it decides which other keys the table has."""
     path: str
     """Folder with old/ and new/, local or any fsspec URL."""
     view: ViewConfig = ViewConfig()
+    """How the model sees the photographs."""
 
 
 class LabelledData(Settings):
     """Any labelled images."""
 
     layout: Literal["labelled"]
+    """The kind of data; it decides which other keys the table has."""
     split: SplitConfig
     """Where they are."""
     pictures: PicturesConfig = PicturesConfig()
@@ -178,6 +185,6 @@ def read_amstertime(data: AmsterTimeData) -> tuple[list[Photo], list[Photo]]:
     if unpaired or not old:
         raise InputError(
             f"{data.path}: old/ and new/ hold {len(old)} and {len(new)} images, and {len(unpaired)} names are in only "
-            f"one of them: {listed(unpaired)}."
+            f"one of them: {abbreviated(unpaired)}."
         )
     return [old[name] for name in sorted(old)], [new[name] for name in sorted(old)]

@@ -26,7 +26,7 @@ from curation.files.prefetch import prefetch
 from curation.images.decode import ImageLimits, read_header
 from curation.images.sources import SourceConfig, list_files
 from evaluation.data.image_files import read_bytes, read_rgb, rejects_named
-from evaluation.data.splits import listed
+from evaluation.data.splits import abbreviated
 
 IGNORED = 255  # a pixel without a class, in every target here
 LIMITS = ImageLimits(min_side=1)  # an image of any size counts
@@ -54,6 +54,7 @@ class FolderData(Settings):
     """Images, and masks with the same names. A mask has one grey (or palette) value a pixel: its class."""
 
     layout: Literal["folders"]
+    """The kind of data; it decides which other keys the table has."""
     train_images: str
     """Folder, local or any fsspec URL; its subfolders are searched too."""
     train_masks: str
@@ -61,6 +62,7 @@ class FolderData(Settings):
     test_images: str
     """The same for the scored images."""
     test_masks: str
+    """Folder with the masks of the scored images."""
     num_classes: int = Field(ge=2, le=IGNORED)
     """Classes are numbered from 0."""
     ignored: tuple[Annotated[int, Field(ge=0, le=255)], ...] = (IGNORED,)
@@ -71,6 +73,7 @@ class StampData(Settings):
     """Images made by pasting cut-outs on backgrounds. Training and scored images share neither."""
 
     layout: Literal["stamps"]
+    """The kind of data; it decides which other keys the table has."""
     stamps: str
     """Folder of PNGs with an alpha channel; its subfolders are searched too. Opaque PNGs are left out."""
     backgrounds: tuple[str, ...] = Field(min_length=1)
@@ -123,7 +126,9 @@ def load_scenes(data: SceneData, *, stamp_seed: int = 0) -> tuple[Scenes, Scenes
     if isinstance(data, FolderData):
         lookup = _lookup(dict(zip(range(data.num_classes), range(data.num_classes), strict=True)), data.ignored)
         train, test = (data.train_images, data.train_masks), (data.test_images, data.test_masks)
-        splits = [_same_names(_by_stem(images), _by_stem(masks), masks) for images, masks in (train, test)]
+        splits = [
+            _pair_by_name(_paths_by_name(images), _paths_by_name(masks), masks) for images, masks in (train, test)
+        ]
         num_classes = data.num_classes
     else:
         match data.layout:
@@ -149,13 +154,13 @@ Pair = tuple[str, str]  # an image and its mask
 
 def _ade20k(path: str, split: str) -> list[Pair]:
     masks = paths.join(path, "annotations", split)
-    return _same_names(_by_stem(paths.join(path, "images", split)), _by_stem(masks), masks)
+    return _pair_by_name(_paths_by_name(paths.join(path, "images", split)), _paths_by_name(masks), masks)
 
 
 def _cityscapes(path: str, split: str) -> list[Pair]:
     masks = paths.join(path, "gtFine", split)
-    images = _by_stem(paths.join(path, "leftImg8bit", split), "_leftImg8bit")
-    return _same_names(images, _by_stem(masks, "_gtFine_labelIds"), masks)
+    images = _paths_by_name(paths.join(path, "leftImg8bit", split), "_leftImg8bit")
+    return _pair_by_name(images, _paths_by_name(masks, "_gtFine_labelIds"), masks)
 
 
 def _voc2012(path: str, split: str) -> list[Pair]:
@@ -172,7 +177,7 @@ def _voc2012(path: str, split: str) -> list[Pair]:
     ]
 
 
-def _by_stem(folder: str, suffix: str = "") -> dict[str, str]:
+def _paths_by_name(folder: str, suffix: str = "") -> dict[str, str]:
     """Paths by their names below `folder`, without extension and suffix. Names that lack the suffix are left out."""
     if not paths.is_folder(folder):
         raise InputError(f"No folder '{folder}'. Check the path of the dataset.")
@@ -189,10 +194,10 @@ def _by_stem(folder: str, suffix: str = "") -> dict[str, str]:
     return path_by_name
 
 
-def _same_names(images: dict[str, str], masks: dict[str, str], mask_folder: str) -> list[Pair]:
+def _pair_by_name(images: dict[str, str], masks: dict[str, str], mask_folder: str) -> list[Pair]:
     missing = sorted(images.keys() - masks.keys())
     if missing:
-        raise InputError(f"{mask_folder}: no mask for {listed(missing)}.")
+        raise InputError(f"{mask_folder}: no mask for {abbreviated(missing)}.")
     return [(path, masks[name]) for name, path in sorted(images.items())]
 
 
@@ -276,12 +281,12 @@ def _stamp_scenes(data: StampData, seed: int) -> tuple[Scenes, Scenes]:
     """Scenes that are made when they are read, as functions of the config, the seed and their number alone."""
     # Class and path by the hash of the bytes, so that no stamp is in both splits.
     stamps: dict[str, tuple[str, str]] = {}
-    for name, path in _by_stem(data.stamps).items():
+    for name, path in _paths_by_name(data.stamps).items():
         alpha = np.asarray(_loaded(path).convert("RGBA"))[..., 3]
         if alpha.min() < 128 <= alpha.max():
             folder = name.partition("/")[0] if data.classes == "folder" and "/" in name else "stamp"
             stamps.setdefault(_hash_of(path), (folder, path))
-    background_paths = [path for folder in data.backgrounds for path in _by_stem(folder).values()]
+    background_paths = [path for folder in data.backgrounds for path in _paths_by_name(folder).values()]
     backgrounds = {_hash_of(path): path for path in background_paths}
     classes = sorted({folder for folder, _ in stamps.values()})
     if not classes:
@@ -291,7 +296,7 @@ def _stamp_scenes(data: StampData, seed: int) -> tuple[Scenes, Scenes]:
             f"{data.stamps}: {len(classes)} folders; at most {IGNORED - 1} classes of stamps are possible."
         )
     keys_by_class = [[key for key, (folder, _) in stamps.items() if folder == name] for name in classes]
-    halves = [_divide(keys, seed) for keys in (*keys_by_class, list(backgrounds))]
+    halves = [_train_and_test_keys(keys, seed) for keys in (*keys_by_class, list(backgrounds))]
     split: list[Scenes] = []
     for number, count in enumerate((data.train_pictures, data.test_pictures)):
         *class_keys, background_keys = [half[number] for half in halves]
@@ -308,7 +313,7 @@ def _stamp_scenes(data: StampData, seed: int) -> tuple[Scenes, Scenes]:
     return split[0], split[1]
 
 
-def _divide(keys: list[str], seed: int) -> tuple[list[str], list[str]]:
+def _train_and_test_keys(keys: list[str], seed: int) -> tuple[list[str], list[str]]:
     """The keys for training and those for scored images, in an order drawn by the seed."""
     ordered = sorted(keys, key=lambda key: sha256_of_bytes(f"{seed} {key}".encode()))
     num_test = max(1, round(TEST_SHARE * len(ordered))) if len(ordered) > 1 else 0

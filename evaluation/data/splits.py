@@ -21,7 +21,7 @@ from torch import Tensor
 from curation import ingest
 from curation.config import Settings
 from curation.engine.manifest import require_manifest
-from curation.engine.ranks import first_alone
+from curation.engine.ranks import first_rank_first
 from curation.engine.runner import Runner
 from curation.errors import InputError
 from curation.files import paths
@@ -127,7 +127,7 @@ def load(config: SplitConfig, cache: str, runner: Runner) -> Split:
     if config.classes:
         absent = sorted(set(config.classes) - set(labels))
         if absent:
-            raise InputError(f"{config.path}: no images of the classes {listed(absent)}, which the config names.")
+            raise InputError(f"{config.path}: no images of the classes {abbreviated(absent)}, which the config names.")
         table = table.filter(pc.is_in(table["label"], pa.array(config.classes)))
     if table.num_rows == 0:
         raise InputError(f"{config.path}: no images of roles {config.roles} and sources {config.sources}.")
@@ -155,9 +155,11 @@ def with_classes(split: Split, train: Split, *, subset: bool = False) -> Split:
     """
     unknown, absent = set(split.classes) - set(train.classes), set(train.classes) - set(split.classes)
     if unknown or (absent and not subset):
-        parts = [f"{len(unknown)} classes that {train.path} lacks ({listed(sorted(unknown))})"] if unknown else []
+        parts = [f"{len(unknown)} classes that {train.path} lacks ({abbreviated(sorted(unknown))})"] if unknown else []
         parts += (
-            [f"no images of {len(absent)} of its classes ({listed(sorted(absent))})"] if absent and not subset else []
+            [f"no images of {len(absent)} of its classes ({abbreviated(sorted(absent))})"]
+            if absent and not subset
+            else []
         )
         raise InputError(
             f"{split.path} has {' and '.join(parts)}. Check the paths of the splits, select classes with `classes`, or "
@@ -241,7 +243,7 @@ def _ingested(config: SplitConfig, cache: str, runner: Runner) -> str:
     listing = sources.listing_hash(sources.list_files(source))
     name = hash_json([settings.model_dump(mode="json"), listing])[:32]
     folder = paths.join(cache, "ingest", name)
-    with first_alone():
+    with first_rank_first():
         ingest.run(settings, folder, runner)
     return folder
 
@@ -256,6 +258,6 @@ def _ordered(names: set[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)))
 
 
-def listed(names: Sequence[str]) -> str:
+def abbreviated(names: Sequence[str]) -> str:
     """The first MAX_LISTED of `names`, and the number of the others."""
     return ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")

@@ -1,4 +1,4 @@
-"""The cluster stage: kept pool images go to their nearest centroids on every level; how work is cut changes no byte."""
+"""The cluster stage: kept pool images go to their nearest centroids on every level, in the same bytes for any cut."""
 
 from collections.abc import Iterator
 from pathlib import Path

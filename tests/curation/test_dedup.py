@@ -1,4 +1,4 @@
-"""Deduplication: the decisions equal a plain reading of the rules, and every row is accounted for."""
+"""Deduplication: the decisions equal a naive implementation of the rules, and every row has a decision."""
 
 import itertools
 import subprocess
@@ -39,7 +39,7 @@ Edge = tuple[int, int, float]
 
 
 def nodes_of(count: int, **columns: Any) -> Nodes:
-    """Nodes that are plain pool images unless `columns` say more."""
+    """Pool images of equal size, except for the given `columns`."""
     fields: dict[str, Any] = {
         "image_ids": np.array([bytes.fromhex(id_of(node)) for node in range(count)], "S16"),
         "is_seed": np.zeros(count, bool),
@@ -51,7 +51,7 @@ def nodes_of(count: int, **columns: Any) -> Nodes:
 
 
 def edges_of(edges: list[Edge], **columns: Any) -> Edges:
-    """Edges that are as similar by their descriptors, mutual and not of one place unless `columns` say otherwise."""
+    """Mutual edges of equal cosine and similarity that do not differ locally, except for the given `columns`."""
     first, second, similarity = zip(*edges, strict=True) if edges else ((), (), ())
     fields = {
         "first": np.array(first, np.int32),
@@ -80,7 +80,7 @@ def is_(count: int, *marked: int) -> np.ndarray:
     return np.isin(np.arange(count), marked)
 
 
-# A plain reading of the module's text, one node after another.
+# A naive implementation of the rules in the module docstring, one node after another.
 
 
 def component_of(count: int, edges: list[Edge], threshold: float) -> list[set[int]]:
@@ -97,33 +97,33 @@ def by_the_rules(config: DedupConfig, nodes: Nodes, edges: list[Edge]) -> list[t
     """Reason, matched node and similarity of every node; (None, -1, None) for the kept."""
     count = len(nodes.image_ids)
     between = {frozenset((a, b)): np.float32(similarity) for a, b, similarity in edges}
-    wide = component_of(count, edges, config.holdout_threshold)
+    holdout_components = component_of(count, edges, config.holdout_threshold)
     result: list[tuple[str | None, int, float | None]] = []
     for node in range(count):
-        answer: tuple[str | None, int, float | None] = (None, -1, None)
-        exempt = nodes.is_seed[node] and not config.decontaminate_seeds
-        if nodes.is_holdout[node] and not exempt:
-            answer = ("holdout", node, 1.0)
-        elif not nodes.is_holdout[node] and not exempt:
+        decision: tuple[str | None, int, float | None] = (None, -1, None)
+        is_exempt = nodes.is_seed[node] and not config.decontaminate_seeds
+        if nodes.is_holdout[node] and not is_exempt:
+            decision = ("holdout", node, 1.0)
+        elif not nodes.is_holdout[node] and not is_exempt:
             matches = [
                 (-between[frozenset((node, other))], other)
                 for other in np.flatnonzero(nodes.is_holdout).tolist()
                 if between.get(frozenset((node, other)), -2) >= np.float32(config.holdout_threshold)
             ]
-            held_out = [other for other in sorted(wide[node]) if nodes.is_holdout[other]]
+            held_out = [other for other in sorted(holdout_components[node]) if nodes.is_holdout[other]]
             if matches:
-                answer = ("holdout", min(matches)[1], float(-min(matches)[0]))
+                decision = ("holdout", min(matches)[1], float(-min(matches)[0]))
             elif config.decontamination == "component" and held_out:
-                answer = ("holdout", held_out[0], None)
-        result.append(answer)
+                decision = ("holdout", held_out[0], None)
+        result.append(decision)
     for members in component_of(count, edges, config.threshold):
-        left = [node for node in members if result[node][1] < 0]
-        left.sort(key=lambda n: (not nodes.is_seed[n], -nodes.pixels[n], -nodes.length[n], n))
-        for node in left[1:]:
+        candidates = [node for node in members if result[node][1] < 0]
+        candidates.sort(key=lambda n: (not nodes.is_seed[n], -nodes.pixels[n], -nodes.length[n], n))
+        for node in candidates[1:]:
             if not nodes.is_seed[node]:
-                similarity = between.get(frozenset((node, left[0])), -2)
-                known = float(similarity) if similarity >= np.float32(config.threshold) else None
-                result[node] = ("near", left[0], known)
+                similarity = between.get(frozenset((node, candidates[0])), -2)
+                copy_similarity = float(similarity) if similarity >= np.float32(config.threshold) else None
+                result[node] = ("near", candidates[0], copy_similarity)
     return result
 
 
@@ -152,9 +152,9 @@ def random_case(seed: int) -> tuple[DedupConfig, Nodes, list[Edge]]:
 
 @pytest.fixture
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a test in blocks of a size that its seed chooses: of one image and pair, of a few, or of more than all."""
+    """The block size of a test, by its seed: one image or pair, seven, or the real size."""
     seed = request.node.callspec.params["seed"]
-    # A block of the real size holds a million images: no small case would ever cross from one to the next.
+    # A block of the real size holds a million images, so no small case has more than one of them.
     monkeypatch.setattr(disk_arrays, "BLOCK", (1, 7, disk_arrays.BLOCK)[seed % 3])
 
 
@@ -163,15 +163,15 @@ def test_decisions_follow_the_rules(seed: int, block: None) -> None:
     config, nodes, edges = random_case(seed)
     decision = decided(config, nodes, edges)
     expected = by_the_rules(config, nodes, edges)
-    found = [
+    decisions = [
         (reason, int(matched), None if np.isnan(similarity) else float(similarity))
         for reason, matched, similarity in zip(reasons(decision), decision.matched, decision.similarity, strict=True)
     ]
-    assert found == [(reason, matched, None if s is None else float(s)) for reason, matched, s in expected]
+    assert decisions == [(reason, matched, None if s is None else float(s)) for reason, matched, s in expected]
     smallest = [min(members) for members in component_of(len(nodes.image_ids), edges, config.threshold)]
     assert decision.component.tolist() == smallest
 
-    # What holds whatever the rules say in detail.
+    # Properties that follow from the rules.
     keeps = decision.matched < 0
     assert (keeps == np.array([reason is None for reason in reasons(decision)])).all()
     if not config.decontaminate_seeds:
@@ -191,32 +191,32 @@ def test_order_of_edges_changes_nothing(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_what_was_kept_is_kept_again(seed: int) -> None:
+def test_kept_images_are_kept_again(seed: int) -> None:
     config, nodes, edges = random_case(seed)
     config = config.model_copy(update={"decontaminate_seeds": True})
-    stays = kept(decided(config, nodes, edges))
-    place = {node: position for position, node in enumerate(stays)}
+    kept_nodes = kept(decided(config, nodes, edges))
+    new_node = {node: number for number, node in enumerate(kept_nodes)}
     again = nodes_of(
-        len(stays),
-        image_ids=nodes.image_ids[stays],
-        is_seed=nodes.is_seed[stays],
-        pixels=nodes.pixels[stays],
-        length=nodes.length[stays],
+        len(kept_nodes),
+        image_ids=nodes.image_ids[kept_nodes],
+        is_seed=nodes.is_seed[kept_nodes],
+        pixels=nodes.pixels[kept_nodes],
+        length=nodes.length[kept_nodes],
     )
-    left = [(place[a], place[b], similarity) for a, b, similarity in edges if a in place and b in place]
-    assert kept(decided(config, again, left)) == list(range(len(stays)))
+    kept_edges = [(new_node[a], new_node[b], value) for a, b, value in edges if a in new_node and b in new_node]
+    assert kept(decided(config, again, kept_edges)) == list(range(len(kept_nodes)))
 
 
 # The rules one by one
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_without_pairs_all_stay(count: int) -> None:
+def test_without_pairs_all_images_are_kept(count: int) -> None:
     decision = decided(DedupConfig(), nodes_of(count), [])
     assert kept(decision) == list(range(count)) == decision.component.tolist()
 
 
-def test_a_chain_is_one_component_though_its_ends_are_no_copies() -> None:
+def test_a_chain_is_one_component_although_its_ends_are_not_copies() -> None:
     decision = decided(DedupConfig(), nodes_of(3, pixels=[100, 100, 400]), [(0, 1, 0.8), (1, 2, 0.7)])
     assert kept(decision) == [2]
     assert decision.component.tolist() == [0, 0, 0]
@@ -225,7 +225,7 @@ def test_a_chain_is_one_component_though_its_ends_are_no_copies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "stays"),
+    ("columns", "expected"),
     [
         ({}, 0),
         ({"pixels": [100, 200, 200], "length": [9, 1, 1]}, 1),
@@ -233,12 +233,12 @@ def test_a_chain_is_one_component_though_its_ends_are_no_copies() -> None:
         ({"pixels": [900, 200, 200], "is_seed": [False, False, True]}, 2),
     ],
 )
-def test_most_pixels_then_most_bytes_then_the_smallest_id_stays(columns: dict[str, Any], stays: int) -> None:
+def test_priority_is_most_pixels_then_most_bytes_then_the_smallest_id(columns: dict[str, Any], expected: int) -> None:
     edges = [(0, 1, 0.9), (0, 2, 0.9), (1, 2, 0.9)]
-    assert kept(decided(DedupConfig(), nodes_of(3, **columns), edges)) == [stays]
+    assert kept(decided(DedupConfig(), nodes_of(3, **columns), edges)) == [expected]
 
 
-def test_all_seeds_of_a_component_stay_and_take_the_rest_away() -> None:
+def test_all_seeds_of_a_component_are_kept_and_the_other_images_dropped() -> None:
     nodes = nodes_of(4, is_seed=is_(4, 1, 3), pixels=[900, 100, 900, 200])
     decision = decided(DedupConfig(), nodes, [(0, 1, 0.9), (1, 2, 0.9), (2, 3, 0.9)])
     assert kept(decision) == [1, 3]
@@ -246,7 +246,7 @@ def test_all_seeds_of_a_component_stay_and_take_the_rest_away() -> None:
 
 
 @pytest.mark.parametrize(("similarity", "copies"), [(0.59, False), (0.6, True), (0.61, True)])
-def test_threshold_itself_counts(similarity: float, copies: bool) -> None:
+def test_pair_at_the_threshold_is_of_copies(similarity: float, copies: bool) -> None:
     edges = [(0, 1, similarity)]
     assert (kept(decided(DedupConfig(threshold=0.6), nodes_of(2), edges)) == [0]) == copies
     holdout = nodes_of(2, is_holdout=is_(2, 0))
@@ -254,8 +254,8 @@ def test_threshold_itself_counts(similarity: float, copies: bool) -> None:
     assert (kept(decided(config, holdout, edges)) == []) == copies
 
 
-def test_holdout_takes_what_matches_it_or_the_whole_component() -> None:
-    """0 is held out; 1 matches it, 2 matches 1, 3 is a copy of 2."""
+def test_images_that_match_the_holdout_are_dropped_or_the_whole_component() -> None:
+    """0 is a holdout image; 1 matches 0, 2 matches 1, 3 is a copy of 2."""
     nodes, edges = nodes_of(4, is_holdout=is_(4, 0)), [(0, 1, 0.5), (1, 2, 0.5), (2, 3, 0.9)]
     direct = decided(DedupConfig(), nodes, edges)
     assert reasons(direct) == ["holdout", "holdout", None, "near"]
@@ -266,26 +266,26 @@ def test_holdout_takes_what_matches_it_or_the_whole_component() -> None:
     assert np.isnan(whole.similarity).tolist() == [False, False, True, True]
 
 
-def test_the_most_similar_holdout_image_is_named() -> None:
+def test_the_most_similar_holdout_image_is_the_match() -> None:
     nodes = nodes_of(4, is_holdout=is_(4, 0, 2, 3))
     decision = decided(DedupConfig(), nodes, [(0, 1, 0.5), (1, 2, 0.8), (1, 3, 0.8)])
     assert decision.matched[1] == 2 and decision.similarity[1] == np.float32(0.8)
 
 
 @pytest.mark.parametrize("mode", ["direct", "component"])
-def test_seeds_are_spared_where_the_config_says_so(mode: str) -> None:
-    """0 is held out, and 1 is held out and a seed; the seed 2 and the pool image 3 match 0."""
+def test_seeds_are_kept_without_decontaminate_seeds(mode: str) -> None:
+    """0 is a holdout image, 1 a holdout image and a seed; the seed 2 and the pool image 3 match 0."""
     nodes = nodes_of(4, is_holdout=is_(4, 0, 1), is_seed=is_(4, 1, 2))
     edges = [(0, 2, 0.9), (0, 3, 0.9)]
     settings = {"decontamination": mode}
     strict = decided(DedupConfig.model_validate(settings), nodes, edges)
     assert kept(strict) == []
-    spared = decided(DedupConfig.model_validate(settings | {"decontaminate_seeds": False}), nodes, edges)
-    assert kept(spared) == [1, 2]
-    assert reasons(spared)[3] == "holdout"
+    exempt = decided(DedupConfig.model_validate(settings | {"decontaminate_seeds": False}), nodes, edges)
+    assert kept(exempt) == [1, 2]
+    assert reasons(exempt)[3] == "holdout"
 
 
-def test_config_in_which_copies_of_the_holdout_could_stay_is_refused() -> None:
+def test_config_that_could_keep_copies_of_the_holdout_is_refused() -> None:
     with pytest.raises(ValueError, match="holdout_threshold must not lie above threshold"):
         DedupConfig(threshold=0.5, holdout_threshold=0.6)
 
@@ -294,7 +294,7 @@ def test_config_in_which_copies_of_the_holdout_could_stay_is_refused() -> None:
 
 
 def small_run(folder: Path) -> tuple[str, str]:
-    """Ingest of three sources with exact copies across and inside them, and pairs among the images."""
+    """An ingest of three sources with exact copies within and between them, and pairs of its images."""
 
     def of(role: str) -> Callable[[int], dict[str, Any]]:
         return lambda number: image_row(id_of(number), role, role)
@@ -326,21 +326,21 @@ def rows_of(folder: str) -> list[dict[str, Any]]:
     return [row for name in names for row in parquet.read_table(f"{folder}/{name}", schemas.DUPLICATES).to_pylist()]
 
 
-def test_every_row_of_ingest_gets_its_answer_in_place(tmp_path: Path) -> None:
+def test_every_row_of_ingest_gets_its_decision_in_order(tmp_path: Path) -> None:
     images, pairs = small_run(tmp_path)
     manifest = dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), str(tmp_path / "dedup"), InlineRunner())
-    found = [
+    decisions = [
         (int(row["image_id"], 16), row["reason"], row["matched_image_id"] and int(row["matched_image_id"], 16))
         for row in rows_of(str(tmp_path / "dedup"))
     ]
-    assert found == [
+    assert decisions == [
         *[(1, None, None), (2, None, None), (1, "exact", 1)],
         *[(1, "exact", 1), (3, None, None), (4, "near", 1), (3, "exact", 3), (9, "holdout", 9)],
         *[(5, "near", 3), (3, "exact", 3), (6, "near", 3), (7, "holdout", 8)],
         *[(9, "holdout", 9), (8, "holdout", 8), (8, "holdout", 8)],
     ]
     rows = rows_of(str(tmp_path / "dedup"))
-    assert [row["kept"] for row in rows] == [reason is None for _, reason, _ in found]
+    assert [row["kept"] for row in rows] == [reason is None for _, reason, _ in decisions]
     assert all((row["matched_image_id"] is None) == row["kept"] for row in rows)
     components = {int(row["image_id"], 16): int(row["component_id"], 16) for row in rows}
     assert components == {1: 1, 2: 2, 3: 3, 4: 1, 5: 3, 6: 3, 7: 7, 8: 8, 9: 9}
@@ -364,8 +364,8 @@ def random_run(folder: Path, seed: int) -> tuple[DedupConfig, str, str]:
         numbers = rng.integers(0, len(nodes.image_ids), int(rng.integers(0, 20)))
         shards.append([image_row(id_of(n), f"source of {role}", role, width=10 + n % 3) for n in numbers.tolist()])
     shards.append([image_row(id_of(0), "last", "pool", width=10)])
-    there = {row["image_id"] for rows in shards for row in rows}
-    pairs = [(id_of(a), id_of(b), s) for a, b, s in edges if id_of(a) in there and id_of(b) in there]
+    ingested = {row["image_id"] for rows in shards for row in rows}
+    pairs = [(id_of(a), id_of(b), s) for a, b, s in edges if id_of(a) in ingested and id_of(b) in ingested]
     images = write_ingest(folder / "ingest", shards)
     return config, images, write_pairs(folder / "pairs", images, [pairs[::2], [], pairs[1::2]])
 
@@ -391,21 +391,21 @@ def test_rows_in_are_rows_kept_and_dropped_by_reason(tmp_path: Path, seed: int) 
 
     kept_ids = [row["image_id"] for row in rows if row["kept"]]
     assert len(set(kept_ids)) == len(kept_ids), "an image is kept twice"
-    by_id: dict[str, set[str]] = {}
+    roles_of: dict[str, set[str]] = {}
     for image in ingested:
-        by_id.setdefault(image["image_id"], set()).add(image["role"])
+        roles_of.setdefault(image["image_id"], set()).add(image["role"])
     for row, image in zip(rows, ingested, strict=True):
-        roles = by_id[row["image_id"]]
+        roles = roles_of[row["image_id"]]
         if row["kept"]:
             assert image["role"] != "holdout"
-            assert image["role"] == ("seed" if "seed" in roles else "pool"), "a seed stands for its copies"
+            assert image["role"] == ("seed" if "seed" in roles else "pool"), "the row of a seed represents the image"
             assert "holdout" not in roles or not config.decontaminate_seeds
         elif row["reason"] == "exact":
             assert row["matched_image_id"] == row["image_id"]
         elif row["reason"] == "near":
             assert row["matched_image_id"] in kept_ids
         else:
-            assert "holdout" in by_id[row["matched_image_id"]]
+            assert "holdout" in roles_of[row["matched_image_id"]]
         assert row["component_id"] <= row["image_id"]
 
 
@@ -427,9 +427,9 @@ def test_second_run_does_nothing_and_another_threshold_is_refused(tmp_path: Path
     assert bytes_in(other) == before
 
 
-def test_threshold_below_what_was_written_is_refused(tmp_path: Path) -> None:
+def test_threshold_below_the_similarity_of_written_pairs_is_refused(tmp_path: Path) -> None:
     images, _ = small_run(tmp_path)
-    pairs = write_pairs(tmp_path / "few", images, [[]], min_similarity=0.5)
+    pairs = write_pairs(tmp_path / "none", images, [[]], min_similarity=0.5)
     with pytest.raises(ConfigError, match=r"holdout_threshold is 0\.45, but pairs below 0\.5 were not written"):
         dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), str(tmp_path / "dedup"), InlineRunner())
     assert not (tmp_path / "dedup").exists()
@@ -445,7 +445,7 @@ def test_pairs_of_other_images_are_refused(tmp_path: Path, unknown: str) -> None
     assert paths.list_names(str(tmp_path / "dedup")) == [PROGRESS_NAME]
 
 
-# Reading what was kept
+# Reading the kept images
 
 
 def test_kept_images_come_with_their_vectors(tmp_path: Path) -> None:
@@ -465,23 +465,23 @@ def test_kept_images_come_with_their_vectors(tmp_path: Path) -> None:
     assert numbers("seed", "other") == [[]] * 5
     assert numbers("holdout") == [[]] * 5
     for part in parts:
-        ids, found = read_kept(part, role="pool")
-        assert found.shape == (len(ids), 8)
-        assert found.tobytes() == matrix[[int(image_id, 16) for image_id in ids]].tobytes()
+        ids, kept_vectors = read_kept(part, role="pool")
+        assert kept_vectors.shape == (len(ids), 8)
+        assert kept_vectors.tobytes() == matrix[[int(image_id, 16) for image_id in ids]].tobytes()
 
 
 def test_stages_of_different_runs_are_refused(tmp_path: Path) -> None:
     images, _ = small_run(tmp_path)
     deduplicated = write_dedup(tmp_path / "dedup", images)
-    few = write_vectors(tmp_path / "few", images, [{id_of(1): unit_vectors(0, 1)[0]}])
+    one_shard = write_vectors(tmp_path / "one_shard", images, [{id_of(1): unit_vectors(0, 1)[0]}])
     with pytest.raises(InputError, match=r"differ in their number of shards \(5, 5, 1\)"):
-        kept_shards(stages_of(images, deduplicated, few))
+        kept_shards(stages_of(images, deduplicated, one_shard))
     other = write_vectors(tmp_path / "other", images, [{id_of(77): unit_vectors(0, 1)[0]} for _ in range(5)])
     with pytest.raises(InputError, match=rf"vectors-00001\.parquet.*{id_of(1)}"):
         read_kept(kept_shards(stages_of(images, deduplicated, other))[1], role="pool")
 
 
-def test_kept_images_must_line_up_with_the_decisions(tmp_path: Path) -> None:
+def test_images_and_decisions_in_another_order_are_refused(tmp_path: Path) -> None:
     images, _ = small_run(tmp_path)
     embedded = write_vectors(tmp_path / "embed", images, [{id_of(1): unit_vectors(0, 1)[0]} for _ in range(5)])
     parts = kept_shards(stages_of(images, write_dedup(tmp_path / "dedup", images), embedded))
@@ -490,8 +490,8 @@ def test_kept_images_must_line_up_with_the_decisions(tmp_path: Path) -> None:
         read_kept(crossed, role="pool")
 
 
-def test_stages_that_another_ingest_went_into_are_refused(tmp_path: Path) -> None:
-    """Of as many shards and of the same images: only the content hash tells that they are not of one run."""
+def test_stages_of_another_ingest_are_refused(tmp_path: Path) -> None:
+    """They have equal numbers of shards and equal images: only the content hash shows that they are of two runs."""
     images, pairs = small_run(tmp_path / "one")
     rows = [
         parquet.read_table(f"{images}/{name}", schemas.IMAGES).to_pylist()
@@ -499,11 +499,11 @@ def test_stages_that_another_ingest_went_into_are_refused(tmp_path: Path) -> Non
     ]
     other = write_ingest(tmp_path / "other", [[row | {"width": 11} for row in part] for part in rows])
     vector_shards = [{id_of(1): unit_vectors(0, 1)[0]} for _ in range(5)]
-    own = (write_dedup(tmp_path / "dedup", images), write_vectors(tmp_path / "embed", images, vector_shards))
-    strange = (write_dedup(tmp_path / "dedup2", other), write_vectors(tmp_path / "embed2", other, vector_shards))
-    assert len(kept_shards(stages_of(images, *own))) == len(kept_shards(stages_of(other, *strange))) == 5
-    for deduplicated, embedded, named in ((own[0], strange[1], "embed2"), (strange[0], own[1], "dedup2")):
-        with pytest.raises(InputError, match=rf"{named}' was made from another ingest.*not stages of one run"):
+    first = (write_dedup(tmp_path / "dedup", images), write_vectors(tmp_path / "embed", images, vector_shards))
+    second = (write_dedup(tmp_path / "dedup2", other), write_vectors(tmp_path / "embed2", other, vector_shards))
+    assert len(kept_shards(stages_of(images, *first))) == len(kept_shards(stages_of(other, *second))) == 5
+    for deduplicated, embedded, folder in ((first[0], second[1], "embed2"), (second[0], first[1], "dedup2")):
+        with pytest.raises(InputError, match=rf"{folder}' was made from another ingest.*not stages of one run"):
             kept_shards(stages_of(images, deduplicated, embedded))
     with pytest.raises(InputError, match="pairs' was made from another ingest"):
         dedup.run(DedupConfig(), RunFolder(ingest=other, pairs=pairs), str(tmp_path / "output"), InlineRunner())
@@ -514,7 +514,7 @@ def test_stages_that_another_ingest_went_into_are_refused(tmp_path: Path) -> Non
 
 
 def guarded_case(seed: int) -> tuple[DedupConfig, Nodes, list[Edge], dict[str, np.ndarray]]:
-    """A random case with some of the guards, and the columns of its edges that they look at."""
+    """A random case with some of the guards, and the columns of its edges that the guards read."""
     config, nodes, edges = random_case(seed)
     rng = np.random.default_rng([seed, 1])
     levels = [0.1, 0.44, 0.59, 0.6, 0.61, 0.63, 0.64, 0.66, 0.67, 0.69, 0.71, 0.74, 0.77, 0.83, 0.9, 1.0]
@@ -523,7 +523,6 @@ def guarded_case(seed: int) -> tuple[DedupConfig, Nodes, list[Edge], dict[str, n
         "matches_kept": bool(rng.random() < 0.5),
         "mutual_neighbors": bool(rng.random() < 0.5),
         "max_component_size": int(rng.integers(2, 6)) if rng.random() < 0.5 else None,
-        "split_step": float(rng.choice([0.02, 0.05, 0.15])),
         "holdout_cosine": 0.8 if rng.random() < 0.5 else None,
     }
     columns = {
@@ -533,45 +532,45 @@ def guarded_case(seed: int) -> tuple[DedupConfig, Nodes, list[Edge], dict[str, n
     return DedupConfig.model_validate(config.model_dump() | changes), nodes, edges, columns
 
 
-def split(config: DedupConfig, members: set[int], edges: list[Edge], steps: int = 1) -> list[set[int]]:
-    """A component in the parts of at most `max_component_size` that it falls into as the threshold rises."""
-    before = config.threshold + (steps - 1) * config.split_step
+def split(config: DedupConfig, members: set[int], edges: list[Edge], num_steps: int = 1) -> list[set[int]]:
+    """The parts of a component after splitting by `max_component_size`, as the threshold rises."""
+    before = config.threshold + (num_steps - 1) * dedup.SPLIT_STEP
     if config.max_component_size is None or len(members) <= config.max_component_size or before >= 1:
         return [members]
     ordered = sorted(members)
-    place = {node: number for number, node in enumerate(ordered)}
-    inner = [(place[a], place[b], value) for a, b, value in edges if a in members and b in members]
-    parts = component_of(len(ordered), inner, min(before + config.split_step, 1.0))
+    index = {node: number for number, node in enumerate(ordered)}
+    inner = [(index[a], index[b], value) for a, b, value in edges if a in members and b in members]
+    parts = component_of(len(ordered), inner, min(config.threshold + num_steps * dedup.SPLIT_STEP, 1.0))
     unique = {frozenset(ordered[number] for number in part) for part in parts}
-    return [piece for part in unique for piece in split(config, set(part), edges, steps + 1)]
+    return [piece for part in unique for piece in split(config, set(part), edges, num_steps + 1)]
 
 
 def by_the_guarded_rules(
     config: DedupConfig, nodes: Nodes, edges: list[Edge], columns: dict[str, np.ndarray]
 ) -> tuple[list[tuple[str | None, int, float | None]], list[int]]:
-    """Reason, matched node and similarity of every node, and its component: one node after another."""
+    """Reason, matched node and similarity of every node, and the component of every node."""
     count = len(nodes.image_ids)
     usable = [e for e, mutual in zip(edges, columns["mutual"], strict=True) if mutual or not config.mutual_neighbors]
-    of_cosine = {frozenset(e[:2]): c for e, c in zip(edges, columns["cosine"], strict=True)}
+    cosine_of = {frozenset(e[:2]): c for e, c in zip(edges, columns["cosine"], strict=True)}
     between = {frozenset((a, b)): np.float32(similarity) for a, b, similarity in edges}
     copies = {frozenset((a, b)): np.float32(s) for a, b, s in usable if np.float32(s) >= np.float32(config.threshold)}
-    wide = component_of(count, usable, config.holdout_threshold)
+    holdout_components = component_of(count, usable, config.holdout_threshold)
     result: list[tuple[str | None, int, float | None]] = [(None, -1, None)] * count
     for node in range(count):
-        spared = nodes.is_seed[node] and not config.decontaminate_seeds
-        if nodes.is_holdout[node] and not spared:
+        is_exempt = nodes.is_seed[node] and not config.decontaminate_seeds
+        if nodes.is_holdout[node] and not is_exempt:
             result[node] = ("holdout", node, 1.0)
-        if nodes.is_holdout[node] or spared:
+        if nodes.is_holdout[node] or is_exempt:
             continue
         matches = []
         for other in np.flatnonzero(nodes.is_holdout).tolist():
             pair = frozenset((node, other))
-            by_cosine = config.holdout_cosine is not None and of_cosine.get(pair, -2) >= np.float32(
+            by_cosine = config.holdout_cosine is not None and cosine_of.get(pair, -2) >= np.float32(
                 config.holdout_cosine
             )
             if pair in between and (by_cosine or between[pair] >= np.float32(config.holdout_threshold)):
                 matches.append((-between[pair], other))
-        held_out = [other for other in sorted(wide[node]) if nodes.is_holdout[other]]
+        held_out = [other for other in sorted(holdout_components[node]) if nodes.is_holdout[other]]
         if matches:
             result[node] = ("holdout", min(matches)[1], float(-min(matches)[0]))
         elif config.decontamination == "component" and held_out:
@@ -581,19 +580,19 @@ def by_the_guarded_rules(
     for members in (part for whole in unique for part in split(config, set(whole), usable)):
         for node in members:
             component[node] = min(members)
-        left = [node for node in members if result[node][1] < 0]
-        left.sort(key=lambda n: (not nodes.is_seed[n], -nodes.pixels[n], -nodes.length[n], n))
-        stays: list[int] = []
-        for node in left:
-            partners = [other for other in stays if frozenset((node, other)) in copies]
+        candidates = [node for node in members if result[node][1] < 0]
+        candidates.sort(key=lambda n: (not nodes.is_seed[n], -nodes.pixels[n], -nodes.length[n], n))
+        kept_nodes: list[int] = []
+        for node in candidates:
+            matches_of_node = [other for other in kept_nodes if frozenset((node, other)) in copies]
             if config.matches_kept:
-                partners.sort(key=lambda other: -copies[frozenset((node, other))])  # keeps the order of equals
-            keepers = partners if config.matches_kept else stays
-            if not keepers or nodes.is_seed[node]:
-                stays.append(node)
+                matches_of_node.sort(key=lambda other: -copies[frozenset((node, other))])  # stable
+            kept_matches = matches_of_node if config.matches_kept else kept_nodes
+            if not kept_matches or nodes.is_seed[node]:
+                kept_nodes.append(node)
             else:
-                score = copies.get(frozenset((node, keepers[0])))
-                result[node] = ("near", keepers[0], None if score is None else float(score))
+                score = copies.get(frozenset((node, kept_matches[0])))
+                result[node] = ("near", kept_matches[0], None if score is None else float(score))
     return result, component
 
 
@@ -602,18 +601,18 @@ def test_guarded_decisions_follow_the_rules(seed: int, block: None) -> None:
     config, nodes, edges, columns = guarded_case(seed)
     decision = decided(config, nodes, edges, **columns)
     expected, component = by_the_guarded_rules(config, nodes, edges, columns)
-    found = [
+    decisions = [
         (reason, int(matched), None if np.isnan(similarity) else float(similarity))
         for reason, matched, similarity in zip(reasons(decision), decision.matched, decision.similarity, strict=True)
     ]
-    assert found == expected
+    assert decisions == expected
     assert decision.component.tolist() == component
 
     options = ("mutual_neighbors", "max_component_size", "matches_kept", "holdout_cosine")
     assert set(decision.guards) == {name for name in options if getattr(config, name) not in (None, False)}
     order = np.random.default_rng(seed).permutation(len(edges))
-    turned = [(edges[i][1], edges[i][0], edges[i][2]) for i in order.tolist()]
-    again = decided(config, nodes, turned, **{name: column[order] for name, column in columns.items()})
+    reversed_edges = [(edges[i][1], edges[i][0], edges[i][2]) for i in order.tolist()]
+    again = decided(config, nodes, reversed_edges, **{name: column[order] for name, column in columns.items()})
     for name in ("component", "reason", "matched", "similarity"):
         np.testing.assert_array_equal(getattr(decision, name), getattr(again, name))
     assert (again.guards, again.sweep) == (decision.guards, decision.sweep)
@@ -623,7 +622,7 @@ def chain(count: int, similarity: float = 0.8) -> list[Edge]:
     return [(number, number + 1, similarity) for number in range(count - 1)]
 
 
-def test_pairs_that_are_not_mutual_join_nothing_but_match_the_holdout() -> None:
+def test_pairs_that_are_not_mutual_connect_no_images_but_match_the_holdout() -> None:
     nodes, edges = nodes_of(5, is_holdout=is_(5, 4)), [*chain(4), (3, 4, 0.5)]
     mutual = np.array([True, False, True, False])
     assert kept(decided(DedupConfig(), nodes, edges, mutual=mutual)) == [0]
@@ -637,19 +636,19 @@ def test_pairs_that_are_not_mutual_join_nothing_but_match_the_holdout() -> None:
     assert kept(decided(whole, nodes, edges)) == []
 
 
-def test_large_component_is_split_where_it_is_weakest() -> None:
-    """Two groups of three, joined by a pair of 0.65, inside a chain that a first step does not break."""
+def test_large_component_is_split_at_its_weakest_pair() -> None:
+    """A chain of two groups of three, connected by a pair of 0.65. The first two steps of 0.02 do not split it."""
     edges = [(0, 1, 0.9), (1, 2, 0.9), (2, 3, 0.65), (3, 4, 0.7), (4, 5, 0.9)]
     plain = decided(DedupConfig(), nodes_of(6), edges)
     assert plain.component.tolist() == [0] * 6 and kept(plain) == [0]
-    config = DedupConfig(max_component_size=3, split_step=0.04)
+    config = DedupConfig(max_component_size=3)
     decision = decided(config, nodes_of(6), edges)
     assert decision.component.tolist() == [0, 0, 0, 3, 3, 3] and kept(decision) == [0, 3]
     counts = {"components_split": 1, "images_in_them": 6, "components_still_larger": 0}
     assert decision.guards == {"max_component_size": counts}
     halves = decided(config, nodes_of(6), [*edges[:2], (2, 3, 0.63), *edges[3:]])
-    assert halves.component.tolist() == [0, 0, 0, 3, 3, 3], "the first step takes no more than it must"
-    # What is small enough after a step is not split by the next one.
+    assert halves.component.tolist() == [0, 0, 0, 3, 3, 3], "a small component is split no further"
+    # A part of at most `max_component_size` is not split by the next step.
     finer = decided(config.model_copy(update={"max_component_size": 2}), nodes_of(6), edges)
     assert finer.component.tolist() == [0, 1, 2, 3, 4, 4]
     assert decided(config.model_copy(update={"max_component_size": 6}), nodes_of(6), edges).guards == {
@@ -657,7 +656,7 @@ def test_large_component_is_split_where_it_is_weakest() -> None:
     }
 
 
-def test_component_of_equal_pictures_may_stay_too_large_and_is_reported() -> None:
+def test_component_of_similarity_one_may_remain_too_large_and_is_counted() -> None:
     decision = decided(DedupConfig(max_component_size=3), nodes_of(9), [*chain(6, 1.0), (6, 7, 0.7), (7, 8, 0.7)])
     assert decision.component.tolist() == [0] * 6 + [6] * 3
     counts = {"components_split": 1, "images_in_them": 6, "components_still_larger": 1}
@@ -665,15 +664,15 @@ def test_component_of_equal_pictures_may_stay_too_large_and_is_reported() -> Non
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 500])
-def test_chain_keeps_every_other_image_when_matches_are_kept(count: int) -> None:
-    """The smallest id goes first, so the rounds in which it is decided are as many as can be."""
+def test_matches_kept_keeps_every_other_image_of_a_chain(count: int) -> None:
+    """The priority falls along the chain, so that the decision takes the maximum number of rounds."""
     decision = decided(DedupConfig(matches_kept=True), nodes_of(count), chain(count))
     assert kept(decision) == list(range(0, count, 2))
     assert (decision.similarity[1::2] == np.float32(0.8)).all()
     assert decision.guards == {"matches_kept": {"images_kept": (count + 1) // 2 - 1}}
 
 
-def test_holdout_matches_by_cosine_what_a_look_at_the_picture_does_not() -> None:
+def test_holdout_matches_by_cosine_in_spite_of_a_low_similarity() -> None:
     nodes, edges = nodes_of(4, is_holdout=is_(4, 0)), [(0, 1, 0.1), (0, 2, 0.1), (0, 3, 0.7)]
     cosine = np.array([0.79, 0.8, 0.9])
     assert kept(decided(DedupConfig(), nodes, edges, cosine=cosine)) == [1, 2]
@@ -683,7 +682,7 @@ def test_holdout_matches_by_cosine_what_a_look_at_the_picture_does_not() -> None
     assert decision.guards == {"holdout_cosine": {"images_taken": 1}}
 
 
-def test_families_are_counted_among_the_pairs_that_would_join() -> None:
+def test_families_count_the_pairs_that_would_connect_images() -> None:
     edges = [(0, 1, 0.8), (0, 2, 0.8), (1, 2, 0.79), (3, 4, 0.8), (5, 6, 0.5), (5, 7, 0.5), (6, 7, 0.5)]
     config = DedupConfig(families=FamilyConfig())
     decision = decided(config, nodes_of(8), edges, differs_locally=[True] * 7)
@@ -691,28 +690,28 @@ def test_families_are_counted_among_the_pairs_that_would_join() -> None:
     assert kept(decision) == [0, 1, 2, 3, 5, 6, 7]
 
 
-# What the manifest says
+# Facts of the manifest
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_sweep_says_what_joining_at_each_threshold_would_do(seed: int, block: None) -> None:
+def test_sweep_counts_the_components_at_each_threshold(seed: int, block: None) -> None:
     config, nodes, edges, columns = guarded_case(seed)
     usable = [e for e, mutual in zip(edges, columns["mutual"], strict=True) if mutual or not config.mutual_neighbors]
     sweep = decided(config, nodes, edges, **columns).sweep
     assert {config.threshold, config.holdout_threshold} <= {row["threshold"] for row in sweep}
     for row in sweep:
-        level = float(row["threshold"])
-        parts = {frozenset(part) for part in component_of(len(nodes.image_ids), usable, level)}
+        threshold = float(row["threshold"])
+        parts = {frozenset(part) for part in component_of(len(nodes.image_ids), usable, threshold)}
         assert row == {
-            "threshold": level,
-            "pairs": sum(np.float32(value) >= np.float32(level) for *_, value in usable),
+            "threshold": threshold,
+            "pairs": sum(np.float32(value) >= np.float32(threshold) for *_, value in usable),
             "components_of_two_or_more": sum(len(part) > 1 for part in parts),
             "dropped": sum(len(part) - max(1, int(nodes.is_seed[list(part)].sum())) for part in parts),
             "largest_component": max(len(part) for part in parts),
         }
 
 
-def test_sweep_goes_from_what_was_written_to_one_by_the_thresholds() -> None:
+def test_sweep_goes_from_the_lowest_similarity_written_to_one() -> None:
     config = DedupConfig(threshold=0.67, holdout_threshold=0.4)
     steps = [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.67, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
     assert dedup.sweep_thresholds(config, 0.3) == steps
@@ -747,7 +746,7 @@ def test_blocks_and_buckets_of_any_size_give_the_same_bytes(
     config = guarded_case(seed)[0]
     written = []
     for block_size, rows_per_bucket in ((disk_arrays.BLOCK, 1 << 20), (1, 1), (7, 3)):
-        monkeypatch.setattr(disk_arrays, "BLOCK", block_size)  # of a million, as the buckets: more than any small case
+        monkeypatch.setattr(disk_arrays, "BLOCK", block_size)  # the real size, a million: one block and one bucket
         monkeypatch.setattr(duplicate_graph, "ROWS_PER_BUCKET", rows_per_bucket)
         output = str(tmp_path / f"dedup-{block_size}")
         dedup.run(config, RunFolder(ingest=images, pairs=pairs), output, InlineRunner())
@@ -756,8 +755,8 @@ def test_blocks_and_buckets_of_any_size_give_the_same_bytes(
 
 
 @pytest.mark.parametrize("num_done", [0, 2, 5])
-def test_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, num_done: int) -> None:
-    """As a kill leaves it: some shards marked done, and no manifest; also when only the manifest is missing."""
+def test_resumed_run_gives_the_same_bytes(tmp_path: Path, num_done: int) -> None:
+    """After a kill: some shards, or all of them, are marked done, and there is no manifest."""
     images, pairs = small_run(tmp_path)
     straight, output = str(tmp_path / "straight"), str(tmp_path / "dedup")
     manifest = dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), straight, InlineRunner())
@@ -790,13 +789,13 @@ from curation.engine.runner import InlineRunner
 from curation.run_folder import RunFolder
 
 disk_arrays.BLOCK = duplicate_graph.ROWS_PER_BUCKET = 5_000
-most, done = 0, False
+peak, done = 0, False
 
 def watch():
-    global most
+    global peak
     while not done:
         (line,) = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
-        most = max(most, int(line.split()[1]))
+        peak = max(peak, int(line.split()[1]))
         time.sleep(0.002)
 
 thread = threading.Thread(target=watch, daemon=True)
@@ -806,12 +805,12 @@ folder = RunFolder.of(sys.argv[1])
 dedup.run(config, folder, folder.dedup, InlineRunner())
 done = True
 thread.join()
-print(most)
+print(peak)
 """
 
 
 def test_memory_does_not_grow_with_images_and_pairs(tmp_path: Path) -> None:
-    """What a process holds beyond its files, with one and with five times as many images, pairs and shards."""
+    """The anonymous memory of a process, for 10,000 and for 50,000 images and pairs."""
     kilobytes = []
     for num_shards in (2, 10):
         rng = np.random.default_rng(num_shards)
@@ -849,5 +848,5 @@ def test_memory_does_not_grow_with_images_and_pairs(tmp_path: Path) -> None:
         write_stage(folder / "pairs", shards, facts={"min_similarity": 0.0}, inputs=hashes)
         command = [sys.executable, "-c", MEASURE, str(folder)]
         kilobytes.append(int(subprocess.run(command, capture_output=True, check=True, cwd=ROOT).stdout))
-    # 40,000 images and pairs more take 9 MB in the arrays alone, and some 30 MB as Python objects.
+    # 40,000 more images and pairs take 9 MB in arrays, and about 30 MB as Python objects.
     assert kilobytes[1] < kilobytes[0] + 5_000

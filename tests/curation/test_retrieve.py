@@ -1,4 +1,4 @@
-"""Retrieval: both ways equal a plain reading of the rules, as a stage and alone."""
+"""Retrieval: every mode agrees with a plain implementation of its rule, as a stage and alone."""
 
 import io
 import itertools
@@ -36,19 +36,19 @@ from tests.curation.builders import (
 
 
 class Run:
-    """Five finished stages over random vectors: seeds of `large` and `small`, a pool; some images are dropped."""
+    """Finished ingest, dedup, embed and cluster over random vectors: seeds `large` and `small`, a pool; some drops."""
 
     def __init__(self, folder: Path, seed: int = 0, num_clusters: int = 6) -> None:
         rng = np.random.default_rng(seed)
         self.matrix = unit_vectors(seed, 160).astype(np.float16)
         dropped = set(rng.permutation(160)[:20].tolist())
-        places = [("large", "seed", range(0, 12)), ("large", "seed", range(12, 30)), ("small", "seed", range(30, 36))]
-        places += [("web", "pool", range(36, 90)), ("web", "pool", range(90, 90)), ("more web", "pool", range(90, 150))]
-        places += [("test", "holdout", range(150, 160))]
-        rows = [[image_row(id_of(n), source, role) for n in numbers] for source, role, numbers in places]
+        shards = [("large", "seed", range(0, 12)), ("large", "seed", range(12, 30)), ("small", "seed", range(30, 36))]
+        shards += [("web", "pool", range(36, 90)), ("web", "pool", range(90, 90)), ("more web", "pool", range(90, 150))]
+        shards += [("test", "holdout", range(150, 160))]
+        rows = [[image_row(id_of(n), source, role) for n in numbers] for source, role, numbers in shards]
         self.images = write_ingest(folder / "ingest", rows)
         self.kept = write_dedup(folder / "dedup", self.images, lambda row: int(row["image_id"], 16) not in dropped)
-        by_shard = [{id_of(n): self.matrix[n] for n in numbers} for _, _, numbers in places]
+        by_shard = [{id_of(n): self.matrix[n] for n in numbers} for _, _, numbers in shards]
         self.vectors = write_vectors(folder / "embed", self.images, by_shard)
         self.clusters = str(folder / "cluster")
         stages = (self.images, self.kept, self.vectors)
@@ -60,7 +60,7 @@ class Run:
         )
         self.output = str(folder / "retrieve")
         self.seeds = {
-            source: [n for s, role, numbers in places for n in numbers if s == source and n not in dropped]
+            source: [n for s, role, numbers in shards for n in numbers if s == source and n not in dropped]
             for source in ("large", "small")
         }
         self.pool = [n for n in range(36, 150) if n not in dropped]
@@ -79,9 +79,10 @@ class Run:
         """The kept pool images of each cluster, nearest first."""
         centroids = read_centroids(self.clusters)
         cosines = self.matrix[self.pool].astype(np.float32) @ centroids.T
-        own = cosines.argmax(axis=1)
+        cluster_of = cosines.argmax(axis=1)
         return {
-            c: sorted((-cosines[i, c], self.pool[i]) for i in np.flatnonzero(own == c)) for c in range(len(centroids))
+            c: sorted((-cosines[i, c], self.pool[i]) for i in np.flatnonzero(cluster_of == c))
+            for c in range(len(centroids))
         }
 
     def seeds_in(self, source: str) -> Counter[int]:
@@ -135,21 +136,21 @@ def test_random_draw_depends_on_the_seed_alone(tmp_path: Path) -> None:
 
     def drawn(seed: int, per_cluster: int) -> dict[int, list[str]]:
         config = datasets(dataset, more_than_seeds=0, images_per_cluster=per_cluster, draw="random", seed=seed)
-        found: dict[int, list[str]] = {}
+        ids: dict[int, list[str]] = {}
         for row in run.retrieve(config, run.output, replace=True):
-            found.setdefault(row["cluster_id"], []).append(row["image_id"])
-        return found
+            ids.setdefault(row["cluster_id"], []).append(row["image_id"])
+        return ids
 
-    few, all_of_them, other = drawn(0, 4), drawn(0, 1000), drawn(1, 4)
-    assert few != other
-    assert {c: ids[:4] for c, ids in all_of_them.items()} == few, "a larger draw begins with the smaller one"
+    small, whole, other = drawn(0, 4), drawn(0, 1000), drawn(1, 4)
+    assert small != other
+    assert {c: ids[:4] for c, ids in whole.items()} == small, "a larger draw does not begin with the smaller one"
     members = run.members()
-    for c, ids in all_of_them.items():
+    for c, ids in whole.items():
         assert sorted(int(i, 16) for i in ids) == sorted(n for _, n in members[c])
         assert [int(i, 16) for i in ids] != [n for _, n in members[c]] or len(ids) < 3
 
 
-def test_size_of_a_dataset_decides_the_mode_where_it_may(tmp_path: Path) -> None:
+def test_by_size_chooses_the_mode_by_the_number_of_seeds(tmp_path: Path) -> None:
     run = Run(tmp_path)
     count = len(run.seeds["large"])
     for above, mode in ((count - 1, "sample"), (count, "cluster")):
@@ -157,7 +158,7 @@ def test_size_of_a_dataset_decides_the_mode_where_it_may(tmp_path: Path) -> None
         assert {row["mode"] for row in rows} == {mode}
 
 
-def test_datasets_follow_one_another_and_none_means_nothing(tmp_path: Path) -> None:
+def test_datasets_come_in_order_and_mode_none_gives_no_rows(tmp_path: Path) -> None:
     run = Run(tmp_path)
     config = datasets(
         {"name": "small", "retrieval": "cluster"},
@@ -201,14 +202,14 @@ def test_dataset_named_twice_is_refused() -> None:
         datasets({"name": "a"}, {"name": "b"}, {"name": "a", "retrieval": "sample"})
 
 
-# Drawn from clusters
+# Draws from clusters
 
 
 def write_clusters(folder: Path, cluster_of: np.ndarray, parents: list[np.ndarray], files: int) -> str:
-    """A finished cluster stage of several levels over images 0, 1, ..., with similarities of which some are equal."""
+    """A finished cluster stage of several levels over images 0, 1, ...; some of the similarities are equal."""
     similarity = (np.random.default_rng(len(cluster_of)).integers(0, 4, len(cluster_of)) / 8).astype(np.float32)
     num_clusters = int(max(cluster_of.max(initial=0) + 1, len(parents[0]) if parents else 1))
-    records_of: list[ShardRecord] = []
+    shard_records: list[ShardRecord] = []
     order = np.random.default_rng(files).permutation(len(cluster_of))
     for number, rows in enumerate(np.array_split(order, files)):
         levels, level = [cluster_of[rows]], 0
@@ -224,39 +225,39 @@ def write_clusters(folder: Path, cluster_of: np.ndarray, parents: list[np.ndarra
             schema=schemas.ASSIGNMENTS,
         )
         file = parquet.write_table(f"{folder}/assignments-{number:05d}.parquet", table)
-        records_of.append(ShardRecord(name=f"{number:05d}", files=(file,)))
+        shard_records.append(ShardRecord(name=f"{number:05d}", files=(file,)))
     arrays = {"centroids-0.npy": unit_vectors(0, num_clusters)}
     arrays |= {f"parents-{level}.npy": parent.astype(np.int64) for level, parent in enumerate(parents)}
     for name, array in arrays.items():
         buffer = io.BytesIO()
         np.save(buffer, array)
-        records_of.append(ShardRecord(name=name, files=(paths.write_bytes(f"{folder}/{name}", buffer.getvalue()),)))
+        shard_records.append(ShardRecord(name=name, files=(paths.write_bytes(f"{folder}/{name}", buffer.getvalue()),)))
     plan = Plan(stage="cluster", config={}, inputs={}, num_shards=files)
-    write_manifest(str(folder), Manifest(plan=plan, shards=tuple(records_of), totals={}, rejects={}))
+    write_manifest(str(folder), Manifest(plan=plan, shards=tuple(shard_records), totals={}, rejects={}))
     return str(folder)
 
 
-def read_members(clustered: str) -> dict[int, list[tuple[float, str]]]:
+def read_members(cluster_folder: str) -> dict[int, list[tuple[float, str]]]:
     """The images of each finest cluster, nearest first."""
     members: dict[int, list[tuple[float, str]]] = {}
-    for name in require_manifest(clustered).files("assignments"):
-        for row in parquet.read_table(f"{clustered}/{name}", schemas.ASSIGNMENTS).to_pylist():
+    for name in require_manifest(cluster_folder).files("assignments"):
+        for row in parquet.read_table(f"{cluster_folder}/{name}", schemas.ASSIGNMENTS).to_pylist():
             if row["level"] == 0:
                 members.setdefault(row["cluster_id"], []).append((-row["similarity"], row["image_id"]))
-    return {number: sorted(found) for number, found in members.items()}
+    return {number: sorted(images) for number, images in members.items()}
 
 
 @pytest.mark.parametrize("draw", ["nearest", "random"])
 @pytest.mark.parametrize("seed", range(6))
 def test_drawn_images_are_the_first_of_each_cluster(tmp_path: Path, seed: int, draw: Any) -> None:
     rng = np.random.default_rng(seed)
-    clustered = write_clusters(tmp_path / "few", rng.integers(0, 9, 200), [], files=3)
-    members = read_members(clustered)
-    sizes = cluster_sizes(clustered, 10)
+    cluster_folder = write_clusters(tmp_path / "few", rng.integers(0, 9, 200), [], files=3)
+    members = read_members(cluster_folder)
+    sizes = cluster_sizes(cluster_folder, 10)
     assert sizes.tolist() == [len(members.get(c, [])) for c in range(10)]
     counts = rng.integers(0, sizes + 1)
-    found = retrieve.draw_images(clustered, counts, draw, seed)
-    rows = found.to_pylist()
+    drawn = retrieve.draw_images(cluster_folder, counts, draw, seed)
+    rows = drawn.to_pylist()
     assert [(row["cluster_id"], row["rank"]) for row in rows] == [(c, r) for c in range(10) for r in range(counts[c])]
     for row in rows:
         assert (-row["similarity"], row["image_id"]) in members[row["cluster_id"]]
@@ -264,20 +265,20 @@ def test_drawn_images_are_the_first_of_each_cluster(tmp_path: Path, seed: int, d
     if draw == "nearest":
         expected = [name for c in range(10) for _, name in members.get(c, [])[: counts[c]]]
         assert [row["image_id"] for row in rows] == expected
-    # However the images lie in files, and however much is drawn of the others, the same come first.
+    # The first images depend neither on the cut into files nor on the number of images drawn.
     other = write_clusters(tmp_path / "many", np.random.default_rng(seed).integers(0, 9, 200), [], files=17)
-    assert retrieve.draw_images(other, counts, draw, seed).equals(found)
-    everything = retrieve.draw_images(clustered, sizes, draw, seed).to_pylist()
-    assert [row for row in everything if row["rank"] < counts[row["cluster_id"]]] == rows
+    assert retrieve.draw_images(other, counts, draw, seed).equals(drawn)
+    whole = retrieve.draw_images(cluster_folder, sizes, draw, seed).to_pylist()
+    assert [row for row in whole if row["rank"] < counts[row["cluster_id"]]] == rows
 
 
-def test_rows_that_cannot_be_drawn_are_dropped_on_the_way(tmp_path: Path) -> None:
-    number = retrieve.GATHERED_ROWS + 50_000  # more than are gathered before rows are dropped
-    cluster_of = np.random.default_rng(0).integers(0, 3, number)
-    clustered = write_clusters(tmp_path, cluster_of, [], files=4)
-    found = retrieve.draw_images(clustered, np.array([5, 0, 7]), "nearest", 0).to_pylist()
-    members = read_members(clustered)
-    assert [row["image_id"] for row in found] == [name for c, n in ((0, 5), (2, 7)) for _, name in members[c][:n]]
+def test_dropping_rows_that_cannot_be_drawn_changes_nothing(tmp_path: Path) -> None:
+    num_images = retrieve.GATHERED_ROWS + 50_000  # enough for rows to be dropped
+    cluster_of = np.random.default_rng(0).integers(0, 3, num_images)
+    cluster_folder = write_clusters(tmp_path, cluster_of, [], files=4)
+    rows = retrieve.draw_images(cluster_folder, np.array([5, 0, 7]), "nearest", 0).to_pylist()
+    members = read_members(cluster_folder)
+    assert [row["image_id"] for row in rows] == [name for c, n in ((0, 5), (2, 7)) for _, name in members[c][:n]]
 
 
 def test_shuffled_is_even_and_depends_on_seed_and_image() -> None:
@@ -288,7 +289,7 @@ def test_shuffled_is_even_and_depends_on_seed_and_image() -> None:
     np.testing.assert_allclose(shares, 0.05, atol=0.008)
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
     assert abs(np.corrcoef(values, retrieve.shuffled(ids, 4))[0, 1]) < 0.03
-    assert retrieve.shuffled(ids[5:6], 3) == values[5], "the others do not matter"
+    assert retrieve.shuffled(ids[5:6], 3) == values[5], "the value depends on other images"
     assert retrieve.shuffled(ids[:0], 3).shape == (0,)
     np.testing.assert_array_equal(retrieve.shuffled(ids, -1), retrieve.shuffled(ids, 2**64 - 1))
     fixed = np.array([f"{number:032x}" for number in (0, 1, 2**127)], "S32")
@@ -296,10 +297,10 @@ def test_shuffled_is_even_and_depends_on_seed_and_image() -> None:
 
 
 class Hierarchy:
-    """Ingest, dedup and embed of a few seeds and 90 pool images, and a hand-made cluster stage of three levels."""
+    """Ingest, dedup and embed of one seed and 90 pool images, and a hand-made cluster stage of three levels."""
 
     def __init__(self, folder: Path) -> None:
-        # A common kind of picture, clusters 0 to 4 below 0 at the top, and a rare one, cluster 5 below 1; 6 is empty.
+        # Clusters 0 to 4 (top cluster 0) hold common images, cluster 5 (top cluster 1) rare ones; cluster 6 is empty.
         self.cluster_of = np.repeat(np.arange(6), [40, 25, 10, 5, 2, 8])
         self.parents = [np.array([0, 0, 1, 1, 1, 2, 2]), np.array([0, 0, 1])]
         rows = [[image_row(id_of(n), "web", "pool") for n in range(90)], [image_row(id_of(90), "small", "seed")]]
@@ -332,17 +333,17 @@ def test_draw_by_clustering_is_balanced_over_the_hierarchy(tmp_path: Path, num_i
     assert require_manifest(run.output).totals == {"balanced_rows": len(rows)}
 
 
-def test_half_of_the_draw_is_of_the_rare_kind(tmp_path: Path) -> None:
+def test_rare_images_are_half_of_the_draw(tmp_path: Path) -> None:
     counts = Counter(row["cluster_id"] for row in Hierarchy(tmp_path).draw(num_images=16))
     assert counts[5] == 8 and sum(counts[c] for c in (0, 1)) == 4
 
 
-@pytest.mark.parametrize("most", [1, 7, 30])
-def test_parts_of_a_draw_make_up_the_whole(tmp_path: Path, most: int) -> None:
+@pytest.mark.parametrize("images_per_shard", [1, 7, 30])
+def test_parts_of_a_draw_make_up_the_whole(tmp_path: Path, images_per_shard: int) -> None:
     run = Hierarchy(tmp_path)
     whole = run.draw(num_images=50)
-    assert run.draw(f"{tmp_path}/parts", num_images=50, images_per_shard=most) == whole
-    assert len(require_manifest(f"{tmp_path}/parts").files("retrieved")) == -(-50 // most)
+    assert run.draw(f"{tmp_path}/parts", num_images=50, images_per_shard=images_per_shard) == whole
+    assert len(require_manifest(f"{tmp_path}/parts").files("retrieved")) == -(-50 // images_per_shard)
 
 
 def test_draw_over_the_levels_of_a_real_cluster_stage(tmp_path: Path) -> None:
@@ -360,7 +361,7 @@ def test_draw_over_the_levels_of_a_real_cluster_stage(tmp_path: Path) -> None:
     assert expected.tolist() != balanced_counts([], sizes, 40).tolist(), "the upper level makes no difference"
 
 
-def test_datasets_and_a_draw_stand_side_by_side(tmp_path: Path) -> None:
+def test_the_balanced_draw_follows_the_datasets(tmp_path: Path) -> None:
     run = Hierarchy(tmp_path)
     config = datasets(
         {"name": "small", "retrieval": "sample", "k": 3}, clustering=ClusteringConfig(num_images=5, draw="random")
@@ -389,7 +390,7 @@ def test_same_bytes_inline_and_on_ray(tmp_path: Path) -> None:
 # nearest, on arrays
 
 
-def test_nearest_of_nothing() -> None:
+def test_nearest_without_seeds_or_pool_is_empty() -> None:
     seeds = unit_vectors(0, 2)
     assert retrieve.nearest(["a", "b"], seeds, [], 3).num_rows == 0
     assert retrieve.nearest(["a", "b"], seeds, [([], seeds[:0])], 3).num_rows == 0
@@ -401,7 +402,7 @@ def test_widths_that_differ_are_refused() -> None:
         retrieve.nearest(["a"], unit_vectors(0, 1), [(["x"], unit_vectors(0, 1, 9))], 1)
 
 
-# Alone, on anyone's vectors
+# Alone, on any vectors
 
 
 def alone(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -448,7 +449,7 @@ def test_alone_on_folders_of_parquet(tmp_path: Path) -> None:
     assert all(pq.read_schema(path).field(name) == schemas.RETRIEVED.field(name) for name in columns)
 
 
-def test_alone_says_what_is_wrong_once_and_leaves_no_file(tmp_path: Path) -> None:
+def test_alone_reports_an_error_once_and_leaves_no_file(tmp_path: Path) -> None:
     np.save(tmp_path / "A.npy", unit_vectors(0, 5, 16))
     (tmp_path / "B.npy").write_bytes(b"\x93NUMPY")
     output = ("--output", f"{tmp_path}/out.parquet")

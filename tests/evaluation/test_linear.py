@@ -14,7 +14,7 @@ from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
 from evaluation.data.views import PicturesConfig
 from evaluation.features import FrozenModelConfig, load_model
-from evaluation.linear import LEARNING_RATES, Heads, LinearConfig, Reading, fitted, random_crop, read, readings_of
+from evaluation.linear import LEARNING_RATES, Heads, LinearConfig, Reading, fit_or_load, random_crop, read, readings_of
 from tests.curation.builders import picture_of
 from tests.evaluation.builders import drawn, image_folder, model_config
 
@@ -79,9 +79,9 @@ def test_a_probe_learns_and_is_read_from_the_cache(tmp_path: Path) -> None:
     scores = {result.metric: result.value for result in first}
     assert scores["top-1"] > 0.6 and first[0].settings["chosen_rate"] == 0.05
     split = splits.load(config.train, cache, InlineRunner())
-    head, again = fitted(config, model, split, cache), fitted(config, model, split, str(tmp_path / "other"))
+    head, again = fit_or_load(config, model, split, cache), fit_or_load(config, model, split, str(tmp_path / "other"))
     assert torch.equal(head.weight, again.weight) and head.held_out_top_1 == again.held_out_top_1
-    other = fitted(config.model_copy(update={"seed": 1}), model, split, cache)
+    other = fit_or_load(config.model_copy(update={"seed": 1}), model, split, cache)
     assert not torch.equal(head.weight, other.weight)
 
 

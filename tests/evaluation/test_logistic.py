@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curation.errors import InputError
 from evaluation.data.splits import hold_out
-from evaluation.logistic import DEFAULT_C, choose, predict
+from evaluation.logistic import DEFAULT_C, predict, select_c
 
 
 def clustered(seed: int, num_rows: int, width: int = 6) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def test_agrees_with_fits_from_scratch() -> None:
     for c in grid:
         classifier = LogisticRegression(C=c, max_iter=1000, tol=1e-10).fit(train[trained].double(), labels[trained])
         shares.append(float(classifier.score(train[held].double(), labels[held])))
-    chosen, share = choose(train, labels, grid)
+    chosen, share = select_c(train, labels, grid)
     assert share == max(shares) and chosen == grid[shares.index(share)]
     predicted = predict(train, labels, test, chosen)
     expected = LogisticRegression(C=chosen, max_iter=1000, tol=1e-10).fit(train.double(), labels).predict(test.double())

@@ -10,17 +10,17 @@ from evaluation import neighbours
 from evaluation.data.splits import SplitConfig
 from evaluation.data.views import PicturesConfig
 from evaluation.features import FrozenModelConfig, load_model
-from evaluation.neighbours import SIDE, NeighboursConfig, choose
+from evaluation.neighbours import SIDE, NeighboursConfig, choose_queries
 from evaluation.visualize import GAP, OTHER, SAME
 from tests.evaluation.builders import image_folder
 
 
 def test_every_class_is_drawn_before_any_is_drawn_twice() -> None:
     labels = torch.tensor([0] * 50 + [1] * 3 + [2])
-    rows = choose(labels, 5, seed=1)
+    rows = choose_queries(labels, 5, seed=1)
     assert sorted(labels[rows[:3]].tolist()) == [0, 1, 2] and sorted(labels[rows].tolist()) == [0, 0, 1, 1, 2]
-    assert len(set(choose(labels, 99, seed=1))) == 54
-    assert choose(labels, 5, seed=1) == rows != choose(labels, 5, seed=2)
+    assert len(set(choose_queries(labels, 99, seed=1))) == 54
+    assert choose_queries(labels, 5, seed=1) == rows != choose_queries(labels, 5, seed=2)
 
 
 def test_the_sheet_shows_the_nearest_images(tmp_path: Path) -> None:

@@ -126,14 +126,15 @@ def test_one_name_with_two_weights_is_two_rows() -> None:
 
 def test_published_numbers_are_shown_only_for_the_same_protocol() -> None:
     same = result(dataset="ImageNet-1k")
-    (small,) = [one for one in published.beside(same) if one.model == "DINOv2 ViT-S/14"]
+    (small,) = [one for one in published.comparable_numbers(same) if one.model == "DINOv2 ViT-S/14"]
     assert small.value == pytest.approx(0.79) and "2304.07193" in small.source
-    assert published.beside(result()) == []  # another data set
+    assert published.comparable_numbers(result()) == []  # another data set
     for other in ({"protocol": "k=10"}, {"metric": "top-5"}, {"evaluation": "logistic"}):
-        assert published.beside(result(dataset="ImageNet-1k", **other)) == []
+        assert published.comparable_numbers(result(dataset="ImageNet-1k", **other)) == []
     depth = {"evaluation": "depth", "metric": "rmse", "dataset": "NYU"}
     rmse_by_model = {
-        one.model: one.value for one in published.beside(result(protocol="dpt, 38,400 steps of 16", **depth))
+        one.model: one.value
+        for one in published.comparable_numbers(result(protocol="dpt, 38,400 steps of 16", **depth))
     }
     assert rmse_by_model == {
         "DINOv2 ViT-S/14": 0.356,
@@ -141,15 +142,17 @@ def test_published_numbers_are_shown_only_for_the_same_protocol() -> None:
         "DINOv2 ViT-L/14": 0.293,
         "DINOv2 ViT-g/14": 0.279,
     }
-    assert published.beside(result(protocol="dpt, 100 steps of 16", **depth)) == []
+    assert published.comparable_numbers(result(protocol="dpt, 100 steps of 16", **depth)) == []
     heads = {"evaluation": "linear", "dataset": "imagenet", "protocol": "52 heads, grid of the paper, 12,500 steps"}
-    assert len(published.beside(result(**heads))) == 10
-    assert published.beside(result(**heads | {"protocol": "52 heads, grid of the paper, 100 steps"})) == []
-    single = published.beside(result(protocol="linear 1, 38,400 steps of 16", **depth))
+    assert len(published.comparable_numbers(result(**heads))) == 10
+    assert published.comparable_numbers(result(**heads | {"protocol": "52 heads, grid of the paper, 100 steps"})) == []
+    single = published.comparable_numbers(result(protocol="linear 1, 38,400 steps of 16", **depth))
     assert [one.value for one in single] == [0.449, 0.399, 0.384, 0.344]
-    hard = published.beside(result(evaluation="retrieval", dataset="rparis6k", protocol="hard, 224 px", metric="mAP"))
+    hard = published.comparable_numbers(
+        result(evaluation="retrieval", dataset="rparis6k", protocol="hard, 224 px", metric="mAP")
+    )
     assert [one.value for one in hard] == pytest.approx([0.685, 0.786, 0.835, 0.826])
-    last = published.beside(
+    last = published.comparable_numbers(
         result(
             evaluation="depth",
             metric="rmse",

@@ -34,11 +34,11 @@ from evaluation.retrieval import (
     classify_instances,
     global_average_precision,
     labelled_score,
+    load_view,
     paired_precisions,
     rank,
     revisited_rows,
     revisited_score,
-    see,
 )
 
 PIXELS = FrozenModelConfig(name="pixels")
@@ -298,9 +298,9 @@ def test_missing_files_are_reported(tmp_path: Path) -> None:
         retrieval.run(RetrievalConfig(name="x", data=data), load_model(PIXELS), str(tmp_path / "out"))
     (root / "jpg" / "query_000000.jpg").write_bytes(b"<html>")
     with pytest.raises(InputError, match=r"query_000000\.jpg: the image cannot be used: not_an_image"):
-        see(Photo(str(root / "jpg" / "query_000000.jpg")), VIEW, 8)
+        load_view(Photo(str(root / "jpg" / "query_000000.jpg")), VIEW, 8)
     with pytest.raises(InputError, match="lies outside the 40 x 31 pixels"):
-        see(Photo(str(root / "jpg" / "all_souls_000001.jpg"), (50, 0, 60, 9)), VIEW, 8)
+        load_view(Photo(str(root / "jpg" / "all_souls_000001.jpg"), (50, 0, 60, 9)), VIEW, 8)
     (root / "gnd_roxford5k.pkl").unlink()
     with pytest.raises(InputError, match="expected one ground truth"):
         read_revisited(data)
@@ -404,19 +404,21 @@ def test_features_are_cached_for_the_same_model_bytes_and_view(tmp_path: Path) -
     root = revisited(tmp_path / "data")
     photos = [Photo(str(root / "jpg" / f"all_souls_00000{number}.jpg")) for number in range(6)]
     model, cache = load_model(PIXELS), str(tmp_path / "cache")
-    first = retrieval._look(model, photos, VIEW, cache)
+    first = retrieval._cached_features(model, photos, VIEW, cache)
     (cached,) = (tmp_path / "cache" / "retrieval").iterdir()
     np.save(cached, np.full((6, 3072), 7, np.float32))
-    assert (retrieval._look(model, photos, VIEW, cache).features == 7).all()  # the cache is read
+    assert (retrieval._cached_features(model, photos, VIEW, cache).features == 7).all()  # the cache is read
     for change in (
-        lambda: retrieval._look(load_model(FrozenModelConfig(name="efficientnet_lite0")), photos, VIEW, cache),
-        lambda: retrieval._look(model, photos, VIEW.model_copy(update={"resize": "center_crop"}), cache),
-        lambda: retrieval._look(model, [photo._replace(box=(0, 0, 9, 9)) for photo in photos], VIEW, cache),
-        lambda: retrieval._look(model, photos[::-1], VIEW, cache),
+        lambda: retrieval._cached_features(
+            load_model(FrozenModelConfig(name="efficientnet_lite0")), photos, VIEW, cache
+        ),
+        lambda: retrieval._cached_features(model, photos, VIEW.model_copy(update={"resize": "center_crop"}), cache),
+        lambda: retrieval._cached_features(model, [photo._replace(box=(0, 0, 9, 9)) for photo in photos], VIEW, cache),
+        lambda: retrieval._cached_features(model, photos[::-1], VIEW, cache),
     ):
         assert not (change().features == 7).any()
     Image.open(photos[0].path).rotate(180).save(photos[0].path)
-    assert retrieval._look(model, photos, VIEW, cache).hash != first.hash
+    assert retrieval._cached_features(model, photos, VIEW, cache).hash != first.hash
 
 
 @pytest.mark.parametrize("resize", ["keep_aspect", "squash", "center_crop"])
@@ -424,9 +426,11 @@ def test_the_batch_changes_nothing(tmp_path: Path, resize: Any) -> None:
     root = revisited(tmp_path)
     photos = [Photo(str(path)) for path in sorted((root / "jpg").iterdir())]
     view = ViewConfig(resize=resize, image_size=32)
-    alone, together = (retrieval._compute(load_model(PIXELS), photos, view, batch_size=size) for size in (1, 4))
+    alone, together = (
+        retrieval._compute_features(load_model(PIXELS), photos, view, batch_size=size) for size in (1, 4)
+    )
     torch.testing.assert_close(alone, together)
-    shape = see(Photo(photos[-1].path), view.model_copy(update={"image_size": 64}), 8).shape
+    shape = load_view(Photo(photos[-1].path), view.model_copy(update={"image_size": 64}), 8).shape
     assert shape == ((3, 56, 72) if resize == "keep_aspect" else (3, 64, 64))  # of 120 x 96 pixels
 
 

@@ -125,11 +125,11 @@ def test_attention_is_that_of_the_fused_kernel(model: features.FrozenModel) -> N
     assert not block.attn.qkv._forward_hooks
 
 
-def test_heat_goes_from_black_to_white() -> None:
-    colors = visualize.heat(torch.tensor([[0.1, 0.2, 0.4]]))
+def test_heat_maps_go_from_black_to_white() -> None:
+    colors = visualize.heat_map(torch.tensor([[0.1, 0.2, 0.4]]))
     assert colors[0, 0].tolist() == [0, 0, 0] and colors[0, 2].tolist() == [255, 255, 255]
     assert colors[0, 1].tolist() == [255, 0, 0]
-    assert (visualize.heat(torch.ones(2, 2)) == 0).all()
+    assert (visualize.heat_map(torch.ones(2, 2)) == 0).all()
 
 
 def test_neighbour_sheets_frame_neighbours_by_label() -> None:

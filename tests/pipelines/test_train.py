@@ -1,4 +1,4 @@
-"""The demo's training: labelled images are found, classified and reported; what does not fit is refused."""
+"""The demo's training: labelled images are read, classified and reported; unusable labels are refused."""
 
 import math
 import zlib
@@ -20,7 +20,7 @@ from training.model import build_backbone
 
 
 def write(folder: Path, names: dict[str, int]) -> str:
-    """A source with so many images for each folder of labels."""
+    """A source with the given number of images in each folder; folders are labels."""
     for name, number in names.items():
         (folder / name).mkdir(parents=True)
         for image in range(number):
@@ -40,7 +40,9 @@ def ingested(tmp_path: Path, holdout: dict[str, int]) -> str:
     return output
 
 
-def test_the_holdout_is_classified_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_holdout_is_classified_before_and_after_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = ingested(tmp_path, {"cats": 2, "dogs/large": 3, "birds": 4})
     config = train_config(str(tmp_path / "seeds"), batch_size=4, images_per_pass=4)
     train(config, str(tmp_path / "run"), pipeline.knn_of_holdout(images, 32))
@@ -55,7 +57,7 @@ def test_the_holdout_is_classified_before_and_after(tmp_path: Path, capsys: pyte
 def test_every_holdout_image_is_classified_by_all_others(tmp_path: Path) -> None:
     images = ingested(tmp_path, {"cats": 2, "dogs/large": 3, "birds": 4, "newts": 1})
     backbone = build_backbone(train_config(images).model.backbone, 0)
-    found = pipeline.knn_of_holdout(images, 32)(backbone, 0)
+    scores = pipeline.knn_of_holdout(images, 32)(backbone, 0)
     pixels, labels, is_test = pipeline._labelled(images, 32)
     features = torch.nn.functional.normalize(pipeline._features(backbone, pixels).double(), dim=1)
     similarity = (features @ features.T).fill_diagonal_(-2)
@@ -68,16 +70,16 @@ def test_every_holdout_image_is_classified_by_all_others(tmp_path: Path) -> None
         return max(votes, key=lambda label: votes[label])
 
     everyone, seeds = range(len(labels)), [image for image in range(len(labels)) if not is_test[image]]
-    tested = [image for image in everyone if is_test[image] and labels[image] != "newts"]  # the only newt has no equal
+    tested = [image for image in everyone if is_test[image] and labels[image] != "newts"]  # no other image is a newt
     assert len(tested) == 9
     right = [predicted(image, [other for other in everyone if other != image]) == labels[image] for image in tested]
-    assert found["knn"] == pytest.approx(sum(right) / 9)
+    assert scores["knn"] == pytest.approx(sum(right) / 9)
     by_seeds = [image for image in tested if labels[image] != "birds"]
-    assert found["knn_by_seeds"] == pytest.approx(
+    assert scores["knn_by_seeds"] == pytest.approx(
         sum(predicted(image, seeds) == labels[image] for image in by_seeds) / len(by_seeds)
     )
 
 
-def test_classes_that_do_not_meet_are_refused(tmp_path: Path) -> None:
+def test_a_holdout_without_classes_in_common_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="of 4 classes of labels, the holdout needs two"):
         pipeline.knn_of_holdout(ingested(tmp_path, {"newts": 2, "birds": 1}), 32)

@@ -1,4 +1,4 @@
-"""Two workers of a real local Ray meet as two ranks, and the user's mistakes come back as such."""
+"""Two workers of a real local Ray form two ranks, and user errors in them are raised as user errors."""
 
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,22 @@ pytest.importorskip("ray.train", reason="needs the packages of ray[train]", exc_
 pytestmark = pytest.mark.slow
 
 
-def meet(arguments: dict[str, Any]) -> None:
+def write_rank(arguments: dict[str, Any]) -> None:
     with open_world("cpu") as world:
         total = int(sum_over_ranks(torch.tensor(world.rank + 1)))
         Path(arguments["folder"], f"rank-{world.rank}").write_text(f"{total} of {world.num_ranks}")
 
 
-def mistake(arguments: dict[str, Any]) -> None:
+def fail(arguments: dict[str, Any]) -> None:
     with open_world("cpu"):
         raise InputError("No images there.")
 
 
-def test_two_workers_are_two_ranks(tmp_path: Path) -> None:
-    train_on_ray.run(meet, {"folder": str(tmp_path)}, str(tmp_path / "run"), num_workers=2, use_gpu=False)
+def test_two_workers_form_two_ranks(tmp_path: Path) -> None:
+    train_on_ray.run(write_rank, {"folder": str(tmp_path)}, str(tmp_path / "run"), num_workers=2, use_gpu=False)
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["3 of 2", "3 of 2"]
 
 
-def test_a_mistake_of_the_users_is_raised_as_such(tmp_path: Path) -> None:
+def test_a_user_error_in_a_worker_is_raised_as_such(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No images there"):
-        train_on_ray.run(mistake, {}, str(tmp_path), num_workers=2, use_gpu=False)
+        train_on_ray.run(fail, {}, str(tmp_path), num_workers=2, use_gpu=False)

@@ -1,4 +1,4 @@
-"""Small real parts that several tests of the trainer use."""
+"""Small real inputs for several tests of the trainer."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ GLOBAL, LOCAL, PATCH = 32, 16, 8
 def model_values() -> dict[str, Any]:
     """Two blocks of a ViT-Ti on 32-pixel crops, and two small heads."""
     return {
-        # LayerScale at 1: at 1e-5 all images start as one, where KoLeo's gradients are mostly rounding.
+        # LayerScale is 1: at 1e-5 all images start nearly equal, and KoLeo's gradients are mostly rounding.
         "backbone": {"name": "vit_tiny", "depth": 2, "patch_size": PATCH, "image_size": GLOBAL, "layer_scale": 1.0},
         "dino_head": {"num_prototypes": 64, "bottleneck_dim": 16, "hidden_dim": 32},
         "ibot_head": {"num_prototypes": 48, "bottleneck_dim": 12, "hidden_dim": 32},
@@ -28,12 +28,12 @@ def model_values() -> dict[str, Any]:
 
 
 def model_config(**changes: object) -> ModelConfig:
-    """`model_values`, with other sections in place of its own."""
+    """`model_values` with some sections replaced."""
     return ModelConfig.model_validate_json(json.dumps(model_values() | changes))
 
 
 def random_batch(num_images: int, seed: int = 0, num_local: int = 4) -> Batch:
-    """Crops of noise with masks as the trainer draws them."""
+    """Crops of noise, with masks as the trainer draws them."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(crops: int, side: int) -> Tensor:
@@ -55,7 +55,7 @@ def random_batch(num_images: int, seed: int = 0, num_local: int = 4) -> Batch:
 
 
 def split(batch: Batch, num_parts: int) -> list[Batch]:
-    """The batch as several, in order: what several ranks or passes see of it."""
+    """The batch divided in order, as among several ranks or passes."""
     num_images = len(batch.image_ids)
     size = num_images // num_parts
 
@@ -80,7 +80,7 @@ def split(batch: Batch, num_parts: int) -> list[Batch]:
 
 
 def train_config(images: str, **changes: Any) -> TrainConfig:
-    """Four steps of eight images in two passes, with every part of the recipe at work; `a__b=value` changes `a.b`."""
+    """Four steps of eight images in two passes, with every part of the recipe in use. `a__b=value` changes `a.b`."""
     views = [{"blur": 0.0}, {"blur": 0.9, "solarize": 0.2}]
     values: dict[str, Any] = {
         "num_steps": 4,

@@ -1,6 +1,6 @@
-"""A run that stops and resumes ends where one straight through does, on any number of ranks; what is damaged is named.
+"""A resumed run gives the result of an uninterrupted one, on any number of ranks; damaged files are named.
 
-The run here is a small model of blocks, its average and AdamW. Batches follow from the step, as in training.
+The run here is a small network, its EMA and AdamW. Batches follow from the step, as in training.
 """
 
 import os
@@ -26,7 +26,7 @@ Weights = dict[str, list[float]]
 
 
 class Run:
-    """A student, its average, and the optimizer: what training keeps from one step to the next."""
+    """A student, its EMA and the optimizer: the state that training keeps from one step to the next."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -34,7 +34,7 @@ class Run:
         for model in (self.student, self.average):
             shard(model, list(model), world, param_dtype=None)
         self.average.requires_grad_(False)
-        # Two groups with their own rates, which are set anew in every step.
+        # Two groups with different learning rates, which are set anew in every step.
         groups = [{"params": list(self.student[0].parameters())}, {"params": list(self.student[1:].parameters())}]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
         self.centers = {"dino": torch.zeros(3)}
@@ -53,8 +53,8 @@ class Run:
                 group["lr"] = 0.01 * (step + 1)
             images = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
             share = len(images) // self.world.num_ranks
-            own = images[self.world.rank * share : (self.world.rank + 1) * share]
-            self.student(own).square().mean().backward()
+            images_of_rank = images[self.world.rank * share : (self.world.rank + 1) * share]
+            self.student(images_of_rank).square().mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             for average, weight in zip(self.average.parameters(), self.student.parameters(), strict=True):
@@ -84,7 +84,7 @@ def save(run: Run, folder: str, step: int, **options: Any) -> str:
 
 
 def start_and_save(folder: str) -> Weights:
-    """Three steps, saved; as many ranks as there are."""
+    """Take three steps and save them, on any number of ranks."""
     with open_world("cpu", timeout_seconds=60) as world:
         run = Run(world)
         run.train(0, 3)
@@ -93,7 +93,7 @@ def start_and_save(folder: str) -> Weights:
 
 
 def resume(folder: str) -> Weights:
-    """From the last checkpoint on to step five."""
+    """Resume from the last checkpoint and run to step five."""
     with open_world("cpu", timeout_seconds=60) as world:
         run = Run(world)
         path = checkpoint.latest(folder)
@@ -118,10 +118,10 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path / "checkpoints")
 
 
-def assert_close(found: Weights, expected: Weights) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(actual: Weights, expected: Weights) -> None:
+    assert actual.keys() == expected.keys()
     for name, values in expected.items():
-        torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(actual[name]), torch.tensor(values), rtol=1e-5, atol=1e-6)
 
 
 def test_stop_and_resume_equals_straight_through_bit_for_bit(folder: str, straight: Weights) -> None:
@@ -129,7 +129,9 @@ def test_stop_and_resume_equals_straight_through_bit_for_bit(folder: str, straig
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
-def test_any_number_of_ranks_resumes(before: int, after: int, tmp_path: Path, ranks: Ranks, straight: Weights) -> None:
+def test_a_run_resumes_on_any_number_of_ranks(
+    before: int, after: int, tmp_path: Path, ranks: Ranks, straight: Weights
+) -> None:
     folder = str(tmp_path)
     if before == 2:
         first, second = ranks(start_and_save, folder)
@@ -150,38 +152,38 @@ def test_any_number_of_ranks_resumes(before: int, after: int, tmp_path: Path, ra
 
 
 def read_on_first(folder: str) -> Weights:
-    """While a group is open, the first rank alone reads what both have written."""
+    """With a group open, the first rank alone reads the tensors that both ranks wrote."""
     with open_world("cpu", timeout_seconds=60) as world:
         run = Run(world)
         path = save(run, folder, 3)
         whole = run.weights()
         if world.is_first:
-            found = checkpoint.load_tensors(path, "student.")
-            assert {f"student.{name}": value.flatten().tolist() for name, value in found.items()} == {
+            loaded = checkpoint.load_tensors(path, "student.")
+            assert {f"student.{name}": value.flatten().tolist() for name, value in loaded.items()} == {
                 name: value for name, value in whole.items() if name.startswith("student.")
             }
         return whole
 
 
-def test_one_rank_alone_can_read_all(tmp_path: Path, ranks: Ranks) -> None:
+def test_one_rank_can_read_the_whole_checkpoint(tmp_path: Path, ranks: Ranks) -> None:
     ranks(read_on_first, str(tmp_path))
 
 
 def test_tensors_are_read_by_prefix(folder: str) -> None:
-    found = checkpoint.load_tensors(f"{folder}/step-0000003", "optimizer.2.weight.")
+    loaded = checkpoint.load_tensors(f"{folder}/step-0000003", "optimizer.2.weight.")
     run = Run(ALONE)
     run.train(0, 3)
-    assert {name: value.tolist() for name, value in found.items()} == {
+    assert {name: value.tolist() for name, value in loaded.items()} == {
         kind: value.tolist() for kind, value in run.optimizer.state[run.student[2].weight].items()
     }
 
 
-def test_the_last_ones_stay_and_nothing_unfinished_counts(tmp_path: Path) -> None:
+def test_the_last_checkpoints_are_kept_and_unfinished_ones_ignored(tmp_path: Path) -> None:
     run, folder = Run(ALONE), str(tmp_path)
     assert checkpoint.latest(folder) is None
     for step in (1, 2, 10):
         save(run, folder, step)
-    (tmp_path / ".tmp-step-0000011").mkdir()  # what a kill leaves of a save, and of a deletion
+    (tmp_path / ".tmp-step-0000011").mkdir()  # left by a kill during a save; below, during a deletion
     (tmp_path / ".tmp-step-0000011" / "__0_0.distcp").write_bytes(b"half")
     (tmp_path / ".tmp-old-step-0000001").mkdir()
     (tmp_path / "step-by-step.txt").write_text("notes")
@@ -191,7 +193,7 @@ def test_the_last_ones_stay_and_nothing_unfinished_counts(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000010", "step-0000011", "step-by-step.txt"]
 
 
-def test_a_step_that_comes_by_again_replaces_its_checkpoint(folder: str) -> None:
+def test_saving_a_step_again_replaces_its_checkpoint(folder: str) -> None:
     run = Run(ALONE)
     run.train(0, 4)
     path = save(run, folder, 3, progress={"step": 3, "skipped": 7})
@@ -201,7 +203,7 @@ def test_a_step_that_comes_by_again_replaces_its_checkpoint(folder: str) -> None
     assert os.listdir(folder) == ["step-0000003"]
 
 
-def test_a_disk_that_is_full_leaves_the_last_one(folder: str, straight: Weights) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(folder: str, straight: Weights) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
@@ -213,13 +215,13 @@ def test_a_disk_that_is_full_leaves_the_last_one(folder: str, straight: Weights)
 
 
 @pytest.mark.parametrize("value", [object(), float("nan")])
-def test_what_json_cannot_hold_is_refused_before_anything_is_written(value: object, tmp_path: Path) -> None:
+def test_values_that_json_cannot_hold_are_refused_before_writing(value: object, tmp_path: Path) -> None:
     with pytest.raises((TypeError, ValueError), match="JSON"):
         save(Run(ALONE), str(tmp_path), 4, progress={"value": value})
     assert not os.listdir(tmp_path)
 
 
-def test_another_config_is_refused_and_nothing_is_changed(folder: str) -> None:
+def test_another_config_is_refused_without_changing_tensors(folder: str) -> None:
     run = Run(ALONE)
     before = run.weights()
     other = {**CONFIG, "seed": 1, "crops": {"sizes": [224, 112]}}
@@ -244,7 +246,7 @@ def test_many_differences_are_counted(folder: str) -> None:
         ("checkpoint.json", None, "is no checkpoint: it has no checkpoint.json"),
     ],
 )
-def test_what_is_not_whole_is_named(folder: str, name: str, keep_bytes: int | None, message: str) -> None:
+def test_damaged_and_missing_files_are_named(folder: str, name: str, keep_bytes: int | None, message: str) -> None:
     path = Path(folder) / "step-0000003"
     content = (path / name).read_bytes()
     (path / name).unlink()
@@ -254,7 +256,7 @@ def test_what_is_not_whole_is_named(folder: str, name: str, keep_bytes: int | No
         checkpoint.load(str(path), Run(ALONE).parts(), config=CONFIG, world=ALONE)
 
 
-def test_other_tensors_are_named(folder: str) -> None:
+def test_differing_tensors_are_named(folder: str) -> None:
     parts = {part: dict(tensors) for part, tensors in Run(ALONE).parts().items()}
     del parts["student"]["0.bias"]
     parts["average"]["0.bias"] = parts["average"]["0.bias"].double()
@@ -268,12 +270,12 @@ def test_other_tensors_are_named(folder: str) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_state_made_ahead_is_the_one_that_the_optimizer_makes(fused: bool) -> None:
+def test_a_state_created_early_equals_the_optimizers(fused: bool) -> None:
     results = []
-    for ahead in (False, True):
+    for early in (False, True):
         model = make(0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-        if ahead:
+        if early:
             checkpoint.optimizer_tensors(model, optimizer)
         model[2](torch.ones(1, 7)).sum().backward()  # the first layer gets no gradient
         optimizer.step()
@@ -285,6 +287,6 @@ def test_a_state_made_ahead_is_the_one_that_the_optimizer_makes(fused: bool) -> 
     assert results[:2] == results[2:]
 
 
-def test_only_a_mounted_filesystem_is_written_to() -> None:
+def test_urls_are_refused() -> None:
     with pytest.raises(ConfigError, match="memory://run"):
         save(Run(ALONE), "memory://run", 1)

@@ -1,4 +1,4 @@
-"""Batches: every sample as often as its weight says, the same on any number of ranks and workers, and from any step."""
+"""Batches: samples in proportion to their weights, equal on any number of ranks and workers, and from any step."""
 
 import functools
 import io
@@ -32,7 +32,7 @@ SMALL = AugmentConfig(crops=released_crops(global_size=32, local_size=16, num_lo
 
 
 def masks_of(num_patches: int, step: int, crops: range) -> Tensor:
-    """A mask that tells its step and crop."""
+    """Masks that differ by step and crop."""
     return torch.stack([torch.arange(num_patches) < (step + crop) % num_patches for crop in crops])
 
 
@@ -45,9 +45,9 @@ class Corpus:
         self.ids = [image_id(image) for image in self.images]
         shards = []
         for start in range(0, count, 5):
-            own = range(start, min(start + 5, count))
+            numbers = range(start, min(start + 5, count))
             name = f"corpus-{start // 5:06d}.tar"
-            packed = (Packed(self.ids[n], self.images[n], ("PNG", "JPEG")[n % 2], {"label": n}) for n in own)
+            packed = (Packed(self.ids[n], self.images[n], ("PNG", "JPEG")[n % 2], {"label": n}) for n in numbers)
             _, places = write_tar(f"{self.path}/{name}", packed)
             rows = [
                 {
@@ -61,7 +61,7 @@ class Corpus:
                     "reasons": ["as_is:a"],
                     "weight": 1.0 if weights is None else weights[n],
                 }
-                for n, place in zip(own, places, strict=True)
+                for n, place in zip(numbers, places, strict=True)
             ]
             shards.append({"corpus": pa.Table.from_pylist(rows, schema=schemas.CORPUS)})
         write_stage(self.path, shards)
@@ -75,7 +75,7 @@ class Corpus:
     def steps(self, config: DataConfig | None = None, **values: Any) -> list[list[Batch]]:
         config = config or self.config()
         prepare(config, self.output, InlineRunner())
-        asked: dict[str, Any] = {
+        options: dict[str, Any] = {
             "seed": 0,
             "first_step": 0,
             "num_steps": 3,
@@ -86,12 +86,12 @@ class Corpus:
             "draw_masks": functools.partial(masks_of, 4),
             "rejects": {},
         }
-        with open_batches(config, SMALL, self.output, **asked | values) as batches:
+        with open_batches(config, SMALL, self.output, **options | values) as batches:
             return list(batches)
 
 
 def together(parts: Sequence[list[Batch]]) -> dict[str, Any]:
-    """What a step of several ranks and passes is as a whole, image by image."""
+    """The whole step of several ranks and passes, image by image."""
     batches = [batch for passes in parts for batch in passes]
     return {
         "ids": [image for batch in batches for image in batch.image_ids],
@@ -114,13 +114,13 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 1000])
-def test_every_epoch_is_a_permutation_of_its_own(count: int) -> None:
+def test_every_epoch_is_another_permutation(count: int) -> None:
     orders = [SampleOrder(seed, count) for seed in range(2)]
-    epochs = [one.rows(np.arange(3 * count)).reshape(3, count) for one in orders]
-    assert all(sorted(epoch.tolist()) == list(range(count)) for own in epochs for epoch in own)
+    epochs = np.array([of_seed.rows(np.arange(3 * count)).reshape(3, count) for of_seed in orders])  # (2, 3, count)
+    permutations = [tuple(epoch.tolist()) for epoch in epochs.reshape(6, count)]
+    assert all(sorted(permutation) == list(range(count)) for permutation in permutations)
     if count >= 64:
-        seen = [tuple(epoch.tolist()) for own in epochs for epoch in own]
-        assert len(set(seen)) == 6
+        assert len(set(permutations)) == 6
     assert np.array_equal(orders[0].rows(np.array([2 * count, 0, count])), epochs[0][[2, 0, 1], 0]), "in any order"
 
 
@@ -133,21 +133,21 @@ def test_the_order_of_a_seed_never_changes() -> None:
     assert SampleOrder(0, 12).rows(np.arange(12, 24)).tolist() == [4, 10, 3, 11, 2, 9, 6, 5, 7, 1, 0, 8]
 
 
-def test_places_are_shuffled_evenly() -> None:
-    """Where one place goes is uniform over keys, and neighbours are no neighbours any more."""
+def test_indices_are_shuffled_uniformly() -> None:
+    """An index goes to each row equally often over many keys, and neighbours do not stay neighbours."""
     generator = np.random.default_rng(0)
-    seen = np.zeros((5, 5))
+    counts = np.zeros((5, 5))
     for _ in range(2000):
         keys = generator.integers(2**64 - 1, size=order.ROUNDS, dtype=np.uint64)
-        seen[np.arange(5), permute(np.arange(5), 5, keys)] += 1
-    assert np.abs(seen / 2000 - 0.2).max() < 0.045
+        counts[np.arange(5), permute(np.arange(5), 5, keys)] += 1
+    assert np.abs(counts / 2000 - 0.2).max() < 0.045
     rows = SampleOrder(0, 100_000).rows(np.arange(100_000))
     assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.02
     assert abs(np.corrcoef(rows, np.arange(100_000))[0, 1]) < 0.02
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_samples_come_as_often_as_they_weigh(seed: int) -> None:
+def test_samples_come_in_proportion_to_their_weights(seed: int) -> None:
     weights = np.random.default_rng(seed).exponential(size=200)
     weights[[0, 77, 199]] = 0
     expected = 200 * weights / weights.sum()
@@ -161,23 +161,23 @@ def test_samples_come_as_often_as_they_weigh(seed: int) -> None:
     )
     assert ((counts == np.floor(expected)) | (counts == np.ceil(expected))).all()
     assert (counts.sum(axis=1) == 200).all()
-    assert np.abs(counts.sum(axis=0) - 40 * expected).max() < 3, "nor does an error grow over epochs"
+    assert np.abs(counts.sum(axis=0) - 40 * expected).max() < 3, "the error does not grow over epochs"
 
 
-def test_only_weights_that_differ_are_kept(tmp_path: Path) -> None:
+def test_only_differing_weights_are_stored(tmp_path: Path) -> None:
     equal = Corpus(tmp_path / "a", weights=[0.3] * 12)
     prepare(equal.config(), equal.output, InlineRunner())
     assert SampleList(f"{equal.output}/samples").cumulative_weights is None
     weights = [1.0, 2.0, 3.0] * 4
-    for use_weights, kept in ((True, np.cumsum(weights).tolist()), (False, None)):
+    for use_weights, expected in ((True, np.cumsum(weights).tolist()), (False, None)):
         other = Corpus(tmp_path / f"b {use_weights}", weights=weights)
         assert prepare(other.config(use_weights=use_weights), other.output, InlineRunner()) == 12
         cumulative = SampleList(f"{other.output}/samples").cumulative_weights
-        assert (None if cumulative is None else cumulative.tolist()) == kept
+        assert (None if cumulative is None else cumulative.tolist()) == expected
 
 
-def test_the_list_is_that_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "ROWS_PER_BATCH", 4)  # the list in several batches, which others than tars' rows fill
+def test_the_list_has_the_images_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "ROWS_PER_BATCH", 4)  # several batches, whose ends are not those of the tars
     corpus = Corpus(tmp_path, count=13)
     assert prepare(corpus.config(), corpus.output, InlineRunner()) == 13
     listed = SampleList(f"{corpus.output}/samples")
@@ -191,22 +191,22 @@ def test_the_list_is_that_of_the_corpus(tmp_path: Path, monkeypatch: pytest.Monk
 # Batches
 
 
-def test_a_batch_holds_its_crops_by_crop_then_by_image(tmp_path: Path) -> None:
+def test_a_batch_orders_its_crops_by_crop_then_by_image(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path)
     (first, *_), *_ = corpus.steps()
     assert [crop.shape for crop in first.crops] == [(4, 3, 32, 32), (6, 3, 16, 16)]
     assert first.positions.tolist() == [0, 1] and len(first.image_ids) == 2
     rows = SampleOrder(0, 12).rows(np.arange(2)).tolist()
     assert first.image_ids == [corpus.ids[row] for row in rows]
-    for place, row in enumerate(rows):
-        generator = np.random.default_rng([0, data.CROPS_PURPOSE, place])
-        own = data.make_crops(corpus.images[row], corpus.config().limits, SMALL, generator)
-        for crops, expected in zip(first.crops, own, strict=True):
-            assert np.array_equal(crops.unflatten(0, (-1, 2))[:, place].numpy(), expected)
-    of_step = torch.cat([masks_of(4, 0, range(2)), masks_of(4, 0, range(8, 10))])
-    assert torch.equal(first.masks, of_step)
-    assert torch.equal(first.masked_indices, of_step.flatten().nonzero()[:, 0])
-    counts = of_step.sum(dim=1)
+    for position, row in enumerate(rows):
+        generator = np.random.default_rng([0, data.CROPS_PURPOSE, position])
+        groups = data.make_crops(corpus.images[row], corpus.config().limits, SMALL, generator)
+        for crops, expected in zip(first.crops, groups, strict=True):
+            assert np.array_equal(crops.unflatten(0, (-1, 2))[:, position].numpy(), expected)
+    expected_masks = torch.cat([masks_of(4, 0, range(2)), masks_of(4, 0, range(8, 10))])
+    assert torch.equal(first.masks, expected_masks)
+    assert torch.equal(first.masked_indices, expected_masks.flatten().nonzero()[:, 0])
+    counts = expected_masks.sum(dim=1)
     assert torch.allclose(first.masked_weights, torch.cat([torch.full((int(n),), 1 / float(n)) for n in counts if n]))
 
 
@@ -217,7 +217,7 @@ def test_a_step_is_the_same_on_any_number_of_ranks(tmp_path: Path, num_ranks: in
     ranks = [corpus.steps(rank=rank, num_ranks=num_ranks, images_per_pass=images_per_pass) for rank in range(num_ranks)]
     assert [len(passes) for passes in ranks[0]] == [8 // num_ranks // images_per_pass] * 3
     for step, whole in enumerate(expected):
-        assert same(together([own[step] for own in ranks]), whole)
+        assert same(together([steps[step] for steps in ranks]), whole)
         assert whole["positions"].tolist() == list(range(8 * step, 8 * step + 8))
 
 
@@ -232,8 +232,8 @@ def test_any_step_can_be_the_first(tmp_path: Path) -> None:
 def test_worker_processes_change_nothing(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path)
     state = torch.get_rng_state()
-    (one, two) = (corpus.steps(corpus.config(workers=workers), num_steps=2) for workers in (0, 2))
-    assert all(same(together([a]), together([b])) for a, b in zip(one, two, strict=True))
+    in_thread, in_processes = (corpus.steps(corpus.config(workers=workers), num_steps=2) for workers in (0, 2))
+    assert all(same(together([a]), together([b])) for a, b in zip(in_thread, in_processes, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -284,11 +284,11 @@ def test_the_holdout_of_an_ingest_is_not_trained_on(tmp_path: Path) -> None:
     assert [samples[n].image_id for n in range(3)] == [rows[n]["image_id"] for n in (0, 1, 3)]
 
 
-# What goes wrong
+# Errors
 
 
 def spoil(corpus: Corpus, number: int, *, header: bool) -> None:
-    """Overwrite an image's header in its tar, or the bytes of the image."""
+    """Overwrite an image's header in its tar, or the image's bytes."""
     prepare(corpus.config(), corpus.output, InlineRunner())
     _, uri, offset, length = SampleList(f"{corpus.output}/samples")[number]
     with open(uri, "r+b") as file:
@@ -298,7 +298,7 @@ def spoil(corpus: Corpus, number: int, *, header: bool) -> None:
 
 @pytest.mark.parametrize("header", [False, True])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_another_takes_the_place_of_a_bad_image(tmp_path: Path, header: bool, workers: int) -> None:
+def test_a_bad_image_is_replaced_by_that_of_the_next_epoch(tmp_path: Path, header: bool, workers: int) -> None:
     corpus = Corpus(tmp_path)
     config = corpus.config(max_reject_fraction=0.1, workers=workers)
     before = [together([passes]) for passes in corpus.steps(config)]
@@ -308,16 +308,16 @@ def test_another_takes_the_place_of_a_bad_image(tmp_path: Path, header: bool, wo
     assert rejects.keys() == {corpus.ids[7]}
     assert ("has changed" if header else "not_an_image") in rejects[corpus.ids[7]]
     order, changed = SampleOrder(0, 12), 0
-    for one, two in zip(before, after, strict=True):
-        for place, position in enumerate(one["positions"].tolist()):
-            if one["ids"][place] == corpus.ids[7]:
+    for step_before, step_after in zip(before, after, strict=True):
+        for index, position in enumerate(step_before["positions"].tolist()):
+            if step_before["ids"][index] == corpus.ids[7]:
                 later = order.rows(position + 12 * np.arange(1, 16)).tolist()
                 row = next(row for row in later if row != 7)
-                assert two["ids"][place] == corpus.ids[row]
+                assert step_after["ids"][index] == corpus.ids[row]
                 changed += 1
             else:
-                assert two["ids"][place] == one["ids"][place]
-                assert torch.equal(two["crops 1"][:, place], one["crops 1"][:, place])
+                assert step_after["ids"][index] == step_before["ids"][index]
+                assert torch.equal(step_after["crops 1"][:, index], step_before["crops 1"][:, index])
     assert changed == 2, "in each of the two epochs"
     again = [together([passes]) for passes in corpus.steps(config)]
     assert all(same(one, two) for one, two in zip(after, again, strict=True))
@@ -336,7 +336,7 @@ def test_bad_images_spend_a_budget(tmp_path: Path) -> None:
         corpus.steps(corpus.config(max_reject_fraction=1.0))
 
 
-def test_bytes_of_another_hash_are_noticed_where_that_is_asked(tmp_path: Path) -> None:
+def test_changed_bytes_are_detected_with_verify_hashes(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path)
     other = encoded_image(99, "JPEG", (40, 36))
     prepare(corpus.config(), corpus.output, InlineRunner())
@@ -344,17 +344,17 @@ def test_bytes_of_another_hash_are_noticed_where_that_is_asked(tmp_path: Path) -
     with open(uri, "r+b") as file:
         file.seek(offset)
         file.write(other[:length].ljust(length, b"\0"))
-    found = []
+    detected = []
     for verify in (False, True):
         rejects: dict[str, str] = {}
         corpus.steps(corpus.config(max_reject_fraction=0.1, verify_hashes=verify), rejects=rejects)
-        found.append(list(rejects))
-    assert found == [[], [corpus.ids[7]]]
+        detected.append(list(rejects))
+    assert detected == [[], [corpus.ids[7]]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_lost_shard_stops_with_its_name(tmp_path: Path, gone: bool, workers: int) -> None:
+def test_a_lost_shard_stops_the_run_and_is_named(tmp_path: Path, gone: bool, workers: int) -> None:
     corpus = Corpus(tmp_path)
     prepare(corpus.config(), corpus.output, InlineRunner())
     if gone:
@@ -366,7 +366,7 @@ def test_a_lost_shard_stops_with_its_name(tmp_path: Path, gone: bool, workers: i
         corpus.steps(corpus.config(workers=workers))
 
 
-def test_a_lost_file_is_one_bad_image(tmp_path: Path) -> None:
+def test_a_lost_file_costs_one_image(tmp_path: Path) -> None:
     for n in range(12):
         paths.write_bytes(f"{tmp_path}/files/{n:02d}.png", encoded_image(n))
     corpus = Corpus(tmp_path)
@@ -380,7 +380,7 @@ def test_a_lost_file_is_one_bad_image(tmp_path: Path) -> None:
     assert sorted(reason.partition(":")[0] for reason in rejects.values()) == ["corrupt", "unreadable"]
 
 
-def test_a_corpus_without_places_is_to_be_packed_again(tmp_path: Path) -> None:
+def test_a_corpus_without_offsets_must_be_packed_again(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path)
     old = schemas.CORPUS.empty_table().drop_columns(["offset", "length"])
     write_stage(corpus.path, [{"corpus": old}])
@@ -388,7 +388,7 @@ def test_a_corpus_without_places_is_to_be_packed_again(tmp_path: Path) -> None:
         prepare(corpus.config(), corpus.output, InlineRunner())
 
 
-def test_data_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_data_of_another_layout_is_refused(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path)
     with pytest.raises(InputError, match="holds no finished ingest"):
         prepare(corpus.config(layout="images"), corpus.output, InlineRunner())
@@ -401,7 +401,7 @@ def test_data_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", [[0.0] * 12, [1.0] * 11 + [-1.0], [1.0] * 11 + [float("nan")]])
-def test_weights_that_mean_nothing_are_refused(tmp_path: Path, weights: list[float]) -> None:
+def test_invalid_weights_are_refused(tmp_path: Path, weights: list[float]) -> None:
     corpus = Corpus(tmp_path, weights=weights)
     with pytest.raises(InputError, match="has the weight"):
         prepare(corpus.config(), corpus.output, InlineRunner())
@@ -421,8 +421,7 @@ def test_an_output_of_other_data_is_refused_and_a_moved_corpus_is_not(tmp_path: 
         prepare(other.config(), corpus.output, InlineRunner())
 
 
-def test_pictures_that_opencv_has_no_say_in(tmp_path: Path) -> None:
-    """A palette, transparency and one frame of many come as ingest decodes them."""
+def test_a_palette_image_is_decoded_as_in_ingest(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("P", (40, 36), 3).save(buffer, "GIF")
     config = DataConfig(path=str(tmp_path))

@@ -1,4 +1,4 @@
-"""Two gloo processes and one process alone compute the same; what a block is wrapped in changes no number and no name.
+"""Two gloo processes give the results of one; recomputing and compiling change no result and no parameter name.
 
 The backbone's blocks take and give a list of batches of different lengths, with lists of the images to compute.
 """
@@ -24,8 +24,8 @@ TIMEOUT = 60.0
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 
-class Model(nn.Module):
-    """Two blocks and two heads; every second image goes through each branch of a block."""
+class SmallNetwork(nn.Module):
+    """Two blocks and two heads; each branch of a block is computed for every second image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,11 +33,11 @@ class Model(nn.Module):
         config = heads.HeadConfig(num_prototypes=7, bottleneck_dim=5, hidden_dim=6)
         generator = torch.Generator().manual_seed(0)
         self.dino_head, self.ibot_head = (heads.build(192, config, generator) for _ in range(2))
-        for parameter in self.parameters():  # none at its starting value, so that LayerScale matters
+        for parameter in self.parameters():  # away from the starting values, so that LayerScale matters
             nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.05, generator=generator)
 
     def forward(self, crops: list[Tensor]) -> Tensor:
-        """The loss of global and local crops, one mean over images."""
+        """A loss of global and local crops: a mean over images."""
         rows = [torch.arange(0, len(crop), 2) for crop in crops]
         kept = [(rows, rows)] * len(self.backbone.blocks)
         masks = torch.arange(16).expand(len(crops[0]), -1) % 3 == 0
@@ -55,23 +55,23 @@ class Model(nn.Module):
 
 
 def crops() -> list[Tensor]:
-    """Four global and four local crops; rank 0 has the first halves, rank 1 the second."""
+    """Four global and four local crops. Rank 0 has the first half of each, rank 1 the second."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(4, 3, size, size, generator=generator) for size in (32, 16)]
 
 
 def gradients(model: nn.Module) -> Arrays:
-    found = {}
+    whole = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-        found[name] = gradient.numpy()
-    return found
+        whole[name] = gradient.numpy()
+    return whole
 
 
 def step(rank: int | None, prepare: str) -> Arrays:
-    """The gradients of one step with each block prepared in some way, on all crops or on those of one rank."""
-    model = Model()
+    """The gradients of one step with prepared blocks, on all crops or on those of one rank."""
+    model = SmallNetwork()
     with open_world("cpu", timeout_seconds=TIMEOUT) as world:
         for block in model.backbone.blocks:
             if prepare in ("selective", "full"):
@@ -84,10 +84,10 @@ def step(rank: int | None, prepare: str) -> Arrays:
         return gradients(model)
 
 
-def assert_close(found: Arrays, expected: Arrays) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(actual: Arrays, expected: Arrays) -> None:
+    assert actual.keys() == expected.keys()
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-5 * np.abs(values).max(), err_msg=name)
+        np.testing.assert_allclose(actual[name], values, rtol=0, atol=1e-5 * np.abs(values).max(), err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -101,23 +101,23 @@ def test_preparing_a_block_changes_neither_gradients_nor_names(prepare: str, pla
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_what_is_not_kept_is_computed_again(policy: Recompute) -> None:
+def test_recompute_policies_compute_the_stated_operations_again(policy: Recompute) -> None:
     counts = {}
     for recompute in ("none", policy):
-        model, names = Model(), []
+        model, names = SmallNetwork(), []
         checkpoint_activations(model.backbone.blocks[1], recompute)
         with Counting(names):
             model(crops()).backward()
         counts[recompute] = Counter(names)
     again = counts[policy] - counts["none"]
     products = {name for name in again if name.startswith(("aten.addmm", "aten._scaled_dot_product"))}
-    # Full computes all again, and selective only what is cheap.
+    # `full` computes everything again, `selective` only cheap operations.
     assert ("aten.native_layer_norm.default" in again) == (policy != "none")
     assert bool(products) == (policy == "full")
 
 
 class Counting(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the name of every operation."""
+    """Collects the name of every operation."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -140,9 +140,9 @@ def test_two_ranks_have_the_gradients_of_one(prepare: str, ranks: Ranks, plain: 
 
 
 def inspect_sharded() -> list[object]:
-    """How much this rank has, whether it still has slices after a forward pass alone, and the types of both."""
+    """The size of this rank's slices, the whole size, whether slices remain after a forward pass alone, and types."""
     with open_world("cpu", timeout_seconds=TIMEOUT) as world:
-        model = Model()
+        model = SmallNetwork()
         computed: list[torch.dtype] = []
         shard(model, model.units(), world, param_dtype=torch.bfloat16)
         parameters = list(model.parameters())
@@ -150,12 +150,18 @@ def inspect_sharded() -> list[object]:
         with torch.no_grad():
             model.dino_head.register_forward_hook(lambda module, inputs, outputs: computed.append(outputs[0].dtype))
             model(crops())
-        still = all(isinstance(p, DTensor) for p in model.parameters())
+        remain_sliced = all(isinstance(p, DTensor) for p in model.parameters())
         types = {str(p.dtype) for p in parameters}
-        return [local, sum(p.numel() for p in parameters), still, sorted(types), [str(kind) for kind in computed]]
+        return [
+            local,
+            sum(p.numel() for p in parameters),
+            remain_sliced,
+            sorted(types),
+            [str(kind) for kind in computed],
+        ]
 
 
-def test_a_rank_keeps_its_slice_in_float32_and_computes_in_what_was_asked(ranks: Ranks) -> None:
+def test_a_rank_keeps_its_slice_in_float32_and_computes_in_param_dtype(ranks: Ranks) -> None:
     (first, total, *facts), (second, _, *others) = ranks(inspect_sharded)
     assert first + second == total
     assert abs(first - second) <= 0.1 * total
@@ -163,30 +169,32 @@ def test_a_rank_keeps_its_slice_in_float32_and_computes_in_what_was_asked(ranks:
 
 
 def gather() -> tuple[Arrays, list[int]]:
-    """The whole state on the first rank, and how many numbers this rank holds of each parameter."""
+    """The whole state on the first rank, and the size of this rank's slice of each parameter."""
     with open_world("cpu", timeout_seconds=TIMEOUT) as world:
-        model = Model()
+        model = SmallNetwork()
         shard(model, model.units(), world, param_dtype=None)
         state = full_state(model)
         return {name: value.numpy() for name, value in state.items()}, [local(p).numel() for p in model.parameters()]
 
 
 def test_the_first_rank_gathers_the_whole_state(ranks: Ranks) -> None:
-    (first, own), (second, other) = ranks(gather)
-    model = Model()
+    (first, first_sizes), (second, second_sizes) = ranks(gather)
+    model = SmallNetwork()
     expected = full_state(model)
     assert second == {}
     assert first.keys() == expected.keys()
     assert all(np.array_equal(first[name], value.numpy()) for name, value in expected.items())
-    assert [sum(both) for both in zip(own, other, strict=True)] == [local(p).numel() for p in model.parameters()]
+    assert [sum(both) for both in zip(first_sizes, second_sizes, strict=True)] == [
+        local(p).numel() for p in model.parameters()
+    ]
     with torch.no_grad():
-        local(next(model.parameters())).zero_()  # not a copy, and the state is one
+        local(next(model.parameters())).zero_()  # `local` shares memory; the whole state is a copy
     assert not next(model.parameters()).any()
     assert next(iter(expected.values())).any()
 
 
 def test_a_world_of_one_is_not_sharded() -> None:
     with open_world("cpu") as world:
-        model = Model()
+        model = SmallNetwork()
         shard(model, model.units(), world, param_dtype=torch.bfloat16)
         assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())

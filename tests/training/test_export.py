@@ -1,7 +1,7 @@
-"""What a run exports loads in its own library and computes the same features.
+"""Exports load in the library of their layout and give the same features.
 
-timm itself needs torchvision, which is not among the dependencies: its layout is checked by names and by the way back,
-as in tests/curation/test_weights.py.
+timm needs torchvision, which is not a dependency. Its layout is checked by its names and by reading it back, as in
+tests/curation/test_weights.py.
 """
 
 import subprocess
@@ -45,7 +45,7 @@ def without(state: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def trained(seed: int = 0, **options: Any) -> nn.ModuleDict:
-    """A backbone and its heads as a run has them."""
+    """A backbone and its heads, as in a run."""
     model = build(**options)
     generator = torch.Generator().manual_seed(seed)
     built = {name: heads.build(192, HEAD, generator) for name in ("dino_head", "ibot_head")}
@@ -86,9 +86,9 @@ def model_of(teacher: nn.ModuleDict) -> VisionTransformer:
     return model
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
 def images(size: int) -> Tensor:
@@ -99,44 +99,44 @@ def test_the_released_file_loads_strictly_as_torch_hub_does(exported: Path, teac
     state = torch.load(exported / "teacher.pth", weights_only=True)
     assert_equal(state, teacher["backbone"].state_dict())
     build().load_state_dict(state, strict=True)
-    ours = build()
-    assert weights.load(ours, str(exported / "teacher.pth")) == ()
-    assert torch.equal(ours(images(56)), model_of(teacher)(images(56)))
+    loaded = build()
+    assert weights.load(loaded, str(exported / "teacher.pth")) == ()
+    assert torch.equal(loaded(images(56)), model_of(teacher)(images(56)))
 
 
 @pytest.mark.parametrize("size", [56, 98])
 def test_transformers_computes_the_same(size: int, exported: Path, teacher: nn.ModuleDict) -> None:
-    theirs, report = AutoModel.from_pretrained(exported / "hf", output_loading_info=True)
+    library_model, report = AutoModel.from_pretrained(exported / "hf", output_loading_info=True)
     assert not any(report.values()), report
     with torch.inference_mode():
-        found = theirs.eval()(images(size)).last_hidden_state
+        tokens = library_model.eval()(images(size)).last_hidden_state
         features = model_of(teacher).forward_features(images(size))
     expected = torch.cat(
         [features["x_norm_clstoken"][:, None], features["x_norm_regtokens"], features["x_norm_patchtokens"]], dim=1
     )
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (tokens - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_timm_has_its_names_and_comes_back(exported: Path, teacher: nn.ModuleDict) -> None:
+def test_timm_files_have_timm_names_and_can_be_read_back(exported: Path, teacher: nn.ModuleDict) -> None:
     state = load_file(exported / "timm" / "model.safetensors")
     assert {"reg_token", "cls_token", "pos_embed", "blocks.1.mlp.fc1.weight"} <= state.keys()
     assert not {"mask_token", "register_tokens"} & state.keys()
-    ours = build()
-    weights.load(ours, str(exported / "timm" / "model.safetensors"))
-    torch.testing.assert_close(ours(images(56)), model_of(teacher)(images(56)))
+    loaded = build()
+    weights.load(loaded, str(exported / "timm" / "model.safetensors"))
+    torch.testing.assert_close(loaded(images(56)), model_of(teacher)(images(56)))
 
 
-def test_heads_come_back(exported: Path, teacher: nn.ModuleDict) -> None:
-    found = export.read_heads(str(exported / "heads.pth"), head_tensors(trained(3)))
-    assert_equal(found, head_tensors(teacher))
-    assert found["dino_head.last_layer.weight_g"].shape == (7, 1)
+def test_exported_heads_can_be_read_back(exported: Path, teacher: nn.ModuleDict) -> None:
+    read = export.read_heads(str(exported / "heads.pth"), head_tensors(trained(3)))
+    assert_equal(read, head_tensors(teacher))
+    assert read["dino_head.last_layer.weight_g"].shape == (7, 1)
     fresh = trained(3)
-    fresh.load_state_dict(fresh["backbone"].state_dict(prefix="backbone.") | found, strict=True)
+    fresh.load_state_dict(fresh["backbone"].state_dict(prefix="backbone.") | read, strict=True)
     tokens = torch.ones(2, 192)
     assert torch.equal(fresh["ibot_head"](tokens)[0], teacher["ibot_head"](tokens)[0])
 
 
-def test_a_run_that_distils_exports_its_average(teacher: nn.ModuleDict, tmp_path: Path) -> None:
+def test_a_distillation_run_exports_the_ema(teacher: nn.ModuleDict, tmp_path: Path) -> None:
     average = trained(4)
     path = save(tmp_path / "checkpoints", teacher=teacher, average=average)
     export.export_checkpoint(path, str(tmp_path / "out"), ["released"])
@@ -182,7 +182,7 @@ def test_heads_of_other_shapes_are_named(exported: Path) -> None:
         export.read_heads(str(exported / "heads.pth"), shared)
 
 
-def test_files_that_are_no_heads_are_named(tmp_path: Path) -> None:
+def test_files_without_heads_are_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="No heads at"):
         export.read_heads(str(tmp_path / "heads.pth"))
     (tmp_path / "heads.pth").write_bytes(b"PK not a zip")
@@ -190,7 +190,7 @@ def test_files_that_are_no_heads_are_named(tmp_path: Path) -> None:
         export.read_heads(str(tmp_path / "heads.pth"))
 
 
-def test_a_config_that_says_too_little_is_named(teacher: nn.ModuleDict, tmp_path: Path) -> None:
+def test_a_config_with_missing_keys_is_named(teacher: nn.ModuleDict, tmp_path: Path) -> None:
     config = {"model": {"backbone": without(BACKBONE, "patch_size")}}
     path = save(tmp_path, config=config, teacher=teacher)
     with pytest.raises(InputError, match=r"lacks model\.backbone\.patch_size"):
@@ -209,12 +209,12 @@ def test_a_checkpoint_without_a_teacher_is_named(tmp_path: Path) -> None:
         export.export_checkpoint(path, str(tmp_path / "out"))
 
 
-def test_a_checkpoint_is_found_by_its_run(teacher: nn.ModuleDict, tmp_path: Path) -> None:
+def test_a_checkpoint_is_found_in_the_folder_of_its_run(teacher: nn.ModuleDict, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No checkpoint at"):
         export.find_checkpoint(str(tmp_path))
     path = save(tmp_path / "checkpoints", teacher=teacher)
-    for place in (tmp_path, tmp_path / "checkpoints", path):
-        assert export.find_checkpoint(str(place)) == path
+    for folder in (tmp_path, tmp_path / "checkpoints", path):
+        assert export.find_checkpoint(str(folder)) == path
 
 
 def test_unknown_layouts_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The whole loop on small pictures: resuming, ranks, steps that are skipped, what breaks on the way, what comes out."""
+"""The whole loop on small pictures: resuming, ranks, skipped steps, errors during a run, and exports."""
 
 import json
 import os
@@ -45,21 +45,21 @@ def lines(output: Path | str) -> list[dict[str, float]]:
     return [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name in expected:
-        assert torch.equal(found[name], expected[name]), name
+        assert torch.equal(actual[name], expected[name]), name
 
 
 class Interrupted(BaseException):
-    """What stops a run from outside."""
+    """Stops a run from outside."""
 
 
 def stop_at(step: int) -> loop.Evaluate:
-    def evaluate(model: VisionTransformer, reached: int) -> dict[str, float]:
-        if reached == step:
+    def evaluate(model: VisionTransformer, steps_done: int) -> dict[str, float]:
+        if steps_done == step:
             raise Interrupted
-        return {"seen": float(reached)}
+        return {"seen": float(steps_done)}
 
     return evaluate
 
@@ -74,10 +74,10 @@ def test_stop_and_resume_equals_straight_through_bit_for_bit(images: str, tmp_pa
     train(config, str(tmp_path / "stopped"), stop_at(-1))
     assert_equal(state(tmp_path / "stopped", 4), state(tmp_path / "straight", 4))
 
-    told = {"images_per_second", "data_wait_share", "peak_memory_gb"}
+    measured = {"images_per_second", "data_wait_share", "peak_memory_gb"}
     straight, stopped = ([line.items() for line in lines(tmp_path / run)] for run in ("straight", "stopped"))
-    for one, other in zip(straight, stopped, strict=True):  # step 3 was told twice and is there once
-        assert {item for item in one if item[0] not in told} == {item for item in other if item[0] not in told}
+    for one, other in zip(straight, stopped, strict=True):  # step 3 ran twice and has one line
+        assert {item for item in one if item[0] not in measured} == {item for item in other if item[0] not in measured}
 
 
 def test_a_finished_run_does_no_work(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +89,7 @@ def test_a_finished_run_does_no_work(images: str, tmp_path: Path, capsys: pytest
     assert "done already" in capsys.readouterr().err
 
 
-def test_tensorboard_shows_what_the_metrics_say(images: str, tmp_path: Path) -> None:
+def test_tensorboard_has_the_values_of_the_metrics(images: str, tmp_path: Path) -> None:
     train(train_config(images, num_steps=2, peak_teraflops=0.1), str(tmp_path / "run"), stop_at(-1))
     board = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
@@ -105,17 +105,17 @@ def on_a_rank(config: str, output: str) -> None:
     train(TrainConfig.model_validate_json(config), output)
 
 
-# What differs between ranks by nature: each drops other paths, and KoLeo sees what a pass sees.
+# Settings under which the number of ranks has no effect: stochastic depth is drawn by rank, KoLeo sees one pass.
 ALIKE = {"model__backbone__drop_path": 0.0, "images_per_pass": 4}
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "ema"])
-def test_one_step_on_two_ranks_is_that_on_one(images: str, tmp_path: Path, ranks: Ranks, centering: str) -> None:
+def test_one_step_on_two_ranks_equals_one_rank(images: str, tmp_path: Path, ranks: Ranks, centering: str) -> None:
     config = train_config(images, num_steps=1, model__objective={"centering": centering}, **ALIKE)
     train(config, str(tmp_path / "one"))
     ranks(on_a_rank, config.model_dump_json(), str(tmp_path / "two"))
-    # An optimizer's first average is a tenth of the gradient, after clipping.
-    one, two = ({n: of for n, of in state(tmp_path / run, 1).items()} for run in ("one", "two"))
+    # After one step, the optimizer's first moment is a tenth of the clipped gradient.
+    one, two = (state(tmp_path / run, 1) for run in ("one", "two"))
     gradients = [name for name in one if name.endswith(".exp_avg")]
     assert len(gradients) > 40
     for name in gradients:
@@ -127,17 +127,17 @@ def test_one_step_on_two_ranks_is_that_on_one(images: str, tmp_path: Path, ranks
         assert second[name] == pytest.approx(first[name], rel=1e-5)
 
 
-def test_two_ranks_go_on_as_one(images: str, tmp_path: Path, ranks: Ranks) -> None:
+def test_a_run_of_two_ranks_resumes_on_one(images: str, tmp_path: Path, ranks: Ranks) -> None:
     config = train_config(images, schedule__base_learning_rate=1e-3, **ALIKE)
     ranks(on_a_rank, config.model_dump_json(), str(tmp_path / "two"))
     changed = tmp_path / "changed" / "checkpoints"
     changed.mkdir(parents=True)
     os.rename(tmp_path / "two" / "checkpoints" / "step-0000002", changed / "step-0000002")
     train(config, str(tmp_path / "changed"))
-    found, expected = state(tmp_path / "changed", 4), state(tmp_path / "two", 4)
+    actual, expected = state(tmp_path / "changed", 4), state(tmp_path / "two", 4)
     for name, tensor in expected.items():
         if name.startswith(("student.", "teacher.")):
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+            torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
 def prepared(config: TrainConfig, output: Path) -> loop.Trainer:
@@ -148,7 +148,7 @@ def prepared(config: TrainConfig, output: Path) -> loop.Trainer:
 def test_a_step_that_is_not_finite_changes_nothing(images: str, tmp_path: Path) -> None:
     trainer = prepared(train_config(images), tmp_path)
     loop.step(trainer, [random_batch(4, num_local=2), random_batch(4, seed=1, num_local=2)], 0)
-    before = {name: of.clone() for name, of in checkpoint._flat(loop._checkpoint_parts(trainer)).items()}
+    before = {name: tensor.clone() for name, tensor in checkpoint._flat(loop._checkpoint_parts(trainer)).items()}
     bad = random_batch(4, seed=2, num_local=2)
     bad.crops[1][3, 0, 5, 5] = float("nan")
     result = loop.step(trainer, [random_batch(4, seed=3, num_local=2), bad], 1)
@@ -158,21 +158,21 @@ def test_a_step_that_is_not_finite_changes_nothing(images: str, tmp_path: Path) 
     assert loop.step(trainer, [random_batch(4, seed=3, num_local=2)] * 2, 1).finite
 
 
-def test_too_many_steps_that_are_not_finite_end_the_run(images: str, tmp_path: Path) -> None:
+def test_too_many_skipped_steps_end_the_run(images: str, tmp_path: Path) -> None:
     config = train_config(images, num_steps=14, schedule__base_learning_rate=1e38)
     with pytest.raises(TrainingError, match=r"for 11 steps in a row.*[0-9a-f]{32}, [0-9a-f]{32}"):
         train(config, str(tmp_path / "run"))
-    found = lines(tmp_path / "run")
-    assert found[-1]["skipped_steps"] == 11
-    assert checkpoint.steps(str(tmp_path / "run" / "checkpoints"))[-1] == found[-1]["step"]
+    last = lines(tmp_path / "run")[-1]
+    assert last["skipped_steps"] == 11
+    assert checkpoint.steps(str(tmp_path / "run" / "checkpoints"))[-1] == last["step"]
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on(images: str, tmp_path: Path, sent: int, status: int) -> None:
+def test_a_signal_saves_and_the_run_resumes(images: str, tmp_path: Path, sent: int, status: int) -> None:
     config = train_config(images, num_steps=12, checkpoint__every=1000, data__workers=1)
     (tmp_path / "train.toml").write_text(resolved_toml(config))
     command = [sys.executable, "-m", "training.train", "--config", str(tmp_path / "train.toml"), "--output"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # or sums would be cut elsewhere
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # for sums over the same parts
     process = subprocess.Popen(
         [*command, str(tmp_path / "run")], start_new_session=True, stderr=subprocess.PIPE, env=environment
     )
@@ -180,7 +180,7 @@ def test_a_signal_saves_and_the_run_goes_on(images: str, tmp_path: Path, sent: i
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None, process.communicate()[1].decode()
         time.sleep(0.02)
-    os.killpg(process.pid, sent)  # as torchrun and a terminal do: the loader's processes get it too
+    os.killpg(process.pid, sent)  # as torchrun and terminals do: also to the loader's processes
     _, messages = process.communicate(timeout=60)
     assert process.returncode == status and b"Traceback" not in messages, messages.decode()
     (stopped,) = checkpoint.steps(str(tmp_path / "run" / "checkpoints"))
@@ -191,7 +191,7 @@ def test_a_signal_saves_and_the_run_goes_on(images: str, tmp_path: Path, sent: i
     assert_equal(state(tmp_path / "run", 12), state(tmp_path / "straight", 12))
 
 
-def test_a_shard_that_is_cut_off_ends_the_run_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_truncated_shard_ends_the_run_and_no_step_is_lost(tmp_path: Path) -> None:
     write_images(tmp_path / "images")
     tar = tmp_path / "images.tar"
     with tarfile.open(tar, "w") as archive:
@@ -200,15 +200,15 @@ def test_a_shard_that_is_cut_off_ends_the_run_and_loses_nothing(tmp_path: Path) 
     train(config, str(tmp_path / "straight"))
     whole = tar.read_bytes()
 
-    def cut_at_two(model: VisionTransformer, reached: int) -> dict[str, float]:
-        if reached == 2:
+    def truncate_at_two(model: VisionTransformer, steps_done: int) -> dict[str, float]:
+        if steps_done == 2:
             os.truncate(tar, len(whole) // 3)
         return {}
 
     with pytest.raises(InputError, match=r"The shard .*images\.tar is cut off"):
-        train(config, str(tmp_path / "run"), cut_at_two)
+        train(config, str(tmp_path / "run"), truncate_at_two)
     stopped = checkpoint.steps(str(tmp_path / "run" / "checkpoints"))[-1]
-    assert stopped == lines(tmp_path / "run")[-1]["step"] < 8  # not a step is lost
+    assert stopped == lines(tmp_path / "run")[-1]["step"] < 8  # no step is lost
     tar.write_bytes(whole)
     train(config, str(tmp_path / "run"))
     assert_equal(state(tmp_path / "run", 8), state(tmp_path / "straight", 8))
@@ -240,7 +240,7 @@ def test_an_output_of_another_config_is_refused(images: str, tmp_path: Path) -> 
     train(train_config(images, num_steps=2, log_every=7, checkpoint__keep=1), str(tmp_path / "run"))
 
 
-def test_what_cannot_work_is_refused_before_any_image(images: str, tmp_path: Path) -> None:
+def test_impossible_configs_are_refused_before_any_image(images: str, tmp_path: Path) -> None:
     def refused(match: str, **changes: Any) -> None:
         with pytest.raises(ConfigError, match=match):
             train(train_config(images, **changes), str(tmp_path / "run"))
@@ -259,7 +259,7 @@ def test_what_cannot_work_is_refused_before_any_image(images: str, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_exported_is_the_average(images: str, tmp_path: Path) -> None:
+def test_the_export_holds_the_ema(images: str, tmp_path: Path) -> None:
     train(train_config(images), str(tmp_path / "run"))
     vit = backbone.build("vit_tiny", depth=2, patch_size=8, image_size=32, seed=None)
     weights.load(vit, str(tmp_path / "run" / "export" / "step-0000004" / "teacher.pth"))
@@ -269,16 +269,13 @@ def test_what_is_exported_is_the_average(images: str, tmp_path: Path) -> None:
     assert not torch.equal(expected["teacher.backbone.norm.weight"], expected["student.backbone.norm.weight"])
 
 
+TEACHER = {"name": "vit_tiny", "depth": 2, "patch_size": 8, "image_size": 32}  # the backbone that `train_config` has
+
+
 def test_distillation_and_higher_resolution_start_from_an_export(images: str, tmp_path: Path) -> None:
     train(train_config(images, num_steps=2), str(tmp_path / "teacher"))
     export = tmp_path / "teacher" / "export" / "step-0000002"
-    teacher = {
-        "name": "vit_tiny",
-        "depth": 2,
-        "patch_size": 8,
-        "image_size": 32,
-        "weights": str(export / "teacher.pth"),
-    }
+    teacher = {**TEACHER, "weights": str(export / "teacher.pth")}
     student = {"name": "vit_tiny", "depth": 1, "patch_size": 8, "image_size": 32}
     distilled = train_config(
         images,
@@ -287,12 +284,12 @@ def test_distillation_and_higher_resolution_start_from_an_export(images: str, tm
         masks__crop_share=0.0,
     )
     train(distilled, str(tmp_path / "distilled"))
-    found = state(tmp_path / "distilled", 4)
-    assert {name.partition(".")[0] for name in found} == {"student", "average", "optimizer", "centers"}
+    distilled_state = state(tmp_path / "distilled", 4)
+    assert {name.partition(".")[0] for name in distilled_state} == {"student", "average", "optimizer", "centers"}
     vit = backbone.build("vit_tiny", depth=1, patch_size=8, image_size=32, seed=None)
     weights.load(vit, str(tmp_path / "distilled" / "export" / "step-0000004" / "teacher.pth"))
-    assert torch.equal(vit.cls_token, found["average.backbone.cls_token"])  # type: ignore[arg-type]
-    # All 16 patches of both global crops of 4 images are asked about.
+    assert torch.equal(vit.cls_token, distilled_state["average.backbone.cls_token"])  # type: ignore[arg-type]
+    # All 16 patches of both global crops of 4 images are in the loss.
     trainer = prepared(distilled, tmp_path / "again")
     (targets,) = teacher_targets(trainer.model, [random_batch(4, num_local=2)], 0.05, sum_over_ranks, max_over_ranks)
     assert len(targets.patch_indices) == 2 * 4 * 16 and targets.patch_weights.sum().item() == pytest.approx(8)
@@ -308,22 +305,16 @@ def test_distillation_and_higher_resolution_start_from_an_export(images: str, tm
     )
     train(high, str(tmp_path / "high"))
     assert state(tmp_path / "high", 2)["teacher.backbone.pos_embed"].shape == (1, 37, 192)
-    begun = prepared(high, tmp_path / "high-again").model.student.state_dict()
-    taught = state(tmp_path / "teacher", 2)
+    first_state = prepared(high, tmp_path / "high-again").model.student.state_dict()
+    teacher_state = state(tmp_path / "teacher", 2)
     for name in ("dino_head.last_layer.weight_v", "ibot_head.mlp.4.bias", "backbone.blocks.1.mlp.fc1.weight"):
-        assert torch.equal(begun[name], taught[f"teacher.{name}"])
+        assert torch.equal(first_state[name], teacher_state[f"teacher.{name}"])
 
 
-def test_teacher_and_student_must_have_as_many_prototypes(images: str, tmp_path: Path) -> None:
+def test_teacher_and_student_must_have_equally_many_prototypes(images: str, tmp_path: Path) -> None:
     train(train_config(images, num_steps=1), str(tmp_path / "teacher"))
     export = tmp_path / "teacher" / "export" / "step-0000001"
-    teacher = {
-        "name": "vit_tiny",
-        "depth": 2,
-        "patch_size": 8,
-        "image_size": 32,
-        "weights": str(export / "teacher.pth"),
-    }
+    teacher = {**TEACHER, "weights": str(export / "teacher.pth")}
     config = train_config(
         images,
         model__backbone__drop_path=0.0,
@@ -335,9 +326,9 @@ def test_teacher_and_student_must_have_as_many_prototypes(images: str, tmp_path:
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_changes_no_number(images: str, tmp_path: Path, recompute: str) -> None:
+def test_recomputing_activations_changes_no_result(images: str, tmp_path: Path, recompute: str) -> None:
     train(train_config(images, num_steps=2), str(tmp_path / "kept"))
     train(train_config(images, num_steps=2, recompute=recompute), str(tmp_path / "again"))
-    found = state(tmp_path / "again", 2)
+    recomputed = state(tmp_path / "again", 2)
     for name, tensor in state(tmp_path / "kept", 2).items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(recomputed[name], tensor, rtol=1e-5, atol=1e-6, msg=name)

@@ -1,4 +1,4 @@
-"""Masks: how many, of what shape, and the same ones however a step is cut."""
+"""Masks: their number, size and shape, and the same masks however a step is divided."""
 
 import itertools
 
@@ -22,31 +22,29 @@ def of_step(config: MaskConfig, grid: tuple[int, int], num_crops: int, *, seed: 
 @pytest.mark.parametrize(
     ("grid", "counts"),
     [
-        # 8 of 16 crops; upper ends of the bins .15, .2, ... .5, of 256 patches and of 196, rounded down by hand.
+        # 8 of 16 crops. Upper ends of the bins are .15, .2, ... .5, of 256 and of 196 patches, rounded down by hand.
         ((16, 16), [38, 51, 64, 76, 89, 102, 115, 128]),
         ((14, 14), [29, 39, 49, 58, 68, 78, 88, 98]),
     ],
 )
 @pytest.mark.parametrize("step", range(5))
-def test_exact_masks_the_upper_end_of_each_bin_to_the_patch(
-    grid: tuple[int, int], counts: list[int], step: int
-) -> None:
+def test_exact_masks_have_the_upper_end_of_each_bin(grid: tuple[int, int], counts: list[int], step: int) -> None:
     masks = of_step(MaskConfig(sampler="exact"), grid, 16, step=step)
     assert sorted(masks.sum(1)) == [0] * 8 + counts
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_published_targets_lie_in_the_bins_and_are_never_exceeded(grid: tuple[int, int]) -> None:
-    reached = []
+    all_shares = []
     for step in range(20):
         counts = np.sort(of_step(MaskConfig(sampler="published"), grid, 16, step=step).sum(1))
         assert (counts[:8] == 0).all() and (counts[8:] > 0).all()
         shares = counts[8:] / (grid[0] * grid[1])
-        reached.append(shares)
+        all_shares.append(shares)
         assert (shares <= np.arange(3, 11) / 20).all()
-    # The blocks miss the middles of the bins, .125 to .475, by little, from below.
-    assert np.mean(reached) == pytest.approx(0.3, abs=0.03)
-    assert np.mean(reached) < 0.3
+    # On average the blocks mask slightly less than the middles of the bins, .125 to .475.
+    assert np.mean(all_shares) == pytest.approx(0.3, abs=0.03)
+    assert np.mean(all_shares) < 0.3
 
 
 def test_ratios_spread_evenly_within_a_bin() -> None:
@@ -54,21 +52,21 @@ def test_ratios_spread_evenly_within_a_bin() -> None:
     counts = np.concatenate([of_step(config, (16, 16), 1, step=step).sum(1) for step in range(400)])
     quarters = np.histogram(counts / 256, bins=[0, 0.2, 0.3, 0.4, 0.5])[0]
     assert quarters.sum() == 400
-    assert (np.abs(quarters - 100) < 45).all()  # five standard deviations, and a block or so that found no place
+    assert (np.abs(quarters - 100) < 45).all()  # five standard deviations, and some blocks that could not be placed
 
 
-def test_which_crops_are_masked_is_dealt_anew_each_step() -> None:
+def test_masked_crops_are_drawn_anew_each_step() -> None:
     masked = np.array([of_step(MaskConfig(), (16, 16), 8, step=step).any(1) for step in range(200)])
     assert (masked.sum(1) == 4).all()
     assert (np.abs(masked.mean(0) - 0.5) < 0.18).all()  # five standard deviations
-    both = (masked[:, :4].astype(int) + masked[:, 4:]).ravel()  # of an image: crop 0 and crop 1
-    assert set(both) == {0, 1, 2}
+    masked_crops_of_image = (masked[:, :4].astype(int) + masked[:, 4:]).ravel()
+    assert set(masked_crops_of_image) == {0, 1, 2}
 
 
 def plain_blocks(
     grid: tuple[int, int], largest: int, target: int, random: np.random.Generator
 ) -> tuple[np.ndarray, list[int]]:
-    """BEiT's algorithm on an array (h, w), one draw at a time; and how many patches each block added."""
+    """BEiT's algorithm on an array (h, w), one draw at a time. Gives the mask and the patches that each block added."""
     mask, sizes = np.zeros(grid, bool), []
     while mask.sum() < target:
         limit = min(target - int(mask.sum()), largest)
@@ -80,10 +78,10 @@ def plain_blocks(
             if height >= grid[0] or width >= grid[1]:
                 continue
             top, left = int(down * (grid[0] - height + 1)), int(right * (grid[1] - width + 1))
-            place = np.s_[top : top + height, left : left + width]
-            if 0 < (~mask[place]).sum() <= limit:
-                sizes.append(int((~mask[place]).sum()))
-                mask[place] = True
+            block = np.s_[top : top + height, left : left + width]
+            if 0 < (~mask[block]).sum() <= limit:
+                sizes.append(int((~mask[block]).sum()))
+                mask[block] = True
                 break
         else:
             break
@@ -91,21 +89,21 @@ def plain_blocks(
 
 
 @pytest.mark.parametrize(
-    # The greatest blocks: 0.5 * 224 // 14 * 224 // 14 and so for patches of 16; half of 9 rows is 4 of 20; 18 of 37.
+    # The largest blocks: 0.5 * 224 // 14 * 224 // 14, the same for patches of 16; half of 9 rows is 4 of 20; 18 of 37.
     ("grid", "largest"),
     [((16, 16), 128), ((14, 14), 98), ((9, 20), 80), ((37, 37), 666)],
 )
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
-def test_blocks_are_those_of_the_plain_algorithm(grid: tuple[int, int], largest: int, ratio: float) -> None:
+def test_blocks_agree_with_the_plain_algorithm(grid: tuple[int, int], largest: int, ratio: float) -> None:
     config = MaskConfig(sampler="published", crop_share=1.0, ratio=(ratio, ratio))
     sizes: list[int] = []
     for step in range(30):
         random = np.random.default_rng([5, MASKS_PURPOSE, step, 1])
-        random.random()  # the ratio's
-        mask, found = plain_blocks(grid, largest, int(grid[0] * grid[1] * ratio), random)
+        random.random()  # the draw of the ratio
+        mask, block_sizes = plain_blocks(grid, largest, int(grid[0] * grid[1] * ratio), random)
         assert (of_step(config, grid, 1, seed=5, step=step)[0] == mask.ravel()).all()
-        sizes += found
-    assert max(sizes) > 0.6 * min(largest, ratio * grid[0] * grid[1])  # the bound was nearly met
+        sizes += block_sizes
+    assert max(sizes) > 0.6 * min(largest, ratio * grid[0] * grid[1])  # the bound was nearly reached
 
 
 def test_exact_completes_the_blocks_with_single_patches() -> None:
@@ -114,14 +112,14 @@ def test_exact_completes_the_blocks_with_single_patches() -> None:
     for step in range(30):
         mask, _ = plain_blocks((16, 16), 128, 243, np.random.default_rng([5, MASKS_PURPOSE, step, 1]))
         drawn = of_step(config, (16, 16), 1, seed=5, step=step)[0]
-        assert (drawn | ~mask.ravel()).all()  # holds every block
+        assert (drawn | ~mask.ravel()).all()  # contains every block
         assert drawn.sum() == 243
         added.append(243 - mask.sum())
     assert max(added) > 0
 
 
 @pytest.mark.parametrize("sampler", ["exact", "published"])
-def test_masks_do_not_depend_on_how_a_step_is_cut(sampler: str) -> None:
+def test_masks_do_not_depend_on_how_a_step_is_divided(sampler: str) -> None:
     config = MaskConfig.model_validate({"sampler": sampler})
     whole = of_step(config, (9, 20), 24, seed=3, step=7)
     for size in (1, 5, 8):
@@ -133,7 +131,7 @@ def test_masks_do_not_depend_on_how_a_step_is_cut(sampler: str) -> None:
         assert (torch.cat(parts).numpy() == whole).all()
 
 
-def test_same_seed_and_step_same_masks_and_another_of_either_others() -> None:
+def test_masks_depend_on_seed_and_step() -> None:
     config = MaskConfig()
     keys = list(itertools.product((0, 1, 2**40), (0, 1, 2)))
     masks = [of_step(config, (16, 16), 8, seed=seed, step=step).tobytes() for seed, step in keys]
@@ -148,14 +146,14 @@ def test_extremes(sampler: str) -> None:
 
     assert not made((16, 16), 6, crop_share=0.0).any()
     assert not made((16, 16), 6, ratio=(0.0, 0.0)).any()
-    assert made((16, 16), 1).sum() == 0  # half a crop is none
+    assert made((16, 16), 1).sum() == 0  # half a crop is rounded down to none
     assert made((16, 16), 0).shape == (0, 256)
     everything = made((16, 16), 2, crop_share=1.0, ratio=(1.0, 1.0))
     assert everything.all() if sampler == "exact" else everything.mean() > 0.8
     assert made((1, 8), 2, crop_share=1.0, ratio=(0.5, 0.5)).sum() == (8 if sampler == "exact" else 0)  # no block fits
 
 
-def test_shares_that_are_whole_but_for_rounding() -> None:
+def test_shares_just_below_a_whole_number_are_rounded_up() -> None:
     config = MaskConfig(crop_share=0.29, ratio=(0.29, 0.29))
     assert of_step(config, (10, 10), 100).sum() == 29 * 29  # 0.29 * 100 is 28.999999999999996 in floating point
 
@@ -172,7 +170,7 @@ def test_weights_sum_to_one_in_each_masked_crop() -> None:
     torch.testing.assert_close(placed.sum(1), drawn.any(1).float())
 
 
-def test_a_range_that_descends_is_refused() -> None:
+def test_a_descending_range_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"ratio is \[0.5, 0.1\]"):
         parse(MaskConfig, {"ratio": [0.5, 0.1]}, origin="masks")
     assert parse(MaskConfig, {"ratio": [0.1, 0.1]}, origin="masks").ratio == (0.1, 0.1)

@@ -1,4 +1,4 @@
-"""Student and teacher: start losses, gradients however the batch is cut, stochastic depth, averages, distillation."""
+"""Student and teacher: first losses, gradients however the batch is divided, stochastic depth, EMA, distillation."""
 
 import math
 from pathlib import Path
@@ -16,14 +16,14 @@ from training.data import Batch
 from training.model import BackboneConfig, build_model, student_loss, teacher_targets
 
 
-def alone(tensor: Tensor) -> Tensor:
+def one_rank(tensor: Tensor) -> Tensor:
     return tensor
 
 
 def run(trained: model.StudentTeacher, passes: list[Batch]) -> dict[str, float]:
-    """The losses of one step without stochastic depth; the gradients are then in the student."""
+    """The losses of one step without stochastic depth. Leaves the gradients in the student."""
     totals: dict[str, float] = {}
-    targets = teacher_targets(trained, passes, 0.04, alone, alone)
+    targets = teacher_targets(trained, passes, 0.04, one_rank, one_rank)
     for batch, pass_targets in zip(passes, targets, strict=True):
         loss, terms = student_loss(trained, batch, pass_targets, None)
         (loss / len(passes)).backward()
@@ -33,29 +33,30 @@ def run(trained: model.StudentTeacher, passes: list[Batch]) -> dict[str, float]:
 
 
 def gradients(trained: model.StudentTeacher) -> dict[str, Tensor]:
-    return {name: of.grad for name, of in trained.student.named_parameters() if of.grad is not None}
+    parameters = trained.student.named_parameters()
+    return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
 
-# Scores of unit vectors in d dimensions are spread by 1/sqrt(d), so the student's (temperature 0.1) have a standard
-# deviation s and the teacher's (0.04) t. Against Sinkhorn-Knopp's even targets the cross-entropy of K normal scores is
-# ln K + s^2/2. Without a center yet, the teacher prefers what the student, still its equal, prefers: s t less.
+# Scores of unit vectors in d dimensions have a standard deviation of 1/sqrt(d). Divided by the temperatures, it is s
+# for the student (0.1) and t for the teacher (0.04). Sinkhorn-Knopp's first targets are uniform, so the cross-entropy of
+# K normal scores is ln K + s^2/2. With a center of 0, the equal teacher prefers the student's prototypes: s t less.
 S, T = 1 / math.sqrt(256) / 0.1, 1 / math.sqrt(256) / 0.04
 
 
 @pytest.mark.parametrize(("centering", "beyond"), [("sinkhorn_knopp", S * S / 2), ("ema", S * S / 2 - S * T)])
-def test_start_losses_are_those_of_the_recipe(centering: str, beyond: float) -> None:
+def test_first_losses_agree_with_theory(centering: str, beyond: float) -> None:
     head = {"num_prototypes": 65_536, "bottleneck_dim": 256, "hidden_dim": 64}
     backbone = {"name": "vit_tiny", "depth": 2, "patch_size": 8, "image_size": 32}
     config = model_config(backbone=backbone, dino_head=head, ibot_head=None, objective={"centering": centering})
-    found = run(build_model(config, seed=0), [random_batch(4, num_local=8)])
+    terms = run(build_model(config, seed=0), [random_batch(4, num_local=8)])
     # ln K = 11.09, over 16 and 2 of 18 pairs; half of the global crops are masked.
     nats = math.log(65_536) + beyond
-    assert found["dino_local"] == pytest.approx(nats * 16 / 18, rel=0.01)
-    assert found["dino_global"] == pytest.approx(nats * 2 / 18, rel=0.01)
-    # A masked patch is nothing like what the teacher sees there.
-    assert found["ibot"] == pytest.approx((math.log(65_536) + S * S / 2) / 2, rel=0.01)
-    assert found["loss"] == pytest.approx(
-        found["dino_local"] + found["dino_global"] + found["ibot"] + 0.1 * found["koleo"], rel=1e-5
+    assert terms["dino_local"] == pytest.approx(nats * 16 / 18, rel=0.01)
+    assert terms["dino_global"] == pytest.approx(nats * 2 / 18, rel=0.01)
+    # The student's output for a masked patch does not resemble the teacher's for the visible one.
+    assert terms["ibot"] == pytest.approx((math.log(65_536) + S * S / 2) / 2, rel=0.01)
+    assert terms["loss"] == pytest.approx(
+        terms["dino_local"] + terms["dino_global"] + terms["ibot"] + 0.1 * terms["koleo"], rel=1e-5
     )
 
 
@@ -65,21 +66,23 @@ def test_there_are_18_pairs_of_crops() -> None:
     torch.testing.assert_close(pairs[pairs > 0], torch.full((18,), 1 / 18))
 
 
-def test_the_loss_is_that_of_whole_matrices_pair_by_pair() -> None:
+def test_the_loss_agrees_with_whole_matrices_pair_by_pair() -> None:
     trained, batch = build_model(model_config(), seed=0), random_batch(4)
-    found = run(trained, [batch])
+    actual = run(trained, [batch])
     with torch.no_grad():
-        taught = trained.teacher([batch.crops[0]], None, batch.masked_indices)
-        said = trained.student(list(batch.crops), batch.masks, batch.masked_indices)
-    targets = losses.sinkhorn_knopp(taught.image_features @ taught.image_prototypes.T, 0.04).unflatten(0, (2, 4))
-    scores = (said.image_features @ said.image_prototypes.T).unflatten(0, (-1, 4))
+        teacher = trained.teacher([batch.crops[0]], None, batch.masked_indices)
+        student = trained.student(list(batch.crops), batch.masks, batch.masked_indices)
+    targets = losses.sinkhorn_knopp(teacher.image_features @ teacher.image_prototypes.T, 0.04).unflatten(0, (2, 4))
+    scores = (student.image_features @ student.image_prototypes.T).unflatten(0, (-1, 4))
     terms = [losses.dino_loss(scores[a], targets[b]) for a in range(len(scores)) for b in range(2) if a != b]
-    assert found["dino_global"] + found["dino_local"] == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)
-    patch_targets = losses.sinkhorn_knopp(taught.patch_features @ taught.patch_prototypes.T, 0.04)
-    patches = losses.ibot_loss(said.patch_features @ said.patch_prototypes.T, patch_targets, batch.masked_weights, 8)
-    assert found["ibot"] == pytest.approx(patches.item(), rel=1e-4)
-    koleo = losses.koleo_loss(said.cls_tokens[0][:4]) + losses.koleo_loss(said.cls_tokens[0][4:])
-    assert found["koleo"] == pytest.approx(koleo.item(), rel=1e-4)
+    assert actual["dino_global"] + actual["dino_local"] == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)
+    patch_targets = losses.sinkhorn_knopp(teacher.patch_features @ teacher.patch_prototypes.T, 0.04)
+    patches = losses.ibot_loss(
+        student.patch_features @ student.patch_prototypes.T, patch_targets, batch.masked_weights, 8
+    )
+    assert actual["ibot"] == pytest.approx(patches.item(), rel=1e-4)
+    koleo = losses.koleo_loss(student.cls_tokens[0][:4]) + losses.koleo_loss(student.cls_tokens[0][4:])
+    assert actual["koleo"] == pytest.approx(koleo.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -88,10 +91,10 @@ def test_passes_add_up_to_the_whole_batch(centering: str, shared: bool) -> None:
     objective = {"centering": centering, "koleo_images": 2, "rows_per_chunk": 3}
     config = model_config(objective=objective, **({"ibot_head": None} if shared else {}))
     batch = random_batch(8)
-    whole, cut = build_model(config, seed=0), build_model(config, seed=0)
-    assert run(cut, split(batch, 4)) == pytest.approx(run(whole, [batch]), rel=1e-5)
+    whole, divided = build_model(config, seed=0), build_model(config, seed=0)
+    assert run(divided, split(batch, 4)) == pytest.approx(run(whole, [batch]), rel=1e-5)
     expected = gradients(whole)
-    for name, gradient in gradients(cut).items():
+    for name, gradient in gradients(divided).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -101,12 +104,12 @@ def test_dino_alone_and_ibot_alone() -> None:
     assert run(dino, [batch]).keys() == {"loss", "dino_global", "dino_local"}
     ibot = build_model(model_config(objective={"dino_weight": 0, "koleo_weight": 0}), seed=0)
     assert run(ibot, [batch]).keys() == {"loss", "ibot"}
-    assert not any(of.any() for name, of in gradients(ibot).items() if name.startswith("dino_head"))
+    assert not any(value.any() for name, value in gradients(ibot).items() if name.startswith("dino_head"))
     with pytest.raises(ValueError, match="at least one must be above 0"):
         model_config(objective={"dino_weight": 0, "ibot_weight": 0})
 
 
-def test_the_average_after_steps() -> None:
+def test_the_ema_after_three_steps() -> None:
     trained = build_model(model_config(), seed=0)
     start = [parameter.clone() for parameter in trained.average.parameters()]
     student = list(trained.student.parameters())
@@ -115,27 +118,27 @@ def test_the_average_after_steps() -> None:
             for parameter in student:
                 parameter.add_(1.0)
         model.update_ema(trained.average, trained.student, 0.9)
-    # The student was start + 1, + 2, + 3, which count 0.1 * 0.81, 0.1 * 0.9 and 0.1.
+    # The student was start + 1, + 2, + 3, with weights of 0.1 * 0.81, 0.1 * 0.9 and 0.1.
     for parameter, before in zip(trained.average.parameters(), start, strict=True):
         torch.testing.assert_close(parameter, before + 0.081 + 0.18 + 0.3)
         assert not parameter.requires_grad
 
 
-def test_the_teacher_has_no_part_in_the_gradients() -> None:
+def test_the_teacher_gets_no_gradients() -> None:
     trained = build_model(model_config(), seed=0)
     run(trained, [random_batch(4)])
     assert all(parameter.grad is None for parameter in trained.teacher.parameters())
     assert gradients(trained).keys() == dict(trained.student.named_parameters()).keys()
 
 
-def test_stochastic_depth_computes_as_many_as_it_says() -> None:
+def test_stochastic_depth_keeps_the_stated_number_of_crops() -> None:
     config = BackboneConfig(name="vit_tiny", patch_size=8, image_size=32, drop_path=0.4)
     kept = model.draw_kept(config, 3, (20, 7), torch.Generator().manual_seed(0), torch.device("cpu"))
     assert kept is not None and len(kept) == 3
     for branches in kept:
-        for of_groups in branches:
-            assert [len(rows) for rows in of_groups] == [12, 4]  # int(20 * 0.6), int(7 * 0.6)
-            assert all(len(set(rows.tolist())) == len(rows) for rows in of_groups)
+        for groups in branches:
+            assert [len(rows) for rows in groups] == [12, 4]  # int(20 * 0.6), int(7 * 0.6)
+            assert all(len(set(rows.tolist())) == len(rows) for rows in groups)
     again = model.draw_kept(config, 3, (20, 7), torch.Generator().manual_seed(0), torch.device("cpu"))
     assert again is not None and torch.equal(again[2][1][0], kept[2][1][0])
     one = model.draw_kept(config, 1, (1,), torch.Generator().manual_seed(0), torch.device("cpu"))
@@ -144,7 +147,7 @@ def test_stochastic_depth_computes_as_many_as_it_says() -> None:
     assert model.draw_kept(none, 3, (20, 7), torch.Generator(), torch.device("cpu")) is None
 
 
-def test_stochastic_depth_saves_the_work_of_what_it_drops() -> None:
+def test_stochastic_depth_saves_the_operations_of_dropped_crops() -> None:
     student = build_model(model_config(), seed=0).student.backbone
     crops = [torch.randn(20, 3, 32, 32)]
 
@@ -159,11 +162,11 @@ def test_stochastic_depth_saves_the_work_of_what_it_drops() -> None:
     assert (flops(0.4) - embedding) / (whole - embedding) == pytest.approx(0.6, abs=0.001)
 
 
-def test_stochastic_depth_is_right_on_average() -> None:
+def test_stochastic_depth_has_the_right_mean() -> None:
     student = build_model(model_config(), seed=0).student.backbone
     with torch.no_grad():
         for block in student.blocks:
-            block.ls1.gamma.fill_(1)  # at 1e-5 the branches would not be seen
+            block.ls1.gamma.fill_(1)  # at 1e-5 the branches would have no visible effect
         config = BackboneConfig(name="vit_tiny", patch_size=8, image_size=32, drop_path=0.5)
         x = torch.randn(4, 5, 192)
         generator = torch.Generator().manual_seed(0)
@@ -177,19 +180,19 @@ def test_stochastic_depth_is_right_on_average() -> None:
 
 
 @pytest.mark.parametrize(("name", "patch_size", "side"), [("vit_tiny", 16, 224), ("vit_giant", 14, 98)])
-def test_counted_flops(name: str, patch_size: int, side: int) -> None:
+def test_forward_flops_agree_with_torchs_counter(name: str, patch_size: int, side: int) -> None:
     config = BackboneConfig(name=name, patch_size=patch_size, image_size=side, depth=2)  # type: ignore[arg-type]
     vit = model.build_backbone(config, seed=0)
-    # The counter does not know the CPU's fused attention.
+    # The counter does not count the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         vit(torch.randn(1, 3, side, side))
     assert model.forward_flops(config, side) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_stated_memory_is_near_what_the_networks_take() -> None:
+def test_model_memory_is_near_the_networks_size() -> None:
     config = model_config(backbone={"name": "vit_tiny", "patch_size": 16, "image_size": 224}, ibot_head=None)
     trained = build_model(config, seed=0)
-    weights_alone = sum(of.numel() * 4 for of in trained.student.parameters())
+    weights_alone = sum(parameter.numel() * 4 for parameter in trained.student.parameters())
     needed = model.model_memory(config, num_ranks=1)
     assert needed["backbone"] + needed["heads"] == pytest.approx(5 * weights_alone, rel=0.1)
     assert model.model_memory(config, num_ranks=4)["heads"] == needed["heads"] // 4
@@ -203,7 +206,7 @@ def test_starting_from_a_checkpoint_resizes_its_positions(tmp_path: Path) -> Non
     large = model.build_backbone(BackboneConfig.model_validate(config), seed=0)
     assert large.pos_embed.shape == (1, 1 + 36, 192)
     images = torch.randn(2, 3, 48, 48)
-    torch.testing.assert_close(large(images), vit(images))  # as if interpolated on the way
+    torch.testing.assert_close(large(images), vit(images))  # the small model interpolates its positions itself
     assert torch.equal(large.blocks[1].attn.qkv.weight, vit.blocks[1].attn.qkv.weight)
 
 

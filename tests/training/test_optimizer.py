@@ -1,4 +1,4 @@
-"""Groups, schedules and clipping, against values worked out by hand and against the published arrays."""
+"""Parameter groups, schedules and clipping, against values computed by hand and the published arrays."""
 
 import math
 import os
@@ -82,7 +82,7 @@ def test_learning_rate_of_the_long_recipe(step: int, expected: float) -> None:
     assert long(step).learning_rate == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_prototypes_thaw_after_1250_steps() -> None:
+def test_the_prototypes_are_frozen_for_1250_steps() -> None:
     assert short(1).last_layer_learning_rate == short(1249).last_layer_learning_rate == 0.0
     assert short(1250).last_layer_learning_rate == short(1250).learning_rate > short(1249).learning_rate > 0.0
 
@@ -114,14 +114,14 @@ def test_teacher_temperature_of_both_recipes() -> None:
 
 
 def published(start: float, final: float, total: int, warmup: int, warmup_from: float) -> np.ndarray:
-    """The array that DINOv2 keeps of a schedule."""
+    """The array that DINOv2 precomputes for a schedule."""
     warm = np.linspace(warmup_from, start, warmup)
-    places = np.arange(total - warmup)
-    return np.concatenate([warm, final + 0.5 * (start - final) * (1 + np.cos(np.pi * places / len(places)))])
+    steps = np.arange(total - warmup)
+    return np.concatenate([warm, final + 0.5 * (start - final) * (1 + np.cos(np.pi * steps / len(steps)))])
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(50, 10), (50, 0), (50, 1), (50, 2), (50, 50), (1, 0), (1, 1)])
-def test_every_step_is_that_of_the_published_arrays(total: int, warmup: int) -> None:
+def test_every_step_agrees_with_the_published_arrays(total: int, warmup: int) -> None:
     config = ScheduleConfig(learning_rate_warmup_steps=warmup, teacher_temperature_warmup_steps=30)
     values = [step_values(config, step=step, total_steps=total, batch_size=1024) for step in range(total)]
     expected = {
@@ -139,7 +139,7 @@ def test_settings_out_of_range_are_refused() -> None:
         parse(OptimizerConfig, {"layer_decay": 1.1, "clip_norm": 0.0, "betas": [0.9, 1.0]}, origin="optimizer")
 
 
-HEAD = {  # of a ViT that is D wide: hidden 2,048, bottleneck 256, 65,536 prototypes
+HEAD = {  # for a ViT of width D (None): hidden 2,048, bottleneck 256, 65,536 prototypes
     "mlp.0.weight": (2048, None),
     "mlp.0.bias": (2048,),
     "mlp.2.weight": (2048, 2048),
@@ -152,7 +152,7 @@ HEAD = {  # of a ViT that is D wide: hidden 2,048, bottleneck 256, 65,536 protot
 
 
 def student(name: backbone.Name, *heads: str, **options: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of a student, of which none is ever touched."""
+    """Names and parameters of a student; their memory is never used."""
     model = backbone.build(name, patch_size=14, image_size=224, seed=None, **options)
     for key, parameter in model.named_parameters():
         yield f"backbone.{key}", parameter
@@ -165,14 +165,14 @@ def student(name: backbone.Name, *heads: str, **options: int) -> Iterator[tuple[
 def counts(groups: list[ParameterGroup]) -> dict[tuple[float, float, bool], int]:
     """Parameters by (multiplier of the learning rate, of weight decay, last layer)."""
     keys = ("learning_rate_multiplier", "weight_decay_multiplier", "is_last_layer")
-    found = {tuple(group[key] for key in keys): sum(map(torch.numel, group["params"])) for group in groups}
-    assert len(found) == len(groups)
-    return found
+    sizes = {tuple(group[key] for key in keys): sum(map(torch.numel, group["params"])) for group in groups}
+    assert len(sizes) == len(groups)
+    return sizes
 
 
 @pytest.mark.parametrize(
     ("name", "width", "depth", "total"),
-    # The totals are those of the released models, but for the positions: 16 x 16 instead of 37 x 37 of them.
+    # The totals are those of the released models, except for the positions: 16 x 16 instead of 37 x 37.
     [
         ("vit_small", 384, 12, 22_056_576 - 1113 * 384),
         ("vit_base", 768, 12, 86_580_480 - 1113 * 768),
@@ -180,7 +180,9 @@ def counts(groups: list[ParameterGroup]) -> dict[tuple[float, float, bool], int]
     ],
 )
 @pytest.mark.parametrize("num_heads", [1, 2])
-def test_counts_of_each_group(name: backbone.Name, width: int, depth: int, total: int, num_heads: int) -> None:
+def test_number_of_parameters_in_each_group(
+    name: backbone.Name, width: int, depth: int, total: int, num_heads: int
+) -> None:
     heads = ["dino_head", "ibot_head"][:num_heads]
     groups = parameter_groups(student(name, *heads, num_register_tokens=4), layer_decay=0.9, patch_embed_multiplier=0.2)
     expected: dict[tuple[float, float, bool], int] = defaultdict(int)
@@ -199,7 +201,7 @@ def test_counts_of_each_group(name: backbone.Name, width: int, depth: int, total
     expected[1.0, 1.0, True] = num_heads * (65_536 + 65_536 * 256)
     assert counts(groups) == pytest.approx(dict(expected))
     in_heads = num_heads * sum(math.prod(size or width for size in shape) for shape in HEAD.values())
-    assert sum(expected.values()) == total + 4 * width + in_heads  # the released ones have no registers
+    assert sum(expected.values()) == total + 4 * width + in_heads  # the released models have no registers
 
 
 def test_without_layer_decay_there_are_five_groups() -> None:
@@ -222,7 +224,7 @@ def test_every_parameter_is_in_one_group_and_frozen_ones_in_none() -> None:
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(parameter) for name, parameter in named if name not in frozen}
-    # The depth counts frozen blocks as well: block 0 of 2 is two below the top, the embeddings three.
+    # Frozen blocks count in the depth: block 0 of 2 is two layers below the top, the embeddings three.
     assert {group["learning_rate_multiplier"] for group in groups} == {0.125, 0.25, 1.0}
 
 
@@ -242,12 +244,12 @@ def test_a_gated_backbone_without_registers_is_grouped_as_well() -> None:
 @pytest.mark.parametrize(
     "name", ["backbone._orig_mod.norm.weight", "module.backbone.norm.weight", "backbone.head.weight"]
 )
-def test_a_name_without_a_rule_is_not_passed_over(name: str) -> None:
+def test_a_parameter_name_without_a_rule_is_an_error(name: str) -> None:
     with pytest.raises(AssertionError, match="no rule for the parameter"):
         parameter_groups([(name, nn.Parameter(torch.zeros(1)))], layer_decay=0.9, patch_embed_multiplier=0.2)
 
 
-def test_a_step_moves_each_group_as_its_schedule_says() -> None:
+def test_a_step_moves_each_group_by_its_scheduled_rate() -> None:
     named = [
         (name, nn.Parameter(torch.ones(shape)))
         for name, shape in (
@@ -264,7 +266,7 @@ def test_a_step_moves_each_group_as_its_schedule_says() -> None:
     for _, parameter in named:
         parameter.grad = torch.full_like(parameter, 7.0)
     optimizer.step()
-    # The first step of Adam moves by the learning rate; before it, decay takes learning rate x decay of the weight.
+    # Adam's first step moves a weight by the learning rate. Before, decay subtracts learning rate x decay x weight.
     rates = [0.1 * 0.25 * 0.2, 0.1 * 0.5, 0.1 * 0.5, 0.1, 0.0]
     decays = [0.3, 0.3, 0.0, 0.3, 0.3]
     for (_, parameter), rate, decay in zip(named, rates, decays, strict=True):
@@ -297,14 +299,14 @@ def test_each_submodule_is_clipped_by_its_own_norm() -> None:
     ]
 
 
-def test_a_norm_that_is_not_finite_is_told() -> None:
+def test_a_norm_that_is_not_finite_is_returned() -> None:
     parameters = with_gradients([1.0], [math.inf])
     norms = clip_gradients({"backbone": parameters, "dino_head": with_gradients([2.0])}, 3.0)
     assert norms["backbone"].isinf() and norms["dino_head"] == 2.0
 
 
 def sharded_and_plain(rank: int, meeting: str) -> None:
-    """On two ranks, clip and step a sharded network as the same network on its own."""
+    """On two ranks, clip and step a sharded network and an equal plain network."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -315,7 +317,7 @@ def sharded_and_plain(rank: int, meeting: str) -> None:
         for parameter in network.parameters():
             nn.init.trunc_normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
     fully_shard(networks[0], mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
-    found = []
+    results = []
     for network in networks:
         names = [("dino_head.mlp.0." + name, parameter) for name, parameter in network.named_parameters()]
         optimizer = make_optimizer(OptimizerConfig(), parameter_groups(names, layer_decay=1, patch_embed_multiplier=1))
@@ -327,9 +329,9 @@ def sharded_and_plain(rank: int, meeting: str) -> None:
         values = [
             parameter.full_tensor() if network is networks[0] else parameter for parameter in network.parameters()
         ]
-        found.append([norm, *(value.detach() for value in values)])
-    assert found[1][0] > 3.0
-    torch.testing.assert_close(found[0], found[1])
+        results.append([norm, *(value.detach() for value in values)])
+    assert results[1][0] > 3.0
+    torch.testing.assert_close(results[0], results[1])
     dist.destroy_process_group()
 
 

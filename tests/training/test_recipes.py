@@ -1,4 +1,4 @@
-"""The configs that come with it: each loads, and the published ones have the published numbers."""
+"""The shipped configs: each loads, and those of published recipes have the published numbers."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def read(name: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_config_loads_and_says_every_number(path: Path) -> None:
+def test_every_config_loads_and_sets_every_number(path: Path) -> None:
     config = load(TrainConfig, str(path))
     assert len(list(derived(config))) == 5
     for section in (config.optimizer, config.schedule, config.masks, config.augment):
@@ -69,7 +69,7 @@ def test_published_numbers(
 def test_parameters_of_the_heads() -> None:
     def count(name: str, head: str) -> int:
         with torch.device("meta"):
-            return sum(of.numel() for of in ProjectionHead(1024, getattr(read(name).model, head)).parameters())
+            return sum(weight.numel() for weight in ProjectionHead(1024, getattr(read(name).model, head)).parameters())
 
     # By hand: D * 2048 + 2048, 2048 * 2048 + 2048, 2048 * d + d, and K * d + K.
     assert count("vitl14_long", "dino_head") == 2_099_200 + 4_196_352 + 786_816 + 50_331_648 + 131_072
@@ -85,7 +85,7 @@ def test_masked_patches_of_a_step() -> None:
     assert counts.max() <= 98 and counts.sum() == pytest.approx(64 * 0.3 * 196, rel=0.03)
 
 
-def test_operations_of_a_step() -> None:
+def test_step_flops_agree_with_the_cited_figure() -> None:
     config = read("vitl16_short")
     # Student forward and backward over 70% of 2 global and 8 local crops, teacher forward over 2 global ones.
     whole, small = (forward_flops(config.model.backbone, side) for side in (224, 96))

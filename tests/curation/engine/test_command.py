@@ -1,4 +1,4 @@
-"""Commands: exit statuses, what is printed where, and signals that leave nothing half-written."""
+"""Commands: exit statuses, standard output and error, and no partial files after a signal."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from curation.engine import command
 from curation.files import paths
 
 def run(kind: str, k: Annotated[int, typer.Option("--k", min=1)] = 4) -> None:
-    '''Does what it is told.'''
+    '''One outcome for each kind.'''
     match kind:
         case "well":
             print("k is", k)
@@ -47,25 +47,25 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
 
 
-def test_done_is_0() -> None:
+def test_success_exits_with_0() -> None:
     done = run("well", "--k", "7")
     assert (done.returncode, done.stdout, done.stderr) == (0, "k is 7\n", "")
 
 
-def test_user_error_is_2_with_its_message_alone() -> None:
+def test_user_error_exits_with_2_and_only_its_message() -> None:
     done = run("user error")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: a.tar: not a tar\nsecond line\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["well", "--k", "0"], ["well", "--k", "x"], ["well", "--no-such-option"]])
-def test_wrong_option_is_2_without_a_traceback(arguments: list[str]) -> None:
+def test_wrong_option_exits_with_2_without_a_traceback(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert "Usage:" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_failed_shard_is_1_with_its_cause_and_its_name() -> None:
+def test_failed_shard_exits_with_1_and_names_cause_and_shard() -> None:
     done = run("shard")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "1 / 0" not in done.stdout
@@ -73,19 +73,19 @@ def test_failed_shard_is_1_with_its_cause_and_its_name() -> None:
     assert done.stderr.endswith("\nerror: ingest, shard 00003: ZeroDivisionError\n")
 
 
-def test_bug_is_1_with_a_traceback() -> None:
+def test_bug_exits_with_1_and_a_traceback() -> None:
     done = run("bug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and done.stderr.endswith("KeyError: 'missing'\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_leaves_no_partial_file(tmp_path: Path, number: signal.Signals) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "out.bin")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A shell starts what runs in its background with SIGINT ignored, and these tests may be run there.
+        # A shell starts background jobs with SIGINT ignored; these tests may run in one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"half\n"
@@ -97,6 +97,6 @@ def test_signal_leaves_nothing_half_written(tmp_path: Path, number: signal.Signa
     assert os.listdir(tmp_path) == []
 
 
-def test_inline_runner_is_this_process() -> None:
+def test_inline_runner_runs_in_this_process() -> None:
     with open_runner("inline", 7) as runner:
         assert isinstance(runner, InlineRunner)

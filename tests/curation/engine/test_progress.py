@@ -1,4 +1,4 @@
-"""What is shown while a stage runs, where it is no terminal."""
+"""The progress display of a stage without a terminal."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_lines_have_count_rate_and_note(capsys: pytest.CaptureFixture[str], monk
     assert last.startswith("ingest: 10 images in") and last.endswith("images/s; threads are busy")
 
 
-def test_total_that_is_not_known_promises_nothing(
+def test_unknown_total_shows_no_remaining_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
@@ -25,6 +25,6 @@ def test_total_that_is_not_known_promises_nothing(
     assert "left" not in capsys.readouterr().err
 
 
-def test_what_a_user_named_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_are_not_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
     progress.say("[bold]runs/[x][/bold]")
     assert capsys.readouterr().err == "[bold]runs/[x][/bold]\n"

@@ -1,4 +1,4 @@
-"""Ranks find each other, exchange, and end together; one process alone needs no group."""
+"""Ranks connect, exchange data and end together; a single process needs no process group."""
 
 import subprocess
 import sys
@@ -12,12 +12,12 @@ from curation.engine.ranks import (
     ENVIRONMENT,
     World,
     barrier,
-    first_alone,
+    first_rank_first,
     gather_rows,
+    gather_texts,
     max_over_ranks,
     open_world,
     sum_over_ranks,
-    texts_of_ranks,
 )
 from curation.errors import ConfigError, DeviceError
 from tests.conftest import Ranks
@@ -27,10 +27,10 @@ TIMEOUT = 60.0
 
 def exchange() -> list[object]:
     with open_world("cpu", timeout_seconds=TIMEOUT) as world:
-        own = torch.tensor([float(world.rank), 1.0], requires_grad=True)
-        summed, largest = sum_over_ranks(own), max_over_ranks(own)
+        values = torch.tensor([float(world.rank), 1.0], requires_grad=True)
+        summed, largest = sum_over_ranks(values), max_over_ranks(values)
         barrier()
-        return [world.rank, world.num_ranks, world.is_first, summed.tolist(), largest.tolist(), own.tolist()]
+        return [world.rank, world.num_ranks, world.is_first, summed.tolist(), largest.tolist(), values.tolist()]
 
 
 def test_sums_and_maxima_of_two_ranks(ranks: Ranks) -> None:
@@ -41,21 +41,21 @@ def test_sums_and_maxima_of_two_ranks(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize(("num_ranks", "count"), [(1, 5), (2, 5), (3, 2), (4, 0), (7, 700)])
-def test_shares_are_all_there_is(num_ranks: int, count: int) -> None:
+def test_shares_cover_every_item_once(num_ranks: int, count: int) -> None:
     shares = [World(rank, num_ranks, rank, torch.device("cpu")).share(count) for rank in range(num_ranks)]
-    assert [place for share in shares for place in share] == list(range(count))
+    assert [index for share in shares for index in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def gathered(path: str) -> list[object]:
     with open_world("cpu", timeout_seconds=TIMEOUT) as world:
-        with first_alone():
+        with first_rank_first():
             Path(path).write_text(Path(path).read_text() + str(world.rank) if Path(path).exists() else "0")
         rows = torch.arange(10.0).view(5, 2)
         return [
             gather_rows(world, rows[list(world.share(5))], 5).tolist(),
             gather_rows(world, torch.zeros(len(world.share(1)), 3, dtype=torch.int64), 1).tolist(),
-            texts_of_ranks(world, "ä" * (3 * world.rank)),
+            gather_texts(world, "ä" * (3 * world.rank)),
         ]
 
 
@@ -63,10 +63,10 @@ def test_rows_and_texts_of_uneven_shares(ranks: Ranks, tmp_path: Path) -> None:
     whole = [torch.arange(10.0).view(5, 2).tolist(), [[0, 0, 0]], ["", "äää"]]
     assert ranks(gathered, str(tmp_path / "order")) == [whole, whole]
     assert (tmp_path / "order").read_text() == "01"
-    assert texts_of_ranks(ALONE, "own") == ["own"]
+    assert gather_texts(ALONE, "text") == ["text"]
 
 
-def test_a_world_of_one_has_no_group() -> None:
+def test_a_world_of_one_rank_has_no_process_group() -> None:
     with open_world("cpu") as world:
         assert (world.rank, world.num_ranks, world.local_rank) == (0, 1, 0)
         assert not torch.distributed.is_initialized()
@@ -76,11 +76,11 @@ def test_a_world_of_one_has_no_group() -> None:
 
 
 def fail_on_one() -> str:
-    """One rank raises, and the other then waits for it in vain."""
+    """Rank 0 raises, so that the collective of rank 1 fails."""
     try:
         with open_world("cpu", timeout_seconds=TIMEOUT) as world:
             if world.rank == 0:
-                raise InterruptedError("rank 0 has had enough")
+                raise InterruptedError("rank 0 stops")
             sum_over_ranks(torch.ones(1))
     except (InterruptedError, RuntimeError) as error:
         assert not torch.distributed.is_initialized()
@@ -90,7 +90,7 @@ def fail_on_one() -> str:
 
 def test_an_error_of_one_rank_ends_the_group(ranks: Ranks) -> None:
     assert ranks(fail_on_one) == ["InterruptedError", "RuntimeError"]
-    assert ranks(exchange)[1][3] == [1.0, 2.0]  # the same processes meet again
+    assert ranks(exchange)[1][3] == [1.0, 2.0]  # the same processes open a new group
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_wrong_environment_is_refused(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_where_there_is_none_is_refused() -> None:
+def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(DeviceError, match="sees no GPU"), open_world("cuda"):
         pass
 

@@ -1,4 +1,4 @@
-"""The runner contract: one body, both runners, equal bytes."""
+"""The runner contract: the same tests for both runners, and equal bytes."""
 
 import functools
 import os
@@ -20,13 +20,13 @@ class SquareConfig(Settings):
     offset: int = 0
 
 
-def make_worker(output: str, diary: str) -> Worker:
-    """Writes the square of a number to a file; some works bring trouble. Notes its calls in the folder `diary`."""
-    os.makedirs(diary, exist_ok=True)
-    Path(diary, f"worker-{os.getpid()}-{os.urandom(4).hex()}").touch()
+def make_worker(output: str, call_log: str) -> Worker:
+    """The worker writes a square to a file and counts its calls in the folder `call_log`; some shards raise."""
+    os.makedirs(call_log, exist_ok=True)
+    Path(call_log, f"worker-{os.getpid()}-{os.urandom(4).hex()}").touch()
 
     def process(shard: Shard) -> ShardRecord:
-        Path(diary, f"shard-{shard.name}-{os.urandom(4).hex()}").touch()
+        Path(call_log, f"shard-{shard.name}-{os.urandom(4).hex()}").touch()
         match shard.work:
             case "wrong input":
                 raise InputError("the file is empty")
@@ -55,31 +55,31 @@ def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Callable[[], Worker]:
-    return functools.partial(make_worker, str(tmp_path / "out"), str(tmp_path / "diary"))
+    return functools.partial(make_worker, str(tmp_path / "out"), str(tmp_path / "call_log"))
 
 
 def run(runner: Runner, tmp_path: Path, works: list[object], config: SquareConfig | None = None) -> Manifest:
-    output, diary = str(tmp_path / "out"), str(tmp_path / "diary")
+    output, call_log = str(tmp_path / "out"), str(tmp_path / "call_log")
     stage = Stage(
         name="square",
         config=config or SquareConfig(),
         inputs={"numbers": "1"},
         output=output,
         shards=shards_of(works),
-        make_worker=functools.partial(make_worker, output, diary),
-        prepare=functools.partial(write_table_of_squares, output, diary),
+        make_worker=functools.partial(make_worker, output, call_log),
+        prepare=functools.partial(write_table_of_squares, output, call_log),
     )
     return run_stage(stage, runner)
 
 
-def write_table_of_squares(output: str, diary: str) -> ShardRecord:
-    os.makedirs(diary, exist_ok=True)
-    Path(diary, f"prepared-{os.urandom(4).hex()}").touch()
+def write_table_of_squares(output: str, call_log: str) -> ShardRecord:
+    os.makedirs(call_log, exist_ok=True)
+    Path(call_log, f"prepared-{os.urandom(4).hex()}").touch()
     return ShardRecord(name=PREPARED, files=(paths.write_bytes(paths.join(output, "table.txt"), b"squares"),))
 
 
 def calls(tmp_path: Path, pattern: str = "shard-*") -> int:
-    return len(list((tmp_path / "diary").glob(pattern)))
+    return len(list((tmp_path / "call_log").glob(pattern)))
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:
@@ -96,9 +96,9 @@ def test_no_shards_give_no_results_and_no_worker(runner: Runner, worker: Callabl
     assert calls(tmp_path, "*") == 0
 
 
-def test_worker_is_made_once_per_process(runner: Runner, worker: Callable[[], Worker], tmp_path: Path) -> None:
+def test_worker_is_created_once_per_process(runner: Runner, worker: Callable[[], Worker], tmp_path: Path) -> None:
     list(runner.map("square", worker, shards_of(list(range(12)))))
-    made = [path.name.split("-")[1] for path in (tmp_path / "diary").glob("worker-*")]
+    made = [path.name.split("-")[1] for path in (tmp_path / "call_log").glob("worker-*")]
     assert 1 <= len(made) == len(set(made)) <= 2
 
 
@@ -110,7 +110,7 @@ def test_error_names_the_stage_and_the_shard(
         list(runner.map("square", worker, shards_of([0, 1, 2, work, 4])))
 
 
-def test_worker_that_cannot_be_made_is_an_error_of_its_shard(runner: Runner) -> None:
+def test_error_in_make_worker_names_a_shard(runner: Runner) -> None:
     with pytest.raises(InputError, match=r"square, shard 0000[01]: no model at '/nowhere'"):
         list(runner.map("square", make_no_worker, shards_of([1, 2])))
 
@@ -133,13 +133,13 @@ def test_second_run_does_no_work(runner: Runner, tmp_path: Path) -> None:
     assert first.totals == {"sum": 14}
 
 
-def test_run_that_stopped_goes_on_and_gives_the_same_bytes(runner: Runner, tmp_path: Path) -> None:
+def test_stopped_run_continues_and_gives_the_same_bytes(runner: Runner, tmp_path: Path) -> None:
     with pytest.raises(ShardError):
         run(runner, tmp_path, [0, 1, 2, 3, "bug", 5])
     finished = calls(tmp_path)
     assert not (tmp_path / "out" / "manifest.json").exists()
     run(runner, tmp_path, [0, 1, 2, 3, 4, 5])
-    assert calls(tmp_path) <= finished + 3  # the shard that failed, and those that had not been begun or not been ended
+    assert calls(tmp_path) <= finished + 3  # the failed shard, and shards that had not started or not finished
     assert calls(tmp_path, "prepared-*") == 1
     run(InlineRunner(), tmp_path / "reference", [0, 1, 2, 3, 4, 5])
     assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "reference" / "out")
