@@ -46,7 +46,7 @@ from pydantic import Field, field_validator
 from curation.config import Settings
 from curation.engine import command, progress
 from curation.engine.manifest import PROGRESS_NAME, Manifest, ShardRecord, require_manifest, step_folder
-from curation.engine.run_log import RunLog
+from curation.engine.run_log import Log
 from curation.engine.runner import InlineRunner, Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError
@@ -141,13 +141,7 @@ class State:
 
 
 def run(
-    config: ClusterConfig,
-    inputs: RunFolder,
-    output: str,
-    runner: Runner,
-    *,
-    replace: bool = False,
-    log: RunLog | None = None,
+    config: ClusterConfig, inputs: RunFolder, output: str, runner: Runner, *, replace: bool = False, log: Log = None
 ) -> Manifest:
     """Cluster the kept pool images; returns the manifest. Raises ConfigError for more clusters than images."""
     counts = [record.totals["accepted"] for record in require_manifest(inputs.ingest).shards]
@@ -180,7 +174,7 @@ class _Steps:
 
     config: ClusterConfig
     runner: Runner
-    log: RunLog | None
+    log: Log
 
     def over_shards(
         self,

@@ -58,7 +58,7 @@ from curation.copies.components import component_sizes, connected_components, fa
 from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
-from curation.engine.run_log import RunLog
+from curation.engine.run_log import Log
 from curation.engine.runner import InlineRunner, Runner, Shard
 from curation.engine.stage import Stage, run_stage
 from curation.errors import ConfigError, InputError
@@ -146,13 +146,7 @@ class Decision:
 
 
 def run(
-    config: DedupConfig,
-    inputs: RunFolder,
-    output: str,
-    runner: Runner,
-    *,
-    replace: bool = False,
-    log: RunLog | None = None,
+    config: DedupConfig, inputs: RunFolder, output: str, runner: Runner, *, replace: bool = False, log: Log = None
 ) -> Manifest:
     """Decide for every row of the finished ingest; returns the manifest.
 

@@ -40,7 +40,7 @@ from curation import ingest
 from curation.config import NotInPlan, Settings, load, parse_section
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, read_manifest, require_manifest
-from curation.engine.run_log import RunLog
+from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import Stage, run_stage
 from curation.errors import ConfigError
@@ -84,7 +84,7 @@ def run(
     *,
     name: Literal["embed", "describe"] = "embed",
     replace: bool = False,
-    log: RunLog | None = None,
+    log: Log = None,
 ) -> Manifest:
     """Embed every accepted image of the finished ingest; returns the manifest of the stage `name`.
 

@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from curation.config import NotInPlan, Settings
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, sum_counts
-from curation.engine.run_log import RunLog
+from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import Stage, Tally, run_stage
 from curation.errors import RejectBudgetError
@@ -61,9 +61,7 @@ class IngestConfig(Settings):
         return value
 
 
-def run(
-    config: IngestConfig, output: str, runner: Runner, *, replace: bool = False, log: RunLog | None = None
-) -> Manifest:
+def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = False, log: Log = None) -> Manifest:
     """Read every source; returns the manifest. Its facts are `sources` and `limits`, for later stages.
 
     Raises InputError for a missing or empty source, and RejectBudgetError past the budget. Finished shards stay; the

@@ -37,7 +37,7 @@ from pydantic import Field, model_validator
 from curation.config import Settings
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
-from curation.engine.run_log import RunLog
+from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
@@ -125,13 +125,7 @@ class TarPlan:
 
 
 def run(
-    config: PackConfig,
-    inputs: RunFolder,
-    output: str,
-    runner: Runner,
-    *,
-    replace: bool = False,
-    log: RunLog | None = None,
+    config: PackConfig, inputs: RunFolder, output: str, runner: Runner, *, replace: bool = False, log: Log = None
 ) -> Manifest:
     """Pack what the datasets of the finished retrieve bring as they are and what it found; returns the manifest."""
     stages = {

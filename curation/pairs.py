@@ -29,7 +29,7 @@ from curation.config import Settings
 from curation.copies.compare_thumbnails import PreparedThumbnail, ThumbnailComparer, VerificationConfig
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
-from curation.engine.run_log import RunLog
+from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
@@ -81,13 +81,7 @@ class PairsConfig(Settings):
 
 
 def run(
-    config: PairsConfig,
-    inputs: RunFolder,
-    output: str,
-    runner: Runner,
-    *,
-    replace: bool = False,
-    log: RunLog | None = None,
+    config: PairsConfig, inputs: RunFolder, output: str, runner: Runner, *, replace: bool = False, log: Log = None
 ) -> Manifest:
     """Find and score the pairs among all images of a finished ingest and describe; returns the manifest.
 

@@ -43,7 +43,7 @@ from pydantic import Field, field_validator
 from curation.config import Settings, load
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
-from curation.engine.run_log import RunLog
+from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
@@ -138,13 +138,7 @@ class RetrieveConfig(Settings):
 
 
 def run(
-    config: RetrieveConfig,
-    inputs: RunFolder,
-    output: str,
-    runner: Runner,
-    *,
-    replace: bool = False,
-    log: RunLog | None = None,
+    config: RetrieveConfig, inputs: RunFolder, output: str, runner: Runner, *, replace: bool = False, log: Log = None
 ) -> Manifest:
     """Retrieve for every seed dataset; returns the manifest. Its facts are `search` and `datasets`."""
     kept = kept_shards(inputs)

@@ -27,7 +27,7 @@ from curation.cluster import ClusterConfig
 from curation.config import Settings, write_resolved
 from curation.dedup import DedupConfig
 from curation.embed import EmbedConfig
-from curation.engine.run_log import RunLog
+from curation.engine.run_log import Log
 from curation.engine.runner import Runner
 from curation.files import paths
 from curation.ingest import IngestConfig
@@ -41,9 +41,7 @@ from curation.run_folder import RunFolder
 from pipelines.planning.rates import RatesConfig
 
 
-def run(
-    config: "CurateConfig", output: str, runner: Runner, *, replace: bool = False, log: RunLog | None = None
-) -> None:
+def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = False, log: Log = None) -> None:
     """Run every stage that is not done, and write the report."""
     folder = RunFolder.of(output)
     saved_config = paths.join(output, CONFIG_NAME)

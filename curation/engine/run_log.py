@@ -124,6 +124,10 @@ class RunLog:
         paths.write_bytes(paths.join(self.folder, DRIVER), json.dumps(now).encode(), durable=False)
 
 
+# The log argument of a stage: None outside a run, where nothing is logged.
+Log = RunLog | None
+
+
 @contextlib.contextmanager
 def open_log(run: str) -> Iterator[RunLog]:
     """The log of the run in the folder `run`, closed at the end. An error that ends the block is logged first."""

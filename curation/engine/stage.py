@@ -16,7 +16,7 @@ from typing import Any
 from curation.config import Settings, plan_values
 from curation.engine import manifest, progress, run_log
 from curation.engine.manifest import Effort, Manifest, Plan, ShardRecord, ShardRecords
-from curation.engine.run_log import RunLog, StageLog
+from curation.engine.run_log import Log, StageLog
 from curation.engine.runner import Runner, Shard, Worker
 from curation.files.folder_lock import sole_writer
 
@@ -82,7 +82,7 @@ class Stage:
         )
 
 
-def run_stage(stage: Stage, runner: Runner, *, replace: bool = False, log: RunLog | None = None) -> Manifest:
+def run_stage(stage: Stage, runner: Runner, *, replace: bool = False, log: Log = None) -> Manifest:
     """Do the unfinished shards of `stage`, mark it done and return its manifest.
 
     `log` is the log of the whole run. Raises OutputMismatchError for an output that holds the work of another config or

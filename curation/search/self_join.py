@@ -35,7 +35,7 @@ import pyarrow.compute as pc
 
 from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
-from curation.engine.run_log import RunLog
+from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import InputError
@@ -93,13 +93,7 @@ class Images:
 
 
 def run(
-    neighborhood: Neighborhood,
-    files: Sequence[str],
-    output: str,
-    runner: Runner,
-    *,
-    content_hash: str,
-    log: RunLog | None = None,
+    neighborhood: Neighborhood, files: Sequence[str], output: str, runner: Runner, *, content_hash: str, log: Log = None
 ) -> Manifest:
     """Find the pairs of near vectors in `files` (Parquet) and return the manifest of `output`.
 
@@ -442,7 +436,7 @@ def _measure_recall(
     output: str,
     runner: Runner,
     edges: Sequence[str],
-    log: RunLog | None,
+    log: Log,
 ) -> dict[str, Any]:
     """The share of the exact neighbours of a sample of images that are pairs in the `edges` files."""
     folder = step_folder(output, "recall")

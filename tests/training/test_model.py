@@ -38,8 +38,8 @@ def gradients(trained: model.StudentTeacher) -> dict[str, Tensor]:
 
 
 # Scores of unit vectors in d dimensions have a standard deviation of 1/sqrt(d). Divided by the temperatures, it is s
-# for the student (0.1) and t for the teacher (0.04). Sinkhorn-Knopp's first targets are uniform, so the cross-entropy of
-# K normal scores is ln K + s^2/2. With a center of 0, the equal teacher prefers the student's prototypes: s t less.
+# for the student (0.1) and t for the teacher (0.04). Sinkhorn-Knopp's first targets are uniform, so the cross-entropy
+# of K normal scores is ln K + s^2/2. With a center of 0, the equal teacher prefers the student's prototypes: s t less.
 S, T = 1 / math.sqrt(256) / 0.1, 1 / math.sqrt(256) / 0.04
 
 
