@@ -74,10 +74,10 @@ def test_work_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_comparisons_count_misses(tmp_path: Path) -> None:
-    true, found = np.array([[0, 1], [2, 3]]), np.array([[1, 0], [2, 9]])
-    for name, rows in (("true", true), ("found", found)):
+    true_rows, our_rows = np.array([[0, 1], [2, 3]]), np.array([[1, 0], [2, 9]])
+    for name, rows in (("true", true_rows), ("ours", our_rows)):
         np.save(tmp_path / f"{name}.npy", rows)
-    recall = similarity_works.compare_neighbors(str(tmp_path / "true.npy"), str(tmp_path / "found.npy"))
+    recall = similarity_works.compare_neighbors(str(tmp_path / "true.npy"), str(tmp_path / "ours.npy"))
     assert recall == {"recall": 0.75}
     np.array([0, 0, 2], np.int32).tofile(tmp_path / "ours")
     np.array([0, 0, 0], np.int32).tofile(tmp_path / "peer")
