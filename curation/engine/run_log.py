@@ -1,14 +1,14 @@
-"""What a run writes about itself while it works: a line for each finished shard, and signs of life.
+"""The log of a run: a line for each finished shard, the heartbeat of the driver, and notes of the workers.
 
     <run>/log/
-      shards-<when>-<process>.jsonl         one line for each stage begun, shard finished and stage done
-      shards-<when>-<process>-0000.jsonl    the same on an object store, to which nothing can be appended: in pieces
-      driver.json                           while a driver is at work: who, and when it last gave a sign of life
-      workers/<machine>-<process>.json      which shard each worker is at, and since when
+      shards-<time>-<process>.jsonl         one line for each stage begun, shard finished and stage done
+      shards-<time>-<process>-0000.jsonl    the same in pieces, for an object store, where files cannot be appended to
+      driver.json                           while a driver runs: its machine and process, and its last heartbeat
+      workers/<machine>-<process>.json      the current shard of each worker, and its start
 
-The log is no part of what a run makes: it holds times, which no two runs share, and no stage reads it. It lies outside
-the stages' folders, whose bytes are the same for equal inputs. Nothing here is decided by a clock: a wrong one spoils
-what a person reads, not the run. The table of stages (`times`) and pipelines/status.py are made of these files alone.
+The log is not an output of the run: it holds times, which differ between runs, and no stage reads it. It lies outside
+the folders of the stages, whose bytes are equal for equal inputs. No decision of the run depends on a clock: a wrong
+clock makes only the log wrong. The table of stages (`times`) and pipelines/status.py read these files alone.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ from curation.files.hashes import hash_json
 FOLDER = "log"
 DRIVER = "driver.json"
 WORKERS = "workers"
-# Between two signs of life of a driver, and how old the last may be before it counts as lost. Assumed: six in a row do
-# not fail to reach a store that works; clocks of two machines differ by less.
+# Time between two heartbeats of a driver, and the age of the last one at which the driver counts as lost. Assumed: a
+# working store does not lose six in a row, and the clocks of two machines differ by less.
 SECONDS_BETWEEN_BEATS = 5.0
 SECONDS_UNTIL_LOST = 30.0
-# Between two pieces of the log on an object store. Assumed: a run of two days leaves 3,000, and a driver that dies
-# loses a minute of lines, not of work.
+# Time between two pieces of the log on an object store. Assumed acceptable: 3,000 pieces in a run of two days; a driver
+# that dies loses a minute of lines, but no work.
 SECONDS_BETWEEN_PIECES = 60.0
 
 
 class RunLog:
-    """The log that one driver writes about one run. It writes nothing before `start` or the first line."""
+    """The log of one run by one driver. It writes nothing before `start` or the first line."""
 
     def __init__(self, run: str) -> None:
         self.run = run.rstrip("/")
@@ -48,27 +48,27 @@ class RunLog:
         self._name = f"shards-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}"
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
-        self._waiting: list[str] = []
+        self._unwritten: list[str] = []
         self._num_pieces = 0
         self._last_piece = time.monotonic()
         self._started = time.time()
         self._ended = threading.Event()
-        self._heart: threading.Thread | None = None
+        self._heartbeat: threading.Thread | None = None
 
     @property
     def started(self) -> bool:
-        """Whether heartbeats have begun, that is, whether there was anything to do."""
-        return self._heart is not None
+        """Whether heartbeats have begun, which means that the run had work to do."""
+        return self._heartbeat is not None
 
     def start(self) -> None:
-        """Begin the heartbeats, and delete what a killed driver left."""
-        if self._heart is None:
+        """Begin the heartbeats, and delete the files that a killed driver left."""
+        if self._heartbeat is None:
             for name in paths.list_names(self.folder):
                 if name == WORKERS or name.startswith(paths.TEMPORARY_PREFIX):
                     paths.delete(paths.join(self.folder, name))
             self._beat()
-            self._heart = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
-            self._heart.start()
+            self._heartbeat = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
+            self._heartbeat.start()
 
     def write(self, event: str, **facts: Any) -> None:
         """Add one line."""
@@ -81,7 +81,7 @@ class RunLog:
                     self._file = open(path, "ab", buffering=0)
                 self._file.write(line.encode() + b"\n")
             else:
-                self._waiting.append(line)
+                self._unwritten.append(line)
                 if time.monotonic() - self._last_piece > SECONDS_BETWEEN_PIECES:
                     self._write_piece()
 
@@ -98,17 +98,17 @@ class RunLog:
             self._write_piece()
             if self._file is not None:
                 self._file.close()
-        if self._heart is not None:
+        if self._heartbeat is not None:
             self._ended.set()
-            self._heart.join()
+            self._heartbeat.join()
             paths.delete(paths.join(self.folder, WORKERS))
             paths.delete(paths.join(self.folder, DRIVER))
 
     def _write_piece(self) -> None:
-        if self._waiting:
+        if self._unwritten:
             path = paths.join(self.folder, f"{self._name}-{self._num_pieces:04d}.jsonl")
-            paths.write_bytes(path, "".join(line + "\n" for line in self._waiting).encode())
-            self._waiting.clear()
+            paths.write_bytes(path, "".join(line + "\n" for line in self._unwritten).encode())
+            self._unwritten.clear()
             self._num_pieces += 1
         self._last_piece = time.monotonic()
 
@@ -116,7 +116,9 @@ class RunLog:
         while not self._ended.wait(SECONDS_BETWEEN_BEATS):
             try:
                 self._beat()
-            except OSError as error:  # a full disk will stop a stage with its own error; a missed heartbeat need not
+            except (
+                OSError
+            ) as error:  # a missed heartbeat must not stop the run; on a full disk a stage raises its own error
                 progress.say(f"log: the heartbeat could not be written: {error}")
 
     def _beat(self) -> None:
@@ -161,9 +163,13 @@ class StageLog:
 
     def shard(self, record: ShardRecord, num_items: int) -> None:
         """Log a finished shard."""
-        effort = record.effort
-        assert effort is not None, record.name
-        facts = {"worker": effort.worker, "started": round(effort.started, 3), "seconds": round(effort.seconds, 3)}
+        execution = record.execution
+        assert execution is not None, record.name
+        facts = {
+            "worker": execution.worker,
+            "started": round(execution.started, 3),
+            "seconds": round(execution.seconds, 3),
+        }
         size = sum(file.bytes for file in record.files)
         counts = {"items": num_items, "bytes": size, "totals": record.totals, "rejects": record.rejects}
         self._log.write("shard", stage=self.name, shard=record.name, **facts, **counts)
@@ -178,10 +184,10 @@ def worker_name() -> str:
     return f"{os.uname().nodename}-{os.getpid()}"
 
 
-def note_start(folder: str, stage: str, shard: str) -> None:
-    """Leave word, by the worker itself, that it begins with a shard."""
+def write_note(folder: str, stage: str, shard: str) -> None:
+    """Write the note that this worker process begins with a shard."""
     text = json.dumps({"stage": stage, "shard": shard, "worker": worker_name(), "started": time.time()})
-    # Not synced: nothing depends on it, and of tiny shards it would take most of the time.
+    # Not synced: nothing depends on a note, and syncing would dominate the time of tiny shards.
     paths.write_bytes(paths.join(folder, f"{worker_name()}.json"), text.encode(), durable=False)
 
 
@@ -190,7 +196,7 @@ def note_start(folder: str, stage: str, shard: str) -> None:
 
 @dataclass(frozen=True)
 class Driver:
-    """Who drives the run. Times are seconds since 1970."""
+    """The process that drives the run. Times are seconds since 1970."""
 
     machine: str
     process: int
@@ -200,7 +206,7 @@ class Driver:
 
 @dataclass(frozen=True)
 class Note:
-    """What a worker said when it began with a shard."""
+    """A worker's note of its current shard. `started` is in seconds since 1970."""
 
     stage: str
     shard: str
@@ -210,42 +216,42 @@ class Note:
 
 @dataclass
 class StageTimes:
-    """What the log says of one stage, over all drivers that worked on it. Steps of a stage have entries of their own.
+    """The times and counts of one stage in the log, over all its drivers. A step of a stage has a separate entry.
 
-    Times are in seconds; `begun` and `last` (of the last line) since 1970.
+    Times are in seconds; `begun` and `last` (the time of the last line) count from 1970.
     """
 
     plan: str = ""
-    """Stands for what the stage was asked to make."""
+    """Hash of the stage's plan."""
     num_shards: int = 0
     seconds: float = 0.0
-    """Of the stage, from its beginning to its end; of a driver that was killed, to its last line."""
+    """From the beginning of the stage to its end; for a killed driver, to its last line."""
     capacity: float = 0.0
-    """Of all workers together: the seconds above by their number."""
+    """Worker seconds available: `seconds` times the number of workers."""
     busy: float = 0.0
-    """What workers spent on shards; of steps too."""
+    """Worker seconds spent on shards, including those of steps."""
     shards: int = 0
-    """Shards with a line; those whose driver died before it wrote one are missing."""
+    """Shards with a line. A shard is missing if its driver died before it wrote the line."""
     items: int = 0
     bytes: int = 0
-    """Written."""
+    """Bytes written."""
     begun: float = 0.0
-    """When the last driver began."""
+    """The time at which the last driver began."""
     last: float = 0.0
     shards_since: int = 0
-    """Shards with a line since then."""
+    """Shards with a line since `begun`."""
     done: bool = False
     of_shard: dict[str, tuple[float, int, int]] = field(default_factory=dict, repr=False)
-    """Seconds, items and bytes of each."""
+    """Seconds, items and bytes of each shard."""
 
     @property
     def idle(self) -> float:
-        """The share of its time that a worker spent on no shard."""
+        """The fraction of `capacity` that was spent on no shard."""
         return max(0.0, 1 - self.busy / self.capacity) if self.capacity else 0.0
 
 
 def read_driver(run: str) -> Driver | None:
-    """Who drives the run, or drove it until it was killed; None where it ended in order, or never began."""
+    """The driver of the run, running or killed; None if the last driver ended in order, or none has started."""
     try:
         return Driver(**json.loads(paths.read_bytes(paths.join(run, FOLDER, DRIVER))))
     except FileNotFoundError:
@@ -253,23 +259,23 @@ def read_driver(run: str) -> Driver | None:
 
 
 def read_notes(run: str) -> list[Note]:
-    """What each worker is at; of a shard that several began, the last that did."""
+    """The latest note of each shard in progress, by stage and start."""
     folder = paths.join(run, FOLDER, WORKERS)
     latest: dict[tuple[str, str], Note] = {}
     for name in paths.list_names(folder):
         if name.endswith(".json") and not name.startswith(paths.TEMPORARY_PREFIX):
             try:
                 note = Note(**json.loads(paths.read_bytes(paths.join(folder, name))))
-            except FileNotFoundError:  # the run ended just now
+            except FileNotFoundError:  # deleted meanwhile, because the run ended
                 continue
-            before = latest.get((note.stage, note.shard))
-            if before is None or note.started > before.started:
+            previous = latest.get((note.stage, note.shard))
+            if previous is None or note.started > previous.started:
                 latest[note.stage, note.shard] = note
     return sorted(latest.values(), key=lambda note: (note.stage, note.started))
 
 
 def read_lines(run: str) -> Iterator[dict[str, Any]]:
-    """The lines of all drivers' logs, oldest driver first. What a killed one left without an end is left out."""
+    """The lines of all drivers' logs, oldest driver first. The partial last line of a killed driver is left out."""
     folder = paths.join(run, FOLDER)
     for name in paths.list_names(folder):
         if name.startswith("shards-") and name.endswith(".jsonl"):
@@ -279,9 +285,9 @@ def read_lines(run: str) -> Iterator[dict[str, Any]]:
 
 
 def times(run: str) -> dict[str, StageTimes]:
-    """What the log says of each stage and of each step of one, in the order in which they began."""
+    """The times of each stage and each step, by name, in the order in which they began."""
     stages: dict[str, StageTimes] = {}
-    workers: dict[str, int] = {}  # of the stages that are not closed
+    workers: dict[str, int] = {}  # number of workers of each stage that is not closed
 
     def close(name: str, seconds: float) -> None:
         stages[name].seconds += seconds
@@ -291,15 +297,15 @@ def times(run: str) -> dict[str, StageTimes]:
         if line["event"] == "stopped":
             continue
         name = line["stage"]
-        before = stages.get(name)
+        previous = stages.get(name)
         if line["event"] == "begin":
-            if name in workers and before is not None:  # its driver was killed
-                close(name, before.last - before.begun)
-            anew = before is not None and (before.plan != line["plan"] or before.done)
-            if anew or (before is not None and before.of_shard and not line["done_before"]):
-                for own in [own for own in stages if own == name or own.startswith(name + "/")]:
-                    del stages[own]
-                    workers.pop(own, None)
+            if name in workers and previous is not None:  # its driver was killed
+                close(name, previous.last - previous.begun)
+            is_redone = previous is not None and (previous.plan != line["plan"] or previous.done)
+            if is_redone or (previous is not None and previous.of_shard and not line["done_before"]):
+                for redone in [other for other in stages if other == name or other.startswith(name + "/")]:
+                    del stages[redone]
+                    workers.pop(redone, None)
             stage = stages.setdefault(name, StageTimes())
             stage.plan, stage.num_shards = line["plan"], line["shards"]
             stage.begun, stage.shards_since = line["time"], 0
@@ -310,7 +316,7 @@ def times(run: str) -> dict[str, StageTimes]:
         else:
             close(name, line["seconds"])
             stages[name].done = True
-        while name:  # a step's line is a sign of its stage too
+        while name:  # a line of a step also counts for its stage
             if name in stages:
                 stages[name].last = line["time"]
             name = name.rpartition("/")[0]
@@ -320,14 +326,14 @@ def times(run: str) -> dict[str, StageTimes]:
         stage.shards = len(stage.of_shard)
         stage.items = sum(items for _, items, _ in stage.of_shard.values())
         stage.bytes = sum(size for _, _, size in stage.of_shard.values())
-        inside = [other for own, other in stages.items() if own == name or own.startswith(name + "/")]
-        stage.busy = sum(seconds for other in inside for seconds, _, _ in other.of_shard.values())
+        with_steps = [other for key, other in stages.items() if key == name or key.startswith(name + "/")]
+        stage.busy = sum(seconds for other in with_steps for seconds, _, _ in other.of_shard.values())
     return stages
 
 
 def why_stopped(run: str) -> str | None:
-    """What ended the last driver, where it was no kill and nothing was done since."""
-    last = None
+    """The error that stopped the last driver. None if it was killed, or if the log has later lines."""
+    reason = None
     for line in read_lines(run):
-        last = str(line["why"]) if line["event"] == "stopped" else None
-    return last
+        reason = str(line["why"]) if line["event"] == "stopped" else None
+    return reason

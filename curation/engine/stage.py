@@ -1,8 +1,8 @@
-"""How a stage is done: claim the output, skip finished shards, map the worker over the others, write the manifest.
+"""How a stage runs: claim the output, skip finished shards, map the worker over the others, write the manifest.
 
-A stage is `run(config, inputs, output, runner) -> Manifest`. Its file holds, in this order, its frozen config, `run`,
-and its command. `run` states the stage as a `Stage` and hands it to `run_stage`. Steps within a stage are stages too:
-their outputs lie in the progress folder of the stage (`step_folder`).
+A stage is a function `run(config, inputs, output, runner) -> Manifest`. Its file holds, in this order, its frozen
+config, `run`, and its command. `run` builds a `Stage` and passes it to `run_stage`. A step of a stage is built the same
+way; its output is in the progress folder of the stage (`step_folder`).
 """
 
 import functools
@@ -15,16 +15,16 @@ from typing import Any
 
 from curation.config import Settings, plan_values
 from curation.engine import manifest, progress, run_log
-from curation.engine.manifest import Effort, Manifest, Plan, ShardRecord, ShardRecords
+from curation.engine.manifest import Execution, Manifest, Plan, ShardRecord, ShardRecords
 from curation.engine.run_log import Log, StageLog
 from curation.engine.runner import Runner, Shard, Worker
 from curation.files.folder_lock import sole_writer
 
 # The name of the record that `prepare` returns.
 PREPARED = "prepared"
-# The fact in a manifest that names the missing shards: those that killed their worker at every attempt.
+# The fact of a manifest that names the poison shards: shards without output, because every attempt killed the worker.
 SET_ASIDE = "set_aside"
-# Called by the driver when all shards are done. Returns facts for the manifest, and a record of the files it wrote.
+# The driver calls it when all shards are done. It returns facts for the manifest and a record of the files it wrote.
 Finish = Callable[[Sequence[ShardRecord]], tuple[dict[str, Any], ShardRecord | None]]
 
 
@@ -37,7 +37,7 @@ class Tally:
     rejects: Counter[str] = field(default_factory=Counter)
 
     def add(self, num_shards: int, totals: Mapping[str, int], rejects: Mapping[str, int]) -> None:
-        """Count more shards."""
+        """Add the counts of more shards."""
         self.num_shards += num_shards
         self.totals.update(totals)
         self.rejects.update(rejects)
@@ -45,35 +45,35 @@ class Tally:
 
 @dataclass(frozen=True)
 class Stage:
-    """Everything that defines a stage or a step: equal definitions give equal bytes, on any runner."""
+    """The definition of a stage or of a step. Equal definitions give equal bytes, on every runner."""
 
     name: str
     config: Settings
-    """Fields marked NotInPlan may differ between the runs of one output."""
+    """Fields marked NotInPlan may change between runs into the same output."""
     inputs: Mapping[str, str]
-    """A content hash for each input, by its name."""
+    """The content hash of each input, by name."""
     output: str
     """Folder of the results, local or any fsspec URL."""
     shards: Sequence[Shard]
     make_worker: Callable[[], Worker]
     """Picklable; see the contract in runner.py."""
     prepare: Callable[[], ShardRecord] | None = None
-    """Runs once in the driver before the shards and writes files for all of them; marked done like a shard."""
+    """Runs once in the driver before the shards, and writes files for all of them. It gets a marker like a shard."""
     check: Callable[[Tally], None] | None = None
-    """Called with the counts so far after each shard; raises to stop the stage early."""
+    """Called with the counts so far after each shard. It raises to stop the stage early."""
     finish: Finish | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Facts for later stages, known before the work; the manifest holds them beside those of `finish`."""
+    """Facts for later stages that are known before the work. The manifest holds them with the facts of `finish`."""
     max_poison_shards: int = 0
-    """Shards that may be set aside because they kill their worker at every attempt. A later run that allows fewer tries
-    them again. A stage that allows any has neither `prepare` nor `finish`."""
+    """Maximum number of poison shards, which are set aside. A later run with a lower maximum tries them again. A stage
+    with a maximum above 0 has neither `prepare` nor `finish`."""
     unit: str = "images"
-    """What progress counts."""
+    """The unit that progress counts."""
     note: Callable[[Mapping[str, float]], str] | None = None
-    """Text for progress, made from the sums of the workers' measurements."""
+    """Makes a text for the progress display from the sums of the workers' measurements."""
 
     def plan(self) -> Plan:
-        """The plan that the output is claimed for."""
+        """The plan for which the output is claimed."""
         return Plan(
             stage=self.name,
             config=plan_values(self.config),
@@ -83,10 +83,10 @@ class Stage:
 
 
 def run_stage(stage: Stage, runner: Runner, *, replace: bool = False, log: Log = None) -> Manifest:
-    """Do the unfinished shards of `stage`, mark it done and return its manifest.
+    """Process the unfinished shards of `stage`, mark it done and return its manifest.
 
-    `log` is the log of the whole run. Raises OutputMismatchError for an output that holds the work of another config or
-    other inputs, and while another run writes there.
+    log: the log of the whole run. Raises OutputMismatchError when the output holds the work of another config or of
+    other inputs, or when another run is writing there.
     """
     with sole_writer(stage.output):
         plan = stage.plan()
@@ -98,7 +98,7 @@ def run_stage(stage: Stage, runner: Runner, *, replace: bool = False, log: Log =
         names, tally = _count_done(stage.output, finished_shards)
         if stage_log is not None:
             stage_log.begin(plan, num_done=len(names), num_workers=runner.num_workers)
-        set_aside = _do_shards(stage, runner, names, tally, stage_log)
+        set_aside = _process_shards(stage, runner, names, tally, stage_log)
         result = _collect(stage, plan, finished_shards, set_aside)
         manifest.write_manifest(stage.output, result)
         if stage_log is not None:
@@ -107,64 +107,67 @@ def run_stage(stage: Stage, runner: Runner, *, replace: bool = False, log: Log =
 
 
 def _already_done(stage: Stage, finished: Manifest) -> Manifest | None:
-    """The manifest of a finished stage; None where it lacks more shards than the stage allows."""
-    missing = finished.facts.get(SET_ASIDE, [])
-    if len(missing) > stage.max_poison_shards:
+    """The manifest of a finished stage, or None when it has more poison shards than the stage allows."""
+    set_aside = finished.facts.get(SET_ASIDE, [])
+    if len(set_aside) > stage.max_poison_shards:
         return None
-    names = f"; set aside: {', '.join(missing)}" if missing else ""
+    names = f"; set aside: {', '.join(set_aside)}" if set_aside else ""
     progress.say(f"{stage.name}: already done, nothing to do{names}")
     return finished
 
 
 def _count_done(output: str, finished_shards: Iterable[ShardRecord]) -> tuple[set[str], Tally]:
-    """The names and counts of the finished shards. Their records stay on disk, so that a driver holds names only."""
+    """The names and counts of the finished shards. Their records stay on disk, so that a driver keeps only names."""
     names: set[str] = set()
     tally = Tally()
     for record in finished_shards:
         names.add(record.name)
         tally.add(1, record.totals, record.rejects)
     for counts in manifest.read_counts(output):
-        if names.isdisjoint(counts.names):  # a kill may leave a shard marked twice
+        if names.isdisjoint(counts.names):  # a kill may leave two markers of a shard
             names.update(counts.names)
             tally.add(sum(name != PREPARED for name in counts.names), counts.totals, counts.rejects)
     return names, tally
 
 
-def _do_shards(stage: Stage, runner: Runner, done: set[str], tally: Tally, stage_log: StageLog | None) -> list[str]:
-    """Prepare, map the worker over the shards that are not in `done`; returns the names of the shards set aside."""
+def _process_shards(
+    stage: Stage, runner: Runner, done: set[str], tally: Tally, stage_log: StageLog | None
+) -> list[str]:
+    """Prepare, and map the worker over the shards that are not in `done`. Returns the names of the poison shards."""
     if stage.prepare is not None and PREPARED not in done:
-        record = stage.prepare()
-        assert record.name == PREPARED, record.name
-        manifest.mark_shard_done(stage.output, record)
+        prepared = stage.prepare()
+        assert prepared.name == PREPARED, prepared.name
+        manifest.mark_shard_done(stage.output, prepared)
     todo = [shard for shard in stage.shards if shard.name not in done]
     if len(todo) < len(stage.shards):
         num_done = len(stage.shards) - len(todo)
-        progress.say(f"{stage.name}: {num_done} of {len(stage.shards)} shards were done before, going on")
+        progress.say(f"{stage.name}: {num_done} of {len(stage.shards)} shards are already done, continuing")
     if stage.check is not None and tally.num_shards:
-        stage.check(tally)  # also where the last shard stopped the stage and no shard is left
+        stage.check(tally)  # here too, because an earlier run may have stopped at the last shard
     notes = None if stage_log is None else (stage_log.notes, stage_log.name)
     make_worker = functools.partial(make_marking_worker, stage.make_worker, stage.output, notes)
     measured: Counter[str] = Counter()
     set_aside: list[str] = []
-    ungathered: list[ShardRecord] = []
+    unmerged: list[ShardRecord] = []
     with progress.bar(stage.name, total=sum(shard.num_items for shard in todo), unit=stage.unit) as advance:
         records = runner.map(stage.name, make_worker, todo, max_poison_shards=stage.max_poison_shards)
         try:
-            for shard, result in zip(todo, records, strict=True):
-                if result is None:
+            for shard, record in zip(todo, records, strict=True):
+                if record is None:
                     set_aside.append(shard.name)
-                    progress.say(f"{stage.name}: shard {shard.name} killed its worker every time and is set aside")
+                    progress.say(
+                        f"{stage.name}: shard {shard.name} killed its worker at every attempt and is set aside"
+                    )
                     continue
-                record = result
                 measured.update(record.measured)
                 tally.add(1, record.totals, record.rejects)
                 num_items = shard.num_items or sum(file.rows for file in record.files)
                 if stage_log is not None:
                     stage_log.shard(record, num_items)
-                ungathered.append(record)
-                if len(ungathered) == manifest.MARKERS_PER_FILE:
-                    manifest.gather_markers(stage.output, ungathered)
-                    ungathered.clear()
+                unmerged.append(record)
+                if len(unmerged) == manifest.MARKERS_PER_FILE:
+                    manifest.merge_markers(stage.output, unmerged)
+                    unmerged.clear()
                 advance(num_items, stage.note(measured) if stage.note else "")
                 if stage.check is not None:
                     stage.check(tally)
@@ -174,9 +177,9 @@ def _do_shards(stage: Stage, runner: Runner, done: set[str], tally: Tally, stage
 
 
 def _collect(stage: Stage, plan: Plan, finished_shards: Iterable[ShardRecord], set_aside: Sequence[str]) -> Manifest:
-    """The manifest of a stage whose shards are all done or set aside."""
+    """The manifest of a stage after every shard is done or set aside."""
     by_name = {
-        record.name: manifest.line_of(record)
+        record.name: manifest.json_line(record)
         for record in itertools.chain(finished_shards, manifest.read_done(stage.output))
     }
     names = ([PREPARED] if stage.prepare else []) + [shard.name for shard in stage.shards]
@@ -186,7 +189,7 @@ def _collect(stage: Stage, plan: Plan, finished_shards: Iterable[ShardRecord], s
     if set_aside:
         facts[SET_ASIDE] = list(set_aside)
     if driver_record is not None:
-        lines.append(manifest.line_of(driver_record))
+        lines.append(manifest.json_line(driver_record))
     records = ShardRecords(lines)
     return Manifest(
         plan=plan,
@@ -202,17 +205,17 @@ def make_marking_worker(
 ) -> Callable[[Shard], ShardRecord]:
     """A worker that marks its shards done in `output`.
 
-    `notes` names the folder and the stage for the note in which the worker says what it works on.
+    notes: folder and stage name for the worker's note of its current shard; None for no note.
     """
     worker = make_worker()
 
     def process(shard: Shard) -> ShardRecord:
         if notes is not None:
-            run_log.note_start(*notes, shard.name)
+            run_log.write_note(*notes, shard.name)
         now, started = time.time(), time.perf_counter()
         record = worker(shard)
-        manifest.mark_shard_done(output, record)  # by the worker, so that the death of the driver loses nothing
-        effort = Effort(worker=run_log.worker_name(), started=now, seconds=time.perf_counter() - started)
-        return record.model_copy(update={"effort": effort})
+        manifest.mark_shard_done(output, record)  # by the worker, so that no shard is lost when the driver dies
+        execution = Execution(worker=run_log.worker_name(), started=now, seconds=time.perf_counter() - started)
+        return record.model_copy(update={"execution": execution})
 
     return process

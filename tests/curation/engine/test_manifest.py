@@ -1,4 +1,4 @@
-"""Storage: whole files or none, honest hashes, and output folders that belong to one plan."""
+"""Files are complete or absent, hashes are correct, and an output folder belongs to one plan."""
 
 import dataclasses
 import hashlib
@@ -64,15 +64,15 @@ def plan(**changes: object) -> Plan:
 
 
 def shard(number: int, folder: str) -> ShardRecord:
-    """One finished shard, with its file."""
+    """The record of one finished shard, whose file is written."""
     name = f"{number:05d}"
     file = paths.write_bytes(paths.join(folder, f"square-{name}.bin"), bytes([number]) * number)
     return ShardRecord(name=name, files=(file,), totals={"rows": number})
 
 
-def finish(folder: str, wanted: Plan) -> Manifest:
-    shards = tuple(shard(number, folder) for number in range(wanted.num_shards))
-    manifest = Manifest(plan=wanted, shards=shards, totals={"rows": 3}, rejects={})
+def finish(folder: str, stage_plan: Plan) -> Manifest:
+    shards = tuple(shard(number, folder) for number in range(stage_plan.num_shards))
+    manifest = Manifest(plan=stage_plan, shards=shards, totals={"rows": 3}, rejects={})
     write_manifest(folder, manifest)
     return manifest
 
@@ -94,7 +94,7 @@ def test_unknown_protocol_is_an_input_error(path: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a::b.bin", "a#b?c.bin", "a b.bin", "*[a].bin", "ü.bin", "simplecache::x.bin"])
-def test_any_file_name_is_only_a_name(root: str, name: str) -> None:
+def test_special_characters_in_a_file_name_have_no_effect(root: str, name: str) -> None:
     path = paths.join(root, "deep/er", name)
     record = paths.write_bytes(path, b"bytes")
     assert paths.read_bytes(path) == b"bytes"
@@ -102,7 +102,7 @@ def test_any_file_name_is_only_a_name(root: str, name: str) -> None:
     assert paths.list_names(paths.join(root, "deep/er")) == [name]
     paths.delete(path)
     assert not paths.exists(path)
-    paths.delete(path)  # nothing there: nothing to do
+    paths.delete(path)  # deleting a missing file is allowed
 
 
 def test_list_names_is_sorted_and_empty_for_no_folder(root: str) -> None:
@@ -125,7 +125,7 @@ def test_file_url_is_local(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 100_000])
-def test_write_tells_the_truth_about_its_bytes(root: str, size: int) -> None:
+def test_write_returns_the_size_and_hash_of_its_bytes(root: str, size: int) -> None:
     data = np.random.default_rng(size).bytes(size)
     record = paths.write_bytes(paths.join(root, "new/file.bin"), data)
     assert paths.read_bytes(paths.join(root, "new/file.bin")) == data
@@ -145,7 +145,7 @@ def test_hash_of_a_large_file_written_from_one_buffer(root: str) -> None:
     assert hashlib.sha256(paths.read_bytes(paths.join(root, "large.bin"))).digest() == expected.digest()
 
 
-def test_failed_write_leaves_what_was_there(root: str) -> None:
+def test_failed_write_leaves_the_old_file(root: str) -> None:
     path = paths.join(root, "out/file.bin")
     with pytest.raises(ZeroDivisionError), paths.atomic_write(path) as file:
         file.write(b"half")
@@ -158,7 +158,7 @@ def test_failed_write_leaves_what_was_there(root: str) -> None:
     assert bytes_in(paths.join(root, "out")) == {"/file.bin": b"old"}
 
 
-def test_file_is_not_visible_before_it_is_whole(root: str) -> None:
+def test_file_is_not_visible_before_it_is_complete(root: str) -> None:
     path = paths.join(root, "file.bin")
     with paths.atomic_write(path) as file:
         file.write(b"half")
@@ -176,30 +176,30 @@ with paths.atomic_write(sys.argv[1]) as file:
 """
 
 
-def kill_in_the_middle_of_writing(path: str) -> None:
+def kill_during_write(path: str) -> None:
     with subprocess.Popen([sys.executable, "-c", HALF_A_FILE, path], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"half\n"
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
 
 
-def test_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path) -> None:
+def test_kill_during_a_write_leaves_the_old_file(tmp_path: Path) -> None:
     folder = str(tmp_path / "out")
     start_or_resume(folder, plan(), replace=False)
     mark_shard_done(folder, shard(0, folder))
     before = bytes_in(folder)
 
-    kill_in_the_middle_of_writing(f"{folder}/square-00000.bin")  # a file that was whole
-    kill_in_the_middle_of_writing(f"{folder}/square-00001.bin")
-    kill_in_the_middle_of_writing(f"{folder}/.progress/00001.json")
+    kill_during_write(f"{folder}/square-00000.bin")  # a complete file
+    kill_during_write(f"{folder}/square-00001.bin")
+    kill_during_write(f"{folder}/.progress/00001.json")
 
     after = bytes_in(folder)
-    left_behind = after.keys() - before.keys()
+    leftovers = after.keys() - before.keys()
     assert {name: after[name] for name in before} == before
-    assert len(left_behind) == 3
-    assert all(paths.TEMPORARY_PREFIX in name for name in left_behind)
+    assert len(leftovers) == 3
+    assert all(paths.TEMPORARY_PREFIX in name for name in leftovers)
 
-    # The next run goes on, and once it is done nothing of the dead writers is left.
+    # The next run continues, and deletes the files of the killed writers when it is done.
     done = start_or_resume(folder, plan(), replace=False)
     assert isinstance(done, dict) and list(done) == ["00000"]
     finish(folder, plan())
@@ -224,7 +224,7 @@ def images_table(rows: int) -> pa.Table:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5000])
-def test_table_comes_back_and_has_the_same_bytes_twice(root: str, rows: int) -> None:
+def test_table_reads_back_equal_and_is_written_with_equal_bytes(root: str, rows: int) -> None:
     table = images_table(rows)
     first = parquet.write_table(paths.join(root, "a.parquet"), table)
     second = parquet.write_table(
@@ -269,12 +269,12 @@ def test_damaged_parquet_is_an_input_error_or_reads(tmp_path: Path, seed: int) -
     rng = np.random.default_rng(seed)
     for _ in range(60):
         damaged = bytearray(whole)
-        place = int(rng.integers(len(whole)))
+        position = int(rng.integers(len(whole)))
         if rng.random() < 0.3:
-            del damaged[place:]
-        else:  # the footer and the page headers are where a reader goes wrong
-            place = len(whole) - 1 - place // 2
-            damaged[place] ^= 1 << int(rng.integers(8))
+            del damaged[position:]
+        else:  # damage the second half, where the footer and the last page headers are
+            position = len(whole) - 1 - position // 2
+            damaged[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         try:
             parquet.read_table(str(path), RATED)
@@ -289,7 +289,7 @@ def file_record(name: str, content: bytes = b"") -> FileRecord:
     return FileRecord(name=name, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), rows=0)
 
 
-def test_content_hash_changes_with_the_files_and_only_then() -> None:
+def test_content_hash_depends_on_the_files_alone() -> None:
     def manifest(*files: FileRecord, **changes: Any) -> Manifest:
         shards = [ShardRecord(name=str(number), files=(file,)) for number, file in enumerate(files)]
         return dataclasses.replace(Manifest(plan(), shards, {}, {}), **changes)
@@ -313,15 +313,15 @@ def test_content_hash_changes_with_the_files_and_only_then() -> None:
 @pytest.mark.parametrize("num_shards", [0, 1, 3])
 def test_manifest_reads_back_equal(root: str, num_shards: int) -> None:
     manifest = finish(root, plan(num_shards=num_shards))
-    found = require_manifest(root)
-    assert read_manifest(root) == found == manifest
-    assert found.content_hash == manifest.content_hash
-    assert found.shards[1:] == manifest.shards[1:] and len(found.shards) == num_shards
-    assert found != dataclasses.replace(manifest, shards=[ShardRecord(name="other")])
+    read = require_manifest(root)
+    assert read_manifest(root) == read == manifest
+    assert read.content_hash == manifest.content_hash
+    assert read.shards[1:] == manifest.shards[1:] and len(read.shards) == num_shards
+    assert read != dataclasses.replace(manifest, shards=[ShardRecord(name="other")])
 
 
-def test_manifest_is_json_with_a_shard_a_line(root: str) -> None:
-    """Whatever a name or a fact holds."""
+def test_manifest_is_json_with_one_shard_per_line(root: str) -> None:
+    """Names and facts may hold any text."""
     odd = ',\n "shards": [\n\n ]\n}\n'
     shards = [ShardRecord(name=odd), ShardRecord(name="1", totals={odd: 1})]
     manifest = Manifest(plan(), shards, {"rows": 3}, {}, {odd: [odd, {"shards": []}]})
@@ -340,11 +340,11 @@ def test_damaged_record_in_a_manifest_is_an_input_error(root: str) -> None:
         list(require_manifest(root).shards)
 
 
-def test_missing_or_foreign_manifest_is_an_input_error(root: str) -> None:
+def test_missing_or_other_manifest_is_an_input_error(root: str) -> None:
     assert read_manifest(root) is None
     with pytest.raises(InputError, match=r"holds no finished stage.*Run the stage"):
         require_manifest(root)
-    for text in (b"", b"{}", b'{"name": "someone else"}', b"\xff"):
+    for text in (b"", b"{}", b'{"name": "other program"}', b"\xff"):
         paths.write_bytes(paths.join(root, "manifest.json"), text)
         with pytest.raises(InputError, match=r"manifest\.json: not a file that this version of Seedbed wrote"):
             require_manifest(root)
@@ -367,7 +367,7 @@ def test_hash_json_is_canonical() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_sum_counts_is_a_sum_in_any_order(seed: int) -> None:
+def test_sum_counts_does_not_depend_on_the_order(seed: int) -> None:
     rng = np.random.default_rng(seed)
     counts = [{str(key): int(rng.integers(9)) for key in rng.integers(0, 5, 3)} for _ in range(6)]
     total = sum_counts(counts)
@@ -380,7 +380,7 @@ def test_sum_counts_is_a_sum_in_any_order(seed: int) -> None:
 # Claiming an output folder
 
 
-def test_fresh_then_resumed_then_done(root: str) -> None:
+def test_new_then_resumed_then_done(root: str) -> None:
     folder = paths.join(root, "square")
     assert start_or_resume(folder, plan(), replace=False) == {}
     assert start_or_resume(folder, plan(), replace=False) == {}
@@ -397,7 +397,7 @@ def test_fresh_then_resumed_then_done(root: str) -> None:
     assert PROGRESS_NAME not in paths.list_names(folder)
 
 
-def test_replaced_stage_takes_its_steps_along(root: str) -> None:
+def test_replacing_a_stage_deletes_its_steps(root: str) -> None:
     folder = paths.join(root, "square")
     assert start_or_resume(folder, plan(), replace=False) == {}
     for step, is_done in (("first", True), ("second", False)):
@@ -413,7 +413,7 @@ def test_replaced_stage_takes_its_steps_along(root: str) -> None:
     assert paths.list_names(paths.join(folder, PROGRESS_NAME)) == ["plan.json"]
 
 
-def test_kill_right_behind_the_manifest_leaves_nothing(root: str) -> None:
+def test_progress_files_after_a_kill_behind_the_manifest_are_deleted(root: str) -> None:
     folder = paths.join(root, "square")
     manifest = finish(folder, plan())
     mark_shard_done(folder, shard(0, folder))
@@ -434,7 +434,9 @@ OTHER_PLANS = [
 
 @pytest.mark.parametrize("finished", [False, True], ids=["half done", "done"])
 @pytest.mark.parametrize(("other", "lines"), OTHER_PLANS)
-def test_work_of_another_plan_is_refused_untouched(root: str, finished: bool, other: Plan, lines: list[str]) -> None:
+def test_work_of_another_plan_is_refused_and_unchanged(
+    root: str, finished: bool, other: Plan, lines: list[str]
+) -> None:
     folder = paths.join(root, "square")
     start_or_resume(folder, plan(), replace=False)
     mark_shard_done(folder, shard(0, folder))
@@ -462,7 +464,7 @@ def test_long_list_of_differences_is_cut(root: str) -> None:
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_files_of_a_stranger_are_refused_and_never_deleted(root: str, replace: bool) -> None:
+def test_other_files_are_refused_and_never_deleted(root: str, replace: bool) -> None:
     paths.write_bytes(paths.join(root, "thesis.txt"), b"precious")
     paths.write_bytes(paths.join(root, "deeper/more.txt"), b"too")
     before = bytes_in(root)
@@ -471,13 +473,13 @@ def test_files_of_a_stranger_are_refused_and_never_deleted(root: str, replace: b
     assert bytes_in(root) == before
 
 
-def test_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+def test_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     folder = str(tmp_path / "out")
-    hold = (
+    script = (
         "import time; from curation.files.folder_lock import sole_writer\n"
         f"with sole_writer({folder!r}): print('in'); time.sleep(60)"
     )
-    first = subprocess.Popen([sys.executable, "-u", "-c", hold], stdout=subprocess.PIPE)
+    first = subprocess.Popen([sys.executable, "-u", "-c", script], stdout=subprocess.PIPE)
     assert first.stdout is not None and first.stdout.readline() == b"in\n"
     with pytest.raises(OutputMismatchError, match=r"Another run is writing '.*out'"), sole_writer(folder):
         pass
@@ -489,7 +491,7 @@ def test_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> Non
         assert os.listdir(folder) == []
 
 
-# Dies by os._exit before the n-th thing that the action does to files, for n = 1, 2, ... until it comes through.
+# Dies by os._exit before the n-th file operation of the action, for n = 1, 2, ... until the action succeeds.
 DIE_AT_EVERY_STEP = """
 import os, shutil, sys
 from curation.engine.manifest import claim
@@ -507,13 +509,13 @@ for step in range(1, 200):
     shutil.copytree(template, folder)
     child = os.fork()
     if child == 0:
-        left = step
+        operations_left = step
 
         def die(event, arguments):
-            global left
+            global operations_left
             if event in EVENTS:
-                left -= 1
-                if left == 0:
+                operations_left -= 1
+                if operations_left == 0:
                     os._exit(9)
 
         sys.addaudithook(die)
@@ -527,18 +529,18 @@ for step in range(1, 200):
 """
 
 
-def die_at_every_step(template: str, copies: Path, action: str, wanted: Plan) -> list[str]:
-    """Copies of the folder `template` as the action left them when it died at its first, second, ... step."""
+def die_at_every_step(template: str, copies: Path, action: str, new_plan: Plan) -> list[str]:
+    """Copies of the folder `template` after the action died before its first, second, ... file operation."""
     copies.mkdir()
     command = [sys.executable, "-c", DIE_AT_EVERY_STEP, template, str(copies), action]
-    subprocess.run(command, input=wanted.model_dump_json().encode(), check=True, timeout=120)
+    subprocess.run(command, input=new_plan.model_dump_json().encode(), check=True, timeout=120)
     folders = sorted(str(path) for path in copies.iterdir())
     assert len(folders) > 5
     return folders
 
 
 @pytest.mark.parametrize("finished", [False, True], ids=["half done", "done"])
-def test_replace_that_dies_at_any_step_can_go_on_either_way(tmp_path: Path, finished: bool) -> None:
+def test_after_a_replace_that_dies_at_any_step_either_plan_can_continue(tmp_path: Path, finished: bool) -> None:
     template, other = str(tmp_path / "template"), plan(config={"power": 3})
     start_or_resume(template, plan(), replace=False)
     for number in range(3):
@@ -548,15 +550,15 @@ def test_replace_that_dies_at_any_step_can_go_on_either_way(tmp_path: Path, fini
     for folder in die_at_every_step(template, tmp_path / "copies", "replace", other):
         claimed = Path(folder, ".progress/plan.json")
         if claimed.exists() and Plan.model_validate_json(claimed.read_bytes()) == other:
-            continue  # it died after its last step
-        # With the old plan: what counts as done is there.
-        found = start_or_resume(folder, plan(), replace=False)
-        records_ = found.shards if isinstance(found, Manifest) else found.values()
-        for record in records_:
+            continue  # it died after its last operation
+        # With the old plan: the files of every finished shard are complete.
+        resumed = start_or_resume(folder, plan(), replace=False)
+        records = resumed.shards if isinstance(resumed, Manifest) else resumed.values()
+        for record in records:
             for file in record.files:
                 data = paths.read_bytes(f"{folder}/{file.name}")
                 assert hashlib.sha256(data).hexdigest() == file.sha256
-        # With the new plan: refused without --replace, begun afresh with it.
+        # With the new plan: refused without --replace, started anew with it.
         if set(bytes_in(folder)) != {"/.progress/plan.json"}:
             with pytest.raises(OutputMismatchError):
                 start_or_resume(folder, other, replace=False)

@@ -1,4 +1,4 @@
-"""What every stage does around its shards, beyond what the runner contract already shows."""
+"""The behaviour of every stage around its shards, beyond the runner contract."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -54,7 +54,7 @@ def run(folder: Path, config: CountConfig, works: Sequence[int]) -> Manifest:
 
 
 @pytest.mark.parametrize("works", [[11], [5, 6], [5, 6, 1], [11, 0, 0]])
-def test_check_that_failed_fails_again_until_what_it_guards_is_changed(tmp_path: Path, works: list[int]) -> None:
+def test_failed_check_fails_again_until_its_limit_is_raised(tmp_path: Path, works: list[int]) -> None:
     for _ in range(3):
         with pytest.raises(RejectBudgetError, match="11 is above 10"):
             run(tmp_path, CountConfig(), works)
@@ -62,16 +62,16 @@ def test_check_that_failed_fails_again_until_what_it_guards_is_changed(tmp_path:
     manifest = run(tmp_path, CountConfig(limit=20), works)
     assert manifest.totals == {"count": sum(works)}
     assert "limit" not in manifest.plan.config
-    assert run(tmp_path, CountConfig(limit=0), works) == manifest, "what is done is done"
+    assert run(tmp_path, CountConfig(limit=0), works) == manifest, "a finished stage is not checked again"
 
 
-@pytest.mark.parametrize("place", ["local", "memory"])
+@pytest.mark.parametrize("storage", ["local", "memory"])
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 7, 9, 10])
-def test_markers_that_were_gathered_are_markers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, stop: int
+def test_merged_markers_count_as_markers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, stop: int
 ) -> None:
     monkeypatch.setattr("curation.engine.manifest.MARKERS_PER_FILE", 3)
-    output = f"memory://{tmp_path.name}/{stop}" if place == "memory" else str(tmp_path / "out")
+    output = f"memory://{tmp_path.name}/{stop}" if storage == "memory" else str(tmp_path / "out")
     calls: list[str] = []
     seen: list[tuple[int, int]] = []
 
@@ -104,13 +104,13 @@ def test_markers_that_were_gathered_are_markers(
         assert done_shards(output) == {f"{number:05d}" for number in range(stop)}
         names = paths.list_names(paths.join(output, PROGRESS_NAME))
         assert len(names) == 1 + stop // 3 + stop % 3
-        if stop >= 3:  # as a kill may leave it, before the gathered markers were deleted
+        if stop >= 3:  # as after a kill, before the single markers were deleted
             mark_shard_done(output, next(read_done(output)))
         stop = -1
     manifest = attempt()
     assert seen[-1] == (10, 45) and manifest.totals == {"count": 45}
     assert [record.name for record in manifest.shards] == [f"{number:05d}" for number in range(10)]
-    assert len(set(calls)) == len(calls), "no shard is done twice"
+    assert len(set(calls)) == len(calls), "no shard is processed twice"
     assert PROGRESS_NAME not in paths.list_names(output)
-    again = str(tmp_path / "straight")
-    assert run(Path(again), CountConfig(limit=100), list(range(10))).shards == manifest.shards
+    uninterrupted = tmp_path / "uninterrupted"
+    assert run(uninterrupted, CountConfig(limit=100), list(range(10))).shards == manifest.shards
