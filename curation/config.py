@@ -1,8 +1,8 @@
 """Closed, frozen settings read from TOML.
 
-An unknown key is an error, every problem is reported at once, and nothing is merged from elsewhere: what the file says,
-then what `--set section.key=value` says on top, is the whole config. `resolved_toml` writes it back out with every
-default filled in.
+A config is the text of one file with the overrides `--set section.key=value`. Its profile and the defaults fill in the
+settings that it leaves out (profiles.py). An unknown key is an error, and one message reports every problem.
+`resolved_toml` gives the config with every default filled in.
 """
 
 import json
@@ -20,9 +20,9 @@ from curation.files import paths
 
 
 class Settings(BaseModel):
-    """A frozen section of a config. A docstring under each field gives its meaning and unit."""
+    """A frozen section of a config. The docstring under each field gives its meaning and unit."""
 
-    # No infinities: JSON has none, so a plan that holds one would not equal itself once written.
+    # No infinities: JSON has none, so a plan with one would differ from itself after it is written and read.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
@@ -30,19 +30,19 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
 class NotInPlan:
-    """Marks a field that guards the work of a stage without shaping its bytes: `Annotated[float, NotInPlan]`.
+    """Marks a field that has no effect on the bytes of an output: `Annotated[float, NotInPlan]`.
 
-    Such a field may change between two runs of a stage without the stage being done again.
+    Such a field may change between two runs of a stage; the stage is not done again.
     """
 
 
 def plan_values(settings: Settings) -> dict[str, Any]:
-    """The values of `settings` as JSON, without the fields that are marked NotInPlan, in sections below too."""
+    """The values of `settings` as JSON, without the fields marked NotInPlan here and in nested sections."""
     return settings.model_dump(mode="json", exclude=_not_in_plan(type(settings)))
 
 
 def _not_in_plan(model: type[BaseModel]) -> dict[str, Any]:
-    """The fields of `model` marked NotInPlan, as the mapping of mappings that pydantic excludes by."""
+    """The fields of `model` marked NotInPlan, as a nested mapping for the `exclude` of pydantic."""
     excluded: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if NotInPlan in field.metadata:
@@ -55,7 +55,7 @@ def _not_in_plan(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a field holds: itself, or one of a union."""
+    """The models in the type of a field: the type itself, or the members of a union."""
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
@@ -63,11 +63,11 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 def load(
     model: type[SettingsType], path: str, overrides: Iterable[str] = (), *, section: str | None = None
 ) -> SettingsType:
-    """Read the TOML file at `path` (any fsspec URL), apply `a.b=value` overrides, and check it all against `model`.
+    """The settings in the TOML file at `path` (any fsspec URL), with `a.b=value` overrides, validated as `model`.
 
-    With `section`, only that table of the file is read, filled in by the profile that the file names (see profiles.py);
-    overrides still name it in front (`embed.device=cuda`).
-    Raises ConfigError listing every problem with its dotted key and the value found.
+    With `section`, only that table of the file is read, and the file's profile fills in what it leaves out
+    (profiles.py). Overrides still begin with the section (`embed.device=cuda`). Raises ConfigError, which lists every
+    problem with its dotted key and value.
     """
     try:
         text = paths.read_bytes(path).decode()
@@ -89,12 +89,12 @@ def load(
 def parse_section(
     model: type[SettingsType], values: dict[str, Any], overrides: Iterable[str], *, section: str, origin: str
 ) -> SettingsType:
-    """As `load`, of `values` that are not in a file; `origin` names them in messages."""
+    """As `load` with a `section`, for `values` that are not in a file. `origin` names their source in messages."""
     for override in overrides:
         values = _with_override(values, override)
     if not isinstance(values.get(section), dict):
         raise ConfigError(
-            f"{origin}: no section [{section}], which this stage reads. Found: {', '.join(values) or 'none'}."
+            f"{origin}: no section [{section}]; this stage needs it. Found: {', '.join(values) or 'none'}."
         )
     return parse(model, profiles.fill(values)[section], origin=f"{origin} [{section}]")
 
@@ -102,12 +102,12 @@ def parse_section(
 def parse(
     model: type[SettingsType], values: Mapping[str, Any], overrides: Iterable[str] = (), *, origin: str
 ) -> SettingsType:
-    """Check `values`, with `a.b=value` overrides applied, against `model`. `origin` names the source in messages."""
+    """Validate `values`, with `a.b=value` overrides, as `model`. `origin` names their source in messages."""
     tree = dict(values)
     for override in overrides:
         tree = _with_override(tree, override)
     try:
-        # Through JSON mode, so that TOML's lists become tuples and its strings become enums or paths, strictly typed.
+        # JSON mode turns the lists of TOML into tuples and its strings into enums or paths; the rest is strictly typed.
         return model.model_validate_json(_to_json(tree))
     except ValidationError as error:
         problems = "\n".join(f"  {line}" for line in _problems(error))
@@ -116,12 +116,12 @@ def parse(
 
 
 def resolved_toml(settings: Settings) -> str:
-    """The settings as TOML text with every default filled in; reading it back gives equal settings."""
+    """The settings as TOML text with every default filled in. Reading the text gives equal settings."""
     return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
 
 
 def write_resolved(settings: Settings, path: str) -> None:
-    """Write `resolved_toml` to `path`, unless the file already holds this text."""
+    """Write `resolved_toml` to `path`, unless the file has this text already."""
     text = resolved_toml(settings).encode()
     if not paths.exists(path) or paths.read_bytes(path) != text:
         paths.write_bytes(path, text)
@@ -140,11 +140,12 @@ def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word is text: --set embed.device=cuda
+        value = text  # an unquoted word is text: --set embed.device=cuda
     return dict(_set(tree, path, value, override))
 
 
 def _set(node: Any, path: list[str], value: Any, override: str) -> Any:
+    """A copy of `node` (a value, list or table) with `value` at `path`; `override` is named in messages."""
     if not path:
         return value
     head, rest = path[0], path[1:]
@@ -159,6 +160,7 @@ def _set(node: Any, path: list[str], value: Any, override: str) -> Any:
 
 
 def _problems(error: ValidationError) -> list[str]:
+    """One line for each problem, with its dotted key and value."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])

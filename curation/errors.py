@@ -1,19 +1,19 @@
-"""The errors that Seedbed raises, drawn once.
+"""The errors that Seedbed raises, as a tree.
 
     SeedbedError
     ├── UserError               the user's input or config is wrong: exit status 2, one message, no traceback
     │   ├── ConfigError         a config file or an option: unknown key, wrong type, impossible combination
-    │   ├── InputError          data that is missing, empty, unreadable or of the wrong kind
-    │   ├── DamagedFileError    a tar or Parquet file that cannot be read to its end; ingest rejects it
-    │   ├── OutputMismatchError the output folder holds the work of another config or input, or of a run that goes on
+    │   ├── InputError          input data is missing, empty, unreadable or of the wrong kind
+    │   ├── DamagedFileError    a tar or Parquet file cannot be read to its end; ingest rejects it
+    │   ├── OutputMismatchError the output folder holds other files, or the work of another config, input or process
     │   ├── RejectBudgetError   more images were rejected than `max_reject_fraction` allows
     │   ├── WeightsError        a checkpoint does not fit the model: keys, shapes, hash, or the file itself
-    │   └── DeviceError         a device or package was asked for that is not here
-    ├── TrainingError           the numbers of a training run are not finite any more: exit status 1
+    │   └── DeviceError         a requested device or package is missing on this machine
+    ├── TrainingError           the loss or gradients of a training run are not finite: exit status 1
     ├── ShardError              a worker failed on a shard; names the stage and the shard: exit status 1
-    └── images.ImageRejected    one image cannot be used; ingest turns it into a row of the rejects
+    └── ImageRejected           (images/decode.py) an image cannot be used; ingest writes it to the rejects
 
-A message says what is wrong, the value found, where, and what to do.
+A message states what is wrong, the value, where it is, and what to do.
 """
 
 
@@ -26,7 +26,7 @@ class UserError(SeedbedError, ValueError):
 
 
 class ConfigError(UserError):
-    """A config file or an option is wrong. The message lists every problem found, not only the first."""
+    """A config file or an option is wrong. The message lists every problem, not only the first."""
 
 
 class InputError(UserError):
@@ -34,11 +34,11 @@ class InputError(UserError):
 
 
 class DamagedFileError(UserError):
-    """A tar or Parquet file cannot be read to its end. Ingest turns it into a row of the rejects table."""
+    """A tar or Parquet file cannot be read to its end. Ingest writes it to the rejects."""
 
 
 class OutputMismatchError(UserError):
-    """The output folder holds the work of another config or of other inputs, or of a run that goes on."""
+    """The output folder holds other files, or the work of another config, input or running process."""
 
 
 class RejectBudgetError(UserError):
@@ -50,11 +50,11 @@ class WeightsError(UserError):
 
 
 class DeviceError(UserError):
-    """A device or a package was asked for that this machine does not have."""
+    """A requested device or package is missing on this machine."""
 
 
 class TrainingError(SeedbedError):
-    """Training cannot go on: its numbers are not finite any more."""
+    """Training cannot continue: its loss or gradients are not finite."""
 
 
 class ShardError(SeedbedError):

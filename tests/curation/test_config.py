@@ -1,4 +1,4 @@
-"""The config: closed, frozen, complete in its messages, and equal after a round trip through TOML."""
+"""The config: unknown keys are refused, messages are complete, and a round trip through TOML changes nothing."""
 
 import importlib
 import math
@@ -48,15 +48,15 @@ class Whole(Settings):
     seed: int = 0
 
 
-def parse(text_of_values: dict[str, object], *overrides: str) -> Whole:
-    return config.parse(Whole, text_of_values, overrides, origin="run.toml")
+def parse(tables: dict[str, object], *overrides: str) -> Whole:
+    return config.parse(Whole, tables, overrides, origin="run.toml")
 
 
 def values() -> dict[str, object]:
     return {"model": {"name": "vit", "levels": [{"size": 1}, {"size": 2}], "counts": {"a": 1}}}
 
 
-# What is wrong in the file, and what the message must say of it, word by word.
+# A file with mistakes, and the exact lines of the message on it.
 PROBLEMS = [
     ('sede = 1\n[model]\nname = "a"', ["Unknown key: 'sede' (value 1)"]),
     ('[model]\nname = "a"\n[modle]\nx = 1', ["Unknown key: 'modle' (value {'x': 1})"]),
@@ -125,10 +125,10 @@ def test_long_value_is_cut_in_the_message() -> None:
 )
 def test_override_changes_that_value_alone(override: str, changed: dict[str, object]) -> None:
     before = values()
-    plain, found = parse(before), parse(before, override)
+    plain, overridden = parse(before), parse(before, override)
     assert before == values(), "the caller's values were changed"
     seed = changed.pop("seed", 0)
-    assert found == plain.model_copy(update={"seed": seed, "model": plain.model.model_copy(update=changed)})
+    assert overridden == plain.model_copy(update={"seed": seed, "model": plain.model.model_copy(update=changed)})
 
 
 def test_overrides_apply_in_order_and_can_make_a_section() -> None:
@@ -148,7 +148,7 @@ def test_overrides_apply_in_order_and_can_make_a_section() -> None:
         ("model.name.x=1", "--set model.name.x=1: 'x' lies inside a value ('vit'), not inside a section."),
     ],
 )
-def test_override_that_fits_nowhere_is_refused(override: str, message: str) -> None:
+def test_override_of_a_path_that_does_not_exist_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(values(), override)
     assert str(caught.value) == message
@@ -208,8 +208,8 @@ def all_settings(model: type[Settings] = Settings) -> list[type[Settings]]:
     return [model] + [below for child in model.__subclasses__() for below in all_settings(child)]
 
 
-def test_no_setting_means_something_else_when_it_is_left_out_than_none() -> None:
-    """TOML has no null, so a value of None is written by leaving it out: it must be the default."""
+def test_default_of_every_optional_setting_is_none() -> None:
+    """TOML has no null: a setting of None is left out of the text, so its default must be None."""
     for package in (curation, training, evaluation, pipelines):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
@@ -234,11 +234,11 @@ def test_settings_are_frozen_and_their_defaults_are_checked() -> None:
         config.parse(Wrong, {}, origin="x")
 
 
-def test_section_is_read_alone_with_overrides_that_name_it(tmp_path: Path) -> None:
+def test_only_the_section_is_read_with_its_overrides(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[model]\nname = "a"\n[other]\nanything = "goes"\n')
-    found = config.load(Model, str(path), ["model.rate=0.125", "other.more=1"], section="model")
-    assert found == Model(name="a", rate=0.125)
+    section = config.load(Model, str(path), ["model.rate=0.125", "other.more=1"], section="model")
+    assert section == Model(name="a", rate=0.125)
     with pytest.raises(ConfigError) as caught:
         config.load(Model, str(path), ["model.rate=7"], section="model")
     assert str(caught.value).startswith(f"{path} [model]: 1 problem in the config:\n  'rate': Input should be less")
@@ -249,12 +249,12 @@ def test_missing_section_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.toml"
     path.write_text(text)
     with pytest.raises(
-        ConfigError, match=r"run\.toml: no section \[model\], which this stage reads. Found: (embed|model)"
+        ConfigError, match=r"run\.toml: no section \[model\]; this stage needs it. Found: (embed|model)"
     ):
         config.load(Model, str(path), section="model")
 
 
-def test_what_is_no_config_file_is_refused(tmp_path: Path) -> None:
+def test_missing_or_broken_config_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"No config file at '.*nothing\.toml'.*--config"):
         config.load(Whole, str(tmp_path / "nothing.toml"))
     with pytest.raises(ConfigError, match="a directory"):
@@ -270,13 +270,13 @@ def test_what_is_no_config_file_is_refused(tmp_path: Path) -> None:
         config.load(Whole, "nosuch://bucket/run.toml")
 
 
-def test_config_may_lie_on_any_filesystem() -> None:
+def test_config_is_read_from_any_filesystem() -> None:
     paths.write_bytes("memory://configs/run.toml", b'seed = 3\n[model]\nname = "a"')
     assert config.load(Whole, "memory://configs/run.toml") == Whole(seed=3, model=Model(name="a"))
     paths.delete("memory://configs")
 
 
 def test_large_and_exact_numbers_survive() -> None:
-    found = parse(values() | {"seed": 2**62 + 1}, "model.scale=0.1")
-    assert found.seed == 2**62 + 1
-    assert math.nextafter(found.model.scale, 1) > 0.1 == found.model.scale
+    settings = parse(values() | {"seed": 2**62 + 1}, "model.scale=0.1")
+    assert settings.seed == 2**62 + 1
+    assert math.nextafter(settings.model.scale, 1) > 0.1 == settings.model.scale

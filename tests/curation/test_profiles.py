@@ -1,4 +1,4 @@
-"""Profiles: they fill in what is left out, override nothing, and a saved config needs them no more."""
+"""Profiles: they fill in missing settings and override none, and a saved config does not need them."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from curation.profiles import PROFILES
 from curation.retrieve import RetrieveConfig
 from pipelines.main_path import CurateConfig
 
-LEAST: dict[str, Any] = {
+MINIMAL: dict[str, Any] = {
     "ingest": {
         "sources": [{"name": n, "role": r, "path": n} for n, r in (("a", "seed"), ("b", "seed"), ("p", "pool"))]
     },
@@ -28,30 +28,30 @@ LEAST: dict[str, Any] = {
 
 
 def parse(*overrides: str, **values: Any) -> CurateConfig:
-    return config.parse(CurateConfig, LEAST | values, overrides, origin="run.toml")
+    return config.parse(CurateConfig, MINIMAL | values, overrides, origin="run.toml")
 
 
 def value_of(settings: Any, path: list[str]) -> list[Any]:
     """The values at a path of PROFILES; `*` goes through all items."""
-    for place, name in enumerate(path):
+    for index, name in enumerate(path):
         if name == "*":
-            return [value for item in settings for value in value_of(item, path[place + 1 :])]
+            return [value for item in settings for value in value_of(item, path[index + 1 :])]
         settings = getattr(settings, name)
     return [settings]
 
 
 @pytest.mark.parametrize("profile", ["paper", "default"])
-def test_every_setting_of_a_profile_arrives(profile: profiles.Profile) -> None:
-    found = parse(profile=profile, cluster={"levels": [{"num_clusters": 100_000}]})
-    assert found.profile == profile
+def test_every_setting_of_a_profile_is_filled_in(profile: profiles.Profile) -> None:
+    settings = parse(profile=profile, cluster={"levels": [{"num_clusters": 100_000}]})
+    assert settings.profile == profile
     for setting, value in PROFILES[profile].items():
-        (first, *_) = value_of(found, setting.split("."))
+        (first, *_) = value_of(settings, setting.split("."))
         if setting == "cluster.levels":
             first, value = [level.num_clusters for level in first], [level["num_clusters"] for level in value]
         assert first == value, setting
 
 
-def test_the_profiles_are_what_they_are_called() -> None:
+def test_profiles_have_their_documented_values() -> None:
     paper, default = parse(profile="paper"), parse(cluster={"levels": [{"num_clusters": 3}]})
     assert (paper.pack.repeats, paper.dedup.decontamination, paper.dedup.matches_kept) == (True, "component", False)
     assert (paper.dedup.threshold, paper.dedup.holdout_threshold, paper.pairs.num_neighbors) == (0.6, 0.45, 64)
@@ -62,19 +62,21 @@ def test_the_profiles_are_what_they_are_called() -> None:
     assert (default.pack.repeats, default.dedup.decontamination, default.dedup.matches_kept) == (False, "direct", True)
 
 
-def test_what_the_config_says_stays() -> None:
-    found = parse(
+def test_settings_of_the_config_are_not_overridden() -> None:
+    settings = parse(
         "pack.repeats=false",
         profile="paper",
         dedup={"threshold": 0.8, "matches_kept": True},
         cluster={"levels": [{"num_clusters": 5}]},
         pairs={"num_neighbors": 8, "verification": {}},
     )
-    assert (found.pack.repeats, found.cluster.levels[0].num_clusters, found.pairs.num_neighbors) == (False, 5, 8)
-    assert (found.dedup.threshold, found.dedup.matches_kept, found.dedup.decontamination) == (0.8, True, "component")
-    assert [(d.k, d.cap) for d in found.retrieve.datasets] == [(4, 1_000_000), (32, 7)]
-    complete = DedupConfig(threshold=0.9)  # given as settings rather than as values, a section is complete
-    assert CurateConfig.model_validate({**found.model_dump(), "dedup": complete}, strict=False).dedup == complete
+    dedup = settings.dedup
+    assert not settings.pack.repeats and settings.pairs.num_neighbors == 8
+    assert settings.cluster.levels[0].num_clusters == 5
+    assert (dedup.threshold, dedup.matches_kept, dedup.decontamination) == (0.8, True, "component")
+    assert [(d.k, d.cap) for d in settings.retrieve.datasets] == [(4, 1_000_000), (32, 7)]
+    complete = DedupConfig(threshold=0.9)  # a section given as settings, not as values, is complete
+    assert CurateConfig.model_validate({**settings.model_dump(), "dedup": complete}, strict=False).dedup == complete
 
 
 def test_a_profile_can_be_set_on_the_command_line() -> None:
@@ -84,19 +86,19 @@ def test_a_profile_can_be_set_on_the_command_line() -> None:
 
 @pytest.mark.parametrize("profile", ["paper", "default"])
 def test_saved_config_reads_back_equal_and_needs_no_profile(tmp_path: Path, profile: str) -> None:
-    found = parse(profile=profile, cluster={"levels": [{"num_clusters": 9}]})
+    settings = parse(profile=profile, cluster={"levels": [{"num_clusters": 9}]})
     path = str(tmp_path / "run.toml")
-    paths.write_bytes(path, resolved_toml(found).encode())
+    paths.write_bytes(path, resolved_toml(settings).encode())
     assert paths.read_bytes(path).startswith(f'profile = "{profile}"\n'.encode())
-    assert config.load(CurateConfig, path) == found
+    assert config.load(CurateConfig, path) == settings
     other = "default" if profile == "paper" else "paper"
     changed = config.load(CurateConfig, path, [f"profile={other}"])
-    assert changed == found.model_copy(update={"profile": other})
+    assert changed == settings.model_copy(update={"profile": other})
 
 
 @pytest.mark.parametrize("profile", ["paper", "default"])
-def test_a_stage_alone_reads_what_the_pipeline_reads(tmp_path: Path, profile: str) -> None:
-    path = str(tmp_path / "mine.toml")
+def test_a_single_stage_reads_the_same_settings_as_the_pipeline(tmp_path: Path, profile: str) -> None:
+    path = str(tmp_path / "run.toml")
     text = f'profile = "{profile}"\n[dedup]\nthreshold = 0.7\n[pack]\n[retrieve]\n[[retrieve.datasets]]\nname = "a"\n'
     paths.write_bytes(path, text.encode())
     whole = parse(
@@ -111,10 +113,10 @@ def test_a_stage_alone_reads_what_the_pipeline_reads(tmp_path: Path, profile: st
 
 
 def test_the_callers_values_are_not_changed() -> None:
-    before = repr(LEAST)
+    before = repr(MINIMAL)
     parse(profile="paper")
-    assert repr(LEAST) == before
-    once = profiles.fill(LEAST | {"profile": "paper"})
+    assert repr(MINIMAL) == before
+    once = profiles.fill(MINIMAL | {"profile": "paper"})
     assert profiles.fill(once) == once
 
 
@@ -132,7 +134,7 @@ def test_the_callers_values_are_not_changed() -> None:
         ({"profile": "paper", "stated_clusters": {"c": 3}}, "stated_clusters names 'c', which is no dataset"),
     ],
 )
-def test_mistakes_are_named_as_without_profiles(values: dict[str, Any], message: str) -> None:
+def test_messages_on_mistakes_are_the_same_as_without_profiles(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(**values)
     assert message in str(caught.value)
