@@ -48,7 +48,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 def retrieved_table(rows: Sequence[tuple[str, str, str | int, int]]) -> pa.Table:
-    """RETRIEVED from (image_id, dataset, seed image or cluster, rank); rows without a dataset are drawn by clustering."""
+    """RETRIEVED from (image_id, dataset, seed image or cluster, rank); clustering drew the rows without a dataset."""
     return pa.Table.from_pylist(
         [
             {"image_id": image, "seed_source": source, "rank": rank, "similarity": 0.5}
