@@ -1,7 +1,7 @@
-"""How many of what: caps, weights and the rows of a selection, pure functions with exact integer results.
+"""Caps, weights and counts of images per group: pure functions. Counts are exact integers.
 
-Whatever is split, the parts sum to the whole exactly. What is left after the even or weighted split goes, one each, to
-the first groups that can have more, so that nothing depends on a generator.
+The counts of the groups always sum to the given total exactly. The remainder of an even or weighted split goes, one
+each, to the first groups that can take more, so the result does not depend on a random generator.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from curation.search.top_k import rank_in_groups, top_k_of_groups
 
 
 def cluster_counts(sizes: Sequence[int], images_per_cluster: int, cap: int | None) -> list[int]:
-    """How many images to take from each chosen cluster: at most `images_per_cluster`, and at most `cap` of all."""
+    """The images to take from each chosen cluster: at most `images_per_cluster` from one, at most `cap` in all."""
     return cap_evenly([min(size, images_per_cluster) for size in sizes], cap)
 
 
-def most_clusters(num_seeds: int, more_than_seeds: int) -> int:
-    """The most clusters that can each hold more than `more_than_seeds` of `num_seeds` images."""
+def max_chosen_clusters(num_seeds: int, more_than_seeds: int) -> int:
+    """The maximum number of clusters that can each hold more than `more_than_seeds` of `num_seeds` seeds."""
     return num_seeds // (more_than_seeds + 1)
 
 
@@ -27,10 +27,10 @@ def most_clusters(num_seeds: int, more_than_seeds: int) -> int:
 
 
 def cap_evenly(sizes: Sequence[int], cap: int | None) -> list[int]:
-    """How many to take from each group so that the total is at most `cap`, as evenly as the sizes allow.
+    """The number to take from each group, as even as the sizes allow, with a total of at most `cap`.
 
-    The largest level c with sum(min(size, c)) <= cap; what is then left goes, one each, to the first groups that have
-    more. `None` takes everything. The total is min(cap, sum(sizes)) exactly.
+    Each group gives min(size, c) for the largest c with sum(min(size, c)) <= cap. The remainder goes, one each, to the
+    first groups that have more. A cap of `None` takes all. The total is min(cap, sum(sizes)) exactly.
     """
     if any(size < 0 for size in sizes):
         raise ValueError(f"sizes must not be negative. Found: {min(sizes)}")
@@ -55,29 +55,29 @@ def cap_evenly(sizes: Sequence[int], cap: int | None) -> list[int]:
 
 
 def cap_evenly_within(parents: np.ndarray, sizes: np.ndarray, caps: np.ndarray) -> np.ndarray:
-    """`cap_evenly` for many parents at once: how many to take from each of K children, (K,) int64.
+    """`cap_evenly` for many parents at once: the number to take from each of K children, (K,) int64.
 
-    `parents` (K,) is the parent of each child, `sizes` (K,) what it holds, `caps` (P,) what each parent may give.
-    Exact while the number of children times the largest size stays below 2**63. Takes about 60 bytes a child.
+    `parents` (K,) is the parent of each child, `sizes` (K,) the size of each child, `caps` (P,) the cap of each parent.
+    Exact while the number of children times the largest size stays below 2**63. Takes about 60 bytes per child.
     """
     order = np.lexsort((sizes, parents))
     parent, size = parents[order].astype(np.int64), sizes[order].astype(np.int64)
-    first = np.searchsorted(parent, np.arange(len(caps)))  # where each parent's children begin
+    first = np.searchsorted(parent, np.arange(len(caps)))  # where the children of each parent begin
     count = np.diff(np.append(first, len(parent)))
     before = np.concatenate([[0], np.cumsum(size)])
-    # With the cut at the j-th smallest child, those before it give all they hold, it and those behind it the cut each.
+    # With a cut at the size of the j-th smallest child, smaller children give their size, and all others give the cut.
     smaller = before[:-1] - before[first][parent]
-    behind = count[parent] - rank_in_groups(parent)
-    fits = smaller + behind * size <= caps[parent]
-    # `fits` falls from true to false once within a parent, so the first child that does not fit stands behind them all.
+    num_others = count[parent] - rank_in_groups(parent)
+    fits = smaller + num_others * size <= caps[parent]
+    # Within a parent, children that fit come before children that do not.
     num_fitting = np.zeros(len(caps), np.int64)
-    np.add.at(num_fitting, parent, fits.astype(np.int64))  # of one type, which is 20 times as fast
+    np.add.at(num_fitting, parent, fits.astype(np.int64))  # with equal dtypes, add.at is 20 times as fast
     cut = np.full(len(caps), np.iinfo(np.int64).max)
     short = np.flatnonzero(num_fitting < count)
     pivot = first[short] + num_fitting[short]
-    cut[short] = (caps[short] - smaller[pivot]) // behind[pivot]
+    cut[short] = (caps[short] - smaller[pivot]) // num_others[pivot]
     taken: np.ndarray = np.minimum(sizes, cut[parents]).astype(np.int64)
-    # What is left, one each to the first children that hold more than the cut.
+    # The remainder goes, one each, to the first children that are larger than the cut.
     total = np.zeros(len(caps), np.int64)
     np.add.at(total, parents, taken)
     left = np.where(num_fitting < count, caps - total, 0)
@@ -87,49 +87,49 @@ def cap_evenly_within(parents: np.ndarray, sizes: np.ndarray, caps: np.ndarray) 
 
 
 def balanced_counts(parents: Sequence[np.ndarray], sizes: np.ndarray, total: int) -> np.ndarray:
-    """How many images to draw from each finest cluster, (K_0,) int64, by hierarchical balanced sampling.
+    """The number of images to draw from each finest cluster, (K_0,) int64, by hierarchical balanced sampling.
 
-    `sizes` (K_0,) are images per finest cluster; `parents[l]` (K_l,) is the cluster of level l + 1 that each cluster of
-    level l belongs to; all clusters of the last level hang on one root. From the root down, what a cluster is to give
-    is split among its children as evenly as the images below them allow: the cut c with sum(min(c, size)) = target
-    ("Automatic Data Curation for Self-Supervised Learning", arXiv 2405.15613). What is left goes to the first children.
-    Sums to min(total, sizes.sum()) exactly. 10 million clusters on four levels take 10 s and 0.9 GB (measured
-    2026-11-21 on one core).
+    `sizes` (K_0,) are images per finest cluster. `parents[l]` (K_l,) is the cluster of level l + 1 that each cluster of
+    level l belongs to. All clusters of the last level are children of one root. From the root down, the count of a
+    cluster is split among its children as evenly as the images below them allow: by the cut c with sum(min(c, size)) =
+    target ("Automatic Data Curation for Self-Supervised Learning", arXiv 2405.15613). The remainder goes to the first
+    children. The counts sum to min(total, sizes.sum()) exactly. 10 million clusters on four levels take 10 s and 0.9 GB
+    (measured 2026-11-21 on one core).
     """
     if total < 0:
         raise ValueError(f"total must not be negative. Found: {total}")
     if (sizes < 0).any():
         raise ValueError(f"sizes must not be negative. Found: {sizes.min()}")
-    below = [np.asarray(sizes, np.int64)]
+    level_sizes = [np.asarray(sizes, np.int64)]
     for level, (parent, upper) in enumerate(itertools.zip_longest(parents, parents[1:])):
-        if len(parent) != len(below[-1]):
-            raise ValueError(f"parents of level {level} are {len(parent):,}, its clusters {len(below[-1]):,}")
+        if len(parent) != len(level_sizes[-1]):
+            raise ValueError(f"level {level} has {len(parent):,} parents for {len(level_sizes[-1]):,} clusters")
         num_clusters = int(parent.max(initial=-1)) + 1 if upper is None else len(upper)
-        held = np.zeros(num_clusters, np.int64)
-        np.add.at(held, parent, below[-1])  # not bincount, whose weights are floats
-        below.append(held)
-    links = [*parents, np.zeros(len(below[-1]), np.int64)]
-    give: np.ndarray = np.array([min(total, int(below[-1].sum()))])
-    for parent, held in zip(links[::-1], below[::-1], strict=True):
-        give = cap_evenly_within(np.asarray(parent, np.int64), held, give)
-    return give
+        upper_sizes = np.zeros(num_clusters, np.int64)
+        np.add.at(upper_sizes, parent, level_sizes[-1])  # not bincount, whose weights are floats
+        level_sizes.append(upper_sizes)
+    links = [*parents, np.zeros(len(level_sizes[-1]), np.int64)]
+    counts: np.ndarray = np.array([min(total, int(level_sizes[-1].sum()))])
+    for parent, child_sizes in zip(links[::-1], level_sizes[::-1], strict=True):
+        counts = cap_evenly_within(np.asarray(parent, np.int64), child_sizes, counts)
+    return counts
 
 
 # Weights
 
 
 def apportion(sizes: Sequence[int], weights: Sequence[float], total: int) -> list[int]:
-    """How many to take from each group so that the counts go as the weights, as closely as the sizes allow.
+    """The number to take from each group, as proportional to the weights as the sizes allow.
 
-    A group that holds less than its share gives all it has, and the others share the rest by their weights. Fractions
-    are rounded by largest remainder, ties to the first. A group of weight 0 gives nothing. The counts sum to `total`
-    exactly, or to all that groups with a weight hold.
+    A group smaller than its share gives its size, and the other groups share the rest by their weights. Fractions are
+    rounded by largest remainder, ties to the first. A group of weight 0 gives none. The counts sum to `total` exactly,
+    or to the sizes of all groups with a weight.
     """
     if len(sizes) != len(weights):
-        raise ValueError(f"as many weights as sizes are needed. Found: {len(weights)} and {len(sizes)}")
+        raise ValueError(f"sizes and weights must be equally many. Found: {len(sizes)} sizes, {len(weights)} weights")
     if total < 0 or any(size < 0 for size in sizes):
         raise ValueError(f"sizes and total must not be negative. Found: {[*sizes]} and {total}")
-    exact = [Fraction(weight) for weight in weights]  # refuses what is not finite; a float is a fraction, exactly
+    exact = [Fraction(weight) for weight in weights]  # exact for every finite float; refuses all others
     if any(weight < 0 for weight in exact):
         raise ValueError(f"weights must not be negative. Found: {min(weights)}")
     share = [Fraction(0)] * len(sizes)
@@ -150,28 +150,28 @@ def apportion(sizes: Sequence[int], weights: Sequence[float], total: int) -> lis
 
 
 def temperature_counts(sizes: Sequence[int], temperature: float, total: int) -> list[int]:
-    """`apportion` by size ** temperature: 1 keeps the proportions of the groups, 0 takes of each the same."""
+    """`apportion` by size ** temperature: 1 keeps the proportions of the groups, 0 takes equal numbers."""
     return apportion(sizes, _tempered(sizes, temperature), total)
 
 
 def row_weights(rows: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, float]:
-    """The weight of one row of each group, such that the groups' shares of all weight are as `shares`.
+    """The weight of one row of each group, such that the sums of the groups' weights are proportional to `shares`.
 
     `shares` need not sum to 1. Groups without rows are left out. The weights of all rows sum to the number of rows.
     """
     filled = {name: count for name, count in rows.items() if count}
     if not filled:
         return {}
-    mass = np.array([float(shares[name]) for name in filled])
-    share = mass / mass.sum()
+    unscaled = np.array([float(shares[name]) for name in filled])
+    share = unscaled / unscaled.sum()
     total = sum(filled.values())
     return {name: float(share[i] * total / count) for i, (name, count) in enumerate(filled.items())}
 
 
 def dataset_weights(rows: Mapping[str, int], temperature: float) -> dict[str, float]:
-    """The weight of one row of each dataset, such that a dataset's share of all weight goes as rows ** temperature.
+    """The weight of one row of each dataset; a dataset's share of all weight is proportional to rows ** temperature.
 
-    1 leaves every row equal, 0 gives every dataset the same share. Mean weight over all rows is 1.
+    With 1 all rows weigh the same, with 0 all datasets. The mean weight over all rows is 1.
     """
     return row_weights(rows, dict(zip(rows, _tempered([*rows.values()], temperature), strict=True)))
 

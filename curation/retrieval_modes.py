@@ -1,7 +1,7 @@
-"""The ways in which a seed dataset retrieves from the pool: one row of MODES each, for plans, prices and the corpus.
+"""The modes of retrieval from the pool: one row of MODES each, used by plans, prices and the composition of the corpus.
 
-A new mode is a name and a row here, and a function in retrieve.py that gives its rows of RETRIEVED. All other files go
-by the columns of these rows: `seed_image_id` is null where no single seed retrieved the image, `seed_source` where no
+A new mode is a name and a row here, and a function in retrieve.py that gives its rows of RETRIEVED. All other files use
+the columns of those rows: `seed_image_id` is null unless a single seed retrieved the image, `seed_source` unless a
 dataset did.
 """
 
@@ -13,37 +13,37 @@ from curation.quotas import cluster_counts
 
 Mode = Literal["sample", "cluster", "none"]
 Retrieval = Literal["sample", "cluster", "none", "by_size"]
-"""The modes that a config may name; `by_size` is one of them by the number of seeds."""
+"""The values of a config; `by_size` chooses `sample` or `cluster` by the number of seeds."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a dataset asks for, as far as the number of rows depends on it."""
+    """The numbers that decide how many rows a dataset retrieves."""
 
     num_seeds: int
     k: int
     cluster_sizes: Sequence[int]
-    """Images in each of the clusters that are chosen for the dataset."""
+    """Images in each cluster that is chosen for the dataset."""
     images_per_cluster: int
     cap: int
 
 
 @dataclass(frozen=True)
 class RetrievalMode:
-    """One way to retrieve."""
+    """The properties of a mode."""
 
     num_rows: Callable[[Request], tuple[int, int]]
-    """Rows before and after the cap of the dataset."""
+    """Gives the rows before and after the cap of the dataset."""
     compares_seeds: bool
-    """Whether each seed is compared with the vectors of the pool, which is what takes time."""
+    """Whether each seed is compared with the vectors of the pool; this takes most of the time."""
     is_capped: bool
     """Whether `cap` limits the rows."""
     label: str
-    """For the plan; `{k}` stands for the setting."""
+    """Name in the plan; `{k}` is replaced by the setting."""
 
 
 def _rows_by_sample(request: Request) -> tuple[int, int]:
-    num_rows = request.num_seeds * request.k  # an image counts as often as it is retrieved; a pool holds k at least
+    num_rows = request.num_seeds * request.k  # counts repeats; assumes that the pool holds at least k images
     return num_rows, num_rows
 
 
@@ -66,7 +66,7 @@ MODES: dict[Mode, RetrievalMode] = {
 
 
 def mode_of(retrieval: Retrieval, num_seeds: int, sample_above: int) -> Mode:
-    """The mode of a dataset with so many seeds: `by_size` is `sample` above `sample_above` seeds, else `cluster`."""
+    """The mode of a dataset with `num_seeds` seeds: `by_size` is `sample` above `sample_above`, otherwise `cluster`."""
     if retrieval == "by_size":
         return "sample" if num_seeds > sample_above else "cluster"
     return retrieval
@@ -74,14 +74,14 @@ def mode_of(retrieval: Retrieval, num_seeds: int, sample_above: int) -> Mode:
 
 @dataclass(frozen=True)
 class DatasetRows:
-    """The rows that a dataset brings into the corpus, repeats included: a line of DINOv2's table 15."""
+    """The rows of a dataset in the corpus, repeats included: a line of DINOv2's table 15."""
 
     as_is: int
-    """Its own images."""
+    """Seeds that are packed as they are."""
     before_cap: int
-    """Rows that the search of the pool gives."""
+    """Rows retrieved from the pool, before the cap."""
     retrieved: int
-    """Rows that are taken of these."""
+    """Rows retrieved from the pool, after the cap."""
 
     @property
     def rows(self) -> int:

@@ -10,8 +10,8 @@
       retrieve/  retrieved-*.parquet
       corpus/    corpus-*.tar          corpus-*.parquet      composition.json
 
-Every folder also holds the manifest of its stage. Readers go by the manifest, never by a listing of the folder.
-Columns are in files/schemas.py.
+Every folder also holds the manifest of its stage. Readers take file names from the manifest, never from a listing of
+the folder. The columns are in files/schemas.py.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from curation.engine.manifest import MANIFEST_NAME, Manifest, read_manifest, req
 from curation.errors import InputError
 from curation.files import npy, parquet, paths, schemas, vectors
 
-# The stages in their order. Each has the folder of its name.
+# The stages in order. Each writes to the folder of its name.
 STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus")
 
 
@@ -33,7 +33,7 @@ STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve"
 class RunFolder:
     """The folders of the stages of one run, local or any fsspec URL.
 
-    A stage on its own command line gets the folders that it reads; the others stay empty.
+    The command of a single stage sets only the folders that it reads; the others are empty strings.
     """
 
     ingest: str = ""
@@ -57,9 +57,9 @@ class RunFolder:
 def read_vectors(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
     """Ids and unit vectors (N, D) float16 of every file at `path`: one Parquet file or a block of a matrix at a time.
 
-    `path` is a file; a folder of `.parquet` and `.npy` files; the folder of a stage, where the manifest names the
-    files; or the folder of a run, which stands for its `embed/`. Raises InputError as `vectors.read_file` does, and
-    where there are no vectors or files differ in width.
+    `path` is a file, a folder of `.parquet` and `.npy` files, the folder of a stage, or the folder of a run. In the
+    folder of a stage, the manifest names the files; of a run, the folder `embed/` is read. Raises InputError as
+    `vectors.read_file` does, for a path without vectors, and for files that differ in width.
     """
     width: int | None = None
     for file in _vector_files(path):
@@ -93,7 +93,7 @@ def _vector_files(path: str) -> list[str]:
 
 
 def read_images(folder: str, columns: list[str] | None = None) -> pa.Table:
-    """All rows of IMAGES of a finished ingest, or some columns of them, in shard order."""
+    """All rows of IMAGES of a finished ingest in shard order, with all columns or only `columns`."""
     schema = schemas.IMAGES if columns is None else pa.schema([schemas.IMAGES.field(name) for name in columns])
     table = _read_all(folder, "images", schemas.IMAGES, columns, schema.empty_table())
     if table.num_rows == 0:
@@ -106,7 +106,7 @@ def require_same_ingest(folder: str, manifest: Manifest, images: str, ingested: 
     if (content_hash := manifest.plan.inputs.get("images")) != ingested.content_hash:
         raise InputError(
             f"'{folder}' was made from another ingest than '{images}' (content hash {content_hash}, here "
-            f"{ingested.content_hash}); they are not stages of one run. Run {manifest.plan.stage} again with --replace."
+            f"{ingested.content_hash}). They are not stages of one run; run {manifest.plan.stage} again with --replace."
         )
 
 
@@ -115,7 +115,7 @@ def require_same_ingest(folder: str, manifest: Manifest, images: str, ingested: 
 
 @dataclass(frozen=True)
 class KeptShard:
-    """The files of one shard of ingest: its images, the decisions of dedup, its vectors."""
+    """The files of one shard of ingest: its images, the decisions of dedup, and the vectors."""
 
     images: str
     duplicates: str
@@ -123,7 +123,7 @@ class KeptShard:
 
 
 def kept_shards(run: RunFolder) -> list[KeptShard]:
-    """The shards of the finished ingest, dedup and embed side by side. Raises InputError for stages of several runs."""
+    """The shards of a finished ingest with their files in dedup and embed. Raises InputError for stages of two runs."""
     folders, kinds = (run.ingest, run.dedup, run.embed), ("images", "duplicates", "vectors")
     manifests = [require_manifest(folder) for folder in folders]
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
@@ -145,7 +145,7 @@ def read_kept(shard: KeptShard, *, role: str, source: str | None = None) -> tupl
     rows = parquet.read_table(shard.images, schemas.IMAGES, ["image_id", "role", "source"])
     kept = parquet.read_table(shard.duplicates, schemas.DUPLICATES, ["image_id", "kept"])
     if not rows["image_id"].equals(kept["image_id"]):
-        raise InputError(f"{shard.duplicates}: other images than in {shard.images}; run dedup again with --replace.")
+        raise InputError(f"{shard.duplicates}: not the images of {shard.images}; run dedup again with --replace.")
     is_chosen = pc.and_(kept["kept"], pc.equal(rows["role"], role))
     if source is not None:
         is_chosen = pc.and_(is_chosen, pc.equal(rows["source"], source))
@@ -154,12 +154,12 @@ def read_kept(shard: KeptShard, *, role: str, source: str | None = None) -> tupl
     vector_ids = pa.array(ids, pa.string())
     if missing := chosen_ids.filter(pc.invert(pc.is_in(chosen_ids, vector_ids))).to_pylist():
         raise InputError(f"{shard.vectors}: no vector of image {min(missing)}, which is in {shard.images}.")
-    places = np.flatnonzero(pc.is_in(vector_ids, chosen_ids).to_numpy(zero_copy_only=False))
-    return vector_ids.take(pa.array(places)).to_pylist(), matrix[places]
+    chosen_rows = np.flatnonzero(pc.is_in(vector_ids, chosen_ids).to_numpy(zero_copy_only=False))
+    return vector_ids.take(pa.array(chosen_rows)).to_pylist(), matrix[chosen_rows]
 
 
 def kept_images(run: RunFolder, columns: list[str]) -> Iterator[pa.Table]:
-    """Some columns of the kept seed and pool images, one shard of ingest at a time."""
+    """The given columns of the kept seed and pool images, one shard of ingest at a time."""
     images = require_manifest(run.ingest).files("images")
     duplicates = require_manifest(run.dedup).files("duplicates")
     for images_name, duplicates_name in zip(images, duplicates, strict=True):
@@ -172,7 +172,7 @@ def kept_images(run: RunFolder, columns: list[str]) -> Iterator[pa.Table]:
 
 
 def read_centroids(folder: str, level: int = 0) -> np.ndarray:
-    """The centroids (clusters, D) float32 of a level of a cluster stage, finished or with its centroids trained."""
+    """The centroids (clusters, D) float32 of a level; the cluster stage writes them before it is done."""
     return npy.read_array(paths.join(folder, f"centroids-{level}.npy"))
 
 
@@ -182,7 +182,7 @@ def read_parents(folder: str, level: int) -> np.ndarray:
 
 
 def read_assignments(folder: str, columns: list[str]) -> Iterator[pa.Table]:
-    """Some columns of the assignments to the finest clusters (level 0), one file at a time."""
+    """The given columns of the assignments to the finest clusters (level 0), one file at a time."""
     for name in require_manifest(folder).files("assignments"):
         table = parquet.read_table(paths.join(folder, name), schemas.ASSIGNMENTS, [*columns, "level"])
         yield table.filter(pc.equal(table["level"], 0))

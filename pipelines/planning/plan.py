@@ -10,7 +10,7 @@ from rich.table import Table
 
 from curation.config import resolved_toml
 from curation.models.embedders import EmbedderConfig
-from curation.quotas import most_clusters
+from curation.quotas import max_chosen_clusters
 from curation.retrieval_modes import MODES, DatasetRows, Request, Retrieval, expected_rows, mode_of
 from curation.retrieve import DatasetConfig
 from curation.search.config import SearchConfig
@@ -95,7 +95,7 @@ def dataset_rows(config: CurateConfig, dataset: DatasetConfig) -> DatasetRows | 
         return None
     num_clusters = config.cluster.levels[0].num_clusters
     if num_seeds is not None:
-        num_clusters = min(num_clusters, most_clusters(num_seeds, config.retrieve.more_than_seeds))
+        num_clusters = min(num_clusters, max_chosen_clusters(num_seeds, config.retrieve.more_than_seeds))
     num_clusters = config.stated_clusters.get(dataset.name, num_clusters)
     request = Request(
         num_seeds=num_seeds or 0,
@@ -114,7 +114,7 @@ def contradictions(config: CurateConfig) -> list[str]:
         f"{name}: {clusters:,} clusters with more than {more_than} seeds each need {clusters * (more_than + 1):,} "
         f"seeds, but {counts[name]:,} are stated."
         for name, clusters in config.stated_clusters.items()
-        if name in counts and clusters > most_clusters(counts[name], more_than)
+        if name in counts and clusters > max_chosen_clusters(counts[name], more_than)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Packing: every sample with its own bytes and its reasons, weights that sum up, an account that agrees."""
+"""Packing: the bytes and reasons of every sample, the sums of the weights, and the counts of the composition."""
 
 import hashlib
 import itertools
@@ -48,7 +48,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 def retrieved_table(rows: Sequence[tuple[str, str, str | int, int]]) -> pa.Table:
-    """Rows of (image_id, dataset, seed image or cluster, rank); without a dataset they were drawn by clustering."""
+    """RETRIEVED from (image_id, dataset, seed image or cluster, rank); clustering drew the rows without a dataset."""
     return pa.Table.from_pylist(
         [
             {"image_id": image, "seed_source": source, "rank": rank, "similarity": 0.5}
@@ -75,14 +75,14 @@ KEPT = [
     ]
 ]
 DATASETS = (DatasetConfig(name="a", as_is=True), DatasetConfig(name="b"))
-FOUND = retrieved_table(
+RETRIEVED = retrieved_table(
     [("p1", "a", "s1", 0), ("p2", "a", "s1", 1), ("p1", "a", "s2", 0), ("p1", "b", 7, 0), ("p2", "b", 7, 1)]
 )
 DRAWN = retrieved_table([("p2", "", 4, 0), ("p3", "", 5, 0)])
 
 
 class Plan:
-    """What pack plans over stages of the given rows, cut into several files each."""
+    """The plan of pack over hand-made stages with the given rows, cut into several files each."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Plan:
         config: PackConfig,
         datasets: Sequence[DatasetConfig],
         kept: Sequence[dict[str, Any]],
-        found: pa.Table,
+        retrieved: pa.Table,
         num_shards: int = 2,
         max_files: int = pack.MAX_PLAN_FILES,
     ) -> None:
@@ -98,15 +98,13 @@ class Plan:
             paths.delete(str(folder / name))
         images = write_ingest(folder / "ingest", [kept[n::num_shards] for n in range(num_shards)])
         stages = (images, write_dedup(folder / "dedup", images))
-        cuts = [found.num_rows * n // num_shards for n in range(num_shards + 1)]
-        parts = [found[start:stop] for start, stop in itertools.pairwise(cuts)]
-        retrieved = write_stage(folder / "retrieve", [{"retrieved": part} for part in parts])
-        self.selection = pack.select(datasets, packed_stages(*stages, retrieved))
-        self.weight, self.mass = pack.weigh(config, self.selection)
+        cuts = [retrieved.num_rows * n // num_shards for n in range(num_shards + 1)]
+        parts = [retrieved[start:stop] for start, stop in itertools.pairwise(cuts)]
+        inputs = packed_stages(*stages, write_stage(folder / "retrieve", [{"retrieved": part} for part in parts]))
+        self.selection = pack.select(datasets, inputs)
+        self.weight, self.selector_weight = pack.weigh(config, self.selection)
         self.tars = pack.plan_tars(config, self.selection, max_files)
-        pack.write_plan(
-            config, self.selection, self.weight, self.tars, packed_stages(*stages, retrieved), str(folder / "plan")
-        )
+        pack.write_plan(config, self.selection, self.weight, self.tars, inputs, str(folder / "plan"))
         self.num_files = len(paths.list_names(str(folder / "plan"))) // 2
         self.rows: list[dict[str, Any]] = [
             row for tar in self.tars for row in pack.read_plan(str(folder / "plan"), tar).to_pylist()
@@ -121,14 +119,14 @@ class Plan:
 
 
 def test_each_image_is_packed_once_with_all_its_reasons(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, PackConfig(images_per_shard=3), DATASETS, KEPT, FOUND)
+    plan = Plan(tmp_path, PackConfig(images_per_shard=3), DATASETS, KEPT, RETRIEVED)
     assert plan.column("reasons") == {
         "s1": ["as_is:a"],
         "s2": ["as_is:a"],
         "p1": ["sample:a:s1:0", "sample:a:s2:0", "cluster:b:7"],
         "p2": ["sample:a:s1:1", "cluster:b:7"],
     }
-    # Four rows of a and two of b: an image that both brought counts for both.
+    # Four rows of a and two of b: an image that both selected counts for both.
     assert plan.column("weight") == {"s1": 1.0, "s2": 1.0, "p1": 2.0, "p2": 2.0}
     by_id = {row["image_id"]: row for row in KEPT}
     for key, row in plan.by_key.items():
@@ -137,7 +135,7 @@ def test_each_image_is_packed_once_with_all_its_reasons(tmp_path: Path) -> None:
 
 
 def test_with_repeats_each_reason_is_a_sample(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, PackConfig(repeats=True), DATASETS, KEPT, FOUND)
+    plan = Plan(tmp_path, PackConfig(repeats=True), DATASETS, KEPT, RETRIEVED)
     assert plan.column("reasons") == {
         "s1": ["as_is:a"],
         "s2": ["as_is:a"],
@@ -151,12 +149,12 @@ def test_with_repeats_each_reason_is_a_sample(tmp_path: Path) -> None:
     assert all(row["image_id"] == row["key"].partition("_")[0] for row in plan.rows)
 
 
-def test_what_was_drawn_by_clustering_says_so_and_weighs_what_its_rows_weigh(tmp_path: Path) -> None:
-    found = pa.concat_tables([FOUND, DRAWN])
-    plan = Plan(tmp_path, PackConfig(temperature=0.0), DATASETS, KEPT, found)
+def test_draws_by_clustering_have_a_reason_and_weigh_one_a_row(tmp_path: Path) -> None:
+    retrieved = pa.concat_tables([RETRIEVED, DRAWN])
+    plan = Plan(tmp_path, PackConfig(temperature=0.0), DATASETS, KEPT, retrieved)
     assert plan.by_key["p3"]["reasons"] == ["balanced:5"]
     assert plan.by_key["p2"]["reasons"] == ["sample:a:s1:1", "cluster:b:7", "balanced:4"]
-    # Six rows of datasets, half of them for each of the two; two drawn rows.
+    # Six rows of the datasets, which share their weight equally; two drawn rows.
     weight = plan.column("weight")
     assert weight == pytest.approx({"s1": 3 / 4, "s2": 3 / 4, "p1": 3 / 4 + 3 / 2, "p2": 3 / 4 + 3 / 2 + 1, "p3": 1})
 
@@ -175,8 +173,8 @@ def random_plan(seed: int) -> tuple[tuple[DatasetConfig, ...], list[dict[str, An
     return datasets, kept, retrieved_table(rows)
 
 
-def brought_by(row: dict[str, Any]) -> set[tuple[str, str]]:
-    """The parts and datasets that brought a sample, from its reasons."""
+def selectors_of(row: dict[str, Any]) -> set[tuple[str, str]]:
+    """The parts and datasets that selected a sample, from its reasons."""
     part = {"as_is": "seeds", "sample": "retrieval", "cluster": "retrieval", "balanced": "clustering"}
     split = [reason.split(":") for reason in row["reasons"]]
     return {(part[words[0]], "" if words[0] == "balanced" else words[1]) for words in split}
@@ -186,11 +184,11 @@ def brought_by(row: dict[str, Any]) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("seed", range(3))
 def test_weight_of_a_dataset_goes_as_its_rows_to_the_power(tmp_path: Path, seed: int, temperature: float) -> None:
     plan = Plan(tmp_path, PackConfig(temperature=temperature), *random_plan(seed))
-    rows = Counter(name for row in plan.rows for part, name in brought_by(row) if part != "clustering")
-    each = {**dataset_weights(rows, temperature), "": 1.0}
+    rows = Counter(name for row in plan.rows for part, name in selectors_of(row) if part != "clustering")
+    row_weight = {**dataset_weights(rows, temperature), "": 1.0}
     for row in plan.rows:
-        assert row["weight"] == pytest.approx(sum(each[name] for _, name in brought_by(row)))
-    num_drawn = sum(("clustering", "") in brought_by(row) for row in plan.rows)
+        assert row["weight"] == pytest.approx(sum(row_weight[name] for _, name in selectors_of(row)))
+    num_drawn = sum(("clustering", "") in selectors_of(row) for row in plan.rows)
     assert sum(row["weight"] for row in plan.rows) == pytest.approx(sum(rows.values()) + num_drawn)
 
 
@@ -198,14 +196,14 @@ def test_weight_of_a_dataset_goes_as_its_rows_to_the_power(tmp_path: Path, seed:
 @pytest.mark.parametrize("seed", range(3))
 def test_shares_of_datasets_are_as_stated(tmp_path: Path, seed: int, repeats: bool) -> None:
     stated = {"a": 5.0, "b": 0.5, "c": 2.5}
-    datasets, kept, found = random_plan(seed)
-    found = found.filter(pc.is_valid(found["seed_source"]))
-    plan = Plan(tmp_path, PackConfig(dataset_weights=stated, repeats=repeats), datasets, kept, found)
-    mass = dict.fromkeys(stated, 0.0)
-    for (_, name), value in zip(plan.selection.bringers, plan.mass.tolist(), strict=True):
-        mass[name or "a"] += value
+    datasets, kept, retrieved = random_plan(seed)
+    retrieved = retrieved.filter(pc.is_valid(retrieved["seed_source"]))
+    plan = Plan(tmp_path, PackConfig(dataset_weights=stated, repeats=repeats), datasets, kept, retrieved)
+    dataset_weight = dict.fromkeys(stated, 0.0)
+    for (_, name), value in zip(plan.selection.selectors, plan.selector_weight.tolist(), strict=True):
+        dataset_weight[name or "a"] += value
     total = sum(plan.column("weight").values())
-    assert mass == pytest.approx({name: share / 8 * total for name, share in stated.items()}, rel=1e-12)
+    assert dataset_weight == pytest.approx({name: share / 8 * total for name, share in stated.items()}, rel=1e-12)
 
 
 @pytest.mark.parametrize("repeats", [False, True])
@@ -217,38 +215,44 @@ def test_shares_of_the_parts_are_as_stated(tmp_path: Path, seed: int, temperatur
     mixed = Plan(tmp_path, PackConfig(temperature=temperature, repeats=repeats, mix=mix), *random_plan(seed))
     total = sum(mixed.column("weight").values())
     assert total == pytest.approx(sum(plain.column("weight").values()), rel=1e-12)
-    # What a sample weighs, from its reasons: the plain weight of a dataset's rows, scaled to its part's share.
-    rows = Counter(way for row in mixed.rows for way in brought_by(row))
-    by_dataset = Counter(name for row in mixed.rows for part, name in brought_by(row) if part != "clustering")
-    each = {**({} if repeats else dataset_weights(by_dataset, temperature)), "": 1.0}
-    mass = Counter({part: 0.0 for part, _ in rows})  # type: ignore[var-annotated]
+    # The weight of a sample follows from its reasons: the weight of a dataset's row, scaled to the share of its part.
+    rows = Counter(selector for row in mixed.rows for selector in selectors_of(row))
+    by_dataset = Counter(name for row in mixed.rows for part, name in selectors_of(row) if part != "clustering")
+    row_weight = {**({} if repeats else dataset_weights(by_dataset, temperature)), "": 1.0}
+    unscaled = Counter({part: 0.0 for part, _ in rows})  # type: ignore[var-annotated]
     for (part, name), count in rows.items():
-        mass[part] += count * each.get(name, 1.0)
+        unscaled[part] += count * row_weight.get(name, 1.0)
     share = {"seeds": 0.1, "retrieval": 0.6, "clustering": 0.3}
     for row in mixed.rows:
-        expected = sum(each.get(name, 1.0) * share[part] * total / mass[part] for part, name in brought_by(row))
+        expected = sum(
+            row_weight.get(name, 1.0) * share[part] * total / unscaled[part] for part, name in selectors_of(row)
+        )
         assert row["weight"] == pytest.approx(expected, rel=1e-12)
-    of_part = np.bincount([pack.PARTS.index(part) for part, _ in mixed.selection.bringers], mixed.mass)
-    np.testing.assert_allclose(of_part / total, [0.1, 0.6, 0.3], rtol=1e-12)
+    part_of_selector = [pack.PARTS.index(part) for part, _ in mixed.selection.selectors]
+    part_weight = np.bincount(part_of_selector, mixed.selector_weight)
+    np.testing.assert_allclose(part_weight / total, [0.1, 0.6, 0.3], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"mix": MixConfig(seeds=1, retrieval=1, clustering=1)}, r"pack\.mix gives 'clustering' a weight of 1, but no"),
-        ({"mix": MixConfig(retrieval=1)}, r"pack\.mix gives 'seeds' no weight, but 2 rows came that way"),
-        ({"dataset_weights": {"a": 1.0}}, r"pack\.dataset_weights does not name 'b', which brings images"),
+        (
+            {"mix": MixConfig(seeds=1, retrieval=1, clustering=1)},
+            r"pack\.mix gives 'clustering' a weight of 1, but this part has no images",
+        ),
+        ({"mix": MixConfig(retrieval=1)}, r"pack\.mix gives 'seeds' no weight, but this part has 2 rows"),
+        ({"dataset_weights": {"a": 1.0}}, r"pack\.dataset_weights does not name 'b', which has images"),
         (
             {"dataset_weights": {"a": 1.0, "b": 1.0, "c": 1.0}},
             r"pack\.dataset_weights names 'c'; the datasets are a, b",
         ),
     ],
 )
-def test_weights_that_do_not_fit_what_there_is_are_refused(
+def test_weights_that_do_not_fit_the_selection_are_refused(
     tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        Plan(tmp_path, PackConfig(**config), DATASETS, KEPT, FOUND)
+        Plan(tmp_path, PackConfig(**config), DATASETS, KEPT, RETRIEVED)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +263,7 @@ def test_weights_that_do_not_fit_what_there_is_are_refused(
         ({"dataset_weights": {"a": 0.0}}, "greater than 0"),
     ],
 )
-def test_weights_that_say_nothing_or_two_things_are_refused(config: dict[str, Any], message: str) -> None:
+def test_empty_or_contradictory_weights_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PackConfig(**config)
 
@@ -267,20 +271,20 @@ def test_weights_that_say_nothing_or_two_things_are_refused(config: dict[str, An
 @pytest.mark.parametrize("repeats", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_reason_is_packed_once_in_an_order_of_the_seed(tmp_path: Path, seed: int, repeats: bool) -> None:
-    datasets, kept, found = random_plan(seed)
+    datasets, kept, retrieved = random_plan(seed)
     config = PackConfig(repeats=repeats, seed=seed, images_per_shard=4)
-    plan = Plan(tmp_path, config, datasets, kept, found)
+    plan = Plan(tmp_path, config, datasets, kept, retrieved)
     as_is = {dataset.name for dataset in datasets if dataset.as_is}
     num_seeds = sum(row["role"] == "seed" and row["source"] in as_is for row in kept)
-    assert sum(len(row["reasons"]) for row in plan.rows) == found.num_rows + num_seeds
+    assert sum(len(row["reasons"]) for row in plan.rows) == retrieved.num_rows + num_seeds
     keys = list(plan.by_key)
     assert len(keys) == len(plan.rows) == pack.num_samples(config, plan.selection)
     assert keys == sorted(keys, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
-    assert Plan(tmp_path, config, datasets, kept, found, num_shards=5).rows == plan.rows
-    other = Plan(tmp_path, config.model_copy(update={"seed": seed + 1}), datasets, kept, found)
+    assert Plan(tmp_path, config, datasets, kept, retrieved, num_shards=5).rows == plan.rows
+    other = Plan(tmp_path, config.model_copy(update={"seed": seed + 1}), datasets, kept, retrieved)
     assert list(other.by_key) != keys and other.column("reasons") == plan.column("reasons")
-    mixed_up = found.take(np.random.default_rng(seed).permutation(found.num_rows))
-    assert list(Plan(tmp_path, config, datasets, kept, mixed_up).by_key) == keys
+    permuted = retrieved.take(np.random.default_rng(seed).permutation(retrieved.num_rows))
+    assert list(Plan(tmp_path, config, datasets, kept, permuted).by_key) == keys
 
 
 @pytest.mark.parametrize("repeats", [False, True])
@@ -292,29 +296,29 @@ def test_number_of_files_changes_nothing(tmp_path: Path, repeats: bool) -> None:
     assert fewer.num_files <= 4 and fewer.rows == plan.rows
 
 
-def test_rows_are_dealt_out_in_the_order_in_which_they_came(tmp_path: Path) -> None:
+def test_rows_split_by_position_stay_in_the_order_of_writing(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    position = rng.integers(0, 1000, 3 * pack.DEALT_ROWS)
+    position = rng.integers(0, 1000, 3 * pack.WAITING_ROWS)
     table = pa.table({"position": position, "reason": np.arange(len(position)).astype(str)}, schemas.PLANNED_REASONS)
     starts = [0, 100, 250, 251]
-    with pack.dealing(f"{tmp_path}/reasons", schemas.PLANNED_REASONS, starts) as deal:
+    with pack.split_by_position(f"{tmp_path}/reasons", schemas.PLANNED_REASONS, starts) as write:
         for start in range(0, len(position), 60_000):
-            deal(table[start : start + 60_000])
+            write(table[start : start + 60_000])
     for number, (start, stop) in enumerate(itertools.pairwise([*starts, 1000])):
-        found = parquet.read_table(f"{tmp_path}/reasons-{number:05d}.parquet", schemas.PLANNED_REASONS)
+        part = parquet.read_table(f"{tmp_path}/reasons-{number:05d}.parquet", schemas.PLANNED_REASONS)
         assert (
-            found["reason"].to_numpy().astype(int).tolist()
+            part["reason"].to_numpy().astype(int).tolist()
             == np.flatnonzero((position >= start) & (position < stop)).tolist()
         )
 
 
 def test_composition_has_a_row_for_each_part(tmp_path: Path) -> None:
-    found = pa.concat_tables([FOUND, DRAWN])
+    retrieved = pa.concat_tables([RETRIEVED, DRAWN])
     config = PackConfig(mix=MixConfig(seeds=0.25, retrieval=0.25, clustering=0.5))
-    plan = Plan(tmp_path, config, DATASETS, KEPT, found)
+    plan = Plan(tmp_path, config, DATASETS, KEPT, retrieved)
     stages = {"images": require_manifest(f"{tmp_path}/ingest")}
     stages["dedup"] = require_manifest(f"{tmp_path}/dedup")
-    composition = pack.compose(config, DATASETS, stages, plan.selection, plan.mass)
+    composition = pack.compose(config, DATASETS, stages, plan.selection, plan.selector_weight)
     assert composition["parts"] == [
         {"part": "seeds", "rows": 2, "unique": 2, "share_of_weight": 0.25},
         {"part": "retrieval", "rows": 5, "unique": 2, "share_of_weight": 0.25},
@@ -326,14 +330,14 @@ def test_composition_has_a_row_for_each_part(tmp_path: Path) -> None:
     assert (composition["funnel"]["retrieved"], composition["total_unique"]) == (3, 5)
 
 
-def test_rows_that_are_not_of_this_run_are_refused(tmp_path: Path) -> None:
+def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Image gone was retrieved, but not kept"):
         Plan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("gone", "a", "s1", 0)]))
-    with pytest.raises(InputError, match="rows of dataset 'stranger', which its config does not name"):
-        Plan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("p1", "stranger", "s1", 0)]))
+    with pytest.raises(InputError, match="rows of dataset 'unknown', which its config does not name"):
+        Plan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("p1", "unknown", "s1", 0)]))
     with pytest.raises(InputError, match="keeps an image twice"):
-        Plan(tmp_path, PackConfig(), DATASETS, [*KEPT, KEPT[3]], FOUND)
-    with pytest.raises(InputError, match=f"'{'x' * 33}' is no image_id"):
+        Plan(tmp_path, PackConfig(), DATASETS, [*KEPT, KEPT[3]], RETRIEVED)
+    with pytest.raises(InputError, match=f"'{'x' * 33}' is not an image_id"):
         Plan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("x" * 33, "a", "s1", 0)]))
 
 
@@ -352,7 +356,7 @@ def test_nothing_to_select(tmp_path: Path) -> None:
 
 
 class Run:
-    """Finished ingest, dedup and retrieve over 30 real images: 10 seeds in a folder, 20 of the pool in a tar."""
+    """Finished ingest, dedup and retrieve over 30 real images: 10 seeds in a folder, 20 pool images in a tar."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -370,8 +374,8 @@ class Run:
                 {"name": name, "path": f"{folder}/{name}", "role": role, "layout": layout}
             )
             files = tuple(file.path for file in sources.list_files(source))
-            found = sources.read_source(source, files, max_bytes=1_000_000)
-            shards.append([self.row(item, name, role, pictures) for item in found])
+            items = sources.read_source(source, files, max_bytes=1_000_000)
+            shards.append([self.row(item, name, role, pictures) for item in items])
         self.ids = [image_id(picture) for picture in pictures]
         self.pictures = dict(zip(self.ids, pictures, strict=True))
         self.images = write_ingest(folder / "ingest", shards)
@@ -381,18 +385,18 @@ class Run:
     @staticmethod
     def row(item: sources.SourceItem, name: str, role: str, pictures: list[bytes]) -> dict[str, Any]:
         assert item.data is not None
-        place = {"uri": item.uri, "offset": item.offset, "length": item.length, "label": item.label}
+        origin = {"uri": item.uri, "offset": item.offset, "length": item.length, "label": item.label}
         number = pictures.index(item.data)
-        return image_row(image_id(item.data), name, role, width=24, height=20, format=FORMATS[number % 4], **place)
+        return image_row(image_id(item.data), name, role, width=24, height=20, format=FORMATS[number % 4], **origin)
 
-    def retrieved(self, found: pa.Table, *datasets: DatasetConfig) -> str:
+    def write_retrieved(self, table: pa.Table, *datasets: DatasetConfig) -> str:
         facts = RetrieveConfig(datasets=datasets).model_dump(mode="json", include={"datasets"})
-        return write_stage(self.folder / "retrieve", [{"retrieved": found[:3]}, {"retrieved": found[3:]}], facts=facts)
+        return write_stage(self.folder / "retrieve", [{"retrieved": table[:3]}, {"retrieved": table[3:]}], facts=facts)
 
     def pack(self, config: PackConfig, output: str = "") -> pa.Table:
         if not Path(self.folder / "retrieve").exists():
             rows = [(self.ids[10 + n % 12], "seeds", self.ids[n % 5], n) for n in range(18)]
-            self.retrieved(retrieved_table(rows), DatasetConfig(name="seeds", as_is=True, retrieval="sample"))
+            self.write_retrieved(retrieved_table(rows), DatasetConfig(name="seeds", as_is=True, retrieval="sample"))
         stages = (self.images, self.kept, str(self.folder / "retrieve"))
         pack.run(config, packed_stages(*stages), output or self.output, InlineRunner())
         return read_corpus(output or self.output)
@@ -432,7 +436,7 @@ def test_corpus_holds_the_original_bytes_and_its_tables_agree(tmp_path: Path, re
     }
 
 
-def test_composition_counts_what_is_there(tmp_path: Path) -> None:
+def test_composition_counts_the_rows_of_every_stage(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.pack(PackConfig())
     composition = json.loads(paths.read_bytes(f"{run.output}/composition.json"))
@@ -481,7 +485,7 @@ def test_same_bytes_twice_and_a_second_run_does_nothing(tmp_path: Path) -> None:
         run.pack(PackConfig(images_per_shard=5, temperature=0.5, seed=1))
 
 
-def test_source_that_changed_is_refused_and_leaves_no_tar_of_it(tmp_path: Path) -> None:
+def test_changed_source_file_is_refused_and_packed_in_no_tar(tmp_path: Path) -> None:
     run = Run(tmp_path)
     path = tmp_path / "seeds/label 1/::3.png"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
@@ -492,21 +496,21 @@ def test_source_that_changed_is_refused_and_leaves_no_tar_of_it(tmp_path: Path) 
         if name.endswith(".tar"):
             assert run.ids[3] not in {sample.key for sample in read_tar(run.output + name)}
     path.write_bytes(run.pictures[run.ids[3]])
-    assert run.pack(PackConfig(images_per_shard=8)).num_rows == 22, "put right, it goes on"
+    assert run.pack(PackConfig(images_per_shard=8)).num_rows == 22, "the run does not go on with the restored file"
 
 
 def test_nothing_to_pack_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.retrieved(retrieved_table([]), DatasetConfig(name="seeds"))
+    run.write_retrieved(retrieved_table([]), DatasetConfig(name="seeds"))
     with pytest.raises(InputError, match="Nothing to pack"):
         run.pack(PackConfig())
     assert not Path(run.output).exists()
 
 
-def test_shard_beyond_the_hundred_thousandth_has_a_name_of_its_own(tmp_path: Path) -> None:
+def test_more_than_a_hundred_thousand_shards_have_different_names(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    found = retrieved_table([])
-    stages = (run.images, run.kept, run.retrieved(found, DatasetConfig(name="seeds", as_is=True)))
+    retrieved = run.write_retrieved(retrieved_table([]), DatasetConfig(name="seeds", as_is=True))
+    stages = (run.images, run.kept, retrieved)
     config = PackConfig(images_per_shard=100)
     selection = pack.select((DatasetConfig(name="seeds", as_is=True),), packed_stages(*stages))
     weight, _ = pack.weigh(config, selection)
@@ -522,7 +526,7 @@ def test_shard_beyond_the_hundred_thousandth_has_a_name_of_its_own(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("repeats", "last"), [(False, 21), (True, 18)])
-def test_stopped_and_gone_on_gives_the_same_bytes(tmp_path: Path, repeats: bool, last: int) -> None:
+def test_stop_and_resume_gives_the_same_bytes(tmp_path: Path, repeats: bool, last: int) -> None:
     run = Run(tmp_path)
     config = PackConfig(images_per_shard=5, repeats=repeats)
     run.pack(config)
@@ -535,7 +539,7 @@ def test_stopped_and_gone_on_gives_the_same_bytes(tmp_path: Path, repeats: bool,
     with pytest.raises(InputError):
         run.pack(config)
     assert paths.list_names(step_folder(run.output, pack.PLAN_STEP))
-    assert [name for name in bytes_in(run.output) if name.endswith(".tar")], "stopped before any tar was done"
+    assert [name for name in bytes_in(run.output) if name.endswith(".tar")], "the run stopped before the first tar"
     path.write_bytes(content)
     run.pack(config)
     assert bytes_in(run.output) == whole
@@ -592,8 +596,8 @@ def test_funnel_adds_up_over_the_real_stages(tmp_path: Path, seed: int) -> None:
     assert funnel["after_near_duplicates"] == funnel["after_exact"] - total.get("near", 0)
     assert funnel["after_decontamination"] == funnel["after_near_duplicates"] - total.get("holdout", 0) == total["kept"]
     corpus = read_corpus(stage["corpus"]).to_pylist()
-    found = {row["image_id"] for row in read_retrieved(stage["retrieve"]).to_pylist()}
+    retrieved = {row["image_id"] for row in read_retrieved(stage["retrieve"]).to_pylist()}
     as_is = {row["image_id"] for row in corpus if "as_is:seeds" in row["reasons"]}
-    assert funnel["packed"] == len(corpus) == len(found | as_is) and funnel["retrieved"] == len(found)
-    held_out = {row["image_id"] for row in rows.get("test", [])}
-    assert not held_out & {row["image_id"] for row in corpus}, "bytes of a holdout image are in the corpus"
+    assert funnel["packed"] == len(corpus) == len(retrieved | as_is) and funnel["retrieved"] == len(retrieved)
+    holdout = {row["image_id"] for row in rows.get("test", [])}
+    assert not holdout & {row["image_id"] for row in corpus}, "bytes of a holdout image are in the corpus"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from curation.config import load
-from curation.quotas import most_clusters
+from curation.quotas import max_chosen_clusters
 from curation.retrieval_modes import DatasetRows
 from pipelines.main_path import CurateConfig
 from pipelines.planning.plan import contradictions, dataset_rows
@@ -94,7 +94,7 @@ def test_every_cluster_row_but_one_has_enough_seeds() -> None:
     impossible = []
     for name, (images, retrieved) in cluster_rows.items():
         assert retrieved == CONFIG.stated_clusters[name] * CONFIG.retrieve.images_per_cluster
-        if CONFIG.stated_clusters[name] > most_clusters(images, CONFIG.retrieve.more_than_seeds):
+        if CONFIG.stated_clusters[name] > max_chosen_clusters(images, CONFIG.retrieve.more_than_seeds):
             impossible.append(name)
     assert impossible == ["voc2012_trainaug"]
     (contradiction,) = contradictions(CONFIG)
