@@ -20,14 +20,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from curation.backbone import Kept, VisionTransformer
-from curation.config import Settings, resolved_toml
+from curation.config import NotInPlan, Settings, plan_values, write_resolved
 from curation.engine import progress
 from curation.engine.ranks import World, barrier, max_over_ranks, open_world, sum_over_ranks
 from curation.engine.runner import InlineRunner
@@ -64,29 +64,9 @@ Evaluate = Callable[[VisionTransformer, int], dict[str, float]]
 # Steps in a row that may be skipped because the loss or a gradient is not finite. Assumed; DINOv3's trainer allows 2.
 MAX_SKIPPED_STEPS = 10
 
-# Fields of TrainConfig that may change when a run resumes: its device, its speed and its reports.
-_MAY_CHANGE: dict[str, Any] = {
-    **dict.fromkeys(
-        (
-            "device",
-            "packed_attention",
-            "compile",
-            "recompute",
-            "reshard_after_forward",
-            "log_every",
-            "export_every",
-            "evaluate_every",
-            "peak_teraflops",
-            "checkpoint",
-        ),
-        True,
-    ),
-    "data": {"workers"},
-}
-
 
 class TrainConfig(Settings):
-    """A whole training run."""
+    """A whole training run. Fields marked NotInPlan may change when a run resumes: its device, speed and reports."""
 
     seed: int = Field(default=0, ge=0)
     """Seed of fresh weights, of the order of the images, and of all random draws."""
@@ -97,28 +77,28 @@ class TrainConfig(Settings):
     images_per_pass: int = Field(gt=0)
     """Images that a rank puts through the networks at once. A rank's share of the batch is a multiple of it; gradients
     accumulate over the passes."""
-    device: Literal["cpu", "cuda"] = "cuda"
+    device: Annotated[Literal["cpu", "cuda"], NotInPlan] = "cuda"
     """`cuda` takes one GPU for each process."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of matrix products and attention. Weights, softmax, losses and EMA are float32."""
-    packed_attention: Literal["grouped", "varlen"] = "grouped"
+    packed_attention: Annotated[Literal["grouped", "varlen"], NotInPlan] = "grouped"
     """Attention over crops of different sizes. `grouped`: one call for each size. `varlen`: one call for all, which
     needs a GPU and bfloat16."""
-    compile: bool = False
+    compile: Annotated[bool, NotInPlan] = False
     """Compile every block."""
-    recompute: distributed.Recompute = "none"
+    recompute: Annotated[distributed.Recompute, NotInPlan] = "none"
     """Activations that the backward pass computes again: `none`, `selective` (all but matrix products and attention) or
     `full`."""
-    reshard_after_forward: bool = True
+    reshard_after_forward: Annotated[bool, NotInPlan] = True
     """Free the student's gathered parameters after the forward pass; the backward pass gathers them again."""
-    log_every: int = Field(default=10, gt=0)
+    log_every: Annotated[int, NotInPlan] = Field(default=10, gt=0)
     """Steps between two lines of metrics."""
-    export_every: int = Field(default=12_500, gt=0)
+    export_every: Annotated[int, NotInPlan] = Field(default=12_500, gt=0)
     """Steps between two exports. The last step is always exported."""
-    evaluate_every: int = Field(default=12_500, gt=0)
+    evaluate_every: Annotated[int, NotInPlan] = Field(default=12_500, gt=0)
     """Steps between two evaluations, if the caller passes one to `train`. The first and last step are always evaluated.
     """
-    peak_teraflops: float | None = Field(default=None, gt=0)
+    peak_teraflops: Annotated[float | None, NotInPlan] = Field(default=None, gt=0)
     """Peak of one device in this precision, by its data sheet. With it, `model_flops_utilization` is reported."""
     model: ModelConfig
     """The networks and their objective."""
@@ -132,7 +112,7 @@ class TrainConfig(Settings):
     """The patches that are hidden from the student."""
     data: DataConfig
     """The images."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: Annotated[CheckpointConfig, NotInPlan] = CheckpointConfig()
     """When to save."""
 
     @model_validator(mode="after")
@@ -288,7 +268,7 @@ def train(config: TrainConfig, output: str, evaluate: Evaluate | None = None) ->
         trainer = build_trainer(config, world)
         counters = _resume(trainer, output)
         if world.is_first:
-            _write_config(config, output)
+            write_resolved(config, paths.join(output, "train.toml"))
         if counters.step >= config.num_steps:
             if world.is_first:
                 progress.say(f"train: all {config.num_steps:,} steps are done already in {output}")
@@ -402,13 +382,6 @@ def step_flops(config: TrainConfig) -> float:
     return total
 
 
-def _write_config(config: TrainConfig, output: str) -> None:
-    """Save the resolved config, unless the file already holds this text."""
-    path, text = paths.join(output, "train.toml"), resolved_toml(config).encode()
-    if not paths.exists(path) or paths.read_bytes(path) != text:
-        paths.write_bytes(path, text)
-
-
 def build_trainer(config: TrainConfig, world: World) -> Trainer:
     """Build the networks on the device, sharded over the ranks, and the student's optimizer."""
     model = build_model(config.model, config.seed, config.packed_attention)
@@ -480,7 +453,7 @@ def _save(trainer: Trainer, output: str, counters: Counters) -> None:
         counters.step,
         _checkpoint_parts(trainer),
         progress=asdict(counters),
-        config=_compared_config(config),
+        config=plan_values(config),
         keep=config.checkpoint.keep,
         world=trainer.world,
     )
@@ -491,14 +464,9 @@ def _resume(trainer: Trainer, output: str) -> Counters:
     path = checkpoint.latest(paths.join(output, "checkpoints"))
     if path is None:
         return Counters()
-    config = _compared_config(trainer.config)
+    config = plan_values(trainer.config)
     record = checkpoint.load(path, _checkpoint_parts(trainer), config=config, world=trainer.world)
     return Counters(**record.progress)
-
-
-def _compared_config(config: TrainConfig) -> dict[str, Any]:
-    """The settings that determine a run's results; a resumed run must have the same."""
-    return config.model_dump(mode="json", exclude=_MAY_CHANGE)
 
 
 def _export(trainer: Trainer, output: str, number: int) -> None:

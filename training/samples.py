@@ -9,7 +9,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, final
+from typing import Annotated, Literal, NamedTuple, final
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from curation import ingest
-from curation.config import Settings
+from curation.config import NotInPlan, Settings
 from curation.engine.manifest import read_manifest, require_manifest
 from curation.engine.runner import Runner
 from curation.errors import InputError, OutputMismatchError
@@ -63,7 +63,7 @@ class DataConfig(Settings):
     headers show that a file or shard was replaced."""
     max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
     """Share of all samples that may turn out unusable on one rank before training stops."""
-    workers: int = Field(default=0, ge=0)
+    workers: Annotated[int, NotInPlan] = Field(default=0, ge=0)
     """Processes of each rank that read, decode and crop; 0 takes a thread of the training process. A core makes the
     crops of some hundred photographs a second."""
 

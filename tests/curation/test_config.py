@@ -6,7 +6,7 @@ import pkgutil
 import types
 import typing
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ import evaluation
 import pipelines
 import training
 from curation import config
-from curation.config import Settings
+from curation.config import NotInPlan, Settings, plan_values
 from curation.errors import ConfigError, InputError
 from curation.files import paths
 from curation.images.sources import SourceConfig
@@ -280,3 +280,24 @@ def test_large_and_exact_numbers_survive() -> None:
     settings = parse(values() | {"seed": 2**62 + 1}, "model.scale=0.1")
     assert settings.seed == 2**62 + 1
     assert math.nextafter(settings.model.scale, 1) > 0.1 == settings.model.scale
+
+
+class GuardSettings(Settings):
+    limit: Annotated[int, NotInPlan] = 1
+    power: int = 2
+
+
+class NestedSettings(Settings):
+    threads: Annotated[int | None, NotInPlan] = None
+    section: GuardSettings = GuardSettings()
+    optional: GuardSettings | None = None
+    left_out: Annotated[GuardSettings, NotInPlan] = GuardSettings()
+    name: str = "a"
+
+
+def test_a_plan_leaves_out_the_fields_that_are_marked_in_all_sections() -> None:
+    expected = {"section": {"power": 2}, "optional": None, "name": "a"}
+    assert plan_values(NestedSettings()) == plan_values(NestedSettings(threads=3)) == expected
+    filled = NestedSettings(optional=GuardSettings(limit=9), left_out=GuardSettings(power=9))
+    assert plan_values(filled) == expected | {"optional": {"power": 2}}
+    assert plan_values(GuardSettings()) == {"power": 2}
