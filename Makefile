@@ -48,7 +48,7 @@ test: setup  ## Run the tests, as CI runs them
 test-slow: setup  ## Run the tests that take minutes and need no data: compiled models, mutated images, SLURM
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-cluster: curate  ## Break a cluster of three hosts on this machine in many ways (root, 40 minutes); fills the fault table
+test-cluster: curate  ## Inject faults into a cluster of three hosts on this machine (root, 40 minutes); fills the fault table
 	rm -f runs/faults.jsonl
 	$(BIN)/python -m pytest -m cluster $(ARGS)
 	$(BIN)/python -m tests.cluster.fault_table
@@ -61,11 +61,11 @@ check: setup  ## Lint, types, architecture; never writes
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup  ## Mend what ruff can mend
+format: setup  ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: curate  ## Run every benchmark; rows with the peer, the ratio, the machine and the date
+bench: curate  ## Run every benchmark: rows with the peer, the ratio, the machine and the date
 	$(BIN)/python -m pipelines.bench $(ARGS)
 
 clean:  ## Remove .venv and caches; data and runs stay
