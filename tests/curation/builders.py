@@ -1,4 +1,4 @@
-"""Small stages and images that the tests make by hand."""
+"""Small stages and images that tests build by hand."""
 
 import io
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -30,7 +30,7 @@ def encoded_image(seed: int, format: str = "PNG", size: tuple[int, int] = (24, 2
 
 
 def picture_of(image: Image.Image) -> Picture:
-    """An upright RGB image as the decoder gives it."""
+    """An upright RGB image in the form that the decoder gives."""
     return Picture(np.array(image), *image.size, orientation=1)
 
 
@@ -42,7 +42,7 @@ def unit_vectors(seed: int, count: int, width: int = 8) -> np.ndarray:
 
 
 def image_row(image_id: str, source: str, role: str, **columns: Any) -> dict[str, Any]:
-    """A row of records.IMAGES."""
+    """A row of schemas.IMAGES."""
     return {
         "image_id": image_id,
         "source": source,
@@ -67,20 +67,20 @@ def write_stage(
     inputs: dict[str, str] | None = None,
 ) -> str:
     """A finished stage in `folder` whose shards hold the given tables by kind, e.g. {"vectors": table}."""
-    place = str(folder)
-    done = []
+    path = str(folder)
+    records = []
     for number, tables in enumerate(shards):
-        files = [parquet.write_table(f"{place}/{kind}-{number:05d}.parquet", table) for kind, table in tables.items()]
+        files = [parquet.write_table(f"{path}/{kind}-{number:05d}.parquet", table) for kind, table in tables.items()]
         counts = totals[number] if totals else {}
-        done.append(ShardRecord(name=f"{number:05d}", files=tuple(files), totals=counts))
-    plan = Plan(stage=Path(place).name, config={}, inputs=inputs or {}, num_shards=len(shards))
-    total = sum_counts(record.totals for record in done)
-    write_manifest(place, Manifest(plan=plan, shards=tuple(done), totals=total, rejects={}, facts=facts or {}))
-    return place
+        records.append(ShardRecord(name=f"{number:05d}", files=tuple(files), totals=counts))
+    plan = Plan(stage=Path(path).name, config={}, inputs=inputs or {}, num_shards=len(shards))
+    total = sum_counts(record.totals for record in records)
+    write_manifest(path, Manifest(plan=plan, shards=tuple(records), totals=total, rejects={}, facts=facts or {}))
+    return path
 
 
 def write_ingest(folder: str | Path, shards: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """A finished ingest whose shards hold the given rows of records.IMAGES."""
+    """A finished ingest whose shards hold the given rows of schemas.IMAGES."""
     tables = [{"images": pa.Table.from_pylist(list(rows), schema=schemas.IMAGES)} for rows in shards]
     totals = [{"images": len(rows), "accepted": len(rows), "rejected": 0} for rows in shards]
     facts = {"sources": [], "limits": ImageLimits().model_dump(mode="json")}
@@ -104,7 +104,7 @@ def write_pairs(
     *,
     min_similarity: float = 0.0,
 ) -> str:
-    """A finished pairs whose shards hold the given pairs."""
+    """A finished pairs stage whose shards hold the given pairs: two image_ids and the similarity."""
     tables = [
         {
             "pairs": pa.Table.from_pylist(
@@ -120,7 +120,7 @@ def write_pairs(
 
 
 def write_dedup(folder: str | Path, images: str, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> str:
-    """A finished dedup that keeps the rows of ingest that `keep` says, other than the holdout."""
+    """A finished dedup that keeps the rows of ingest that `keep` accepts, except for the holdout."""
     tables, totals = [], []
     for name in require_manifest(images).files("images"):
         rows = parquet.read_table(paths.join(images, name), schemas.IMAGES).to_pylist()
@@ -144,34 +144,38 @@ def write_dedup(folder: str | Path, images: str, keep: Callable[[dict[str, Any]]
 
 
 def stages_of(ingest: str, dedup: str, embed: str = "", cluster: str = "") -> RunFolder:
-    """The folders of hand-made stages, as cluster and retrieve read them."""
+    """The folders of hand-made stages that cluster and retrieve read."""
     return RunFolder(ingest=ingest, dedup=dedup, embed=embed, cluster=cluster)
 
 
 def packed_stages(ingest: str, dedup: str, retrieve: str) -> RunFolder:
-    """The folders of hand-made stages, as pack reads them."""
+    """The folders of hand-made stages that pack reads."""
     return RunFolder(ingest=ingest, dedup=dedup, retrieve=retrieve)
 
 
 def content_hash(folder: str) -> str:
+    """The content hash of a finished stage."""
     return require_manifest(folder).content_hash
 
 
 def bytes_in(folder: str) -> dict[str, bytes]:
-    """Every file below a folder of any filesystem, by its path inside."""
+    """The bytes of every file below a folder of any filesystem, by its path in the folder."""
     fs, inner = paths.filesystem(folder)
     return {path.removeprefix(inner): fs.cat_file(path) for path in fs.find(inner)}
 
 
 class Killed(BaseException):
-    """Stands for the death of the driver: nothing catches it."""
+    """Simulates the death of the driver: no code under test catches it."""
 
 
 class MortalRunner(Runner):
-    """Runs shards here, and dies at a given call of a worker, before or behind its work, counted over all steps."""
+    """Runs shards in this process and raises Killed at the worker call after `num_calls`, counted over all stages.
 
-    def __init__(self, lives_for: int, *, behind: bool = False) -> None:
-        self.left, self._behind = lives_for, behind
+    With `after_work`, it raises after the work of that call, before the shard is recorded.
+    """
+
+    def __init__(self, num_calls: int, *, after_work: bool = False) -> None:
+        self.left, self._after_work = num_calls, after_work
 
     def map(
         self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
@@ -182,7 +186,7 @@ class MortalRunner(Runner):
             def process(shard: Shard) -> ShardRecord:
                 self.left -= 1
                 if self.left < 0:
-                    if self._behind:
+                    if self._after_work:
                         worker(shard)
                     raise Killed
                 return worker(shard)

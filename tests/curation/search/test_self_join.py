@@ -278,9 +278,9 @@ SEARCHES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("after_work", [False, True])
 @pytest.mark.parametrize("search", SEARCHES, ids=["exact", "ivf"])
-def test_every_kill_resumes_to_the_same_bytes(tmp_path: Path, search: dict[str, Any], behind: bool) -> None:
+def test_every_kill_resumes_to_the_same_bytes(tmp_path: Path, search: dict[str, Any], after_work: bool) -> None:
     parts = make_parts("clustered", 1)
     counter = MortalRunner(10**6)
     run(tmp_path, parts, name="straight", runner=counter, **search)
@@ -290,8 +290,9 @@ def test_every_kill_resumes_to_the_same_bytes(tmp_path: Path, search: dict[str, 
     for lives_for in {1, num_calls // 2, num_calls - 1} - {num_calls}:
         name, deaths = f"killed after {lives_for}", 0
         while read_manifest(str(tmp_path / name)) is None:
+            runner = MortalRunner(max(lives_for, deaths), after_work=after_work)
             try:
-                run(tmp_path, parts, name=name, runner=MortalRunner(max(lives_for, deaths), behind=behind), **search)
+                run(tmp_path, parts, name=name, runner=runner, **search)
             except Killed:
                 deaths += 1
         assert deaths > 0 and bytes_in(str(tmp_path / name)) == straight
