@@ -145,9 +145,7 @@ class Decision:
     sweep: list[dict[str, float | int]]  # one row a threshold: counts of the components at that threshold
 
 
-def run(
-    config: DedupConfig, inputs: RunFolder, output: str, runner: Runner, *, replace: bool = False, log: Log = None
-) -> Manifest:
+def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = False, log: Log = None) -> Manifest:
     """Decide for every row of the finished ingest; returns the manifest.
 
     Raises ConfigError for a threshold below the `min_similarity` of the pairs written. `runner` is not used: the
@@ -583,8 +581,17 @@ def _decided_rows(
     ), reason
 
 
+def _run_alone(config: DedupConfig, inputs: RunFolder, output: str, runner: Runner, *, replace: bool) -> Manifest:
+    return run(config, inputs, output, replace=replace)
+
+
 command_line = stage_command(
-    "dedup", DedupConfig, run, "Decide which images are copies, and which are kept.", reads=("ingest", "pairs")
+    "dedup",
+    DedupConfig,
+    _run_alone,
+    "Decide which images are copies, and which are kept.",
+    reads=("ingest", "pairs"),
+    in_driver=True,
 )
 
 

@@ -13,7 +13,7 @@
     ├── ShardError              a worker failed on a shard; names the stage and the shard: exit status 1
     └── ImageRejected           (images/decode.py) an image cannot be used; ingest writes it to the rejects
 
-A message states what is wrong, the value, where it is, and what to do.
+A message states the problem, the value, its location and the remedy.
 """
 
 

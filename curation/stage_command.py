@@ -34,11 +34,12 @@ def stage_command(
     *,
     reads: Sequence[str] = (),
     num_gpus: Callable[[SettingsType], int] = lambda settings: 0,
+    in_driver: bool = False,
 ) -> Callable[..., None]:
     """The command of the stage whose config is `section`: `run(settings, inputs, output, runner, replace=...)`.
 
     Besides the common options it has one for each of the stages in `reads` (see FOLDER_OPTIONS). `summary` is its help,
-    `num_gpus` gives the GPUs that a worker needs.
+    `num_gpus` gives the GPUs that a worker needs. A stage that works `in_driver` starts no workers, whatever --runner says.
     """
 
     def command_line(
@@ -57,7 +58,14 @@ def stage_command(
             run(settings, RunFolder(**folders), output, chosen, replace=replace)
 
         gpus_per_worker = num_gpus(settings)
-        command.plan_or_run(settings, work, plan=plan, runner=runner, workers=workers, gpus_per_worker=gpus_per_worker)
+        command.plan_or_run(
+            settings,
+            work,
+            plan=plan,
+            runner="inline" if in_driver else runner,
+            workers=workers,
+            gpus_per_worker=gpus_per_worker,
+        )
 
     folder_options: dict[str, Any] = {}
     for stage in reads:

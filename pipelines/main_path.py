@@ -51,7 +51,7 @@ def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = 
     embed.run(config.embed, folder, folder.embed, runner, replace=replace, log=log)
     embed.run(config.describe, folder, folder.describe, runner, name="describe", replace=replace, log=log)
     pairs.run(config.pairs, folder, folder.pairs, runner, replace=replace, log=log)
-    dedup.run(config.dedup, folder, folder.dedup, runner, replace=replace, log=log)
+    dedup.run(config.dedup, folder, folder.dedup, replace=replace, log=log)
     cluster.run(config.cluster, folder, folder.cluster, runner, replace=replace, log=log)
     retrieve.run(config.retrieve, folder, folder.retrieve, runner, replace=replace, log=log)
     pack.run(config.pack, folder, folder.corpus, runner, replace=replace, log=log)

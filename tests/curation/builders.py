@@ -36,7 +36,7 @@ def encoded_image(seed: int, format: str = "PNG", size: tuple[int, int] = (24, 2
 
 
 def picture_of(image: Image.Image) -> Picture:
-    """An upright RGB image as the decoder gives it."""
+    """An upright RGB image in the form that the decoder gives."""
     return Picture(np.array(image), *image.size, orientation=1)
 
 
@@ -150,12 +150,12 @@ def write_dedup(folder: str | Path, images: str, keep: Callable[[dict[str, Any]]
 
 
 def stages_of(ingest: str, dedup: str, embed: str = "", cluster: str = "") -> RunFolder:
-    """The folders of hand-made stages, as cluster and retrieve read them."""
+    """The folders of hand-made stages that cluster and retrieve read."""
     return RunFolder(ingest=ingest, dedup=dedup, embed=embed, cluster=cluster)
 
 
 def packed_stages(ingest: str, dedup: str, retrieve: str) -> RunFolder:
-    """The folders of hand-made stages, as pack reads them."""
+    """The folders of hand-made stages that pack reads."""
     return RunFolder(ingest=ingest, dedup=dedup, retrieve=retrieve)
 
 

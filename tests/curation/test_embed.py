@@ -1,4 +1,4 @@
-"""Embed: the same vectors for any batch, thread and worker; pictures at their own aspect ratio; a folder alone."""
+"""Embed: equal vectors for any batch size, threads and workers; aspect ratios; folders without a config."""
 
 import io
 import os
@@ -32,7 +32,7 @@ SIZES = [(90, 60), (60, 90), (64, 64), (300, 40), (33, 200), (128, 127), (640, 4
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A vit_tiny of which every block does something."""
+    """A vit_tiny whose blocks all have an effect."""
     model = backbone.build("vit_tiny", patch_size=16, image_size=64, layer_scale=0.2)
     path = tmp_path_factory.mktemp("weights") / "vit.pth"
     torch.save(model.state_dict(), path)
@@ -41,7 +41,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Thirty pictures of eight sizes, JPEG and PNG, one of them twice."""
+    """Thirty images of eight sizes, JPEG and PNG, and a copy of one of them."""
     root = tmp_path_factory.mktemp("pictures")
     for number in range(30):
         width, height = SIZES[number % len(SIZES)]
@@ -77,13 +77,13 @@ def test_vectors_do_not_depend_on_batches_and_threads(resize: str, weights: str,
         return matrix_of(str(tmp_path / name))
 
     one = run("one", 1)
-    assert len(one) == 30  # of 31 files
+    assert len(one) == 30  # from 31 files
     for number, stage in enumerate(({"decode_threads": 1}, {"decode_threads": 7, "threads_per_worker": 2}, {})):
         other = run(str(number), (4, 5, 64)[number], **stage)
         assert list(other) == list(one)
         for image_id, vector in one.items():
             np.testing.assert_allclose(other[image_id].astype(np.float32), vector.astype(np.float32), atol=1e-3)
-    assert not np.allclose(*list(one.values())[:2], atol=0.05), "or any vectors would pass"
+    assert not np.allclose(*list(one.values())[:2], atol=0.05), "distinct images have distinct vectors"
 
 
 def test_runners_and_decode_threads_give_the_same_bytes(weights: str, images: str, tmp_path: Path) -> None:
@@ -98,15 +98,15 @@ def test_runners_and_decode_threads_give_the_same_bytes(weights: str, images: st
     assert bytes_in(outputs[0]) == bytes_in(outputs[1]) == bytes_in(outputs[2])
 
 
-def test_pictures_keep_their_aspect_ratio_by_the_stated_rule(weights: str) -> None:
+def test_keep_aspect_keeps_the_aspect_ratio_up_to_four(weights: str) -> None:
     settings = config(weights, resize="keep_aspect", image_size=224, weights_image_size=64)
     embedder = embed.load_embedder(settings.embedder)
     for width, height in [*SIZES, (1, 4000), (4000, 1), (224, 224), (1000, 250)]:
         rows, columns = embedder.shape(width, height)
         assert rows % 16 == columns % 16 == 0
         assert rows * columns == pytest.approx(224**2, rel=0.1)
-        wanted = min(max(width / height, 0.25), 4)
-        assert columns / rows == pytest.approx(wanted, rel=0.12)
+        aspect_ratio = min(max(width / height, 0.25), 4)
+        assert columns / rows == pytest.approx(aspect_ratio, rel=0.12)
     assert embedder.shape(500, 500) == (224, 224)
     shape = embedder.shape(300, 100)
     assert embedder.preprocess(picture_of(Image.new("RGB", (300, 100))), shape).shape == (3, *shape)
@@ -114,10 +114,10 @@ def test_pictures_keep_their_aspect_ratio_by_the_stated_rule(weights: str) -> No
     assert square.shape(300, 100) == (64, 64)
 
 
-def test_progress_tells_where_the_time_goes(
+def test_progress_shows_the_workers_times(
     weights: str, images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rich finds the standard error of the time when it was imported; the console of the test looks again."""
+    """Rich keeps the standard error of its import, so the test makes a new console."""
     monkeypatch.setattr(progress, "_console", progress.Console(stderr=True, highlight=False, width=200))
     embed.run(config(weights), RunFolder(ingest=images), str(tmp_path / "out"), InlineRunner())
     line = capsys.readouterr().err.splitlines()[-1]
@@ -136,10 +136,10 @@ def test_a_folder_needs_no_config(weights: str, folder: str, images: str, tmp_pa
     done = run_command("--images", folder, *base, "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     embed.run(config(weights), RunFolder(ingest=images), str(tmp_path / "staged"), InlineRunner())
-    found, staged = matrix_of(str(tmp_path / "out" / "embed")), matrix_of(str(tmp_path / "staged"))
-    assert found.keys() == staged.keys()
-    assert all((found[image_id] == staged[image_id]).all() for image_id in staged)
-    assert matrix_of(str(tmp_path / "out")).keys() == staged.keys(), "the run's folder stands for its vectors"
+    by_command, staged = matrix_of(str(tmp_path / "out" / "embed")), matrix_of(str(tmp_path / "staged"))
+    assert by_command.keys() == staged.keys()
+    assert all((by_command[image_id] == staged[image_id]).all() for image_id in staged)
+    assert matrix_of(str(tmp_path / "out")).keys() == staged.keys(), "the folder of a run gives its vectors"
     again = run_command("--images", folder, *base, "--output", str(tmp_path / "out"))
     assert again.returncode == 0 and "already done" in again.stderr
     of_ingest = run_command("--images", images, *base, "--output", str(tmp_path / "of_ingest"))
@@ -177,14 +177,14 @@ def test_tars_and_parquet_need_no_config_either(layout: str, weights: str, folde
         ({"name": "vit_tiny_patch15"}, ["embedder.name"]),
     ],
 )
-def test_what_cannot_be_is_one_message(
+def test_impossible_models_give_one_message(
     change: dict[str, str], messages: list[str], weights: str, folder: str, tmp_path: Path
 ) -> None:
     if "device" in change and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    chosen = {"weights": weights, "image_size": "64", "pooling": "cls"} | change
-    model = chosen.pop("name", "vit_tiny_patch16")
-    overrides = [text for key, value in chosen.items() for text in ("--set", f'embed.embedder.{key}="{value}"')]
+    settings = {"weights": weights, "image_size": "64", "pooling": "cls"} | change
+    model = settings.pop("name", "vit_tiny_patch16")
+    overrides = [text for key, value in settings.items() for text in ("--set", f'embed.embedder.{key}="{value}"')]
     overrides = [text.replace('"64"', "64") for text in overrides]
     output = tmp_path / "out"
     done = run_command("--images", folder, "--model", model, *overrides, "--output", str(output))
@@ -194,7 +194,7 @@ def test_what_cannot_be_is_one_message(
     assert not (output / "embed" / "manifest.json").exists()
 
 
-def test_a_truncated_checkpoint_is_one_message(weights: str, folder: str, tmp_path: Path) -> None:
+def test_truncated_checkpoint_gives_one_message(weights: str, folder: str, tmp_path: Path) -> None:
     cut = tmp_path / "cut.pth"
     cut.write_bytes(Path(weights).read_bytes()[:-1000])
     done = run_command(
@@ -213,7 +213,7 @@ def test_neither_and_both_of_config_and_model_are_refused(folder: str, tmp_path:
         assert done.returncode == 2 and "Give either --config alone, or --model" in done.stderr
 
 
-def test_a_source_that_changed_is_an_error(weights: str, folder: str, images: str, tmp_path: Path) -> None:
+def test_changed_source_is_an_error(weights: str, folder: str, images: str, tmp_path: Path) -> None:
     copied = tmp_path / "pictures"
     copied.mkdir()
     for name in os.listdir(folder):
@@ -228,7 +228,7 @@ def test_a_source_that_changed_is_an_error(weights: str, folder: str, images: st
 
 @pytest.mark.slow
 def test_a_compiled_model_gives_the_same_vectors(weights: str) -> None:
-    """Of any number of pictures, though a batch that is not full is filled up."""
+    """A batch that is not full is padded; the vectors do not depend on the number of pictures."""
     pixels = np.random.default_rng(0).integers(0, 256, (7, 3, 64, 64), dtype=np.uint8)
     plain, compiled = (embed.load_embedder(config(weights, compile=flag).embedder) for flag in (False, True))
     np.testing.assert_allclose(compiled.embed(pixels), plain.embed(pixels), atol=1e-5)

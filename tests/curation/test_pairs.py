@@ -1,4 +1,4 @@
-"""Pairs: candidates by descriptor and by hash, each pair once with its cosine, the same however the work is cut."""
+"""Pairs: candidates by descriptor and by hash, each pair once with its cosine, for any size of the shards."""
 
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,25 @@ WIDTH = 16
 
 
 def scattered(number: int) -> str:
-    """An image_id somewhere in the range of ids."""
+    """An image_id; the ids of consecutive numbers are spread over the range of ids."""
     return f"{number * 0x9E3779B9 % 2**32:08x}{number:024x}"
 
 
 class Run:
-    """An ingest and its descriptors: image n has row n of `matrix`; the hashes are far apart but for `phash`."""
+    """An ingest and its descriptors. Image n has row n of `matrix`; hashes are random, except for those in `phash`."""
 
     def __init__(self, folder: Path, matrix: np.ndarray, phash: dict[int, int] | None = None) -> None:
         self.folder = folder
         self.matrix = (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float16)
-        far = np.random.default_rng(0).integers(0, 2**63, len(matrix)).tolist()
-        hashes = [(phash or {}).get(number, far[number]) for number in range(len(matrix))]
+        random_hashes = np.random.default_rng(0).integers(0, 2**63, len(matrix)).tolist()
+        hashes = [(phash or {}).get(number, random_hashes[number]) for number in range(len(matrix))]
         rows = [image_row(scattered(n), "web", "pool", phash=hashes[n]) for n in range(len(matrix))]
         half = len(rows) // 2
         self.images = write_ingest(folder / "ingest", [rows[:half], rows[half:], rows[:1]])  # one image occurs twice
         vector_of = {row["image_id"]: self.matrix[n] for n, row in enumerate(rows)}
         ids = list(vector_of)
-        shards = [{image_id: vector_of[image_id] for image_id in own} for own in (ids[:half], ids[half:], ids[:1])]
+        ids_of_shards = (ids[:half], ids[half:], ids[:1])
+        shards = [{image_id: vector_of[image_id] for image_id in shard_ids} for shard_ids in ids_of_shards]
         self.descriptors = write_vectors(folder / "describe", self.images, shards)
         self.number = {image_id: n for n, image_id in enumerate(ids)}
 
@@ -66,28 +67,28 @@ class Run:
         }
 
 
-def families(seed: int, num_families: int, size: int) -> np.ndarray:
-    """Unit vectors of families of near copies."""
+def copy_groups(seed: int, num_groups: int, size: int) -> np.ndarray:
+    """Unit vectors of groups of near-copies, `size` vectors a group."""
     rng = np.random.default_rng(seed)
-    matrix = np.repeat(unit_vectors(seed, num_families, WIDTH), size, axis=0)
+    matrix = np.repeat(unit_vectors(seed, num_groups, WIDTH), size, axis=0)
     matrix = matrix + rng.normal(0, 0.05, matrix.shape)
     unit: np.ndarray = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
     return unit
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pairs_are_those_above_the_floor(tmp_path: Path, seed: int) -> None:
-    run = Run(tmp_path, families(seed, 20, 3))
+def test_pairs_have_the_minimum_similarity(tmp_path: Path, seed: int) -> None:
+    run = Run(tmp_path, copy_groups(seed, 20, 3))
     rows = run.pairs(min_descriptor_similarity=0.6)
     cosine = run.matrix.astype(np.float64) @ run.matrix.astype(np.float64).T
     expected = {(int(i), int(j)) for i, j in zip(*np.nonzero(np.triu(cosine >= 0.6, 1)), strict=True)}
     assert run.numbers(rows) == expected and len(expected) >= 60
-    assert all(row["mutual"] for row in rows), "64 neighbours are room for all"
+    assert all(row["mutual"] for row in rows), "no image has more than 64 neighbours"
 
 
 @pytest.mark.parametrize("images_per_shard", [1, 7, 10**6])
-def test_size_of_the_shards_changes_no_row(tmp_path: Path, images_per_shard: int) -> None:
-    run = Run(tmp_path, families(1, 15, 3), phash={0: 1, 44: 0, 20: 3})
+def test_size_of_shards_changes_no_row(tmp_path: Path, images_per_shard: int) -> None:
+    run = Run(tmp_path, copy_groups(1, 15, 3), phash={0: 1, 44: 0, 20: 3})
     reference = run.pairs("reference", images_per_shard=20)
     assert run.pairs(images_per_shard=images_per_shard) == reference
     manifest = require_manifest(str(tmp_path / "pairs"))
@@ -96,7 +97,7 @@ def test_size_of_the_shards_changes_no_row(tmp_path: Path, images_per_shard: int
 
 
 def test_pair_by_hash_alone_has_the_cosine_of_its_descriptors(tmp_path: Path) -> None:
-    """Directions nearly at right angles: far apart for the search, near for the hashes."""
+    """Nearly orthogonal vectors with near hashes: the search by descriptors proposes none of the pairs."""
     run = Run(
         tmp_path, np.eye(6, WIDTH) + 0.3 * np.eye(6, WIDTH, 1), phash={0: 0b1011, 1: 0b1000, 4: 0b1111, 5: 1 << 60}
     )
@@ -108,15 +109,15 @@ def test_pair_by_hash_alone_has_the_cosine_of_its_descriptors(tmp_path: Path) ->
     assert above == [row for row in rows if row["cosine"] >= 0.1] and 0 < len(above) < len(rows)
 
 
-def test_pair_by_both_is_one_pair_and_keeps_what_the_search_knows(tmp_path: Path) -> None:
-    run = Run(tmp_path, families(2, 5, 2), phash={0: 5, 1: 5})
+def test_pair_by_descriptor_and_hash_is_one_pair_with_the_columns_of_the_search(tmp_path: Path) -> None:
+    run = Run(tmp_path, copy_groups(2, 5, 2), phash={0: 5, 1: 5})
     by_search = run.pairs("search", max_phash_distance=-1)
     assert (0, 1) in run.numbers(by_search)
     assert run.pairs() == by_search
 
 
-def test_mutual_pairs_are_among_the_nearest_of_both(tmp_path: Path) -> None:
-    """One image between many: each has it as its nearest, it has one."""
+def test_mutual_pairs_are_nearest_neighbours_of_both_images(tmp_path: Path) -> None:
+    """An image between two others is the nearest neighbour of both, and has one nearest neighbour itself."""
     angles = np.array([0.0, 0.3, -0.31, 0.65, -0.66])
     matrix = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     run = Run(tmp_path, matrix)
@@ -126,15 +127,15 @@ def test_mutual_pairs_are_among_the_nearest_of_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])
-def test_equal_images_are_one_and_none_pairs_with_itself(tmp_path: Path, count: int) -> None:
-    """Its second row, in a file of its own, is no pair; nor are strangers."""
+def test_equal_images_are_one_image_and_no_image_pairs_with_itself(tmp_path: Path, count: int) -> None:
+    """The first image has a second row in another file. The vectors of different images are orthogonal."""
     run = Run(tmp_path, np.eye(count, WIDTH))
     assert run.pairs() == []
     assert require_manifest(str(tmp_path / "pairs")).totals == {"candidates": 0, "pairs": 0}
 
 
-def test_recall_of_the_search_is_among_the_facts(tmp_path: Path) -> None:
-    run = Run(tmp_path, families(3, 20, 3))
+def test_recall_of_the_search_is_a_fact(tmp_path: Path) -> None:
+    run = Run(tmp_path, copy_groups(3, 20, 3))
     exact = run.pairs("exact")
     search = SearchConfig(backend="ivf", rows_per_cell=5, num_probes=1000)
     assert run.pairs("ivf", search=search) == exact
@@ -142,7 +143,7 @@ def test_recall_of_the_search_is_among_the_facts(tmp_path: Path) -> None:
     assert facts["search"]["recall"] == 1 and require_manifest(str(tmp_path / "exact")).facts["search"] == {}
 
 
-# What is refused
+# Refused inputs
 
 
 def test_descriptors_of_another_ingest_are_refused(tmp_path: Path) -> None:
