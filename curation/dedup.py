@@ -148,8 +148,8 @@ class Decision:
 def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = False, log: Log = None) -> Manifest:
     """Decide for every row of the finished ingest; returns the manifest.
 
-    Raises ConfigError for a threshold below the `min_similarity` of the pairs written. `runner` is not used: the
-    decision lies on the driver's disk, so the driver writes all shards itself.
+    Raises ConfigError for a threshold below the `min_similarity` of the pairs written. It takes no runner: the decision
+    lies on the driver's disk, so the driver writes all shards itself.
     """
     images, pairs = inputs.ingest, inputs.pairs
     ingested, paired = require_manifest(images), require_manifest(pairs)

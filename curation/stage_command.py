@@ -39,7 +39,7 @@ def stage_command(
     """The command of the stage whose config is `section`: `run(settings, inputs, output, runner, replace=...)`.
 
     Besides the common options it has one for each of the stages in `reads` (see FOLDER_OPTIONS). `summary` is its help,
-    `num_gpus` gives the GPUs that a worker needs. A stage that works `in_driver` starts no workers, whatever --runner says.
+    `num_gpus` gives the GPUs that a worker needs. A stage that works `in_driver` starts no workers for any --runner.
     """
 
     def command_line(

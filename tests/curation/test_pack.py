@@ -581,7 +581,7 @@ def test_funnel_adds_up_over_the_real_stages(tmp_path: Path, seed: int) -> None:
     write_pairs(stage["pairs"], stage["ingest"], [scored])
 
     runner = InlineRunner()
-    copies = dedup.run(DedupConfig(), RunFolder(ingest=stage["ingest"], pairs=stage["pairs"]), stage["dedup"], runner)
+    copies = dedup.run(DedupConfig(), RunFolder(ingest=stage["ingest"], pairs=stage["pairs"]), stage["dedup"])
     finished = (stage["ingest"], stage["dedup"], stage["embed"])
     cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=3),)), stages_of(*finished), stage["cluster"], runner)
     datasets = (DatasetConfig(name="seeds", as_is=True, retrieval="sample", k=2),)

@@ -124,7 +124,7 @@ def build_run(
     )
     written = [ShardRecord(name="00000", files=(file,))]
     _finish("pairs", path["pairs"], ingested.content_hash, written, {"min_similarity": 0.4})
-    dedup.run(copies or DedupConfig(), RunFolder(ingest=path["ingest"], pairs=path["pairs"]), path["dedup"], runner)
+    dedup.run(copies or DedupConfig(), RunFolder(ingest=path["ingest"], pairs=path["pairs"]), path["dedup"])
     stages = (path["ingest"], path["dedup"], path["embed"])
     cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=2),)), stages_of(*stages), path["cluster"], runner)
     search = RetrieveConfig(datasets=tuple(datasets), more_than_seeds=1)
