@@ -1,4 +1,4 @@
-"""Two real ranks for the tests that need more than one process."""
+"""Two real ranks for tests that need more than one process."""
 
 import multiprocessing
 import os
@@ -21,19 +21,19 @@ def _as_rank(environment: dict[str, str], function: Callable[..., Any], argument
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """`ranks(function, *arguments)` calls a function of a module in two processes that torchrun could have started.
+    """`ranks(function, *arguments)` calls a module-level function in two processes, with the variables of torchrun.
 
-    Gives what it returned, by rank, or raises what the first rank raised. What it returns is numbers or NumPy arrays,
-    not tensors, since it travels between processes. The two processes stay for the whole session, since importing torch
-    takes seconds, and each keeps its rank: torch remembers the slices of a mesh by the mesh alone.
+    It returns the results by rank, or raises the error of the lowest rank that failed. Results are numbers or NumPy
+    arrays, not tensors, because they are sent between processes. The processes are reused, because importing torch
+    takes seconds. Each keeps its rank, because torch caches the slices of a mesh by the mesh alone.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as first, ProcessPoolExecutor(1, mp_context=context) as second:
 
         def run(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-            with socket.socket() as listening:
-                listening.bind(("127.0.0.1", 0))
-                port = str(listening.getsockname()[1])
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = str(probe.getsockname()[1])
             futures = []
             for rank, pool in (("0", first), ("1", second)):
                 environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}

@@ -1,4 +1,4 @@
-"""The structure of the code: which package and room imports which, no circles, one door for each heavy dependency."""
+"""The structure of the code: imports between packages and rooms, no circles, few doors to heavy dependencies."""
 
 import ast
 import shutil
@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "curation"},
     "pipelines": {"pipelines", "curation", "training", "evaluation"},
 }
-# The files of all four packages that import a heavy dependency. Benchmarks also call it as the peer.
+# The doors: the only files of all four packages that import a heavy dependency. Benchmarks import it as their peer.
 DOORS = {
     "ray": {"curation/engine/ray_runner.py", "pipelines/train_on_ray.py"},
     "faiss": {"curation/search/ivf.py", "pipelines/bench/similarity_works.py"},
@@ -30,10 +30,10 @@ DOORS = {
     "torch.distributed": {"curation/engine/ranks.py", "training/distributed.py", "training/checkpoint.py"},
 }
 NOWHERE = {"torchvision"}
-# Entries of curation/ besides __init__.py: a newcomer reads them all at a glance.
+# Maximum number of entries of curation/ besides __init__.py. Assumed: a reader can still see them all at once.
 MAX_ENTRIES = 24
-# The rooms of curation/, the lowest first. A file imports from its own room and from lower ones; the stages and the
-# other files at the front stand between `models` and `report`, apart from those that every room uses.
+# The rooms (subfolders) of curation/, the lowest first. A file imports from its room and from lower rooms. "" is the
+# front: the stages and other files of curation/ itself, except the files that every room may import.
 ROOMS = ("files", "images", "engine", "search", "copies", "models", "", "report")
 USED_BY_EVERY_ROOM = {"curation.errors", "curation.config", "curation.profiles"}
 USED_BY_MODELS = {"curation.backbone", "curation.weights"}
@@ -54,7 +54,7 @@ MODULES = {name_of(path): path for path in sources()}
 
 
 def imported_names(path: Path) -> Iterator[str]:
-    """The dotted names that a module imports anywhere in it: modules, and names out of modules."""
+    """The dotted names that a module imports, also inside functions: modules, and names from modules."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -66,13 +66,13 @@ def imported_names(path: Path) -> Iterator[str]:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """The modules of this repository that a module imports."""
+    """The modules of the four packages that a module imports."""
     names = set(imported_names(path))
     return {name if name in MODULES else name.rpartition(".")[0] for name in names} & MODULES.keys()
 
 
 def room_of(module: str) -> str:
-    """The room of a module of curation: "" for the files at the front."""
+    """The room of a module of curation; "" for the front."""
     parts = module.split(".")
     return parts[1] if len(parts) > 2 else ""
 
@@ -97,7 +97,7 @@ def test_heavy_dependencies_have_few_doors(dependency: str) -> None:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_modules_say_why_they_exist(path: Path) -> None:
+def test_modules_have_a_docstring(path: Path) -> None:
     if path.name != "__init__.py":
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
 
@@ -106,11 +106,11 @@ def test_no_import_circle_among_files() -> None:
     imports = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
     finished: set[str] = set()
 
-    def visit(module: str, way: tuple[str, ...]) -> None:
-        assert module not in way, " -> ".join((*way[way.index(module) :], module))
+    def visit(module: str, importers: tuple[str, ...]) -> None:
+        assert module not in importers, " -> ".join((*importers[importers.index(module) :], module))
         if module not in finished:
             for imported in sorted(imports[module]):
-                visit(imported, (*way, module))
+                visit(imported, (*importers, module))
             finished.add(module)
 
     for module in imports:
@@ -136,7 +136,7 @@ def test_the_front_of_curation_has_few_entries() -> None:
 
 
 def test_a_wheel_holds_every_module(tmp_path: Path) -> None:
-    """An editable install would hide a package that the wheel lacks."""
+    """An editable install does not show that a package is missing in the wheel."""
     source = tmp_path / "source"
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,7 +1,7 @@
-"""HTML in which nothing can be injected: every text is escaped unless it is an element that `tag` made.
+"""HTML that is safe against injection: every text is escaped, except elements that `tag` made.
 
-Reports show file names, labels and uris of strangers. No line of it writes a `<` by hand, so none can forget to
-escape. The page holds no script, loads nothing, and its content policy tells the browser to refuse both.
+Reports show untrusted file names, labels and uris. Pages are built with `tag` alone, so no caller can forget to escape.
+A page has no script and loads nothing, and its content security policy tells the browser to refuse both.
 """
 
 import html
@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import final
 
-# Longer texts are cut in the middle: a uri may have any length, the page may not. Assumed: names are told apart by it.
+# Longer texts are cut in the middle, because a uri may have any length. Assumed: long enough to tell names apart.
 MAX_TEXT_LENGTH = 240
-# Control characters, and the surrogates that stand for bytes which are no UTF-8.
+# Control characters, and the surrogates that stand for bytes that are not UTF-8.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _VOID = frozenset({"hr", "img", "meta"})
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -19,13 +19,13 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 @final
 class Markup(str):
-    """Finished HTML. `tag` and `join` make it, and of text of ours, such as a style, the pages themselves."""
+    """Escaped HTML, made by `tag` and `join`. Pages also make it from constant text, such as a style."""
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
-    """An element. Children that are not Markup are escaped; attributes that are None are left out.
+    """An HTML element. Children that are not Markup are escaped; attributes that are None are left out.
 
-    An underscore behind an attribute's name is dropped (`class_`), one inside becomes a hyphen.
+    In the name of an attribute, a final underscore is dropped (`class_`); an underscore inside becomes a hyphen.
     """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{_escape(value)}"'
@@ -38,12 +38,12 @@ def tag(name: str, *children: object, **attributes: object) -> Markup:
 
 
 def join(*children: object) -> Markup:
-    """The children one after another, escaped where they are not Markup."""
+    """The children one after another. Children that are not Markup are escaped."""
     return Markup("".join(child if isinstance(child, Markup) else _escape(child) for child in children))
 
 
 def clip(text: str, limit: int = MAX_TEXT_LENGTH) -> str:
-    """`text`, cut in its middle where it is longer than `limit` characters."""
+    """`text`; if it is longer than `limit` characters, its middle is replaced by three dots."""
     if len(text) <= limit:
         return text
     half = (limit - 3) // 2
@@ -51,14 +51,14 @@ def clip(text: str, limit: int = MAX_TEXT_LENGTH) -> str:
 
 
 def quoted(text: str) -> Markup:
-    """A file name, uri or label of the user's, set apart from the prose. A long one may break anywhere."""
+    """An untrusted file name, uri or label in a `code` element. A long one may wrap at any character."""
     return tag("code", clip(text), dir="auto", class_="long" if len(text) > 40 else None)
 
 
 def table(
     header: Sequence[object], rows: Iterable[Sequence[object]], *, numbers: frozenset[int] = frozenset()
 ) -> Markup:
-    """A table that scrolls sideways on a narrow screen. `numbers`: columns set flush right."""
+    """A table that scrolls horizontally on a narrow screen. numbers: indices of right-aligned columns."""
 
     def cells(kind: str, values: Sequence[object], **attributes: object) -> Markup:
         return join(
@@ -74,25 +74,26 @@ def table(
 
 
 def bar(*parts: tuple[float, str], label: str, mark: float | None = None) -> Markup:
-    """A horizontal bar on a track of full width. `parts`: shares of the width in [0, 1], each with its CSS class.
+    """A horizontal bar on a track of full width.
 
-    `mark` sets a line at a share of the width. `label` is for those who cannot see.
+    parts: fractions of the width in [0, 1], each with its CSS class. mark: the fraction of the width at which a line is
+    drawn. label: the text for screen readers.
     """
-    drawn = [tag("span", class_=kind, style=f"width:{100 * share:.3f}%") for share, kind in parts if share]
+    spans = [tag("span", class_=kind, style=f"width:{100 * share:.3f}%") for share, kind in parts if share]
     if mark is not None:
-        drawn.append(tag("span", class_="mark", style=f"left:{100 * mark:.3f}%"))
-    return tag("span", *drawn, class_="bar", role="img", aria_label=label)
+        spans.append(tag("span", class_="mark", style=f"left:{100 * mark:.3f}%"))
+    return tag("span", *spans, class_="bar", role="img", aria_label=label)
 
 
 def legend(*entries: tuple[str, str]) -> Markup:
-    """What the colours mean: CSS class and meaning of each."""
+    """A legend of colours. entries: CSS class and meaning of each colour."""
     return tag("p", *(tag("span", tag("i", class_=kind), text) for kind, text in entries), class_="legend")
 
 
 def columns(values: Sequence[tuple[str, int, str]]) -> Markup:
-    """A column chart. `values`: what stands below each column, its height as a count, and its CSS class."""
+    """A column chart. values: for each column the text below it, its count, and its CSS class."""
     highest = max((count for _, count, _ in values), default=0)
-    drawn = [
+    items = [
         tag(
             "li",
             tag("span", f"{count:,}"),
@@ -102,11 +103,11 @@ def columns(values: Sequence[tuple[str, int, str]]) -> Markup:
         )
         for below, count, kind in values
     ]
-    return tag("div", tag("ol", *drawn, class_="chart"), class_="scroll", tabindex="0")
+    return tag("div", tag("ol", *items, class_="chart"), class_="scroll", tabindex="0")
 
 
 def section(identifier: str, title: str, *body: object) -> Markup:
-    """One numbered part of the page; its identifier is the link target."""
+    """A section of the page. Links refer to its identifier."""
     return tag(
         "section",
         tag("h2", title, id=f"{identifier}-title"),
@@ -117,9 +118,10 @@ def section(identifier: str, title: str, *body: object) -> Markup:
 
 
 def page(title: str, fingerprint: str | None, *body: object, style: str | None = None) -> str:
-    """A whole document. `fingerprint` says what it was made from; `read_fingerprint` finds it again.
+    """A complete document.
 
-    style: CSS in place of that of the curation report.
+    fingerprint: a hash of the inputs of the page, which `read_fingerprint` returns; None to write none. style: CSS that
+    replaces the style of the curation report.
     """
     mark = [] if fingerprint is None else [tag("meta", name_="fingerprint", content=fingerprint)]
     head = tag(
@@ -135,13 +137,13 @@ def page(title: str, fingerprint: str | None, *body: object, style: str | None =
 
 
 def read_fingerprint(start: str) -> str | None:
-    """The fingerprint of a page, given its first characters; None where it has none."""
+    """The fingerprint of a page, given the start of its text; None if it has none."""
     _, mark, rest = start.partition('<meta name="fingerprint" content="')
     return rest.partition('"')[0] if mark else None
 
 
 def _escape(value: object) -> str:
-    """`value` as text for an element or a quoted attribute; characters that HTML forbids as U+FFFD."""
+    """`value` as text for an element or a quoted attribute. Characters that HTML forbids become U+FFFD."""
     return html.escape(_FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", str(value)), quote=True)
 
 
@@ -205,8 +207,8 @@ td { border-bottom: 1px solid var(--line) }
 .no-copies .column, i.no-copies { background: var(--stone) }
 .strip, .pairs { display: flex; flex-wrap: wrap; gap: 8px }
 .gallery { display: flex; flex-wrap: wrap; gap: 14px 36px }
-.brought { display: flex; gap: 4px 14px; align-items: flex-start }
-.brought .strip:first-child { flex: 0 0 auto; max-width: 192px }
+.retrieval { display: flex; gap: 4px 14px; align-items: flex-start }
+.retrieval .strip:first-child { flex: 0 0 auto; max-width: 192px }
 .whole { flex: 1 0 100% }
 figure { margin: 0; width: 92px; text-align: center }
 figure img { display: block; width: 92px; height: 92px; object-fit: contain; background: #fff }
@@ -223,8 +225,8 @@ figure img { display: block; width: 92px; height: 92px; object-fit: contain; bac
 .divider.holdout { border-top-style: dashed }
 @media (max-width: 640px) {
   header, section { padding-left: 14px; padding-right: 14px }
-  .brought { flex-wrap: wrap }
-  .brought .strip:first-child { max-width: none }
+  .retrieval { flex-wrap: wrap }
+  .retrieval .strip:first-child { max-width: none }
   figure, figure img { width: 64px } figure img { height: 64px }
   figcaption { font-size: 12px }
   .bar { min-width: 130px }

@@ -1,10 +1,10 @@
-"""Report: what a run did, in pictures, on one page that needs nothing else.
+"""The report on a finished run: counts, tables and thumbnails on one self-contained page.
 
     <run>/report.html
 
-The page holds no script and loads nothing, its pictures are thumbnails that our own decoder and encoder made, and its
-size is bounded whatever the corpus's: a fixed number of pictures, each of at most `MAX_PICTURE_BYTES`. The same run
-gives the same bytes. What it says is counted in report_facts.py and set in markup.py; here it is put into words.
+The page has no script and loads nothing. Its images are thumbnails that Seedbed decoded and encoded again. Its size is
+bounded for any corpus: a fixed number of thumbnails, each of at most `MAX_THUMBNAIL_BYTES`. The same run gives the same
+bytes. facts.py counts and chooses, this file writes the sentences, and markup.py makes the HTML.
 """
 
 import base64
@@ -27,18 +27,18 @@ from curation.report.facts import (
     OTHER,
     SAME,
     UNKNOWN,
+    Component,
     Concepts,
     Dataset,
     FinishedRun,
-    Group,
+    FunnelStep,
     Guard,
     LabelCounts,
     Match,
     Member,
-    Picture,
     Retrieval,
     SimilarityBin,
-    Step,
+    Thumbnail,
 )
 from curation.report.markup import Markup, clip, join, quoted, tag
 from curation.run_folder import STAGES
@@ -46,15 +46,15 @@ from curation.run_folder import STAGES
 REPORT_NAME = "report.html"
 CONFIG_NAME = "run.toml"
 TITLE = "How this corpus was built"
-# Pixels of a thumbnail's longest side. Drawn at 92 points, so that it stays sharp on finer screens.
+# Pixels of a thumbnail's longest side. It is displayed with 92 CSS pixels, so that it is sharp on high-density screens.
 THUMBNAIL_SIDE = 128
-# Bytes of a thumbnail. Below are at most 774 pictures, in base64 7.3 MB.
-MAX_PICTURE_BYTES = 7_000
-# How many of what is shown. Assumed: enough to judge, little enough to look at.
-GALLERY_PICTURES, GALLERY_DATASETS = 400, 32
-FOUND_PER_SEED = 6
-SEEDS_PER_CLUSTER, FOUND_PER_CLUSTER = 4, 8
-GROUPS, MEMBERS_PER_GROUP = 12, 12
+# With the limits below, a page has at most 774 thumbnails: 7.3 MB in base64.
+MAX_THUMBNAIL_BYTES = 7_000
+# The numbers of examples. Assumed: enough to judge a run, and few enough to look at all of them.
+GALLERY_THUMBNAILS, GALLERY_DATASETS = 400, 32
+RETRIEVED_PER_SEED = 6
+SEEDS_PER_CLUSTER, RETRIEVED_PER_CLUSTER = 4, 8
+COMPONENTS, MEMBERS_PER_COMPONENT = 12, 12
 HOLDOUT_MATCHES = 15
 PAIRS_PER_BIN, PAIRS_IN_BINS = 5, 100
 REJECTS_PER_REASON = 3
@@ -64,13 +64,13 @@ _CONCEPT_CLASS = {SAME: "same", OTHER: "other", UNKNOWN: "unknown"}
 
 
 class ReportConfig(Settings):
-    """What the report shows."""
+    """The contents of the report."""
 
     concepts: str | None = None
-    """TOML file with tables [seed] and [pool] from labels to concepts (see report_facts.Concepts); without it, only
-    equal labels are the same concept."""
+    """TOML file with tables [seed] and [pool] from labels to concepts (see facts.Concepts). Without it, only equal
+    labels are the same concept."""
     seeds_per_dataset: int = Field(default=8, ge=0, le=100)
-    """Seeds of each dataset in the gallery, or half as many clusters; fewer where there are many datasets."""
+    """Seeds of each dataset in the gallery, or half as many clusters; fewer if there are many datasets."""
 
 
 def run(config: ReportConfig, output: str) -> None:
@@ -86,10 +86,10 @@ def run(config: ReportConfig, output: str) -> None:
 
 
 def print_summary(output: str) -> None:
-    """Print the funnel, what each seed dataset brought and the share of the right concept, on standard output."""
+    """Print the funnel and the retrieval by seed dataset on standard output."""
     config = load(ReportConfig, paths.join(output, CONFIG_NAME), section="report")
     finished = facts.read_run(output, read_concepts(config))
-    console = Console(markup=False, emoji=False, highlight=False)  # names are the user's, and no markup
+    console = Console(markup=False, emoji=False, highlight=False)  # the user's names are not markup
     steps = facts.funnel(finished)
     console.print(_funnel_on_terminal(steps))
     console.print("\n" + next(step.note for step in steps if step.name == "accepted"))
@@ -100,7 +100,7 @@ def print_summary(output: str) -> None:
 
 
 def read_concepts(config: ReportConfig) -> Concepts:
-    """The concepts that the config names. Raises ConfigError when the file is missing or wrong."""
+    """The concepts in the file that the config names. Raises ConfigError when the file is missing or invalid."""
     if config.concepts is None:
         return Concepts()
     if not paths.exists(config.concepts):
@@ -109,7 +109,7 @@ def read_concepts(config: ReportConfig) -> Concepts:
 
 
 def _fingerprint(config: ReportConfig, output: str) -> str:
-    """Changes when anything does that the page is made from: the run, the concepts or this code."""
+    """A hash of all inputs of the page: the run, the concepts, the config and this code."""
     files = [paths.join(output, stage, MANIFEST_NAME) for stage in STAGES]
     files += [paths.join(output, CONFIG_NAME)] + ([config.concepts] if config.concepts else [])
     files += [module for module in (__file__, markup.__file__, facts.__file__) if module]
@@ -124,46 +124,50 @@ def _written_fingerprint(path: str) -> str | None:
         return markup.read_fingerprint(file.read(1000).decode(errors="replace"))
 
 
-# What is shown. Chosen first, so that only those pictures are read.
+# The examples. They are chosen first, so that only their thumbnails are read.
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Everything on the page that has a picture."""
+    """The examples of the page."""
 
     datasets: list[Dataset]
     gallery: dict[str, list[Retrieval]]  # by dataset
-    groups: list[Group]
+    components: list[Component]
     holdout_matches: list[Match]
     bins: list[SimilarityBin]
 
     def image_ids(self, finished: FinishedRun) -> set[str]:
-        """The images to read."""
-        found = finished.retrieved["image_id"]
+        """The images whose thumbnails the page shows."""
+        retrieved_ids = finished.retrieved["image_id"]
         retrievals = [retrieval for shown in self.gallery.values() for retrieval in shown]
         matches = [*self.holdout_matches, *(match for similarity in self.bins for match in similarity.examples)]
         return {
             *(seed for retrieval in retrievals for seed in retrieval.seeds),
-            *(found[row].as_py() for retrieval in retrievals for row in retrieval.rows),
-            *(member.image_id for group in self.groups for member in group.members),
+            *(retrieved_ids[row].as_py() for retrieval in retrievals for row in retrieval.rows),
+            *(member.image_id for component in self.components for member in component.members),
             *(image_id for match in matches for image_id in (match.image_id, match.other_image_id)),
         }
 
 
 def _choose(config: ReportConfig, finished: FinishedRun) -> Choice:
     datasets = facts.datasets(finished)
-    asking = [dataset for dataset in datasets if dataset.retrieved][:GALLERY_DATASETS]
+    gallery_datasets = [dataset for dataset in datasets if dataset.retrieved][:GALLERY_DATASETS]
     gallery = {}
-    for dataset in asking:
-        by_cluster = dataset.by_cluster
-        seeds, found = (SEEDS_PER_CLUSTER, FOUND_PER_CLUSTER) if by_cluster else (1, FOUND_PER_SEED)
-        wanted = (config.seeds_per_dataset + 1) // 2 if by_cluster else config.seeds_per_dataset
-        count = min(wanted, GALLERY_PICTURES // len(asking) // (seeds + found))
-        gallery[dataset.name] = facts.gallery(finished, dataset, count, seeds, found)
+    for dataset in gallery_datasets:
+        if dataset.by_cluster:
+            num_seeds, num_retrieved = SEEDS_PER_CLUSTER, RETRIEVED_PER_CLUSTER
+            num_retrievals = (config.seeds_per_dataset + 1) // 2
+        else:
+            num_seeds, num_retrieved = 1, RETRIEVED_PER_SEED
+            num_retrievals = config.seeds_per_dataset
+        max_retrievals = GALLERY_THUMBNAILS // len(gallery_datasets) // (num_seeds + num_retrieved)
+        num_retrievals = min(num_retrievals, max_retrievals)
+        gallery[dataset.name] = facts.gallery(finished, dataset, num_retrievals, num_seeds, num_retrieved)
     return Choice(
         datasets=datasets,
         gallery=gallery,
-        groups=facts.groups(finished, GROUPS, MEMBERS_PER_GROUP),
+        components=facts.largest_components(finished, COMPONENTS, MEMBERS_PER_COMPONENT),
         holdout_matches=facts.holdout_matches(finished, HOLDOUT_MATCHES),
         bins=facts.similarity_bins(finished, PAIRS_PER_BIN, PAIRS_IN_BINS),
     )
@@ -173,16 +177,16 @@ def _choose(config: ReportConfig, finished: FinishedRun) -> Choice:
 
 
 def _write(choice: Choice, config: ReportConfig, finished: FinishedRun, fingerprint: str) -> str:
-    pictures = facts.read_pictures(finished, choice.image_ids(finished), THUMBNAIL_SIDE, MAX_PICTURE_BYTES)
+    thumbnails = facts.read_thumbnails(finished, choice.image_ids(finished), THUMBNAIL_SIDE, MAX_THUMBNAIL_BYTES)
     parts = [
-        ("funnel", "The funnel", _funnel(finished)),
+        ("funnel", "Funnel", _funnel(finished)),
         ("rejects", "Rejected files", _rejects(finished)),
-        ("datasets", "What each seed dataset brought", _datasets(choice, config)),
-        ("gallery", "Seeds and what they retrieved", _gallery(choice, finished, pictures)),
-        ("copies", "Groups of copies", _copies(choice, finished, pictures)),
-        ("threshold", "Where a pair becomes a copy", _threshold(choice, finished, pictures)),
-        ("labels", "From pool to corpus", _labels(finished)),
-        ("run", "The run", _run(finished)),
+        ("datasets", "Retrieval by seed dataset", _datasets(choice, config)),
+        ("gallery", "Seeds and their retrieved images", _gallery(choice, finished, thumbnails)),
+        ("copies", "Components of copies", _copies(choice, finished, thumbnails)),
+        ("threshold", "Copy threshold", _threshold(choice, finished, thumbnails)),
+        ("labels", "Labels from pool to corpus", _labels(finished)),
+        ("run", "Run", _run(finished)),
     ]
     contents = tag("ol", *(tag("li", tag("a", title, href=f"#{name}")) for name, title, _ in parts))
     sections = (markup.section(name, f"{number}. {title}", body) for number, (name, title, body) in enumerate(parts, 1))
@@ -194,12 +198,12 @@ def _abstract(finished: FinishedRun) -> Markup:
     totals, counts = finished.composition, finished.composition["funnel"]
     numbers = [
         ("found in the sources", counts["ingested"]),
-        ("kept, seeds and pool", counts["after_decontamination"]),
+        ("kept seeds and pool images", counts["after_decontamination"]),
         ("retrieved from the pool", counts["retrieved"]),
-        ("unique in the corpus", totals["total_unique"]),
+        ("unique images in the corpus", totals["total_unique"]),
         ("rows in the corpus", totals["total_rows"]),
     ]
-    figures = (tag("div", tag("dt", words), tag("dd", _number(count))) for words, count in numbers)
+    figures = (tag("div", tag("dt", name), tag("dd", _number(count))) for name, count in numbers)
     return tag("dl", *figures, class_="numbers")
 
 
@@ -230,37 +234,46 @@ def _funnel(finished: FinishedRun) -> Markup:
         )
         for source in facts.by_source(finished)
     ]
-    names = ("source", "role", "rejected", "exact copies", "near-duplicates", "of the holdout", "kept", "in the corpus")
+    names = (
+        "source",
+        "role",
+        "rejected",
+        "exact copies",
+        "near-duplicates",
+        "holdout matches",
+        "kept",
+        "in the corpus",
+    )
     return join(
-        markup.legend(("stays", "goes on"), ("lost", "dropped here"), ("aside", "set apart, or not asked for")),
-        markup.table(("step", "", "images", "of all", "fewer by", ""), rows, numbers=frozenset({2, 3, 4})),
+        markup.legend(("stays", "remaining"), ("lost", "dropped"), ("aside", "holdout, or not retrieved")),
+        markup.table(("step", "", "images", "of all", "change", ""), rows, numbers=frozenset({2, 3, 4})),
         tag("h3", "By source"),
         markup.table(names, sources, numbers=frozenset(range(2, 8))),
     )
 
 
 def _rejects(finished: FinishedRun) -> Markup:
-    found = facts.rejects(finished, REJECTS_PER_REASON)
-    if not found:
+    rejects = facts.rejects(finished, REJECTS_PER_REASON)
+    if not rejects:
         return tag("p", "No file was rejected.")
     ingested = finished.composition["funnel"]["ingested"]
     counts = [
         (
             quoted(reject.reason),
-            markup.bar((reject.count / found[0].count, "lost"), label=f"{reject.reason}: {reject.count:,}"),
+            markup.bar((reject.count / rejects[0].count, "lost"), label=f"{reject.reason}: {reject.count:,}"),
             _number(reject.count),
             f"{reject.count / ingested:.2%}",
         )
-        for reject in found
+        for reject in rejects
     ]
     examples = [
         (quoted(row["reason"]), quoted(row["source"]), quoted(row["uri"]), quoted(row["detail"]))
-        for reject in found
+        for reject in rejects
         for row in reject.examples
     ]
     return join(
         markup.table(("reason", "", "files", "of all"), counts, numbers=frozenset({2, 3})),
-        tag("h3", f"The first {REJECTS_PER_REASON} of each reason"),
+        tag("h3", f"The first {REJECTS_PER_REASON} files of each reason"),
         markup.table(("reason", "source", "file", "detail"), examples),
     )
 
@@ -284,7 +297,7 @@ def _datasets(choice: Choice, config: ReportConfig) -> Markup:
         )
         for dataset in choice.datasets
     ]
-    names = ("dataset", "retrieval", "seeds", "taken as is", "retrieved", "cap", "rows", "unique images")
+    names = ("dataset", "retrieval", "seeds", "included as is", "retrieved", "cap", "rows", "unique images")
     shares = ("same concept", "by chance", "mean similarity")
     bars = [
         (
@@ -299,9 +312,9 @@ def _datasets(choice: Choice, config: ReportConfig) -> Markup:
     ]
     return join(
         markup.table((*names, *shares), rows, numbers=frozenset({2, *range(4, 11)})),
-        tag("h3", "The share of the right concept"),
+        tag("h3", "Share with the same concept"),
         markup.table(("dataset", "", "retrieved rows"), bars, numbers=frozenset({2})) if bars else "",
-        tag("p", "The mark on a bar is the share by chance.", class_="note") if bars else "",
+        tag("p", "The line on a bar marks the share by chance.", class_="note") if bars else "",
         tag("p", _same_concept_rule(config, choice.datasets), class_="note"),
     )
 
@@ -309,41 +322,42 @@ def _datasets(choice: Choice, config: ReportConfig) -> Markup:
 def _same_concept_rule(config: ReportConfig, datasets: Sequence[Dataset]) -> str:
     if all(dataset.same_concept is None for dataset in datasets):
         return (
-            "The share of the right concept is left out: it needs retrieved images, and labels of these and of their "
-            "seeds."
+            "The share with the same concept is left out, because it needs retrieved images with labels, and labels of "
+            "their seeds."
         )
     source = (
-        f"Concepts are those of {config.concepts}."
+        f"The concepts come from {config.concepts}."
         if config.concepts
-        else "No file of concepts is configured (report.concepts), so only equal labels are the same concept."
+        else "The config names no file of concepts (report.concepts), so only equal labels are the same concept."
     )
     return (
-        "Same concept: by sample, the share of retrieved rows whose image shows the concept of the seed that brought "
-        "it; by cluster, the share whose image shows a concept of any of the dataset's seeds. By chance: what that "
-        "share would be for images drawn from the kept pool at random. Images whose concept is unknown are not "
-        f"counted. {source}"
+        "Same concept, by sample: the share of retrieved rows whose image has the concept of its seed. By cluster: the "
+        "share of retrieved rows whose image has the concept of any seed of the dataset. By chance: the expected share "
+        "for images drawn from the kept pool at random. Images with an unknown concept are not counted. "
+        f"{source}"
     )
 
 
-def _gallery(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Picture]) -> Markup:
+def _gallery(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thumbnail]) -> Markup:
     if not choice.gallery:
         return tag("p", "Nothing was retrieved.")
     shown = [dataset for dataset in choice.datasets if dataset.name in choice.gallery]
     missing = sum(dataset.retrieved > 0 for dataset in choice.datasets) - len(shown)
     body: list[Markup] = []
     for dataset in shown:
-        brought = (_retrieval(retrieval, finished, pictures) for retrieval in choice.gallery[dataset.name])
+        retrievals = (_retrieval(retrieval, finished, thumbnails) for retrieval in choice.gallery[dataset.name])
         body += [
             tag("h3", quoted(dataset.name)),
-            tag("p", _in_words(dataset), class_="caption"),
-            tag("div", *brought, class_="gallery"),
+            tag("p", _dataset_caption(dataset), class_="caption"),
+            tag("div", *retrievals, class_="gallery"),
         ]
     return join(
         tag(
             "p",
-            "Each seed, or some of a cluster's, and next to it the first of what it brought, with the similarity to "
-            "the seed or to the cluster's centre. Seeds are a random few; clusters are those with the most seeds."
-            + (f" {_count(missing, 'more dataset')} would not fit." if missing else ""),
+            "On the left a seed, or some seeds of a cluster. On the right the first images that it retrieved, with "
+            "their similarity to the seed or to the cluster's centroid. The seeds are chosen at random; the clusters "
+            "are those with the most seeds."
+            + (f" {_count(missing, 'more dataset')} did not fit on the page." if missing else ""),
         ),
         markup.legend(
             ("frame seed", "seed"),
@@ -355,111 +369,113 @@ def _gallery(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pictu
     )
 
 
-def _in_words(dataset: Dataset) -> str:
-    text = f"By {dataset.mode}, {_count(dataset.seeds, 'seed')} brought {_count(dataset.retrieved, 'row')}"
-    return text if dataset.same_concept is None else f"{text}; {dataset.same_concept:.1%} show the same concept"
+def _dataset_caption(dataset: Dataset) -> str:
+    text = f"By {dataset.mode}, {_count(dataset.seeds, 'seed')} retrieved {_count(dataset.retrieved, 'row')}"
+    return text if dataset.same_concept is None else f"{text}; {dataset.same_concept:.1%} have the same concept"
 
 
-def _retrieval(retrieval: Retrieval, finished: FinishedRun, pictures: Mapping[str, Picture]) -> Markup:
-    """Seeds, and to their right what they brought."""
-    seeds = (_figure(pictures[seed], "seed", "seed") for seed in retrieval.seeds)
-    found = [
+def _retrieval(retrieval: Retrieval, finished: FinishedRun, thumbnails: Mapping[str, Thumbnail]) -> Markup:
+    """Seeds on the left, their retrieved images on the right."""
+    seeds = (_figure(thumbnails[seed], "seed", "seed") for seed in retrieval.seeds)
+    retrieved = [
         _figure(
-            pictures[finished.retrieved["image_id"][row].as_py()],
+            thumbnails[finished.retrieved["image_id"][row].as_py()],
             f"{finished.retrieved['similarity'][row].as_py():.2f}",
             _CONCEPT_CLASS[int(finished.same_concept[row])],
         )
         for row in retrieval.rows
     ]
-    shown = tag("div", tag("div", *seeds, class_="strip"), tag("div", *found, class_="strip"), class_="brought")
+    shown = tag("div", tag("div", *seeds, class_="strip"), tag("div", *retrieved, class_="strip"), class_="retrieval")
     if retrieval.cluster_id is None:
         return shown
-    counts = f"{_count(retrieval.num_seeds, 'seed')} in it, {_count(retrieval.num_rows, 'image')} brought"
+    counts = f"{_count(retrieval.num_seeds, 'seed')}, {_count(retrieval.num_rows, 'image')} retrieved"
     return tag("div", tag("p", f"Cluster {retrieval.cluster_id}: {counts}", class_="caption"), shown, class_="whole")
 
 
-def _copies(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Picture]) -> Markup:
+def _copies(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thumbnail]) -> Markup:
     funnel = finished.composition["funnel"]
     exact = funnel["candidates"] - funnel["after_exact"]
-    keeps_unlike_images = finished.manifests["dedup"].facts["guard_settings"]["matches_kept"]
+    keeps_other_members = finished.manifests["dedup"].facts["guard_settings"]["matches_kept"]
     sizes = facts.component_sizes(finished)
+    num_components = sum(count for _, count in sizes)
     parts = [
         tag(
             "p",
-            f"Dropped for having the bytes of another: {_count(exact, 'file')}. Images that look alike form groups: "
-            f"{_count(sum(count for _, count in sizes), 'group')} of two or more unique images. Of each, the seeds are "
-            "kept, or else the image with the most pixels"
-            + (", and what is no copy of these." if keeps_unlike_images else "."),
+            f"{_count(exact, 'file')} had the bytes of another file and {'was' if exact == 1 else 'were'} dropped. "
+            "Images that are connected by copy pairs form a component: there "
+            f"{'is' if num_components == 1 else 'are'} {_count(num_components, 'component')} of two or more unique "
+            "images. In each component the seeds are kept or, without a seed, the image with the most pixels."
+            + (" Members that are not copies of a kept image are kept too." if keeps_other_members else ""),
         ),
         tag("h3", "Guards against chains of copies"),
-        markup.table(("option", "what it is for", "what it did"), [_guard(guard) for guard in facts.guards(finished)]),
+        markup.table(("option", "purpose", "effect"), [_guard(guard) for guard in facts.guards(finished)]),
     ]
-    if choice.groups:
+    if choice.components:
         parts += [
-            tag("h3", "Groups by size"),
+            tag("h3", "Components by size"),
             markup.columns([(size, count, "") for size, count in sizes]),
-            tag("h3", "The largest groups"),
+            tag("h3", "The largest components"),
             tag(
                 "p",
-                "Below each is what became of it, and how similar it is to the image that it copies; indirect: joined "
-                "to that image only by others.",
+                "Each caption gives the decision on the image and its similarity to the matched image. Indirect: only "
+                "other images connect it with the kept image.",
             ),
             markup.legend(("frame kept", "kept"), ("frame other", "dropped")),
         ]
     drawn = []
-    for group in choice.groups:
-        more = group.size - len(group.members)
-        text = _count(group.size, "image") + (f", of which {len(group.members)} are shown" if more else "")
+    for component in choice.components:
+        num_shown = len(component.members)
+        text = _count(component.size, "image") + (f", {num_shown} of them shown" if num_shown < component.size else "")
         shown = (
-            _figure(pictures[member.image_id], _fate(member), "kept" if member.kept else "other")
-            for member in group.members
+            _figure(thumbnails[member.image_id], _member_caption(member), "kept" if member.kept else "other")
+            for member in component.members
         )
         drawn.append(tag("div", tag("p", text, class_="caption"), tag("div", *shown, class_="strip")))
     parts.append(tag("div", *drawn, class_="gallery"))
-    parts.append(tag("h3", "Taken away by the holdout"))
+    parts.append(tag("h3", "Dropped because of the holdout"))
     if not choice.holdout_matches:
-        parts.append(tag("p", "No image of the seeds or of the pool matched one of the holdout."))
+        parts.append(tag("p", "No seed and no pool image matched an image of the holdout."))
     else:
-        text = "A random few: on the left the image that was dropped, on the right the holdout's that it matches."
-        matches = (_pair(match, pictures, ("dropped", "holdout")) for match in choice.holdout_matches)
+        text = "Random examples: on the left the dropped image, on the right the holdout image that it matches."
+        matches = (_pair(match, thumbnails, ("dropped", "holdout")) for match in choice.holdout_matches)
         parts += [tag("p", text), tag("div", *matches, class_="pairs")]
     return join(*parts)
 
 
 def _guard(guard: Guard) -> tuple[Markup, str, str]:
-    """One guard against chains in words."""
+    """The option, the purpose and the effect of one guard against chains."""
     counts = guard.counts or {}
     match guard.option:
         case "mutual_neighbors":
-            words = "pairs join only where each is among the other's nearest"
-            did = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
+            purpose = "a pair connects two images only if each is among the nearest neighbours of the other"
+            effect = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
         case "families":
-            words = "pairs of one family, such as road signs with other symbols, do not join"
-            did = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
+            purpose = "a pair does not connect images of one family, such as road signs with other symbols"
+            effect = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
         case "max_component_size":
-            words = "larger groups are joined again at a higher threshold"
-            did = (
-                f"split {_count(counts.get('components_split', 0), 'group')} of together "
-                f"{_count(counts.get('images_in_them', 0), 'image')}; "
+            purpose = "larger components are split by a higher threshold"
+            effect = (
+                f"split {_count(counts.get('components_split', 0), 'component')} with "
+                f"{_count(counts.get('images_in_them', 0), 'image')} in all; "
                 f"{counts.get('components_still_larger', 0):,} still larger at similarity 1"
             )
         case "matches_kept":
-            words = "an image goes only as a verified copy of one that stays"
-            did = f"kept {_count(counts.get('images_kept', 0), 'image')} more than one a group"
+            purpose = "an image is dropped only as a verified copy of a kept image"
+            effect = f"kept {_count(counts.get('images_kept', 0), 'more image')}"
         case _:
             assert guard.option == "holdout_cosine", guard.option
-            words = "near descriptors match the holdout too"
-            did = f"took away {_count(counts.get('images_taken', 0), 'image')} more"
+            purpose = "an image with a descriptor near that of a holdout image matches it too"
+            effect = f"dropped {_count(counts.get('images_taken', 0), 'more image')}"
     setting = f" = {guard.setting:g}" if isinstance(guard.setting, (int, float)) and guard.setting is not True else ""
     return (
         tag("code", guard.option + (setting if guard.counts is not None else "")),
-        words,
-        ("off" if guard.counts is None else did),
+        purpose,
+        ("off" if guard.counts is None else effect),
     )
 
 
-def _fate(member: Member) -> str:
-    """Why a member of a group was kept or dropped."""
+def _member_caption(member: Member) -> str:
+    """The decision on a member of a component, and its reason."""
     if member.kept:
         text = "kept"
     elif member.is_holdout:
@@ -471,13 +487,14 @@ def _fate(member: Member) -> str:
     return text + (f", {member.num_files} files" if member.num_files > 1 else "")
 
 
-def _threshold(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Picture]) -> Markup:
+def _threshold(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thumbnail]) -> Markup:
     total = sum(similarity.count for similarity in choice.bins)
     dedup_facts = finished.manifests["dedup"].facts
     threshold, holdout_threshold = dedup_facts["threshold"], dedup_facts["holdout_threshold"]
     text = (
-        f"{_count(total, 'pair')} of images were found similar. From {threshold:g} on, two images are copies; from "
-        f"{holdout_threshold:g} on, an image matches one of the holdout."
+        f"The pairs stage found {_count(total, 'pair')} of similar images. Two images with a similarity of at least "
+        f"{threshold:g} are copies. An image with a similarity of at least {holdout_threshold:g} to a holdout image "
+        "matches it."
     )
     if not total:
         return tag("p", text)
@@ -486,35 +503,33 @@ def _threshold(choice: Choice, finished: FinishedRun, pictures: Mapping[str, Pic
         for similarity in choice.bins
     ]
     parts = [
-        tag("p", text + " Below each column stands where it begins."),
+        tag("p", text + " The number below a column is the lowest similarity in it."),
         markup.columns(heights),
         markup.legend(
             ("copies", "copies"),
-            ("no-copies", "no copies"),
-            ("first", f"threshold, {threshold:g}"),
-            ("first-holdout", f"threshold of the holdout, {holdout_threshold:g}"),
+            ("no-copies", "not copies"),
+            ("first", f"copy threshold, {threshold:g}"),
+            ("first-holdout", f"holdout threshold, {holdout_threshold:g}"),
         ),
-        tag("h3", "What other thresholds would do"),
+        tag("h3", "Effect of other thresholds"),
         tag(
             "p",
-            "Were all pairs from a threshold on joined, but for those that the guards leave out: the groups, and the "
-            "images that would go if of each group only the seeds, or else one image, were kept. Set in bold: the "
-            "threshold of this run. Where the largest group leaps, images are joined in chains.",
+            "Each row assumes that all pairs at or above its threshold connect images, except pairs that the guards "
+            "leave out, and that each component keeps only its seeds or, without a seed, one image. Bold: the "
+            "threshold of this run. A jump in the largest component indicates chaining.",
         ),
         _sweep(finished, threshold),
-        tag("h3", "A random few of each, one of a group"),
+        tag("h3", "Random pairs of each range, one per component"),
     ]
     for similarity in reversed(choice.bins):
         if similarity.examples:
             label = f"{similarity.low:.2f} to {similarity.high:.2f}: {_count(similarity.count, 'pair')}"
-            pairs = (_pair(match, pictures, ("", "")) for match in similarity.examples)
+            pairs = (_pair(match, thumbnails, ("", "")) for match in similarity.examples)
             parts += [tag("p", label, class_="caption"), tag("div", *pairs, class_="pairs")]
         if similarity.low == threshold:
-            parts.append(tag("p", f"{threshold:g}: above are copies, below are none", class_="divider"))
+            parts.append(tag("p", f"{threshold:g}: copies above, not copies below", class_="divider"))
         elif similarity.low == holdout_threshold:
-            parts.append(
-                tag("p", f"{holdout_threshold:g}: above are matches with the holdout", class_="divider holdout")
-            )
+            parts.append(tag("p", f"{holdout_threshold:g}: matches of the holdout above", class_="divider holdout"))
     return join(*parts)
 
 
@@ -532,7 +547,7 @@ def _sweep(finished: FinishedRun, threshold: float) -> Markup:
         )
         for row in facts.threshold_sweep(finished)
     ]
-    names = ("from", "pairs", "groups of two or more", "images that would go", "images in the largest group")
+    names = ("threshold", "pairs", "components of two or more", "images dropped", "images in the largest component")
     return markup.table(names, rows, numbers=frozenset(range(5)))
 
 
@@ -546,12 +561,12 @@ def _column_class(similarity: SimilarityBin, threshold: float, holdout_threshold
 def _labels(finished: FinishedRun) -> Markup:
     full, top = (facts.labels(finished, top_folder=top_folder) for top_folder in (False, True))
     if all(counts.label is None for counts in full):
-        return tag("p", "No image of the pool has a label.")
+        return tag("p", "No pool image has a label.")
     parts = [
         tag(
             "p",
-            f"How often the {LABELS} most frequent labels of the pool occur among all its images, among those that "
-            "were kept, and among those of the corpus. Seeds that were taken as they are do not count here.",
+            f"The {LABELS} most frequent labels of the pool: their share of all pool images, of the kept pool images, "
+            "and of the pool images in the corpus. Seeds that are included as is do not count.",
         ),
         markup.legend(("before", "pool"), ("between", "kept"), ("stays", "corpus")),
     ]
@@ -562,7 +577,7 @@ def _labels(finished: FinishedRun) -> Markup:
 
 
 def _label_table(counts: Sequence[LabelCounts]) -> Markup:
-    """Shares of the three sets by label, the labels beyond the first few together in one row."""
+    """The share of each label in the three sets. The labels after the first `LABELS` share one row."""
     sums = [max(sum(getattr(row, name) for row in counts), 1) for name in ("pool", "kept", "corpus")]
 
     def shares(rows: Iterable[LabelCounts]) -> list[float]:
@@ -578,12 +593,12 @@ def _label_table(counts: Sequence[LabelCounts]) -> Markup:
         shown.append((tag("em", f"{len(counts) - LABELS:,} other labels"), shares(counts[LABELS:])))
     rows = [
         (
-            words,
+            name,
             _label_bars(values, highest) if index < LABELS else "",
             *(f"{share:.1%}" for share in values),
             f"{values[2] / values[0]:.2f}",
         )
-        for index, (words, values) in enumerate(shown)
+        for index, (name, values) in enumerate(shown)
     ]
     return markup.table(("label", "", "pool", "kept", "corpus", "corpus / pool"), rows, numbers=frozenset({2, 3, 4, 5}))
 
@@ -607,28 +622,28 @@ def _run(finished: FinishedRun) -> Markup:
     path = paths.join(finished.folder, CONFIG_NAME)
     if paths.exists(path):
         text = tag("pre", paths.read_bytes(path).decode())
-        config = tag("details", tag("summary", f"The config, with every default ({CONFIG_NAME})"), text)
+        config = tag("details", tag("summary", f"The resolved config ({CONFIG_NAME})"), text)
     else:
-        config = tag("p", f"The stages were run one by one: there is no {CONFIG_NAME}.")
+        config = tag("p", f"There is no {CONFIG_NAME}, because the stages were run one by one.")
     return join(markup.table(("stage", "shards", "MB written", "totals"), rows, numbers=frozenset({1, 2})), config)
 
 
-def _pair(match: Match, pictures: Mapping[str, Picture], words: tuple[str, str]) -> Markup:
-    """Two pictures side by side with their similarity below."""
+def _pair(match: Match, thumbnails: Mapping[str, Thumbnail], captions: tuple[str, str]) -> Markup:
+    """Two thumbnails side by side, and their similarity below."""
     both = (
-        _figure(pictures[image_id], text, "")
-        for image_id, text in zip((match.image_id, match.other_image_id), words, strict=True)
+        _figure(thumbnails[image_id], caption, "")
+        for image_id, caption in zip((match.image_id, match.other_image_id), captions, strict=True)
     )
     text = "indirect" if match.similarity is None else f"{match.similarity:.3f}"
     return tag("div", *both, tag("p", text), class_="pair")
 
 
-def _figure(picture: Picture, caption: str, kind: str) -> Markup:
-    """One picture; who points at it sees its label, its source and where it lies."""
-    label = clip(picture.label or "no label")
-    title = f"{label}\n{clip(picture.source)}, {picture.width} x {picture.height}\n{clip(picture.uri)}"
-    data = base64.b64encode(picture.encoded).decode()
-    image = tag("img", src=f"data:image/webp;base64,{data}", alt=f"{label}, of {clip(picture.source)}", title=title)
+def _figure(thumbnail: Thumbnail, caption: str, kind: str) -> Markup:
+    """One thumbnail. Its tooltip gives its label, source, size and uri."""
+    label = clip(thumbnail.label or "no label")
+    title = f"{label}\n{clip(thumbnail.source)}, {thumbnail.width} x {thumbnail.height}\n{clip(thumbnail.uri)}"
+    data = base64.b64encode(thumbnail.webp).decode()
+    image = tag("img", src=f"data:image/webp;base64,{data}", alt=f"{label}, of {clip(thumbnail.source)}", title=title)
     return tag("figure", image, tag("figcaption", caption) if caption else "", class_=f"frame {kind}".strip())
 
 
@@ -647,7 +662,7 @@ def _share(share: float | None) -> str:
 # The terminal
 
 
-def _funnel_on_terminal(steps: Sequence[Step]) -> Table:
+def _funnel_on_terminal(steps: Sequence[FunnelStep]) -> Table:
     table = _table("Funnel", ("step",), ("images", "of all", "fewer by"))
     for step in steps:
         share = step.count / max(steps[0].count, 1)
@@ -657,17 +672,17 @@ def _funnel_on_terminal(steps: Sequence[Step]) -> Table:
 
 def _datasets_on_terminal(datasets: Sequence[Dataset]) -> Table:
     counts, shares = ("seeds", "retrieved", "rows", "unique"), ("same\nconcept", "by\nchance", "mean\ncosine")
-    table = _table("What each seed dataset brought", ("dataset", "by"), (*counts, *shares))
+    table = _table("Retrieval by seed dataset", ("dataset", "by"), (*counts, *shares))
     for dataset in datasets:
         numbers = (dataset.seeds, dataset.retrieved, dataset.rows, dataset.unique)
         similarity = "" if dataset.mean_similarity is None else f"{dataset.mean_similarity:.3f}"
-        found = (_share(dataset.same_concept), _share(dataset.chance), similarity)
-        table.add_row(clip(dataset.name), dataset.mode, *map(_number, numbers), *found)
+        shares_of_row = (_share(dataset.same_concept), _share(dataset.chance), similarity)
+        table.add_row(clip(dataset.name), dataset.mode, *map(_number, numbers), *shares_of_row)
     return table
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
-    """An empty table whose names wrap where the terminal is narrow."""
+    """An empty table. Its text columns wrap in a narrow terminal."""
     table = Table(title=f"\n{title}", title_justify="left", box=rich.box.SIMPLE, show_edge=False, pad_edge=False)
     table.padding = (0, 1, 0, 0)
     for column in texts:

@@ -1,4 +1,4 @@
-"""The report: what it says is what the run did, and nothing that a stranger named can act in it."""
+"""The report agrees with the run, and untrusted names have no effect in it."""
 
 import base64
 import html.parser
@@ -34,10 +34,10 @@ from curation.run_folder import STAGES, RunFolder
 from tests.curation.builders import packed_stages, stages_of
 
 RED, BLUE = (200, 40, 40), (40, 40, 200)
-# What a crawl may bring. A folder's name is a label.
+# An untrusted name, as a crawl may contain. The name of a folder is a label.
 HOSTILE = "\"><img src=x onerror=alert(1)><script>alert('1')<"
 SECTIONS = ["funnel", "rejects", "datasets", "gallery", "copies", "threshold", "labels", "run"]
-# Everything that the page may hold.
+# All tags and attributes that the page may have.
 TAGS = set(
     "html head meta title style body header main section nav h1 h2 h3 p a ol li dl div dt dd span i em strong code "
     "table thead tbody tr th td figure img figcaption details summary pre".split()
@@ -51,23 +51,23 @@ Pairs = Sequence[tuple[Path, Path, float]]
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would find in a page: tags, attributes, texts and pictures."""
+    """The parsed page: tags, attributes, text and images."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str]] = []
         self.text = ""
-        self.pictures: list[dict[str, str]] = []
+        self.images: list[dict[str, str]] = []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attrs}
+        attributes = {name: value or "" for name, value in attrs}
         self.tags.append(tag)
-        self.attributes += found.items()
+        self.attributes += attributes.items()
         if tag == "img":
-            self.pictures.append(found)
+            self.images.append(attributes)
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -77,7 +77,7 @@ class Page(html.parser.HTMLParser):
 
 
 def write_image(path: Path, colour: tuple[int, int, int], size: int = 40) -> Path:
-    """An image of one colour with a noise of its own, and so with bytes of its own."""
+    """An image of one colour with noise that depends on the path, so that files differ in their bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(list("/".join(path.parts[-3:]).encode())).integers(-25, 25, (size, size, 3))
     Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path, "PNG")
@@ -94,7 +94,7 @@ def build_run(
     config: ReportConfig | None = None,
     copies: DedupConfig | None = None,
 ) -> str:
-    """A finished run, made by the stages themselves but for vectors and pairs: images resemble by their mean colour."""
+    """A finished run of the real stages, except embed and pairs: the vector of an image is its mean colour."""
     runner = InlineRunner()
     path = {stage: paths.join(output, stage) for stage in STAGES}
     settings = IngestConfig(
@@ -117,8 +117,10 @@ def build_run(
             shards[stage].append(ShardRecord(name=record.name, files=tuple(files), totals={"embedded": len(images)}))
     for stage, done in shards.items():
         _finish(stage, path[stage], ingested.content_hash, done, {})
-    found = [(*sorted(image_id(one.read_bytes()) for one in pair[:2]), pair[2], False, pair[2], True) for pair in pairs]
-    columns = list(zip(*found, strict=True)) or [[]] * len(schemas.PAIRS)
+    rows = [
+        (*sorted(image_id(path.read_bytes()) for path in pair[:2]), pair[2], False, pair[2], True) for pair in pairs
+    ]
+    columns = list(zip(*rows, strict=True)) or [[]] * len(schemas.PAIRS)
     file = parquet.write_table(
         paths.join(path["pairs"], "pairs-00000.parquet"), pa.table(columns, schema=schemas.PAIRS)
     )
@@ -155,7 +157,7 @@ CONCEPTS = Concepts(
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run with something to show in every section."""
+    """A run with content in every section."""
     folder = tmp_path_factory.mktemp("example")
     root = folder / "images"
     for number in range(4):
@@ -204,7 +206,7 @@ def read_page(output: str) -> Page:
 
 
 def assert_harmless(shown: Page) -> None:
-    """Nothing in the page acts, or is loaded from elsewhere."""
+    """The page has no script and loads nothing."""
     assert set(shown.tags) <= TAGS
     assert {name for name, _ in shown.attributes} <= ATTRIBUTES
     for name, value in shown.attributes:
@@ -219,15 +221,15 @@ def assert_harmless(shown: Page) -> None:
     assert "url(" not in style and "@import" not in style
 
 
-def test_every_section_and_every_picture(example: str) -> None:
+def test_every_section_and_every_thumbnail(example: str) -> None:
     shown = read_page(example)
     assert [name for name in shown.ids() if not name.endswith("-title")] == SECTIONS
     assert_harmless(shown)
-    assert len(shown.pictures) > 30
-    for picture in shown.pictures:
-        image = Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2])))
+    assert len(shown.images) > 30
+    for element in shown.images:
+        image = Image.open(io.BytesIO(base64.b64decode(element["src"].partition(",")[2])))
         assert image.format == "WEBP" and max(image.size) <= page.THUMBNAIL_SIDE
-        assert picture["alt"] and picture["title"]
+        assert element["alt"] and element["title"]
 
 
 def test_funnel_agrees_with_the_composition(example: str) -> None:
@@ -239,7 +241,7 @@ def test_funnel_agrees_with_the_composition(example: str) -> None:
         "seeds and pool": 25,
         "without exact copies": 24,
         "without near-duplicates": 22,
-        "without the holdout's images": 20,
+        "without holdout matches": 20,
         "in the corpus": run.composition["total_unique"],
         "retrieved from the pool": run.composition["funnel"]["retrieved"],
         "rows packed": run.composition["total_rows"],
@@ -248,19 +250,19 @@ def test_funnel_agrees_with_the_composition(example: str) -> None:
     counts = {source.source: source for source in facts.by_source(run)}
     pool = counts["pool"]
     assert (pool.rejected, pool.exact, pool.near, pool.holdout, pool.kept) == (2, 1, 2, 2, 12)
-    assert counts["animals"].in_corpus == 4  # taken as they are
+    assert counts["animals"].in_corpus == 4  # included as is
     assert counts["vehicles"].kept == 4 and counts["vehicles"].in_corpus == 0
     assert sum(source.in_corpus for source in counts.values()) == run.composition["total_unique"]
 
 
 def test_rejects_are_listed_by_reason(example: str) -> None:
-    found = facts.rejects(facts.read_run(example, CONCEPTS), 1)
-    assert [(reject.reason, reject.count) for reject in found] == [("empty", 1), ("not_an_image", 1)]
-    assert found[1].examples[0]["uri"].endswith("pool/text.jpg")
+    rejects = facts.rejects(facts.read_run(example, CONCEPTS), 1)
+    assert [(reject.reason, reject.count) for reject in rejects] == [("empty", 1), ("not_an_image", 1)]
+    assert rejects[1].examples[0]["uri"].endswith("pool/text.jpg")
     assert "text.jpg" in read_page(example).text
 
 
-def test_share_of_the_concept_agrees_with_counting_by_hand(example: str) -> None:
+def test_share_with_the_same_concept_agrees_with_brute_force(example: str) -> None:
     run = facts.read_run(example, CONCEPTS)
     label_of = dict(zip(run.images["image_id"].to_pylist(), run.images["label"].to_pylist(), strict=True))
     concept_of = {"animals/fish": "animals", "transportation": "vehicles", "plants": "plants", "copies": "copies"}
@@ -269,7 +271,7 @@ def test_share_of_the_concept_agrees_with_counting_by_hand(example: str) -> None
     hits: dict[str, list[bool]] = {"animals": [], "vehicles": []}
     for row in run.retrieved.to_pylist():
         label = label_of[row["image_id"]]
-        if label in concept_of:  # not the toys, whose concept is unknown, nor the image without a label
+        if label in concept_of:  # without the toys, whose concept is unknown, and the image without a label
             hits[row["seed_source"]].append(concept_of[label] == row["seed_source"])
     for dataset in facts.datasets(run):
         assert dataset.compared == len(hits[dataset.name])
@@ -284,40 +286,42 @@ def test_share_of_the_concept_agrees_with_counting_by_hand(example: str) -> None
 
 def test_without_concepts_only_equal_labels_are_the_same(example: str) -> None:
     run = facts.read_run(example, Concepts())
-    # Birds are no fish, and cars are no boats.
+    # The labels of the seeds and of the pool differ: birds and fish, cars and boats.
     assert [dataset.same_concept for dataset in facts.datasets(run)] == [0, 0]
 
 
 def test_concept_of_a_label() -> None:
     assert CONCEPTS.of("pool", "transportation/boats/small") == "vehicles"
-    assert CONCEPTS.of("pool", "animals/toys/bear") is None  # the longest key wins, and says that nobody knows
+    assert (
+        CONCEPTS.of("pool", "animals/toys/bear") is None
+    )  # the longest key counts; its concept is empty, which means unknown
     assert CONCEPTS.of("pool", "animals/toyshops") == "animals"  # a key ends at a slash
-    assert CONCEPTS.of("pool", "plants/trees") == "plants/trees"  # no key: a concept of its own
+    assert CONCEPTS.of("pool", "plants/trees") == "plants/trees"  # no key: the label is the concept
     assert CONCEPTS.of("seed", "transportation") == "transportation"
     assert CONCEPTS.of("pool", None) is None
     assert Concepts(pool={"cats": "cat", "cats/toys": "toy"}).of("pool", "cats/toys") == "toy"
 
 
-def test_groups_of_copies(example: str) -> None:
+def test_components_of_copies(example: str) -> None:
     run = facts.read_run(example, CONCEPTS)
-    (group,) = facts.groups(run, 12, 12)
-    assert group.size == 3 and [member.kept for member in group.members] == [True, False, False]
-    assert [member.reason for member in group.members] == [None, "near", "near"]
-    assert group.members[1].similarity == pytest.approx(0.9)
-    assert group.members[2].similarity is None  # joined to what is kept by the other one only
+    (component,) = facts.largest_components(run, 12, 12)
+    assert component.size == 3 and [member.kept for member in component.members] == [True, False, False]
+    assert [member.reason for member in component.members] == [None, "near", "near"]
+    assert component.members[1].similarity == pytest.approx(0.9)
+    assert component.members[2].similarity is None  # connected to the kept image by the other member only
     assert dict(facts.component_sizes(run))["3"] == 1
-    assert len(facts.groups(run, 12, 2)[0].members) == 2
-    assert facts.groups(run, 0, 12) == []
+    assert len(facts.largest_components(run, 12, 2)[0].members) == 2
+    assert facts.largest_components(run, 0, 12) == []
 
 
 def test_holdout_matches(example: str) -> None:
     run = facts.read_run(example, CONCEPTS)
-    # The copy of the held-out file is that very image, and would be shown beside itself.
+    # The exact copy of the holdout file is left out, because both images would be the same.
     (match,) = facts.holdout_matches(run, 5)
     assert match.similarity == pytest.approx(0.47)
 
 
-def test_similarity_bins_part_at_the_thresholds(example: str) -> None:
+def test_similarity_bins_begin_at_the_thresholds(example: str) -> None:
     run = facts.read_run(example, CONCEPTS)
     bins = facts.similarity_bins(run, 4, 100)
     assert [similarity.low for similarity in bins[1:]] == [similarity.high for similarity in bins[:-1]]
@@ -334,10 +338,10 @@ def test_sweep_over_thresholds(example: str) -> None:
     assert (rows[0.4].pairs, rows[0.4].dropped, rows[0.4].largest_component) == (4, 4, 4)
     assert (rows[0.6].pairs, rows[0.6].components_of_two_or_more, rows[0.6].dropped) == (2, 1, 2)
     assert (rows[0.65].pairs, rows[0.65].largest_component, rows[0.95].pairs) == (1, 2, 0)
-    assert "What other thresholds would do" in read_page(example).text
+    assert "Effect of other thresholds" in read_page(example).text
 
 
-def test_guards_tell_what_they_did(example: str, tmp_path: Path) -> None:
+def test_guards_show_their_effects(example: str, tmp_path: Path) -> None:
     off = facts.guards(facts.read_run(example, CONCEPTS))
     assert len(off) == 5 and all(guard.counts is None for guard in off)
     assert read_page(example).text.count("off") >= 5
@@ -367,7 +371,7 @@ def test_guards_tell_what_they_did(example: str, tmp_path: Path) -> None:
         "matches_kept": {"images_kept": 0},
         "holdout_cosine": {"images_taken": 1},
     }
-    for text in ("max_component_size = 4", "left out 2 pairs", "took away 1 image more", "verified copy of one"):
+    for text in ("max_component_size = 4", "left out 2 pairs", "dropped 1 more image", "verified copy of a kept image"):
         assert text in shown.text
 
 
@@ -395,7 +399,9 @@ def test_gallery(example: str) -> None:
     assert blue.num_seeds == 4 and len(blue.seeds) == 3 and blue.num_rows == len(blue.rows) == 4
 
 
-def test_the_same_run_gives_the_same_bytes_and_no_work_twice(example: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_same_run_gives_the_same_bytes_and_a_second_report_does_no_work(
+    example: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     config, path = ReportConfig(concepts=str(Path(example).parent / "concepts.toml")), Path(example, "report.html")
     before = path.read_bytes()
     page.run(config, example)
@@ -411,18 +417,18 @@ def test_the_same_run_gives_the_same_bytes_and_no_work_twice(example: str, capfd
 def test_summary_on_the_terminal(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     page.print_summary(example)
     text = capsys.readouterr().out
-    for words in ("without near-duplicates", "rows packed", "not_an_image 1", "vehicles", "100.0%", "report.html"):
-        assert words in text
+    for line in ("without near-duplicates", "rows packed", "not_an_image 1", "vehicles", "100.0%", "report.html"):
+        assert line in text
 
 
-def test_pictures_come_from_the_thumbnails(example: str, tmp_path: Path) -> None:
+def test_images_come_from_the_stored_thumbnails(example: str, tmp_path: Path) -> None:
     run = facts.read_run(example, CONCEPTS)
     image_ids = run.images["image_id"].to_pylist()
-    pictures = facts.read_pictures(run, image_ids, 128, 7000)
-    assert set(pictures) == set(image_ids)
-    sizes = {Image.open(io.BytesIO(picture.encoded)).size for picture in pictures.values()}
+    thumbnails = facts.read_thumbnails(run, image_ids, 128, 7000)
+    assert set(thumbnails) == set(image_ids)
+    sizes = {Image.open(io.BytesIO(thumbnail.webp)).size for thumbnail in thumbnails.values()}
     assert sizes == {(24, 24)}  # the originals measure 38 to 40
-    rose = next(picture for picture in pictures.values() if "rose" in picture.uri)
+    rose = next(thumbnail for thumbnail in thumbnails.values() if "rose" in thumbnail.uri)
     assert (rose.role, rose.label, rose.width) == ("pool", "plants", 40)
 
 
@@ -448,13 +454,13 @@ def test_hostile_names(tmp_path: Path) -> None:
     shown = read_page(output)
     assert_harmless(shown)
     assert [name for name in shown.ids() if not name.endswith("-title")] == SECTIONS
-    # It is there, as text: in a table, and behind every picture.
+    # The name is present as text: in a table, and in the tooltip of every thumbnail.
     assert HOSTILE in shown.text
-    assert all(HOSTILE in picture["title"] and HOSTILE in picture["alt"] for picture in shown.pictures)
+    assert all(HOSTILE in image["title"] and HOSTILE in image["alt"] for image in shown.images)
     page.print_summary(output)
 
 
-def test_nothing_to_show(tmp_path: Path) -> None:
+def test_run_with_empty_sections(tmp_path: Path) -> None:
     """No holdout, no labels, no copies, no rejects, no thumbnails, nothing retrieved."""
     root = tmp_path / "images"
     for number in range(2):
@@ -470,8 +476,14 @@ def test_nothing_to_show(tmp_path: Path) -> None:
     shown = read_page(output)
     assert_harmless(shown)
     assert [name for name in shown.ids() if not name.endswith("-title")] == SECTIONS
-    assert shown.pictures == []
-    for text in ("No file was rejected", "Nothing was retrieved", "is left out", "has a label", "matched one of the"):
+    assert shown.images == []
+    for text in (
+        "No file was rejected",
+        "Nothing was retrieved",
+        "is left out",
+        "has a label",
+        "matched an image of the holdout",
+    ):
         assert text in shown.text
     page.print_summary(output)
 
@@ -489,16 +501,16 @@ def test_without_thumbnails_the_originals_are_read(tmp_path: Path) -> None:
     )
     page.run(ReportConfig(), output)
     shown = read_page(output)
-    assert len(shown.pictures) == 4
-    for picture in shown.pictures:
-        data = base64.b64decode(picture["src"].partition(",")[2])
+    assert len(shown.images) == 4
+    for element in shown.images:
+        data = base64.b64decode(element["src"].partition(",")[2])
         assert max(Image.open(io.BytesIO(data)).size) == page.THUMBNAIL_SIDE
     run = facts.read_run(output, Concepts())
     image_ids = run.images["image_id"].to_pylist()
     largest = []
     for max_bytes in (100_000, 1_000):
-        pictures = facts.read_pictures(run, image_ids, 128, max_bytes).values()
-        largest.append(max(len(picture.encoded) for picture in pictures))
+        thumbnails = facts.read_thumbnails(run, image_ids, 128, max_bytes).values()
+        largest.append(max(len(thumbnail.webp) for thumbnail in thumbnails))
     assert largest[0] > 1_000 >= largest[1]
     shutil.rmtree(root / "pool")
     Path(output, "report.html").unlink()
@@ -506,7 +518,7 @@ def test_without_thumbnails_the_originals_are_read(tmp_path: Path) -> None:
         page.run(ReportConfig(), output)
 
 
-def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+def test_wrong_input_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Run the stage that writes it first"):
         page.run(ReportConfig(), str(tmp_path))
     with pytest.raises(ConfigError, match="no file at"):
@@ -516,11 +528,11 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         page.read_concepts(ReportConfig(concepts=str(tmp_path / "wrong.toml")))
 
 
-def test_markup_escapes_everything_but_markup() -> None:
+def test_markup_escapes_everything_except_markup() -> None:
     inner = markup.tag("b", "<i>&\"'")
     assert inner == "<b>&lt;i&gt;&amp;&quot;&#x27;</b>"
     assert markup.tag("p", inner, "<") == f"<p>{inner}&lt;</p>"
-    assert markup.tag("p", inner + "") == f"<p>{markup.join(str(inner))}</p>"  # joined by hand, it is text again
+    assert markup.tag("p", inner + "") == f"<p>{markup.join(str(inner))}</p>"  # the result of + is text again
     assert markup.tag("img", alt='" onerror="', src=None, class_="a") == '<img alt="&quot; onerror=&quot;" class="a">'
     assert markup.tag("p", "\x00\x1b\udc80\n") == "<p>\ufffd\ufffd\ufffd\n</p>"
     assert len(markup.clip("x" * 10_000)) <= markup.MAX_TEXT_LENGTH
