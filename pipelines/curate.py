@@ -4,19 +4,19 @@
 
     runs/demo/
       run.toml       the resolved config
-      ingest/        every image by reference, or the reason why not      curation/ingest.py
-      embed/         what resembles what                                  curation/embed.py
-      describe/      what is a copy of what                               curation/embed.py
-      pairs/         which two images may be copies                       curation/pairs.py
-      dedup/         which copy is kept, what the holdout takes away      curation/dedup.py
-      cluster/       the kept pool in clusters                            curation/cluster.py
-      retrieve/      what resembles the seeds                             curation/retrieve.py
-      corpus/        the corpus and its composition                       curation/pack.py
-      report.html    what happened, in pictures                           curation/report/page.py
-      log/           a line for each finished shard, with times           curation/engine/run_log.py
+      ingest/        a reference to each image, or the reason for its rejection   curation/ingest.py
+      embed/         a vector of each image, which compares content               curation/embed.py
+      describe/      a descriptor of each image, which detects copies             curation/embed.py
+      pairs/         pairs of images that may be copies                           curation/pairs.py
+      dedup/         the decision for each image: kept, copy, or like a holdout   curation/dedup.py
+      cluster/       clusters of the kept pool images                             curation/cluster.py
+      retrieve/      the pool images that resemble the seeds                      curation/retrieve.py
+      corpus/        the tars of the corpus, and its composition                  curation/pack.py
+      report.html    the results of all stages in pictures and tables             curation/report/page.py
+      log/           a line for each finished shard, with times                   curation/engine/run_log.py
 
-A finished stage is not done again. A stage whose config or inputs have changed is refused, or redone with --replace,
-and with it only the stages that read what came out different.
+A finished stage is not done again. A stage whose config or inputs have changed is refused. With --replace it is redone,
+and after it only the stages whose inputs have changed.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ from pipelines.planning.plan import print_plan
 
 
 def run(config: CurateConfig, output: str, runner: Runner, *, replace: bool = False, log: RunLog | None = None) -> None:
-    """Run every stage that is not done, and write the report."""
+    """Run every unfinished stage in order, and write the report."""
     folder = RunFolder.of(output)
     saved_config = paths.join(output, CONFIG_NAME)
     if not paths.exists(saved_config):
@@ -52,7 +52,7 @@ def run(config: CurateConfig, output: str, runner: Runner, *, replace: bool = Fa
     cluster.run(config.cluster, folder, folder.cluster, runner, replace=replace, log=log)
     retrieve.run(config.retrieve, folder, folder.retrieve, runner, replace=replace, log=log)
     pack.run(config.pack, folder, folder.corpus, runner, replace=replace, log=log)
-    write_resolved(config, saved_config)  # last: a config that a stage refuses must not replace the saved one
+    write_resolved(config, saved_config)  # only now: a config that a stage refuses must not replace the saved one
     page.run(config.report, output)
 
 
@@ -70,19 +70,32 @@ def command_line(
     if plan:
         print_plan(settings)
         return
-    page.read_concepts(settings.report)  # a wrong path is better known now than after hours
+    page.read_concepts(settings.report)  # fails on a wrong path before the work begins
     if settings.demo_data is not None:
         dataset.run(Path(settings.demo_data))
-    models, searches = (settings.embed, settings.describe), (settings.pairs.search, settings.retrieve.search)
-    num_gpus = max(*(model.embedder.num_gpus for model in models), *(search.num_gpus for search in searches))
-    with command.open_runner(runner, workers, gpus_per_worker=num_gpus) as chosen:
+    with command.open_runner(runner, workers, gpus_per_worker=_gpus_per_worker(settings)) as chosen:
         with sole_writer(output), open_log(output) as log:
-            if not all(paths.exists(paths.join(output, stage, MANIFEST_NAME)) for stage in STAGES):
+            if not _is_finished(output):
                 log.start()
             run(settings, output, chosen, replace=replace, log=log)
     page.print_summary(output)
     if log.started:
         status.print_times(output)
+
+
+def _gpus_per_worker(config: CurateConfig) -> int:
+    """The GPUs that a worker needs: the maximum over all stages."""
+    return max(
+        config.embed.embedder.num_gpus,
+        config.describe.embedder.num_gpus,
+        config.pairs.search.num_gpus,
+        config.retrieve.search.num_gpus,
+    )
+
+
+def _is_finished(output: str) -> bool:
+    """Whether every stage has a manifest."""
+    return all(paths.exists(paths.join(output, stage, MANIFEST_NAME)) for stage in STAGES)
 
 
 if __name__ == "__main__":
