@@ -103,11 +103,9 @@ class PackConfig(Settings):
 
 @dataclass(frozen=True)
 class Selection:
-    """The images of the corpus: N images, B selectors, and R rows of an image and its selector."""
+    """The content of the corpus: N images, B selectors, and R rows (an image and a selector), which make S samples."""
 
-    selectors: tuple[
-        tuple[str, str], ...
-    ]  # (B,) part and dataset: each dataset as is, each one's retrieval, clustering
+    selectors: tuple[tuple[str, str], ...]  # (B,) part and dataset: as is, then retrieval, then clustering
     modes: dict[str, str]  # retrieval mode of each dataset with retrieved rows
     num_seeds: dict[str, int]  # kept seed images of each dataset
     num_kept: int  # images that deduplication kept

@@ -33,19 +33,32 @@ def command_line(
     if plan:
         print_plan(settings)
         return
-    page.read_concepts(settings.report)  # a wrong path is better known now than after hours
+    page.read_concepts(settings.report)  # fails on a wrong path before the work begins
     if settings.demo_data is not None:
         dataset.run(Path(settings.demo_data))
-    models, searches = (settings.embed, settings.describe), (settings.pairs.search, settings.retrieve.search)
-    num_gpus = max(*(model.embedder.num_gpus for model in models), *(search.num_gpus for search in searches))
-    with command.open_runner(runner, workers, gpus_per_worker=num_gpus) as chosen:
+    with command.open_runner(runner, workers, gpus_per_worker=_gpus_per_worker(settings)) as chosen:
         with sole_writer(output), open_log(output) as log:
-            if not all(paths.exists(paths.join(output, stage, MANIFEST_NAME)) for stage in STAGES):
+            if not _is_finished(output):
                 log.start()
             main_path.run(settings, output, chosen, replace=replace, log=log)
     page.print_summary(output)
     if log.started:
         status.print_times(output)
+
+
+def _gpus_per_worker(config: CurateConfig) -> int:
+    """The GPUs that a worker needs: the maximum over all stages."""
+    return max(
+        config.embed.embedder.num_gpus,
+        config.describe.embedder.num_gpus,
+        config.pairs.search.num_gpus,
+        config.retrieve.search.num_gpus,
+    )
+
+
+def _is_finished(output: str) -> bool:
+    """Whether every stage has a manifest."""
+    return all(paths.exists(paths.join(output, stage, MANIFEST_NAME)) for stage in STAGES)
 
 
 if __name__ == "__main__":

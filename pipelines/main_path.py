@@ -2,20 +2,20 @@
 
     runs/demo/
       run.toml       the resolved config
-      ingest/        accepted images by reference, rejects with a reason  curation/ingest.py
-      embed/         the content of each image as a vector                curation/embed.py
-      describe/      a copy descriptor and a thumbnail of each image      curation/embed.py
-      pairs/         pairs of images that may be copies                   curation/pairs.py
-      dedup/         one image kept per copy; matches of the holdout out  curation/dedup.py
-      cluster/       clusters of the kept pool                            curation/cluster.py
-      retrieve/      pool images that resemble the seeds                  curation/retrieve.py
-      corpus/        the corpus and its composition                       curation/pack.py
-      report.html    the results in pictures                              curation/report/page.py
-      log/           the times of every finished shard                    curation/engine/run_log.py
+      ingest/        a reference to each image, or the reason for its rejection   curation/ingest.py
+      embed/         a vector of each image, which compares content               curation/embed.py
+      describe/      a descriptor of each image, which detects copies             curation/embed.py
+      pairs/         pairs of images that may be copies                           curation/pairs.py
+      dedup/         the decision for each image: kept, copy, or like a holdout   curation/dedup.py
+      cluster/       clusters of the kept pool images                             curation/cluster.py
+      retrieve/      the pool images that resemble the seeds                      curation/retrieve.py
+      corpus/        the tars of the corpus, and its composition                  curation/pack.py
+      report.html    the results of all stages in pictures and tables             curation/report/page.py
+      log/           a line for each finished shard, with times                   curation/engine/run_log.py
 
 `run` is the whole path. The config follows it: a section for each stage, and the rules between sections. A finished
-stage is not done again. A stage with another config or other inputs is refused, or redone with --replace; then the
-later stages are redone only where their inputs have changed.
+stage is not done again. A stage whose config or inputs have changed is refused. With --replace it is redone, and after
+it only the stages whose inputs have changed.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ from pipelines.planning.rates import RatesConfig
 
 
 def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = False, log: Log = None) -> None:
-    """Run every stage that is not done, and write the report."""
+    """Run every unfinished stage in order, and write the report."""
     folder = RunFolder.of(output)
     saved_config = paths.join(output, CONFIG_NAME)
     if not paths.exists(saved_config):
@@ -60,41 +60,41 @@ def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = 
 
 
 class CurateConfig(Settings):
-    """A whole run, one section a stage."""
+    """The config of a whole run, with one section per stage."""
 
     profile: Profile = "default"
-    """The recipe that fills in what the sections leave out; profiles.py lists what each sets."""
+    """The recipe that sets the defaults of the sections; profiles.py lists the settings of each recipe."""
     demo_data: str | None = None
-    """Folder of the demo's images, fetched when it is missing; leave it out for images of your own."""
+    """Folder of the demo's images, which is filled when it is missing; leave it out for other images."""
     ingest: IngestConfig
-    """What to read."""
+    """The images to read."""
     embed: EmbedConfig
-    """How images are compared for retrieval."""
+    """The vectors that compare content."""
     describe: EmbedConfig
-    """How images are compared for copies."""
+    """The descriptors for copy detection."""
     pairs: PairsConfig = PairsConfig()
-    """How candidate copies are found and judged."""
+    """The pairs of images that may be copies, and their similarity."""
     dedup: DedupConfig = DedupConfig()
-    """Where a pair becomes a copy."""
+    """The decision which images are copies, and which copy is kept."""
     cluster: ClusterConfig
-    """How the kept pool is clustered."""
+    """The clusters of the kept pool."""
     retrieve: RetrieveConfig
-    """What each seed dataset brings."""
+    """The pool images that each seed dataset retrieves."""
     pack: PackConfig = PackConfig()
-    """How the corpus is written."""
+    """The tars of the corpus and the weights of its samples."""
     report: ReportConfig = ReportConfig()
-    """What the report shows."""
+    """The content of the report."""
     stated_counts: dict[str, int] = Field(default_factory=dict)
-    """For --plan: images per source, where the images themselves are not at hand."""
+    """For --plan: images per source; needed where the images are not on this machine."""
     stated_clusters: dict[str, int] = Field(default_factory=dict)
     """For --plan: clusters with enough seeds, per dataset."""
     rates: RatesConfig = RatesConfig()
-    """For --plan: what machines do in a second."""
+    """For --plan: the size and speed of the machines."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_profile(cls, values: Any) -> Any:
-        # Behind this, pydantic no longer knows that the values came from JSON, whose lists may be tuples.
+        # Pydantic treats the returned values as Python objects, no longer as JSON, so it accepts no list as a tuple.
         return _with_tuples(profiles.fill(values)) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
@@ -105,30 +105,31 @@ class CurateConfig(Settings):
                 raise ValueError(f"retrieve.datasets names '{dataset.name}', which is no source with role 'seed'")
         if not self.retrieve.datasets and self.retrieve.clustering is None:
             raise ValueError("retrieve names no dataset and has no section clustering, so nothing would be packed")
-        if strangers := sorted(self.stated_clusters.keys() - {dataset.name for dataset in self.retrieve.datasets}):
-            raise ValueError(f"stated_clusters names '{strangers[0]}', which is no dataset of retrieve")
+        if unknown := sorted(self.stated_clusters.keys() - {dataset.name for dataset in self.retrieve.datasets}):
+            raise ValueError(f"stated_clusters names '{unknown[0]}', which is no dataset of retrieve")
         if "pool" not in roles.values():
             raise ValueError("ingest.sources has no source with role 'pool', so there is nothing to retrieve from")
         if self.pairs.verification is None and self.dedup.holdout_threshold < self.pairs.min_descriptor_similarity:
             raise ValueError(
                 f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below "
-                f"pairs.min_descriptor_similarity ({self.pairs.min_descriptor_similarity:g}), the least looked at"
+                f"pairs.min_descriptor_similarity ({self.pairs.min_descriptor_similarity:g}), the minimum cosine of "
+                "candidates"
             )
         if (cosine := self.dedup.holdout_cosine) is not None:
             if cosine < self.pairs.min_descriptor_similarity:
                 raise ValueError(
                     f"dedup.holdout_cosine ({cosine:g}) lies below pairs.min_descriptor_similarity "
-                    f"({self.pairs.min_descriptor_similarity:g}), the least looked at"
+                    f"({self.pairs.min_descriptor_similarity:g}), the minimum cosine of candidates"
                 )
             if self.pairs.verification and (self.pairs.min_cosine is None or cosine < self.pairs.min_cosine):
                 raise ValueError(
-                    f"dedup.holdout_cosine is {cosine:g}, but pairs that verification finds unlike are only written "
-                    f"from pairs.min_cosine ({self.pairs.min_cosine}); set that to {cosine:g}"
+                    f"dedup.holdout_cosine is {cosine:g}, but pairs that fail verification are written only from "
+                    f"pairs.min_cosine ({self.pairs.min_cosine}); set that to {cosine:g}"
                 )
         if self.dedup.holdout_threshold < self.pairs.min_similarity:
             raise ValueError(
                 f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below pairs.min_similarity "
-                f"({self.pairs.min_similarity:g}), the lowest similarity that is written"
+                f"({self.pairs.min_similarity:g}), the minimum similarity of the pairs that are written"
             )
         return self
 

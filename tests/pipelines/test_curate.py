@@ -1,4 +1,4 @@
-"""The whole pipeline on a few dozen small drawings: equal bytes, no work twice, nothing lost, clear refusals."""
+"""The whole pipeline on a few dozen small drawings: equal bytes, no work twice, no work lost, clear messages."""
 
 import io
 import json
@@ -75,7 +75,7 @@ images_per_shard = 10
 
 
 def drawing(kind: str, number: int) -> Image.Image:
-    """One of endlessly many discs, stripes or scribbles of 96 x 80 pixels."""
+    """The drawing of that kind and number: discs, stripes or scribbles, 96 x 80 pixels."""
     generator = np.random.default_rng([sum(map(ord, kind)), number])
     colours = [tuple(int(value) for value in generator.integers(0, 256, 3)) for _ in range(4)]
     image = Image.new("RGB", (96, 80), colours[0])
@@ -100,7 +100,7 @@ def save(image: Image.Image, path: Path, **options: object) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder with images and a config, to run commands in."""
+    """A folder with images and a config, in which the commands run."""
     for number in range(10):
         save(drawing("discs", number), tmp_path / f"seeds/discs/round/{number}.png")
         save(drawing("stripes", number), tmp_path / f"seeds/stripes/{number}.png")
@@ -133,12 +133,13 @@ def inline(home: Path, *arguments: str, output: str = "out") -> subprocess.Compl
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:
-    """What a run made: every file but its log, which holds times."""
-    made = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent != folder / "log"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in made}
+    """The bytes of every file of a run, except the log, which holds times."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent != folder / "log"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def written_at(folder: Path) -> dict[str, int]:
+    """The time of the last change of every file of a run."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
@@ -179,8 +180,8 @@ def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depend
     assert replaced.returncode == 0, replaced.stderr
     after = written_at(home / "out")
     for stage in ("ingest", "embed", "describe", "pairs"):
-        own = {name: time for name, time in before.items() if name.startswith(stage + "/")}
-        assert own and own.items() <= after.items()
+        stage_files = {name: time for name, time in before.items() if name.startswith(stage + "/")}
+        assert stage_files and stage_files.items() <= after.items()
     assert after["dedup/manifest.json"] > before["dedup/manifest.json"]
     assert inline(home, "--set", "dedup.threshold=0.99", output="fresh").returncode == 0
     assert bytes_in(home / "fresh") == bytes_in(home / "out")
@@ -245,11 +246,11 @@ def test_wrong_input_is_one_message_and_status_2(home: Path, change: tuple[str, 
     assert "Traceback" not in result.stderr
     assert result.stderr.count("error:") == 1
     (home / "config.toml").write_text(text)
-    mended = inline(home)
-    assert mended.returncode == 0 or "holds the work of another config" in mended.stderr, mended.stderr
+    corrected = inline(home)
+    assert corrected.returncode == 0 or "holds the work of another config" in corrected.stderr, corrected.stderr
 
 
-def test_sections_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+def test_contradictory_sections_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(CONFIG)
     assert load(CurateConfig, str(path), ["dedup.holdout_cosine=0.9"]).dedup.holdout_cosine == 0.9
@@ -269,7 +270,7 @@ def test_second_run_beside_the_first_is_refused_and_leaves_its_log(home: Path) -
     assert sorted(path.name for path in (home / "out").iterdir()) == ["log"]
 
 
-def test_output_with_files_of_someone_else_is_left_alone(home: Path) -> None:
+def test_output_with_other_files_is_refused_and_left_unchanged(home: Path) -> None:
     save(drawing("discs", 1), home / "out/ingest/holiday.png")
     result = inline(home)
     assert result.returncode == 2
@@ -277,7 +278,7 @@ def test_output_with_files_of_someone_else_is_left_alone(home: Path) -> None:
     assert [path.name for path in (home / "out/ingest").iterdir()] == ["holiday.png"]
 
 
-def test_source_that_changed_after_ingest_is_noticed(home: Path) -> None:
+def test_source_that_changed_after_ingest_is_refused(home: Path) -> None:
     assert inline(home, "--set", "cluster.levels.0.num_clusters=400").returncode == 2
     for name in ("describe", "pairs", "dedup", "embed"):
         subprocess.run(["rm", "-r", home / "out" / name], check=True)
