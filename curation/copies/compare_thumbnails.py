@@ -84,7 +84,8 @@ class ThumbnailComparer:
             import cv2
         except ModuleNotFoundError:
             raise DeviceError(
-                "pairs.verification needs OpenCV, which is not installed. Install it with: pip install 'seedbed[demo]'"
+                "pairs.verification needs OpenCV, which is not installed. Install it with: "
+                "pip install opencv-python-headless"
             ) from None
         cv2.setNumThreads(1)  # the runner's workers already use all processors
         self._config = config
