@@ -89,7 +89,7 @@ def until(home: Path, condition: Callable[[status.RunStatus], bool]) -> status.R
     """The first status that meets the condition."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if (home / "out").exists() and condition(run_status := status.read(str(home / "out"))):
+        if (home / "out/log").exists() and condition(run_status := status.read(str(home / "out"))):
             return run_status
         time.sleep(0.05)
     raise AssertionError("the condition was not met within 60 s")
