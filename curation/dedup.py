@@ -57,7 +57,7 @@ from curation.config import Settings
 from curation.copies.components import component_sizes, connected_components, family_edges, flatten, separate, unite
 from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
 from curation.engine import command
-from curation.engine.manifest import Manifest, ShardRecord, require_manifest, sum_counts
+from curation.engine.manifest import Manifest, ShardRecord, require_fact, require_manifest, sum_counts
 from curation.engine.run_log import Log
 from curation.engine.runner import InlineRunner, Runner, Shard
 from curation.engine.stage import Stage, run_stage
@@ -153,7 +153,7 @@ def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = 
     """
     images, pairs = inputs.ingest, inputs.pairs
     ingested, paired = require_manifest(images), require_manifest(pairs)
-    min_similarity = paired.facts["min_similarity"]
+    min_similarity = require_fact(pairs, paired, "min_similarity")
     if config.holdout_threshold < min_similarity:
         raise ConfigError(
             f"dedup.holdout_threshold is {config.holdout_threshold:g}, but pairs below {min_similarity:g} were not "

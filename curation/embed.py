@@ -39,7 +39,7 @@ from pydantic import Field
 from curation import ingest
 from curation.config import NotInPlan, Settings, load, parse_section
 from curation.engine import command
-from curation.engine.manifest import Manifest, ShardRecord, read_manifest, require_manifest
+from curation.engine.manifest import Manifest, ShardRecord, read_manifest, require_fact, require_manifest
 from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import Stage, run_stage
@@ -91,7 +91,7 @@ def run(
     Raises InputError when a source has changed since ingest, and DeviceError or WeightsError for the model.
     """
     ingested = require_manifest(inputs.ingest)
-    limits = ImageLimits.model_validate(ingested.facts["limits"], strict=False)
+    limits = ImageLimits.model_validate(require_fact(inputs.ingest, ingested, "limits"), strict=False)
     shards = [
         Shard(
             file.removeprefix("images-").removesuffix(".parquet"),

@@ -35,7 +35,7 @@ from pydantic import Field, model_validator
 
 from curation.config import Settings
 from curation.engine import command
-from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine.manifest import Manifest, ShardRecord, require_fact, require_manifest, step_folder
 from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
@@ -131,7 +131,8 @@ def run(
         name: require_manifest(folder)
         for name, folder in (("images", inputs.ingest), ("dedup", inputs.dedup), ("retrieved", inputs.retrieve))
     }
-    datasets = [DatasetConfig.model_validate(row, strict=False) for row in stages["retrieved"].facts["datasets"]]
+    dataset_rows = require_fact(inputs.retrieve, stages["retrieved"], "datasets")
+    datasets = [DatasetConfig.model_validate(row, strict=False) for row in dataset_rows]
     selection = select(datasets, inputs)
     if not len(selection.image):
         raise InputError("Nothing to pack: no dataset is packed as it is, and nothing was retrieved.")

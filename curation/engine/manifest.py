@@ -170,6 +170,16 @@ def require_manifest(folder: str) -> Manifest:
     return manifest
 
 
+def require_fact(folder: str, manifest: Manifest, name: str) -> Any:
+    """A fact of the finished stage in `folder`. Raises InputError where the stage publishes no such fact."""
+    if name not in manifest.facts:
+        raise InputError(
+            f"'{folder}' holds the stage '{manifest.plan.stage}', whose manifest has no fact '{name}'. Give the folder "
+            "of the stage that publishes it."
+        )
+    return manifest.facts[name]
+
+
 def write_manifest(folder: str, manifest: Manifest) -> None:
     """Mark the stage in `folder` done, then delete its progress files and the temporary files of killed writers."""
     head = _Head(plan=manifest.plan, totals=manifest.totals, rejects=manifest.rejects, facts=manifest.facts)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from curation import ingest
 from curation.config import Settings
-from curation.engine.manifest import require_manifest
+from curation.engine.manifest import require_fact, require_manifest
 from curation.engine.ranks import first_rank_first
 from curation.engine.runner import Runner
 from curation.errors import InputError
@@ -111,7 +111,7 @@ def load(config: SplitConfig, cache: str, runner: Runner) -> Split:
     Raises InputError for a split that is missing or empty and for images without a label, and RejectBudgetError.
     """
     folder = config.path if config.layout == "ingest" else _ingested(config, cache, runner)
-    limits = require_manifest(folder).facts["limits"]
+    limits = require_fact(folder, require_manifest(folder), "limits")
     table = read_images(folder, COLUMNS)
     for column, values in (("role", config.roles), ("source", config.sources)):
         if values:

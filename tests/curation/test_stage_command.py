@@ -8,9 +8,25 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from curation import cluster, dedup, ingest, pack, pairs
+from curation import cluster, dedup, embed, ingest, pack, pairs
+from curation.dedup import DedupConfig
+from curation.embed import EmbedConfig
 from curation.engine.manifest import require_manifest
-from tests.curation.builders import encoded_image, write_pairs
+from curation.engine.runner import InlineRunner
+from curation.errors import InputError
+from curation.pack import PackConfig
+from curation.run_folder import RunFolder
+from tests.curation.builders import (
+    content_hash,
+    encoded_image,
+    id_of,
+    image_row,
+    packed_stages,
+    write_dedup,
+    write_ingest,
+    write_pairs,
+    write_stage,
+)
 
 COMMON = ["--config", "--output", "--runner", "--workers", "--set", "--plan", "--replace", "--help"]
 FOLDERS = {
@@ -70,3 +86,20 @@ def test_two_stages_run_alone_one_after_the_other(tmp_path: Path) -> None:
     call("dedup", "--images", images, "--pairs", copies, "--output", output, "--set", "dedup.threshold=0.8")
     manifest = require_manifest(output)
     assert manifest.totals["exact"] == 1 and manifest.facts["threshold"] == 0.8
+
+
+@pytest.mark.parametrize(("stage", "fact"), [("embed", "limits"), ("dedup", "min_similarity"), ("pack", "datasets")])
+def test_the_folder_of_another_stage_is_one_message(tmp_path: Path, stage: str, fact: str) -> None:
+    images = write_ingest(tmp_path / "ingest", [[image_row(id_of(1), "pool", "pool")]])
+    other = write_stage(tmp_path / "other", [{}], inputs={"images": content_hash(images)})
+    output, runner = str(tmp_path / "out"), InlineRunner()
+    with pytest.raises(InputError, match=f"other' holds the stage 'other', whose manifest has no fact '{fact}'"):
+        match stage:
+            case "embed":
+                config = EmbedConfig.model_validate({"embedder": {"name": "efficientnet_lite0", "pooling": "average"}})
+                embed.run(config, RunFolder(ingest=other), output, runner)
+            case "dedup":
+                dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=other), output)
+            case "pack":
+                stages = packed_stages(images, write_dedup(tmp_path / "dedup", images), other)
+                pack.run(PackConfig(), stages, output, runner)
