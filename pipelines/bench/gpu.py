@@ -9,7 +9,7 @@ A line has the fields of gpu_row.Figures (value, unit, goal, peer, others), and 
     name      of the row
     status    done           all figures are there
               not installed  a library is missing; `reason` names it
-              no data        the row's data are not on this machine
+              not here       the row's data or device are not on this machine
               failed         `reason` is the last line of the error
               out of time    stopped at its limit; the figures are those known by then, if any
     reason    of a status other than done
@@ -77,6 +77,8 @@ ROWS = (
     Row("workers", "pipelines.bench.gpu_curation", 60),
     Row("join", "pipelines.bench.gpu_search", 60),
     Row("kmeans", "pipelines.bench.gpu_search", 60),
+    Row("cells", "pipelines.bench.gpu_search", 60),
+    Row("train-compiled", "pipelines.bench.gpu_training", 120),
     Row("demo", "pipelines.bench.gpu_curation", 180),
 )
 NAMES = ", ".join(row.name for row in ROWS)

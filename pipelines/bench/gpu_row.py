@@ -53,8 +53,8 @@ class Figures:
     """Further figures by their names, which hold the units."""
 
 
-class NoDataError(Exception):
-    """The data of a row are not on this machine."""
+class NotHereError(Exception):
+    """The data or the device of a row are not on this machine."""
 
 
 RowWork = Callable[[Setup], Iterator[Figures]]
@@ -73,8 +73,8 @@ def run(module: str, row: str, figures_path: str, setup: Setup) -> int:
             write(asdict(figures))
     except ModuleNotFoundError as error:
         write({"status": "not installed", "reason": str(error)})
-    except NoDataError as error:
-        write({"status": "no data", "reason": str(error)})
+    except NotHereError as error:
+        write({"status": "not here", "reason": str(error)})
     except Exception as error:
         traceback.print_exc()
         message = traceback.format_exception_only(error)[-1].strip()

@@ -14,6 +14,7 @@ import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ NUM_NEIGHBORS = 32
 # Full and tiny: as above. The queries are as many of the vectors as the exact join compares at a time.
 JOIN = (10_000_000, 1_000_000, 65_536), (6000, 3000, 1000)
 JOIN_NEIGHBORS, JOIN_FLOOR = 64, 0.6
+# Full and tiny: vectors of the join by cells. On two cores of a CPU, 200,000 take 30 s (docs/benchmarks.md).
+CELLS = 200_000, 2000
 # Full and tiny: vectors, clusters, iterations.
 KMEANS = (2_500_000, 100_000, 2), (4000, 50, 2)
 VECTORS_PER_CLUSTER = 1000
@@ -123,6 +126,36 @@ def _time_plain_search(setup: Setup, queries: np.ndarray, blocks: Sequence[np.nd
 def _warm_up(setup: Setup, blocks: Sequence[np.ndarray]) -> None:
     """Search a little, so that kernels are loaded."""
     exact.search(blocks[0][:100], [blocks[0][:50_000]], NUM_NEIGHBORS, device=setup.device)
+
+
+def join_by_cells(setup: Setup) -> Iterator[Figures]:
+    """The join with inverted lists, from files to files, with the sizes of the benchmark `join`."""
+    from pipelines.bench import similarity, similarity_works  # they need faiss, which the other rows do not
+
+    open_device(setup.device)
+    num_vectors, width = CELLS[setup.tiny], similarity.WIDTH_JOIN
+    folder, output = str(Path(setup.folder, "vectors")), str(Path(setup.folder, "joined"))
+    similarity_works.make_vectors(
+        folder,
+        num_vectors,
+        0,
+        width,
+        num_vectors // similarity.VECTORS_PER_CLUSTER[width],
+        similarity.SHARE_COPIES,
+    )
+    measured = similarity_works.all_pairs(
+        folder,
+        output,
+        rows_per_part=similarity.JOIN_ROWS_PER_PART,
+        device=setup.device,
+        **similarity.JOIN,
+    )
+    others: dict[str, float | str] = {"edges": measured["edges"]}
+    unit = f"s, all pairs above {similarity_works.JOIN_FLOOR} of {num_vectors:,} x {width}"
+    yield Figures(measured["seconds"], unit, "recall 0.99", "", others)
+    num_sampled = min(similarity.RECALL_SAMPLE, num_vectors)
+    recall = similarity_works.compare_all_pairs(folder, output, num_sampled)["recall"]
+    yield Figures(measured["seconds"], unit, "recall 0.99", "", others | {"recall": recall})
 
 
 def plain_search(queries: np.ndarray, vectors: Sequence[Tensor], k: int) -> np.ndarray:
@@ -262,4 +295,4 @@ def plain_assign(points: Tensor, centroids: np.ndarray) -> np.ndarray:
     return result
 
 
-ROWS: dict[str, RowWork] = {"search": search, "join": join, "kmeans": cluster}
+ROWS: dict[str, RowWork] = {"search": search, "join": join, "cells": join_by_cells, "kmeans": cluster}
