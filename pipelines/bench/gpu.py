@@ -67,7 +67,7 @@ class Row:
 ROWS = (
     Row("embed", "pipelines.bench.gpu_curation", 85),
     Row("train-large", "pipelines.bench.gpu_training", 75),
-    Row("curation", "pipelines.bench.gpu_curation", 110),
+    Row("curation", "pipelines.bench.gpu_curation", 120),
     Row("step", "pipelines.bench.gpu_training", 45),
     Row("search", "pipelines.bench.gpu_search", 75),
     Row("train-base", "pipelines.bench.gpu_training", 45),

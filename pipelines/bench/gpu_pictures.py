@@ -30,8 +30,8 @@ MAX_SIDE = 2400
 MIN_AREA, MAX_AREA = 0.05, 0.7
 JPEG_QUALITY = 90
 IMAGES_PER_TAR = 1024
-# Fewer crops than this for each process are cut faster than processes start. Assumed.
-CROPS_PER_PROCESS = 64
+# Crops of one photograph that a process cuts at a time; fewer crops in all are cut in this process. Assumed.
+CROPS_PER_TASK, MIN_CROPS_FOR_PROCESSES = 128, 64
 
 
 def photographs(folder: str) -> list[Path]:
@@ -77,11 +77,11 @@ def crops(folder: str, count: int, cut: Cut) -> list[bytes]:
     for index, file in enumerate(files):
         numbers = range(index, count, len(files))
         tasks += [
-            (file, numbers[start : start + CROPS_PER_PROCESS], cut, len(files), count)
-            for start in range(0, len(numbers), CROPS_PER_PROCESS)
+            (file, numbers[start : start + CROPS_PER_TASK], cut, len(files), count)
+            for start in range(0, len(numbers), CROPS_PER_TASK)
         ]
-    num_processes = min(os.cpu_count() or 1, count // CROPS_PER_PROCESS)
-    if num_processes < 2:
+    num_processes = min(os.cpu_count() or 1, len(tasks))
+    if num_processes < 2 or count < MIN_CROPS_FOR_PROCESSES:
         parts = [_cut_photograph(task) for task in tasks]
     else:
         context = multiprocessing.get_context("spawn")
@@ -99,8 +99,9 @@ def _cut_photograph(task: "Task") -> list[bytes]:
     """The encoded crops of one photograph with the given numbers."""
     file, numbers, cut, num_photographs, count = task
     with Image.open(file) as opened:
+        # First, because a JPEG that is not decoded yet is then decoded at a fraction of its size.
+        opened.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
         photograph = ImageOps.exif_transpose(opened).convert("RGB")
-    photograph.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     encoded = []
     for number in numbers:
         position, generator = number // num_photographs, np.random.default_rng([cut.seed, number])

@@ -188,6 +188,18 @@ def test_drawn_vectors_have_unit_length_and_clusters() -> None:
     assert 0.2 < (products > 0.35).mean() < 0.6 and (np.abs(products) < 0.2).mean() > 0.35
 
 
+def test_plain_search_and_ours_agree_over_several_blocks() -> None:
+    matrix = np.concatenate(gpu_search.draw(900, 3, "cpu"))
+    blocks, queries = [matrix[:100], matrix[100:130], matrix[130:]], matrix[::45]
+    plain = gpu_search.plain_search(queries, gpu_search.upload(blocks, "cpu"), 40)
+    for count in (90, 115, 900):
+        ours = gpu_search._search(setup(Path()), queries, blocks, count, 40)[1]
+        order = np.argsort(-(queries.astype(np.float64) @ matrix[:count].T.astype(np.float64)), axis=1)
+        assert gpu_search._agreement(ours, order[:, :40]) > 0.999  # two products may be equal but for rounding
+    assert gpu_search._agreement(ours, plain) > 0.999
+    assert gpu_search._agreement(ours, np.full_like(ours, -2)) == 0
+
+
 def outcome(**changes: list[Any]) -> pa.Table:
     columns: dict[str, list[Any]] = {
         "name": ["pool/0.png", "pool/1.png"],
