@@ -93,6 +93,7 @@ def shard(
     *,
     param_dtype: torch.dtype | None,
     reshard_after_forward: bool = True,
+    one_rank_too: bool = False,
 ) -> None:
     """Shard `model` over the ranks. Each of `units` is gathered when it is called, the rest when the model is called.
 
@@ -104,11 +105,13 @@ def shard(
     reshard_after_forward: free gathered parameters until the backward pass gathers them again. This saves memory and
         costs a second exchange. A model that never runs backward needs it: its parameters would stay gathered, and an
         EMA update would not reach its slices.
+    one_rank_too: shard on a single rank as well, which shows what FSDP2 itself costs. Without a process group, torch
+        opens one by the environment.
 
     Gradients are averaged over the ranks. Each unit prefetches the next unit's parameters while it computes. With one
     rank, the model is left unchanged, in its own types.
     """
-    if world.num_ranks == 1:
+    if world.num_ranks == 1 and not one_rank_too:
         return
     mesh = init_device_mesh(world.device.type, (world.num_ranks,))
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)

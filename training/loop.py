@@ -382,8 +382,11 @@ def step_flops(config: TrainConfig) -> float:
     return total
 
 
-def build_trainer(config: TrainConfig, world: World) -> Trainer:
-    """Build the networks on the device, sharded over the ranks, and the student's optimizer."""
+def build_trainer(config: TrainConfig, world: World, *, shard_one_rank: bool = False) -> Trainer:
+    """Build the networks on the device, sharded over the ranks, and the student's optimizer.
+
+    shard_one_rank: shard on a single rank too, see `distributed.shard`.
+    """
     model = build_model(config.model, config.seed, config.packed_attention)
     for network in {id(each): each for each in (model.student, model.average, model.teacher)}.values():
         network.to(world.device)
@@ -400,6 +403,7 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
             world,
             param_dtype=torch.bfloat16 if config.precision == "bfloat16" else None,
             reshard_after_forward=config.reshard_after_forward or not is_student,
+            one_rank_too=shard_one_rank,
         )
     model.centers.update({name: center.to(world.device) for name, center in model.centers.items()})
     groups = optimizer.parameter_groups(

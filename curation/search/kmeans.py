@@ -94,18 +94,18 @@ def lloyd(
 
 
 def reduce_points(
-    blocks: Iterable[np.ndarray], centroids: np.ndarray, *, guess: np.ndarray | None = None
+    blocks: Iterable[np.ndarray], centroids: np.ndarray, *, guess: np.ndarray | None = None, device: str = "cpu"
 ) -> tuple[Reduction, np.ndarray]:
     """The reduction of all blocks' points, and the nearest centroid (N,) int32 of each point; ties go to the first.
 
-    `guess` (N,), such as the clusters of the previous iteration, changes only the speed.
+    `guess` (N,), such as the clusters of the previous iteration, changes only the speed, and so does `device`.
     """
     sums, counts = np.zeros(centroids.shape), np.zeros(len(centroids), np.int64)
     objective, clusters = 0.0, [np.zeros(0, np.int32)]
     first = 0
     for block in blocks:
         block_guess = None if guess is None else guess[first : first + len(block)].astype(np.int64)
-        cluster, similarity = exact.assign(block, centroids, guess=block_guess)
+        cluster, similarity = exact.assign(block, centroids, guess=block_guess, device=device)
         add_points(sums, counts, block, cluster)
         objective += float(similarity.sum(dtype=np.float64))
         clusters.append(cluster.astype(np.int32))

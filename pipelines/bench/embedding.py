@@ -120,24 +120,31 @@ def rates(name: str, num_images: int, repeats: int) -> Measurements:
 
 def _time_halves(folder: str, name: str, repeats: int, barrier: threading.Barrier) -> dict[str, list[float]]:
     """Seconds of each round of the stage, of decoding and of the model; all workers begin each at the same time."""
-    limits, config = ImageLimits(), _config(folder, name)
     (images,) = require_manifest(paths.join(folder, "ingest")).files("images")
-    output = tempfile.mkdtemp(dir=folder)
+    images_file = paths.join(folder, "ingest", images)
+    works = halves(_config(folder, name), ImageLimits(), images_file, tempfile.mkdtemp(dir=folder))
+    return by_turns(works, repeats, num_warm_ups=0, before_each=barrier.wait)
+
+
+def halves(config: EmbedConfig, limits: ImageLimits, images_file: str, output: str) -> dict[str, Callable[[], Any]]:
+    """The stage on one file of IMAGES, and its halves alone: decoding, and the model on pixels in memory.
+
+    The stage writes to `output`, and returns the measurements of its shard. Models are loaded here.
+    """
     work, embedder = embed.make_worker(config, limits, output), load_embedder(config.embedder)
-    rows, size = embed.rows_of(paths.join(folder, "ingest", images)), config.embedder.batch_size
-    shard = Shard("00000", paths.join(folder, "ingest", images), len(rows))
+    rows, size = embed.rows_of(images_file), config.embedder.batch_size
+    shard = Shard("00000", images_file, len(rows))
 
     def decode() -> list[np.ndarray]:
         return [picture.pixels for picture in embed.prepared_pictures(config, embedder, limits, rows, Meter())]
 
     pixels = decode()
     batches = [np.stack(pixels[start : start + size]) for start in range(0, len(rows), size)]
-    halves: dict[str, Callable[[], Any]] = {
-        "stage": lambda: work(shard),
+    return {
+        "stage": lambda: work(shard).measured,
         "decoding": decode,
         "model": lambda: list(embedder.embed_batches(batches)),
     }
-    return by_turns(halves, repeats, num_warm_ups=0, before_each=barrier.wait)
 
 
 def memory(folder: str) -> Measurements:

@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -96,10 +96,22 @@ def make_edges(folder: str, num_edges: int) -> Measurements:
 # All pairs above a similarity
 
 
-def all_pairs(folder: str, output: str, rows_per_cell: int, num_probes: int, rows_per_part: int) -> Measurements:
+def all_pairs(
+    folder: str,
+    output: str,
+    rows_per_cell: int,
+    num_probes: int,
+    rows_per_part: int,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> Measurements:
     """The join, from files to files: training, exchange, join, and its own measurement of recall."""
     search = SearchConfig(
-        backend="ivf", rows_per_cell=rows_per_cell, num_probes=num_probes, rows_per_part=rows_per_part, min_recall=0
+        backend="ivf",
+        device=device,
+        rows_per_cell=rows_per_cell,
+        num_probes=num_probes,
+        rows_per_part=rows_per_part,
+        min_recall=0,
     )
     neighborhood = Neighborhood(search, JOIN_NEIGHBORS, JOIN_FLOOR, num_buckets=16)
     started = time.perf_counter()

@@ -14,9 +14,10 @@ figure is a process of its own.
 
 import functools
 import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from curation.config import parse
 from curation.engine.ranks import World
 from curation.images.decode import ImageLimits
 from pipelines.bench import decoding
+from pipelines.bench.gpu_device import peak_flops
 from pipelines.bench.processes import Measurements, in_process, run_work
 from pipelines.bench.processes import memory as process_memory
 from pipelines.bench.tables import make_table
@@ -99,9 +101,9 @@ def tables(*, scale: int = 1, repeats: int | None = None) -> list[Table]:
 
 def steps(name: str, num_images: int, repeats: int, device: str) -> Measurements:
     """Seconds of a step of every variant, medians of `repeats` rounds by turns after one warm-up round."""
-    config = _config(name, num_images, device)
+    config = make_config(name, num_images, device)
     trainer = loop.build_trainer(config, World(0, 1, 0, torch.device(device)))
-    batch = make_batch(config).to(trainer.world.device)
+    batch = make_batch(config, draw_photographs()).to(trainer.world.device)
     plain = torch.optim.AdamW(trainer.model.student.parameters(), lr=1e-5)  # one operation at a time
     step_of_row: dict[str, Callable[[int], Any]] = {
         variant.name: functools.partial(plain_step, trainer, plain, batch, variant) for variant in VARIANTS
@@ -123,13 +125,15 @@ def _numbered(step: Callable[[int], Any], device: str) -> Callable[[], None]:
     return run
 
 
-def make_batch(config: TrainConfig) -> Batch:
-    """Crops of drawn photographs, as the trainer's reader cuts them."""
-    photographs = [
-        decoding.to_jpeg(decoding.draw(*PHOTOGRAPH, np.random.default_rng(number))) for number in range(NUM_DRAWN)
-    ]
+def draw_photographs() -> list[bytes]:
+    """NUM_DRAWN drawn photographs as JPEGs."""
+    return [decoding.to_jpeg(decoding.draw(*PHOTOGRAPH, np.random.default_rng(number))) for number in range(NUM_DRAWN)]
+
+
+def make_batch(config: TrainConfig, photographs: Sequence[bytes]) -> Batch:
+    """Crops of the photographs, taken in turn, as the trainer's reader cuts them."""
     crops = [
-        make_crops(photographs[image % NUM_DRAWN], ImageLimits(), config.augment, np.random.default_rng(image))
+        make_crops(photographs[image % len(photographs)], ImageLimits(), config.augment, np.random.default_rng(image))
         for image in range(config.batch_size)
     ]
     num_crops, side = 2 * config.batch_size, config.model.backbone.image_size // config.model.backbone.patch_size
@@ -297,13 +301,10 @@ def memory(chunked: bool, num_prototypes: int, num_images: int, rows_per_chunk: 
 
 
 def gpu(name: str, num_images: int, repeats: int, packed: str, compile: bool) -> Measurements:
-    """Images/s, share of the GPU's peak rate, and peak bytes of training.loop.step at the short recipe.
-
-    Peak rates in bfloat16 (cited): 989 TFLOP/s of an H100 or H200, 312 of an A100.
-    """
-    config = _config(name, num_images, "cuda", packed_attention=packed, compile=compile)
+    """Images/s, share of the GPU's peak rate, and peak bytes of training.loop.step at the short recipe."""
+    config = make_config(name, num_images, "cuda", packed_attention=packed, compile=compile)
     trainer = loop.build_trainer(config, World(0, 1, 0, torch.device("cuda")))
-    batch = make_batch(config).to(trainer.world.device)
+    batch = make_batch(config, draw_photographs()).to(trainer.world.device)
     seconds = []
     for number in range(3 + repeats):
         torch.cuda.synchronize()
@@ -312,7 +313,7 @@ def gpu(name: str, num_images: int, repeats: int, packed: str, compile: bool) ->
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     rate = num_images / statistics.median(seconds[3:])
-    peak = 312e12 if "A100" in torch.cuda.get_device_name() else 989e12
+    peak = peak_flops() or math.nan
     return {
         "rate": rate,
         "utilization": rate * loop.step_flops(config) / peak,
@@ -323,7 +324,7 @@ def gpu(name: str, num_images: int, repeats: int, packed: str, compile: bool) ->
 # --- config and tables --------------------------------------------------------------------------------------------
 
 
-def _config(name: str, num_images: int, device: str, **changes: Any) -> TrainConfig:
+def make_config(name: str, num_images: int, device: str, **changes: Any) -> TrainConfig:
     """The short recipe with drop path 0.4 and Sinkhorn-Knopp, on one device."""
     values: dict[str, Any] = {
         "num_steps": 1000,
