@@ -40,7 +40,7 @@ from pipelines.bench import gpu_pictures
 from pipelines.bench.embedding import halves
 from pipelines.bench.gpu_device import measured_matmul_rate, open_device
 from pipelines.bench.gpu_pictures import Cut
-from pipelines.bench.gpu_row import Figures, NotHereError, RowWork, Setup
+from pipelines.bench.gpu_row import REFERENCE_FACTS, Figures, NotHereError, RowWork, Setup
 from pipelines.demo import planted_copies
 from pipelines.main_path import CurateConfig
 
@@ -68,7 +68,7 @@ OUTCOME = pa.schema(
         ("packed", pa.bool_()),
     ]
 )
-OUTCOME_FILE, FACTS_FILE = "curation.parquet", "reference.json"
+OUTCOME_FILE = "curation.parquet"
 
 
 # The embedding stage
@@ -225,7 +225,7 @@ def curation(setup: Setup) -> Iterator[Figures]:
     if setup.reference is None:
         yield Figures(rate, "images/s, all stages, one process", goal, "no --reference was given", others)
         return
-    facts = json.loads(Path(setup.reference, FACTS_FILE).read_text())
+    facts = json.loads(Path(setup.reference, REFERENCE_FACTS).read_text())
     expected = _facts(setup)
     if {name: facts[name] for name in expected} != expected:
         raise ValueError(f"'{setup.reference}' was made of other photographs or sizes: {facts}, here {expected}.")
@@ -243,7 +243,7 @@ def make_reference(setup: Setup, output: Path) -> None:
     facts = _facts(setup) | {"images_per_second": num_pictures / (time.perf_counter() - started)}
     output.mkdir(parents=True, exist_ok=True)
     parquet.write_table(str(output / OUTCOME_FILE), read_outcome(run))
-    (output / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    (output / REFERENCE_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _facts(setup: Setup) -> dict[str, Any]:

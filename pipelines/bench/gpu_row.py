@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+# The file of a reference folder that says from which photographs it was made.
+REFERENCE_FACTS = "reference.json"
+
 
 @dataclass(frozen=True)
 class Setup:

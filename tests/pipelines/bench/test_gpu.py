@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from curation.errors import InputError
 from curation.files import parquet
 from pipelines.bench import gpu, gpu_curation, gpu_pictures, gpu_row, gpu_search
 from pipelines.bench.gpu import Row
@@ -179,6 +180,20 @@ def test_photographs_are_checked(tmp_path: Path) -> None:
     (tmp_path / "large.jpg").write_bytes(bytes(gpu_pictures.MAX_BYTES + 1))
     with pytest.raises(ValueError, match="50,000,001 bytes"):
         gpu_pictures.photographs(str(tmp_path))
+
+
+def test_wrong_options_are_refused_before_any_row(tmp_path: Path) -> None:
+    for options, message in (
+        ({"only": ["none"]}, "no such row"),
+        ({}, "Give --images"),
+        ({"tiny": True, "reference": str(tmp_path)}, "no reference.json there"),
+        ({"tiny": True, "images": str(tmp_path)}, "holds no photograph"),
+    ):
+        with pytest.raises(InputError, match=message):
+            gpu.command_line(**options)
+    (tmp_path / "reference.json").write_text('{"photographs": "others"}')
+    with pytest.raises(InputError, match="other photographs"):
+        gpu.command_line(tiny=True, reference=str(tmp_path))
 
 
 def test_drawn_vectors_have_unit_length_and_clusters() -> None:
