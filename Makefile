@@ -56,7 +56,7 @@ test-cluster: curate  ## Inject faults into a cluster of three hosts on this mac
 test-demo: evaluate  ## Check the figures of the demo: corpus, training, evaluations
 	$(BIN)/python -m pytest -m demo $(ARGS)
 
-check: setup  ## Lint, types, architecture; never writes
+check: setup  ## Lint and types; never writes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

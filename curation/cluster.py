@@ -52,7 +52,7 @@ from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError
 from curation.files import npy, parquet, paths, schemas
 from curation.files.paths import FileRecord
-from curation.run_folder import RunFolder, kept_shards, read_centroids, read_kept, read_parents
+from curation.run_folder import RunFolder, kept_inputs, kept_shards, read_centroids, read_kept, read_parents
 from curation.search import exact, kmeans
 from curation.search.kmeans import Reduction
 from curation.stage_command import stage_command
@@ -155,10 +155,7 @@ def run(
     stage = Stage(
         name="cluster",
         config=config,
-        inputs={
-            name: require_manifest(folder).content_hash
-            for name, folder in (("images", inputs.ingest), ("dedup", inputs.dedup), ("vectors", inputs.embed))
-        },
+        inputs={**kept_inputs(inputs), "vectors": require_manifest(inputs.embed).content_hash},
         output=output,
         shards=shards,
         make_worker=functools.partial(make_worker, output, len(config.levels)),

@@ -48,7 +48,7 @@ from curation.images.sources import ReferenceReader
 from curation.quotas import dataset_weights, row_weights
 from curation.retrieval_modes import MODES
 from curation.retrieve import DatasetConfig
-from curation.run_folder import RunFolder, kept_images, retrieved_tables
+from curation.run_folder import RunFolder, kept_images, kept_inputs, retrieved_tables
 from curation.search.top_k import rank_in_groups, sort_into_groups
 from curation.stage_command import stage_command
 
@@ -143,7 +143,8 @@ def run(
         config=config,
         inputs={
             "datasets": hash_json([dataset.model_dump(mode="json") for dataset in datasets]),
-            **{name: manifest.content_hash for name, manifest in stages.items()},
+            **kept_inputs(inputs),
+            "retrieved": stages["retrieved"].content_hash,
         },
         output=output,
         shards=[Shard(f"{number:06d}", tar, tar.stop - tar.start) for number, tar in enumerate(tars)],

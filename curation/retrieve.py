@@ -58,6 +58,7 @@ from curation.run_folder import (
     KeptShard,
     RunFolder,
     cluster_sizes,
+    kept_inputs,
     kept_shards,
     read_assignments,
     read_centroids,
@@ -144,13 +145,9 @@ def run(
     kept = kept_shards(inputs)
     shards, query_shards = _plan_shards(config, kept)
     hashes = {
-        name: require_manifest(folder).content_hash
-        for name, folder in (
-            ("images", inputs.ingest),
-            ("dedup", inputs.dedup),
-            ("vectors", inputs.embed),
-            ("clusters", inputs.cluster),
-        )
+        **kept_inputs(inputs),
+        "vectors": require_manifest(inputs.embed).content_hash,
+        "clusters": require_manifest(inputs.cluster).content_hash,
     }
     search_folder = step_folder(output, "search")
 

@@ -122,6 +122,11 @@ class KeptShard:
     vectors: str
 
 
+def kept_inputs(run: RunFolder) -> dict[str, str]:
+    """The content hashes that decide which images are kept: inputs of every stage that reads kept images."""
+    return {"images": require_manifest(run.ingest).content_hash, "dedup": require_manifest(run.dedup).content_hash}
+
+
 def kept_shards(run: RunFolder) -> list[KeptShard]:
     """The shards of a finished ingest with their files in dedup and embed. Raises InputError for stages of two runs."""
     folders, kinds = (run.ingest, run.dedup, run.embed), ("images", "duplicates", "vectors")

@@ -206,7 +206,7 @@ def duration(seconds: float | None) -> str:
 def command_line(
     run: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the run, local or any fsspec URL.")],
 ) -> None:
-    """Print which stages and shards of a run are done, running, stale and left, from its files alone."""
+    """Print which stages and shards of a run are done, running, stale, stopped and left, from its files alone."""
     print_status(read(run))
     if times := run_log.times(run):
         Console(markup=False, emoji=False, highlight=False).print(times_table(times))

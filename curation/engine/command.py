@@ -22,8 +22,8 @@ from curation.errors import SeedbedError, UserError
 
 RunnerName = Literal["ray", "inline"]
 
-ConfigOption = Annotated[str, typer.Option("--config", help="TOML file; the stage reads its own section.")]
-OutputOption = Annotated[str, typer.Option("--output", help="Folder to write, local or any fsspec URL.")]
+ConfigOption = Annotated[str, typer.Option("--config", help="TOML file; a stage reads its own section of it.")]
+OutputOption = Annotated[str, typer.Option("--output", help="Where to write: local, mostly any fsspec URL.")]
 RunnerOption = Annotated[RunnerName, typer.Option("--runner", help="Where the work runs; the bytes are the same.")]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, help="Number of Ray workers; by default one per processor.")

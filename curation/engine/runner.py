@@ -5,16 +5,16 @@
     created in `make_worker`, once per worker process.
 2.  A shard is a name and a small picklable description: paths, offsets, ids. A result is small too. Workers exchange
     pixels through files, never through messages between processes.
-3.  The result and the files of a shard depend only on the shard, the stage's config and the seed. They do not depend on
-    the worker, the order of the shards or earlier work. So every runner gives the same bytes, with any number of
-    workers.
+3.  The result and the files of a shard depend only on the shard, the stage's config, the stage's inputs and the random
+    seed. They do not depend on the worker, the order of the shards or earlier work. So every runner gives the same
+    bytes, with any number of workers.
 4.  Success: results come in the order of the shards. A fixed number bounds the shards that are in progress, and the
     results that wait for an earlier shard.
 5.  Failure of the code: when a worker or `make_worker` raises, the map stops and raises an error that names the stage
     and the shard. A UserError keeps its type (exit status 2); any other error becomes a ShardError. Shards that
     finished before keep their files and markers.
-6.  Failure of a process: when a worker process or its machine dies, its shard is assigned again, up to `MAX_ATTEMPTS`
-    times in all. Meanwhile the remaining workers continue. A shard whose worker dies at every attempt is a poison
+6.  Failure of a process (Ray): when a worker process or its machine dies, its shard is assigned again, up to
+    `MAX_ATTEMPTS` times in all. Meanwhile the remaining workers continue. A shard whose worker dies at every attempt is a poison
     shard. Its result is None for at most `max_poison_shards` shards; one more raises a ShardError with its name.
 7.  Cancellation: closing the iterator early stops the workers. Shards that finished before keep their files and
     markers.

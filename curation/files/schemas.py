@@ -60,7 +60,7 @@ RETRIEVED = pa.schema(
     [
         ("image_id", pa.string()),
         ("seed_source", pa.string()),  # the dataset whose seeds retrieved the image; null in mode 'balanced'
-        ("seed_image_id", pa.string()),  # null unless mode is 'sample'
+        ("seed_image_id", pa.string()),  # null unless one seed image retrieved this image
         ("mode", pa.string()),  # 'sample', 'cluster', or 'balanced': drawn from all clusters, independent of the seeds
         ("rank", pa.int32()),  # 0 is the nearest to the seed, or the first drawn from the cluster
         ("similarity", pa.float32()),  # cosine to the seed image, or to the centroid
