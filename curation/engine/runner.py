@@ -14,8 +14,9 @@
     and the shard. A UserError keeps its type (exit status 2); any other error becomes a ShardError. Shards that
     finished before keep their files and markers.
 6.  Failure of a process (Ray): when a worker process or its machine dies, its shard is assigned again, up to
-    `MAX_ATTEMPTS` times in all. Meanwhile the remaining workers continue. A shard whose worker dies at every attempt is a poison
-    shard. Its result is None for at most `max_poison_shards` shards; one more raises a ShardError with its name.
+    `MAX_ATTEMPTS` times in all. Meanwhile the remaining workers continue. A shard whose worker dies at every attempt is
+    a poison shard. Its result is None for at most `max_poison_shards` shards; one more raises a ShardError with its
+    name.
 7.  Cancellation: closing the iterator early stops the workers. Shards that finished before keep their files and
     markers.
 """
