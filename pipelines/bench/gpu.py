@@ -44,7 +44,7 @@ from curation.errors import InputError
 from pipelines.bench import gpu_pictures
 from pipelines.bench.gpu_row import REFERENCE_FACTS, Setup
 
-# The time of a whole run. A machine with a GPU may be lent for ten minutes.
+# The time of a whole run. Assumed: a GPU is booked for ten minutes.
 SECONDS_IN_ALL = 540.0
 # The time of all tiny rows on a CPU, and the least limit of one: a busy machine takes ten times as long as a quiet one.
 TINY_SECONDS_IN_ALL, TINY_LIMIT = 300.0, 90.0
