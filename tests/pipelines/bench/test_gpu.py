@@ -78,7 +78,18 @@ def test_a_run_cut_short_leaves_its_rows_and_no_process(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     assert process.returncode == 143
     assert [line["name"] for line in lines(output)] == ["join"]
-    assert not Path(f"/proc/{pid}").exists()
+    deadline = time.monotonic() + 60
+    while not has_ended(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert has_ended(pid)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or ended and waits for its new parent to take note (a zombie)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_a_row_past_its_limit_keeps_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
