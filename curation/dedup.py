@@ -153,13 +153,13 @@ def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = 
     """
     images, pairs = inputs.ingest, inputs.pairs
     ingested, paired = require_manifest(images), require_manifest(pairs)
+    require_same_ingest(pairs, paired, images, ingested)
     min_similarity = require_fact(pairs, paired, "min_similarity")
     if config.holdout_threshold < min_similarity:
         raise ConfigError(
             f"dedup.holdout_threshold is {config.holdout_threshold:g}, but pairs below {min_similarity:g} were not "
             "written. Lower pairs.min_similarity, or raise the threshold."
         )
-    require_same_ingest(pairs, paired, images, ingested)
     shards, start = [], 0
     for record, name in zip(ingested.shards, ingested.files("images"), strict=True):
         count = record.totals["accepted"]

@@ -163,10 +163,18 @@ def read_manifest(folder: str) -> Manifest | None:
 
 
 def require_manifest(folder: str) -> Manifest:
-    """The manifest of the finished stage in `folder`. Raises InputError when the stage is not done."""
+    """The manifest of the finished stage in `folder`.
+
+    Raises InputError when the stage is not done, or when another version of Seedbed wrote it in another format.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         raise InputError(f"'{folder}' holds no finished stage: no {MANIFEST_NAME}. Run the stage that writes it first.")
+    if (version := manifest.plan.format_version) != FORMAT_VERSION:
+        raise InputError(
+            f"'{folder}' was written in format {version}; this version of Seedbed reads format {FORMAT_VERSION}. Run "
+            "its stage again, with --replace or into another folder."
+        )
     return manifest
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from curation import cluster, dedup, embed, ingest, pack, pairs
 from curation.dedup import DedupConfig
 from curation.embed import EmbedConfig
-from curation.engine.manifest import require_manifest
+from curation.engine.manifest import FORMAT_VERSION, require_manifest
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError
 from curation.pack import PackConfig
@@ -103,3 +103,11 @@ def test_the_folder_of_another_stage_is_one_message(tmp_path: Path, stage: str, 
             case "pack":
                 stages = packed_stages(images, write_dedup(tmp_path / "dedup", images), other)
                 pack.run(PackConfig(), stages, output, runner)
+
+
+def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
+    images = write_ingest(tmp_path / "ingest", [[image_row(id_of(1), "pool", "pool")]])
+    manifest = tmp_path / "ingest/manifest.json"
+    manifest.write_text(manifest.read_text().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 1'))
+    with pytest.raises(InputError, match=rf"ingest' was written in format 1; .* reads format {FORMAT_VERSION}\. Run"):
+        dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=images), str(tmp_path / "out"))
