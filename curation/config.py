@@ -8,8 +8,7 @@ settings that it leaves out (profiles.py). An unknown key is an error, and one m
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -47,17 +46,19 @@ def _not_in_plan(model: type[BaseModel]) -> dict[str, Any]:
     for name, field in model.model_fields.items():
         if NotInPlan in field.metadata:
             excluded[name] = True
-            continue
-        for section in _sections(field.annotation):
-            if nested := _not_in_plan(section):
-                excluded[name] = nested
+        elif nested := _not_in_plan_of_type(field.annotation):
+            excluded[name] = nested
     return excluded
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The models in the type of a field: the type itself, or the members of a union."""
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+def _not_in_plan_of_type(annotation: Any) -> dict[str, Any]:
+    """The same for the type of a field: a model, a union, or a tuple of models."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _not_in_plan(annotation)
+    nested: dict[str, Any] = {}
+    for argument in get_args(annotation):
+        nested |= _not_in_plan_of_type(argument)
+    return {"__all__": nested} if nested and get_origin(annotation) is tuple else nested
 
 
 def load(

@@ -84,7 +84,7 @@ def stage_command(
     # typer reads the options from the signature.
     command_line.__doc__ = summary
     command_line.__annotations__ = {name: annotation for name, (annotation, _) in options.items()} | {"return": None}
-    command_line.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # a function takes it
+    command_line.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # not in the type stubs of functions
         [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             for name, (annotation, default) in options.items()

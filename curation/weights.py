@@ -367,7 +367,7 @@ def _tensors(content: Mapping[str, object], path: str) -> dict[str, Tensor]:
     """The tensors of `content`, which must all be tensors, without the counters of batch norms (for training only)."""
     if others := [f"{name} ({type(value).__name__})" for name, value in content.items() if not _is_tensor(value)]:
         raise WeightsError(
-            f"{path}: {len(others)} of its {len(content)} entries are no tensors: {_some(others)}. Expected a "
+            f"{path}: {len(others)} of its {len(content)} entries are not tensors: {_some(others)}. Expected a "
             "state_dict, or a checkpoint with one under 'teacher', 'target_encoder' or 'model'."
         )
     return {name: value for name, value in content.items() if _is_tensor(value) and not name.endswith(STEP_COUNTER)}

@@ -42,7 +42,7 @@ def pack_ids(column: pa.ChunkedArray) -> np.ndarray:
     values = _DIGIT_VALUES[digits].reshape(-1, 16, 2)
     if (values > 15).any():
         wrong = next(text for text in array.to_pylist() if text is None or not _is_image_id(text))
-        raise InputError(f"'{wrong}' is no image_id: expected 32 hex digits in small letters.")
+        raise InputError(f"'{wrong}' is not an image_id: expected 32 hex digits in small letters.")
     return (values[..., 0] << 4 | values[..., 1]).view("S16").reshape(-1)
 
 

@@ -292,11 +292,12 @@ class NestedSettings(Settings):
     section: GuardSettings = GuardSettings()
     optional: GuardSettings | None = None
     left_out: Annotated[GuardSettings, NotInPlan] = GuardSettings()
+    several: tuple[GuardSettings, ...] = (GuardSettings(limit=5),)
     name: str = "a"
 
 
 def test_a_plan_leaves_out_the_fields_that_are_marked_in_all_sections() -> None:
-    expected = {"section": {"power": 2}, "optional": None, "name": "a"}
+    expected = {"section": {"power": 2}, "optional": None, "several": [{"power": 2}], "name": "a"}
     assert plan_values(NestedSettings()) == plan_values(NestedSettings(threads=3)) == expected
     filled = NestedSettings(optional=GuardSettings(limit=9), left_out=GuardSettings(power=9))
     assert plan_values(filled) == expected | {"optional": {"power": 2}}

@@ -177,7 +177,7 @@ def test_a_file_with_code_is_refused(tmp_path: Path) -> None:
         ({"teacher": 3}, "'teacher' is a int, not a state_dict"),
         (
             {"state_dict": {"cls_token": torch.zeros(1)}, "epoch": 7},
-            r"2 of its 2 entries are no tensors: state_dict \(dict\), epoch",
+            r"2 of its 2 entries are not tensors: state_dict \(dict\), epoch",
         ),
         ({"teacher": {"cls_token": torch.zeros(1)}, "notes": 7}, r"beside 'teacher' it holds notes"),
         ({"model": {"cls_token": torch.zeros(1)}, "epoch": 7}, r"unexpected|missing"),

@@ -35,7 +35,7 @@ def test_no_ids_can_be_packed() -> None:
 
 @pytest.mark.parametrize("wrong", ["", "abc", "A" * 32, "g" * 32, "a" * 31, "é" * 16, None])
 def test_texts_of_another_form_are_refused(wrong: str | None) -> None:
-    with pytest.raises(InputError, match=f"'{wrong}' is no image_id"):
+    with pytest.raises(InputError, match=f"'{wrong}' is not an image_id"):
         pack_ids(pa.chunked_array([[id_of(1), wrong, id_of(2)]], pa.string()))
 
 
