@@ -14,15 +14,15 @@ from curation.engine import command
 from curation.engine.runner import Runner
 from curation.run_folder import RunFolder
 
-# By the stage whose folder it names: the option, and the word for it in the help.
+# The option for the folder of each stage.
 FOLDER_OPTIONS = {
-    "ingest": ("--images", "ingest"),
-    "embed": ("--vectors", "embed"),
-    "describe": ("--descriptors", "describe"),
-    "pairs": ("--pairs", "pairs"),
-    "dedup": ("--dedup", "dedup"),
-    "cluster": ("--clusters", "cluster"),
-    "retrieve": ("--retrieved", "retrieve"),
+    "ingest": "--images",
+    "embed": "--vectors",
+    "describe": "--descriptors",
+    "pairs": "--pairs",
+    "dedup": "--dedup",
+    "cluster": "--clusters",
+    "retrieve": "--retrieved",
 }
 
 
@@ -67,14 +67,11 @@ def stage_command(
             gpus_per_worker=gpus_per_worker,
         )
 
-    folder_options: dict[str, Any] = {}
-    for stage in reads:
-        option, name = FOLDER_OPTIONS[stage]
-        folder_options[stage] = Annotated[str, typer.Option(option, help=f"Folder of the finished {name}.")]
+    required = inspect.Parameter.empty
     options: dict[str, tuple[Any, Any]] = {
-        "config": (command.ConfigOption, inspect.Parameter.empty),
-        **{stage: (option, inspect.Parameter.empty) for stage, option in folder_options.items()},
-        "output": (command.OutputOption, inspect.Parameter.empty),
+        "config": (command.ConfigOption, required),
+        **{stage: (_folder_option(stage), required) for stage in reads},
+        "output": (command.OutputOption, required),
         "runner": (command.RunnerOption, "ray"),
         "workers": (command.WorkersOption, None),
         "overrides": (command.SetOption, None),
@@ -91,3 +88,7 @@ def stage_command(
         ]
     )
     return command_line
+
+
+def _folder_option(stage: str) -> Any:
+    return Annotated[str, typer.Option(FOLDER_OPTIONS[stage], help=f"Folder of the finished {stage}.")]
