@@ -17,7 +17,7 @@ EXTRAS ?= cpu,demo,dev
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup curate train evaluate test test-slow test-cluster test-demo check format bench bench-gpu clean
+.PHONY: help setup curate train evaluate test test-quick test-slow test-cluster test-demo check format bench bench-gpu clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -44,6 +44,9 @@ evaluate: train  ## Evaluate what make train trained beside others: EVALUATE_CON
 
 test: setup  ## Run the tests, as CI runs them
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not demo and not slow and not cluster" $(ARGS)
+
+test-quick: setup  ## Run the tests that the changes touch, for 90 seconds, the nearest first: ARGS='--since COMMIT'
+	$(BIN)/python -m tests.quick --processes $(TEST_PROCESSES) $(ARGS)
 
 test-slow: setup  ## Run the tests that take minutes and need no data: compiled models, mutated images, SLURM
 	$(BIN)/python -m pytest -m slow $(ARGS)

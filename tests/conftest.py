@@ -1,8 +1,9 @@
-"""Two real ranks for tests that need more than one process."""
+"""Two real ranks for tests that need more than one process, and a time limit for `make test-quick`."""
 
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -11,6 +12,17 @@ import pytest
 import torch
 
 Ranks = Callable[..., list[Any]]
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--stop-after", type=float, metavar="SECONDS", help="Skip the tests that start later than this.")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--stop-after")
+    if limit is not None and time.monotonic() - STARTED > limit:
+        pytest.skip(f"not run: {limit:g} seconds are over")
 
 
 def _as_rank(environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
