@@ -1,4 +1,4 @@
-"""Two real ranks for tests that need more than one process, and a time limit for `make test-quick`."""
+"""Processes that tests share, two ranks and a Ray, and the time limit of `make test-quick`."""
 
 import multiprocessing
 import os
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from curation.engine.ray_runner import RayRunner
 
 Ranks = Callable[..., list[Any]]
 STARTED = time.monotonic()
@@ -54,3 +56,32 @@ def ranks() -> Iterator[Ranks]:
             return [future.result() for future in futures]
 
         yield run
+
+
+# The Ray that the tests of this process share. A process has one Ray at a time.
+_shared_ray: list[RayRunner] = []
+
+
+@pytest.fixture
+def ray_runner() -> RayRunner:
+    """A Ray of two workers, shared by tests, because its start takes seconds."""
+    if not _shared_ray:
+        _shared_ray.append(RayRunner(num_workers=2))
+    return _shared_ray[0]
+
+
+@pytest.fixture(scope="module")
+def no_shared_ray() -> None:
+    """Closes the shared Ray, for modules that start Rays of their own."""
+    _close_shared_ray()
+
+
+def _close_shared_ray() -> None:
+    while _shared_ray:
+        _shared_ray.pop().close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_ray_ends() -> Iterator[None]:
+    yield
+    _close_shared_ray()

@@ -2,14 +2,19 @@
 
 import hashlib
 import io
+import signal
+import subprocess
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 
+from curation.engine import command
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
 from curation.engine.runner import InlineRunner, Runner, Shard, Worker
 from curation.files import parquet, paths, schemas, vectors
@@ -157,6 +162,21 @@ def stages_of(ingest: str, dedup: str, embed: str = "", cluster: str = "") -> Ru
 def packed_stages(ingest: str, dedup: str, retrieve: str) -> RunFolder:
     """The folders of hand-made stages that pack reads."""
     return RunFolder(ingest=ingest, dedup=dedup, retrieve=retrieve)
+
+
+def run_in_process(command_line: Callable[..., None], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command in this process, for its exit status and what it prints. A process of its own takes seconds."""
+    output, errors, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setattr("sys.argv", ["command", *arguments])
+        try:
+            command.main(command_line)
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return subprocess.CompletedProcess(arguments, status, output.getvalue(), errors.getvalue())
 
 
 def content_hash(folder: str) -> str:

@@ -214,18 +214,13 @@ def test_resampling_spreads_centroids_more_evenly_than_the_points_are(
     assert (matrix[:, 0] > 0.9).mean() > 0.7 and 0.25 < shares[0] < 0.4 and shares[1] < 0.15
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_same_bytes_on_ray(tmp_path: Path, num_workers: int) -> None:
-    """One iteration over many parts. Each step starts workers, which takes most of the time."""
+def test_same_bytes_on_ray(tmp_path: Path, ray_runner: RayRunner) -> None:
+    """One iteration over many parts."""
     stages, _ = small_run(tmp_path, [["pool"] * 30, ["pool"] * 25])
     level = LevelConfig(num_clusters=6, num_iterations=1)
     config = ClusterConfig(levels=(level, LevelConfig(num_clusters=2)), rows_per_part=20)
     cluster.run(config, stages_of(*stages), str(tmp_path / "inline"), InlineRunner())
-    runner = RayRunner(num_workers=num_workers)
-    try:
-        cluster.run(config, stages_of(*stages), str(tmp_path / "ray"), runner)
-    finally:
-        runner.close()
+    cluster.run(config, stages_of(*stages), str(tmp_path / "ray"), ray_runner)
     assert bytes_in(str(tmp_path / "ray")) == bytes_in(str(tmp_path / "inline"))
 
 

@@ -25,7 +25,7 @@ from curation.engine.runner import InlineRunner
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.run_folder import RunFolder, read_vectors
-from tests.curation.builders import bytes_in, picture_of
+from tests.curation.builders import bytes_in, picture_of, run_in_process
 
 SIZES = [(90, 60), (60, 90), (64, 64), (300, 40), (33, 200), (128, 127), (640, 480), (48, 48)]
 
@@ -86,15 +86,13 @@ def test_vectors_do_not_depend_on_batches_and_threads(resize: str, weights: str,
     assert not np.allclose(*list(one.values())[:2], atol=0.05), "distinct images have distinct vectors"
 
 
-def test_runners_and_decode_threads_give_the_same_bytes(weights: str, images: str, tmp_path: Path) -> None:
+def test_runners_and_decode_threads_give_the_same_bytes(
+    weights: str, images: str, tmp_path: Path, ray_runner: RayRunner
+) -> None:
     outputs = [str(tmp_path / name) for name in ("inline", "threads", "ray")]
     embed.run(config(weights), RunFolder(ingest=images), outputs[0], InlineRunner())
     embed.run(config(weights, stage={"decode_threads": 5}), RunFolder(ingest=images), outputs[1], InlineRunner())
-    runner = RayRunner(num_workers=2)
-    try:
-        embed.run(config(weights), RunFolder(ingest=images), outputs[2], runner)
-    finally:
-        runner.close()
+    embed.run(config(weights), RunFolder(ingest=images), outputs[2], ray_runner)
     assert bytes_in(outputs[0]) == bytes_in(outputs[1]) == bytes_in(outputs[2])
 
 
@@ -128,6 +126,10 @@ def test_progress_shows_the_workers_times(
 def run_command(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "curation.embed", "--runner", "inline", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def refused(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return run_in_process(embed.command_line, "--runner", "inline", *arguments)
 
 
 def test_a_folder_needs_no_config(weights: str, folder: str, images: str, tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_impossible_models_give_one_message(
     overrides = [text for key, value in settings.items() for text in ("--set", f'embed.embedder.{key}="{value}"')]
     overrides = [text.replace('"64"', "64") for text in overrides]
     output = tmp_path / "out"
-    done = run_command("--images", folder, "--model", model, *overrides, "--output", str(output))
+    done = refused("--images", folder, "--model", model, *overrides, "--output", str(output))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     message = done.stderr[done.stderr.index("error: ") :]
     assert all(text in message for text in messages), message
@@ -197,7 +199,7 @@ def test_impossible_models_give_one_message(
 def test_truncated_checkpoint_gives_one_message(weights: str, folder: str, tmp_path: Path) -> None:
     cut = tmp_path / "cut.pth"
     cut.write_bytes(Path(weights).read_bytes()[:-1000])
-    done = run_command(
+    done = refused(
         *("--images", folder, "--model", "vit_tiny_patch16", "--weights", str(cut)),
         *("--set", "embed.embedder.pooling=cls", "--output", str(tmp_path / "out")),
     )
@@ -209,7 +211,7 @@ def test_truncated_checkpoint_gives_one_message(weights: str, folder: str, tmp_p
 def test_neither_and_both_of_config_and_model_are_refused(folder: str, tmp_path: Path) -> None:
     with_config = (("--model", "vit_tiny_patch16"), ("--weights", "a.pth"), ("--layout", "parquet"))
     for options in ((), *(("--config", "a.toml", *option) for option in with_config)):
-        done = run_command("--images", folder, *options, "--output", str(tmp_path / "out"))
+        done = refused("--images", folder, *options, "--output", str(tmp_path / "out"))
         assert done.returncode == 2 and "Give either --config alone, or --model" in done.stderr
 
 

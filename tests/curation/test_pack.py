@@ -16,8 +16,8 @@ import pytest
 from curation import cluster, dedup, pack, retrieve
 from curation.cluster import ClusterConfig, LevelConfig
 from curation.dedup import DedupConfig
-from curation.engine import command
 from curation.engine.manifest import require_manifest, step_folder
+from curation.engine.ray_runner import RayRunner
 from curation.engine.runner import InlineRunner, Shard
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import parquet, paths, schemas
@@ -545,13 +545,12 @@ def test_stop_and_resume_gives_the_same_bytes(tmp_path: Path, repeats: bool, las
     assert bytes_in(run.output) == whole
 
 
-def test_same_bytes_inline_and_on_ray(tmp_path: Path) -> None:
+def test_same_bytes_inline_and_on_ray(tmp_path: Path, ray_runner: RayRunner) -> None:
     run = Run(tmp_path)
     config = PackConfig(images_per_shard=4)
     run.pack(config)
     stages = (run.images, run.kept, str(tmp_path / "retrieve"))
-    with command.open_runner("ray", 2) as runner:
-        pack.run(config, packed_stages(*stages), str(tmp_path / "ray"), runner)
+    pack.run(config, packed_stages(*stages), str(tmp_path / "ray"), ray_runner)
     assert bytes_in(str(tmp_path / "ray")) == bytes_in(run.output)
 
 

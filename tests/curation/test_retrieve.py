@@ -15,8 +15,8 @@ import pytest
 
 from curation import cluster, retrieve
 from curation.cluster import ClusterConfig, LevelConfig
-from curation.engine import command
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, write_manifest
+from curation.engine.ray_runner import RayRunner
 from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
@@ -371,7 +371,7 @@ def test_the_balanced_draw_follows_the_datasets(tmp_path: Path) -> None:
     assert [(row["mode"], row["seed_source"]) for row in rows] == [("sample", "small")] * 3 + [("balanced", None)] * 5
 
 
-def test_same_bytes_inline_and_on_ray(tmp_path: Path) -> None:
+def test_same_bytes_inline_and_on_ray(tmp_path: Path, ray_runner: RayRunner) -> None:
     run = Run(tmp_path)
     config = datasets(
         {"name": "large", "retrieval": "sample"},
@@ -382,8 +382,8 @@ def test_same_bytes_inline_and_on_ray(tmp_path: Path) -> None:
     )
     rows = run.retrieve(config)
     assert Counter(row["mode"] for row in rows).keys() == {"sample", "cluster", "balanced"}
-    with command.open_runner("ray", 2) as runner:
-        retrieve.run(config, stages_of(run.images, run.kept, run.vectors, run.clusters), str(tmp_path / "ray"), runner)
+    stages = stages_of(run.images, run.kept, run.vectors, run.clusters)
+    retrieve.run(config, stages, str(tmp_path / "ray"), ray_runner)
     assert bytes_in(str(tmp_path / "ray")) == bytes_in(run.output)
 
 

@@ -133,9 +133,5 @@ def test_batch_sizes_do_not_change_results(config: str, alone: Values, tmp_path:
         assert evaluate(str(other), str(tmp_path / "out")) == pytest.approx(alone, abs=1e-6)
 
 
-def test_ray_workers_agree_with_one_process(config: str, alone: Values, tmp_path: Path) -> None:
-    runner = RayRunner(num_workers=2)
-    try:
-        assert evaluate(config, str(tmp_path), runner) == alone
-    finally:
-        runner.close()
+def test_ray_workers_agree_with_one_process(config: str, alone: Values, tmp_path: Path, ray_runner: RayRunner) -> None:
+    assert evaluate(config, str(tmp_path), ray_runner) == alone

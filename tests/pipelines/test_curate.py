@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from curation.engine.manifest import require_manifest
 from curation.errors import ConfigError
 from curation.files.folder_lock import sole_writer
 from curation.run_folder import STAGES
+from pipelines.curate import command_line as curate_command
 from pipelines.main_path import CurateConfig
+from tests.curation.builders import run_in_process
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -98,23 +101,36 @@ def save(image: Image.Image, path: Path, **options: object) -> None:
     image.save(path, **options)
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """A folder with images and a config, in which the commands run."""
+def make_home(folder: Path) -> Path:
+    """Images and a config in a folder, in which the commands run."""
     for number in range(10):
-        save(drawing("discs", number), tmp_path / f"seeds/discs/round/{number}.png")
-        save(drawing("stripes", number), tmp_path / f"seeds/stripes/{number}.png")
+        save(drawing("discs", number), folder / f"seeds/discs/round/{number}.png")
+        save(drawing("stripes", number), folder / f"seeds/stripes/{number}.png")
     for number in range(100, 104):
-        save(drawing("scribbles", number), tmp_path / f"holdout/{number}.png")
+        save(drawing("scribbles", number), folder / f"holdout/{number}.png")
     for kind in ("discs", "stripes", "scribbles"):
         for number in range(20, 30):
-            save(drawing(kind, number), tmp_path / f"pool/{kind}/{number}.png")
-    save(drawing("scribbles", 20), tmp_path / "pool/copies/jpeg.jpg", quality=85)
-    save(drawing("scribbles", 100), tmp_path / "pool/copies/of_holdout.jpg", quality=90)
-    save(drawing("scribbles", 21), tmp_path / "pool/copies/exact.png")
-    (tmp_path / "pool/broken.png").write_bytes((tmp_path / "pool/discs/20.png").read_bytes()[:200])
-    (tmp_path / "config.toml").write_text(CONFIG)
-    return tmp_path
+            save(drawing(kind, number), folder / f"pool/{kind}/{number}.png")
+    save(drawing("scribbles", 20), folder / "pool/copies/jpeg.jpg", quality=85)
+    save(drawing("scribbles", 100), folder / "pool/copies/of_holdout.jpg", quality=90)
+    save(drawing("scribbles", 21), folder / "pool/copies/exact.png")
+    (folder / "pool/broken.png").write_bytes((folder / "pool/discs/20.png").read_bytes()[:200])
+    (folder / "config.toml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return make_home(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a finished run in `out`, which tests only read."""
+    home = make_home(tmp_path_factory.mktemp("home"))
+    done = inline(home)
+    assert done.returncode == 0 and "packed" in done.stdout, done.stderr
+    return home
 
 
 def command(home: Path, *arguments: str, output: str = "out") -> list[str]:
@@ -143,48 +159,45 @@ def written_at(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_same_bytes_inline_and_on_ray_with_one_worker_and_two(home: Path) -> None:
-    done = inline(home)
-    assert done.returncode == 0, done.stderr
-    assert "packed" in done.stdout
-    for workers in ("1", "2"):
-        on_ray = curate(home, "--workers", workers, output=f"ray{workers}")
-        assert on_ray.returncode == 0, on_ray.stderr
-        assert bytes_in(home / f"ray{workers}") == bytes_in(home / "out")
-        assert "Ray's dashboard: none" in on_ray.stderr
-        (log,) = (home / f"ray{workers}/log").iterdir()
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        finished = {(line["stage"], line["shard"]) for line in lines if line["event"] == "shard"}
-        for stage in STAGES:
-            for record in require_manifest(str(home / f"ray{workers}" / stage)).shards:
-                assert (stage, record.name) in finished or record.name in ("prepared", "composition")
-        assert {line["stage"] for line in lines if line["event"] == "end"} >= set(STAGES)
-        assert "Time of each stage" in on_ray.stdout
+def test_same_bytes_inline_and_on_ray(finished: Path) -> None:
+    on_ray = curate(finished, "--workers", "2", output="ray")
+    assert on_ray.returncode == 0, on_ray.stderr
+    assert bytes_in(finished / "ray") == bytes_in(finished / "out")
+    assert "Ray's dashboard: none" in on_ray.stderr
+    (log,) = (finished / "ray/log").iterdir()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    shards = {(line["stage"], line["shard"]) for line in lines if line["event"] == "shard"}
+    for stage in STAGES:
+        for record in require_manifest(str(finished / "ray" / stage)).shards:
+            assert (stage, record.name) in shards or record.name in ("prepared", "composition")
+    assert {line["stage"] for line in lines if line["event"] == "end"} >= set(STAGES)
+    assert "Time of each stage" in on_ray.stdout
 
 
-def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depends_on_it(home: Path) -> None:
-    assert inline(home).returncode == 0
-    before = written_at(home / "out")
-    again = inline(home)
+def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depends_on_it(finished: Path) -> None:
+    home = finished
+    shutil.copytree(home / "out", home / "changed")
+    before = written_at(home / "changed")
+    again = inline(home, output="changed")
     assert again.returncode == 0
     assert again.stderr.count("already done, nothing to do") == 9
-    assert written_at(home / "out") == before
+    assert written_at(home / "changed") == before
 
-    refused = inline(home, "--set", "dedup.threshold=0.99")
+    refused = inline(home, "--set", "dedup.threshold=0.99", output="changed")
     assert refused.returncode == 2
     assert "config.threshold: 0.97 there, 0.99 now" in refused.stderr
     assert "Traceback" not in refused.stderr
-    assert written_at(home / "out") == before
+    assert written_at(home / "changed") == before
 
-    replaced = inline(home, "--set", "dedup.threshold=0.99", "--replace")
+    replaced = inline(home, "--set", "dedup.threshold=0.99", "--replace", output="changed")
     assert replaced.returncode == 0, replaced.stderr
-    after = written_at(home / "out")
+    after = written_at(home / "changed")
     for stage in ("ingest", "embed", "describe", "pairs"):
         stage_files = {name: time for name, time in before.items() if name.startswith(stage + "/")}
         assert stage_files and stage_files.items() <= after.items()
     assert after["dedup/manifest.json"] > before["dedup/manifest.json"]
     assert inline(home, "--set", "dedup.threshold=0.99", output="fresh").returncode == 0
-    assert bytes_in(home / "fresh") == bytes_in(home / "out")
+    assert bytes_in(home / "fresh") == bytes_in(home / "changed")
 
 
 def test_mix_of_seeds_retrieval_and_clustering(home: Path) -> None:
@@ -201,53 +214,61 @@ def test_mix_of_seeds_retrieval_and_clustering(home: Path) -> None:
     assert (home / "out/report.html").exists()
 
 
-def test_kill_at_any_moment_loses_nothing(home: Path) -> None:
-    assert inline(home, output="whole").returncode == 0
+def test_kill_at_any_moment_loses_nothing(finished: Path) -> None:
+    """Over 20 seconds: five runs that end by a kill after 4 to 8 seconds, and one that ends."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     kills = 0
     for seconds in (4.0, 5.0, 6.0, 7.0, 8.0):
         process = subprocess.Popen(
-            command(home, "--runner", "inline"), cwd=home, env=environment, stderr=subprocess.DEVNULL
+            command(finished, "--runner", "inline", output="killed"),
+            cwd=finished,
+            env=environment,
+            stderr=subprocess.DEVNULL,
         )
         time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-        for manifest in (home / "out").glob("*/manifest.json"):
+        for manifest in (finished / "killed").glob("*/manifest.json"):
             for shard in json.loads(manifest.read_text())["shards"]:
                 assert all((manifest.parent / file["name"]).exists() for file in shard["files"])
     assert kills >= 1
-    assert inline(home).returncode == 0
-    assert bytes_in(home / "out") == bytes_in(home / "whole")
+    assert inline(finished, output="killed").returncode == 0
+    assert bytes_in(finished / "killed") == bytes_in(finished / "out")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("max_reject_fraction", "max_rejects"), "Unknown key: 'ingest.max_rejects'"),
-        (('path = "pool"', 'path = "nowhere"'), "there is nothing at 'nowhere'"),
-        (('path = "pool"', 'path = "empty"'), "no images in 'empty'"),
-        (("max_reject_fraction = 0.2", "max_reject_fraction = 0.001"), "more than max_reject_fraction = 0.001"),
-        (('path = "pool"', 'path = "cut"\nlayout = "webdataset"'), "not a readable plain tar"),
-        (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
-        (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
-        (("num_clusters = 4", "num_clusters = 400"), "cluster.levels.0.num_clusters is 400"),
-    ],
-)
-def test_wrong_input_is_one_message_and_status_2(home: Path, change: tuple[str, str], message: str) -> None:
-    (home / "empty").mkdir()
-    (home / "cut").mkdir()
-    (home / "cut/0.tar").write_bytes(b"x" * 700)
-    text = (home / "config.toml").read_text()
-    assert change[0] in text
-    (home / "config.toml").write_text(text.replace(*change, 1))
-    result = inline(home)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stderr.count("error:") == 1
-    (home / "config.toml").write_text(text)
-    corrected = inline(home)
-    assert corrected.returncode == 0 or "holds the work of another config" in corrected.stderr, corrected.stderr
+WRONG = [
+    (("max_reject_fraction", "max_rejects"), "Unknown key: 'ingest.max_rejects'"),
+    (('path = "pool"', 'path = "nowhere"'), "there is nothing at 'nowhere'"),
+    (('path = "pool"', 'path = "empty"'), "no images in 'empty'"),
+    (("max_reject_fraction = 0.2", "max_reject_fraction = 0.001"), "more than max_reject_fraction = 0.001"),
+    (('path = "pool"', 'path = "cut"\nlayout = "webdataset"'), "not a readable plain tar"),
+    (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
+    (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
+    (("num_clusters = 4", "num_clusters = 400"), "cluster.levels.0.num_clusters is 400"),
+]
+
+
+def test_wrong_input_is_one_message_and_status_2_and_the_corrected_run_ends(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)
+    Path("empty").mkdir()
+    Path("cut").mkdir()
+    Path("cut/0.tar").write_bytes(b"x" * 700)
+    for number, (change, message) in enumerate(WRONG):
+        assert change[0] in CONFIG
+        Path("wrong.toml").write_text(CONFIG.replace(*change, 1))
+        options = ("--config", "wrong.toml", "--output", f"wrong{number}", "--runner", "inline")
+        result = run_in_process(curate_command, *options)
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+        assert result.stderr.count("error:") == 1
+    for number in (3, 7):  # these ended after some work, which stays
+        assert (finished / f"wrong{number}/ingest").is_dir()
+        corrected = inline(finished, output=f"wrong{number}")
+        assert corrected.returncode == 0, corrected.stderr
+        assert bytes_in(finished / f"wrong{number}") == bytes_in(finished / "out")
 
 
 def test_contradictory_sections_are_refused(tmp_path: Path) -> None:

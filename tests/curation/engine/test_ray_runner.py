@@ -60,7 +60,7 @@ def shards_of(works: list[str]) -> list[Shard]:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[RayRunner]:
+def runner(no_shared_ray: None) -> Iterator[RayRunner]:
     ray_runner = RayRunner(num_workers=2)
     yield ray_runner
     ray_runner.close()

@@ -44,7 +44,7 @@ def shards_of(works: list[object]) -> list[Shard]:
 
 
 @pytest.fixture(scope="module", params=["inline", "ray, 1 worker", "ray, 2 workers"])
-def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
+def runner(request: pytest.FixtureRequest, no_shared_ray: None) -> Iterator[Runner]:
     if request.param == "inline":
         yield InlineRunner()
         return

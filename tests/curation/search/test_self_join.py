@@ -294,15 +294,10 @@ def test_every_kill_resumes_to_the_same_bytes(tmp_path: Path, search: dict[str, 
         assert num_kills > 0 and bytes_in(str(tmp_path / name)) == straight
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_ray_gives_the_same_bytes(tmp_path: Path, num_workers: int) -> None:
+def test_ray_gives_the_same_bytes(tmp_path: Path, ray_runner: RayRunner) -> None:
     parts, search = make_parts("clustered", 2), SEARCHES[1]
     run(tmp_path, parts, name="inline", **search)
-    runner = RayRunner(num_workers=num_workers)
-    try:
-        run(tmp_path, parts, name="ray", runner=runner, **search)
-    finally:
-        runner.close()
+    run(tmp_path, parts, name="ray", runner=ray_runner, **search)
     assert bytes_in(str(tmp_path / "ray")) == bytes_in(str(tmp_path / "inline"))
 
 
