@@ -3,37 +3,46 @@
     ingest/
       images-00000.parquet  ...     schemas.IMAGES: the accepted images, by reference
       rejects-00000.parquet  ...    schemas.REJECTS
-      manifest.json                 its facts are `sources` and `limits`
+      manifest.json                 its facts: `sources`, `limits`, `passed_over`
 
 Every image is decoded once here, in a separate process that may crash or hang. Later stages decode the same bytes with
 the same code. A link inside a source is an image of its own (an exact copy); a link that leads out of the source is
 rejected. A tar or Parquet file that cannot be read to its end is one reject. The images before the damage are kept.
 
+Files and members of tars that are no images are counted by kind, in the fact `passed_over` by source (absent where
+there are none) and in the totals of the shard that opened them. A kind is the ending of a name or as listing.py says.
+
     python -m curation.ingest --config CONFIG.toml --output ingest/
 """
 
 import functools
-from collections.abc import Callable
-from typing import Annotated
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import pyarrow as pa
 from pydantic import Field, field_validator
 
 from curation.config import NotInPlan, Settings
-from curation.engine import command
+from curation.engine import command, progress
 from curation.engine.manifest import Manifest, ShardRecord, sum_counts
 from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import Stage, Tally, run_stage
-from curation.errors import RejectBudgetError
+from curation.errors import InputError, RejectBudgetError
 from curation.files import parquet, paths, schemas
-from curation.images import sources
+from curation.images import listing, sources
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.hashing import image_id
 from curation.images.sandbox import ImageSandbox
-from curation.images.sources import SourceConfig
+from curation.images.sources import MAX_KINDS, Listing, SourceConfig
 from curation.run_folder import RunFolder
 from curation.stage_command import stage_command
+
+# Begins the names of the totals of a shard that count the files and members without an image, by kind.
+PASSED_OVER = "passed over: "
+# Kinds that a shard counts; the others are summed. Assumed: a run may have 100,000 shards, and any ending is possible.
+MAX_KINDS_IN_SHARD = 8
 
 
 class IngestConfig(Settings):
@@ -62,32 +71,34 @@ class IngestConfig(Settings):
 
 
 def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = False, log: Log = None) -> Manifest:
-    """Read every source; returns the manifest. Its facts are `sources` and `limits`, for later stages.
+    """Read every source; returns the manifest. Its facts are `sources` and `limits`, for later stages, `passed_over`.
 
-    Raises InputError for a missing or empty source, and RejectBudgetError past the budget. Finished shards stay; the
-    next run continues after them.
+    Raises InputError for a missing or empty source, for a seed or holdout source without an accepted image, and for
+    sources with the role `pool` that have none all together. Raises RejectBudgetError past the budget. Finished shards
+    stay; the next run continues after them.
     """
-    listings = {source.name: sources.list_files(source) for source in config.sources}
+    listings = {source.name: sources.list_source(source) for source in config.sources}
     shards: list[Shard] = []
     for source in config.sources:
-        files = listings[source.name]
+        files = listings[source.name].files
         step = config.images_per_shard if source.layout == "folder" else 1
         for start in range(0, len(files), step):
             file_paths = tuple(file.path for file in files[start : start + step])
             num_items = len(file_paths) if source.layout == "folder" else 0
             shards.append(Shard(f"{len(shards):05d}", (source, file_paths), num_items))
-    num_archives = sum(len(listings[source.name]) for source in config.sources if source.layout != "folder")
+    num_archives = sum(len(listings[source.name].files) for source in config.sources if source.layout != "folder")
     num_images = sum(shard.num_items for shard in shards) if all(shard.num_items for shard in shards) else None
     stage = Stage(
         name="ingest",
         config=config,
-        inputs={name: sources.listing_hash(files) for name, files in listings.items()},
+        inputs={name: sources.listing_hash(listed.files) for name, listed in listings.items()},
         output=output,
         shards=shards,
         make_worker=functools.partial(make_worker, config.limits, output),
         check=functools.partial(
             _check_budget, config.max_reject_fraction, num_images, len(shards), num_archives, output
         ),
+        finish=functools.partial(_finish, config.sources, listings, shards),
         facts=config.model_dump(mode="json", include={"sources", "limits"}),
         max_poison_shards=config.max_poison_shards,
     )
@@ -102,7 +113,8 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
         source, file_paths = shard.work
         accepted: list[dict[str, object]] = []
         rejects: list[dict[str, object]] = []
-        for item in sources.read_source(source, file_paths, max_bytes=limits.max_bytes):
+        passed_over: Counter[str] = Counter()
+        for item in sources.read_source(source, file_paths, max_bytes=limits.max_bytes, passed_over=passed_over):
             if item.problem is not None or item.data is None:
                 reason, detail = item.problem or (RejectReason.UNREADABLE, "")
                 rejects.append({"uri": item.uri, "source": source.name, "reason": str(reason), "detail": detail})
@@ -137,7 +149,8 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
                 parquet.write_table(paths.join(output, f"images-{shard.name}.parquet"), images),
                 parquet.write_table(paths.join(output, f"rejects-{shard.name}.parquet"), rejected),
             ),
-            totals={"images": len(accepted) + len(rejects), "accepted": len(accepted), "rejected": len(rejects)},
+            totals={"images": len(accepted) + len(rejects), "accepted": len(accepted), "rejected": len(rejects)}
+            | {PASSED_OVER + kind: count for kind, count in listing.bounded(passed_over, MAX_KINDS_IN_SHARD).items()},
             rejects=counts,
         )
 
@@ -155,7 +168,7 @@ def _check_budget(
     """Raise RejectBudgetError once the rejects exceed the budget, even if every remaining image were accepted.
 
     `num_images` is None when the number is unknown beforehand (tars, Parquet). The finished shards then give an
-    estimate.
+    estimate. Otherwise it includes files that may be no images; those that were opened and passed over do not count.
     """
     damaged = done.rejects[RejectReason.DAMAGED_ARCHIVE]
     if damaged > max_fraction * num_archives:
@@ -165,7 +178,10 @@ def _check_budget(
             f"{output}/rejects-*.parquet. Repair the sources, or raise ingest.max_reject_fraction; finished "
             "shards are kept."
         )
-    total = num_images if num_images is not None else done.totals["images"] * num_shards // done.num_shards
+    if num_images is None:
+        total = done.totals["images"] * num_shards // done.num_shards
+    else:
+        total = num_images - sum(_passed_over(done.totals).values())
     rejected = done.totals["rejected"]
     if rejected > max_fraction * total:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in done.rejects.most_common())
@@ -173,6 +189,58 @@ def _check_budget(
             f"ingest: {rejected:,} of {total:,} images were rejected, more than max_reject_fraction = {max_fraction:g} "
             f"allows: {listed}. The list is in {output}/rejects-*.parquet. Repair the sources, or raise "
             "ingest.max_reject_fraction; finished shards are kept."
+        )
+
+
+def _passed_over(totals: Mapping[str, int]) -> dict[str, int]:
+    """The counts by kind among the totals of a shard."""
+    return {name.removeprefix(PASSED_OVER): count for name, count in totals.items() if name.startswith(PASSED_OVER)}
+
+
+def _finish(
+    configs: Sequence[SourceConfig],
+    listings: Mapping[str, Listing],
+    shards: Sequence[Shard],
+    records: Sequence[ShardRecord],
+) -> tuple[dict[str, Any], None]:
+    """The fact `passed_over`, which is printed too. Raises InputError for a source without an accepted image."""
+    source_of_shard = {shard.name: shard.work[0].name for shard in shards}
+    totals = {name: Counter[str]() for name in listings}
+    passed_over = {name: Counter(listed.passed_over) for name, listed in listings.items()}
+    for record in records:
+        name = source_of_shard[record.name]
+        totals[name].update(record.totals)
+        passed_over[name].update(_passed_over(record.totals))
+    counts = {name: listing.bounded(by_kind, MAX_KINDS) for name, by_kind in passed_over.items() if by_kind}
+    _require_images(configs, totals, counts)
+    if not counts:
+        return {}, None
+    everything = listing.bounded(sum_counts(counts.values()), MAX_KINDS)
+    progress.say(f"ingest: passed over, no images: {listing.in_words(everything)}")
+    return {"passed_over": counts}, None
+
+
+def _require_images(
+    configs: Sequence[SourceConfig], totals: Mapping[str, Counter[str]], passed_over: Mapping[str, dict[str, int]]
+) -> None:
+    """Raise InputError for a seed or holdout source without an accepted image, and for pool sources without any.
+
+    One empty source of several with the role `pool` is only printed: the pool is what they hold together.
+    """
+    empty = [source for source in configs if not totals[source.name]["accepted"]]
+    pool = [source for source in configs if source.role == "pool"]
+    for source in empty:
+        others = listing.in_words(passed_over.get(source.name, {})) or "nothing"
+        text = (
+            f"ingest: source '{source.name}' ({source.role}) has no accepted image: "
+            f"{totals[source.name]['rejected']:,} rejected, {others} passed over in '{source.path}'."
+        )
+        if source.role == "pool" and any(other not in empty for other in pool):
+            progress.say(text)
+            continue
+        raise InputError(
+            f"{text} Correct its path or layout, repair its files (rejects-*.parquet lists the rejected ones), or "
+            "remove the source."
         )
 
 

@@ -66,7 +66,7 @@ class Stage:
     """Facts for later stages that are known before the work. The manifest holds them with the facts of `finish`."""
     max_poison_shards: int = 0
     """Maximum number of poison shards, which are set aside. A later run with a lower maximum tries them again. A stage
-    with a maximum above 0 has neither `prepare` nor `finish`."""
+    with a maximum above 0 has no `prepare`, and its `finish` writes no file."""
     unit: str = "images"
     """The unit that progress counts."""
     note: Callable[[Mapping[str, float]], str] | None = None

@@ -5,6 +5,7 @@ complete, or not at all.
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import io
@@ -12,9 +13,10 @@ import os
 import posixpath
 import secrets
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar, final
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -27,6 +29,13 @@ TEMPORARY_PREFIX = ".tmp-"
 # Bytes handed to the hashing thread at a time; as many again may wait. Assumed: hashing them takes milliseconds, and
 # handing them over a hundredth of that.
 HASHED_AT_ONCE = 1 << 20
+# Seconds before each further attempt at a failed read. Assumed: a busy server or a full table of open files recovers
+# within two seconds or not soon.
+RETRY_WAITS = (0.1, 0.4, 1.6)
+# Beside no such file, no permission and a folder (FileNotFoundError, PermissionError, IsADirectoryError).
+_PERMANENT = frozenset({errno.ELOOP, errno.ENAMETOOLONG})
+
+Result = TypeVar("Result")
 
 
 def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
@@ -69,6 +78,103 @@ def open_read(path: str) -> BinaryIO:
     """Open the file at `path` for reading bytes. Raises FileNotFoundError."""
     fs, inner = filesystem(path)
     return fs.open(inner, "rb")  # type: ignore[no-any-return]  # fsspec is untyped
+
+
+def is_permanent(error: OSError) -> bool:
+    """Whether a further attempt cannot help: no such file, no permission, a folder, a loop of links, too long a name.
+
+    Object stores report 404 and 403 as the first two.
+    """
+    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) or error.errno in _PERMANENT
+
+
+def retried(operation: Callable[[], Result]) -> Result:
+    """The result of `operation`, which is tried again after an error that may pass (RETRY_WAITS).
+
+    Raises the last error, or at once an error that `is_permanent`.
+    """
+    for wait in RETRY_WAITS:
+        try:
+            return operation()
+        except OSError as error:
+            if is_permanent(error):
+                raise
+        except Exception as error:
+            if not _is_server_error(error):
+                raise
+        time.sleep(wait)
+    try:
+        return operation()
+    except Exception as error:
+        if isinstance(error, OSError) or not _is_server_error(error):
+            raise
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+
+def _is_server_error(error: Exception) -> bool:
+    """Whether a server answered that it cannot now. The drivers for HTTP and for Google raise no OSError then."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    return isinstance(status, int) and (status == 429 or 500 <= status < 600)
+
+
+@final
+class RetryingFile(io.RawIOBase):
+    """A file for reading, opened anew where a read fails with an error that may pass (`retried`)."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._position = 0
+        self._file: BinaryIO | None = None
+        self._size = retried(lambda: self._opened().seek(0, os.SEEK_END))
+
+    def _opened(self) -> BinaryIO:
+        if self._file is None:
+            self._file = open_read(self._path)
+        return self._file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        data = retried(lambda: self._read_once(size))
+        self._position += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read_once(self, size: int) -> bytes:
+        file = self._opened()
+        try:
+            file.seek(self._position)
+            return file.read(size)
+        except Exception:
+            self._file = None  # a handle whose server went away stays useless
+            with contextlib.suppress(OSError):
+                file.close()
+            raise
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        super().close()
 
 
 def read_bytes(path: str) -> bytes:

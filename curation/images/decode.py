@@ -92,6 +92,9 @@ _SIGNATURES = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
+# Vector graphics, documents and icons: a file without an image's name is not taken for an image because of them.
+_NO_PHOTOGRAPHS = frozenset({"ICO", "PSD", "EPS", "PDF", "SVG"})
+
 # Pillow itself refuses more pixels, by a global that this module does not change (twice PIL.Image.MAX_IMAGE_PIXELS).
 _PILLOW_MAX_PIXELS = 178_956_970
 
@@ -281,6 +284,12 @@ def check_length(data: bytes, limits: ImageLimits) -> None:
         raise ImageRejected(RejectReason.EMPTY, "0 bytes")
     if len(data) > limits.max_bytes:
         raise ImageRejected(RejectReason.TOO_MANY_BYTES, f"{len(data)} bytes; max_bytes is {limits.max_bytes}")
+
+
+def begins_like_an_image(start: bytes) -> bool:
+    """Whether the first bytes of a file (32 are enough) are those of an image of pixels, decoded or not."""
+    signature = _SIGNATURES.match(start)
+    return signature is not None and signature.lastgroup not in _NO_PHOTOGRAPHS
 
 
 @contextmanager

@@ -8,15 +8,15 @@ Archives are untrusted input. They are not unpacked to disk, names of members ar
 headers are checked. A tar of links, devices and bombs costs bounded time and memory and one reject.
 """
 
-import json
 import os
 import posixpath
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, final
+from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,35 +26,22 @@ from curation.config import Settings
 from curation.errors import DamagedFileError, InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.images.decode import RejectReason
+from curation.images import listing, tar_members
+from curation.images.decode import RejectReason, begins_like_an_image
 from curation.images.hashing import image_id
+from curation.images.tar_members import MAX_LABEL_CHARACTERS
 
 Layout = Literal["folder", "webdataset", "parquet"]
 Role = Literal["seed", "pool", "holdout"]
 
-# Endings of the names of images in a folder or a tar; the format is then determined by the bytes.
-IMAGE_EXTENSIONS = frozenset(
-    {"bmp", "gif", "jfif", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"}
-)
-
-# Bytes between two members of a tar: long names, extended attributes. Assumed: Linux bounds an attribute to 64 KiB.
-MAX_HEADER_BYTES = 1 << 20
-# Consecutive digits in such a header; some versions of Python's reader take time that grows with the square of their
-# number (CVE-2024-6232). Linux bounds a name to 255 characters.
-MAX_DIGITS = 255
-# Bytes of a `.json` or `.cls`. Assumed: all metadata of a photograph is some 100 kB. Larger ones give no label.
-MAX_SIDECAR_BYTES = 1 << 20
-# Characters of a label; a longer text gives no label. Assumed.
-MAX_LABEL_CHARACTERS = 1_000
-# Images of one sample in a tar, kept in memory until its label is known. Assumed; further images start a new sample.
-MAX_IMAGES_IN_SAMPLE = 10_000
 # Unpacked bytes of the image column in one row group, all in memory at once. Assumed: 1,000 images are some 0.1 GB.
 MAX_ROW_GROUP_BYTES = 4 << 30
 # The same where repeated values are stored once (a dictionary), which Arrow does up to 2 GiB.
 MAX_DICTIONARY_BYTES = 1 << 30
-# Characters of an untrusted name in a message.
-_MAX_SHOWN = 200
-_MANY_DIGITS = re.compile(rb"\d{%d}" % (MAX_DIGITS + 1))
+# Kinds of files that the driver counts in one source; the others are summed. Assumed: more would fill the page.
+MAX_KINDS = 20
+
+_ARCHIVE_EXTENSION: dict[Layout, str] = {"webdataset": "tar", "parquet": "parquet"}
 
 # The `uri` of an image in a Parquet file: the file, and the column of its images; the `offset` is then the row.
 PARQUET_URI = re.compile(r"(?P<file>.+\.parquet)#(?P<column>.+)", re.IGNORECASE | re.DOTALL)
@@ -105,35 +92,86 @@ class SourceItem:
     problem: tuple[RejectReason, str] | None = None
 
 
-def list_files(source: SourceConfig) -> list[SourceFile]:
-    """The files of a source that hold images, sorted by path. Links to folders are not followed.
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source that may hold images, sorted by path, and the number of the others by kind."""
 
-    Raises InputError when the path is missing or holds no such file.
+    files: list[SourceFile]
+    passed_over: dict[str, int]
+
+
+def list_source(source: SourceConfig) -> Listing:
+    """The files of a source. Links to folders are not followed.
+
+    A file of a folder whose name ends like neither an image nor another known file is listed: its first bytes decide.
+    Raises InputError when the path is missing, holds no such file, or has a folder that cannot be listed.
     """
-    extensions = {"folder": IMAGE_EXTENSIONS, "webdataset": {"tar"}, "parquet": {"parquet"}}[source.layout]
     fs, root = paths.filesystem(source.path)
-    if not fs.exists(root):
-        raise InputError(
-            f"source '{source.name}': there is nothing at '{source.path}'. Correct its path in the config."
-        )
-    if fs.isfile(root):
-        if source.layout == "folder" or _extension(root) not in extensions:
-            expected = "a folder" if source.layout == "folder" else f"a folder or a .{min(extensions)} file"
+    named = f"source '{source.name}'"
+    files, passed_over = [], Counter[str]()
+    try:
+        try:
+            info = paths.retried(lambda: fs.info(root))
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{named}: there is nothing at '{source.path}'. Correct its path in the config.") from None
+        if info["type"] == "file":
+            return Listing([_single_file(source, root, int(info["size"] or 0))], {})
+        if info["type"] != "directory":
             raise InputError(
-                f"source '{source.name}': '{source.path}' is a file; layout '{source.layout}' needs {expected}."
+                f"{named}: '{source.path}' is neither a file nor a folder. Correct its path in the config."
             )
-        return [SourceFile("", int(fs.size(root)))]
-    files = [
-        SourceFile(path[len(root.rstrip("/")) + 1 :], int(info["size"] or 0))
-        for path, info in fs.find(root, detail=True).items()
-        if _extension(path) in extensions
-    ]
-    if not files:
+        for entry in listing.walk(source.path):
+            if (kind := _kind_passed_over(source.layout, entry)) is None:
+                files.append(SourceFile(entry.path, entry.size))
+            else:
+                passed_over[kind] += 1
+    except OSError as error:
         raise InputError(
-            f"source '{source.name}': no images in '{source.path}' (looked for files ending in "
-            f"{', '.join(sorted(extensions))}). Correct its path, or its layout, which is '{source.layout}'."
+            f"{named}: '{source.path}' cannot be listed ({error}), so images in it would be missing. Make every folder "
+            "in it readable, or remove it from the source."
+        ) from None
+    counts = listing.bounded(passed_over, MAX_KINDS)
+    if not files:
+        endings = _ARCHIVE_EXTENSION.get(source.layout) or ", ".join(sorted(listing.IMAGE_EXTENSIONS))
+        others = f" It holds {listing.in_words(counts)}." if counts else ""
+        raise InputError(
+            f"{named}: no images in '{source.path}' (looked for files ending in {endings}).{others} Correct its path, "
+            f"or its layout, which is '{source.layout}'."
         )
-    return sorted(files, key=lambda file: file.path)
+    return Listing(sorted(files, key=lambda file: file.path), counts)
+
+
+def list_files(source: SourceConfig) -> list[SourceFile]:
+    """The files of `list_source` without those of a folder whose name ends like no image."""
+    files = list_source(source).files
+    if source.layout != "folder":
+        return files
+    return [file for file in files if listing.extension(file.path) in listing.IMAGE_EXTENSIONS]
+
+
+def _single_file(source: SourceConfig, root: str, size: int) -> SourceFile:
+    if listing.extension(root) != _ARCHIVE_EXTENSION.get(source.layout):
+        expected = (
+            "a folder" if source.layout == "folder" else f"a folder or a .{_ARCHIVE_EXTENSION[source.layout]} file"
+        )
+        raise InputError(
+            f"source '{source.name}': '{source.path}' is a file; layout '{source.layout}' needs {expected}."
+        )
+    return SourceFile("", size)
+
+
+def _kind_passed_over(layout: Layout, entry: listing.Entry) -> str | None:
+    """The kind of a file that is passed over without a look at its content; None for the others."""
+    if listing.is_system_file(entry.path):
+        return listing.SYSTEM_FILE
+    ending = listing.extension(entry.path)
+    if ending == _ARCHIVE_EXTENSION.get(layout) or (layout == "folder" and ending in listing.IMAGE_EXTENSIONS):
+        return None
+    if entry.kind != "file":
+        return listing.LINK if entry.kind == "folder_link" else listing.SPECIAL_FILE
+    if layout == "folder" and ending not in listing.OTHER_EXTENSIONS:
+        return None
+    return listing.kind_of(entry.path)
 
 
 def listing_hash(files: list[SourceFile]) -> str:
@@ -141,13 +179,17 @@ def listing_hash(files: list[SourceFile]) -> str:
     return hash_json([[file.path, file.size] for file in files])
 
 
-def read_source(source: SourceConfig, files: tuple[str, ...], *, max_bytes: int) -> Iterator[SourceItem]:
+def read_source(
+    source: SourceConfig, files: tuple[str, ...], *, max_bytes: int, passed_over: Counter[str] | None = None
+) -> Iterator[SourceItem]:
     """Yields the images in `files` of a source, in a fixed order, one in memory at a time.
 
     An image of a folder or a tar with more than `max_bytes` is not read. A tar or Parquet file that cannot be read to
-    its end gives the images before the damage, and then one item with the problem. Raises InputError for a column that
-    is missing or holds no bytes.
+    its end gives the images before the damage, and then one item with the problem. The files and members that are no
+    images are counted in `passed_over` by kind. Raises InputError for a column that is missing or holds no bytes, and
+    for a disk or server that fails repeatedly.
     """
+    passed_over = Counter() if passed_over is None else passed_over
     for path in files:
         uri = paths.join(source.path, path) if path else source.path
         readable = os.fsencode(uri).decode(errors="backslashreplace")
@@ -155,172 +197,85 @@ def read_source(source: SourceConfig, files: tuple[str, ...], *, max_bytes: int)
             problem = (RejectReason.UNREADABLE, "its name is not UTF-8; rename the file")
             yield SourceItem(readable, 0, 0, None, None, problem)
             continue
+        if (trouble := _location_problem(source, uri)) is not None:
+            yield SourceItem(uri, 0, 0, None, _folder_label(source, path), trouble)
+            continue
         try:
             match source.layout:
                 case "folder":
-                    yield _read_file(source, uri, path, max_bytes)
+                    yield from _read_file(uri, path, max_bytes, passed_over)
                 case "webdataset":
-                    yield from _read_tar(uri, max_bytes)
+                    yield from _read_tar(uri, max_bytes, passed_over)
                 case "parquet":
                     yield from _read_parquet(uri, source.image_column, source.label_column)
         except DamagedFileError as error:
             yield SourceItem(uri, 0, 0, None, None, (RejectReason.DAMAGED_ARCHIVE, str(error)))
+        except OSError as error:
+            detail = f"{type(error).__name__}: {error}"
+            if not paths.is_permanent(error):
+                raise InputError(
+                    f"{uri}: cannot be read ({detail}). Repair its disk or server, and start again: finished shards "
+                    "are kept."
+                ) from None
+            if source.layout == "folder":
+                yield SourceItem(uri, 0, 0, None, _folder_label(source, path), (RejectReason.UNREADABLE, detail))
+            else:
+                problem = (RejectReason.DAMAGED_ARCHIVE, f"{uri}: cannot be read: {detail}.")
+                yield SourceItem(uri, 0, 0, None, None, problem)
 
 
-def _read_file(source: SourceConfig, uri: str, path: str, max_bytes: int) -> SourceItem:
+def _folder_label(source: SourceConfig, path: str) -> str | None:
+    return (posixpath.dirname(path) or None) if source.layout == "folder" else None
+
+
+def _location_problem(source: SourceConfig, uri: str) -> tuple[RejectReason, str] | None:
+    """Why a local file must not be opened: a link out of the source, a folder, a pipe or a device."""
+    if not paths.is_local(uri):
+        return None
+    root, target = (os.path.realpath(paths.filesystem(location)[1]) for location in (source.path, uri))
+    if os.path.commonpath([root, target]) != root:
+        return RejectReason.LINK_OUTSIDE_SOURCE, f"leads to {tar_members.shown(target)}"
+    if os.path.exists(target) and not os.path.isfile(target):  # reading a pipe would block forever
+        is_archive = source.layout != "folder"
+        return (RejectReason.DAMAGED_ARCHIVE if is_archive else RejectReason.UNREADABLE), "not a regular file"
+    return None
+
+
+def _read_file(uri: str, path: str, max_bytes: int, passed_over: Counter[str]) -> Iterator[SourceItem]:
     label = posixpath.dirname(path) or None
-    if paths.is_local(uri):
-        root, target = (os.path.realpath(paths.filesystem(location)[1]) for location in (source.path, uri))
-        if os.path.commonpath([root, target]) != root:
-            problem = (RejectReason.LINK_OUTSIDE_SOURCE, f"leads to {_shown(target)}")
-            return SourceItem(uri, 0, 0, None, label, problem)
-        if os.path.exists(target) and not os.path.isfile(target):  # reading a pipe would block forever
-            return SourceItem(uri, 0, 0, None, label, (RejectReason.UNREADABLE, "not a regular file"))
-    try:
-        with paths.open_read(uri) as file:
-            size = file.seek(0, os.SEEK_END)
-            if size > max_bytes:
-                return SourceItem(uri, 0, size, None, label, _too_many_bytes(size, max_bytes))
-            file.seek(0)
-            data = file.read(size)
-    except OSError as error:
-        return SourceItem(uri, 0, 0, None, label, (RejectReason.UNREADABLE, f"{type(error).__name__}: {error}"))
-    return SourceItem(uri, 0, len(data), data, label)
+    with paths.RetryingFile(uri) as file:
+        if listing.extension(path) not in listing.IMAGE_EXTENSIONS:
+            if not begins_like_an_image(file.read(tar_members.START_BYTES)):
+                passed_over[listing.kind_of(path)] += 1
+                return
+        size = file.seek(0, os.SEEK_END)
+        if size > max_bytes:
+            yield SourceItem(uri, 0, size, None, label, _too_many_bytes(size, max_bytes))
+            return
+        file.seek(0)
+        data = file.read(size)
+    yield SourceItem(uri, 0, len(data), data, label)
 
 
 def _too_many_bytes(size: int, max_bytes: int) -> tuple[RejectReason, str]:
     return RejectReason.TOO_MANY_BYTES, f"{size} bytes; max_bytes is {max_bytes}"
 
 
-def _shown(name: str) -> str:
-    """An untrusted name for a message: quoted, special characters escaped, cut where it is long."""
-    return repr(name[:_MAX_SHOWN]) + ("..." if len(name) > _MAX_SHOWN else "")
-
-
-def _read_tar(uri: str, max_bytes: int) -> Iterator[SourceItem]:
-    """The images of a plain tar, with the label of the sample's `.cls` or `.json` (`label`, `cls` or `class`).
-
-    Only regular files are read: images and sidecars, by the extension of their name. Nothing is unpacked to disk.
-    """
-    with paths.open_read(uri) as file:
-        headers = _HeaderReader(file)
+def _read_tar(uri: str, max_bytes: int, passed_over: Counter[str]) -> Iterator[SourceItem]:
+    """The images of a plain tar; see tar_members.py."""
+    with paths.RetryingFile(uri) as file:
         try:
-            # "r:" refuses compressed tars, whose members cannot be read by offset later.
-            with tarfile.open(fileobj=headers, mode="r:") as archive:  # type: ignore[call-overload]  # read, seek, tell suffice
-                yield from _read_samples(archive, headers, uri, max_bytes)
-        # Python's reader documents TarError only. The other errors arise from invalid numbers, from a header that ends
-        # within its list of holes, and from deeply nested headers.
-        except (tarfile.TarError, ValueError, IndexError, RecursionError) as error:
-            reason = "headers of headers" if isinstance(error, RecursionError) else error
+            for image in tar_members.read_images(cast(BinaryIO, file), passed_over, max_bytes=max_bytes):
+                problem = None
+                if image.is_sparse:
+                    shown = tar_members.shown(image.name)
+                    problem = (RejectReason.UNREADABLE, f"{shown} is stored sparse, so its bytes are not in one piece")
+                elif image.data is None:
+                    problem = _too_many_bytes(image.length, max_bytes)
+                yield SourceItem(uri, image.offset, image.length, image.data, image.label, problem)
+        except tarfile.TarError as error:
             remedy = "Write it again, uncompressed, or remove it from the source."
-            raise DamagedFileError(f"{uri}: not a readable plain tar: {reason}. {remedy}") from None
-        except OSError as error:
-            raise InputError(f"{uri}: cannot be read ({error}). Repair its disk or server, and start again.") from None
-
-
-@final
-class _HeaderReader:
-    """The view of a tar for Python's reader: headers only, and only as many bytes as one member needs.
-
-    Python's reader requests as many bytes as a header states, so requests and positions are checked.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.end = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        self._left = MAX_HEADER_BYTES
-
-    def next_member(self) -> None:
-        """Resets the count of header bytes for the next member."""
-        self._left = MAX_HEADER_BYTES
-
-    def read(self, size: int) -> bytes:
-        self._left -= size
-        if size < 0 or self._left < 0:
-            raise tarfile.ReadError(f"headers of more than {MAX_HEADER_BYTES} bytes before byte {self.file.tell()}")
-        data = self.file.read(size)
-        if _MANY_DIGITS.search(data):
-            raise tarfile.ReadError(f"a header with a number of more than {MAX_DIGITS} digits")
-        return data
-
-    def seek(self, position: int) -> int:
-        if not 0 <= position <= self.end:
-            raise tarfile.ReadError(f"the next header would be at byte {position}; the tar has {self.end}")
-        return self.file.seek(position)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-
-def _read_samples(archive: tarfile.TarFile, headers: _HeaderReader, uri: str, max_bytes: int) -> Iterator[SourceItem]:
-    file, end = headers.file, headers.end
-    images: list[tarfile.TarInfo] = []
-    label: str | None = None
-    key: str | None = None
-    while (member := archive.next()) is not None:
-        # Otherwise every member and every global header would stay in memory.
-        archive.members.clear()  # type: ignore[attr-defined]  # as webdataset does
-        archive.pax_headers.clear()  # type: ignore[attr-defined]  # typeshed leaves it out
-        headers.next_member()
-        if not 0 <= member.size <= end and not member.issparse():  # a negative size would make the reader loop forever
-            raise tarfile.ReadError(f"member {_shown(member.name)} has {member.size} bytes, the tar {end}")
-        if not member.isfile():
-            continue
-        folder, _, name = member.name.rpartition("/")
-        stem, _, extension = name.partition(".")
-        if (sample := f"{folder}/{stem}") != key or len(images) >= MAX_IMAGES_IN_SAMPLE:
-            yield from _items_in_tar(images, file, uri, label, max_bytes)
-            images, label, key = [], None, sample
-        extension = extension.lower()
-        if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            images.append(member)
-        elif extension in ("cls", "json") and member.size <= MAX_SIDECAR_BYTES and not member.issparse():
-            data = _read_member(member, file)
-            text = data.decode(errors="replace").strip() if extension == "cls" else _label_in_json(data)
-            label = label if text is None or len(text) > MAX_LABEL_CHARACTERS else text
-    # A tar ends in two zero blocks; Python's reader also ends at the first cut or damaged header.
-    file.seek(archive.offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"neither a header nor the end mark at byte {archive.offset}; members are missing")
-    yield from _items_in_tar(images, file, uri, label, max_bytes)
-
-
-def _items_in_tar(
-    members: list[tarfile.TarInfo], file: BinaryIO, uri: str, label: str | None, max_bytes: int
-) -> Iterator[SourceItem]:
-    for member in members:
-        if member.issparse():
-            shown = _shown(member.name)
-            problem = (RejectReason.UNREADABLE, f"{shown} is stored sparse, so its bytes are not in one piece")
-            yield SourceItem(uri, member.offset_data, 0, None, label, problem)
-        elif member.size > max_bytes:
-            problem = _too_many_bytes(member.size, max_bytes)
-            yield SourceItem(uri, member.offset_data, member.size, None, label, problem)
-        else:
-            yield SourceItem(uri, member.offset_data, member.size, _read_member(member, file), label)
-
-
-def _read_member(member: tarfile.TarInfo, file: BinaryIO) -> bytes:
-    position = file.tell()
-    file.seek(member.offset_data)
-    data = file.read(member.size)
-    file.seek(position)
-    if len(data) != member.size:
-        raise tarfile.ReadError(f"member {_shown(member.name)} has {len(data)} of {member.size} bytes")
-    return data
-
-
-def _label_in_json(data: bytes) -> str | None:
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        return None  # an invalid sidecar gives no label; the image is kept
-    if isinstance(values, dict):
-        for name in ("label", "cls", "class"):
-            if isinstance(values.get(name), str | int):
-                return str(values[name]).encode(errors="replace").decode()  # JSON may contain lone surrogates
-    return None
+            raise DamagedFileError(f"{uri}: not a readable plain tar: {error}. {remedy}") from None
 
 
 def _read_parquet(uri: str, image_column: str, label_column: str | None) -> Iterator[SourceItem]:
@@ -417,11 +372,6 @@ def _leaf(table: pa.Table, column: str) -> pa.ChunkedArray:
     for name in rest:
         array = array.field(name)
     return array
-
-
-def _extension(path: str) -> str:
-    _, dot, extension = path.rpartition("/")[2].rpartition(".")
-    return extension.lower() if dot else ""
 
 
 class ReferenceReader:

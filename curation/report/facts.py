@@ -223,6 +223,12 @@ def rejects(run: FinishedRun, num_examples: int) -> list[Rejects]:
     return [Rejects(reason, count, examples[reason]) for reason, count in ordered]
 
 
+def passed_over(run: FinishedRun) -> dict[str, dict[str, int]]:
+    """The files and members without an image, by source and kind; ingest publishes them where there are any."""
+    counts: dict[str, dict[str, int]] = run.manifests["ingest"].facts.get("passed_over", {})
+    return counts
+
+
 # Retrieval by seed dataset
 
 

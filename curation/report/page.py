@@ -22,6 +22,7 @@ from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError
 from curation.files import paths
 from curation.files.hashes import hash_json, sha256_of_file
+from curation.images import listing
 from curation.report import facts, markup
 from curation.report.facts import (
     OTHER,
@@ -180,7 +181,7 @@ def _write(choice: Choice, config: ReportConfig, finished: FinishedRun, fingerpr
     thumbnails = facts.read_thumbnails(finished, choice.image_ids(finished), THUMBNAIL_SIDE, MAX_THUMBNAIL_BYTES)
     parts = [
         ("funnel", "Funnel", _funnel(finished)),
-        ("rejects", "Rejected files", _rejects(finished)),
+        ("rejects", "Rejected files", join(_rejects(finished), _passed_over(finished))),
         ("datasets", "Retrieval by seed dataset", _datasets(choice, config)),
         ("gallery", "Seeds and their retrieved images", _gallery(choice, finished, thumbnails)),
         ("copies", "Components of copies", _copies(choice, finished, thumbnails)),
@@ -275,6 +276,17 @@ def _rejects(finished: FinishedRun) -> Markup:
         markup.table(("reason", "", "files", "of all"), counts, numbers=frozenset({2, 3})),
         tag("h3", f"The first {REJECTS_PER_REASON} files of each reason"),
         markup.table(("reason", "source", "file", "detail"), examples),
+    )
+
+
+def _passed_over(finished: FinishedRun) -> Markup:
+    rows = [(quoted(source), listing.in_words(counts)) for source, counts in facts.passed_over(finished).items()]
+    if not rows:
+        return join()
+    return join(
+        tag("h3", "Passed over"),
+        tag("p", "Files and members of tars that are no images, by the ending of their name.", class_="caption"),
+        markup.table(("source", "files"), rows),
     )
 
 

@@ -240,7 +240,7 @@ def _ingested(config: SplitConfig, cache: str, runner: Runner) -> str:
     # A labelled image of any size counts.
     limits = ImageLimits(min_side=1)
     settings = IngestConfig(sources=(source,), limits=limits, max_reject_fraction=config.max_reject_fraction)
-    listing = sources.listing_hash(sources.list_files(source))
+    listing = sources.listing_hash(sources.list_source(source).files)
     name = hash_json([settings.model_dump(mode="json"), listing])[:32]
     folder = paths.join(cache, "ingest", name)
     with first_rank_first():

@@ -110,7 +110,7 @@ def count_images(config: CurateConfig) -> tuple[dict[str, int], float]:
     for source in config.ingest.sources:
         if source.name in counts or not paths.is_local(source.path) or not paths.exists(source.path):
             continue
-        files = sources.list_files(source)
+        files = sources.list_source(source).files
         source_bytes = sum(file.size for file in files)
         if source.layout == "folder":
             counts[source.name] = len(files)

@@ -24,7 +24,7 @@ from curation import ingest
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError, RejectBudgetError
 from curation.files import parquet, paths, schemas
-from curation.images import sources
+from curation.images import sources, tar_members
 from curation.images.decode import ImageLimits, RejectReason
 from curation.images.hashing import image_id
 from curation.images.sources import Layout, SourceConfig
@@ -100,7 +100,7 @@ def run_ingest(
     )
     assert {row["reason"] for row in rejected} <= {str(reason) for reason in RejectReason}
     counts = len(accepted) + len(rejected), len(accepted), len(rejected)
-    assert manifest.totals == dict(zip(("images", "accepted", "rejected"), counts, strict=True))
+    assert [manifest.totals[name] for name in ("images", "accepted", "rejected")] == list(counts)
     results: dict[str, tuple[Rows, Rows]] = {name: ([], []) for name in (*archives, "good")}
     for kind, rows in enumerate((accepted, rejected)):
         for row in rows:
@@ -265,14 +265,17 @@ def test_mutated_headers_are_read_or_refused(tmp_path: Path) -> None:
 
 
 def test_a_sample_of_too_many_images_is_read_in_parts(tmp_path: Path) -> None:
-    count = sources.MAX_IMAGES_IN_SAMPLE + 2
+    count = tar_members.MAX_IMAGES_IN_SAMPLE + 2
     path = tmp_path / "many.tar"
-    empty = raw_header("same.png", 0)
-    path.write_bytes(empty * count + tar_of([member("same.cls", b"7")]))
     source = SourceConfig(name="hostile", path=str(path), role="pool", layout="webdataset")
+    path.write_bytes(raw_header("same.png", 0) * count + END)
     items = list(sources.read_source(source, ("",), max_bytes=10))
-    assert [item.label for item in items] == [None] * (count - 2) + ["7"] * 2
-    assert all(item.data == b"" for item in items)
+    assert [item.data for item in items] == [b""] * count
+    # The first part was given without this label.
+    path.write_bytes(raw_header("same.png", 0) * count + tar_of([member("same.cls", b"7")]))
+    *given, last = sources.read_source(source, ("",), max_bytes=10)
+    assert [item.label for item in given] == [None] * (count - 2)
+    assert last.problem is not None and last.problem[0] == RejectReason.DAMAGED_ARCHIVE
 
 
 def test_damaged_archives_have_their_own_budget(tmp_path: Path) -> None:

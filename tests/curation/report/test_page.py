@@ -173,6 +173,8 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> str:
     near = [write_image(root / f"pool/copies/{number}.png", RED, size=40 - number) for number in range(3)]
     (root / "pool/empty.jpg").touch()
     (root / "pool/text.jpg").write_text("<html><script>alert(1)</script>")
+    for name in ("notes.txt", "more.txt", "x.<b>", "Thumbs.db"):
+        (root / "pool" / name).write_text("no image")
     pool = root / "pool"
     pairs = [
         (near[0], near[1], 0.9),
@@ -260,6 +262,11 @@ def test_rejects_are_listed_by_reason(example: str) -> None:
     assert [(reject.reason, reject.count) for reject in rejects] == [("empty", 1), ("not_an_image", 1)]
     assert rejects[1].examples[0]["uri"].endswith("pool/text.jpg")
     assert "text.jpg" in read_page(example).text
+
+
+def test_files_that_are_no_images_are_counted_by_kind(example: str) -> None:
+    assert facts.passed_over(facts.read_run(example, CONCEPTS)) == {"pool": {".txt": 2, "other": 1, "system files": 1}}
+    assert "2 .txt, 1 other, 1 system files" in read_page(example).text
 
 
 def test_share_with_the_same_concept_agrees_with_brute_force(example: str) -> None:
