@@ -124,6 +124,12 @@ class FailingFile:
         self._file, self._errors = file, errors
         self.seek, self.tell, self.close = file.seek, file.tell, file.close
 
+    def __enter__(self) -> "FailingFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def read(self, size: int = -1) -> bytes:
         if self._errors:
             raise self._errors.pop()
