@@ -5,7 +5,8 @@ Ingest lists it once and writes a reference (uri, offset, length) for each image
 so original bytes are not copied before the corpus is packed.
 
 Archives are untrusted input. They are not unpacked to disk, names of members are never used as paths, and sizes in
-headers are checked. A tar of links, devices and bombs costs bounded time and memory and one reject.
+headers are checked. A tar of links, devices and bombs costs bounded time and memory and one reject. Everything in a
+source is an image, a reject, or counted (listing.py for files, tar_members.py for members).
 """
 
 import os
@@ -151,9 +152,8 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
 
 def _single_file(source: SourceConfig, root: str, size: int) -> SourceFile:
     if listing.extension(root) != _ARCHIVE_EXTENSION.get(source.layout):
-        expected = (
-            "a folder" if source.layout == "folder" else f"a folder or a .{_ARCHIVE_EXTENSION[source.layout]} file"
-        )
+        ending = _ARCHIVE_EXTENSION.get(source.layout)
+        expected = f"a folder or a .{ending} file" if ending else "a folder"
         raise InputError(
             f"source '{source.name}': '{source.path}' is a file; layout '{source.layout}' needs {expected}."
         )
@@ -236,8 +236,9 @@ def _location_problem(source: SourceConfig, uri: str) -> tuple[RejectReason, str
     if os.path.commonpath([root, target]) != root:
         return RejectReason.LINK_OUTSIDE_SOURCE, f"leads to {tar_members.shown(target)}"
     if os.path.exists(target) and not os.path.isfile(target):  # reading a pipe would block forever
-        is_archive = source.layout != "folder"
-        return (RejectReason.DAMAGED_ARCHIVE if is_archive else RejectReason.UNREADABLE), "not a regular file"
+        if source.layout == "folder":
+            return RejectReason.UNREADABLE, "not a regular file"
+        return RejectReason.DAMAGED_ARCHIVE, f"{uri}: not a regular file"
     return None
 
 

@@ -200,7 +200,7 @@ def test_an_archive_is_no_pipe_and_no_link_out_of_the_source(tmp_path: Path, lay
     os.mkfifo(tmp_path / f"in/d.{ending}")
     (link, pipe), _ = read(source(tmp_path / "in", layout))
     assert link.problem is not None and link.problem[0] == RejectReason.LINK_OUTSIDE_SOURCE
-    assert pipe.problem == (RejectReason.DAMAGED_ARCHIVE, "not a regular file")
+    assert pipe.problem == (RejectReason.DAMAGED_ARCHIVE, f"{tmp_path}/in/d.{ending}: not a regular file")
     os.mkfifo(tmp_path / f"alone.{ending}")
     with pytest.raises(InputError, match=r"neither a file nor a folder"):
         sources.list_files(source(tmp_path / f"alone.{ending}", layout))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from curation.images import sources
+from curation.images import sources, tar_members
 from curation.images.decode import RejectReason
 from curation.images.sources import SourceConfig
 from tests.curation.images.tars import member, tar_of
@@ -56,6 +56,14 @@ def test_other_data_behind_the_end_mark_is_damage_with_its_position(tmp_path: Pa
     assert damage is not None and f"at byte {len(FIRST)}" in damage
     labels, _, damage = read(tmp_path / "a.tar", FIRST + SECOND[:700])
     assert labels == [(b"a.png", "1")] and damage is not None
+
+
+def test_zeros_behind_the_end_mark_are_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_members, "MAX_ZEROS_BEHIND_END", 2 << 20)  # instead of 1 GiB
+    labels, _, damage = read(tmp_path / "a.tar", FIRST + bytes(1 << 20))
+    assert labels == [(b"a.png", "1")] and damage is None
+    labels, _, damage = read(tmp_path / "a.tar", FIRST + bytes(4 << 20))
+    assert labels == [(b"a.png", "1")] and damage is not None and "zeros behind the end mark" in damage
 
 
 @pytest.mark.parametrize(
