@@ -11,15 +11,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from curation import ingest
+from curation.engine.runner import Shard
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason, decode
 from curation.images.hashing import perceptual_hash
 from curation.images.sandbox import ImageFacts, ImageSandbox
+from curation.images.sources import SourceConfig
 
 LIMITS = ImageLimits()
 
@@ -154,6 +158,30 @@ def is_running(process_id: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_worker_that_ends_leaves_neither_a_process_nor_a_zombie(tmp_path: Path) -> None:
+    (tmp_path / "one.png").write_bytes(SMALL)
+    source = SourceConfig(name="pool", path=str(tmp_path), role="pool")
+    worker = ingest.make_worker(LIMITS, str(tmp_path / "out"))
+    before = children()
+    assert worker(Shard("00000", (source, ("one.png",)))).totals["accepted"] == 1
+    (process_id,) = children() - before
+    del worker
+    deadline = time.monotonic() + 10
+    while process_id in children() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process_id not in children()
+
+
+def children() -> set[int]:
+    """The processes that this process started and has not waited for, zombies included."""
+    numbers = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                numbers.add(int(path.parent.name))
+    return numbers
 
 
 def run_script(script: str) -> subprocess.CompletedProcess[str]:
