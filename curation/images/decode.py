@@ -367,16 +367,15 @@ def _decode(data: bytes, limits: ImageLimits, target_side: int | None) -> _Decod
         conversion = conversion_to_srgb(profile) if isinstance(profile, bytes) else None
         divisor = 1
         if header.format == "JPEG" and _scalable_size(data) == image.size:
-            if target_side is not None:
-                divisor = next(by for by in (8, 4, 2, 1) if by == 1 or min(image.size) >= by * target_side)
+            target = target_side or min(image.size)
+            divisor = next(by for by in (8, 4, 2, 1) if by == 1 or min(image.size) >= by * target)
             if image.mode in ("L", "RGB"):
                 scaled = _decode_scaled(data, -(-header.width // divisor), -(-header.height // divisor))
                 if scaled is not None:
                     if conversion is not None:
                         scaled = np.array(convert(Image.fromarray(scaled), conversion))
                     return _Decoded(header, scaled, _orientation(image.getexif), divisor)
-            if target_side is not None:
-                image.draft(None, (target_side, target_side))  # Pillow scales by the same rule
+            image.draft(None, (target, target))  # Pillow scales by the same rule
         raw_mode, box = _raw_mode(image), _first_frame_box(image, data)
         _scale_transparent_color(image)
         image.load()

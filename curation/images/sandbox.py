@@ -149,12 +149,13 @@ def serve() -> None:
         os.lseek(2, 0, os.SEEK_SET)
         os.ftruncate(2, 0)
         signal.setitimer(signal.ITIMER_PROF, limits.decode_timeout_seconds)
-        reply = _reply(data, limits)
+        answer = reply(data, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _send(channel, reply)
+        _send(channel, answer)
 
 
-def _reply(data: bytes, limits: ImageLimits) -> bytes:
+def reply(data: bytes, limits: ImageLimits) -> bytes:
+    """The facts of an image, or the reason of its rejection, as JSON. This part runs in the decoding process."""
     try:
         header, image = decode(data, limits)
         return json.dumps({**asdict(header), "phash": perceptual_hash(image)}).encode()

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from PIL import Image
 
 from curation import ingest
 from curation.engine.runner import Shard
-from curation.images.decode import ImageLimits, ImageRejected, RejectReason, decode
+from curation.images import decode as decode_module
+from curation.images import sandbox as sandbox_module
+from curation.images.decode import ImageLimits, ImageRejected, RejectReason, decode, decode_picture
 from curation.images.hashing import perceptual_hash
 from curation.images.sandbox import ImageFacts, ImageSandbox
 from curation.images.sources import SourceConfig
@@ -57,6 +60,29 @@ def test_facts_equal_those_of_decoding_in_this_process(sandbox: ImageSandbox) ->
         header, image = decode(data, LIMITS)
         expected = (header.width, header.height, header.format, header.mode, header.num_frames, perceptual_hash(image))
         assert sandbox.probe(data) == ImageFacts(*expected)
+
+
+@pytest.mark.parametrize(("image_format", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB")])
+def test_the_decoding_process_runs_the_code_of_later_stages(image_format: str, mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(SMALL)).convert("L").convert(mode).save(buffer, image_format)
+
+    def functions_called(decode_it: Callable[[], object]) -> set[str]:
+        names: set[str] = set()
+
+        def note(frame: FrameType, event: str, argument: object) -> None:
+            if frame.f_code.co_filename == decode_module.__file__:
+                names.add(frame.f_code.co_name)
+
+        sys.setprofile(note)
+        try:
+            decode_it()
+        finally:
+            sys.setprofile(None)
+        return names
+
+    later = functions_called(lambda: decode_picture(buffer.getvalue(), LIMITS, target_side=40))
+    assert later - {"decode_picture"} <= functions_called(lambda: sandbox_module.reply(buffer.getvalue(), LIMITS))
 
 
 def test_rejections_equal_those_of_decoding_in_this_process(sandbox: ImageSandbox) -> None:
