@@ -142,6 +142,9 @@ _LOW_BYTE_OF = {
     for order, other in _OTHER_ORDER.items()
 }
 
+# Rows of an image that are scaled at once. Assumed.
+_ROWS_OF_STRIP = 256
+
 # Tags of TIFF 6.0.
 _SUBFILE_TYPE, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _SAMPLE_FORMAT = 254, 258, 259, 262, 277, 284, 339
 _WHITE_IS_ZERO, _SEPARATE_PLANES, _UNSIGNED, _SIGNED = 0, 2, 1, 2
@@ -380,7 +383,9 @@ def _decode(data: bytes, limits: ImageLimits, target_side: int | None) -> _Decod
         _scale_transparent_color(image)
         image.load()
         orientation = _orientation(image.getexif)
-        rgb = _to_rgb(_highest_bits(image, data, raw_mode) if raw_mode in _LOW_BYTE_OF else image, conversion)
+        if raw_mode in _LOW_BYTE_OF:
+            _scale_dark_colors(image, data, raw_mode)
+        rgb = _to_rgb(image, conversion)
         if box != (0, 0, *rgb.size):
             canvas = Image.new("RGB", rgb.size, "white")
             canvas.paste(rgb.crop(box), box[:2])
@@ -565,25 +570,25 @@ def _excess_bits(largest: int) -> int:
     return next(bits for bits in (0, 2, 4, 6, 8) if largest < 1 << (8 + bits))
 
 
-def _highest_bits(image: ImageFile.ImageFile, data: bytes, raw_mode: str) -> Image.Image:
-    """An image of 16 bits a colour whose high bytes Pillow decoded, as the highest 8 bits of its range."""
+def _scale_dark_colors(image: ImageFile.ImageFile, data: bytes, raw_mode: str) -> None:
+    """Replaces the colours of 16 bits, whose high bytes Pillow decoded, by the highest 8 bits of their range.
+
+    Works in place and by strips: the image in memory twice would exceed the limit at 50 megapixels.
+    """
     largest = max(high for _, high in _extrema(image)[:3])
     excess = _excess_bits(largest << 8)
-    scaled: Image.Image = image
-    if excess < 8:
-        low = Image.open(io.BytesIO(data), formats=[cast(str, image.format)])
-        low.tile = [tile._replace(args=_with_raw_mode(tile.args, _LOW_BYTE_OF[raw_mode])) for tile in low.tile]
-        low.load()
-        bands = [image.getchannel(band) for band in range(len(image.mode))]
-        for band in range(3):
-            values = np.asarray(bands[band]) << (8 - excess) | np.asarray(low.getchannel(band)) >> excess
-            bands[band] = Image.fromarray(values)
-        del low
-        scaled = Image.merge(image.mode, bands)
-        scaled.info = dict(image.info)
-    if "transparency" in scaled.info:
-        scaled.info["transparency"] = tuple(channel >> excess for channel in scaled.info["transparency"])
-    return scaled
+    if "transparency" in image.info:
+        image.info["transparency"] = tuple(channel >> excess for channel in image.info["transparency"])
+    if excess == 8:
+        return
+    low = Image.open(io.BytesIO(data), formats=[cast(str, image.format)])
+    low.tile = [tile._replace(args=_with_raw_mode(tile.args, _LOW_BYTE_OF[raw_mode])) for tile in low.tile]
+    low.load()
+    for top in range(0, image.height, _ROWS_OF_STRIP):
+        box = (0, top, image.width, min(top + _ROWS_OF_STRIP, image.height))
+        values, low_values = np.array(image.crop(box)), np.asarray(low.crop(box))
+        values[..., :3] = (values[..., :3] << (8 - excess)) | (low_values[..., :3] >> excess)
+        image.paste(Image.fromarray(values), box)
 
 
 def _with_raw_mode(arguments: tuple[Any, ...] | str | None, raw_mode: str) -> tuple[Any, ...] | str:
