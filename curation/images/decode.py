@@ -451,8 +451,8 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
     if num_pages > 1:
         detail = f"TIFF of {num_pages} pages, of which only the first would be decoded; write each page to its own file"
         raise ImageRejected(RejectReason.SEVERAL_PAGES, detail)
-    separate = image.tag_v2.get(_PLANAR) == _SEPARATE_PLANES and len(image.mode) > 1
-    if separate and not image.use_load_libtiff and max(image.tag_v2.get(_BITS, (1,))) > 8:
+    separate = image.tag_v2.get(_PLANAR) == _SEPARATE_PLANES and not image.use_load_libtiff
+    if separate and not set(image.tag_v2.get(_BITS, (1,))) <= {1, 8}:
         _reject_pixels(image.tag_v2)  # Pillow reads such planes as if they had 8 bits
 
 

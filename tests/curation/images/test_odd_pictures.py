@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -109,6 +110,7 @@ def test_signed_integers_of_8_bits_do_not_wrap() -> None:
         (tiff(tiff_page(np.zeros((20, 20), np.uint16), 0), order=">"), "PhotometricInterpretation 0"),
         (tiff(tiff_page(np.zeros((20, 20), np.uint8), 1, t259=33_005)), "Compression 33005"),
         (tiff(tiff_page(np.zeros((20, 20, 3), np.uint16), 2, planar=2)), "PlanarConfiguration 2"),
+        (tiff(tiff_page(np.zeros((20, 20, 1), np.uint16), 1, planar=2)), "PlanarConfiguration 2"),
     ],
 )
 def test_a_tiff_of_other_pixels_is_a_named_reject(data: bytes, words: str) -> None:
@@ -258,6 +260,13 @@ def test_adobe_rgb_is_converted_and_srgb_and_useless_profiles_change_nothing() -
     for size, equal in ((MAX_PROFILE_BYTES - len(P3), False), (MAX_PROFILE_BYTES - len(P3) + 1, True)):
         padded = encoded(picture(), "TIFF", icc_profile=rgb_profile(P3_PRIMARIES, size=size))
         assert np.array_equal(pixels(decode_rgb(padded, LIMITS)), plain) == equal
+
+
+def test_colours_are_converted_to_the_same_pixels_in_any_thread() -> None:
+    data = [encoded(picture(90, 80, seed), "JPEG", icc_profile=P3) for seed in range(4)]
+    expected = [decode_rgb(encoded_jpeg, LIMITS).tobytes() for encoded_jpeg in data] * 16
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda jpeg: decode_rgb(jpeg, LIMITS).tobytes(), data * 16)) == expected
 
 
 def test_a_bomb_of_a_profile_is_rejected() -> None:
