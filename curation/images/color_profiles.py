@@ -1,11 +1,11 @@
-"""ICC profiles of images: whose colours become sRGB. LittleCMS, which Pillow carries, reads and applies them.
+"""The ICC profiles of images: conversion of their colours to sRGB. LittleCMS, which Pillow carries, applies them.
 
     embedded profile                                    colours
     none, sRGB and its close variants                   unchanged
     another RGB space: Display P3, Adobe RGB, ...       converted to sRGB at 8 bits, by perceptual intent
     above MAX_PROFILE_BYTES, or unreadable              unchanged: the profile counts as absent
 
-The two 8-bit ends are clipped: a colour that sRGB lacks becomes the nearest value per channel. A profile is untrusted
+Colours that sRGB lacks are clipped, channel by channel. A profile is untrusted
 input: ingest applies it in its decoding process before a later stage does.
 """
 
