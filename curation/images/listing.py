@@ -29,7 +29,7 @@ from curation.files import paths
 
 # Endings of the names of images; the format is then determined by the bytes.
 IMAGE_EXTENSIONS = frozenset(
-    {"bmp", "gif", "jfif", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"}
+    {"avif", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"}
 )
 # Endings of files that are no images of pixels, are incomplete, or are raw data of cameras, of which only a small
 # preview could be decoded.

@@ -10,7 +10,10 @@ An image is rejected for a crash, for memory or for a timeout only if a fresh pr
 on an image does not depend on earlier images, nor on a pause of the whole machine.
 
 The process is started by its own command line, not by multiprocessing: it inherits no locks, threads or libraries and
-never imports the caller's main module. It ends with its parent, because its socket is then closed.
+never imports the caller's main module. It ends with its parent, because its socket is then closed. It is killed and
+waited for when its `ImageSandbox` is closed or deleted, so that no zombie is left of it.
+
+It decodes as later stages do (`decode.py`), by the same two libraries; only the scaling of JPEGs is left to the stages.
 """
 
 import json
@@ -22,6 +25,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import weakref
 from dataclasses import asdict
 from types import TracebackType
 from typing import IO, NamedTuple, Self, final
@@ -63,11 +67,12 @@ class _DecodingProcess(NamedTuple):
 
 @final
 class ImageSandbox:
-    """Decodes untrusted images in a separate process, one at a time. A context manager; else call `close`."""
+    """Decodes untrusted images in a separate process, one at a time. A context manager; `close` is optional."""
 
     def __init__(self, limits: ImageLimits) -> None:
         self._limits = limits
         self._decoder: _DecodingProcess | None = None
+        self._finalizer: weakref.finalize[..., ImageSandbox] | None = None
 
     def probe(self, data: bytes) -> ImageFacts:
         """The facts of an encoded image, from one full decode. Raises ImageRejected."""
@@ -87,9 +92,9 @@ class ImageSandbox:
 
     def close(self) -> None:
         """Ends the decoding process. The next `probe` starts another."""
-        if self._decoder is not None:
-            _end(self._decoder)
-            self._decoder = None
+        if self._finalizer is not None:
+            self._finalizer()
+        self._decoder = self._finalizer = None
 
     def __enter__(self) -> Self:
         return self
@@ -102,6 +107,8 @@ class ImageSandbox:
     def _request(self, data: bytes) -> ImageFacts:
         if self._decoder is None:
             self._decoder = _start(self._limits)
+            # A worker's sandbox is deleted, not closed.
+            self._finalizer = weakref.finalize(self, _end, self._decoder)
         decoder = self._decoder
         wall_seconds = self._limits.decode_timeout_seconds * WALL_SECONDS_PER_PROCESSOR_SECOND
         decoder.channel.settimeout(wall_seconds)
@@ -112,7 +119,9 @@ class ImageSandbox:
             self.close()
             raise ImageRejected(RejectReason.DECODER_TIMEOUT, f"no answer after {wall_seconds:g} s") from None
         except (ConnectionError, EOFError):
-            self._decoder = None
+            assert self._finalizer is not None
+            self._finalizer.detach()
+            self._decoder = self._finalizer = None
             raise _rejection_of_death(decoder, self._limits) from None
         except BaseException:
             self.close()  # an unread reply must not be mistaken for that of the next image
@@ -140,12 +149,13 @@ def serve() -> None:
         os.lseek(2, 0, os.SEEK_SET)
         os.ftruncate(2, 0)
         signal.setitimer(signal.ITIMER_PROF, limits.decode_timeout_seconds)
-        reply = _reply(data, limits)
+        answer = reply(data, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _send(channel, reply)
+        _send(channel, answer)
 
 
-def _reply(data: bytes, limits: ImageLimits) -> bytes:
+def reply(data: bytes, limits: ImageLimits) -> bytes:
+    """The facts of an image, or the reason of its rejection, as JSON. This part runs in the decoding process."""
     try:
         header, image = decode(data, limits)
         return json.dumps({**asdict(header), "phash": perceptual_hash(image)}).encode()

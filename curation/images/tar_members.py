@@ -43,7 +43,7 @@ MAX_IMAGES_IN_SAMPLE = 10_000
 # Zeros behind the end mark of a tar. Assumed: writers pad to 10 kB, a few to 1 MB, and a second reads more than this.
 MAX_ZEROS_BEHIND_END = 1 << 30
 # The first bytes of a member that are enough to recognise an image.
-START_BYTES = 32
+START_BYTES = 132
 # Characters of an untrusted name in a message.
 _MAX_SHOWN = 200
 _MANY_DIGITS = re.compile(rb"\d{%d}" % (MAX_DIGITS + 1))

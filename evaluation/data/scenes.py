@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from pydantic import Field
 from torch import Tensor
 
@@ -243,10 +243,12 @@ def _require_same(pair: Pair, image_size: tuple[int, int], mask_size: tuple[int,
 
 def read_mask(path: str, lookup: np.ndarray) -> Tensor:
     """The classes (H, W) uint8 of a mask, by `lookup` (256,). Raises InputError that names the file."""
-    picture = _loaded(path)
+    data = read_bytes(path)
+    scale = _scale_of_greys(_open_picture(path, data))
+    picture = _open_picture(path, data, load=True)
     if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         raise InputError(f"{path}: a mask has one class a pixel; this image has mode {picture.mode}.")
-    values = np.asarray(picture).astype(np.int64)
+    values = np.asarray(picture).astype(np.int64) // scale
     known = (values >= 0) & (values < 256)
     classes = np.where(known, lookup[np.where(known, values, 0)], -1)
     if (classes < 0).any():
@@ -254,12 +256,19 @@ def read_mask(path: str, lookup: np.ndarray) -> Tensor:
     return torch.from_numpy(classes.astype(np.uint8))
 
 
+def _scale_of_greys(picture: ImageFile.ImageFile) -> int:
+    """The factor by which Pillow multiplies the values of a picture that is not loaded yet: greys of 2 and 4 bits."""
+    arguments = picture.tile[0].args if picture.tile else ""
+    raw_mode = arguments[0] if isinstance(arguments, tuple) else arguments
+    return {"L;2": 0x55, "L;4": 0x11}.get(str(raw_mode).removesuffix("R"), 1)
+
+
 def _loaded(path: str) -> Image.Image:
     """An image with its values as stored: they are classes, not colours."""
     return _open_picture(path, read_bytes(path), load=True)
 
 
-def _open_picture(path: str, data: bytes, *, load: bool = False) -> Image.Image:
+def _open_picture(path: str, data: bytes, *, load: bool = False) -> ImageFile.ImageFile:
     try:
         picture = Image.open(io.BytesIO(data), formats=("PNG", "BMP", "TIFF", "GIF"))
         if load:

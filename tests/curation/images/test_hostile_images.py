@@ -19,12 +19,14 @@ from PIL import Image
 
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.sandbox import ImageSandbox
+from tests.curation.images.odd_files import P3_PRIMARIES, animated_webp, rgb_profile, tiff, tiff_page
 from tests.curation.images.test_decode import photograph, png
 
 LIMITS = ImageLimits()
 EXIF = Image.Exif()
 EXIF.update({0x0112: 6, 0x010E: "a description", 0x9286: b"ASCII\0\0\0a comment"})
 ICC = bytes(36) + b"acsp" + bytes(84) + b"\0\0\0\1desc" + bytes(200)
+P3 = rgb_profile(P3_PRIMARIES)
 # Each of these is applied to every file.
 MUTATIONS = "bits bytes cut hole repeat splice size size size blob insert wrap zeros".split()
 
@@ -67,6 +69,13 @@ def originals() -> tuple[bytes, ...]:
         encoded(image, "BMP"),
         encoded(image.convert("P"), "BMP"),
         encoded(image, "PPM"),
+        encoded(image, "AVIF", **metadata),
+        encoded(alpha, "AVIF"),
+        encoded(image, "AVIF", **frames),
+        encoded(image, "JPEG", icc_profile=P3),
+        encoded(image, "WEBP", icc_profile=P3),
+        tiff(tiff_page(np.asarray(image).astype(np.uint16) * 16, 2)),
+        animated_webp(image, encoded(image, "WEBP"), 6, 4, (100, 90)),
     )
 
 

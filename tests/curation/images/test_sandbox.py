@@ -10,16 +10,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from curation.images.decode import ImageLimits, ImageRejected, RejectReason, decode
+from curation import ingest
+from curation.engine.runner import Shard
+from curation.images import decode as decode_module
+from curation.images import sandbox as sandbox_module
+from curation.images.decode import ImageLimits, ImageRejected, RejectReason, decode, decode_picture
 from curation.images.hashing import perceptual_hash
 from curation.images.sandbox import ImageFacts, ImageSandbox
+from curation.images.sources import SourceConfig
 
 LIMITS = ImageLimits()
 
@@ -53,6 +60,29 @@ def test_facts_equal_those_of_decoding_in_this_process(sandbox: ImageSandbox) ->
         header, image = decode(data, LIMITS)
         expected = (header.width, header.height, header.format, header.mode, header.num_frames, perceptual_hash(image))
         assert sandbox.probe(data) == ImageFacts(*expected)
+
+
+@pytest.mark.parametrize(("image_format", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB")])
+def test_the_decoding_process_runs_the_code_of_later_stages(image_format: str, mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(SMALL)).convert("L").convert(mode).save(buffer, image_format)
+
+    def functions_called(decode_it: Callable[[], object]) -> set[str]:
+        names: set[str] = set()
+
+        def note(frame: FrameType, event: str, argument: object) -> None:
+            if frame.f_code.co_filename == decode_module.__file__:
+                names.add(frame.f_code.co_name)
+
+        sys.setprofile(note)
+        try:
+            decode_it()
+        finally:
+            sys.setprofile(None)
+        return names
+
+    later = functions_called(lambda: decode_picture(buffer.getvalue(), LIMITS, target_side=40))
+    assert later - {"decode_picture"} <= functions_called(lambda: sandbox_module.reply(buffer.getvalue(), LIMITS))
 
 
 def test_rejections_equal_those_of_decoding_in_this_process(sandbox: ImageSandbox) -> None:
@@ -154,6 +184,30 @@ def is_running(process_id: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_worker_that_ends_leaves_neither_a_process_nor_a_zombie(tmp_path: Path) -> None:
+    (tmp_path / "one.png").write_bytes(SMALL)
+    source = SourceConfig(name="pool", path=str(tmp_path), role="pool")
+    worker = ingest.make_worker(LIMITS, str(tmp_path / "out"))
+    before = children()
+    assert worker(Shard("00000", (source, ("one.png",)))).totals["accepted"] == 1
+    (process_id,) = children() - before
+    del worker
+    deadline = time.monotonic() + 10
+    while process_id in children() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process_id not in children()
+
+
+def children() -> set[int]:
+    """The processes that this process started and has not waited for, zombies included."""
+    numbers = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                numbers.add(int(path.parent.name))
+    return numbers
 
 
 def run_script(script: str) -> subprocess.CompletedProcess[str]:

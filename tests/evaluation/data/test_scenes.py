@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 from curation.errors import InputError
-from evaluation.data.scenes import CITYSCAPES_IDS, IGNORED, FolderData, PublishedData, Scenes, load_scenes
+from evaluation.data.scenes import CITYSCAPES_IDS, IGNORED, FolderData, PublishedData, Scenes, load_scenes, read_mask
+from tests.curation.images.odd_files import tiff, tiff_page
+from tests.curation.images.test_decode import png
 from tests.evaluation.data.scene_builders import grey, photograph, stamps, write
 
 
@@ -124,6 +126,25 @@ def test_errors_in_masks_and_folders_are_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"No folder '.*annotations/training'"):
         write(tmp_path / "images" / "training" / "x.jpg", photograph(0, (20, 20)))
         load_scenes(PublishedData(layout="ade20k", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["grey PNG", "palette PNG", "grey TIFF"])
+def test_masks_of_few_bits_keep_their_class_numbers(tmp_path: Path, depth: int, kind: str) -> None:
+    values = np.arange(1 << depth).repeat(8)[: 8 * 16][None]  # up to class 15
+    bits = np.unpackbits(values.astype(np.uint8)[..., None], axis=-1)[..., -depth:]
+    row = np.packbits(bits.reshape(1, -1), axis=1)
+    path = tmp_path / "mask"
+    width = values.shape[1]
+    match kind:
+        case "grey PNG":
+            path.write_bytes(png(width, 1, depth, 0, row.tobytes()))
+        case "palette PNG":
+            path.write_bytes(png(width, 1, depth, 3, row.tobytes(), PLTE=bytes(range(100, 100 + 3 * 16))[: 3 << depth]))
+        case "grey TIFF":
+            path.write_bytes(tiff(tiff_page(row, 1, t256=width, t258=depth)))
+    target = read_mask(str(path), np.arange(256, dtype=np.int16))
+    assert target.tolist() == values.tolist()
 
 
 def test_the_alpha_channel_of_a_stamp_is_its_mask(tmp_path: Path) -> None:
