@@ -6,8 +6,8 @@
       manifest.json                 its facts: `sources`, `limits`, `passed_over`
 
 Every image is decoded once here, in a separate process that may crash or hang. Later stages decode the same bytes with
-the same code. A link inside a source is an image of its own (an exact copy); a link that leads out of the source is
-rejected. A tar or Parquet file that cannot be read to its end is one reject. The images before the damage are kept.
+the same code, but for a step that decode.py names. A link inside a source is an image of its own (an exact copy); a
+link that leads out of the source is rejected. A tar or Parquet file that cannot be read to its end is one reject. The images before the damage are kept.
 
 Files and members of tars that are no images are counted by kind, in the fact `passed_over` by source (absent where
 there are none) and in the totals of the shard that opened them. A kind is the ending of a name or as listing.py says.
