@@ -126,6 +126,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
                     "format": facts.format,
                     "phash": facts.phash,
                     "label": item.label,
+                    "layout": source.layout,
                 }
             )
         images = pa.Table.from_pylist(accepted, schema=schemas.IMAGES)
