@@ -69,7 +69,7 @@ class ImageRow(NamedTuple):
 class NullRows(NamedTuple):
     """All rows of a file without an image: their number, the first of them, and the number of all rows."""
 
-    count: int
+    num_nulls: int
     first: int
     num_rows: int
 
@@ -109,10 +109,10 @@ class ParquetRows:
                         connection.send_bytes(file.read(size))
                     case ["row", row, length, label]:
                         yield ImageRow(row, length, connection.recv_bytes() if length <= max_bytes else None, label)
-                    case ["end", count, first, num_rows]:
+                    case ["end", num_nulls, first, num_rows]:
                         done = True
-                        if count:
-                            yield NullRows(count, first, num_rows)
+                        if num_nulls:
+                            yield NullRows(num_nulls, first, num_rows)
                     case ["damaged", text]:
                         done = True
                         raise DamagedFileError(text)

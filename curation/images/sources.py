@@ -331,7 +331,7 @@ def _read_parquet(source: SourceConfig, uri: str, max_bytes: int) -> Iterator[So
         for item in rows.read(file, uri, source.image_column, source.label_column, max_bytes=max_bytes):
             match item:
                 case NullRows():
-                    detail = f"the image column is null in {item.count:,} of {item.num_rows:,} rows"
+                    detail = f"the image column is null in {item.num_nulls:,} of {item.num_rows:,} rows"
                     problem = (RejectReason.EMPTY, f"{detail}; the first is row {item.first}")
                     yield SourceItem(in_column, item.first, 0, None, None, problem)
                 case ImageRow(data=None):
