@@ -64,9 +64,10 @@ class IngestConfig(Settings):
 def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = False, log: Log = None) -> Manifest:
     """Read every source; returns the manifest. Its facts are `sources` and `limits`, for later stages.
 
-    Raises InputError for a missing or empty source, and RejectBudgetError past the budget. Finished shards stay; the
-    next run continues after them.
+    Raises InputError for a missing or empty source and for an output below a source, and RejectBudgetError past the
+    budget. Finished shards stay; the next run continues after them.
     """
+    paths.require_apart(output, (source.path for source in config.sources), or_below=True)
     listings = {source.name: sources.list_files(source) for source in config.sources}
     shards: list[Shard] = []
     for source in config.sources:

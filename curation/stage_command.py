@@ -53,6 +53,7 @@ def stage_command(
         **folders: str,
     ) -> None:
         settings = load(config_class, config, overrides or (), section=section)
+        command.require_apart(output, settings, config, *folders.values())
 
         def work(chosen: Runner) -> None:
             run(settings, RunFolder(**folders), output, chosen, replace=replace)

@@ -121,6 +121,7 @@ def command_line(
 ) -> None:
     """Train, and print the losses and the k-NN accuracy of the holdout over time."""
     settings = load(TrainConfig, config, overrides or ())
+    command.require_apart(output, settings, config, images)
     train(settings, output, knn_of_holdout(images, settings.model.backbone.image_size))
     print_curve(output)
 

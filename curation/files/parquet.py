@@ -107,9 +107,18 @@ def _encoding(schema: pa.Schema) -> dict[str, Any]:
 
 def num_rows(path: str) -> int:
     """The number of rows of a Parquet file, from its footer. Raises InputError as `read_table` does."""
+    return int(_read_footer(path).num_rows)
+
+
+def read_metadata(path: str) -> dict[bytes, bytes]:
+    """The keys and values that the writer of a Parquet file added to its footer. Raises as `num_rows` does."""
+    return dict(_read_footer(path).metadata or {})
+
+
+def _read_footer(path: str) -> pq.FileMetaData:
     try:
         with open_read(path) as file:
-            return int(open_file(file).metadata.num_rows)
+            return open_file(file).metadata
     except FileNotFoundError:
         raise InputError(f"No file at '{path}'.") from None
     except (pa.ArrowInvalid, OSError) as error:
