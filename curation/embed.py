@@ -268,7 +268,8 @@ def command_line(
             EmbedConfig, {stage: {"embedder": embedder}}, overrides or (), section=stage, origin="options"
         )
 
-    command.require_apart(output, settings, images, config or "")
+    if not plan:
+        command.require_apart(output, settings, images, config or "")
 
     def work(chosen: Runner) -> None:
         if config is not None or read_manifest(images) is not None:

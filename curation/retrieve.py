@@ -554,7 +554,8 @@ def command_line(
     if images is None or deduplicated is None or embedded is None or clustered is None:
         raise ConfigError("With --config, also give --images, --dedup, --vectors and --clusters.")
     settings = load(RetrieveConfig, config, overrides or (), section="retrieve")
-    command.require_apart(output, settings, config, images, deduplicated, embedded, clustered)
+    if not plan:
+        command.require_apart(output, settings, config, images, deduplicated, embedded, clustered)
     inputs = RunFolder(ingest=images, dedup=deduplicated, embed=embedded, cluster=clustered)
     command.plan_or_run(
         settings,

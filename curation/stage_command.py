@@ -53,7 +53,9 @@ def stage_command(
         **folders: str,
     ) -> None:
         settings = load(config_class, config, overrides or (), section=section)
-        command.require_apart(output, settings, config, *folders.values())
+
+        if not plan:
+            command.require_apart(output, settings, config, *folders.values())
 
         def work(chosen: Runner) -> None:
             run(settings, RunFolder(**folders), output, chosen, replace=replace)
