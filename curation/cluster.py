@@ -222,7 +222,7 @@ def make_worker(output: str, num_levels: int) -> Callable[[Shard], ShardRecord]:
                 "image_id": image_ids,
                 "level": np.full(len(image_ids), level, np.int32),
                 "cluster_id": cluster.astype(np.int32),
-                "similarity": similarity,
+                "similarity": np.clip(similarity, -1, 1),  # lengths are rounded
             }
             tables.append(pa.table(columns, schema=schemas.ASSIGNMENTS))
         file = parquet.write_table(paths.join(output, f"assignments-{shard.name}.parquet"), pa.concat_tables(tables))

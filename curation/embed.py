@@ -158,7 +158,9 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
 
 def rows_of(images: str) -> list[dict[str, Any]]:
     """The rows of one images file, one per image_id, with the columns that embedding needs."""
-    table = parquet.read_table(images, schemas.IMAGES, ["image_id", "uri", "offset", "length", "width", "height"])
+    table = parquet.read_table(
+        images, schemas.IMAGES, ["image_id", "uri", "offset", "length", "width", "height", "layout"]
+    )
     return list({row["image_id"]: row for row in reversed(table.to_pylist())}.values())[::-1]
 
 
@@ -206,7 +208,7 @@ def _read(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], byte
     def read(row: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         reader = idle_readers.pop()
         try:
-            return row, reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
+            return row, reader.read(row["uri"], row["offset"], row["length"], row["image_id"], row["layout"])
         finally:
             idle_readers.append(reader)
 
@@ -265,6 +267,9 @@ def command_line(
         settings = parse_section(
             EmbedConfig, {stage: {"embedder": embedder}}, overrides or (), section=stage, origin="options"
         )
+
+    if not plan:
+        command.require_apart(output, settings, images, config or "")
 
     def work(chosen: Runner) -> None:
         if config is not None or read_manifest(images) is not None:

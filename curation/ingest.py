@@ -7,7 +7,8 @@
 
 Every image is decoded once here, in a separate process that may crash or hang. Later stages decode the same bytes with
 the same code, but for a step that decode.py names. A link inside a source is an image of its own (an exact copy); a
-link that leads out of the source is rejected. A tar or Parquet file that cannot be read to its end is one reject. The images before the damage are kept.
+link that leads out of the source is rejected. A tar or Parquet file that cannot be read to its end is one reject. The
+images before the damage are kept.
 
 Files and members of tars that are no images are counted by kind, in the fact `passed_over` by source (absent where
 there are none) and in the totals of the shard that opened them. A kind is the ending of a name or as listing.py says.
@@ -73,10 +74,11 @@ class IngestConfig(Settings):
 def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = False, log: Log = None) -> Manifest:
     """Read every source; returns the manifest. Its facts are `sources` and `limits`, for later stages, `passed_over`.
 
-    Raises InputError for a missing or empty source, for a seed or holdout source without an accepted image, and for
-    sources with the role `pool` that have none all together. Raises RejectBudgetError past the budget. Finished shards
-    stay; the next run continues after them.
+    Raises InputError for a missing or empty source, for an output below a source, for a seed or holdout source without
+    an accepted image, and for sources with the role `pool` that have none all together. Raises RejectBudgetError past
+    the budget. Finished shards stay; the next run continues after them.
     """
+    paths.require_apart(output, (source.path for source in config.sources), or_below=True)
     listings = {source.name: sources.list_source(source) for source in config.sources}
     shards: list[Shard] = []
     for source in config.sources:
@@ -138,6 +140,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
                     "format": facts.format,
                     "phash": facts.phash,
                     "label": item.label,
+                    "layout": source.layout,
                 }
             )
         images = pa.Table.from_pylist(accepted, schema=schemas.IMAGES)

@@ -161,7 +161,7 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
 
     def samples(rows: pa.Table) -> Iterator[CorpusSample]:
         for row in rows.to_pylist():
-            data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
+            data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"], row["layout"])
             sidecar = {name: row[name] for name in ("source", "uri", "width", "height", "label", "reasons")}
             yield CorpusSample(row["key"], data, row["format"], sidecar)
 

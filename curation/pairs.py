@@ -146,6 +146,7 @@ def make_worker(
         cosine = candidates.column("cosine").to_numpy()
         missing = np.isnan(cosine)
         cosine = np.where(missing, described_rows.cosine(rows, missing), cosine).astype(np.float32)
+        cosine = np.clip(cosine, -1, 1)  # lengths are rounded
         if verifier:
             similarity, differs_locally = verifier.compare(rows, described_rows.thumbnails(rows))
         else:

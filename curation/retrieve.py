@@ -25,10 +25,14 @@ Alone, outside a pipeline, the command works on any vectors:
 
     python -m curation.retrieve --seeds A --pool B --k 4 --output retrieved.parquet
 
-A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` matrices (ids are then row numbers).
+A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` matrices (ids are then row numbers, among
+several files `file:row`). The search is exact in the precision of the vectors, up to float32. The same command again
+does nothing; another search is written to the same file with --replace only.
 """
 
 import functools
+import json
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,9 +50,9 @@ from curation.engine.manifest import Manifest, ShardRecord, require_manifest, st
 from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
-from curation.errors import ConfigError, InputError
+from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import npy, parquet, paths, schemas, vectors
-from curation.files.hashes import split_mix
+from curation.files.hashes import hash_json, sha256_of_file, split_mix
 from curation.files.image_ids import id_bytes, id_column
 from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
@@ -65,6 +69,7 @@ from curation.run_folder import (
     read_kept,
     read_parents,
     read_vectors,
+    vector_files,
 )
 from curation.search import exact
 from curation.search.config import RECALL_QUERIES, SearchConfig
@@ -74,6 +79,8 @@ from curation.search.top_k import rank_in_groups, top_k_of_groups
 BALANCED_NAME = "balanced.npy"
 # Column of the search's files that holds the number of a query shard.
 QUERY_SHARD_COLUMN = "asking"
+# Key of the Parquet metadata of the file that the command writes alone: k, and hashes of the seeds and the pool.
+ORIGIN_KEY = "seedbed.retrieve"
 # Seeds that are searched at a time: 84 MB as float16 at 1,280 dimensions, and twice that as float32. Assumed.
 QUERY_ROWS = 32_768
 # Minimum rows to gather before dropping rows that can no longer be drawn. Assumed: 12 MB.
@@ -274,7 +281,7 @@ def nearest(seed_ids: list[str], seeds: np.ndarray, pool: Iterable[tuple[list[st
             "seed_image_id": pa.array([seed_ids[index] for index in seed], pa.string()),
             "image_id": pa.array([pool_ids[index] for index in row[is_neighbor]], pa.string()),
             "rank": pa.array(rank, pa.int32()),
-            "similarity": pa.array(similarity[is_neighbor], pa.float32()),
+            "similarity": pa.array(np.clip(similarity[is_neighbor], -1, 1), pa.float32()),  # rounding may exceed 1
         }
     )
 
@@ -407,7 +414,7 @@ def _by_sample(dataset: DatasetConfig, seed_ids: list[str], neighbors: pa.Table)
             "seed_image_id": pa.array(seed_ids, pa.string()).take(pa.array(query)),
             "mode": pa.repeat(pa.scalar("sample", pa.string()), num_rows),
             "rank": rank_in_groups(query).astype(np.int32),
-            "similarity": neighbors["similarity"],
+            "similarity": np.clip(neighbors["similarity"].to_numpy(), -1, 1),  # lengths are rounded, to 1.0002
             "cluster_id": pa.nulls(num_rows, pa.int32()),
         },
         schema=schemas.RETRIEVED,
@@ -536,17 +543,19 @@ def command_line(
     if config is None:
         if seeds is None or pool is None:
             raise ConfigError("Give --seeds and --pool (folders or files of vectors), or --config and a run's folders.")
-        if plan or replace or overrides:
-            raise ConfigError("--plan, --replace and --set need --config; they do not go with --seeds and --pool.")
+        if plan or overrides:
+            raise ConfigError("--plan and --set need --config; they do not go with --seeds and --pool.")
         if not output.endswith(".parquet"):
             raise ConfigError(f"--output {output}: alone, retrieve writes one file; give a name that ends in .parquet.")
-        _retrieve_alone(seeds, pool, k, output)
+        _retrieve_alone(seeds, pool, k, output, replace=replace)
         return
     if seeds is not None or pool is not None:
         raise ConfigError("--seeds and --pool do not go with --config. Leave out --config, or both of them.")
     if images is None or deduplicated is None or embedded is None or clustered is None:
         raise ConfigError("With --config, also give --images, --dedup, --vectors and --clusters.")
     settings = load(RetrieveConfig, config, overrides or (), section="retrieve")
+    if not plan:
+        command.require_apart(output, settings, config, images, deduplicated, embedded, clustered)
     inputs = RunFolder(ingest=images, dedup=deduplicated, embed=embedded, cluster=clustered)
     command.plan_or_run(
         settings,
@@ -558,12 +567,41 @@ def command_line(
     )
 
 
-def _retrieve_alone(seeds: str, pool: str, k: int, output: str) -> None:
-    blocks = list(read_vectors(seeds))
+def _retrieve_alone(seeds: str, pool: str, k: int, output: str, *, replace: bool) -> None:
+    paths.require_apart(output, [seeds, pool], or_below=True)
+    # Kept in the file, so that another search is not taken for this one. The names of files are part of ids.
+    origin = {"k": k, "seeds": _hash_vectors(seeds), "pool": _hash_vectors(pool)}
+    if paths.exists(output) and not replace:
+        if (origin_there := _origin_of(output)) == origin:
+            print(f"retrieve: {output} is already done, nothing to do")
+            return
+        changed = [name for name, value in origin.items() if origin_there.get(name) != value]
+        k_there = f" (k is {origin_there['k']} there, {k} now)" if "k" in changed and origin_there else ""
+        raise OutputMismatchError(
+            f"'{output}' exists and holds another result: {', '.join(changed)} differ{k_there}. Nothing was changed. "
+            "Give another --output, or --replace to overwrite it."
+        )
+    blocks = list(read_vectors(seeds, in_float32=True))
     seed_ids = [image_id for ids, _ in blocks for image_id in ids]
-    table = nearest(seed_ids, np.concatenate([matrix for _, matrix in blocks]), read_vectors(pool), k)
-    parquet.write_table(output, table)
+    queries = np.concatenate([matrix for _, matrix in blocks])
+    table = nearest(seed_ids, queries, read_vectors(pool, in_float32=True), k)
+    parquet.write_table(output, table.replace_schema_metadata({ORIGIN_KEY: json.dumps(origin)}))
     print(f"{table.num_rows:,} rows: the {k} nearest of the pool for each of {len(seed_ids):,} seeds, in {output}")
+
+
+def _hash_vectors(path: str) -> str:
+    """A hash of the names and the bytes of the files with vectors at `path`."""
+    files, _ = vector_files(path)
+    return hash_json([[posixpath.basename(file), sha256_of_file(file)] for file in files])
+
+
+def _origin_of(path: str) -> dict[str, Any]:
+    """What made a file of this command; empty for any other file."""
+    try:
+        metadata = parquet.read_metadata(path)
+    except InputError:
+        return {}
+    return dict(json.loads(metadata.get(ORIGIN_KEY.encode(), b"{}")))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ Every folder also holds the manifest of its stage. Readers take file names from 
 the folder. The columns are in files/schemas.py.
 """
 
+import posixpath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,39 +56,65 @@ class RunFolder:
 # Vectors
 
 
-def read_vectors(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
+def read_vectors(path: str, *, in_float32: bool = False) -> Iterator[tuple[list[str], np.ndarray]]:
     """Ids and unit vectors (N, D) float16 of every file at `path`: one Parquet file or a block of a matrix at a time.
 
     `path` is a file, a folder of `.parquet` and `.npy` files, the folder of a stage, or the folder of a run. In the
-    folder of a stage, the manifest names the files; of a run, the folder `embed/` is read. Raises InputError as
-    `vectors.read_file` does, for a path without vectors, and for files that differ in width.
+    folder of a stage, the manifest names the files; of a run, the folder `embed/` is read. Other files come in the
+    natural order of their names. The ids of a matrix are its row numbers; among several files, `file:row`. `in_float32`
+    is that of `vectors.read_file`. Raises InputError as `vectors.read_file` does, for a path without vectors, for files
+    that differ in width, and for an id that comes twice outside the folder of a stage.
     """
     width: int | None = None
-    for file in _vector_files(path):
-        for image_ids, matrix in vectors.read_blocks(file):
+    files, are_of_stage = vector_files(path)
+    file_of_id: dict[str, str] = {}
+    for file in files:
+        for image_ids, matrix in vectors.read_blocks(file, in_float32=in_float32):
             if not image_ids:
                 continue
             if width is not None and matrix.shape[1] != width:
                 raise InputError(f"{file}: vectors of width {matrix.shape[1]}; the files before have {width}.")
             width = matrix.shape[1]
+            if file.endswith(".npy"):  # its ids are unique
+                name = posixpath.basename(file)
+                image_ids = [f"{name}:{row}" for row in image_ids] if len(files) > 1 else image_ids
+            elif not are_of_stage:  # there, copies of an image have one id and equal vectors
+                _require_new_ids(file_of_id, image_ids, file)
             yield image_ids, matrix
     if width is None:
         raise InputError(f"'{path}' holds no vectors: its files have no rows.")
 
 
-def _vector_files(path: str) -> list[str]:
+def _require_new_ids(file_of_id: dict[str, str], image_ids: list[str], file: str) -> None:
+    """Add the ids of a file. Raises InputError for an id that is there already."""
+    for image_id in image_ids:
+        if image_id in file_of_id:
+            raise InputError(
+                f"{file}: a second vector of image '{image_id}'; the first is in {file_of_id[image_id]}. Each vector "
+                "needs an image_id of its own: correct the ids, or leave one row out."
+            )
+        file_of_id[image_id] = file
+
+
+def vector_files(path: str) -> tuple[list[str], bool]:
+    """The files with vectors at `path`, and whether they are those of a stage."""
     if not paths.exists(path):
         raise InputError(f"No file or folder at '{path}'.")
     if not paths.is_folder(path):
-        return [path]
+        return [path], False
     if paths.exists(paths.join(path, "embed", MANIFEST_NAME)):
         path = paths.join(path, "embed")
     manifest = read_manifest(path)
-    names = manifest.files("vectors") if manifest else paths.list_names(path)
+    names = manifest.files("vectors") if manifest else sorted(paths.list_names(path), key=_natural_order)
     files = [paths.join(path, name) for name in names if name.endswith((".parquet", ".npy"))]
     if not files:
         raise InputError(f"'{path}' holds no vectors: no .parquet and no .npy file.")
-    return files
+    return files, manifest is not None
+
+
+def _natural_order(name: str) -> tuple[list[str | int], str]:
+    """A key that sorts `part-9` before `part-10`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 # Ingest

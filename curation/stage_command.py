@@ -54,6 +54,9 @@ def stage_command(
     ) -> None:
         settings = load(config_class, config, overrides or (), section=section)
 
+        if not plan:
+            command.require_apart(output, settings, config, *folders.values())
+
         def work(chosen: Runner) -> None:
             run(settings, RunFolder(**folders), output, chosen, replace=replace)
 

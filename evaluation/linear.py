@@ -315,7 +315,7 @@ def _crops(config: LinearConfig, split: Split, world: World) -> Iterator[tuple[T
         reader, crops = ReferenceReader(), []
         rows_of_rank = split.table.take(pa.array([batch[number] for number in share])).to_pylist()
         for number, row in zip(share, rows_of_rank, strict=True):
-            data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
+            data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"], row["layout"])
             picture = decode_picture(data, split.limits, target_side=target_side)
             crops.append(random_crop(picture, side, np.random.default_rng([config.seed, 1, first + number])))
         reader.close()

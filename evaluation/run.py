@@ -173,6 +173,7 @@ def command_line(
     if plan:
         print(resolved_toml(settings), end="")
         return
+    command.require_apart(output, settings, config)
     with open_world(settings.model.device, timeout_seconds=TIMEOUT_SECONDS) as world:
         if world.num_ranks > 1 and runner != "inline":
             raise ConfigError(f"--runner {runner} under torchrun: its ranks share the work. Leave --runner out.")

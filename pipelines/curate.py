@@ -33,6 +33,7 @@ def command_line(
     if plan:
         print_plan(settings)
         return
+    command.require_apart(output, settings, config)
     page.read_concepts(settings.report)  # fails on a wrong path before the work begins
     if settings.demo_data is not None:
         dataset.run(Path(settings.demo_data))

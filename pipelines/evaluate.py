@@ -84,7 +84,9 @@ def command_line(
     overrides: command.SetOption = None,
 ) -> None:
     """Evaluate models side by side."""
-    page = evaluate(config.load(EvaluateConfig, config_path, overrides or ()), output)
+    settings = config.load(EvaluateConfig, config_path, overrides or ())
+    command.require_apart(output, settings, config_path)
+    page = evaluate(settings, output)
     if page is not None:
         print(f"The report is {page}")
 

@@ -85,7 +85,7 @@ def _labelled(images: str, side: int) -> tuple[Tensor, list[str], Tensor]:
 
     Gives pixels (n, 3, side, side) uint8, the first folder of each label (n), and whether each is of the holdout (n,).
     """
-    columns = ["image_id", "uri", "offset", "length", "role", "label"]
+    columns = ["image_id", "uri", "offset", "length", "role", "label", "layout"]
     tables = [
         parquet.read_table(paths.join(images, name), schemas.IMAGES, columns)
         for name in require_manifest(images).files("images")
@@ -96,7 +96,7 @@ def _labelled(images: str, side: int) -> tuple[Tensor, list[str], Tensor]:
         raise InputError(f"'{images}' has no labelled image of role 'seed' or 'holdout'.")
     reader, pixels = ReferenceReader(), []
     for row in table.to_pylist():
-        data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
+        data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"], row["layout"])
         picture = decode_picture(data, ImageLimits(), target_side=side)
         pixels.append(torch.from_numpy(to_shape(picture, (side, side), crop=True)))
     reader.close()
@@ -121,6 +121,7 @@ def command_line(
 ) -> None:
     """Train, and print the losses and the k-NN accuracy of the holdout over time."""
     settings = load(TrainConfig, config, overrides or ())
+    command.require_apart(output, settings, config, images)
     train(settings, output, knn_of_holdout(images, settings.model.backbone.image_size))
     print_curve(output)
 

@@ -103,6 +103,7 @@ def command_line(
     if plan:
         print(config.resolved_toml(settings), end="")
         return
+    command.require_apart(output, settings, config_path)
     arguments = {"config": settings.model_dump(mode="json", exclude_none=True), "output": output}
     run(_train, arguments, output, num_workers=workers, use_gpu=not cpu, max_failures=max_failures)
 

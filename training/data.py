@@ -31,7 +31,7 @@ from curation.files import paths
 from curation.files.prefetch import prefetch
 from curation.images.decode import ImageRejected, RejectReason
 from curation.images.hashing import image_id
-from curation.images.sources import PARQUET_URI, ReferenceReader
+from curation.images.sources import ReferenceReader
 from curation.models.embedders import IMAGENET_NORMALIZATION
 from training.augment import AugmentConfig, Pixels, make_crops, use_one_thread
 from training.masking import mask_token_weights
@@ -114,8 +114,8 @@ class SampleReader:
     def read(self, sample: SampleReference) -> bytes:
         """The bytes of a sample. Raises ImageRejected when they have changed, InputError when the shard is lost."""
         uri, offset, length = sample.uri, sample.offset, sample.length
-        if PARQUET_URI.fullmatch(uri):
-            return self._parquet.read(uri, offset, length, sample.image_id)
+        if sample.layout == "parquet":
+            return self._parquet.read(uri, offset, length, sample.image_id, sample.layout)
         try:
             if offset == 0:  # a separate file; one byte more would show that it has grown
                 header, data = b"", self._slice(uri, 0, length + 1)

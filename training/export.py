@@ -193,6 +193,7 @@ def command_line(
         raise ConfigError(f"--layouts: unknown {', '.join(unknown)}. Choose from: {', '.join(LAYOUTS)}.")
     chosen = [layout for layout in LAYOUTS if layout in names]
     path = find_checkpoint(checkpoint_path)
+    paths.require_apart(output, [checkpoint_path, path])
     for written in export_checkpoint(path, output, chosen):
         print(written)
 

@@ -25,7 +25,7 @@ from curation.engine.runner import Runner
 from curation.errors import InputError, OutputMismatchError
 from curation.files import npy, parquet, paths, schemas
 from curation.images.decode import ImageLimits
-from curation.images.sources import SourceConfig
+from curation.images.sources import Layout, SourceConfig
 from curation.ingest import IngestConfig
 
 SAMPLE_SCHEMA = pa.schema(
@@ -35,6 +35,7 @@ SAMPLE_SCHEMA = pa.schema(
         schemas.IMAGES.field("offset"),
         schemas.IMAGES.field("length"),
         schemas.CORPUS.field("weight"),
+        schemas.IMAGES.field("layout"),
     ]
 )
 SAMPLES_FOLDER = "samples"
@@ -121,8 +122,9 @@ def _corpus_tables(folder: str) -> Iterator[pa.Table]:
         table = parquet.read_table(paths.join(folder, name), schemas.CORPUS)
         tars = table["shard"].combine_chunks().dictionary_encode()
         uris = pa.array([paths.join(folder, tar) for tar in tars.dictionary.to_pylist()], pa.string())
-        columns = {column: table[column] for column in SAMPLE_SCHEMA.names if column != "uri"}
-        samples = pa.table({**columns, "uri": uris.take(tars.indices)})
+        columns = {column: table[column] for column in SAMPLE_SCHEMA.names if column not in ("uri", "layout")}
+        layout = pa.repeat(pa.scalar("webdataset"), table.num_rows)
+        samples = pa.table({**columns, "uri": uris.take(tars.indices), "layout": layout})
         yield samples.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
 
 
@@ -131,11 +133,12 @@ def _ingested_tables(folder: str) -> Iterator[pa.Table]:
     names = require_manifest(folder).files("images")
     if not names:
         raise InputError(f"'{folder}' holds no finished ingest: no images-*.parquet. Correct data.path or data.layout.")
-    columns = ["image_id", "uri", "offset", "length", "role"]
+    columns = ["image_id", "uri", "offset", "length", "role", "layout"]
     for name in names:
         table = parquet.read_table(paths.join(folder, name), schemas.IMAGES, columns)
         table = table.filter(pc.not_equal(table["role"], "holdout")).drop_columns(["role"])
-        yield table.append_column("weight", pa.repeat(pa.scalar(1.0), table.num_rows)).cast(SAMPLE_SCHEMA)
+        table = table.append_column("weight", pa.repeat(pa.scalar(1.0), table.num_rows))
+        yield table.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
 
 
 def _list_samples(config: DataConfig, folder: str, tables: Iterator[pa.Table], output: str) -> None:
@@ -212,6 +215,7 @@ class SampleReference(NamedTuple):
     uri: str
     offset: int
     length: int
+    layout: Layout
 
 
 @final

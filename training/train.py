@@ -30,6 +30,7 @@ def command_line(
     """Train a Vision Transformer on a corpus, as DINOv2 was trained."""
     settings = load(TrainConfig, config, overrides or ())
     if not plan:
+        command.require_apart(output, settings, config)
         train(settings, output)
         return
     print(resolved_toml(settings))

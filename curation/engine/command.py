@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import typer
@@ -19,6 +19,12 @@ from curation.config import Settings, resolved_toml
 from curation.engine import progress
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import SeedbedError, UserError
+from curation.files import paths
+
+# The names of settings that hold the path of an input, in every config.
+PATH_SETTINGS = frozenset(
+    {"path", "folder", "weights", "concepts", "train_images", "train_masks", "test_images", "test_masks"}
+)
 
 RunnerName = Literal["ray", "inline"]
 
@@ -51,6 +57,21 @@ def main(function: Callable[..., Any]) -> None:
             sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
         print(f"error: {progress.printable(str(error))}", file=sys.stderr)
         sys.exit(1)
+
+
+def require_apart(output: str, settings: Settings, *inputs: str) -> None:
+    """Raise InputError where `output` is one of the `inputs` of a command, or a file or folder of its settings."""
+    paths.require_apart(output, [*inputs, *_paths_in(settings.model_dump())])
+
+
+def _paths_in(values: Any) -> Iterator[str]:
+    """The values of PATH_SETTINGS in nested sections and lists of them."""
+    if isinstance(values, dict):
+        yield from (value for key, value in values.items() if key in PATH_SETTINGS and isinstance(value, str))
+        values = values.values()
+    if not isinstance(values, str):
+        for value in values if isinstance(values, Iterable) else ():
+            yield from _paths_in(value)
 
 
 def plan_or_run(

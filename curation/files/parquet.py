@@ -1,8 +1,13 @@
-"""Arrow tables in Parquet files: written atomically, and read with a check of their columns."""
+"""Arrow tables in Parquet files: written atomically, and read with a check of their columns.
+
+All reads happen in the calling thread: without `pre_buffer` and with `use_threads=False`. A thread of Arrow may keep
+the last reference to a file object of Python. If it releases the object while the interpreter ends, the process aborts
+and its exit status is lost (apache/arrow issues 33975 and 34314; measured 2026-11: 3 to 25% of runs).
+"""
 
 import posixpath
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -40,10 +45,15 @@ def write_row_groups(path: str, column: str, tables: Iterable[tuple[int, pa.Tabl
     return FileRecord(name=posixpath.basename(path), sha256=file.sha256, bytes=file.size, rows=num_rows)
 
 
+def open_file(file: BinaryIO, **options: Any) -> pq.ParquetFile:
+    """A reader of an open Parquet file. Its reads also need `use_threads=False`: see the text above."""
+    return pq.ParquetFile(file, pre_buffer=False, **options)
+
+
 def read_row_groups(path: str, column: str, number: int, schema: pa.Schema) -> pa.Table:
     """The rows that `write_row_groups` wrote under `number`, if any, with the columns of `schema`."""
     with open_read(path) as file:
-        parquet = pq.ParquetFile(file)
+        parquet = open_file(file)
         index = parquet.schema_arrow.names.index(column)
         index += len(parquet.metadata.schema) - len(parquet.schema_arrow.names)  # among leaf columns, where it is last
         chosen = [
@@ -51,7 +61,8 @@ def read_row_groups(path: str, column: str, number: int, schema: pa.Schema) -> p
             for group in range(parquet.num_row_groups)
             if parquet.metadata.row_group(group).column(index).statistics.min == number
         ]
-        return parquet.read_row_groups(chosen, columns=schema.names).select(schema.names).cast(schema)
+        table = parquet.read_row_groups(chosen, columns=schema.names, use_threads=False)
+        return table.select(schema.names).cast(schema)
 
 
 def read_table(path: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
@@ -71,12 +82,12 @@ def read_table_columns(path: str, columns: list[str]) -> pa.Table:
     """The named columns of a Parquet file, in that order, of any types. Raises InputError as `read_table` does."""
     try:
         with open_read(path) as file:
-            parquet = pq.ParquetFile(file)
+            parquet = open_file(file)
             names = parquet.schema_arrow.names
             missing = [name for name in columns if name not in names]
             if missing:
                 raise InputError(f"{path}: no column {', '.join(missing)}. Found: {', '.join(names) or 'none'}.")
-            return parquet.read(columns=columns).select(columns)
+            return parquet.read(columns=columns, use_threads=False).select(columns)
     except FileNotFoundError:
         raise InputError(f"No file at '{path}'.") from None
     except (pa.ArrowInvalid, OSError) as error:
@@ -96,9 +107,18 @@ def _encoding(schema: pa.Schema) -> dict[str, Any]:
 
 def num_rows(path: str) -> int:
     """The number of rows of a Parquet file, from its footer. Raises InputError as `read_table` does."""
+    return int(_read_footer(path).num_rows)
+
+
+def read_metadata(path: str) -> dict[bytes, bytes]:
+    """The keys and values that the writer of a Parquet file added to its footer. Raises as `num_rows` does."""
+    return dict(_read_footer(path).metadata or {})
+
+
+def _read_footer(path: str) -> pq.FileMetaData:
     try:
         with open_read(path) as file:
-            return int(pq.ParquetFile(file).metadata.num_rows)
+            return open_file(file).metadata
     except FileNotFoundError:
         raise InputError(f"No file at '{path}'.") from None
     except (pa.ArrowInvalid, OSError) as error:

@@ -14,7 +14,7 @@ import posixpath
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar, final
 
@@ -72,6 +72,28 @@ def is_folder(path: str) -> bool:
     """Whether `path` is a folder."""
     fs, inner = filesystem(path)
     return bool(fs.isdir(inner))
+
+
+def require_apart(output: str, inputs: Iterable[str], *, or_below: bool = False) -> None:
+    """Raise InputError where `output` is one of the `inputs`, by whatever links or relative forms.
+
+    With `or_below`, also where it lies below one: the next run would read it. Empty inputs are left out.
+    """
+    place = _true_place(output)
+    for given in filter(None, inputs):
+        if place == (input_place := _true_place(given)):
+            raise InputError(f"--output '{output}' is the input '{given}', which would be lost. Give another --output.")
+        if or_below and place.startswith(input_place.rstrip("/") + "/"):
+            raise InputError(
+                f"--output '{output}' lies below the input '{given}', so the next run would read it. Give another "
+                "--output."
+            )
+
+
+def _true_place(path: str) -> str:
+    """An absolute form of `path` without links, the same for all its forms."""
+    fs, inner = filesystem(path)
+    return os.path.realpath(inner) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(inner)).rstrip("/")
 
 
 def open_read(path: str) -> BinaryIO:

@@ -10,14 +10,15 @@ IMAGES = pa.schema(
         ("image_id", pa.string()),
         ("source", pa.string()),  # name of the dataset
         ("role", pa.string()),  # 'seed', 'pool' or 'holdout'
-        ("uri", pa.string()),  # the file that holds the bytes; for Parquet, followed by '#<column>'
-        ("offset", pa.int64()),  # of the bytes in the file; for Parquet, the row
+        ("uri", pa.string()),  # the file that holds the bytes; in layout 'parquet', followed by '#<column>'
+        ("offset", pa.int64()),  # of the bytes in the file; in layout 'parquet', the row
         ("length", pa.int64()),  # bytes
         ("width", pa.int32()),  # pixels, after EXIF orientation
         ("height", pa.int32()),  # pixels, after EXIF orientation
         ("format", pa.string()),
         ("phash", pa.uint64()),
         ("label", pa.string()),  # may be null
+        ("layout", pa.string()),  # 'folder', 'webdataset' or 'parquet': how `uri` and `offset` are to be read
     ]
 )
 

@@ -4,6 +4,7 @@ Legend: N vectors, D dimensions.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,14 +33,15 @@ def num_rows(path: str) -> int:
     return len(_read_npy(path)[0]) if path.endswith(".npy") else parquet.num_rows(path)
 
 
-def read_file(path: str) -> tuple[list[str], np.ndarray]:
+def read_file(path: str, *, in_float32: bool = False) -> tuple[list[str], np.ndarray]:
     """Ids and unit vectors (N, D) float16 of one Parquet or `.npy` file. The ids of a matrix are its row numbers.
 
-    Vectors are scaled to unit length. Raises InputError when the file is of another kind, or when a vector is missing,
-    zero or not finite. The message names the file, and the image where there is one.
+    Vectors are scaled to unit length. With `in_float32`, vectors of more than 16 bits are float32. Raises InputError
+    when the file is of another kind, or when a vector is missing, zero or not finite. The message names the file, and
+    the image where there is one.
     """
     if path.endswith(".npy"):
-        return _read_npy(path)
+        return _read_npy(path, in_float32=in_float32)
     table = parquet.read_table_columns(path, ["image_id", "vector"])
     try:
         image_ids = table.column("image_id").cast(pa.string()).to_pylist()
@@ -58,23 +60,24 @@ def read_file(path: str) -> tuple[list[str], np.ndarray]:
     if len(values) % max(len(column), 1) or len(set(column.value_lengths().to_pylist())) > 1:
         raise InputError(f"{path}: vectors of different widths in column 'vector'.")
     width = len(values) // max(len(column), 1) if len(column) else getattr(kind, "list_size", 0)
-    return image_ids, _unit(values.to_numpy(zero_copy_only=False).reshape(len(column), width), image_ids, path)
+    matrix = values.to_numpy(zero_copy_only=False).reshape(len(column), width)
+    return image_ids, _unit(matrix, image_ids, path, in_float32=in_float32)
 
 
-def read_blocks(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
+def read_blocks(path: str, *, in_float32: bool = False) -> Iterator[tuple[list[str], np.ndarray]]:
     """As `read_file`, but NPY_ROWS rows of a matrix at a time."""
     if path.endswith(".npy"):
-        yield from _npy_blocks(path)
+        yield from _npy_blocks(path, in_float32=in_float32)
     else:
-        yield read_file(path)
+        yield read_file(path, in_float32=in_float32)
 
 
-def _read_npy(path: str) -> tuple[list[str], np.ndarray]:
-    blocks = list(_npy_blocks(path))
+def _read_npy(path: str, *, in_float32: bool = False) -> tuple[list[str], np.ndarray]:
+    blocks = list(_npy_blocks(path, in_float32=in_float32))
     return [image_id for ids, _ in blocks for image_id in ids], np.concatenate([matrix for _, matrix in blocks])
 
 
-def _npy_blocks(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
+def _npy_blocks(path: str, *, in_float32: bool) -> Iterator[tuple[list[str], np.ndarray]]:
     """Ids (row numbers) and unit vectors of a matrix, NPY_ROWS rows at a time; one empty block for an empty matrix."""
     with paths.open_read(path) as file:
         try:
@@ -92,19 +95,35 @@ def _npy_blocks(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
                 raise InputError(f"{path}: not a readable .npy matrix: it ends before its {rows:,} rows do.")
             image_ids = [str(row) for row in range(start, start + count)]
             matrix = np.frombuffer(data, dtype).reshape((count, width), order="F" if by_column else "C")
-            yield image_ids, _unit(matrix, image_ids, path)
+            yield image_ids, _unit(matrix, image_ids, path, in_float32=in_float32)
 
 
-def _unit(matrix: np.ndarray, image_ids: list[str], path: str) -> np.ndarray:
-    """`matrix` (N, D) with rows of unit length, float16. Rows that have it up to float16 rounding stay as they are."""
+def _unit(matrix: np.ndarray, image_ids: list[str], path: str, *, in_float32: bool) -> np.ndarray:
+    """`matrix` (N, D) with rows of unit length, float16; with `in_float32`, float32 unless the rows are float16.
+
+    Rows that have unit length up to the rounding of the result stay as they are.
+    """
+    dtype: np.dtype[Any] = np.dtype(np.float16)
+    rounding = 2e-3
     if matrix.dtype == np.float16:
         norms = np.empty(len(matrix), np.float32)
         for start in range(0, len(matrix), NORM_ROWS):
             # A copy, since torch warns of arrays that it may not write to. It converts twice as fast as numpy.
             block = torch.from_numpy(matrix[start : start + NORM_ROWS].copy()).float()
             norms[start : start + NORM_ROWS] = torch.linalg.vector_norm(block, dim=1).numpy()
-    else:  # squares may exceed the range of float32
-        norms = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64, casting="same_kind")).astype(np.float32)
+    else:
+        norms = _norms(matrix)
+        extreme = np.flatnonzero(~((norms > np.finfo(np.float32).tiny) & (norms < np.finfo(np.float32).max)))
+        if len(extreme):  # their squares exceed the range of float64, or their lengths that of float32
+            peaks = np.abs(matrix[extreme]).max(axis=1, initial=0)
+            scalable = np.isfinite(peaks) & (peaks > 0)
+            extreme, matrix = extreme[scalable], matrix.astype(np.promote_types(matrix.dtype, np.float64))
+            matrix[extreme] /= peaks[scalable, None]
+            norms[extreme] = _norms(matrix[extreme])
+        if in_float32:
+            dtype, rounding = np.dtype(np.float32), 1e-6
+        else:
+            norms = norms.astype(np.float32)
     wrong = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
     if len(wrong):
         raise InputError(
@@ -112,7 +131,14 @@ def _unit(matrix: np.ndarray, image_ids: list[str], path: str) -> np.ndarray:
             "Embed these images again, or leave the rows out."
         )
     # Vectors that Seedbed wrote have unit length up to float16 rounding; scaling them again would only add rounding.
-    needs_scaling = np.abs(norms - 1) > 2e-3
+    needs_scaling = np.abs(norms - 1) > rounding
     if not needs_scaling.any():
-        return matrix.astype(np.float16, copy=False)
-    return np.where(needs_scaling[:, None], matrix / norms[:, None], matrix).astype(np.float16)
+        return matrix.astype(dtype, copy=False)
+    return np.where(needs_scaling[:, None], matrix / norms[:, None], matrix).astype(dtype)
+
+
+def _norms(matrix: np.ndarray) -> np.ndarray:
+    """The lengths (N,) float64 of the rows of a matrix (N, D)."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        norms: np.ndarray = np.sqrt(np.einsum("nd,nd->n", matrix, matrix, dtype=np.float64, casting="same_kind"))
+    return norms

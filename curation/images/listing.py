@@ -43,6 +43,9 @@ OTHER_EXTENSIONS = frozenset(
 _SYSTEM_FOLDERS = frozenset({"__macosx", "_temporary"})
 _SYSTEM_NAMES = frozenset({".ds_store", "thumbs.db", "desktop.ini", "_success"})
 
+# Characters of an image's label; a longer text gives no label. Assumed.
+MAX_LABEL_CHARACTERS = 1_000
+
 # Kinds that are no endings.
 NO_EXTENSION = "no extension"
 OTHER = "other"

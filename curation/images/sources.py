@@ -15,11 +15,9 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, cast
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import field_validator
 
@@ -30,22 +28,18 @@ from curation.files.hashes import hash_json
 from curation.images import listing, tar_members
 from curation.images.decode import RejectReason, begins_like_an_image
 from curation.images.hashing import image_id
-from curation.images.tar_members import MAX_LABEL_CHARACTERS
+from curation.images.parquet_rows import ImageRow, NullRows, ParquetRows, column_of, open_images, read_group
 
 Layout = Literal["folder", "webdataset", "parquet"]
 Role = Literal["seed", "pool", "holdout"]
 
-# Unpacked bytes of the image column in one row group, all in memory at once. Assumed: 1,000 images are some 0.1 GB.
-MAX_ROW_GROUP_BYTES = 4 << 30
-# The same where repeated values are stored once (a dictionary), which Arrow does up to 2 GiB.
-MAX_DICTIONARY_BYTES = 1 << 30
 # Kinds of files that the driver counts in one source; the others are summed. Assumed: more would fill the page.
 MAX_KINDS = 20
 
 _ARCHIVE_EXTENSION: dict[Layout, str] = {"webdataset": "tar", "parquet": "parquet"}
 
 # The `uri` of an image in a Parquet file: the file, and the column of its images; the `offset` is then the row.
-PARQUET_URI = re.compile(r"(?P<file>.+\.parquet)#(?P<column>.+)", re.IGNORECASE | re.DOTALL)
+_PARQUET_URI = re.compile(r"(?P<file>.+\.parquet)#(?P<column>.+)", re.IGNORECASE | re.DOTALL)
 
 
 class SourceConfig(Settings):
@@ -184,10 +178,10 @@ def read_source(
 ) -> Iterator[SourceItem]:
     """Yields the images in `files` of a source, in a fixed order, one in memory at a time.
 
-    An image of a folder or a tar with more than `max_bytes` is not read. A tar or Parquet file that cannot be read to
-    its end gives the images before the damage, and then one item with the problem. The files and members that are no
-    images are counted in `passed_over` by kind. Raises InputError for a column that is missing or holds no bytes, and
-    for a disk or server that fails repeatedly.
+    An image of more than `max_bytes` is not read. A tar or Parquet file that cannot be read to its end gives the images
+    before the damage, and then one item with the problem. Rows of a Parquet file without an image are one item. The
+    files and members that are no images are counted in `passed_over` by kind. Raises InputError for a column that is
+    missing or holds no bytes, and for a disk or server that fails repeatedly.
     """
     passed_over = Counter() if passed_over is None else passed_over
     for path in files:
@@ -207,7 +201,7 @@ def read_source(
                 case "webdataset":
                     yield from _read_tar(uri, max_bytes, passed_over)
                 case "parquet":
-                    yield from _read_parquet(uri, source.image_column, source.label_column)
+                    yield from _read_parquet(source, uri, max_bytes)
         except DamagedFileError as error:
             yield SourceItem(uri, 0, 0, None, None, (RejectReason.DAMAGED_ARCHIVE, str(error)))
         except OSError as error:
@@ -279,100 +273,21 @@ def _read_tar(uri: str, max_bytes: int, passed_over: Counter[str]) -> Iterator[S
             raise DamagedFileError(f"{uri}: not a readable plain tar: {error}. {remedy}") from None
 
 
-def _read_parquet(uri: str, image_column: str, label_column: str | None) -> Iterator[SourceItem]:
-    columns = [image_column] + ([label_column] if label_column else [])
-    with paths.open_read(uri) as file:
-        parquet = _open_parquet(file, uri, columns)
-        row = 0
-        for group in range(parquet.num_row_groups):
-            table = _read_group(parquet, group, columns, uri)
-            labels = _labels(table, label_column, uri) if label_column else [None] * table.num_rows
-            for value, label in zip(_leaf(table, image_column), labels, strict=True):
-                data = value.as_py()
-                problem = None if data is not None else (RejectReason.EMPTY, "the image column is null")
-                yield SourceItem(f"{uri}#{image_column}", row, len(data or b""), data, label, problem)
-                row += 1
-
-
-def _labels(table: pa.Table, column: str, uri: str) -> list[str | None]:
-    array = _leaf(table, column)
-    if pa.types.is_dictionary(array.type):
-        texts = _texts(array.dictionary, column, uri)
-        return [None if index is None else texts[index] for index in array.indices.to_pylist()]
-    return _texts(array, column, uri)
-
-
-def _texts(array: pa.Array, column: str, uri: str) -> list[str | None]:
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-        # The text may be invalid UTF-8: Parquet readers do not check it.
-        binary = pa.large_binary() if pa.types.is_large_string(array.type) else pa.binary()
-        texts = [None if value is None else value.decode(errors="replace") for value in array.cast(binary).to_pylist()]
-    else:
-        try:
-            texts = [None if value is None else str(value) for value in array.to_pylist()]
-        except (ValueError, OverflowError) as error:  # such as a date beyond Python's range
-            raise DamagedFileError(f"{uri}: column '{column}' cannot be read: {error}.") from None
-    return [None if text is None or len(text) > MAX_LABEL_CHARACTERS else text for text in texts]
-
-
-def _open_parquet(file: BinaryIO, uri: str, columns: list[str]) -> pq.ParquetFile:
-    with _damage(f"{uri}: not a readable Parquet file"):
-        parquet = pq.ParquetFile(file)
-    leaves = {leaf.path: leaf for leaf in map(parquet.schema.column, range(len(parquet.schema)))}
-    missing = [column for column in columns if column not in leaves]
-    if missing:
-        raise InputError(
-            f"{uri}: no column {', '.join(missing)}. It has: {', '.join(leaves)}. Set image_column (and label_column)."
-        )
-    image = leaves[columns[0]]
-    if (image.physical_type, image.logical_type.type) != ("BYTE_ARRAY", "NONE"):
-        raise InputError(f"{uri}: column '{image.path}' holds no bytes ({image.physical_type}). Set image_column.")
-    for column in columns:
-        if leaves[column].max_repetition_level:
-            raise InputError(f"{uri}: column '{column}' lies inside a list; one image and one label a row are read.")
-    # One value of a dictionary can represent any number of rows: a file of 412 bytes for 10 GB (measured). A column
-    # that is read as a dictionary takes only the memory of its unpacked pages.
-    texts = [column for column in columns if leaves[column].physical_type == "BYTE_ARRAY"]
-    sizes = (_unpacked(parquet, group, columns) for group in range(parquet.num_row_groups))
-    if max(sizes, default=0) <= MAX_DICTIONARY_BYTES:
-        parquet = pq.ParquetFile(file, metadata=parquet.metadata, read_dictionary=texts)
-    return parquet
-
-
-def _unpacked(parquet: pq.ParquetFile, group: int, columns: list[str]) -> int:
-    """Unpacked bytes of the columns' pages in a row group, as the file states them."""
-    parts = parquet.metadata.row_group(group)
-    chunks = [parts.column(index) for index in range(parts.num_columns)]
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
-
-
-def _read_group(parquet: pq.ParquetFile, group: int, columns: list[str], uri: str) -> pa.Table:
-    with _damage(f"{uri}: row group {group} is not readable"):
-        if (unpacked := _unpacked(parquet, group, columns)) > MAX_ROW_GROUP_BYTES:
-            raise pa.ArrowInvalid(f"{unpacked} bytes unpacked, and {MAX_ROW_GROUP_BYTES} at most are read")
-        return parquet.read_row_group(group, columns=columns)
-
-
-@contextmanager
-def _damage(message: str) -> Iterator[None]:
-    """Turns Arrow's errors about an untrusted file into DamagedFileError; a failing disk or server stays OSError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None:  # Arrow's errors about bytes that do not unpack have no number
-            raise
-        raise DamagedFileError(f"{message}: {error}. Write it again, or remove it from the source.") from None
-    except pa.ArrowException as error:
-        raise DamagedFileError(f"{message}: {error}. Write it again, or remove it from the source.") from None
-
-
-def _leaf(table: pa.Table, column: str) -> pa.ChunkedArray:
-    # A flattened struct has columns with a dot in their name.
-    first, *rest = [column] if column in table.column_names else column.split(".")
-    array = table.column(first).combine_chunks()
-    for name in rest:
-        array = array.field(name)
-    return array
+def _read_parquet(source: SourceConfig, uri: str, max_bytes: int) -> Iterator[SourceItem]:
+    """The images of a Parquet file by row, then its rows without one as a single problem."""
+    in_column = f"{uri}#{source.image_column}"
+    with paths.RetryingFile(uri) as file, ParquetRows() as rows:
+        for item in rows.read(cast(BinaryIO, file), uri, source.image_column, source.label_column, max_bytes=max_bytes):
+            match item:
+                case NullRows():
+                    detail = f"the image column is null in {item.num_nulls:,} of {item.num_rows:,} rows"
+                    problem = (RejectReason.EMPTY, f"{detail}; the first is row {item.first}")
+                    yield SourceItem(in_column, item.first, 0, None, None, problem)
+                case ImageRow(data=None):
+                    problem = _too_many_bytes(item.length, max_bytes)
+                    yield SourceItem(in_column, item.row, item.length, None, item.label, problem)
+                case ImageRow():
+                    yield SourceItem(in_column, item.row, item.length, item.data, item.label)
 
 
 class ReferenceReader:
@@ -388,16 +303,17 @@ class ReferenceReader:
         self._column = ""
         self._group: tuple[int, int, Any] | None = None  # first row, end row, column of the row group in memory
 
-    def read(self, uri: str, offset: int, length: int, expected_id: str) -> bytes:
+    def read(self, uri: str, offset: int, length: int, expected_id: str, layout: Layout) -> bytes:
         """The bytes of the image. Raises InputError when the file is missing or its bytes have changed."""
         try:
             if self._uri != uri:
                 self.close()
-                in_parquet = PARQUET_URI.fullmatch(uri)
-                self._file, self._uri = paths.open_read(in_parquet["file"] if in_parquet else uri), uri
-                if in_parquet:
-                    self._column = in_parquet["column"]
-                    self._parquet = _open_parquet(self._file, in_parquet["file"], [self._column])
+                if layout == "parquet":
+                    path, self._column = split_parquet_uri(uri)
+                    self._file, self._uri = paths.open_read(path), uri
+                    self._parquet = open_images(self._file, path, [self._column])
+                else:
+                    self._file, self._uri = paths.open_read(uri), uri
             data = self._row(offset) if self._parquet else self._slice(offset, length)
         except OSError as error:
             raise InputError(f"{uri}: cannot be read any more ({error}). Ingest again with --replace.") from None
@@ -426,11 +342,19 @@ class ReferenceReader:
             for group in range(self._parquet.num_row_groups):
                 end = start + self._parquet.metadata.row_group(group).num_rows
                 if start <= row < end:
-                    table = _read_group(self._parquet, group, [self._column], self._uri)
-                    self._group = (start, end, _leaf(table, self._column))
+                    table = read_group(self._parquet, group, [self._column], self._uri)
+                    self._group = (start, end, column_of(table, self._column))
                     break
                 start = end
             else:
                 return b""
         assert self._group is not None
         return self._group[2][row - self._group[0]].as_py() or b""
+
+
+def split_parquet_uri(uri: str) -> tuple[str, str]:
+    """The Parquet file and the column in the `uri` of an image whose layout is `parquet`."""
+    parts = _PARQUET_URI.fullmatch(uri)
+    if parts is None:
+        raise InputError(f"'{uri}' is no image in a Parquet file: expected 'FILE.parquet#COLUMN'. Ingest it again.")
+    return parts["file"], parts["column"]

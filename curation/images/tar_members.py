@@ -28,6 +28,7 @@ from typing import BinaryIO, final
 
 from curation.images import listing
 from curation.images.decode import begins_like_an_image
+from curation.images.listing import MAX_LABEL_CHARACTERS
 
 # Bytes between two members of a tar: long names, extended attributes. Assumed: Linux bounds an attribute to 64 KiB.
 MAX_HEADER_BYTES = 1 << 20
@@ -36,8 +37,6 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_DIGITS = 255
 # Bytes of a `.json` or `.cls`. Assumed: all metadata of a photograph is some 100 kB. Larger ones give no label.
 MAX_SIDECAR_BYTES = 1 << 20
-# Characters of a label; a longer text gives no label. Assumed.
-MAX_LABEL_CHARACTERS = 1_000
 # Images of one sample in a tar, kept in memory until its label is known. Assumed; further images start a new part.
 MAX_IMAGES_IN_SAMPLE = 10_000
 # Zeros behind the end mark of a tar. Assumed: writers pad to 10 kB, a few to 1 MB, and a second reads more than this.

@@ -658,7 +658,7 @@ def read_thumbnails(run: FinishedRun, image_ids: Iterable[str], side: int, max_b
             if thumbnail_files:
                 image = decode_rgb(stored[row["image_id"]], _THUMBNAIL_LIMITS)
             else:
-                data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
+                data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"], row["layout"])
                 image = decode_rgb(data, limits, target_side=side)
             facts = {name: row[name] for name in ("image_id", "source", "role", "uri", "label", "width", "height")}
             thumbnails[row["image_id"]] = Thumbnail(**facts, webp=_encode(image, side, max_bytes))

@@ -27,6 +27,8 @@ TRAINING_ROWS_PER_CELL = 48
 TRAINING_ITERATIONS = 8
 # Minimum of vectors in the training of product quantization: 256 for each of its 256 codes, as in faiss. Cited.
 PQ_TRAINING_ROWS = 65_536
+# Codes of a product quantizer of 8 bits; its training needs as many vectors. Cited: faiss.
+PQ_CODES = 256
 
 
 def train_cells(sample: np.ndarray, num_cells: int, *, seed: int = 0) -> np.ndarray:

@@ -4,7 +4,8 @@ Legend: Q queries, N vectors of a part, D dimensions, K neighbours.
 
 A part is searched exactly, or through inverted lists of its own: cells are trained on a sample of the part, a vector is
 listed in the cell nearest to it, and a query visits the `num_probes` nearest cells. The parts and their results depend
-only on the pool and the config, not on the number of workers.
+only on the pool and the config, not on the number of workers. A part of too few vectors for product quantization is
+searched exactly.
 """
 
 from collections.abc import Iterable
@@ -34,7 +35,9 @@ class PartSearch:
         self.width = blocks[0].shape[1] if blocks else 0
         self._cells: np.ndarray | None = None
         self._rows = np.arange(self.num_vectors)  # the row in the part of each vector as held here
-        if config.backend == "exact" or not self.num_vectors:
+        is_too_small = self.num_vectors < (ivf.PQ_CODES if config.codes == "pq" else 1)
+        self._is_exact = config.backend == "exact" or is_too_small
+        if self._is_exact:
             self._vectors = list(blocks)
         elif config.codes == "pq":
             self._vectors = [np.concatenate(blocks)]
@@ -70,7 +73,7 @@ class PartSearch:
         With `ivf`, ties at the k-th rank go by cell.
         """
         config = self._config
-        if config.backend == "exact" or not self.num_vectors:
+        if self._is_exact:
             return self.search_exactly(queries, k)
         if self._cells is None:
             return self._coded.search(queries, k)

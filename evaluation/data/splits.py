@@ -37,7 +37,7 @@ Prepared = TypeVar("Prepared")
 
 MAX_LISTED = 5  # names in a message. Assumed.
 
-COLUMNS = ["image_id", "source", "role", "uri", "offset", "length", "width", "height", "label"]
+COLUMNS = ["image_id", "source", "role", "uri", "offset", "length", "width", "height", "label", "layout"]
 
 
 class SplitConfig(Settings):
@@ -186,7 +186,7 @@ def pictures(
 
     def read() -> Iterator[tuple[dict[str, Any], bytes]]:
         for row in split.table.take(pa.array(rows, pa.int64())).to_pylist():
-            yield row, reader.read(row["uri"], row["offset"], row["length"], row["image_id"])
+            yield row, reader.read(row["uri"], row["offset"], row["length"], row["image_id"], row["layout"])
 
     def decode(item: tuple[dict[str, Any], bytes]) -> tuple[dict[str, Any], Prepared]:
         return item[0], prepare(decode_picture(item[1], split.limits, target_side=target_side))

@@ -175,7 +175,8 @@ def reading(num_samples: int, num_rounds: int) -> Comparison:
             members = (CorpusSample(key, image, "JPEG", sidecar) for key, image in zip(ids, images, strict=True))
             _, positions = write_tar(path, members)
             listed += [
-                samples.SampleReference(key, path, *position) for key, position in zip(ids, positions, strict=True)
+                samples.SampleReference(key, path, *position, layout="webdataset")
+                for key, position in zip(ids, positions, strict=True)
             ]
         order = generator.permutation(num_samples).tolist()
 

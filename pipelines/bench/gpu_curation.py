@@ -194,6 +194,7 @@ def _write_images(setup: Setup, num_images: int, *, num_files: int) -> list[str]
                 "width": width,
                 "height": height,
                 "format": "JPEG",
+                "layout": "webdataset",
             }
             for image in stored[start : start + num_images // num_files]
         ]

@@ -222,6 +222,7 @@ def _samples(size: int, number: int) -> list[CorpusSample]:
                 "width": 500,
                 "height": 400,
                 "label": None,
+                "layout": "webdataset",
                 "reasons": [f"sample:seeds:{index:032x}:1"],
             },
         )

@@ -66,6 +66,7 @@ def image_row(image_id: str, source: str, role: str, **columns: Any) -> dict[str
         "format": "PNG",
         "phash": 0,
         "label": None,
+        "layout": "folder",
     } | columns
 
 

@@ -18,7 +18,7 @@ from curation.cluster import ClusterConfig, LevelConfig
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, write_manifest
 from curation.engine.ray_runner import RayRunner
 from curation.engine.runner import InlineRunner
-from curation.errors import ConfigError, InputError
+from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import parquet, paths, schemas, vectors
 from curation.quotas import balanced_counts, cap_evenly
 from curation.retrieve import ClusteringConfig, DatasetConfig, RetrieveConfig
@@ -413,7 +413,7 @@ def alone(*arguments: str) -> subprocess.CompletedProcess[str]:
 def check_alone(
     path: Path, seed_ids: list[str], seeds: np.ndarray, pool_ids: list[str], pool: np.ndarray, k: int
 ) -> None:
-    cosine = seeds.astype(np.float16).astype(np.float64) @ pool.astype(np.float16).astype(np.float64).T
+    cosine = seeds.astype(np.float64) @ pool.astype(np.float64).T
     order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
     table = pq.read_table(path).to_pylist()
     assert [(row["seed_image_id"], row["image_id"], row["rank"]) for row in table] == [
@@ -443,10 +443,79 @@ def test_alone_on_folders_of_parquet(tmp_path: Path) -> None:
         parquet.write_table(f"{tmp_path}/B/{name}.parquet", vectors.make_table(pool_ids[part], pool[part]))
     path = tmp_path / "out.parquet"
     retrieve.command_line(str(path), seeds=f"{tmp_path}/A.parquet", pool=f"{tmp_path}/B", k=60)
-    check_alone(path, seed_ids, seeds, pool_ids, pool, 50)
+    check_alone(path, seed_ids, seeds.astype(np.float16), pool_ids, pool.astype(np.float16), 50)
     columns = [name for name in schemas.RETRIEVED.names if name in pq.read_schema(path).names]
     assert set(columns) == {"seed_image_id", "image_id", "rank", "similarity"}
     assert all(pq.read_schema(path).field(name) == schemas.RETRIEVED.field(name) for name in columns)
+
+
+def alone_here(folder: Path, of_seeds: np.ndarray, of_pool: np.ndarray, **options: Any) -> pa.Table:
+    """The file that the command writes alone for two matrices."""
+    for name, matrix in (("A", of_seeds), ("B", of_pool)):
+        np.save(folder / f"{name}.npy", matrix)
+    arguments = {"seeds": f"{folder}/A.npy", "pool": f"{folder}/B.npy", "output": f"{folder}/out.parquet"}
+    retrieve.command_line(**arguments | options)
+    return pq.read_table(folder / "out.parquet")
+
+
+def test_alone_is_exact_in_the_precision_that_was_given(tmp_path: Path) -> None:
+    """Vectors so near to each other that float16 cannot order them."""
+    rng = np.random.default_rng(0)
+    seeds = unit_vectors(0, 10, 32)
+    pool = np.repeat(seeds, 20, axis=0) + rng.normal(size=(200, 32)).astype(np.float32) * 1e-2
+    pool /= np.linalg.norm(pool, axis=1, keepdims=True)
+    alone_here(tmp_path, seeds, pool)
+    numbers = [str(n) for n in range(200)]
+    check_alone(tmp_path / "out.parquet", numbers[:10], seeds, numbers, pool, 4)
+
+
+def test_alone_writes_no_cosine_beyond_1(tmp_path: Path) -> None:
+    unit = unit_vectors(0, 200, 64).astype(np.float16)
+    lengths = np.linalg.norm(unit.astype(np.float64), axis=1)
+    assert lengths.max() > 1.0001
+    similarity = alone_here(tmp_path, unit, unit, k=1)["similarity"].to_numpy()
+    assert similarity.max() == 1
+
+
+def test_alone_does_not_overwrite_another_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seeds, pool = unit_vectors(0, 5, 16), unit_vectors(1, 50, 16)
+    assert alone_here(tmp_path, seeds, pool).num_rows == 20
+    written = (tmp_path / "out.parquet").stat().st_mtime_ns
+    capsys.readouterr()
+    alone_here(tmp_path, seeds, pool)
+    assert "already done, nothing to do" in capsys.readouterr().out
+    for options, message in (({"k": 5}, r"k differ \(k is 4 there, 5 now\)"), ({"pool": f"{tmp_path}/A.npy"}, "pool")):
+        with pytest.raises(OutputMismatchError, match=rf"out\.parquet' exists.*{message}.*--replace"):
+            alone_here(tmp_path, seeds, pool, **options)
+    with pytest.raises(OutputMismatchError, match="pool differ"):
+        alone_here(tmp_path, seeds, -pool)
+    assert (tmp_path / "out.parquet").stat().st_mtime_ns == written
+    assert alone_here(tmp_path, seeds, pool, k=5, replace=True).num_rows == 25
+    (tmp_path / "out.parquet").write_bytes(b"notes of a user")
+    with pytest.raises(OutputMismatchError, match="another result"):
+        alone_here(tmp_path, seeds, pool)
+
+
+def test_alone_never_overwrites_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = vectors.make_table(["a", "b"], unit_vectors(0, 2, 16))
+    parquet.write_table("p.parquet", table)
+    parquet.write_table("folder/q.parquet", table)
+    Path("link.parquet").symlink_to("p.parquet")
+    Path("place").symlink_to(".")
+    before = Path("p.parquet").read_bytes()
+    for output in (
+        "p.parquet",
+        "./folder/../p.parquet",
+        "link.parquet",
+        "place/p.parquet",
+        f"file://{tmp_path}/p.parquet",
+    ):
+        with pytest.raises(InputError, match=r"is the input 'p\.parquet', which would be lost"):
+            retrieve.command_line(output, seeds="folder", pool="p.parquet", replace=True)
+    with pytest.raises(InputError, match="lies below the input 'folder'"):
+        retrieve.command_line("folder/out.parquet", seeds="folder", pool="p.parquet")
+    assert Path("p.parquet").read_bytes() == before
 
 
 def test_alone_reports_an_error_once_and_leaves_no_file(tmp_path: Path) -> None:

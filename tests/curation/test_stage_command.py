@@ -88,6 +88,30 @@ def test_two_stages_run_alone_one_after_the_other(tmp_path: Path) -> None:
     assert manifest.totals["exact"] == 1 and manifest.facts["threshold"] == 0.8
 
 
+def test_an_output_over_an_input_or_below_a_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with --replace, which would delete the input first."""
+    monkeypatch.chdir(tmp_path)
+    images = write_ingest(tmp_path / "ingest", [[image_row(id_of(1), "pool", "pool")]])
+    copies = write_pairs(tmp_path / "pairs", images, [[]])
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/a.png").write_bytes(encoded_image(1))
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    (tmp_path / "config.toml").write_text(CONFIG.replace("PATH", str(tmp_path / "link")))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    base = ["--config", "config.toml", "--runner", "inline", "--replace", "--output"]
+    for stage, output, message in [
+        (dedup, "pairs", f"is the input '{copies}', which would be lost"),
+        (dedup, f"file://{tmp_path}/source/../ingest/", f"is the input '{images}'"),
+        (dedup, "config.toml", "is the input 'config.toml'"),
+        (ingest, "source", f"is the input '{tmp_path}/link'"),
+        (ingest, "source/out", f"lies below the input '{tmp_path}/link'"),
+    ]:
+        folders = ["--images", images, "--pairs", copies] if stage is dedup else []
+        result = CliRunner().invoke(app(stage), [*base, output, *folders])
+        assert isinstance(result.exception, InputError) and message in str(result.exception), (output, result.output)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize(("stage", "fact"), [("embed", "limits"), ("dedup", "min_similarity"), ("pack", "datasets")])
 def test_the_folder_of_another_stage_is_one_message(tmp_path: Path, stage: str, fact: str) -> None:
     images = write_ingest(tmp_path / "ingest", [[image_row(id_of(1), "pool", "pool")]])

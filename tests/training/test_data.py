@@ -290,7 +290,7 @@ def test_the_holdout_of_an_ingest_is_not_trained_on(tmp_path: Path) -> None:
 def spoil(corpus: Corpus, number: int, *, header: bool) -> None:
     """Overwrite an image's header in its tar, or the image's bytes."""
     prepare(corpus.config(), corpus.output, InlineRunner())
-    _, uri, offset, length = SampleList(f"{corpus.output}/samples")[number]
+    _, uri, offset, length, _ = SampleList(f"{corpus.output}/samples")[number]
     with open(uri, "r+b") as file:
         file.seek(offset - 512 if header else offset)
         file.write(b"\xff" * (512 if header else length))
@@ -340,7 +340,7 @@ def test_changed_bytes_are_detected_with_verify_hashes(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path)
     other = encoded_image(99, "JPEG", (40, 36))
     prepare(corpus.config(), corpus.output, InlineRunner())
-    _, uri, offset, length = SampleList(f"{corpus.output}/samples")[7]
+    _, uri, offset, length, _ = SampleList(f"{corpus.output}/samples")[7]
     with open(uri, "r+b") as file:
         file.seek(offset)
         file.write(other[:length].ljust(length, b"\0"))

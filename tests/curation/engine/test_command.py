@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from curation.engine.command import open_runner
+from curation.config import Settings
+from curation.engine.command import open_runner, require_apart
 from curation.engine.runner import InlineRunner
+from curation.errors import InputError
 
 SCRIPT = """
 import sys, time
@@ -100,3 +102,42 @@ def test_signal_leaves_no_partial_file(tmp_path: Path, number: signal.Signals) -
 def test_inline_runner_runs_in_this_process() -> None:
     with open_runner("inline", 7) as runner:
         assert isinstance(runner, InlineRunner)
+
+
+class Source(Settings):
+    path: str
+    name: str = "out"
+
+
+class Nested(Settings):
+    sources: tuple[Source, ...]
+    weights: str | None = None
+
+
+def test_no_output_takes_the_place_of_a_file_or_folder_of_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("data")
+    settings = Nested(sources=(Source(path="memory://a/data"), Source(path=f"{tmp_path}/data")), weights="w.pth")
+    for output in (
+        f"{tmp_path}/data/",
+        f"{tmp_path}/x/../link",
+        f"file://{tmp_path}/data",
+        "memory://a/data",
+        "./w.pth",
+    ):
+        with pytest.raises(InputError, match="would be lost"):
+            require_apart(output, settings)
+    with pytest.raises(InputError, match=r"is the input 'c\.toml'"):
+        require_apart("c.toml", settings, "", "c.toml")
+    for output in (f"{tmp_path}/dat", f"{tmp_path}", f"{tmp_path}/data/out", "memory://data", "out"):
+        require_apart(output, settings, "c.toml")
+
+
+def test_every_command_with_an_output_keeps_it_apart_from_its_inputs() -> None:
+    root = Path(__file__).parents[3]
+    modules = [
+        path
+        for package in ("curation", "training", "evaluation", "pipelines")
+        for path in (root / package).rglob("*.py")
+    ]
+    commands = [text for path in modules if "command.OutputOption" in (text := path.read_text())]
+    assert len(commands) >= 9 and all("require_apart(output, " in text for text in commands)

@@ -60,6 +60,26 @@ def test_vectors_of_any_length_are_scaled_to_unit_length(tmp_path: Path, scale: 
     np.testing.assert_allclose(matrix, unit * (scale if scale == 1.001 else 1), atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200, 1e300])
+def test_vectors_whose_squares_exceed_float64_are_scaled(tmp_path: Path, scale: float) -> None:
+    unit = unit_vectors(1, 20, 33).astype(np.float64)
+    mixed = unit * np.where(np.arange(20) % 2, scale, 1)[:, None]
+    np.save(tmp_path / "v.npy", mixed)
+    rows = lists(mixed, pa.float64(), "fixed")
+    for path in (str(tmp_path / "v.npy"), write(tmp_path / "v.parquet", [id_of(row) for row in range(20)], rows)):
+        np.testing.assert_allclose(vectors.read_file(path)[1].astype(np.float64), unit, atol=1e-3)
+        np.testing.assert_allclose(vectors.read_file(path, in_float32=True)[1], unit, atol=1e-6)
+
+
+def test_precision_that_was_given_is_kept_on_request(tmp_path: Path) -> None:
+    unit = unit_vectors(2, 20, 33)
+    for dtype, kept in ((np.float16, np.float16), (np.float32, np.float32), (np.float64, np.float32)):
+        np.save(tmp_path / "v.npy", (unit * 1.001).astype(dtype))
+        matrix = vectors.read_file(str(tmp_path / "v.npy"), in_float32=True)[1]
+        assert matrix.dtype == kept
+    np.testing.assert_allclose(np.linalg.norm(matrix, axis=1), 1, atol=1e-6)
+
+
 @pytest.mark.parametrize("width", [2, 64, 1280])
 def test_vectors_that_seedbed_wrote_are_read_bit_for_bit(tmp_path: Path, width: int) -> None:
     unit = unit_vectors(width, 50, width).astype(np.float16)
@@ -226,6 +246,32 @@ def test_width_of_an_empty_file_among_others_is_ignored(tmp_path: Path, empty: p
     assert ids == ["x"] and matrix.shape == (1, 6)
 
 
+def test_matrices_of_a_folder_are_read_in_natural_order_with_ids_of_file_and_row(tmp_path: Path) -> None:
+    numbers = (0, 1, 2, 9, 10, 11)
+    for number in numbers:
+        np.save(tmp_path / f"img_emb_{number}.npy", np.eye(2, 16, number))
+    ids, matrix = read_together(str(tmp_path))
+    assert ids == [f"img_emb_{number}.npy:{row}" for number in numbers for row in (0, 1)]
+    assert matrix.argmax(axis=1).tolist() == [number + row for number in numbers for row in (0, 1)]
+    assert read_together(str(tmp_path / "img_emb_9.npy"))[0] == ["0", "1"]
+    for number in numbers[1:]:
+        (tmp_path / f"img_emb_{number}.npy").unlink()
+    assert read_together(str(tmp_path))[0] == ["0", "1"]
+
+
+def test_ids_that_repeat_are_refused_except_in_a_stage(tmp_path: Path) -> None:
+    tables = [vectors.make_table(ids, unit_vectors(0, 2, 6)) for ids in (["a", "b"], ["c", "a"], ["e", "e"])]
+    for folder, numbers in (("apart", (0, 1)), ("one", (2,))):
+        for number in numbers:
+            parquet.write_table(f"{tmp_path}/{folder}/{number}.parquet", tables[number])
+    with pytest.raises(InputError, match=r"apart/1\.parquet: a second vector of image 'a'; .*apart/0\.parquet"):
+        read_together(str(tmp_path / "apart"))
+    with pytest.raises(InputError, match=r"one/2\.parquet: a second vector of image 'e'"):
+        read_together(str(tmp_path / "one"))
+    stage = write_stage(tmp_path / "embed", [{"vectors": table} for table in tables[:2]])
+    assert read_together(stage)[0] == ["a", "b", "c", "a"]
+
+
 def test_paths_without_vectors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"No file or folder at '.*nothing'"):
         list(read_vectors(str(tmp_path / "nothing")))
@@ -241,6 +287,6 @@ def test_paths_without_vectors_are_refused(tmp_path: Path) -> None:
 
 def test_files_of_different_widths_are_refused(tmp_path: Path) -> None:
     for name, width in (("a", 4), ("b", 4), ("c", 5)):
-        parquet.write_table(str(tmp_path / f"{name}.parquet"), vectors.make_table(["x"], unit_vectors(0, 1, width)))
+        parquet.write_table(str(tmp_path / f"{name}.parquet"), vectors.make_table([name], unit_vectors(0, 1, width)))
     with pytest.raises(InputError, match=r"c\.parquet: vectors of width 5; the files before have 4"):
         list(read_vectors(str(tmp_path)))

@@ -8,6 +8,8 @@ import gzip
 import io
 import os
 import resource
+import subprocess
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -320,14 +322,77 @@ def labelled(*labels: bytes) -> pa.Table:
     return pa.table({"image": [encoded_image(number) for number in range(len(labels))], "label": text})
 
 
-def test_a_damaged_parquet_file_is_one_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_ROW_GROUP_BYTES", 10_000_000)  # instead of 4 GiB
-    bomb = parquet_of(pa.table({"image": [bytes(3_000_000)] * 4}), compression="zstd", use_dictionary=False)
-    assert len(bomb) < 10_000
-    results = run_ingest(tmp_path, {**DAMAGED_PARQUET, "bomb": bomb}, "parquet", image_column="image")
-    for kind, (accepted, rejected) in results.items():
+def restated(data: bytes, size: int) -> bytes:
+    """A Parquet file of one column whose footer states `size` as its unpacked bytes."""
+    stated = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0).column(0).total_uncompressed_size
+    length = len(varint(stated, 0))
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    changed = data[:start] + data[start:].replace(varint(stated, 0), varint(size, length))
+    assert pq.ParquetFile(io.BytesIO(changed)).metadata.row_group(0).column(0).total_uncompressed_size == size
+    return changed
+
+
+def varint(number: int, length: int) -> bytes:
+    """A whole number as Thrift's compact protocol writes it, filled up to `length` bytes."""
+    digits, left = [], number << 1
+    while left or len(digits) < max(1, length):
+        digits.append(left & 127 | 128)
+        left >>= 7
+    return bytes([*digits[:-1], digits[-1] & 127])
+
+
+def test_a_damaged_parquet_file_is_one_reject(tmp_path: Path) -> None:
+    for kind, (accepted, rejected) in run_ingest(tmp_path, DAMAGED_PARQUET, "parquet", image_column="image").items():
         assert reasons(rejected) == ["damaged_archive"] and accepted == [], kind
-    assert "10000000 at most are read" in results["bomb"][1][0]["detail"]
+
+
+READ = """
+import resource, sys
+from curation.images.sources import SourceConfig, read_source
+source = SourceConfig(name="x", path=sys.argv[1], role="pool", layout="parquet", image_column="image")
+for name in sys.argv[2:]:
+    (item,) = read_source(source, (name,), max_bytes=200_000)
+    print(*item.problem)
+peak = int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])  # kilobytes, as below
+peaks = peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+assert peaks[0] < 200_000 and peaks[1] < 900_000, peaks
+"""
+
+
+def test_a_parquet_bomb_is_refused_whatever_its_footer_states(tmp_path: Path) -> None:
+    """A file of 20 kB that unpacks to 560 MB, with a footer of true, too small and too large sizes.
+
+    In a process of its own, whose peak of memory is not that of other tests.
+    """
+    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False, "write_batch_size": 1}
+    bomb = parquet_of(pa.table({"image": [bytes(80_000_000 + number) for number in range(7)]}), **options)
+    assert len(bomb) < 25_000
+    bombs = {"true": bomb, "small": restated(bomb, 5_000), "large": restated(bomb, 5 << 30)}
+    for name, data in bombs.items():
+        (tmp_path / f"{name}.parquet").write_bytes(data)
+    command = [sys.executable, "-c", READ, str(tmp_path), *(f"{name}.parquet" for name in bombs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(line.startswith(f"damaged_archive {tmp_path}/") for line in lines) and len(lines) == 3
+    assert all("more memory than the sizes in its footer allow" in line for line in lines[:2])
+    assert "5368709120 bytes unpacked, and 4294967296 at most are read" in lines[2]
+
+
+def test_millions_of_rows_without_an_image_are_one_reject(tmp_path: Path) -> None:
+    """They count as one image for the budget of rejects, so that they hide no others."""
+    images = pa.array([None] * 1_000_000 + [GOOD, GOOD[:50]], pa.binary())
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web/a.parquet").write_bytes(data := parquet_of(pa.table({"image": images})))
+    assert len(data) < 10_000
+    source = SourceConfig(name="web", path=str(tmp_path / "web"), role="pool", layout="parquet", image_column="image")
+    config = IngestConfig(sources=(source,), max_reject_fraction=0.7)
+    manifest = ingest.run(config, str(tmp_path / "out"), InlineRunner())
+    assert manifest.totals == {"images": 3, "accepted": 1, "rejected": 2}
+    rejected = parquet.read_table(f"{tmp_path}/out/rejects-00000.parquet", schemas.REJECTS).to_pylist()
+    assert [(row["reason"], row["detail"]) for row in rejected][1:] == [
+        ("empty", "the image column is null in 1,000,000 of 1,000,002 rows; the first is row 0")
+    ]
 
 
 @pytest.mark.parametrize("repeated", ["image", "label"])
@@ -345,7 +410,7 @@ def test_a_value_shared_by_thousands_of_rows_is_in_memory_once(tmp_path: Path, r
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     items = islice(sources.read_source(source, ("",), max_bytes=200_000), 20)
-    lengths = [len(item.data or b"") for item in items]
+    lengths = [item.length for item in items]
     assert lengths == [20_000_000 if repeated == "image" else len(GOOD)] * 20
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 500_000_000
 

@@ -11,6 +11,7 @@ from curation.errors import ConfigError
 from curation.search import exact, ivf, low_precision
 from curation.search.config import SearchConfig
 from curation.search.ivf import CellLists, CodedLists
+from curation.search.parts import PartSearch
 from tests.curation.builders import unit_vectors
 
 
@@ -437,6 +438,14 @@ def test_coded_lists_that_fetch_everything_are_exact() -> None:
     lists = coded(vectors, rows_per_cell=100, num_probes=7, overfetch=70)
     assert_equal(lists.search(queries, 10), exact.search(queries, [vectors], 10))
     assert_equal(lists.search(queries, 800), exact.search(queries, [vectors], 800))
+
+
+@pytest.mark.parametrize("num_vectors", [1, 200, 255, 256])
+def test_a_part_too_small_for_codes_is_searched_exactly(num_vectors: int) -> None:
+    vectors, queries = clustered(0, num_vectors, 16, 20).astype(np.float16), clustered(1, 40, 16, 20)
+    config = SearchConfig(backend="ivf", codes="pq", pq_bytes=8, num_probes=100, overfetch=100)
+    part = PartSearch(config, [vectors])
+    assert_equal(part.search(queries, 4), exact.search(queries, [vectors], 4))
 
 
 def test_coded_lists_with_short_lists_and_no_queries() -> None:
