@@ -94,11 +94,11 @@ def run(
     limits = ImageLimits.model_validate(require_fact(inputs.ingest, ingested, "limits"), strict=False)
     shards = [
         Shard(
-            file.removeprefix("images-").removesuffix(".parquet"),
-            paths.join(inputs.ingest, file),
+            posixpath.basename(file).removeprefix("images-").removesuffix(".parquet"),
+            file,
             record.totals["accepted"],
         )
-        for record, file in zip(ingested.shards, ingested.files("images"), strict=True)
+        for record, file in zip(ingested.shards, ingested.paths(inputs.ingest, "images"), strict=True)
     ]
     stage = Stage(
         name=name,

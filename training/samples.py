@@ -8,6 +8,7 @@
 """
 
 import os
+import posixpath
 from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple, final
 
@@ -27,6 +28,7 @@ from curation.files import npy, parquet, paths, schemas
 from curation.images.decode import ImageLimits
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
+from curation.run_folder import corpus_tables
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -107,18 +109,18 @@ def _is_ingested(config: IngestConfig, folder: str) -> bool:
 
 def _corpus_tables(folder: str) -> Iterator[pa.Table]:
     """A table of SAMPLE_SCHEMA for each tar of a finished corpus."""
-    names = [name for name in require_manifest(folder).files("corpus") if name.endswith(".parquet")]
-    if not names:
+    files = corpus_tables(folder)
+    if not files:
         raise InputError(f"'{folder}' holds no corpus: no corpus-*.parquet. Give the folder that pack wrote.")
-    with paths.open_read(paths.join(folder, names[0])) as file:
-        columns_there = pq.ParquetFile(file).schema_arrow.names
+    with paths.open_read(files[0]) as first:
+        columns_there = pq.ParquetFile(first).schema_arrow.names
     if missing := [name for name in ("offset", "length") if name not in columns_there]:
         raise InputError(
             f"'{folder}' was packed by an older version, which did not write the place of an image in its tar (no "
-            f"column {' and '.join(missing)} in {names[0]}). Delete the folder and run pack again."
+            f"column {' and '.join(missing)} in {posixpath.basename(files[0])}). Delete the folder and run pack again."
         )
-    for name in names:
-        table = parquet.read_table(paths.join(folder, name), schemas.CORPUS)
+    for file in files:
+        table = parquet.read_table(file, schemas.CORPUS)
         tars = table["shard"].combine_chunks().dictionary_encode()
         uris = pa.array([paths.join(folder, tar) for tar in tars.dictionary.to_pylist()], pa.string())
         columns = {column: table[column] for column in SAMPLE_SCHEMA.names if column != "uri"}
@@ -128,12 +130,12 @@ def _corpus_tables(folder: str) -> Iterator[pa.Table]:
 
 def _ingested_tables(folder: str) -> Iterator[pa.Table]:
     """A table of SAMPLE_SCHEMA for each images file of a finished ingest, without its holdout. All weights are 1."""
-    names = require_manifest(folder).files("images")
-    if not names:
+    files = require_manifest(folder).paths(folder, "images")
+    if not files:
         raise InputError(f"'{folder}' holds no finished ingest: no images-*.parquet. Correct data.path or data.layout.")
     columns = ["image_id", "uri", "offset", "length", "role"]
-    for name in names:
-        table = parquet.read_table(paths.join(folder, name), schemas.IMAGES, columns)
+    for file in files:
+        table = parquet.read_table(file, schemas.IMAGES, columns)
         table = table.filter(pc.not_equal(table["role"], "holdout")).drop_columns(["role"])
         yield table.append_column("weight", pa.repeat(pa.scalar(1.0), table.num_rows)).cast(SAMPLE_SCHEMA)
 

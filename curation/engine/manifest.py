@@ -200,9 +200,7 @@ def require_fact(folder: str, manifest: Manifest, name: str) -> Any:
     return manifest.facts[name]
 
 
-def checked(
-    folder: str, records: Iterable[ShardRecord], *, hashes: bool
-) -> Iterator[tuple[ShardRecord, list[str]]]:
+def checked(folder: str, records: Iterable[ShardRecord], *, hashes: bool) -> Iterator[tuple[ShardRecord, list[str]]]:
     """Each of `records` with the problems of its files: a file is missing, has another size, or other bytes.
 
     Sizes come from one listing of the folder. With `hashes`, threads also read every byte.

@@ -118,8 +118,8 @@ class RecordedPath(str):
         recorded.sha256 = sha256
         return recorded
 
-    def __getnewargs__(self) -> tuple[str, str]:
-        return str(self), self.sha256  # for pickle: workers check the hash as well
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return RecordedPath, (str(self), self.sha256)  # workers check the hash as well
 
 
 def check_hash(path: str, sha256: str) -> None:
