@@ -336,7 +336,7 @@ def _read_file(path: str, sha256: str | None) -> Mapping[str, object]:
     file = Path(path)
     _require_file(file)
     _check_hash([file], sha256, path)
-    _check_kind(file)
+    check_kind(file)
     try:
         # A damaged byte can cause any exception in both readers, so every exception here is an error of the file.
         if file.suffix == ".safetensors":
@@ -354,7 +354,7 @@ def _read_file(path: str, sha256: str | None) -> Mapping[str, object]:
     return content
 
 
-def _check_kind(file: Path) -> None:
+def check_kind(file: Path) -> None:
     """Raise WeightsError for a file that is no checkpoint, and for one that would take more memory than its size.
 
     torch.save compresses nothing. A compressed archive, or one whose entries lie over each other, may unpack to a
@@ -476,12 +476,17 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
             + "\n".join(lines)
             + "\nCheck the name of the model and its options, such as patch size, image size and register tokens."
         )
+    require_finite(tensors, path)
+    module.load_state_dict(dict(tensors), strict=False)  # only step counters can be missing here
+
+
+def require_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Raise WeightsError, with the keys, for tensors that hold NaN or infinity. `origin` names them in the message."""
     if not_finite := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise WeightsError(
-            f"{path}: values that are not finite in {len(not_finite)} of {len(tensors)} tensors: {_some(not_finite)}. "
-            "The training that wrote it had failed, or the file is damaged: take an earlier checkpoint."
+            f"{origin}: values that are not finite in {len(not_finite)} of {len(tensors)} tensors: "
+            f"{_some(not_finite)}. The training that wrote it had failed, or the file is damaged: take an earlier one."
         )
-    module.load_state_dict(dict(tensors), strict=False)  # only step counters can be missing here
 
 
 # --- timm ---------------------------------------------------------------------------------------------------------
