@@ -21,7 +21,7 @@ from pydantic import Field
 
 from curation import ingest
 from curation.config import NotInPlan, Settings
-from curation.engine.manifest import read_manifest, require_manifest
+from curation.engine.manifest import checked, read_manifest, require_manifest
 from curation.engine.runner import Runner
 from curation.errors import InputError, OutputMismatchError
 from curation.files import npy, parquet, paths, schemas
@@ -60,9 +60,10 @@ class DataConfig(Settings):
     """
     use_weights: bool = True
     """Draw samples as often as the corpus's weights say. Otherwise each comes once an epoch."""
-    verify_hashes: bool = False
-    """Check the hash of every image's bytes against its id at every read. Otherwise only sizes and the names in tar
-    headers show that a file or shard was replaced."""
+    verify_hashes: bool = True
+    """Check the hash of every image's bytes against its id at every read. Without it, an image that replaced another
+    one of equal length is decoded unseen; turn it off for files that nothing else can write. It costs 1% of the time
+    that the crops of a photograph take, or 4% on a processor without SHA instructions (measured: data.py)."""
     max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
     """Share of all samples that may turn out unusable on one rank before training stops."""
     workers: Annotated[int, NotInPlan] = Field(default=0, ge=0)
@@ -73,7 +74,8 @@ class DataConfig(Settings):
 def prepare(config: DataConfig, output: str, runner: Runner) -> int:
     """List the samples of `config` in OUTPUT/samples, once. Gives their number. One process calls it for all ranks.
 
-    Raises InputError if there is no data, and OutputMismatchError if the output lists other data.
+    Raises InputError if there is no data or if a tar or table is lost or cut off, and OutputMismatchError if the output
+    lists other data.
     """
     if not paths.is_local(output):
         raise InputError(
@@ -94,9 +96,20 @@ def prepare(config: DataConfig, output: str, runner: Runner) -> int:
             if not _is_ingested(ingest_config, folder):
                 ingest.run(ingest_config, folder, runner)
         tables = _ingested_tables(folder)
+    _require_whole(folder)
     samples_folder = paths.join(output, SAMPLES_FOLDER)
     _list_samples(config, folder, tables, samples_folder)
     return SampleList(samples_folder).num_samples
+
+
+def _require_whole(folder: str) -> None:
+    """Raise InputError where a file of the stage in `folder` is missing or has another size, from one listing."""
+    for _, problems in checked(folder, require_manifest(folder).shards, hashes=False):
+        if problems:
+            raise InputError(
+                f"{problems[0]}. Restore it, or run the command that wrote '{folder}' again with --replace, which does "
+                "its damaged shards again; then resume."
+            )
 
 
 def _is_ingested(config: IngestConfig, folder: str) -> bool:
