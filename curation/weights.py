@@ -379,8 +379,8 @@ def check_kind(file: Path) -> None:
     compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if compressed:
         raise WeightsError(
-            f"{file}: its entry '{compressed[0]}' is compressed, and a state_dict that torch.save wrote has no such "
-            "entry. Load it where it comes from, and save its state_dict with torch.save."
+            f"{file}: its entry '{compressed[0]}' is compressed, as in a TorchScript archive. A state_dict that "
+            "torch.save wrote has no such entry: load the model where it comes from, and save its state_dict."
         )
     if (unpacked := sum(entry.file_size for entry in entries)) > (size := file.stat().st_size):
         raise WeightsError(f"{file}: its entries have {unpacked:,} bytes and the file only {size:,}: it is damaged.")
