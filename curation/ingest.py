@@ -9,11 +9,14 @@ Every image is decoded once here, in a separate process that may crash or hang. 
 the same code. A link inside a source is an image of its own (an exact copy); a link that leads out of the source is
 rejected. A tar or Parquet file that cannot be read to its end is one reject. The images before the damage are kept.
 
+The inputs of the stage are names and sizes of files. A later stage refuses an image whose bytes have changed, and
+--replace then reads again the shards with a file that is newer than their images-*.parquet.
+
     python -m curation.ingest --config CONFIG.toml --output ingest/
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import pyarrow as pa
@@ -27,13 +30,17 @@ from curation.engine.runner import Runner, Shard
 from curation.engine.stage import Stage, Tally, run_stage
 from curation.errors import RejectBudgetError
 from curation.files import parquet, paths, schemas
-from curation.images import sources
+from curation.images import changes, sources
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.hashing import image_id
 from curation.images.sandbox import ImageSandbox
 from curation.images.sources import SourceConfig
 from curation.run_folder import RunFolder
 from curation.stage_command import stage_command
+
+# A file that changed at most this long before the images of its shard were written may have changed after it was read.
+# Assumed: no shard takes longer, and the clocks of machines and object stores agree to a fraction of it.
+MAX_SHARD_SECONDS = 600.0
 
 
 class IngestConfig(Settings):
@@ -90,6 +97,7 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
         ),
         facts=config.model_dump(mode="json", include={"sources", "limits"}),
         max_poison_shards=config.max_poison_shards,
+        outdated=functools.partial(_shards_with_changed_files, shards, output),
     )
     return run_stage(stage, runner, replace=replace, log=log)
 
@@ -142,6 +150,23 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
         )
 
     return process
+
+
+def _shards_with_changed_files(shards: Sequence[Shard], output: str) -> set[str]:
+    """The names of the shards of which a file may have changed after its images were written."""
+    names = {shard.name: f"images-{shard.name}.parquet" for shard in shards}
+    written = changes.times_of(output, names.values())
+    files_of_source: dict[str, list[str]] = {}
+    for shard in shards:
+        source, files = shard.work
+        files_of_source.setdefault(source.path, []).extend(files)
+    changed = {path: changes.times_of(path, files) for path, files in files_of_source.items()}
+    return {
+        shard.name
+        for shard in shards
+        if max(changed[shard.work[0].path][file].latest for file in shard.work[1])
+        > written[names[shard.name]].earliest - MAX_SHARD_SECONDS
+    }
 
 
 def _check_budget(

@@ -60,6 +60,9 @@ class Stage:
     """Picklable; see the contract in runner.py."""
     prepare: Callable[[], ShardRecord] | None = None
     """Runs once in the driver before the shards, and writes files for all of them. It gets a marker like a shard."""
+    outdated: Callable[[], Set[str]] | None = None
+    """Called with `replace` only, for a finished stage with equal inputs: the shards that are done again all the same.
+    For inputs whose content no hash covers; shards whose inputs are as before give the same bytes again."""
     check: Callable[[Tally], None] | None = None
     """Called with the counts so far after each shard. It raises to stop the stage early."""
     finish: Finish | None = None
@@ -127,7 +130,8 @@ def _already_done(stage: Stage, finished: Manifest) -> Manifest | None:
 def _shards_to_redo(stage: Stage, finished: Manifest, *, replace: bool) -> set[str]:
     """The names of the records of a finished stage whose files are damaged; with `replace`, their hashes count too.
 
-    Raises InputError for damage without `replace`. A step is part of an unfinished stage, so it is repaired unasked.
+    With `replace`, those of outdated shards as well. Raises InputError for damage without `replace`. A step is part of
+    an unfinished stage, so it is repaired unasked.
     """
     is_step = f"/{manifest.PROGRESS_NAME}/" in stage.output
     checked = manifest.checked(stage.output, finished.shards, hashes=replace)
@@ -139,7 +143,10 @@ def _shards_to_redo(stage: Stage, finished: Manifest, *, replace: bool) -> set[s
         )
     if damaged:
         progress.say(f"{stage.name}: damaged after it was written, and done again: {_first_of(damaged)}")
-    return set(damaged)
+    outdated = stage.outdated() - damaged.keys() if replace and stage.outdated is not None else set()
+    if outdated:
+        progress.say(f"{stage.name}: {len(outdated):,} of {len(stage.shards):,} shards are read again")
+    return damaged.keys() | outdated
 
 
 def _first_of(damaged: Mapping[str, str]) -> str:

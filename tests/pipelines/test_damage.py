@@ -1,14 +1,19 @@
 """Files of a finished run that change afterwards: the stage that reads them says so, and --replace repairs them."""
 
+import io
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from curation import embed, ingest
 from curation.config import load
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError
-from curation.run_folder import STAGES
+from curation.run_folder import STAGES, RunFolder
 from pipelines import main_path
 from pipelines.main_path import CurateConfig
 from tests.pipelines.test_curate import CONFIG, drawing, save
@@ -99,3 +104,43 @@ def test_replace_repairs_what_a_bit_and_what_a_deletion_spoiled(
         main_path.run(config, str(output), InlineRunner())
     main_path.run(config, str(output), InlineRunner(), replace=True)
     assert bytes_in(output) == bytes_in(whole)
+
+
+def replace_by_equal_length(file: Path) -> None:
+    """Another picture in place of `file`: of the same length, and with the same time of its content."""
+    state, buffer = file.stat(), io.BytesIO()
+    Image.new("L", (96, 80), 90).save(buffer, "PNG")
+    assert len(buffer.getvalue()) <= state.st_size
+    file.write_bytes(buffer.getvalue().ljust(state.st_size, b"\0"))
+    os.utime(file, (state.st_atime, state.st_mtime))
+
+
+def test_a_source_image_replaced_by_one_of_equal_length_is_refused_and_replace_reads_it_again(
+    config: CurateConfig, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the files are seconds old; a real source is older than the time that a shard takes."""
+    monkeypatch.setattr(ingest, "MAX_SHARD_SECONDS", 0.0)
+    pool = tmp_path / "pool"
+    sources = tuple(
+        source.model_copy(update={"path": str(pool)}) if source.role == "pool" else source
+        for source in config.ingest.sources
+    )
+    shutil.copytree(next(source.path for source in config.ingest.sources if source.role == "pool"), pool)
+    moved = config.model_copy(update={"ingest": config.ingest.model_copy(update={"sources": sources})})
+    folder = RunFolder.of(str(output))
+    shutil.rmtree(folder.ingest)
+    time.sleep(0.05)  # filesystems count in steps of some milliseconds
+    before = ingest.run(moved.ingest, folder.ingest, InlineRunner())
+    assert ingest.run(moved.ingest, folder.ingest, InlineRunner(), replace=True) == before
+
+    time.sleep(0.05)
+    replace_by_equal_length(pool / "stripes/25.png")
+    shutil.rmtree(folder.embed)
+    with pytest.raises(InputError, match=r"25\.png: the bytes at 0 are no longer those of image .*--replace"):
+        embed.run(moved.embed, folder, folder.embed, InlineRunner())
+    untouched = output / "ingest/images-00000.parquet"
+    written_at = untouched.stat().st_mtime_ns
+    after = ingest.run(moved.ingest, folder.ingest, InlineRunner(), replace=True)
+    assert untouched.stat().st_mtime_ns == written_at
+    assert ingest.run(moved.ingest, str(tmp_path / "fresh"), InlineRunner()) == after != before
+    assert bytes_in(output / "ingest") == bytes_in(tmp_path / "fresh")
