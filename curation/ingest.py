@@ -10,7 +10,8 @@ the same code. A link inside a source is an image of its own (an exact copy); a 
 rejected. A tar or Parquet file that cannot be read to its end is one reject. The images before the damage are kept.
 
 The inputs of the stage are names and sizes of files. A later stage refuses an image whose bytes have changed, and
---replace then reads again the shards with a file that is newer than their images-*.parquet.
+--replace then reads again the shards with a file that is newer than their images-*.parquet. A file that changed while
+its shard was read is older than that; `touch` makes it newer.
 
     python -m curation.ingest --config CONFIG.toml --output ingest/
 """
@@ -37,10 +38,6 @@ from curation.images.sandbox import ImageSandbox
 from curation.images.sources import SourceConfig
 from curation.run_folder import RunFolder
 from curation.stage_command import stage_command
-
-# A file that changed at most this long before the images of its shard were written may have changed after it was read.
-# Assumed: no shard takes longer, and the clocks of machines and object stores agree to a fraction of it.
-MAX_SHARD_SECONDS = 600.0
 
 
 class IngestConfig(Settings):
@@ -153,7 +150,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
 
 
 def _shards_with_changed_files(shards: Sequence[Shard], output: str) -> set[str]:
-    """The names of the shards of which a file may have changed after its images were written."""
+    """The names of the shards with a file that changed after the images of the shard were written."""
     names = {shard.name: f"images-{shard.name}.parquet" for shard in shards}
     written = changes.times_of(output, names.values())
     files_of_source: dict[str, list[str]] = {}
@@ -164,8 +161,7 @@ def _shards_with_changed_files(shards: Sequence[Shard], output: str) -> set[str]
     return {
         shard.name
         for shard in shards
-        if max(changed[shard.work[0].path][file].latest for file in shard.work[1])
-        > written[names[shard.name]].earliest - MAX_SHARD_SECONDS
+        if max(changed[shard.work[0].path][file].latest for file in shard.work[1]) > written[names[shard.name]].earliest
     }
 
 

@@ -116,10 +116,8 @@ def replace_by_equal_length(file: Path) -> None:
 
 
 def test_a_source_image_replaced_by_one_of_equal_length_is_refused_and_replace_reads_it_again(
-    config: CurateConfig, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: CurateConfig, output: Path, tmp_path: Path
 ) -> None:
-    """Here the files are seconds old; a real source is older than the time that a shard takes."""
-    monkeypatch.setattr(ingest, "MAX_SHARD_SECONDS", 0.0)
     pool = tmp_path / "pool"
     sources = tuple(
         source.model_copy(update={"path": str(pool)}) if source.role == "pool" else source
