@@ -44,6 +44,7 @@ Legend: N unique images, the nodes, numbered in the order of their image_ids; E 
 
 import functools
 import heapq
+import posixpath
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -161,9 +162,10 @@ def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = 
             "written. Lower pairs.min_similarity, or raise the threshold."
         )
     shards, start = [], 0
-    for record, name in zip(ingested.shards, ingested.files("images"), strict=True):
+    for record, file in zip(ingested.shards, ingested.paths(images, "images"), strict=True):
         count = record.totals["accepted"]
-        work = (paths.join(images, name), slice(start, start + count))
+        work = (file, slice(start, start + count))
+        name = posixpath.basename(file)
         shards.append(Shard(name.removeprefix("images-").removesuffix(".parquet"), work, count))
         start += count
     if not start:

@@ -50,7 +50,7 @@ from curation.files.vectors import make_table
 from curation.images.decode import ImageLimits, decode_picture, upright
 from curation.images.sources import Layout, ReferenceReader, SourceConfig
 from curation.ingest import IngestConfig
-from curation.models.embedders import Embedder, EmbedderConfig, load_embedder
+from curation.models.embedders import Embedder, EmbedderConfig, hash_of_weights, load_embedder
 from curation.run_folder import RunFolder
 
 # WebP stores a recognisable drawing of 96 pixels in 1-3 kB. Assumed enough for verification and for the report.
@@ -91,25 +91,31 @@ def run(
     Raises InputError when a source has changed since ingest, and DeviceError or WeightsError for the model.
     """
     ingested = require_manifest(inputs.ingest)
+    weights_hash = hash_of_weights(config.embedder)
     limits = ImageLimits.model_validate(require_fact(inputs.ingest, ingested, "limits"), strict=False)
     shards = [
         Shard(
-            file.removeprefix("images-").removesuffix(".parquet"),
-            paths.join(inputs.ingest, file),
+            posixpath.basename(file).removeprefix("images-").removesuffix(".parquet"),
+            file,
             record.totals["accepted"],
         )
-        for record, file in zip(ingested.shards, ingested.files("images"), strict=True)
+        for record, file in zip(ingested.shards, ingested.paths(inputs.ingest, "images"), strict=True)
     ]
     stage = Stage(
         name=name,
         config=config,
-        inputs={"images": ingested.content_hash},
+        inputs={"images": ingested.content_hash, "weights": weights_hash},
         output=output,
         shards=shards,
-        make_worker=functools.partial(make_worker, config, limits, output),
+        make_worker=functools.partial(make_worker, _with_weights_hash(config, weights_hash), limits, output),
         note=_describe_times,
     )
     return run_stage(stage, runner, replace=replace, log=log)
+
+
+def _with_weights_hash(config: EmbedConfig, sha256: str) -> EmbedConfig:
+    """`config` for the workers, which load no weights with another hash than the driver's."""
+    return config.model_copy(update={"embedder": config.embedder.model_copy(update={"weights_sha256": sha256})})
 
 
 def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callable[[Shard], ShardRecord]:

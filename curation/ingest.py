@@ -13,6 +13,10 @@ images before the damage are kept.
 Files and members of tars that are no images are counted by kind, in the fact `passed_over` by source (absent where
 there are none) and in the totals of the shard that opened them. A kind is the ending of a name or as listing.py says.
 
+The inputs of the stage are names and sizes of files. A later stage refuses an image whose bytes have changed, and
+--replace then reads again the shards with a file that is newer than their images-*.parquet. A file that changed while
+its shard was read is older than that; `touch` makes it newer.
+
     python -m curation.ingest --config CONFIG.toml --output ingest/
 """
 
@@ -32,7 +36,7 @@ from curation.engine.runner import Runner, Shard
 from curation.engine.stage import Stage, Tally, run_stage
 from curation.errors import InputError, RejectBudgetError
 from curation.files import parquet, paths, schemas
-from curation.images import listing, sources
+from curation.images import changes, listing, sources
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.hashing import image_id
 from curation.images.sandbox import ImageSandbox
@@ -103,6 +107,7 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
         finish=functools.partial(_finish, config.sources, listings, shards),
         facts=config.model_dump(mode="json", include={"sources", "limits"}),
         max_poison_shards=config.max_poison_shards,
+        outdated=functools.partial(_shards_with_changed_files, shards, output),
     )
     return run_stage(stage, runner, replace=replace, log=log)
 
@@ -158,6 +163,22 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
         )
 
     return process
+
+
+def _shards_with_changed_files(shards: Sequence[Shard], output: str) -> set[str]:
+    """The names of the shards with a file that changed after the images of the shard were written."""
+    names = {shard.name: f"images-{shard.name}.parquet" for shard in shards}
+    written = changes.times_of(output, names.values())
+    files_of_source: dict[str, list[str]] = {}
+    for shard in shards:
+        source, files = shard.work
+        files_of_source.setdefault(source.path, []).extend(files)
+    changed = {path: changes.times_of(path, files) for path, files in files_of_source.items()}
+    return {
+        shard.name
+        for shard in shards
+        if max(changed[shard.work[0].path][file].latest for file in shard.work[1]) > written[names[shard.name]].earliest
+    }
 
 
 def _check_budget(

@@ -100,8 +100,8 @@ def run(
         raise ConfigError(
             f"'{descriptors}' holds no thumbnails; pairs.verification needs them. Set describe.thumbnail_side."
         )
-    files = [paths.join(descriptors, name) for name in described.files("vectors")]
-    described_rows = _DescribedRows(files, [paths.join(descriptors, name) for name in described.files("thumbnails")])
+    files = described.paths(descriptors, "vectors")
+    described_rows = _DescribedRows(files, described.paths(descriptors, "thumbnails"))
     num_shards = max(1, -(-described_rows.count // config.images_per_shard))
     joined, hashed = step_folder(output, "join"), step_folder(output, "hashes")
 

@@ -11,12 +11,12 @@
       corpus/    corpus-*.tar          corpus-*.parquet      composition.json
 
 Every folder also holds the manifest of its stage. Readers take file names from the manifest, never from a listing of
-the folder. The columns are in files/schemas.py.
+the folder, and check the hash of each file that they read. The columns are in files/schemas.py.
 """
 
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from curation.engine.manifest import MANIFEST_NAME, Manifest, read_manifest, require_manifest
 from curation.errors import InputError
 from curation.files import npy, parquet, paths, schemas, vectors
+from curation.files.paths import RecordedPath
 
 # The stages in order. Each writes to the folder of its name.
 STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus")
@@ -105,8 +106,11 @@ def vector_files(path: str) -> tuple[list[str], bool]:
     if paths.exists(paths.join(path, "embed", MANIFEST_NAME)):
         path = paths.join(path, "embed")
     manifest = read_manifest(path)
-    names = manifest.files("vectors") if manifest else sorted(paths.list_names(path), key=_natural_order)
-    files = [paths.join(path, name) for name in names if name.endswith((".parquet", ".npy"))]
+    if manifest is not None:
+        listed: Sequence[str] = manifest.paths(path, "vectors")
+    else:
+        listed = [paths.join(path, name) for name in sorted(paths.list_names(path), key=_natural_order)]
+    files = [file for file in listed if file.endswith((".parquet", ".npy"))]
     if not files:
         raise InputError(f"'{path}' holds no vectors: no .parquet and no .npy file.")
     return files, manifest is not None
@@ -145,9 +149,9 @@ def require_same_ingest(folder: str, manifest: Manifest, images: str, ingested: 
 class KeptShard:
     """The files of one shard of ingest: its images, the decisions of dedup, and the vectors."""
 
-    images: str
-    duplicates: str
-    vectors: str
+    images: RecordedPath
+    duplicates: RecordedPath
+    vectors: RecordedPath
 
 
 def kept_inputs(run: RunFolder) -> dict[str, str]:
@@ -161,16 +165,13 @@ def kept_shards(run: RunFolder) -> list[KeptShard]:
     manifests = [require_manifest(folder) for folder in folders]
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
         require_same_ingest(folder, manifest, run.ingest, manifests[0])
-    names = [
-        [paths.join(folder, name) for name in manifest.files(kind)]
-        for folder, manifest, kind in zip(folders, manifests, kinds, strict=True)
-    ]
-    if len({len(column) for column in names}) > 1:
+    files = [manifest.paths(folder, kind) for folder, manifest, kind in zip(folders, manifests, kinds, strict=True)]
+    if len({len(column) for column in files}) > 1:
         raise InputError(
             f"'{run.ingest}', '{run.dedup}' and '{run.embed}' differ in their number of shards "
-            f"({', '.join(str(len(column)) for column in names)}); they are not stages of one run."
+            f"({', '.join(str(len(column)) for column in files)}); they are not stages of one run."
         )
-    return [KeptShard(*files) for files in zip(*names, strict=True)]
+    return [KeptShard(*files_of_shard) for files_of_shard in zip(*files, strict=True)]
 
 
 def read_kept(shard: KeptShard, *, role: str, source: str | None = None) -> tuple[list[str], np.ndarray]:
@@ -193,11 +194,11 @@ def read_kept(shard: KeptShard, *, role: str, source: str | None = None) -> tupl
 
 def kept_images(run: RunFolder, columns: list[str]) -> Iterator[pa.Table]:
     """The given columns of the kept seed and pool images, one shard of ingest at a time."""
-    images = require_manifest(run.ingest).files("images")
-    duplicates = require_manifest(run.dedup).files("duplicates")
-    for images_name, duplicates_name in zip(images, duplicates, strict=True):
-        rows = parquet.read_table(paths.join(run.ingest, images_name), schemas.IMAGES, columns)
-        keep = parquet.read_table(paths.join(run.dedup, duplicates_name), schemas.DUPLICATES, ["kept"])
+    images = require_manifest(run.ingest).paths(run.ingest, "images")
+    duplicates = require_manifest(run.dedup).paths(run.dedup, "duplicates")
+    for images_file, duplicates_file in zip(images, duplicates, strict=True):
+        rows = parquet.read_table(images_file, schemas.IMAGES, columns)
+        keep = parquet.read_table(duplicates_file, schemas.DUPLICATES, ["kept"])
         yield rows.filter(keep["kept"])
 
 
@@ -206,18 +207,26 @@ def kept_images(run: RunFolder, columns: list[str]) -> Iterator[pa.Table]:
 
 def read_centroids(folder: str, level: int = 0) -> np.ndarray:
     """The centroids (clusters, D) float32 of a level; the cluster stage writes them before it is done."""
-    return npy.read_array(paths.join(folder, f"centroids-{level}.npy"))
+    return npy.read_array(_recorded(folder, f"centroids-{level}.npy"))
 
 
 def read_parents(folder: str, level: int) -> np.ndarray:
     """For each cluster of `level`, its cluster of the level above: (clusters,) int64."""
-    return npy.read_array(paths.join(folder, f"parents-{level}.npy"))
+    return npy.read_array(_recorded(folder, f"parents-{level}.npy"))
+
+
+def _recorded(folder: str, name: str) -> str:
+    """The path of a file in `folder`, with its hash once the stage is done and its manifest names the file."""
+    path, manifest = paths.join(folder, name), read_manifest(folder)
+    records = () if manifest is None else manifest.shards
+    hashes = (file.sha256 for record in records for file in record.files if file.name == name)
+    return path if (sha256 := next(hashes, None)) is None else RecordedPath(path, sha256)
 
 
 def read_assignments(folder: str, columns: list[str]) -> Iterator[pa.Table]:
     """The given columns of the assignments to the finest clusters (level 0), one file at a time."""
-    for name in require_manifest(folder).files("assignments"):
-        table = parquet.read_table(paths.join(folder, name), schemas.ASSIGNMENTS, [*columns, "level"])
+    for file in require_manifest(folder).paths(folder, "assignments"):
+        table = parquet.read_table(file, schemas.ASSIGNMENTS, [*columns, "level"])
         yield table.filter(pc.equal(table["level"], 0))
 
 
@@ -234,8 +243,8 @@ def cluster_sizes(folder: str, num_clusters: int) -> np.ndarray:
 
 def retrieved_tables(folder: str) -> Iterator[pa.Table]:
     """The rows of RETRIEVED of a finished retrieve, dataset by dataset, one file at a time."""
-    for name in require_manifest(folder).files("retrieved"):
-        yield parquet.read_table(paths.join(folder, name), schemas.RETRIEVED)
+    for file in require_manifest(folder).paths(folder, "retrieved"):
+        yield parquet.read_table(file, schemas.RETRIEVED)
 
 
 def read_retrieved(folder: str) -> pa.Table:
@@ -243,17 +252,16 @@ def read_retrieved(folder: str) -> pa.Table:
     return pa.concat_tables([schemas.RETRIEVED.empty_table(), *retrieved_tables(folder)])
 
 
-def corpus_tables(folder: str) -> list[str]:
-    """The names of the tables of a finished pack, one for each tar, in the order of the tars."""
-    return [name for name in require_manifest(folder).files("corpus") if name.endswith(".parquet")]
+def corpus_tables(folder: str) -> list[RecordedPath]:
+    """The tables of a finished pack, one for each tar, in the order of the tars."""
+    return [file for file in require_manifest(folder).paths(folder, "corpus") if file.endswith(".parquet")]
 
 
 def read_corpus(folder: str) -> pa.Table:
     """All rows of CORPUS of a finished pack, in the order of the tars."""
-    names = corpus_tables(folder)
-    return pa.concat_tables([parquet.read_table(paths.join(folder, name), schemas.CORPUS) for name in names])
+    return pa.concat_tables([parquet.read_table(file, schemas.CORPUS) for file in corpus_tables(folder)])
 
 
 def _read_all(folder: str, kind: str, schema: pa.Schema, columns: list[str] | None, empty: pa.Table) -> pa.Table:
-    names = require_manifest(folder).files(kind)
-    return pa.concat_tables([empty, *(parquet.read_table(paths.join(folder, name), schema, columns) for name in names)])
+    files = require_manifest(folder).paths(folder, kind)
+    return pa.concat_tables([empty, *(parquet.read_table(file, schema, columns) for file in files)])

@@ -17,6 +17,7 @@ Files are read with `torch.load(weights_only=True)` or safetensors, so a checkpo
 import json
 import math
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,12 +334,9 @@ def save(backbone: VisionTransformer, path: str, layout: SavedLayout = "released
 def _read_file(path: str, sha256: str | None) -> Mapping[str, object]:
     """The content of the file, on the CPU."""
     file = Path(path)
-    if not file.is_file():
-        raise WeightsError(
-            f"No weights at '{path}'. Give the path of a local .pth, .pt or .safetensors file, or of a folder of "
-            "transformers."
-        )
+    _require_file(file)
     _check_hash([file], sha256, path)
+    check_kind(file)
     try:
         # A damaged byte can cause any exception in both readers, so every exception here is an error of the file.
         if file.suffix == ".safetensors":
@@ -356,6 +354,58 @@ def _read_file(path: str, sha256: str | None) -> Mapping[str, object]:
     return content
 
 
+def check_kind(file: Path) -> None:
+    """Raise WeightsError for a file that is no checkpoint, and for one that would take more memory than its size.
+
+    torch.save compresses nothing. A compressed archive, or one whose entries lie over each other, may unpack to a
+    thousand times its size.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(512).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{file}: a pointer of git-lfs, not the weights themselves. Fetch them with: git lfs pull")
+    if start[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise WeightsError(
+            f"{file}: a web page or an XML message, not weights: the download failed. Open the file to read its cause, "
+            "and fetch the weights again."
+        )
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile:
+        return  # the reader names the damage
+    compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        raise WeightsError(
+            f"{file}: its entry '{compressed[0]}' is compressed, as in a TorchScript archive. A state_dict that "
+            "torch.save wrote has no such entry: load the model where it comes from, and save its state_dict."
+        )
+    if (unpacked := sum(entry.file_size for entry in entries)) > (size := file.stat().st_size):
+        raise WeightsError(f"{file}: its entries have {unpacked:,} bytes and the file only {size:,}: it is damaged.")
+
+
+def sha256_of(path: str) -> str:
+    """The SHA-256 that `read` and `load_exactly` expect as `sha256` for the file or folder at `path`.
+
+    Raises WeightsError where there are no weights.
+    """
+    given = Path(path)
+    if given.is_dir():
+        return sha256_of_files(map(str, _weight_files(given)[0]))
+    _require_file(given)
+    return sha256_of_files([path])
+
+
+def _require_file(file: Path) -> None:
+    if not file.is_file():
+        raise WeightsError(
+            f"No weights at '{file}'. Give the path of a local .pth, .pt or .safetensors file, or of a folder of "
+            "transformers."
+        )
+
+
 def _check_hash(files: Sequence[Path], sha256: str | None, path: str) -> None:
     if sha256 is None:
         return
@@ -370,11 +420,18 @@ def _tensors(content: Mapping[str, object], path: str) -> dict[str, Tensor]:
             f"{path}: {len(others)} of its {len(content)} entries are not tensors: {_some(others)}. Expected a "
             "state_dict, or a checkpoint with one under 'teacher', 'target_encoder' or 'model'."
         )
-    return {name: value for name, value in content.items() if _is_tensor(value) and not name.endswith(STEP_COUNTER)}
+    tensors = {name: value for name, value in content.items() if _is_tensor(value) and not name.endswith(STEP_COUNTER)}
+    # A file of a few bytes can state a tensor that repeats one value a billion times; a copy of it fills the memory.
+    if repeated := [name for name, value in tensors.items() if value.nbytes > value.untyped_storage().nbytes()]:
+        raise WeightsError(
+            f"{path}: the file holds only a part of {_some(repeated)}, and the tensor repeats it. Save whole tensors."
+        )
+    return tensors
 
 
 def _without_prefixes(name: str) -> str:
     """The released name, without the prefixes of wrappers and trainers."""
+    name = name.replace("_orig_mod.", "")  # torch.compile puts it in front of the module that it wraps
     return CHUNKED_BLOCK.sub(r"blocks.\1.", name.removeprefix("module.").removeprefix("backbone."))
 
 
@@ -419,7 +476,17 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
             + "\n".join(lines)
             + "\nCheck the name of the model and its options, such as patch size, image size and register tokens."
         )
+    require_finite(tensors, path)
     module.load_state_dict(dict(tensors), strict=False)  # only step counters can be missing here
+
+
+def require_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Raise WeightsError, with the keys, for tensors that hold NaN or infinity. `origin` names them in the message."""
+    if not_finite := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise WeightsError(
+            f"{origin}: values that are not finite in {len(not_finite)} of {len(tensors)} tensors: "
+            f"{_some(not_finite)}. The training that wrote it had failed, or the file is damaged: take an earlier one."
+        )
 
 
 # --- timm ---------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from curation.engine.ranks import World, all_ranks, gather_rows, sum_over_ranks
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
-from curation.files.hashes import hash_json
+from curation.files.hashes import hash_json, sha256_of_bytes
 from curation.files.prefetch import prefetch
 from curation.images.decode import Picture, decode_picture, upright
 from curation.images.sources import ReferenceReader
@@ -235,7 +235,9 @@ def fit_or_load(config: LinearConfig, model: FrozenModel, train: Split, cache: s
     facts_path, tensors_path = paths.join(folder, "head.json"), paths.join(folder, "head.safetensors")
     if all_ranks(paths.exists(facts_path)):  # written last
         facts = json.loads(paths.read_bytes(facts_path))
-        tensors = safetensors.torch.load(paths.read_bytes(tensors_path))
+        if sha256_of_bytes(data := paths.read_bytes(tensors_path)) != facts.get("sha256"):
+            raise InputError(f"{tensors_path}: not the bytes that were written. Delete '{folder}', and run again.")
+        tensors = safetensors.torch.load(data)
         return ChosenHead(
             Reading(facts["blocks"], facts["average"]),
             facts["rate"],
@@ -248,8 +250,9 @@ def fit_or_load(config: LinearConfig, model: FrozenModel, train: Split, cache: s
     if not model.world.is_first:
         return head
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
-    paths.write_bytes(tensors_path, safetensors.torch.save(tensors))
+    file = paths.write_bytes(tensors_path, safetensors.torch.save(tensors))
     facts = {
+        "sha256": file.sha256,
         "blocks": head.reading.blocks,
         "average": head.reading.average,
         "rate": head.rate,

@@ -36,7 +36,8 @@ from curation.engine.ranks import all_ranks, gather_rows
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import npy, paths
-from curation.files.hashes import hash_json, sha256_of_bytes
+from curation.files.hashes import hash_json, sha256_of_bytes, sha256_of_file
+from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
 from curation.images.decode import ImageLimits, Picture, decode_picture, decode_rgb, to_shape
 from curation.models import efficientnet
@@ -243,14 +244,19 @@ def _cached_features(model: FrozenModel, photos: Sequence[Photo], view: ViewConf
     content_hash = hash_json([[file_hash, photo.box] for file_hash, photo in zip(hashes, photos, strict=True)])
     key = hash_json([model.hash, content_hash, view.resize, view.image_size])
     path = paths.join(cache, "retrieval", f"{key[:32]}.npy")
-    if all_ranks(paths.exists(path)):
+    record_path = path + ".json"  # written last
+    if all_ranks(paths.exists(record_path)):
+        record = FileRecord.model_validate_json(paths.read_bytes(record_path))
+        if sha256_of_file(path) != record.sha256:
+            raise InputError(f"{path}: not the bytes that were written. Delete '{record_path}', and run again.")
         photo_features = torch.from_numpy(npy.read_array(path))
     else:
         share = model.world.share(len(photos))
         part = _compute_features(model, photos[share.start : share.stop], view, PHOTOS_PER_PASS)
         photo_features = gather_rows(model.world, part, len(photos))
         if model.world.is_first:
-            npy.write_arrays(path, photo_features.numpy())
+            record = npy.write_arrays(path, photo_features.numpy())
+            paths.write_bytes(record_path, record.model_dump_json().encode())
     return _PhotoFeatures(photo_features, content_hash)
 
 

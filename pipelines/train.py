@@ -24,7 +24,7 @@ from curation.config import load
 from curation.engine import command
 from curation.engine.manifest import require_manifest
 from curation.errors import InputError
-from curation.files import parquet, paths, schemas
+from curation.files import parquet, schemas
 from curation.images.decode import ImageLimits, decode_picture, to_shape
 from curation.images.sources import ReferenceReader
 from curation.models.embedders import IMAGENET_NORMALIZATION
@@ -87,8 +87,7 @@ def _labelled(images: str, side: int) -> tuple[Tensor, list[str], Tensor]:
     """
     columns = ["image_id", "uri", "offset", "length", "role", "label", "layout"]
     tables = [
-        parquet.read_table(paths.join(images, name), schemas.IMAGES, columns)
-        for name in require_manifest(images).files("images")
+        parquet.read_table(file, schemas.IMAGES, columns) for file in require_manifest(images).paths(images, "images")
     ]
     table = pa.concat_tables(tables)
     table = table.filter(pc.and_(pc.not_equal(table["role"], "pool"), pc.is_valid(table["label"])))

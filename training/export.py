@@ -17,6 +17,7 @@ each layout loses. The command reads a checkpoint of any number of ranks in one 
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO, Annotated, Any, cast
 
 import torch
@@ -99,9 +100,12 @@ def read_heads(path: str, expected: Mapping[str, Tensor] | None = None) -> dict[
     """
     content: object
     try:
+        weights.check_kind(Path(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"No heads at '{path}'. Give the path of a {HEADS_FILE}.") from None
+    except WeightsError:
+        raise
     except Exception as error:  # torch raises many kinds of errors for other files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{path}: cannot be read as heads ({reason}). The file is damaged or incomplete.") from error
@@ -111,6 +115,7 @@ def read_heads(path: str, expected: Mapping[str, Tensor] | None = None) -> dict[
         raise WeightsError(f"{path}: holds something else than named tensors. Give a {HEADS_FILE} of an export.")
     heads = {name: cast(Tensor, value) for name, value in content.items()}
     _require_heads(heads, path)
+    weights.require_finite(heads, path)
     if expected is not None:
         _require_equal_shapes(heads, expected, path)
     return heads

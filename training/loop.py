@@ -20,12 +20,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from curation import weights
 from curation.backbone import Kept, VisionTransformer
 from curation.config import NotInPlan, Settings, plan_values, write_resolved
 from curation.engine import progress
@@ -33,7 +34,7 @@ from curation.engine.ranks import World, barrier, max_over_ranks, open_world, su
 from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError, TrainingError, UserError
 from curation.files import paths
-from curation.files.hashes import hash_json
+from curation.files.hashes import hash_json, sha256_of_file
 from training import checkpoint, data, distributed, export, masking, optimizer, samples
 from training.augment import AugmentConfig
 from training.checkpoint import CheckpointConfig
@@ -169,6 +170,22 @@ class Trainer:
     world: World
     model: StudentTeacher
     optimizer: torch.optim.Optimizer
+
+    @functools.cached_property
+    def compared_config(self) -> dict[str, Any]:
+        """The settings that the numbers of a run depend on, and the hashes of the files of a frozen teacher.
+
+        A resumed run must have the same. The student's start weights are not in it: the checkpoint holds the student.
+        """
+        distillation = self.config.model.distillation
+        if distillation is None:
+            return plan_values(self.config)
+        assert distillation.backbone.weights is not None, "the config was checked"
+        files = {
+            "backbone": weights.sha256_of(distillation.backbone.weights),
+            "heads": sha256_of_file(distillation.heads),
+        }
+        return plan_values(self.config) | {"frozen_teacher": files}
 
 
 @dataclass(frozen=True)
@@ -457,7 +474,7 @@ def _save(trainer: Trainer, output: str, counters: Counters) -> None:
         counters.step,
         _checkpoint_parts(trainer),
         progress=asdict(counters),
-        config=plan_values(config),
+        config=trainer.compared_config,
         keep=config.checkpoint.keep,
         world=trainer.world,
     )
@@ -468,8 +485,7 @@ def _resume(trainer: Trainer, output: str) -> Counters:
     path = checkpoint.latest(paths.join(output, "checkpoints"))
     if path is None:
         return Counters()
-    config = plan_values(trainer.config)
-    record = checkpoint.load(path, _checkpoint_parts(trainer), config=config, world=trainer.world)
+    record = checkpoint.load(path, _checkpoint_parts(trainer), config=trainer.compared_config, world=trainer.world)
     return Counters(**record.progress)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike
 from curation.copies.components import node_type
 from curation.engine.manifest import require_manifest
 from curation.errors import InputError
-from curation.files import parquet, paths, schemas
+from curation.files import parquet, schemas
 from curation.files.disk_arrays import Buckets, blocks, on_disk
 from curation.files.image_ids import bucket_of, pack_ids, unpack_ids
 from curation.search.top_k import starts_group
@@ -153,12 +153,7 @@ def _tables(
 ) -> Iterator[tuple[int, pa.Table]]:
     """The tables `<kind>-*` of a stage, each with the number of rows before it."""
     start = 0
-    for record in require_manifest(folder).shards:
-        for file in record.files:
-            if file.name.startswith(kind + "-"):
-                path = paths.join(folder, file.name)
-                table = parquet.read_table(path, schema, columns)
-                if table.num_rows != file.rows:
-                    raise InputError(f"{path}: {table.num_rows} rows, but {file.rows} were written. Redo that stage.")
-                yield start, table
-                start += table.num_rows
+    for file in require_manifest(folder).paths(folder, kind):
+        table = parquet.read_table(file, schema, columns)
+        yield start, table
+        start += table.num_rows

@@ -37,7 +37,7 @@ WorkersOption = Annotated[
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one setting: a.b=value. Repeatable.")]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Print the plan and stop.")]
 ReplaceOption = Annotated[
-    bool, typer.Option("--replace", help="Redo a stage whose output was made with another config or other inputs.")
+    bool, typer.Option("--replace", help="Redo a stage with another config or other inputs, and damaged shards.")
 ]
 
 

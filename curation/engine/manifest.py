@@ -19,10 +19,11 @@ from typing import Any, TypeVar, overload
 from pydantic import BaseModel, ConfigDict, Field
 
 from curation.errors import InputError, OutputMismatchError
-from curation.files.hashes import hash_json
+from curation.files.hashes import hash_json, sha256_of_file
 from curation.files.paths import (
     TEMPORARY_PREFIX,
     FileRecord,
+    RecordedPath,
     atomic_write,
     delete,
     exists,
@@ -30,9 +31,11 @@ from curation.files.paths import (
     is_folder,
     join,
     list_names,
+    list_sizes,
     read_bytes,
     write_bytes,
 )
+from curation.files.prefetch import prefetch
 
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = ".progress"
@@ -142,6 +145,15 @@ class Manifest:
         """The names of the files `<kind>-*`, in the order of the shards."""
         return [file.name for shard in self.shards for file in shard.files if file.name.startswith(kind + "-")]
 
+    def paths(self, folder: str, kind: str) -> list[RecordedPath]:
+        """The paths of the same files, where the stage lies in `folder`. Readers check the hash of each."""
+        return [
+            RecordedPath(join(folder, file.name), file.sha256)
+            for shard in self.shards
+            for file in shard.files
+            if file.name.startswith(kind + "-")
+        ]
+
 
 # manifest.json is one JSON object: first the other keys, then the shards, one per line. JSON escapes line ends in text.
 _SHARDS_BEGIN, _SHARDS_END = b',\n "shards": [\n', b"\n ]\n}\n"
@@ -186,6 +198,29 @@ def require_fact(folder: str, manifest: Manifest, name: str) -> Any:
             "of the stage that publishes it."
         )
     return manifest.facts[name]
+
+
+def checked(folder: str, records: Iterable[ShardRecord], *, hashes: bool) -> Iterator[tuple[ShardRecord, list[str]]]:
+    """Each of `records` with the problems of its files: a file is missing, has another size, or other bytes.
+
+    Sizes come from one listing of the folder. With `hashes`, threads also read every byte.
+    """
+    sizes = list_sizes(folder)
+
+    def problem_of(file: FileRecord) -> str | None:
+        path, size = join(folder, file.name), sizes.get(file.name)
+        if size is None:
+            return f"{path} is missing"
+        if size != file.bytes:
+            return f"{path} has {size:,} bytes, and {file.bytes:,} were written"
+        if hashes and (sha256 := sha256_of_file(path)) != file.sha256:
+            return f"{path} holds other bytes than were written (SHA-256 {sha256}, written {file.sha256})"
+        return None
+
+    def check(record: ShardRecord) -> tuple[ShardRecord, list[str]]:
+        return record, [problem for file in record.files if (problem := problem_of(file)) is not None]
+
+    return prefetch(check, records, threads=READERS, ahead=READERS) if hashes else map(check, records)
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
@@ -245,15 +280,6 @@ def read_done(folder: str) -> Iterator[ShardRecord]:
     for path, data in _read_markers(folder):
         for line in data.splitlines()[1:] if path.endswith(".jsonl") else [data]:
             yield _parse(ShardRecord, line, path)
-
-
-def read_counts(folder: str) -> Iterator[Counts]:
-    """The names and counts of the same shards: first one value per file of merged markers, then one per shard."""
-    for path, data in _read_markers(folder):
-        if path.endswith(".jsonl"):
-            yield _parse(Counts, data.partition(b"\n")[0], path)
-        else:
-            yield _sum_records([_parse(ShardRecord, data, path)])
 
 
 def _read_markers(folder: str) -> Iterator[tuple[str, bytes]]:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from curation.engine import manifest, progress, run_log
 from curation.engine.manifest import Execution, Manifest, Plan, ShardRecord, ShardRecords
 from curation.engine.run_log import Log, StageLog
 from curation.engine.runner import Runner, Shard, Worker
+from curation.errors import InputError
 from curation.files.folder_lock import sole_writer
 
 # The name of the record that `prepare` returns.
@@ -59,6 +60,9 @@ class Stage:
     """Picklable; see the contract in runner.py."""
     prepare: Callable[[], ShardRecord] | None = None
     """Runs once in the driver before the shards, and writes files for all of them. It gets a marker like a shard."""
+    outdated: Callable[[], Set[str]] | None = None
+    """Called with `replace` only, for a finished stage with equal inputs: the shards that are done again all the same.
+    For inputs whose content no hash covers; shards whose inputs are as before give the same bytes again."""
     check: Callable[[Tally], None] | None = None
     """Called with the counts so far after each shard. It raises to stop the stage early."""
     finish: Finish | None = None
@@ -85,17 +89,24 @@ class Stage:
 def run_stage(stage: Stage, runner: Runner, *, replace: bool = False, log: Log = None) -> Manifest:
     """Process the unfinished shards of `stage`, mark it done and return its manifest.
 
+    The sizes of all files of finished shards are checked; with `replace` the hashes too, and the damaged shards of a
+    finished stage are done again.
+
     log: the log of the whole run. Raises OutputMismatchError when the output holds the work of another config or of
-    other inputs, or when another run is writing there.
+    other inputs, or when another run is writing there. Raises InputError when the files of a finished stage are damaged
+    and `replace` is false.
     """
     with sole_writer(stage.output):
         plan = stage.plan()
         finished = manifest.claim(stage.output, plan, replace=replace)
-        if finished is not None and (done := _already_done(stage, finished)):
-            return done
-        finished_shards = finished.shards if finished is not None else ()
+        finished_shards: Sequence[ShardRecord] = ()
+        if finished is not None:
+            to_redo = _shards_to_redo(stage, finished, replace=replace)
+            if not to_redo and (done := _already_done(stage, finished)):
+                return done
+            finished_shards = _left_of(finished, to_redo)
         started, stage_log = time.monotonic(), None if log is None else log.of_stage(stage.output)
-        names, tally = _count_done(stage.output, finished_shards)
+        names, tally = _count_done(stage, finished_shards)
         if stage_log is not None:
             stage_log.begin(plan, num_done=len(names), num_workers=runner.num_workers)
         set_aside = _process_shards(stage, runner, names, tally, stage_log)
@@ -116,17 +127,66 @@ def _already_done(stage: Stage, finished: Manifest) -> Manifest | None:
     return finished
 
 
-def _count_done(output: str, finished_shards: Iterable[ShardRecord]) -> tuple[set[str], Tally]:
-    """The names and counts of the finished shards. Their records stay on disk, so that a driver keeps only names."""
+def _shards_to_redo(stage: Stage, finished: Manifest, *, replace: bool) -> set[str]:
+    """The names of the records of a finished stage whose files are damaged; with `replace`, their hashes count too.
+
+    With `replace`, those of outdated shards as well. Raises InputError for damage without `replace`. A step is part of
+    an unfinished stage, so it is repaired unasked.
+    """
+    is_step = f"/{manifest.PROGRESS_NAME}/" in stage.output
+    checked = manifest.checked(stage.output, finished.shards, hashes=replace)
+    damaged = {record.name: problems[0] for record, problems in checked if problems}
+    if damaged and not replace and not is_step:
+        raise InputError(
+            f"{stage.name}: damaged after it was written: {_first_of(damaged)}. Run again with --replace, which does "
+            "the damaged shards again."
+        )
+    if damaged:
+        progress.say(f"{stage.name}: damaged after it was written, and done again: {_first_of(damaged)}")
+    outdated = stage.outdated() - damaged.keys() if replace and stage.outdated is not None else set()
+    if outdated:
+        progress.say(f"{stage.name}: {len(outdated):,} of {len(stage.shards):,} shards are read again")
+    return damaged.keys() | outdated
+
+
+def _first_of(damaged: Mapping[str, str]) -> str:
+    """The first problem, and the number of the others. `damaged`: a problem for each shard."""
+    more = f" (and {len(damaged) - 1:,} more shards)" if len(damaged) > 1 else ""
+    return next(iter(damaged.values())) + more
+
+
+def _left_of(finished: Manifest, to_redo: Set[str]) -> ShardRecords:
+    """The records that stay of a finished stage when those of `to_redo` are made again.
+
+    The files that `prepare` leaves in the progress folder are gone, so `prepare` then runs again. Its bytes are equal.
+    """
+    dropped = to_redo | {PREPARED} if to_redo else to_redo
+    return ShardRecords([manifest.json_line(record) for record in finished.shards if record.name not in dropped])
+
+
+def _count_done(stage: Stage, finished_shards: Iterable[ShardRecord]) -> tuple[set[str], Tally]:
+    """The names and counts of the finished shards. Their records stay on disk, so that a driver keeps only names.
+
+    A marked shard whose files are missing or of another size is not finished.
+    """
     names: set[str] = set()
     tally = Tally()
+
+    def add(record: ShardRecord) -> None:
+        if record.name not in names:  # a kill may leave two markers of a shard
+            names.add(record.name)
+            tally.add(int(record.name != PREPARED), record.totals, record.rejects)
+
     for record in finished_shards:
-        names.add(record.name)
-        tally.add(1, record.totals, record.rejects)
-    for counts in manifest.read_counts(output):
-        if names.isdisjoint(counts.names):  # a kill may leave two markers of a shard
-            names.update(counts.names)
-            tally.add(sum(name != PREPARED for name in counts.names), counts.totals, counts.rejects)
+        add(record)
+    damaged: dict[str, str] = {}
+    for record, problems in manifest.checked(stage.output, manifest.read_done(stage.output), hashes=False):
+        if problems:
+            damaged[record.name] = problems[0]
+        else:
+            add(record)
+    if damaged:
+        progress.say(f"{stage.name}: damaged after it was written, and done again: {_first_of(damaged)}")
     return names, tally
 
 

@@ -6,7 +6,8 @@ from typing import BinaryIO
 import numpy as np
 
 from curation.files import paths
-from curation.files.paths import FileRecord
+from curation.files.hashes import sha256_of_file
+from curation.files.paths import FileRecord, RecordedPath, check_hash
 
 
 def write_arrays(path: str, *arrays: np.ndarray) -> FileRecord:
@@ -18,7 +19,9 @@ def write_arrays(path: str, *arrays: np.ndarray) -> FileRecord:
 
 
 def read_arrays(path: str, count: int) -> list[np.ndarray]:
-    """The first `count` arrays of a file."""
+    """The first `count` arrays of a file. Raises InputError where the hash of a RecordedPath differs."""
+    if isinstance(path, RecordedPath):
+        check_hash(path, sha256_of_file(path))
     with paths.open_read(path) as file:
         return [np.lib.format.read_array(file, allow_pickle=False) for _ in range(count)]
 

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.errors import InputError
-from curation.files.paths import FileRecord, atomic_write, open_read
+from curation.files.hashes import sha256_of_bytes
+from curation.files.paths import FileRecord, RecordedPath, atomic_write, check_hash, open_read, read_bytes
 
 
 def write_table(path: str, table: pa.Table) -> FileRecord:
@@ -69,6 +70,7 @@ def read_table(path: str, schema: pa.Schema, columns: list[str] | None = None) -
     """Read the columns of `schema`, or the named `columns` of it, from a Parquet file.
 
     Raises InputError when there is no such file, when it is not Parquet, or when columns are missing or of other types.
+    A RecordedPath is read whole, and its hash is checked.
     """
     selected = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     table = read_table_columns(path, selected.names)
@@ -81,7 +83,7 @@ def read_table(path: str, schema: pa.Schema, columns: list[str] | None = None) -
 def read_table_columns(path: str, columns: list[str]) -> pa.Table:
     """The named columns of a Parquet file, in that order, of any types. Raises InputError as `read_table` does."""
     try:
-        with open_read(path) as file:
+        with _open_checked(path) as file:
             parquet = open_file(file)
             names = parquet.schema_arrow.names
             missing = [name for name in columns if name not in names]
@@ -92,6 +94,15 @@ def read_table_columns(path: str, columns: list[str]) -> pa.Table:
         raise InputError(f"No file at '{path}'.") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file: {error}.") from None
+
+
+def _open_checked(path: str) -> Any:
+    """The file at `path`, opened; of a RecordedPath its bytes, read once for the hash and for the table."""
+    if not isinstance(path, RecordedPath):
+        return open_read(path)
+    data = read_bytes(path)
+    check_hash(path, sha256_of_bytes(data))
+    return pa.BufferReader(data)
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:

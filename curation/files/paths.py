@@ -214,12 +214,49 @@ def list_names(folder: str) -> list[str]:
     return sorted(posixpath.basename(str(entry).rstrip("/")) for entry in fs.ls(inner, detail=False))
 
 
+def list_sizes(folder: str) -> dict[str, int]:
+    """The size in bytes of each file in `folder`, by base name, from one listing; empty without such a folder."""
+    fs, inner = filesystem(folder)
+    fs.invalidate_cache()
+    if not fs.isdir(inner):
+        return {}
+    entries = [entry for entry in fs.ls(inner, detail=True) if entry["type"] == "file"]
+    return {posixpath.basename(str(entry["name"])): int(entry["size"]) for entry in entries}
+
+
 def delete(path: str) -> None:
     """Delete the file or folder at `path` if there is one."""
     fs, inner = filesystem(path)
     if fs.exists(inner):
         # Filesystems other than the local one would take '*' or '[' in a name for a pattern.
         fs.rm(inner if isinstance(fs, LocalFileSystem) else glob.escape(inner), recursive=True)
+
+
+@final
+class RecordedPath(str):
+    """The path of a file with the SHA-256 that the manifest of its stage records.
+
+    The readers of `parquet` and `npy` compare the hash with the bytes that they read. Text made from it has no hash.
+    """
+
+    sha256: str
+
+    def __new__(cls, path: str, sha256: str) -> "RecordedPath":
+        recorded = super().__new__(cls, path)
+        recorded.sha256 = sha256
+        return recorded
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return RecordedPath, (str(self), self.sha256)  # workers check the hash as well
+
+
+def check_hash(path: str, sha256: str) -> None:
+    """Raise InputError where `path` is a RecordedPath whose file has another SHA-256 than `sha256`."""
+    if isinstance(path, RecordedPath) and path.sha256 != sha256:
+        raise InputError(
+            f"{path}: damaged after it was written (its SHA-256 is {sha256}, and the manifest beside it says "
+            f"{path.sha256}). Run the command that wrote it again with --replace, which does its damaged shards again."
+        )
 
 
 class HashingFile(io.RawIOBase):

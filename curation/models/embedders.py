@@ -31,7 +31,7 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curation import backbone
+from curation import backbone, weights
 from curation.config import Settings
 from curation.engine.device import require_device
 from curation.errors import DeviceError, InputError
@@ -325,6 +325,16 @@ def load_embedder(config: EmbedderConfig) -> Embedder:
     return Embedder(
         config, config.dimensions, network, *normalization_tensors(model.normalization, device), device, dtype
     )
+
+
+def hash_of_weights(config: EmbedderConfig) -> str:
+    """The SHA-256 of the weights of `config`, as its setting `weights_sha256` states it. Raises as `load_embedder`.
+
+    Where the config states the hash, the file is not read here: whoever loads the weights checks it.
+    """
+    if config.weights_sha256 is not None:
+        return config.weights_sha256.lower()
+    return weights.sha256_of(MODELS[config.name].weights_path(config.weights))
 
 
 def keep_aspect(width: float, height: float, side: int, multiple: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from curation.engine.manifest import Manifest, require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
 from curation.files.image_ids import id_bytes
+from curation.files.paths import RecordedPath
 from curation.images.decode import ImageLimits, decode_rgb
 from curation.images.sources import ReferenceReader
 from curation.run_folder import (
@@ -80,14 +81,14 @@ class FinishedRun:
     same_concept: np.ndarray  # (rows of retrieved,) int8: SAME, OTHER or UNKNOWN
     chance: np.ndarray  # (rows of retrieved,) float64: probability of SAME by chance
 
-    def file(self, stage: str, name: str) -> str:
-        """The path of a stage's file."""
-        return paths.join(self.folder, stage, name)
+    def files(self, stage: str, kind: str) -> list[RecordedPath]:
+        """The paths of the files `<kind>-*` of a stage, in shard order."""
+        return self.manifests[stage].paths(paths.join(self.folder, stage), kind)
 
     def tables(self, stage: str, kind: str, schema: pa.Schema, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The tables `<kind>-*` of a stage, one at a time, in shard order."""
-        for file in self.manifests[stage].files(kind):
-            yield parquet.read_table(self.file(stage, file), schema, columns)
+        for file in self.files(stage, kind):
+            yield parquet.read_table(file, schema, columns)
 
 
 def read_run(folder: str, concepts: Concepts) -> FinishedRun:
@@ -96,8 +97,8 @@ def read_run(folder: str, concepts: Concepts) -> FinishedRun:
     images = read_images(paths.join(folder, "ingest"), ["image_id", "source", "role", "label"])
     decisions = ["component_id", "kept", "reason"]
     decision_rows = pa.concat_tables(
-        parquet.read_table(paths.join(folder, "dedup", file), schemas.DUPLICATES, ["image_id", *decisions])
-        for file in manifests["dedup"].files("duplicates")
+        parquet.read_table(file, schemas.DUPLICATES, ["image_id", *decisions])
+        for file in manifests["dedup"].paths(paths.join(folder, "dedup"), "duplicates")
     )
     if not images["image_id"].equals(decision_rows["image_id"]):
         raise InputError(f"'{folder}': the images of ingest and of dedup differ. Run dedup again with --replace.")
@@ -645,15 +646,14 @@ def read_thumbnails(run: FinishedRun, image_ids: Iterable[str], side: int, max_b
     an original has changed since it was ingested.
     """
     limits = ImageLimits.model_validate(run.manifests["ingest"].facts["limits"], strict=False)
-    thumbnail_files = run.manifests["describe"].files("thumbnails")
-    image_files = run.manifests["ingest"].files("images")
+    thumbnail_files, image_files = run.files("describe", "thumbnails"), run.files("ingest", "images")
     reader = ReferenceReader()
     thumbnails: dict[str, Thumbnail] = {}
     for shard, rows in _rows_by_shard(run, image_ids).items():
-        table = parquet.read_table(run.file("ingest", image_files[shard]), schemas.IMAGES).take(rows)
+        table = parquet.read_table(image_files[shard], schemas.IMAGES).take(rows)
         stored: dict[str, bytes] = {}
         if thumbnail_files:
-            stored = _read_stored(run.file("describe", thumbnail_files[shard]), table["image_id"])
+            stored = _read_stored(thumbnail_files[shard], table["image_id"])
         for row in table.to_pylist():
             if thumbnail_files:
                 image = decode_rgb(stored[row["image_id"]], _THUMBNAIL_LIMITS)

@@ -1,5 +1,6 @@
 """Embed: equal vectors for any batch size, threads and workers; aspect ratios; folders without a config."""
 
+import hashlib
 import io
 import os
 import subprocess
@@ -22,6 +23,8 @@ from curation.engine import progress
 from curation.engine.manifest import read_manifest
 from curation.engine.ray_runner import RayRunner
 from curation.engine.runner import InlineRunner
+from curation.errors import OutputMismatchError, WeightsError
+from curation.files import paths
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from curation.run_folder import RunFolder, read_vectors
@@ -194,6 +197,56 @@ def test_impossible_models_give_one_message(
     message = done.stderr[done.stderr.index("error: ") :]
     assert all(text in message for text in messages), message
     assert not (output / "embed" / "manifest.json").exists()
+
+
+def other_weights(weights: str, path: Path) -> str:
+    """A file at `path` with weights of the same shapes as `weights`, and other values."""
+    state = torch.load(weights, weights_only=True)
+    torch.save({name: value + 0.1 for name, value in state.items()}, path)
+    return str(path)
+
+
+def test_other_weights_at_the_same_path_are_noticed(weights: str, images: str, tmp_path: Path) -> None:
+    """A resumed stage would otherwise hold vectors of two models, and a finished one those of the old one."""
+    path, output = tmp_path / "model.pth", str(tmp_path / "out")
+    path.write_bytes(Path(weights).read_bytes())
+    settings = config(str(path))
+    manifest = embed.run(settings, RunFolder(ingest=images), output, InlineRunner())
+    assert manifest.plan.inputs["weights"] == hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    other_weights(weights, path)
+    for unfinished in (False, True):
+        if unfinished:  # as after a kill: the plan and no manifest
+            plan = paths.read_bytes(f"{output}/manifest.json").split(b'"plan":')[1].split(b',\n "totals"')[0]
+            paths.write_bytes(f"{output}/.progress/plan.json", plan)
+            paths.delete(f"{output}/manifest.json")
+        with pytest.raises(OutputMismatchError, match=r"inputs\.weights: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now"):
+            embed.run(settings, RunFolder(ingest=images), output, InlineRunner())
+    again = embed.run(settings, RunFolder(ingest=images), output, InlineRunner(), replace=True)
+    assert again.content_hash != manifest.content_hash
+
+
+def test_a_worker_refuses_weights_that_changed_after_the_driver_read_them(
+    weights: str, images: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(Path(weights).read_bytes())
+
+    class ReplacingRunner(InlineRunner):
+        """Replaces the weights between the driver's reading and the workers'."""
+
+        def map(self, *arguments: Any, **options: Any) -> Any:
+            other_weights(weights, path)
+            return super().map(*arguments, **options)
+
+    with pytest.raises(WeightsError, match="SHA-256 is"):
+        embed.run(config(str(path)), RunFolder(ingest=images), str(tmp_path / "out"), ReplacingRunner())
+
+
+def test_a_stated_hash_is_the_input_and_the_workers_check_it(weights: str, images: str, tmp_path: Path) -> None:
+    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    settings = config(weights, weights_sha256=digest.upper())
+    manifest = embed.run(settings, RunFolder(ingest=images), str(tmp_path / "out"), InlineRunner())
+    assert manifest.plan.inputs["weights"] == digest
 
 
 def test_truncated_checkpoint_gives_one_message(weights: str, folder: str, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 test_parity.py tests folders of transformers against the library itself.
 """
 
+import copy
 import hashlib
 import json
 import math
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +54,10 @@ LAYOUTS: dict[str, Callable[[State], object]] = {
     "training": as_training_checkpoint,
     "chunked": as_chunked,
     "chunked training": lambda state: as_training_checkpoint(as_chunked(state)),
+    "compiled": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+    "compiled training": lambda state: {
+        "teacher": {f"module.backbone._orig_mod.{name}": value for name, value in state.items()}
+    },
     "wrapped": lambda state: {"teacher": {f"module.backbone.{name}": value for name, value in state.items()}},
     "half precision": lambda state: {name: value.half() for name, value in state.items()},
 }
@@ -138,7 +144,7 @@ def test_the_hash_is_checked_where_one_is_required(state: State, tmp_path: Path)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "page"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
 def test_a_damaged_file_is_named(suffix: str, damage: str, state: State, tmp_path: Path) -> None:
     path = tmp_path / f"checkpoint{suffix}"
     if suffix == ".pth":
@@ -150,12 +156,71 @@ def test_a_damaged_file_is_named(suffix: str, damage: str, state: State, tmp_pat
         "truncated": whole[: len(whole) // 2],
         "garbage": bytes(range(256)) * 40,
         "empty": b"",
-        "page": b"<!doctype html><title>Not found</title>",
     }
     path.write_bytes(contents[damage])
     with pytest.raises(WeightsError, match="cannot be read as weights") as caught:
         weights.load(make(), str(path))
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<!doctype html><title>Not found</title>", "a web page or an XML message"),
+        (b"\n <HTML><body>Sign in</body></HTML>", "a web page or an XML message"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page or an XML message"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "git lfs pull"),
+    ],
+)
+def test_a_failed_download_is_named(content: bytes, message: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"checkpoint{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=f"{path}: .*{message}"):
+        weights.load(make(), str(path))
+
+
+def test_a_file_that_unpacks_to_more_than_its_size_is_refused_unread(tmp_path: Path) -> None:
+    bomb, plain = tmp_path / "bomb.pth", tmp_path / "plain.pth"
+    torch.save({"cls_token": torch.zeros(4_000_000)}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in source.namelist():
+            packed.writestr(name, source.read(name))
+    assert bomb.stat().st_size < 100_000 < 16_000_000 < plain.stat().st_size
+    with pytest.raises(WeightsError, match=r"bomb\.pth: its entry '.*' is compressed"):
+        weights.load(make(), str(bomb))
+
+
+def test_entries_that_lie_over_each_other_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "overlapping.pth"
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("archive/data/0", bytes(50_000))
+        for number in range(1, 10):  # further names in the directory for the same bytes
+            entry = copy.copy(packed.filelist[0])
+            entry.filename = f"archive/data/{number}"
+            packed.filelist.append(entry)
+    with pytest.raises(WeightsError, match=r"entries have 500,000 bytes and the file only"):
+        weights.load(make(), str(path))
+
+
+def test_a_value_that_stands_for_a_billion_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "expanded.pth"
+    torch.save({"cls_token": torch.zeros(1).expand(40_000, 40_000)}, path)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(WeightsError, match="only a part of cls_token"):
+        weights.load(make(), str(path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_with_their_key(value: float, state: State, tmp_path: Path) -> None:
+    state["blocks.1.norm1.weight"][3] = value
+    torch.save(state, tmp_path / "checkpoint.pth")
+    model = make()
+    with pytest.raises(
+        WeightsError, match=r"checkpoint\.pth: .*not finite in 1 of \d+ tensors: blocks\.1\.norm1\.weight"
+    ):
+        weights.load(model, str(tmp_path / "checkpoint.pth"))
+    assert_holds(model, make().state_dict())
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

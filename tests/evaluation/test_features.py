@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from curation import backbone, weights
+from curation.engine import progress
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError, WeightsError
 from evaluation.data import splits
@@ -74,7 +75,7 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     network = backbone.build("vit_tiny", patch_size=8, image_size=32, depth=1)
-    network.norm.weight.data[3] = torch.nan
+    network.norm.weight.data[3] = torch.finfo(torch.float32).max
     weights.save(network, str(tmp_path / "broken.pth"))
     with pytest.raises(InputError, match="not finite"):
         load_model(FrozenModelConfig(weights=str(tmp_path / "broken.pth"))).image_features(pixels())
@@ -108,13 +109,25 @@ def test_a_cached_feature_of_another_model_or_view_is_never_used(tmp_path: Path)
     torch.testing.assert_close(turned, second[reversed_rows], atol=1e-4, rtol=1e-4)
 
 
-def test_a_damaged_cache_is_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "nan", "deleted"])
+def test_damaged_features_are_computed_again(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich keeps the standard error of its import, so the test makes a new console."""
+    monkeypatch.setattr(progress, "_console", progress.Console(stderr=True, highlight=False, width=400))
     split, model, cache = split_of(tmp_path), load_model(FrozenModelConfig(name="pixels")), tmp_path / "cache"
-    extract(model, split, SMALL, str(cache))
+    whole = extract(model, split, SMALL, str(cache)).matrix()
     (part,) = cache.glob("features/*/features-00000.npy")
-    part.write_bytes(part.read_bytes()[:1000])
-    with pytest.raises(InputError, match="cannot be read"):
-        extract(model, split, SMALL, str(cache))
+    data = part.read_bytes()
+    if damage == "deleted":
+        part.unlink()
+    else:
+        nan = np.float32(np.nan).tobytes()
+        part.write_bytes(data[:1000] if damage == "cut" else data[:-4] + nan)
+    capsys.readouterr()
+    assert torch.equal(extract(model, split, SMALL, str(cache)).matrix(), whole)
+    assert "features-00000.npy" in (said := capsys.readouterr().err) and "done again" in said
+    assert part.read_bytes() == data
 
 
 def test_rows_are_taken_across_files(tmp_path: Path) -> None:

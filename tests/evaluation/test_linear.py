@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from curation.engine.ranks import ALONE
 from curation.engine.runner import InlineRunner
+from curation.errors import InputError
 from evaluation import linear
 from evaluation.data import splits
 from evaluation.data.splits import SplitConfig
@@ -83,6 +84,10 @@ def test_a_probe_learns_and_is_read_from_the_cache(tmp_path: Path) -> None:
     assert torch.equal(head.weight, again.weight) and head.held_out_top_1 == again.held_out_top_1
     other = fit_or_load(config.model_copy(update={"seed": 1}), model, split, cache)
     assert not torch.equal(head.weight, other.weight)
+    for file in Path(cache).glob("linear/*/head.safetensors"):
+        file.write_bytes(file.read_bytes()[:-4] + np.float32(np.nan).tobytes())
+    with pytest.raises(InputError, match=r"head\.safetensors: not the bytes that were written\. Delete"):
+        fit_or_load(config, model, split, cache)
 
 
 def test_the_test_images_do_not_affect_the_choice(tmp_path: Path) -> None:

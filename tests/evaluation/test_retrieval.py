@@ -15,6 +15,7 @@ from torch import Tensor
 
 from curation.config import parse
 from curation.errors import ConfigError, InputError
+from curation.files import npy
 from evaluation import retrieval
 from evaluation.data.retrieval_data import (
     AmsterTimeData,
@@ -405,8 +406,11 @@ def test_features_are_cached_for_the_same_model_bytes_and_view(tmp_path: Path) -
     photos = [Photo(str(root / "jpg" / f"all_souls_00000{number}.jpg")) for number in range(6)]
     model, cache = load_model(PIXELS), str(tmp_path / "cache")
     first = retrieval._cached_features(model, photos, VIEW, cache)
-    (cached,) = (tmp_path / "cache" / "retrieval").iterdir()
-    np.save(cached, np.full((6, 3072), 7, np.float32))
+    (cached,) = (tmp_path / "cache" / "retrieval").glob("*.npy")
+    record = npy.write_arrays(str(cached), np.full((6, 3072), 7, np.float32))
+    with pytest.raises(InputError, match=r"\.npy: not the bytes that were written\. Delete"):
+        retrieval._cached_features(model, photos, VIEW, cache)
+    Path(f"{cached}.json").write_text(record.model_dump_json())
     assert (retrieval._cached_features(model, photos, VIEW, cache).features == 7).all()  # the cache is read
     for change in (
         lambda: retrieval._cached_features(

@@ -256,6 +256,45 @@ def test_damaged_and_missing_files_are_named(folder: str, name: str, keep_bytes:
         checkpoint.load(str(path), Run(ALONE).parts(), config=CONFIG, world=ALONE)
 
 
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_one_changed_bit_is_named_before_anything_is_read(folder: str, name: str) -> None:
+    path = f"{folder}/step-0000003"
+    flip_a_bit(Path(path, name))
+    run = Run(ALONE)
+    before = run.weights()
+    for read in (
+        lambda: checkpoint.load(path, run.parts(), config=CONFIG, world=ALONE),
+        lambda: checkpoint.load_tensors(path, "average."),
+    ):
+        with pytest.raises(InputError, match=rf"{name}: damaged after it was written .*delete '{path}' to resume"):
+            read()
+    assert run.weights() == before
+
+
+def test_every_rank_names_the_damage(tmp_path: Path, ranks: Ranks) -> None:
+    folder = str(tmp_path / "checkpoints")
+    ranks(start_and_save, folder)
+    names = set(checkpoint.read_record(f"{folder}/step-0000003").sha256)
+    assert names == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    flip_a_bit(Path(folder, "step-0000003", "__1_0.distcp"))
+    assert ranks(message_of_resume, folder) == [True, True]
+
+
+def message_of_resume(folder: str) -> bool:
+    """Whether resuming fails on this rank with the name of the damaged file."""
+    try:
+        resume(folder)
+    except InputError as error:
+        return "__1_0.distcp: damaged after it was written" in str(error)
+    return False
+
+
 def test_differing_tensors_are_named(folder: str) -> None:
     parts = {part: dict(tensors) for part, tensors in Run(ALONE).parts().items()}
     del parts["student"]["0.bias"]

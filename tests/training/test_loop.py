@@ -310,6 +310,11 @@ def test_distillation_and_higher_resolution_start_from_an_export(images: str, tm
     for name in ("dino_head.last_layer.weight_v", "ibot_head.mlp.4.bias", "backbone.blocks.1.mlp.fc1.weight"):
         assert torch.equal(first_state[name], teacher_state[f"teacher.{name}"])
 
+    other_teacher = torch.load(export / "teacher.pth", weights_only=True)
+    torch.save({name: value + 0.1 for name, value in other_teacher.items()}, export / "teacher.pth")
+    with pytest.raises(OutputMismatchError, match=r"frozen_teacher\.backbone: '[0-9a-f]{64}' there"):
+        train(distilled, str(tmp_path / "distilled"))
+
 
 def test_teacher_and_student_must_have_equally_many_prototypes(images: str, tmp_path: Path) -> None:
     train(train_config(images, num_steps=1), str(tmp_path / "teacher"))
