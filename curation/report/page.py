@@ -407,6 +407,7 @@ def _copies(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thum
             "images. In each component the seeds are kept or, without a seed, the image with the most pixels."
             + (" Members that are not copies of a kept image are kept too." if keeps_other_members else ""),
         ),
+        tag("p", _full_lists(finished.manifests["pairs"].facts["full_lists"])),
         tag("h3", "Guards against chains of copies"),
         markup.table(("option", "purpose", "effect"), [_guard(guard) for guard in facts.guards(finished)]),
     ]
@@ -440,6 +441,16 @@ def _copies(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thum
         matches = (_pair(match, thumbnails, ("dropped", "holdout")) for match in choice.holdout_matches)
         parts += [tag("p", text), tag("div", *matches, class_="pairs")]
     return join(*parts)
+
+
+def _full_lists(count: int) -> str:
+    """The number of images with a full list of neighbours, and the consequence."""
+    if not count:
+        return "No image had a full list of neighbours."
+    return (
+        f"{_count(count, 'image')} had a full list of neighbours: pairs with more seeds and pool images may be missing. "
+        "Their pairs with the holdout were searched without a limit."
+    )
 
 
 def _guard(guard: Guard) -> tuple[Markup, str, str]:
