@@ -164,8 +164,8 @@ def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = 
     max_threshold = require_fact(pairs, paired, "max_holdout_threshold")
     if config.holdout_threshold > max_threshold:
         raise ConfigError(
-            f"dedup.holdout_threshold is {config.holdout_threshold:g}, but with pairs.verification no image is compared "
-            f"with further holdout images from a similarity of {max_threshold:g} on. Lower the threshold to "
+            f"dedup.holdout_threshold is {config.holdout_threshold:g}, but with pairs.verification the comparisons of "
+            f"an image with the holdout end at a similarity of {max_threshold:g}. Lower the threshold to "
             f"{max_threshold:g}."
         )
     shards, start = [], 0

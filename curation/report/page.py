@@ -448,8 +448,8 @@ def _full_lists(count: int) -> str:
     if not count:
         return "No image had a full list of neighbours."
     return (
-        f"{_count(count, 'image')} had a full list of neighbours: pairs with more seeds and pool images may be missing. "
-        "Their pairs with the holdout were searched without a limit."
+        f"{_count(count, 'image')} had a full list of neighbours: pairs with more seeds and pool images may be "
+        "missing. Their pairs with the holdout were searched without a limit."
     )
 
 
