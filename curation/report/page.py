@@ -181,7 +181,7 @@ def _write(choice: Choice, config: ReportConfig, finished: FinishedRun, fingerpr
     parts = [
         ("funnel", "Funnel", _funnel(finished)),
         ("rejects", "Rejected files", _rejects(finished)),
-        ("datasets", "Retrieval by seed dataset", _datasets(choice, config)),
+        ("datasets", "Retrieval by seed dataset", _datasets(choice, config, finished)),
         ("gallery", "Seeds and their retrieved images", _gallery(choice, finished, thumbnails)),
         ("copies", "Components of copies", _copies(choice, finished, thumbnails)),
         ("threshold", "Copy threshold", _threshold(choice, finished, thumbnails)),
@@ -278,7 +278,7 @@ def _rejects(finished: FinishedRun) -> Markup:
     )
 
 
-def _datasets(choice: Choice, config: ReportConfig) -> Markup:
+def _datasets(choice: Choice, config: ReportConfig, finished: FinishedRun) -> Markup:
     if not choice.datasets:
         return tag("p", "The config names no seed dataset.")
     rows = [
@@ -312,6 +312,7 @@ def _datasets(choice: Choice, config: ReportConfig) -> Markup:
     ]
     return join(
         markup.table((*names, *shares), rows, numbers=frozenset({2, *range(4, 11)})),
+        *(tag("p", note) for note in finished.manifests["retrieve"].facts["notes"]),
         tag("h3", "Share with the same concept"),
         markup.table(("dataset", "", "retrieved rows"), bars, numbers=frozenset({2})) if bars else "",
         tag("p", "The line on a bar marks the share by chance.", class_="note") if bars else "",
