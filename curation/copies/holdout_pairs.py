@@ -61,14 +61,14 @@ Loader = Callable[[np.ndarray], Compare]
 Nearest = Callable[[Images, int], tuple[np.ndarray, np.ndarray]]
 
 
-class ScoredPair(NamedTuple):
-    """A compared pair."""
+class ScoredPairs(NamedTuple):
+    """Compared pairs, as columns (P,)."""
 
-    image: int  # its row among the images of the shard
-    row: int  # of the holdout image
-    cosine: np.float32
-    similarity: np.float32
-    differs_locally: bool
+    image: np.ndarray  # int64: the row among the images of the shard
+    row: np.ndarray  # int64: that of the holdout image
+    cosine: np.ndarray  # float32
+    similarity: np.ndarray  # float32
+    differs_locally: np.ndarray  # bool
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,20 @@ def make_worker(
         blocks = (matrix for _, matrix in prefetch(vectors.read_file, holdout_files))
         return exact.search(images.vectors, blocks, k, floor=holdout.floor, device=holdout.search.device)
 
-    def process(shard: Shard) -> ShardRecord:
-        parts, edge_files = shard.work
-        images = self_join.read_distinct(parts)
-        is_compared = ~np.isin(images.ids, holdout_of.ids)
+    def images_to_search(parts: Sequence[tuple[str, int]], edge_files: Sequence[str]) -> Images:
         if holdout.search.backend == "exact":
-            is_compared &= np.isin(images.places, self_join.full_places(joined, edge_files, holdout.k))
-        images = images.take(np.flatnonzero(is_compared))
+            wanted = holdout_of.places if load is None else None
+            places = self_join.places_to_search(joined, edge_files, holdout.k, wanted)
+            if not len(places):
+                return Images(holdout_of.ids[:0], places, holdout_of.vectors)
+            images = self_join.read_distinct(parts)
+            images = images.take(np.flatnonzero(np.isin(images.places, places)))
+        else:
+            images = self_join.read_distinct(parts)
+        return images.take(np.flatnonzero(~np.isin(images.ids, holdout_of.ids)))
+
+    def process(shard: Shard) -> ShardRecord:
+        images = images_to_search(*shard.work)
         if load is None:
             pairs = _nearest_pairs(images, nearest)
         else:
@@ -195,20 +202,24 @@ def make_worker(
     return process
 
 
-def _nearest_pairs(images: Images, nearest: Nearest) -> list[ScoredPair]:
+def _nearest_pairs(images: Images, nearest: Nearest) -> ScoredPairs:
     """The pair of each image with its nearest holdout image; its cosine is the similarity."""
     if not len(images.ids):
-        return []
+        return _pairs_of([])
     cosine, row = nearest(images, 1)
-    found = np.flatnonzero(row[:, 0] >= 0)
-    return [
-        ScoredPair(image, int(row[image, 0]), cosine[image, 0], cosine[image, 0], False) for image in found.tolist()
-    ]
+    image = np.flatnonzero(row[:, 0] >= 0)
+    return ScoredPairs(image, row[image, 0], cosine[image, 0], cosine[image, 0], np.zeros(len(image), bool))
 
 
-def _compare_in_order(images: Images, holdout: Images, nearest: Nearest, load: Loader, k: int) -> list[ScoredPair]:
+def _pairs_of(rows: Sequence[tuple[int, int, float, float, bool]]) -> ScoredPairs:
+    columns = zip(*rows, strict=True) if rows else [()] * 5
+    types = (np.int64, np.int64, np.float32, np.float32, bool)
+    return ScoredPairs(*(np.array(column, dtype) for column, dtype in zip(columns, types, strict=True)))
+
+
+def _compare_in_order(images: Images, holdout: Images, nearest: Nearest, load: Loader, k: int) -> ScoredPairs:
     """The compared pairs of each image: with its holdout images by falling cosine, until one is a sure match."""
-    pairs: list[ScoredPair] = []
+    pairs: list[tuple[int, int, float, float, bool]] = []
     unmatched, num_compared = np.arange(len(images.ids)), 0
     while len(unmatched) and num_compared < len(holdout.ids):
         remaining = [np.empty(0, np.int64)]
@@ -230,27 +241,26 @@ def _compare_in_order(images: Images, holdout: Images, nearest: Nearest, load: L
                         similarity, differs_locally = compare(places[:, number : number + 1])
                         is_matched[at] = similarity[0] >= SURE_MATCH
                         scores = cosine[at, rank[batch[number]]], similarity[0], bool(differs_locally[0])
-                        pairs.append(ScoredPair(int(part[at]), neighbor, *scores))
+                        pairs.append((int(part[at]), neighbor, *scores))
             remaining.append(part[(row[:, -1] >= 0) & ~is_matched])
         unmatched, num_compared = np.concatenate(remaining), k
         k = min(4 * k, len(holdout.ids))
-    return pairs
+    return _pairs_of(pairs)
 
 
-def _scored(images: Images, holdout: Images, pairs: Sequence[ScoredPair]) -> pa.Table:
+def _scored(images: Images, holdout: Images, pairs: ScoredPairs) -> pa.Table:
     """SCORED of some pairs, in their order. They are not mutual: the self-join knows the mutual ones."""
-    image, row = (np.array([getattr(pair, name) for pair in pairs], np.int64) for name in ("image", "row"))
-    ids, other_ids = images.ids[image], holdout.ids[row]
-    places, other_places = images.places[image], holdout.places[row]
+    ids, other_ids = images.ids[pairs.image], holdout.ids[pairs.row]
+    places, other_places = images.places[pairs.image], holdout.places[pairs.row]
     swapped = ids > other_ids
     columns = [
         id_column(np.where(swapped, other_ids, ids)),
         id_column(np.where(swapped, ids, other_ids)),
         np.where(swapped, other_places, places),
         np.where(swapped, places, other_places),
-        np.array([pair.cosine for pair in pairs], np.float32),
-        np.zeros(len(pairs), bool),
-        np.array([pair.similarity for pair in pairs], np.float32),
-        np.array([pair.differs_locally for pair in pairs], bool),
+        pairs.cosine,
+        np.zeros(len(swapped), bool),
+        pairs.similarity,
+        pairs.differs_locally,
     ]
     return pa.table(columns, schema=SCORED)

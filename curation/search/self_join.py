@@ -182,12 +182,29 @@ def read_bucket(folder: str, bucket: int) -> pa.Table:
     return pa.table(columns, schema=PAIRED)
 
 
-def full_places(folder: str, names: Sequence[str], k: int) -> np.ndarray:
-    """The places (N,) of the images whose list is full in the edges files `names` of a finished exact join."""
-    column = [parquet.read_table(paths.join(folder, name), EDGES, ["place"]).column("place") for name in names]
-    places, num_edges = np.unique(pa.chunked_array(column, pa.int64()).to_numpy(), return_counts=True)
-    full: np.ndarray = places[num_edges == k]
-    return full
+def places_to_search(folder: str, names: Sequence[str], k: int, wanted: np.ndarray | None) -> np.ndarray:
+    """The places (N,), ascending, of the images in edges files of a finished exact join whose list is full.
+
+    `wanted` (W,) are places of images. Where it is given, images are left out whose nearest image of `wanted`
+    certainly is in their list: it is more similar than the last image there.
+    """
+    columns = ["place", "other_place", "cosine"]
+    tables = [parquet.read_table(paths.join(folder, name), EDGES, columns) for name in names]
+    edges = pa.concat_tables([pa.schema([EDGES.field(name) for name in columns]).empty_table(), *tables])
+    if not edges.num_rows:
+        return np.empty(0, np.int64)
+    place, other, cosine = (edges.column(name).to_numpy() for name in columns)
+    first = place.min()
+    image = place - first  # a block holds consecutive places
+    is_left = np.bincount(image) == k
+    if wanted is not None:
+        last, best = np.full(len(is_left), np.inf, np.float32), np.full(len(is_left), -np.inf, np.float32)
+        np.minimum.at(last, image, cosine)
+        is_wanted = np.isin(other, wanted)
+        np.maximum.at(best, image[is_wanted], cosine[is_wanted])
+        is_left &= best <= last
+    result: np.ndarray = first + np.flatnonzero(is_left)
+    return result
 
 
 # Exact

@@ -128,7 +128,7 @@ def test_equal_images_that_fill_the_lists_do_not_hide_the_holdout(tmp_path: Path
 
 @SEARCHES
 @pytest.mark.parametrize("kind", ["tied", "clustered"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_kept_image_reaches_the_threshold(tmp_path: Path, kind: str, seed: int, search: dict[str, Any]) -> None:
     """Each image has the match of brute force: the nearest holdout image, of equally near ones that of the first id."""
     images = random_images(tmp_path, kind, seed)
@@ -218,13 +218,13 @@ def picture(number: int) -> bytes:
 
 @SEARCHES
 def test_verified_pairs_are_compared_until_one_matches(tmp_path: Path, search: dict[str, Any]) -> None:
-    """All descriptors are equal: a pool image finds its copy behind 17 other holdout images, in the third round."""
-    shown = [*range(10), *range(100, 117), 5, *range(200, 203)]  # image 27, of the holdout, shows what image 5 shows
-    rows: list[Row] = [(n, "pool") for n in range(10)] + [(n, "holdout") for n in range(10, len(shown))]
+    """All descriptors are equal: a pool image finds its copy behind eight other holdout images, in the third round."""
+    shown = [*range(6), *range(100, 108), 5, 200, 201]  # image 14, of the holdout, shows what image 5 shows
+    rows: list[Row] = [(n, "pool") for n in range(6)] + [(n, "holdout") for n in range(6, len(shown))]
     images = Images(tmp_path, np.ones((len(shown), WIDTH)), rows, pictures=[picture(number) for number in shown])
     found = images.find_pairs(search=search, num_neighbors=2, verification={}, images_per_shard=7)
     decided = images.decide(found)
-    assert {n: row["matched_image_id"] for n, row in decided.items() if row["reason"] == "holdout"} == {5: id_of(27)}
+    assert {n: row["matched_image_id"] for n, row in decided.items() if row["reason"] == "holdout"} == {5: id_of(14)}
     assert decided[5]["similarity"] >= holdout_pairs.SURE_MATCH
 
 
