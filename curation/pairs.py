@@ -174,6 +174,7 @@ def make_worker(
         cosine = candidates.column("cosine").to_numpy()
         missing = np.isnan(cosine)
         cosine = np.where(missing, described_rows.cosine(rows, missing), cosine).astype(np.float32)
+        cosine = cosine.clip(-1, 1)  # vectors of float16 are slightly longer or shorter than 1
         similarity, differs_locally = cosine, np.zeros(len(cosine), bool)
         if verifier:
             similarity, differs_locally = (

@@ -117,12 +117,16 @@ def random_images(folder: Path, kind: str, seed: int) -> Images:
 
 @SEARCHES
 def test_equal_images_that_fill_the_lists_do_not_hide_the_holdout(tmp_path: Path, search: dict[str, Any]) -> None:
-    """70 pool images and a holdout image of the largest id have one descriptor: each list holds 64 of the first."""
-    images = Images(tmp_path, np.ones((71, WIDTH)), [*((n, "pool") for n in range(70)), (70, "holdout")])
+    """70 pool images and a holdout image of the largest id have one descriptor: each list holds 64 of the first.
+
+    As float16, a vector of 15 equal values is longer than 1.
+    """
+    images = Images(tmp_path, np.ones((71, 15)), [*((n, "pool") for n in range(70)), (70, "holdout")])
     found = images.find_pairs(search=search)
     decided = images.decide(found)
     assert [n for n, row in decided.items() if row["kept"]] == []
     assert {row["matched_image_id"] for row in decided.values()} == {id_of(70)}
+    assert {row["similarity"] for row in decided.values()} == {1.0} == {row["cosine"] for row in rows_of(found)}
     assert require_manifest(found).facts["full_lists"] == 71
 
 
