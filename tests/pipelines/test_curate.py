@@ -231,6 +231,7 @@ def test_kill_at_any_moment_loses_nothing(home: Path) -> None:
         (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
         (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
         (("num_clusters = 4", "num_clusters = 400"), "cluster.levels.0.num_clusters is 400"),
+        (("[dedup]", "[pairs.verification]\n[dedup]"), "dedup.holdout_threshold (0.95) lies above 0.9"),
     ],
 )
 def test_wrong_input_is_one_message_and_status_2(home: Path, change: tuple[str, str], message: str) -> None:
