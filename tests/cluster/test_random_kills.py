@@ -25,7 +25,7 @@ from tests.pipelines.test_curate import CONFIG, drawing, save
 pytestmark = pytest.mark.cluster
 
 NUM_KILLS = 8
-# Every fifth kill of a driver comes while Ray starts. Assumed: less happens then.
+# Share of the kills that do not wait until Ray has started. Assumed: less happens before.
 SHARE_AT_START = 0.2
 # Seconds that processes may take to end after the kill of their driver, and a whole run without a kill. Assumed; an
 # idle machine needs 5 and 30.
