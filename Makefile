@@ -51,7 +51,7 @@ test-quick: setup  ## Run the tests that the changes touch, for 90 seconds, the 
 test-slow: setup  ## Run the tests that take minutes and need no data: compiled models, mutated images, SLURM
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-cluster: curate  ## Inject faults into a cluster of three hosts on this machine (root, 40 minutes); fills the fault table
+test-cluster: curate  ## Inject faults into a cluster of three hosts on this machine (root, 55 minutes); fills the fault table
 	rm -f runs/faults.jsonl
 	$(BIN)/python -m pytest -m cluster $(ARGS)
 	$(BIN)/python -m tests.cluster.fault_table

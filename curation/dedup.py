@@ -149,8 +149,9 @@ class Decision:
 def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = False, log: Log = None) -> Manifest:
     """Decide for every row of the finished ingest; returns the manifest.
 
-    Raises ConfigError for a threshold below the `min_similarity` of the pairs written. It takes no runner: the decision
-    lies on the driver's disk, so the driver writes all shards itself.
+    Raises ConfigError for a threshold below the `min_similarity` of the pairs written, or for a `holdout_threshold`
+    above their `max_holdout_threshold`. It takes no runner: the decision lies on the driver's disk, so the driver
+    writes all shards itself.
     """
     images, pairs = inputs.ingest, inputs.pairs
     ingested, paired = require_manifest(images), require_manifest(pairs)
@@ -160,6 +161,13 @@ def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = 
         raise ConfigError(
             f"dedup.holdout_threshold is {config.holdout_threshold:g}, but pairs below {min_similarity:g} were not "
             "written. Lower pairs.min_similarity, or raise the threshold."
+        )
+    max_threshold = require_fact(pairs, paired, "max_holdout_threshold")
+    if config.holdout_threshold > max_threshold:
+        raise ConfigError(
+            f"dedup.holdout_threshold is {config.holdout_threshold:g}, but with pairs.verification the comparisons of "
+            f"an image with the holdout end at a similarity of {max_threshold:g}. Lower the threshold to "
+            f"{max_threshold:g}."
         )
     shards, start = [], 0
     for record, file in zip(ingested.shards, ingested.paths(images, "images"), strict=True):

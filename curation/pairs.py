@@ -2,12 +2,13 @@
 
     pairs/
       pairs-00000.parquet  ...     schemas.PAIRS: every pair at or above `min_similarity`, by the smaller id
-      manifest.json                with `ivf`, its facts hold the recall of the search
+      manifest.json                its facts hold the number of full lists and, with `ivf`, the recall of the search
 
 Two searches propose candidates: the nearest copy descriptors above a cosine (search/self_join.py), and perceptual
 hashes within a Hamming distance. The similarity of a candidate is the cosine of its descriptors, or, with
 `verification`, the result of comparing the two thumbnails. Images with equal bytes count as one image; otherwise they
-would fill every list of neighbours.
+would fill every list of neighbours. A third search compares images with the holdout, because a full list of neighbours
+may hide a holdout image (copies/holdout_pairs.py).
 
 The ids are divided into equal ranges, one for each shard. A shard scores the candidates whose smaller id lies in its
 range. The driver holds the ids and perceptual hashes of all images, about 100 bytes per image; nothing else grows with
@@ -26,7 +27,9 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from curation.config import Settings
+from curation.copies import holdout_pairs
 from curation.copies.compare_thumbnails import PreparedThumbnail, ThumbnailComparer, VerificationConfig
+from curation.copies.holdout_pairs import SURE_MATCH, HoldoutSearch
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.engine.run_log import Log
@@ -85,7 +88,8 @@ def run(
 ) -> Manifest:
     """Find and score the pairs among all images of a finished ingest and describe; returns the manifest.
 
-    Its facts are `search` and `min_similarity`, the minimum similarity of the pairs written.
+    Its facts are `search`, `full_lists` (the number of images with `num_neighbors` neighbours), `min_similarity` (the
+    minimum of the pairs written) and `max_holdout_threshold` (the maximum threshold for matches of the holdout).
 
     Raises InputError when the descriptors are of other images. Raises ConfigError when verification lacks thumbnails,
     or when the recall of the search is too low.
@@ -103,7 +107,12 @@ def run(
     files = described.paths(descriptors, "vectors")
     described_rows = _DescribedRows(files, described.paths(descriptors, "thumbnails"))
     num_shards = max(1, -(-described_rows.count // config.images_per_shard))
-    joined, hashed = step_folder(output, "join"), step_folder(output, "hashes")
+    joined, hashed, with_holdout = (step_folder(output, name) for name in ("join", "hashes", "holdout"))
+
+    hashes = {"images": ingested.content_hash, "descriptors": described.content_hash}
+
+    def num_full_lists() -> int:
+        return require_manifest(joined).totals.get("full_lists", 0)
 
     def propose_candidates() -> ShardRecord:
         min_cosine = config.min_descriptor_similarity
@@ -113,21 +122,40 @@ def run(
             for number, buckets in enumerate(_hash_pairs(config, images, described_rows, num_shards)):
                 path = paths.join(hashed, f"pairs-{number:05d}.parquet")
                 parquet.write_row_groups(path, "bucket", buckets, self_join.PAIRED.empty_table())
+        is_complete = config.search.backend == "exact" and not num_full_lists()
+        if not is_complete and len(holdout := holdout_pairs.holdout_ids(images)):
+            verification = config.verification
+            loader = functools.partial(_make_loader, verification, described_rows) if verification else None
+            holdout_pairs.run(
+                HoldoutSearch(config.search, config.num_neighbors, min_cosine, num_shards, loader),
+                config,
+                holdout,
+                files,
+                joined,
+                with_holdout,
+                runner,
+                images_per_shard=config.images_per_shard,
+                inputs=hashes,
+                log=log,
+            )
         return ShardRecord(name=PREPARED)
 
     def facts(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
-        return {"search": require_manifest(joined).facts}, None
+        return {"search": require_manifest(joined).facts, "full_lists": num_full_lists()}, None
 
     stage = Stage(
         name="pairs",
         config=config,
-        inputs={"images": ingested.content_hash, "descriptors": described.content_hash},
+        inputs=hashes,
         output=output,
         shards=[Shard(f"{bucket:05d}", bucket, described_rows.count // num_shards) for bucket in range(num_shards)],
-        make_worker=functools.partial(make_worker, config, described_rows, joined, hashed, output),
+        make_worker=functools.partial(make_worker, config, described_rows, joined, hashed, with_holdout, output),
         prepare=propose_candidates,
         finish=facts,
-        facts={"min_similarity": config.min_similarity},
+        facts={
+            "min_similarity": config.min_similarity,
+            "max_holdout_threshold": SURE_MATCH if config.verification else 1.0,
+        },
     )
     manifest = run_stage(stage, runner, replace=replace, log=log)
     config.search.require_recall(manifest.facts["search"])  # min_recall may be higher than when the stage finished
@@ -135,22 +163,26 @@ def run(
 
 
 def make_worker(
-    config: PairsConfig, described_rows: "_DescribedRows", joined: str, hashed: str, output: str
+    config: PairsConfig, described_rows: "_DescribedRows", joined: str, hashed: str, with_holdout: str, output: str
 ) -> Callable[[Shard], ShardRecord]:
     """A worker that scores the candidates of a range of ids."""
     verifier = _Verifier(config.verification) if config.verification else None
 
     def process(shard: Shard) -> ShardRecord:
-        candidates = _candidates(joined, hashed, shard.work)
+        candidates = _candidates(joined, hashed, with_holdout, shard.work)
         rows = np.stack([candidates.column(name).to_numpy() for name in ("place", "other_place")])
         cosine = candidates.column("cosine").to_numpy()
         missing = np.isnan(cosine)
         cosine = np.where(missing, described_rows.cosine(rows, missing), cosine).astype(np.float32)
-        cosine = np.clip(cosine, -1, 1)  # lengths are rounded
+        cosine = cosine.clip(-1, 1)  # vectors of float16 are slightly longer or shorter than 1
+        similarity, differs_locally = cosine, np.zeros(len(cosine), bool)
         if verifier:
-            similarity, differs_locally = verifier.compare(rows, described_rows.thumbnails(rows))
-        else:
-            similarity, differs_locally = cosine, np.zeros(len(cosine), bool)
+            similarity, differs_locally = (
+                candidates.column(name).to_numpy().copy() for name in ("similarity", "differs_locally")
+            )
+            new = np.isnan(similarity)
+            thumbnails = described_rows.thumbnails(rows[:, new])
+            similarity[new], differs_locally[new] = verifier.compare(rows[:, new], thumbnails)
         columns = [candidates["image_id"], candidates["other_image_id"], similarity, differs_locally, cosine]
         table = pa.table([*columns, candidates["mutual"]], schema=schemas.PAIRS)
         is_written = similarity >= config.min_similarity
@@ -234,17 +266,34 @@ class _Verifier:
         return prepared
 
 
-def _candidates(joined: str, hashed: str, bucket: int) -> pa.Table:
-    """self_join.PAIRED of all candidates of one range of ids; the cosine is NaN for candidates by hash alone."""
-    by_descriptor = self_join.read_bucket(joined, bucket)
-    by_hash = [
-        parquet.read_row_groups(paths.join(hashed, name), "bucket", bucket, self_join.PAIRED)
-        for name in paths.list_names(hashed)
-    ]
-    table = pa.concat_tables([by_descriptor, *by_hash])
+def _make_loader(config: VerificationConfig, described_rows: _DescribedRows) -> holdout_pairs.Loader:
+    verifier = _Verifier(config)
+
+    def load(rows: np.ndarray) -> holdout_pairs.Compare:
+        return functools.partial(verifier.compare, thumbnails=described_rows.thumbnails(rows))
+
+    return load
+
+
+def _candidates(joined: str, hashed: str, with_holdout: str, bucket: int) -> pa.Table:
+    """holdout_pairs.SCORED of all candidates of one range of ids. The cosine is NaN for candidates by hash alone."""
+    tables = [self_join.read_bucket(joined, bucket)]
+    for name in paths.list_names(hashed):
+        tables.append(parquet.read_row_groups(paths.join(hashed, name), "bucket", bucket, self_join.PAIRED))
+    table = pa.concat_tables(tables)
+    unknown = np.full(table.num_rows, np.nan, np.float32), np.zeros(table.num_rows, bool)
+    table = pa.table([*table.columns, *unknown], schema=holdout_pairs.SCORED)
+    if paths.exists(with_holdout):
+        table = pa.concat_tables([table, holdout_pairs.read_bucket(with_holdout, bucket)])
     one, other = id_bytes(table["image_id"]), id_bytes(table["other_image_id"])
-    order = np.lexsort((other, one))  # stable: of two equal pairs, the one of the self-join comes first
-    return table.take(pa.array(order[starts_group(one[order], other[order])]))
+    # Stable: of equal pairs the one of the self-join comes first, which knows whether they are mutual. The last has the
+    # score, if any has.
+    order = np.lexsort((other, one))
+    starts = np.flatnonzero(starts_group(one[order], other[order]))
+    first, last = order[starts], order[np.append(starts[1:], len(order))[: len(starts)] - 1]
+    columns = [table.column(name).take(pa.array(first)) for name in self_join.PAIRED.names]
+    columns += [table.column(name).take(pa.array(last)) for name in ("similarity", "differs_locally")]
+    return pa.table(columns, schema=holdout_pairs.SCORED)
 
 
 def _hash_pairs(

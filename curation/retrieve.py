@@ -45,8 +45,8 @@ import typer
 from pydantic import Field, field_validator
 
 from curation.config import Settings, load
-from curation.engine import command
-from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
+from curation.engine import command, progress
+from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder, sum_counts
 from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
@@ -148,7 +148,10 @@ class RetrieveConfig(Settings):
 def run(
     config: RetrieveConfig, inputs: RunFolder, output: str, runner: Runner, *, replace: bool = False, log: Log = None
 ) -> Manifest:
-    """Retrieve for every seed dataset; returns the manifest. Its facts are `search` and `datasets`."""
+    """Retrieve for every seed dataset; returns the manifest. Its facts are `search`, `datasets` and `notes`.
+
+    The notes are sentences on the datasets that retrieved nothing by cluster; they are printed too.
+    """
     kept = kept_shards(inputs)
     shards, query_shards = _plan_shards(config, kept)
     hashes = {
@@ -174,7 +177,8 @@ def run(
         return ShardRecord(name=PREPARED, files=counts)
 
     def finish(records: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
-        return ({"search": require_manifest(search_folder).facts} if query_shards else {}), None
+        search = {"search": require_manifest(search_folder).facts} if query_shards else {}
+        return search | {"notes": _notes_on_clusters(config, shards, records)}, None
 
     stage = Stage(
         name="retrieve",
@@ -190,7 +194,23 @@ def run(
     )
     manifest = run_stage(stage, runner, replace=replace, log=log)
     config.search.require_recall(manifest.facts.get("search", {}))  # min_recall may have been raised since
+    for note in manifest.facts["notes"]:
+        progress.say(f"retrieve: {note}")
     return manifest
+
+
+def _notes_on_clusters(config: RetrieveConfig, shards: Sequence[Shard], records: Sequence[ShardRecord]) -> list[str]:
+    """One sentence for each dataset for which the clusters gave no row."""
+    totals = sum_counts(record.totals for record in records)
+    notes = []
+    for dataset in (dataset for dataset, mode, _ in (shard.work for shard in shards) if mode == "cluster"):
+        if not totals.get(f"rows:{dataset.name}"):
+            notes.append(
+                f"Dataset '{dataset.name}' retrieved nothing by cluster: no cluster with pool images holds more than "
+                f"{config.more_than_seeds} of its {totals.get(f'seeds:{dataset.name}', 0):,} seeds. Lower "
+                'retrieve.more_than_seeds, or set retrieval = "sample" for it.'
+            )
+    return notes
 
 
 @dataclass(frozen=True)

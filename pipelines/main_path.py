@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 from curation import cluster, dedup, embed, ingest, pack, pairs, profiles, retrieve
 from curation.cluster import ClusterConfig
 from curation.config import Settings, write_resolved
+from curation.copies.holdout_pairs import SURE_MATCH
 from curation.dedup import DedupConfig
 from curation.embed import EmbedConfig
 from curation.engine.run_log import Log
@@ -130,6 +131,11 @@ class CurateConfig(Settings):
             raise ValueError(
                 f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below pairs.min_similarity "
                 f"({self.pairs.min_similarity:g}), the minimum similarity of the pairs that are written"
+            )
+        if self.pairs.verification and self.dedup.holdout_threshold > SURE_MATCH:
+            raise ValueError(
+                f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies above {SURE_MATCH:g}, the similarity "
+                "at which verified images are compared with no further holdout images"
             )
         return self
 

@@ -182,7 +182,7 @@ def _write(choice: Choice, config: ReportConfig, finished: FinishedRun, fingerpr
     parts = [
         ("funnel", "Funnel", _funnel(finished)),
         ("rejects", "Rejected files", join(_rejects(finished), _passed_over(finished))),
-        ("datasets", "Retrieval by seed dataset", _datasets(choice, config)),
+        ("datasets", "Retrieval by seed dataset", _datasets(choice, config, finished)),
         ("gallery", "Seeds and their retrieved images", _gallery(choice, finished, thumbnails)),
         ("copies", "Components of copies", _copies(choice, finished, thumbnails)),
         ("threshold", "Copy threshold", _threshold(choice, finished, thumbnails)),
@@ -290,7 +290,7 @@ def _passed_over(finished: FinishedRun) -> Markup:
     )
 
 
-def _datasets(choice: Choice, config: ReportConfig) -> Markup:
+def _datasets(choice: Choice, config: ReportConfig, finished: FinishedRun) -> Markup:
     if not choice.datasets:
         return tag("p", "The config names no seed dataset.")
     rows = [
@@ -324,6 +324,7 @@ def _datasets(choice: Choice, config: ReportConfig) -> Markup:
     ]
     return join(
         markup.table((*names, *shares), rows, numbers=frozenset({2, *range(4, 11)})),
+        *(tag("p", note) for note in finished.manifests["retrieve"].facts["notes"]),
         tag("h3", "Share with the same concept"),
         markup.table(("dataset", "", "retrieved rows"), bars, numbers=frozenset({2})) if bars else "",
         tag("p", "The line on a bar marks the share by chance.", class_="note") if bars else "",
@@ -419,6 +420,7 @@ def _copies(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thum
             "images. In each component the seeds are kept or, without a seed, the image with the most pixels."
             + (" Members that are not copies of a kept image are kept too." if keeps_other_members else ""),
         ),
+        tag("p", _full_lists(finished.manifests["pairs"].facts["full_lists"])),
         tag("h3", "Guards against chains of copies"),
         markup.table(("option", "purpose", "effect"), [_guard(guard) for guard in facts.guards(finished)]),
     ]
@@ -452,6 +454,16 @@ def _copies(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thum
         matches = (_pair(match, thumbnails, ("dropped", "holdout")) for match in choice.holdout_matches)
         parts += [tag("p", text), tag("div", *matches, class_="pairs")]
     return join(*parts)
+
+
+def _full_lists(count: int) -> str:
+    """The number of images with a full list of neighbours, and the consequence."""
+    if not count:
+        return "No image had a full list of neighbours."
+    return (
+        f"{_count(count, 'image')} had a full list of neighbours: pairs with more seeds and pool images may be "
+        "missing. Their pairs with the holdout were searched without a limit."
+    )
 
 
 def _guard(guard: Guard) -> tuple[Markup, str, str]:

@@ -2,15 +2,16 @@
 
     <output>/
       edges-00000.parquet  ...         EDGES, one row group for each bucket of ids
-      manifest.json                    its facts hold the measured recall
+      manifest.json                    its facts hold the measured recall, its totals count the edges and the full lists
       .progress/exchange/              with `ivf`, until the join is done
         cells.npy  groups.npy          (cells, D) float32, sorted by group; where each group begins
         sample.parquet                 the vectors that recall is measured on
         spread-00000.parquet  ...      the vectors of a file, one row group for each group of cells that they visit
 
 An edge leads from an image to one of its `k` nearest images with a similarity of at least `floor`; no other pair is
-written. Images are told apart by id. Images with equal bytes have equal vectors and count once, or they would fill one
-another's lists; an image is not its own neighbour.
+written. The list of an image with `k` edges is full: more images may be as near. Images are told apart by id. Images
+with equal bytes have equal vectors and count once, or they would fill one another's lists; an image is not its own
+neighbour.
 
 `exact` compares every block of images with all images, streamed from disk.
 
@@ -41,6 +42,7 @@ from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import InputError
 from curation.files import npy, parquet, paths, vectors
 from curation.files.image_ids import bucket_of, id_bytes, id_column, pack_ids
+from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
 from curation.search import exact, ivf
 from curation.search.config import RECALL_QUERIES, SearchConfig
@@ -104,7 +106,7 @@ def run(
     exchange_folder = step_folder(output, "exchange")
     rows = [vectors.num_rows(file) for file in files]
     num_rows = sum(rows)
-    parts = list(zip(files, (int(first) for first in np.cumsum([0, *rows])), strict=False))
+    parts = parts_of(files, rows)
 
     def exchange() -> ShardRecord:
         stage = Stage(
@@ -124,12 +126,12 @@ def run(
 
     def recall(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         edges = [paths.join(output, file.name) for record in done for file in record.files]
-        blocks = _blocks(parts, rows, ROWS_PER_RECALL_BLOCK)
-        return _measure_recall(neighborhood, blocks, content_hash, exchange_folder, output, runner, edges, log), None
+        shards = blocks(parts, rows, ROWS_PER_RECALL_BLOCK)
+        return _measure_recall(neighborhood, shards, content_hash, exchange_folder, output, runner, edges, log), None
 
     make_worker: Callable[[], Callable[[Shard], ShardRecord]]
     if search.backend == "exact" or num_rows == 0:
-        shards = _blocks(parts, rows, ROWS_PER_BLOCK)
+        shards = blocks(parts, rows, ROWS_PER_BLOCK)
         make_worker = functools.partial(_make_exact_worker, neighborhood, shards, output)
         prepare, finish = None, None
     else:
@@ -180,37 +182,72 @@ def read_bucket(folder: str, bucket: int) -> pa.Table:
     return pa.table(columns, schema=PAIRED)
 
 
+def places_to_search(folder: str, names: Sequence[str], k: int, wanted: np.ndarray | None) -> np.ndarray:
+    """The places (N,), ascending, of the images in edges files of a finished exact join whose list is full.
+
+    `wanted` (W,) are places of images. Where it is given, images are left out whose nearest image of `wanted`
+    certainly is in their list: it is more similar than the last image there.
+    """
+    columns = ["place", "other_place", "cosine"]
+    tables = [parquet.read_table(paths.join(folder, name), EDGES, columns) for name in names]
+    edges = pa.concat_tables([pa.schema([EDGES.field(name) for name in columns]).empty_table(), *tables])
+    if not edges.num_rows:
+        return np.empty(0, np.int64)
+    place, other, cosine = (edges.column(name).to_numpy() for name in columns)
+    first = place.min()
+    image = place - first  # a block holds consecutive places
+    is_left = np.bincount(image) == k
+    if wanted is not None:
+        last, best = np.full(len(is_left), np.inf, np.float32), np.full(len(is_left), -np.inf, np.float32)
+        np.minimum.at(last, image, cosine)
+        is_wanted = np.isin(other, wanted)
+        np.maximum.at(best, image[is_wanted], cosine[is_wanted])
+        is_left &= best <= last
+    result: np.ndarray = first + np.flatnonzero(is_left)
+    return result
+
+
 # Exact
 
 
-def _blocks(parts: Sequence[tuple[str, int]], rows: Sequence[int], rows_per_block: int) -> list[Shard]:
+def parts_of(files: Sequence[str], rows: Sequence[int]) -> list[tuple[str, int]]:
+    """The files, each with the place of its first row, given the number of rows of each."""
+    return list(zip(files, (int(first) for first in np.cumsum([0, *rows])), strict=False))
+
+
+def blocks(parts: Sequence[tuple[str, int]], rows: Sequence[int], rows_per_block: int) -> list[Shard]:
     """The files, each with the place of its first row, in runs of about `rows_per_block` of their `rows`."""
-    blocks: list[Shard] = []
+    shards: list[Shard] = []
     held: list[tuple[str, int]] = []
     num_rows = 0
     for number, (part, count) in enumerate(zip(parts, rows, strict=True)):
         held.append(part)
         num_rows += count
         if num_rows >= rows_per_block or number == len(parts) - 1:
-            blocks.append(Shard(f"{len(blocks):05d}", tuple(held), num_rows))
+            shards.append(Shard(f"{len(shards):05d}", tuple(held), num_rows))
             held, num_rows = [], 0
-    return blocks
+    return shards
+
+
+def exact_edges(parts: Sequence[tuple[str, int]], rows: Sequence[int]) -> dict[tuple[str, int], str]:
+    """The edges file of an exact join that holds the lists of the images of each part."""
+    return {part: f"edges-{block.name}.parquet" for block in blocks(parts, rows, ROWS_PER_BLOCK) for part in block.work}
 
 
 def _make_exact_worker(
-    neighborhood: Neighborhood, blocks: Sequence[Shard], output: str
+    neighborhood: Neighborhood, shards: Sequence[Shard], output: str
 ) -> Callable[[Shard], ShardRecord]:
     """A worker that compares one block of images after another with all images."""
     require_device(neighborhood.search.device)
-    parts = [part for block in blocks for part in block.work]
+    parts = [part for shard in shards for part in shard.work]
     places = _first_places(parts)
 
     def process(shard: Shard) -> ShardRecord:
-        images = _read(shard.work, places)
+        images = read_distinct(shard.work, places)
         others: list[Images] = []
 
         def stream() -> Iterator[np.ndarray]:
-            for part, block in zip(parts, prefetch(lambda part: _read([part], places), parts), strict=True):
+            for part, block in zip(parts, prefetch(lambda part: read_distinct([part], places), parts), strict=True):
                 _check_width(images.vectors, block.vectors, part[0])
                 others.append(Images(block.ids, block.places, block.vectors[:0]))
                 yield block.vectors
@@ -238,7 +275,7 @@ def _first_places(parts: Sequence[tuple[str, int]]) -> np.ndarray:
     return places
 
 
-def _read(parts: Sequence[tuple[str, int]], places: np.ndarray | None = None) -> Images:
+def read_distinct(parts: Sequence[tuple[str, int]], places: np.ndarray | None = None) -> Images:
     """The distinct images of consecutive files, each given with the place of its first row.
 
     With `places` (N,), ascending, only the rows at these places; without, the first row of each id, sorted by id.
@@ -339,7 +376,7 @@ def _make_exchange_worker(search: SearchConfig, folder: str) -> Callable[[Shard]
     empty = _spread_schema(cells.shape[1], num_probes).empty_table()
 
     def process(shard: Shard) -> ShardRecord:
-        images = _read([shard.work])
+        images = read_distinct([shard.work])
         _check_width(cells, images.vectors, shard.work[0])
         visits = ivf.cells_of(images.vectors, cells, num_probes, device=search.device).astype(np.int32)
 
@@ -430,7 +467,7 @@ def _make_cells_worker(neighborhood: Neighborhood, folder: str, output: str) -> 
 
 def _measure_recall(
     neighborhood: Neighborhood,
-    blocks: Sequence[Shard],
+    shards: Sequence[Shard],
     content_hash: str,
     exchange_folder: str,
     output: str,
@@ -445,7 +482,7 @@ def _measure_recall(
         config=neighborhood.search,
         inputs={"vectors": content_hash},
         output=folder,
-        shards=blocks,
+        shards=shards,
         make_worker=functools.partial(_make_recall_worker, neighborhood, exchange_folder, folder),
     )
     manifest = run_stage(stage, runner, log=log)
@@ -474,10 +511,10 @@ def _make_recall_worker(
 ) -> Callable[[Shard], ShardRecord]:
     """A worker that compares the sampled images with one block of images after another."""
     require_device(neighborhood.search.device)
-    sample = _read([(paths.join(exchange_folder, "sample.parquet"), 0)])
+    sample = read_distinct([(paths.join(exchange_folder, "sample.parquet"), 0)])
 
     def process(shard: Shard) -> ShardRecord:
-        images = _read(shard.work)
+        images = read_distinct(shard.work)
         nearest = _search_exactly(neighborhood, sample, iter([images.vectors]))
         table = _edges(neighborhood.k, sample, images, *nearest)
         file = parquet.write_table(paths.join(folder, f"exact-{shard.name}.parquet"), table)
@@ -490,16 +527,22 @@ def _make_recall_worker(
 
 
 def _write_edges(neighborhood: Neighborhood, output: str, name: str, edges: pa.Table) -> ShardRecord:
-    """Write the edges of one shard, one row group for each bucket."""
-    smaller = pc.min_element_wise(edges.column("image_id"), edges.column("other_image_id"))
-    bucket = bucket_of(pack_ids(smaller), neighborhood.num_buckets)
-    order, bounds = sort_into_groups(bucket, neighborhood.num_buckets)
-    ordered = edges.take(pa.array(order))
+    """Write the edges of one shard, which come image by image."""
+    file = write_by_bucket(paths.join(output, f"edges-{name}.parquet"), edges, neighborhood.num_buckets)
+    starts = np.flatnonzero(starts_group(edges.column("place").to_numpy()))
+    num_full = int((np.diff(starts, append=edges.num_rows) == neighborhood.k).sum())
+    return ShardRecord(name=name, files=(file,), totals={"edges": edges.num_rows, "full_lists": num_full})
+
+
+def write_by_bucket(path: str, pairs: pa.Table, num_buckets: int) -> FileRecord:
+    """Write pairs with the columns `image_id` and `other_image_id`, one row group for each bucket of the smaller id."""
+    smaller = pc.min_element_wise(pairs.column("image_id"), pairs.column("other_image_id"))
+    bucket = bucket_of(pack_ids(smaller), num_buckets)
+    order, bounds = sort_into_groups(bucket, num_buckets)
+    ordered = pairs.take(pa.array(order))
     spans = enumerate(pairwise(bounds.tolist()))
     groups = ((number, ordered.slice(start, stop - start)) for number, (start, stop) in spans)
-    path = paths.join(output, f"edges-{name}.parquet")
-    file = parquet.write_row_groups(path, "bucket", groups, EDGES.empty_table())
-    return ShardRecord(name=name, files=(file,), totals={"edges": edges.num_rows})
+    return parquet.write_row_groups(path, "bucket", groups, pairs.schema.empty_table())
 
 
 def _check_width(expected: np.ndarray, matrix: np.ndarray, file: str) -> None:

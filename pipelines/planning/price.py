@@ -232,7 +232,9 @@ def _price_pairs(work: _Workload) -> StagePrice:
     cells = search.num_cells(images)
     copies = min(FIXED.copies_in_exchange, search.num_probes)
     choosing = images * cells * 2 * width
-    joining = images * search.num_probes * search.rows_per_cell * 2 * width
+    # Every image is also compared with every holdout image.
+    holdout = sum(work.image_counts.get(each.name, 0) for each in work.config.ingest.sources if each.role == "holdout")
+    joining = images * (search.num_probes * search.rows_per_cell + holdout) * 2 * width
     on_gpu = search.num_gpus > 0
     exchanged_bytes = images * copies * (2 * width + 76)
     training = TRAINING_ITERATIONS * TRAINING_ROWS_PER_CELL * float(cells) ** 2 * 2 * width

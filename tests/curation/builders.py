@@ -126,9 +126,8 @@ def write_pairs(
         }
         for rows in shards
     ]
-    return write_stage(
-        folder, tables, facts={"min_similarity": min_similarity}, inputs={"images": content_hash(images)}
-    )
+    facts = {"min_similarity": min_similarity, "max_holdout_threshold": 1.0, "full_lists": 0}
+    return write_stage(folder, tables, facts=facts, inputs={"images": content_hash(images)})
 
 
 def write_dedup(folder: str | Path, images: str, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> str:

@@ -130,6 +130,23 @@ def test_cluster_takes_from_clusters_with_enough_seeds(tmp_path: Path, seed: int
             assert row["similarity"] == pytest.approx(cosines[int(row["image_id"], 16)], abs=1e-5)
 
 
+def test_dataset_of_few_seeds_that_brings_nothing_by_cluster_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path)
+    both = [{"name": name, "retrieval": "cluster"} for name in ("large", "small")]
+    most = max(run.seeds_in("small").values())
+    assert most < max(run.seeds_in("large").values())
+    rows = run.retrieve(datasets(*both, more_than_seeds=most))
+    assert {row["seed_source"] for row in rows} == {"large"}
+    (note,) = require_manifest(run.output).facts["notes"]
+    assert note.startswith("Dataset 'small' retrieved nothing by cluster: ")
+    assert f"holds more than {most} of its {len(run.seeds['small'])} seeds. Lower retrieve.more_than_seeds" in note
+    assert note in capsys.readouterr().err
+    run.retrieve(datasets(*both, more_than_seeds=0), replace=True)
+    assert require_manifest(run.output).facts["notes"] == [] and "nothing by cluster" not in capsys.readouterr().err
+
+
 def test_random_draw_depends_on_the_seed_alone(tmp_path: Path) -> None:
     run = Run(tmp_path)
     dataset = {"name": "large", "retrieval": "cluster"}

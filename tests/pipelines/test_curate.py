@@ -245,6 +245,7 @@ WRONG = [
     (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
     (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
     (("num_clusters = 4", "num_clusters = 400"), "cluster.levels.0.num_clusters is 400"),
+    (("[dedup]", "[pairs.verification]\n[dedup]"), "dedup.holdout_threshold (0.95) lies above 0.9"),
 ]
 
 

@@ -125,7 +125,8 @@ def build_run(
         paths.join(path["pairs"], "pairs-00000.parquet"), pa.table(columns, schema=schemas.PAIRS)
     )
     written = [ShardRecord(name="00000", files=(file,))]
-    _finish("pairs", path["pairs"], ingested.content_hash, written, {"min_similarity": 0.4})
+    found = {"min_similarity": 0.4, "max_holdout_threshold": 1.0, "full_lists": 3}
+    _finish("pairs", path["pairs"], ingested.content_hash, written, found)
     dedup.run(copies or DedupConfig(), RunFolder(ingest=path["ingest"], pairs=path["pairs"]), path["dedup"])
     stages = (path["ingest"], path["dedup"], path["embed"])
     cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=2),)), stages_of(*stages), path["cluster"], runner)

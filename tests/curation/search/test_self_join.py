@@ -1,5 +1,6 @@
 """The self-join finds the pairs of brute force, each once with its first places, with equal bytes for any cut."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ def test_exact_join_equals_brute_force(tmp_path: Path, kind: str, k: int, floor:
     distinct = Distinct(parts)
     nearest = distinct.nearest(k, floor, ties="place")
     assert pairs == distinct.pairs(nearest)
-    assert manifest.totals == {"edges": len(nearest)} and manifest.facts == {}
+    num_full = sum(count == k for count in Counter(image for image, _ in nearest).values())
+    assert manifest.totals == {"edges": len(nearest), "full_lists": num_full} and manifest.facts == {}
     assert any(mutual for *_, mutual in pairs.values())
     assert k == 500 or not all(mutual for *_, mutual in pairs.values())
 
@@ -159,6 +161,8 @@ def test_join_of_all_cells_equals_brute_force(
     nearest = distinct.nearest(k, floor, ties="id")
     assert pairs == distinct.pairs(nearest)
     assert manifest.facts == {"backend": "ivf", "recall": 1.0, "recall_neighbors": len(nearest)}
+    num_full = sum(count == k for count in Counter(image for image, _ in nearest).values())
+    assert manifest.totals == {"edges": len(nearest), "full_lists": num_full}
 
 
 @pytest.mark.parametrize("rows_per_part", [10**6, 40])
