@@ -37,7 +37,7 @@ RECORD_NAME = "checkpoint.json"
 PREFIX = "step-"
 MAX_LISTED = 8  # differences in a message; assumed: as many as a person reads
 # The version of the format written here. Checkpoints of another version are refused, not converted.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 

@@ -140,6 +140,28 @@ def test_a_run_of_two_ranks_resumes_on_one(images: str, tmp_path: Path, ranks: R
             torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
+def test_a_run_of_one_rank_resumes_on_two_in_smaller_passes(images: str, tmp_path: Path, ranks: Ranks) -> None:
+    values = ALIKE | {"schedule__base_learning_rate": 1e-3, "evaluate_every": 2}
+    config = train_config(images, model__objective={"koleo_images": 4}, **values)
+    train(config, str(tmp_path / "straight"))
+    with pytest.raises(Interrupted):
+        train(config.model_copy(update={"images_per_pass": 8}), str(tmp_path / "two"), stop_at(2))
+    ranks(on_a_rank, config.model_dump_json(), str(tmp_path / "two"))
+    actual, expected = (state(tmp_path / run, 4) for run in ("two", "straight"))
+    for name, tensor in expected.items():
+        if name.startswith(("student.", "teacher.")):
+            torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_another_group_of_koleo_is_said(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = train_config(images, num_steps=2, checkpoint__every=1, evaluate_every=1)
+    with pytest.raises(Interrupted):
+        train(config.model_copy(update={"images_per_pass": 8}), str(tmp_path), stop_at(1))
+    train(config, str(tmp_path))
+    line = "images_per_pass was 8 and is 4: KoLeo now looks for neighbours among 4 images"
+    assert line in capsys.readouterr().err
+
+
 def bfloat16_step(config: str, num_ranks: int) -> dict[str, Any]:
     """One step of eight images, in passes of four: the types in the student's blocks, and the losses of this rank.
 
