@@ -587,3 +587,9 @@ def score(
         rows.append(torch.tensor([[measured[metric] for metric in METRICS]], dtype=torch.float64))
     all_rows = gather_rows(model.world, torch.cat(rows), len(samples)).tolist()
     return mean_over_images([dict(zip(METRICS, row, strict=True)) for row in all_rows])
+
+
+if __name__ == "__main__":
+    from evaluation import without_command
+
+    raise SystemExit(without_command("depth"))

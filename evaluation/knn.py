@@ -140,8 +140,8 @@ class KnnConfig(Settings):
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(10, 20, 100, 200), min_length=1)
     """Numbers of voting neighbours; each gives a result."""
     per_class: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Few-shot variants: numbers of training images for each class. A variant of n images has the values of `k` up to n,
-    and n itself. Cited: DINOv2, eval/knn.py."""
+    """Few-shot variants: numbers of training images for each class. A variant of n images has the values of `k` up to
+    n, and n itself. Cited: DINOv2, eval/knn.py."""
     allow_missing_classes: bool = False
     """Whether the test images may lack classes of the training images."""
 
@@ -228,3 +228,9 @@ def _units(blocks: Iterable[Tensor], width: int) -> Iterator[np.ndarray]:
             raise InputError(f"Training features are {list(block.shape)}, test features have {width} dimensions.")
         yield unit_rows(block, "training", first_row=first_row).cpu().numpy()
         first_row += len(block)
+
+
+if __name__ == "__main__":
+    from evaluation import without_command
+
+    raise SystemExit(without_command("knn"))

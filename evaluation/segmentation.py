@@ -456,3 +456,9 @@ def _protocol_name(protocol: Protocol) -> str:
     flip = ", flip" if protocol.flip else ""
     blocks = "last block" if protocol.blocks == 1 else f"last {protocol.blocks} blocks"
     return f"{blocks}, {protocol.image_side} px{many}{flip}, {protocol.steps} steps"
+
+
+if __name__ == "__main__":
+    from evaluation import without_command
+
+    raise SystemExit(without_command("segmentation"))

@@ -21,8 +21,7 @@ class PicturesConfig(Settings):
     """How the model sees labelled images: scaled as a whole, and of that the square in the middle."""
 
     resize_size: int = Field(default=256, ge=8, le=4096)
-    """Pixels to which the shorter side is scaled, bicubic with antialiasing. Cited: DINOv2's k-NN and linear evaluation.
-    """
+    """Pixels to which the shorter side is scaled, bicubic with antialiasing. Cited: DINOv2's k-NN and linear probe."""
     image_size: int = Field(default=224, ge=8, le=4096)
     """Side in pixels of the square in the middle of that, which the model sees. Cited: as above."""
     batch_size: Annotated[int, NotInPlan] = Field(default=32, ge=1)
