@@ -152,11 +152,8 @@ def comparable_numbers(result: Result) -> list[Published]:
                 and name in column.datasets
                 and re.fullmatch(column.protocol, result.protocol)
             ):
-                remarks = [
-                    column.remark,
-                    _CHOSEN_REMARK if column.chosen_on_test and not _chose_on_test(result) else None,
-                ]
-                remark = "; and ".join(filter(None, remarks)) or None
+                differs = column.chosen_on_test and not _chose_on_test(result)
+                remark = "; and ".join(filter(None, [column.remark, _CHOSEN_REMARK if differs else None])) or None
                 matches.append(Published(model, number / 100 if column.percent else number, source, remark))
     return matches
 

@@ -267,8 +267,7 @@ def build_backbone(config: BackboneConfig, seed: int) -> VisionTransformer:
         if checkpoint.position_interpolation not in (None, config.position_interpolation):
             raise WeightsError(
                 f"{config.weights}: trained with position_interpolation '{checkpoint.position_interpolation}', and the "
-                f"config says '{config.position_interpolation}'. Set it to '{checkpoint.position_interpolation}' in the "
-                "backbone's section."
+                f"config says '{config.position_interpolation}'. Set the value of the file in the backbone's section."
             )
         grid_size = weights.architecture(checkpoint.tensors, checkpoint.path).grid_size
         model.resize_positions(grid_size)

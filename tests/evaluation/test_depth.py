@@ -403,7 +403,7 @@ def million_steps(folder: Path, **settings: object) -> DepthConfig:
         (
             "train",
             0,
-            r"^folder: no pixel of the 3 training depths is between 0.001 and 10 m: all are 0, which means unknown",
+            r"^folder: no pixel of the 3 training depths is between 0.001 and 10 m: all are 0, which",
         ),
         ("train", 1000, r"training depths is between 0.001 and 10 m: the least is [0-9]{4} m\. Check units_per_metre"),
         ("test", 1000, r"^folder: no pixel of the 2 test depths is between 0.001 and 10 m: the least is"),

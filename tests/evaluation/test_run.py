@@ -15,7 +15,7 @@ from evaluation.features import FrozenModelConfig, load_model
 from evaluation.knn import KnnConfig
 from evaluation.run import EvaluationConfig, evaluate
 from evaluation.scores import class_mean
-from tests.evaluation.builders import checkpoint, image_folder
+from tests.evaluation.builders import CLASSES, checkpoint, image_folder
 
 SMALL = PicturesConfig(resize_size=40, image_size=32)
 

@@ -17,7 +17,7 @@ def by_torchvision(image: Image.Image, resize_size: int, side: int) -> np.ndarra
     new_short, new_long = resize_size, int(resize_size * long / short)
     size = (new_short, new_long) if width <= height else (new_long, new_short)
     resized = image.resize(size, Image.Resampling.BICUBIC)
-    top, left = int(round((size[1] - side) / 2.0)), int(round((size[0] - side) / 2.0))
+    top, left = round((size[1] - side) / 2.0), round((size[0] - side) / 2.0)
     return np.asarray(resized.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
 
 
