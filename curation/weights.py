@@ -369,10 +369,11 @@ def _stated_interpolation(file: Path, content: Mapping[str, object]) -> Position
     """The interpolation that the metadata of a file states. `content`: of the file, as read."""
     if file.suffix == ".safetensors":
         with safetensors.safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
+            metadata: object = opened.metadata()
     else:
-        metadata = getattr(content, "_metadata", {}).get("", {})
-    value = metadata.get(INTERPOLATION_KEY)
+        of_modules = getattr(content, "_metadata", None)
+        metadata = of_modules.get("") if isinstance(of_modules, Mapping) else None
+    value = metadata.get(INTERPOLATION_KEY) if isinstance(metadata, Mapping) else None
     if value is not None and value not in get_args(PositionInterpolation):
         raise WeightsError(
             f"{file}: its metadata states {INTERPOLATION_KEY} {value!r}; known are "
