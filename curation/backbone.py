@@ -434,7 +434,8 @@ class VisionTransformer(nn.Module):
     def _embed(self, x: Tensor, masks: Tensor | None) -> Tensor:
         """The (B, T, D) input of the first block. Registers have no position, so they are added after it."""
         height, width = x.shape[-2:]
-        patches = self.patch_embed(x)
+        # The residual stream has the type of the tokens. Under autocast the projection's output is of a smaller type.
+        patches = self.patch_embed(x).to(self.pos_embed.dtype)
         if masks is not None:
             patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype).unsqueeze(0), patches)
         batch = len(patches)

@@ -12,16 +12,20 @@ The layouts, recognised by their keys, and the only parts of each that may be le
 
 `read` gives any of them under the released keys; `save` writes three of them. docs/weights.md lists the losses of each.
 Files are read with `torch.load(weights_only=True)` or safetensors, so a checkpoint cannot run code.
+
+A file that `save` writes states the interpolation of its positional embedding: a .pth in the metadata of its
+state_dict (where torch keeps versions of modules), a .safetensors in its header. The hash of the file covers it.
 """
 
 import json
 import math
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, TypeGuard, TypeVar, cast, get_args
+from typing import IO, Any, Literal, TypeGuard, TypeVar, cast, get_args
 
 import safetensors.torch
 import torch
@@ -38,6 +42,7 @@ Family = Literal["dinov2", "vit"]
 
 MAX_LISTED = 10  # keys in a message; assumed: a person reads no more
 STEP_COUNTER = ".num_batches_tracked"
+INTERPOLATION_KEY = "position_interpolation"  # in the metadata of a file
 CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 # For a file that wraps its state_dict: the key of the state_dict, and the other keys that may occur. Cited: DINOv2
@@ -163,6 +168,8 @@ class Checkpoint:
     """Names in the file that do not belong to the backbone."""
     num_heads: int | None
     """Heads of the attention; only transformers' config.json states them."""
+    position_interpolation: PositionInterpolation | None = None
+    """As the network was trained; only files of `save` state it. None for all others."""
 
 
 def read(path: str, *, sha256: str | None = None) -> Checkpoint:
@@ -174,6 +181,7 @@ def read(path: str, *, sha256: str | None = None) -> Checkpoint:
     if Path(path).is_dir():
         return _read_folder(Path(path), sha256)
     content = _read_file(path, sha256)
+    interpolation = _stated_interpolation(Path(path), content)
     wrapper = next((key for key in WRAPPERS if key in content), None)
     beside: list[str] = []
     layout: Layout
@@ -200,7 +208,7 @@ def read(path: str, *, sha256: str | None = None) -> Checkpoint:
     kept = {name: value for name, value in tensors.items() if name not in aside}
     if layout in ("timm", "mae", "ijepa"):
         kept = _from_timm(kept)
-    return Checkpoint(path, layout, kept, (*beside, *aside), num_heads=None)
+    return Checkpoint(path, layout, kept, (*beside, *aside), None, interpolation)
 
 
 def load(backbone: VisionTransformer, path: str, *, sha256: str | None = None) -> tuple[str, ...]:
@@ -308,19 +316,20 @@ def save(backbone: VisionTransformer, path: str, layout: SavedLayout = "released
     The model determines the class of transformers. Raises WeightsError where no class fits, or where the path does not
     fit the layout.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    suffix = Path(path).suffix
+    state = OrderedDict((name, value.detach().cpu().contiguous()) for name, value in backbone.state_dict().items())
+    suffix, stated = Path(path).suffix, {INTERPOLATION_KEY: backbone.position_interpolation}
     if layout not in get_args(SavedLayout):
         raise WeightsError(f"No layout to save is called {layout!r}. Choose from: {', '.join(get_args(SavedLayout))}.")
     if layout == "transformers":
         if Path(path).is_file():
             raise WeightsError(f"'{path}' is a file, and transformers keeps a model in a folder. Name another path.")
         config, tensors = _to_transformers(state, backbone.num_heads)
-        _save_safetensors(tensors, paths.join(path, "model.safetensors"))
+        _save_safetensors(tensors, paths.join(path, "model.safetensors"), stated)
         paths.write_bytes(paths.join(path, "config.json"), json.dumps(config, indent=2, sort_keys=True).encode())
     elif suffix == ".safetensors":
-        _save_safetensors(_to_timm(state) if layout == "timm" else state, path)
+        _save_safetensors(_to_timm(state) if layout == "timm" else state, path, stated)
     elif suffix == ".pth" and layout == "released":
+        cast(Any, state)._metadata = {"": dict(stated)}  # for the root module; other loaders pass it over
         with paths.atomic_write(path) as file:
             torch.save(state, cast(IO[bytes], file))  # torch only calls `write`
     else:
@@ -404,6 +413,23 @@ def _require_file(file: Path) -> None:
             f"No weights at '{file}'. Give the path of a local .pth, .pt or .safetensors file, or of a folder of "
             "transformers."
         )
+
+
+def _stated_interpolation(file: Path, content: Mapping[str, object]) -> PositionInterpolation | None:
+    """The interpolation that the metadata of a file states. `content`: of the file, as read."""
+    if file.suffix == ".safetensors":
+        with safetensors.safe_open(file, "pt") as opened:
+            metadata: object = opened.metadata()
+    else:
+        of_modules = getattr(content, "_metadata", None)
+        metadata = of_modules.get("") if isinstance(of_modules, Mapping) else None
+    value = metadata.get(INTERPOLATION_KEY) if isinstance(metadata, Mapping) else None
+    if value is not None and value not in get_args(PositionInterpolation):
+        raise WeightsError(
+            f"{file}: its metadata states {INTERPOLATION_KEY} {value!r}; known are "
+            f"{', '.join(get_args(PositionInterpolation))}. Another version of Seedbed wrote it."
+        )
+    return value
 
 
 def _check_hash(files: Sequence[Path], sha256: str | None, path: str) -> None:
@@ -557,8 +583,11 @@ def _read_folder(folder: Path, sha256: str | None) -> Checkpoint:
     files, listed = _weight_files(folder)
     _check_hash(files, sha256, str(folder))
     tensors: dict[str, Tensor] = {}
+    interpolation: PositionInterpolation | None = None
     for file in files:
-        tensors_of_file = _tensors(_read_file(str(file), None), str(file))
+        content = _read_file(str(file), None)
+        interpolation = interpolation or _stated_interpolation(file, content)
+        tensors_of_file = _tensors(content, str(file))
         if repeated := tensors_of_file.keys() & tensors.keys():
             raise WeightsError(f"{folder}: several of its files hold {_some(sorted(repeated))}.")
         tensors |= tensors_of_file
@@ -571,7 +600,7 @@ def _read_folder(folder: Path, sha256: str | None) -> Checkpoint:
     has_mask_token = model_type == "dinov2_with_registers" or config.get("use_mask_token", model_type == "dinov2")
     if not has_mask_token and "mask_token" not in result and (positions := result.get("pos_embed")) is not None:
         result["mask_token"] = positions.new_zeros(1, positions.shape[-1])
-    return Checkpoint(str(folder), "transformers", result, aside, num_heads)
+    return Checkpoint(str(folder), "transformers", result, aside, num_heads, interpolation)
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -695,8 +724,13 @@ def _split_leaf(name: str) -> tuple[str, str]:
     return match[1], match[2] or ""
 
 
-def _save_safetensors(tensors: dict[str, Tensor], path: str) -> None:
-    paths.write_bytes(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+def _save_safetensors(tensors: dict[str, Tensor], path: str, stated: Mapping[str, str]) -> None:
+    # The metadata is written here: safetensors would order its keys differently in each process.
+    data = safetensors.torch.save(tensors)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": {"format": "pt", **stated}, **json.loads(data[8:end])}, separators=(",", ":"))
+    padded = header.encode() + b" " * (-len(header.encode()) % 8)
+    paths.write_bytes(path, b"".join([len(padded).to_bytes(8, "little"), padded, memoryview(data)[end:]]))
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:

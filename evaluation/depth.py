@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curation.config import Settings
-from curation.engine.ranks import ALONE, World, gather_rows
+from curation.engine.ranks import ALONE, World, gather_rows, sum_over_ranks
 from curation.errors import InputError, TrainingError
 from curation.files.hashes import sha256_of_bytes
 from curation.files.prefetch import prefetch
@@ -510,6 +510,9 @@ def run(config: DepthConfig, model: FrozenModel, output: str) -> list[Result]:
         )
     train = find_samples(config.train, "train")
     tests = [find_samples(data, "test") for data in config.tests]
+    _require_depths(config.train, train, config.cap, "training", model.world)
+    for data, samples in zip(config.tests, tests, strict=True):
+        _require_depths(data, samples, config.cap, "test", model.world)
     trained_on = hash_samples(train)
     all_results: list[Result] = []
     for name in config.heads:
@@ -532,6 +535,27 @@ def run(config: DepthConfig, model: FrozenModel, output: str) -> list[Result]:
                 seconds=seconds,
             )
     return all_results
+
+
+def _require_depths(
+    data: DepthDataConfig, samples: Sequence[DepthSample], cap: float, split: str, world: World
+) -> None:
+    """Raises InputError unless a pixel of the depths counts, and where an image or a depth is damaged.
+
+    Decodes every file once, before hours of training: the training reads each some 26 times. Ranks share the files.
+    """
+    crop: Crop = LAYOUTS[data.layout].crop if split == "test" else "none"
+    counted, least = 0, math.inf
+    for _, truth in prefetch(lambda row: read_sample(samples[row], data), world.share(len(samples)), threads=READERS):
+        counted += int(valid_mask(truth, max_depth=cap, crop=crop).sum())
+        if (truth > 0).any():
+            least = min(least, float(truth[truth > 0].min()))
+    if not sum_over_ranks(torch.tensor(counted, device=world.device)).item():
+        depths = "all are 0, which means unknown" if math.isinf(least) else f"the least is {least:.4g} m"
+        raise InputError(
+            f"{data.name}: no pixel of the {len(samples):,} {split} depths is between {MIN_DEPTH:g} and {cap:g} m: "
+            f"{depths}. Check units_per_metre (.npy are in metres) and max_depth."
+        )
 
 
 def _protocol(head: HeadName, config: DepthConfig, data: DepthDataConfig) -> str:
@@ -563,3 +587,9 @@ def score(
         rows.append(torch.tensor([[measured[metric] for metric in METRICS]], dtype=torch.float64))
     all_rows = gather_rows(model.world, torch.cat(rows), len(samples)).tolist()
     return mean_over_images([dict(zip(METRICS, row, strict=True)) for row in all_rows])
+
+
+if __name__ == "__main__":
+    from evaluation import without_command
+
+    raise SystemExit(without_command("depth"))

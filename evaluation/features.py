@@ -74,8 +74,9 @@ class FrozenModelConfig(Settings):
     """Vision Transformers: which tokens represent the whole image. Left out, the CLS token, or the mean of the patch
     tokens where there is none."""
     position_interpolation: backbone.PositionInterpolation | None = None
-    """Vision Transformers: how the positional embedding is resized. Left out, as its authors resize it: "antialias"
-    with registers, "plain" for MAE and I-JEPA, else "offset"."""
+    """Vision Transformers: how the positional embedding is resized. Left out, as the checkpoint states; exports do.
+    A checkpoint that does not is resized as its authors do: "antialias" with registers, "plain" for MAE and I-JEPA,
+    else "offset"."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model runs. "cuda" on a machine without a GPU is an error."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -219,8 +220,10 @@ def _load_vit(config: FrozenModelConfig, device: torch.device, dtype: torch.dtyp
     pooling = config.pooling or ("cls" if architecture.has_cls_token else "patch_mean")
     if pooling != "patch_mean" and not architecture.has_cls_token:
         raise WeightsError(f"{config.weights} has no CLS token. Set model.pooling = 'patch_mean'.")
-    interpolation = config.position_interpolation or vit.interpolation(
-        _family(variant, checkpoint.layout, architecture), architecture.num_register_tokens
+    interpolation = (
+        config.position_interpolation
+        or checkpoint.position_interpolation
+        or vit.interpolation(_family(variant, checkpoint.layout, architecture), architecture.num_register_tokens)
     )
     fresh = config.untrained_seed is not None
     network = weights.build_like(

@@ -11,7 +11,7 @@ DINOv2's published evaluation, with T = 0.07 and k of 10, 20, 100 and 200.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated
 
 import numpy as np
@@ -140,7 +140,8 @@ class KnnConfig(Settings):
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(10, 20, 100, 200), min_length=1)
     """Numbers of voting neighbours; each gives a result."""
     per_class: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Few-shot variants: numbers of training images for each class. A variant skips each `k` above its total."""
+    """Few-shot variants: numbers of training images for each class. A variant of n images has the values of `k` up to
+    n, and n itself. Cited: DINOv2, eval/knn.py."""
     allow_missing_classes: bool = False
     """Whether the test images may lack classes of the training images."""
 
@@ -160,21 +161,17 @@ def run(
             f"k is {max(config.k)}, and {train.path} has only {len(train)} images. Take smaller values of k."
         )
     scores: list[Score] = []
-    by_k = _scores(config, model, train_features.blocks(), train.labels, test_features, test.labels)
+    by_k = _scores(config.k, model, train_features.blocks(), train.labels, test_features, test.labels)
     for k, values_by_metric in by_k.items():
         scores += [Score(f"k={k}", metric, value) for metric, value in values_by_metric.items()]
     for per_class in config.per_class:
+        few_k = few_shot_k(config.k, per_class)
         draws = [splits.few_shot(train.labels, per_class, seed) for seed in range(TRIES)]
         by_draw = [
-            _scores(config, model, [train_features.take(rows)], train.labels[rows], test_features, test.labels)
+            _scores(few_k, model, [train_features.take(rows)], train.labels[rows], test_features, test.labels)
             for rows in draws
         ]
-        if not by_draw[0]:
-            raise InputError(
-                f"{per_class} images per class are {len(draws[0])} images, fewer than every k of {list(config.k)}. Add "
-                "a smaller k."
-            )
-        for k in by_draw[0]:
+        for k in few_k:
             for metric in by_draw[0][k]:
                 values = [values_by_k[k][metric] for values_by_k in by_draw]
                 spread = float(np.std(values, ddof=1))
@@ -190,35 +187,37 @@ def run(
     )
 
 
+def few_shot_k(k: Sequence[int], per_class: int) -> list[int]:
+    """The numbers of neighbours of a few-shot variant: those of `k` up to `per_class`, and `per_class` itself."""
+    return sorted({one for one in (*k, per_class) if one <= per_class})
+
+
 def _scores(
-    config: KnnConfig,
+    k: Sequence[int],
     model: FrozenModel,
     blocks: Iterable[Tensor],
     labels: Tensor,
     test_features: Tensor,
     test_labels: Tensor,
 ) -> dict[int, dict[str, float]]:
-    """The scores by k and metric, for each k that does not exceed the number of training images.
+    """The scores by k and metric. Top-5 is left out where there are no more than five classes.
 
     Ranks share the test images.
     """
-    possible_k = [k for k in config.k if k <= len(labels)]
-    if not possible_k:
-        return {}
     share = model.world.share(len(test_features))
     queries = test_features[share.start : share.stop]
     similarities, rows = (
         gather_rows(model.world, part, len(test_features))
-        for part in neighbors(blocks, queries, k=max(possible_k), device=str(model.device))
+        for part in neighbors(blocks, queries, k=max(k), device=str(model.device))
     )
     num_classes = int(labels.max()) + 1
-    scores = {}
-    for k in possible_k:
-        votes = vote(similarities[:, :k], labels[rows[:, :k]], num_classes)
-        scores[k] = {
-            "top-1": accuracy(votes, test_labels),
-            "mean per class": class_mean(votes.argmax(1), test_labels),
-        }
+    scores: dict[int, dict[str, float]] = {}
+    for one in k:
+        votes = vote(similarities[:, :one], labels[rows[:, :one]], num_classes)
+        scores[one] = {"top-1": accuracy(votes, test_labels)}
+        if num_classes > 5:
+            scores[one]["top-5"] = accuracy(votes, test_labels, top=5)
+        scores[one]["mean per class"] = class_mean(votes.argmax(1), test_labels)
     return scores
 
 
@@ -229,3 +228,9 @@ def _units(blocks: Iterable[Tensor], width: int) -> Iterator[np.ndarray]:
             raise InputError(f"Training features are {list(block.shape)}, test features have {width} dimensions.")
         yield unit_rows(block, "training", first_row=first_row).cpu().numpy()
         first_row += len(block)
+
+
+if __name__ == "__main__":
+    from evaluation import without_command
+
+    raise SystemExit(without_command("knn"))

@@ -153,3 +153,9 @@ def _fit(classifier: LogisticRegression, train_features: Tensor, labels: Tensor)
         # float64 cannot reach a tolerance of 1e-12; the published protocol ends at the maximum of iterations.
         warnings.simplefilter("ignore", ConvergenceWarning)
         classifier.fit(train_features.double().numpy(), labels.numpy())
+
+
+if __name__ == "__main__":
+    from evaluation import without_command
+
+    raise SystemExit(without_command("logistic"))

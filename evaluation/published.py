@@ -25,6 +25,8 @@ class Column:
     """Whether the source gives percent. Results are shares."""
     remark: str | None = None
     """A difference, or a detail that the source does not state."""
+    chosen_on_test: bool = False
+    """Whether the source selects its head on the test images. Cited: DINOv2, eval/linear.py."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,31 @@ class Published:
     remark: str | None
 
 
+_CHOSEN_REMARK = (
+    "the source selects its head on the validation images that it reports, and these results on held-out training "
+    'images (choose_on = "test" selects as the source)'
+)
 _IMAGENET = ("imagenet", "imagenet1k", "in1k", "ilsvrc2012")
 _KNN = Column("knn", _IMAGENET, r"k=20", "top-1", remark="the source does not state k")
-_LINEAR = Column("linear", _IMAGENET, r"52 heads, grid of the (paper|code), 12,500 steps", "top-1")
-_V2 = Column("robustness", ("imagenetv2", "v2"), r".*", "top-1")
-_REAL = Column("robustness", ("imagenetreal", "real"), r".*", "top-1")
-_A = Column("robustness", ("imageneta",), r".*", "top-1")
-_R = Column("robustness", ("imagenetr",), r".*", "top-1")
-_C = Column("robustness", ("imagenetc",), r".*", "mCE")
-_SKETCH = Column("robustness", ("imagenetsketch",), r".*", "top-1")
+_LINEAR = Column(
+    "linear",
+    _IMAGENET,
+    r"52 heads, grid of the (paper|code), 12,500 steps(, chosen on the test images)?",
+    "top-1",
+    chosen_on_test=True,
+)
+_V2 = Column("robustness", ("imagenetv2", "v2"), r".*", "top-1", chosen_on_test=True)
+_REAL = Column("robustness", ("imagenetreal", "real"), r".*", "top-1", chosen_on_test=True)
+_A = Column("robustness", ("imageneta",), r".*", "top-1", chosen_on_test=True)
+_R = Column("robustness", ("imagenetr",), r".*", "top-1", chosen_on_test=True)
+_C = Column("robustness", ("imagenetc",), r".*", "mCE", chosen_on_test=True)
+_SKETCH = Column("robustness", ("imagenetsketch",), r".*", "top-1", chosen_on_test=True)
 _ANY_LENGTH = r"52 heads, grid of the (paper|code), .*"
 _LENGTH_REMARK = "the source does not state the number of steps"
-_INAT18 = Column("linear", ("inaturalist2018", "inat2018", "inat18"), _ANY_LENGTH, "top-1", remark=_LENGTH_REMARK)
-_INAT21 = Column("linear", ("inaturalist2021", "inat2021", "inat21"), _ANY_LENGTH, "top-1", remark=_LENGTH_REMARK)
+_INAT18, _INAT21 = (
+    Column("linear", names, _ANY_LENGTH, "top-1", remark=_LENGTH_REMARK, chosen_on_test=True)
+    for names in (("inaturalist2018", "inat2018", "inat18"), ("inaturalist2021", "inat2021", "inat21"))
+)
 _OXFORD = ("roxford", "roxford5k", "oxford", "oxford5k", "revisitedoxford")
 _PARIS = ("rparis", "rparis6k", "paris", "paris6k", "revisitedparis")
 _OXFORD_M = Column("retrieval", _OXFORD, r"medium\b.*", "mAP")
@@ -138,8 +152,16 @@ def comparable_numbers(result: Result) -> list[Published]:
                 and name in column.datasets
                 and re.fullmatch(column.protocol, result.protocol)
             ):
-                matches.append(Published(model, number / 100 if column.percent else number, source, column.remark))
+                differs = column.chosen_on_test and not _chose_on_test(result)
+                remark = "; and ".join(filter(None, [column.remark, _CHOSEN_REMARK if differs else None])) or None
+                matches.append(Published(model, number / 100 if column.percent else number, source, remark))
     return matches
+
+
+def _chose_on_test(result: Result) -> bool:
+    """Whether the head of a result, or the linear head that it scores, was selected on the test images."""
+    settings = result.settings.get("linear", result.settings)
+    return bool(settings.get("choose_on") == "test")
 
 
 def _numbers(text: str) -> Sequence[float]:

@@ -1,6 +1,6 @@
 """Scores a linear head that was trained on ImageNet on images that differ from ImageNet's.
 
-The head is that of `evaluation.linear`, selected on ImageNet's training images alone. The sets are read as published:
+The head is that of `evaluation.linear`, selected as its `choose_on` says. The sets are read as published:
 
     imagenet-a, imagenet-r, sketch    <path>/<wnid>/<image>
     imagenet-v2                       <path>/<index of the class>/<image>
@@ -114,7 +114,11 @@ def run(
     started, cache = time.perf_counter(), cache or paths.join(output, "cache")
     runner = runner or InlineRunner()
     train = splits.load(config.linear.train, cache, runner)
-    head = linear.fit_or_load(config.linear, model, train, cache)
+    test = None
+    if config.linear.choose_on == "test":
+        subset = config.linear.allow_missing_classes
+        test = splits.with_classes(splits.load(config.linear.test, cache, runner), train, subset=subset)
+    head = linear.fit_or_load(config.linear, model, train, test, cache)
     if config.kind == "corruptions":
         errors: dict[str, list[float]] = {}
         hashes = []
@@ -142,7 +146,7 @@ def run(
         config.name,
         model,
         [Score(f"linear head of {config.linear.name}", metric, value)],
-        data_hash=hash_json([train.data_hash, *hashes]),
+        data_hash=hash_json([train.data_hash, *([] if test is None else [test.data_hash]), *hashes]),
         settings=config.model_dump(mode="json") | {"chosen_rate": head.rate},
         seconds=time.perf_counter() - started,
     )
@@ -177,3 +181,9 @@ def _allowed(split: Split, labels: list[list[int]], path: str) -> list[list[int]
             )
         allowed.append(labels[int(number[1]) - 1])
     return allowed
+
+
+if __name__ == "__main__":
+    from evaluation import without_command
+
+    raise SystemExit(without_command("robustness"))

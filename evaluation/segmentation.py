@@ -31,6 +31,7 @@ from curation.files.hashes import hash_json
 from curation.files.prefetch import prefetch
 from evaluation import order, results
 from evaluation.data.scenes import IGNORED, Scene, SceneData, Scenes, load_scenes
+from evaluation.data.splits import abbreviated
 from evaluation.features import FrozenModel
 from evaluation.padding import pad, pad_to_patches
 from evaluation.results import Result, Score
@@ -381,6 +382,33 @@ def score(
     return scores_of(sum_over_ranks(counts.to(model.world.device)).cpu())
 
 
+def pixels_by_class(scenes: Scenes, world: World) -> Tensor:
+    """The number of pixels of each class in all targets, (C,) int64.
+
+    Decodes every image and target once, before hours of training: the training reads each some thirty times. Ranks
+    share the images. Raises InputError that names a damaged file.
+    """
+    counts = torch.zeros(scenes.num_classes, dtype=torch.int64)
+    for scene in prefetch(scenes.read, world.share(len(scenes.names)), threads=READERS, ahead=READERS):
+        counts += torch.bincount(scene.target[scene.target != IGNORED].long(), minlength=scenes.num_classes)
+    return sum_over_ranks(counts.to(world.device)).cpu()
+
+
+def _require_classes(name: str, train: Scenes, test: Scenes, world: World) -> None:
+    """Raises InputError unless every class occurs in the training targets, and one in the scored targets."""
+    counts = pixels_by_class(train, world)
+    absent = [str(number) for number in torch.nonzero(counts == 0).flatten().tolist()]
+    if absent:
+        what = "no class" if len(absent) == len(counts) else f"none of the classes {abbreviated(absent)}"
+        raise InputError(
+            f"{name}: the masks of the {len(train.names):,} training images have {what} of the {len(counts)}, numbered "
+            "from 0. A head cannot learn a class without a pixel. Check the numbers in the masks, num_classes and "
+            "ignored, and that all images are there."
+        )
+    if not pixels_by_class(test, world).any():
+        raise InputError(f"{name}: no pixel of the {len(test.names):,} scored images has a class. Check their masks.")
+
+
 def run(config: SegmentationConfig, model: FrozenModel, output: str) -> list[Result]:
     """Train a head on the training images and score it on the test images: mIoU and two accuracies.
 
@@ -393,6 +421,7 @@ def run(config: SegmentationConfig, model: FrozenModel, output: str) -> list[Res
         raise InputError(f"{model.name} has {model.num_blocks} blocks; the protocol reads the last {protocol.blocks}.")
     started = time.perf_counter()
     train, test = load_scenes(config.data)
+    _require_classes(config.name, train, test, model.world)
     head = train_head(model, train, protocol, seed=config.seed)
     scores = score(model, head, test, protocol, windows_per_pass=WINDOWS_PER_PASS)
     seconds = time.perf_counter() - started
@@ -427,3 +456,9 @@ def _protocol_name(protocol: Protocol) -> str:
     flip = ", flip" if protocol.flip else ""
     blocks = "last block" if protocol.blocks == 1 else f"last {protocol.blocks} blocks"
     return f"{blocks}, {protocol.image_side} px{many}{flip}, {protocol.steps} steps"
+
+
+if __name__ == "__main__":
+    from evaluation import without_command
+
+    raise SystemExit(without_command("segmentation"))

@@ -385,3 +385,9 @@ def _patch_tokens(network: VisionTransformer, images: Tensor) -> Tensor:
     (tokens,) = network.get_intermediate_layers(images, 1, reshape=True)
     assert isinstance(tokens, Tensor)
     return tokens.float()
+
+
+if __name__ == "__main__":
+    from evaluation import without_command
+
+    raise SystemExit(without_command("visualize"))

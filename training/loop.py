@@ -75,9 +75,9 @@ class TrainConfig(Settings):
     """Optimizer steps of the run; every schedule ends there."""
     batch_size: int = Field(gt=0)
     """Images of a step, over all ranks and passes."""
-    images_per_pass: int = Field(gt=0)
+    images_per_pass: Annotated[int, NotInPlan] = Field(gt=0)
     """Images that a rank puts through the networks at once. A rank's share of the batch is a multiple of it; gradients
-    accumulate over the passes."""
+    accumulate over the passes. KoLeo depends on it where `koleo_images` is left out."""
     device: Annotated[Literal["cpu", "cuda"], NotInPlan] = "cuda"
     """`cuda` takes one GPU for each process."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -473,7 +473,7 @@ def _save(trainer: Trainer, output: str, counters: Counters) -> None:
         paths.join(output, "checkpoints"),
         counters.step,
         _checkpoint_parts(trainer),
-        progress=asdict(counters),
+        progress=asdict(counters) | {"images_per_pass": config.images_per_pass},
         config=trainer.compared_config,
         keep=config.checkpoint.keep,
         world=trainer.world,
@@ -485,8 +485,17 @@ def _resume(trainer: Trainer, output: str) -> Counters:
     path = checkpoint.latest(paths.join(output, "checkpoints"))
     if path is None:
         return Counters()
+    config = trainer.config
     record = checkpoint.load(path, _checkpoint_parts(trainer), config=trainer.compared_config, world=trainer.world)
-    return Counters(**record.progress)
+    progress_before = dict(record.progress)
+    before, objective = progress_before.pop("images_per_pass"), config.model.objective
+    if trainer.world.is_first and before != config.images_per_pass and objective.koleo_weight:
+        if objective.koleo_images is None:
+            progress.say(
+                f"train: images_per_pass was {before} and is {config.images_per_pass}: KoLeo now looks for neighbours "
+                f"among {config.images_per_pass} images. model.objective.koleo_images keeps its groups."
+            )
+    return Counters(**progress_before)
 
 
 def _export(trainer: Trainer, output: str, number: int) -> None:

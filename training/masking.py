@@ -7,39 +7,52 @@ Legend:
     C     global crops of a whole step        N = h * w  patches of a crop, row by row; (h, w) is the grid
     M     masked patches of some crops        n          masked crops of a step, int(C * crop_share)
 
-The ratios are stratified: the range is divided into n equal bins, one for each masked crop, and crops get bins at
-random. So none, one or both of an image's global crops are masked. A mask is a union of rectangles.
+The ratios are stratified: the range is divided into n equal bins, one for each masked crop. DINOv2 does so on each
+rank. Here the whole step is divided, so that its masks do not depend on the ranks; and every part of it is balanced,
+so that ranks have nearly equal numbers of masked patches and do not wait for each other:
+
+    the step's slots, in order      |  bin 0 | bin 1 | ... | bin n-1 | not masked | ... | not masked |
+    split into p parts              of each p neighbours, every part gets one at random
+    split again, and again          down to groups of few images
+    within a group                  at random: none, one or both of an image's global crops are masked
+
+A mask is a union of rectangles.
 
 Source: Bao et al., BEiT (arXiv 2106.08254), algorithm 1; Zhou et al., iBOT (arXiv 2111.07832); DINOv2's and DINOv3's
 published code for the stratification and for the exact count.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from curation.config import Settings
 
 ATTEMPTS = 10  # to place a block; cited: BEiT and DINOv2
+CROPS_PER_IMAGE = 2
+# Images of the smallest group whose crops get balanced ratios. Assumed: it divides the images of a rank in all recipes.
+GROUP_IMAGES = 4
 MASKS_PURPOSE = int.from_bytes(b"masks")  # purpose of a generator, a part of its seed; order.py has others
 
 
 class MaskConfig(Settings):
-    """Masks of the global crops. The defaults are those of all DINOv2 recipes, except `sampler`, which is DINOv3's."""
+    """Masks of the global crops. The defaults are those of all DINOv2 recipes."""
 
     crop_share: float = Field(default=0.5, ge=0, le=1)
     """Share of a step's global crops with a mask; 0 masks none (distillation)."""
     ratio: tuple[float, float] = (0.1, 0.5)
     """Minimum and maximum share of a masked crop's patches; the masked crops are spread evenly between them."""
-    sampler: Literal["exact", "published"] = "exact"
-    """`exact`, as in DINOv3: blocks, then single patches at random, up to exactly the upper end of the crop's bin.
-    Every step then has the same number of masked patches. `published`, as in DINOv2: blocks alone, up to a target
-    drawn within the bin; fewer patches may be masked."""
+    sampler: Literal["exact", "published"] = "published"
+    """`published`, as in DINOv2: blocks alone, up to a target drawn within the crop's bin; fewer patches may be masked.
+    `exact`, as in DINOv3: blocks, then single patches at random, up to exactly the upper end of the bin. Every step
+    then has the same number of masked patches."""
     min_block_patches: int = Field(default=4, ge=1)
     """Minimum area of a block that is tried, in patches; smaller only if fewer are left to mask."""
     max_block_share: float = Field(default=0.5, gt=0, le=1)
@@ -64,9 +77,10 @@ def step_masks(
     crops: indices among the global crops of the whole step, on all ranks: crop * batch_size + image.
     """
     assert 0 <= crops.start <= crops.stop <= num_crops, f"{crops} of {num_crops} crops"
+    assert num_crops % CROPS_PER_IMAGE == 0, num_crops
     num_masked = _floor(num_crops * config.crop_share)
     edges = np.linspace(*config.ratio, num_masked + 1)
-    bins = np.random.default_rng([seed, MASKS_PURPOSE, step]).permutation(num_crops)  # the first `num_masked` are bins
+    bins = _slots(num_crops // CROPS_PER_IMAGE, seed, step)  # the first `num_masked` are bins
     masks = np.zeros((len(crops), math.prod(grid)), np.bool_)
     for mask, crop in zip(masks, crops, strict=True):
         if bins[crop] < num_masked:
@@ -82,6 +96,32 @@ def mask_token_weights(masks: Tensor) -> Tensor:
     """
     counts = masks.sum(dim=1)
     return (1 / counts.float()).repeat_interleave(counts)  # a crop without masked patches repeats its 1 / 0 zero times
+
+
+@functools.lru_cache(maxsize=4)  # the passes of a step ask for it in turn
+def _slots(num_images: int, seed: int, step: int) -> NDArray[np.int64]:
+    """The slot of each global crop (C,) of a step, a permutation of 0 to C - 1; see the top of this module."""
+    random = np.random.default_rng([seed, MASKS_PURPOSE, step])
+    slots = np.arange(num_images * CROPS_PER_IMAGE)[None]  # (groups, slots of a group), ascending in each
+    group_images = num_images
+    for part in _prime_factors(num_images):
+        if group_images % part == 0 and group_images // part >= GROUP_IMAGES:
+            neighbours = random.permuted(slots.reshape(len(slots), -1, part), axis=2)
+            slots = neighbours.transpose(0, 2, 1).reshape(len(slots) * part, -1)
+            group_images //= part
+    by_image = random.permuted(slots, axis=1).reshape(num_images, CROPS_PER_IMAGE)
+    return by_image.T.ravel()
+
+
+def _prime_factors(number: int) -> list[int]:
+    """The prime factors of `number`, the greatest first."""
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors[::-1]
 
 
 def _draw(

@@ -67,8 +67,9 @@ class BackboneConfig(Settings):
     """`mlp` or `swiglu`; None takes the released choice for `name`."""
     layer_scale: float = Field(default=1e-5, ge=0)
     """Starting value of LayerScale; 0 leaves LayerScale out, as in MAE and I-JEPA. Cited: DINOv2."""
-    position_interpolation: PositionInterpolation = "plain"
-    """How the positional embedding is resized for crops of another size."""
+    position_interpolation: PositionInterpolation = "offset"
+    """How the positional embedding is resized for crops of another size. Exports state it, and evaluations follow it.
+    Cited: `offset` in DINOv2's published training, `antialias` for its later models with registers."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Stochastic depth: share of the crops that each residual branch skips, the same at every depth."""
     weights: str | None = None
@@ -263,6 +264,11 @@ def build_backbone(config: BackboneConfig, seed: int) -> VisionTransformer:
     )
     if config.weights is not None:
         checkpoint = weights.read(config.weights)
+        if checkpoint.position_interpolation not in (None, config.position_interpolation):
+            raise WeightsError(
+                f"{config.weights}: trained with position_interpolation '{checkpoint.position_interpolation}', and the "
+                f"config says '{config.position_interpolation}'. Set the value of the file in the backbone's section."
+            )
         grid_size = weights.architecture(checkpoint.tensors, checkpoint.path).grid_size
         model.resize_positions(grid_size)
         weights.fill(model, checkpoint)

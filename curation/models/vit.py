@@ -78,7 +78,7 @@ def flops(variant: Variant, image_size: int) -> float:
 
 
 def interpolation(family: Family, num_register_tokens: int) -> PositionInterpolation:
-    """How the authors of the weights resize the positional embedding.
+    """How the authors of the weights resize the positional embedding, where the file does not state it.
 
     Cited: DINOv2 hub/backbones.py, MAE util/pos_embed.py. I-JEPA's own code splits off a CLS token that its embedding
     does not have, so I-JEPA follows the transformers library.
@@ -124,7 +124,9 @@ def load(
         cls_token=variant.family != "ijepa",
         feed_forward=stored.feed_forward if follows_checkpoint else "mlp",
         layer_scale=1.0 if follows_checkpoint and stored.has_layer_scale else None,
-        position_interpolation=position_interpolation or interpolation(variant.family, stored.num_register_tokens),
+        position_interpolation=position_interpolation
+        or checkpoint.position_interpolation
+        or interpolation(variant.family, stored.num_register_tokens),
         seed=None,
     )
     weights.fill(network, checkpoint)

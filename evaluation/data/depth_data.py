@@ -4,7 +4,8 @@ The layouts are drawn at the top of evaluation/depth.py.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -17,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from curation.config import Settings
-from curation.errors import InputError
+from curation.errors import InputError, UserError
 from curation.files import paths
 from curation.files.hashes import sha256_of_files
 from curation.images.decode import ImageLimits
@@ -88,7 +89,10 @@ def find_samples(data: DepthDataConfig, split: Literal["train", "test"]) -> list
         samples = _pairs_of_folder(data)
     elif data.layout == "nyu_arrays":
         files = [paths.join(data.folder, f"eigen_test_{kind}.npy") for kind in ("rgb", "depth")]
-        samples = [DepthSample(files[0], files[1], row) for row in range(len(_array(files[0])))]
+        lengths = [len(_array(file)) for file in files]
+        if lengths[0] != lengths[1]:
+            raise InputError(f"{files[0]} has {lengths[0]} images, and {files[1]} {lengths[1]} depths.")
+        samples = [DepthSample(files[0], files[1], row) for row in range(lengths[0])]
     else:
         samples = _pairs_of_list(data, split)
     if not samples:
@@ -174,12 +178,13 @@ def _read_image(sample: DepthSample) -> NDArray[np.uint8]:
 
 def _read_depth(sample: DepthSample, data: DepthDataConfig) -> NDArray[np.float32]:
     if sample.row is not None:
-        return np.asarray(_array(sample.depth)[sample.row], np.float32)
+        return _two_axes(np.asarray(_array(sample.depth)[sample.row], np.float32), sample.depth)
     content = read_bytes(sample.depth)
     if sample.depth.endswith(".npy"):
-        depths: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
-        return depths
-    with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+        with _named(sample.depth, ".npy array of numbers"):
+            depths: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
+        return _two_axes(depths, sample.depth)
+    with _named(sample.depth, "PNG"), Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
         if not picture.mode.startswith("I"):  # I;16, or I in older versions of Pillow
             raise InputError(f"{sample.depth} is a PNG of mode {picture.mode}; a depth has one channel of 16 bits.")
         values = np.asarray(picture).astype(np.uint16)
@@ -190,10 +195,32 @@ def _read_depth(sample: DepthSample, data: DepthDataConfig) -> NDArray[np.float3
     return values.astype(np.float32) / np.float32(unit)
 
 
+@contextmanager
+def _named(path: str, kind: str) -> Iterator[None]:
+    """Turns the exceptions of Pillow and NumPy for malformed bytes, of many kinds, into an InputError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: not a readable {kind} ({type(error).__name__}: {error}). Copy it again.") from None
+
+
+def _two_axes(depths: NDArray[np.float32], path: str) -> NDArray[np.float32]:
+    """(H, W) of (H, W), (H, W, 1) or (1, H, W)."""
+    for axis in (-1, 0):
+        if depths.ndim == 3 and depths.shape[axis] == 1:
+            return depths.squeeze(axis)
+    if depths.ndim != 2:
+        raise InputError(f"{path} has the shape {depths.shape}; a depth has (H, W) or (H, W, 1).")
+    return depths
+
+
 def _array(path: str) -> NDArray[np.generic]:
     if not Path(path).is_file():
         raise InputError(f"No array at '{path}'. Layout 'nyu_arrays' has eigen_test_rgb.npy and eigen_test_depth.npy.")
-    array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
+    with _named(path, ".npy array"):
+        array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
 

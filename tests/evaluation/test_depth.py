@@ -389,3 +389,76 @@ def test_every_image_is_seen_before_any_is_repeated(tmp_path: Path) -> None:
         assert len({tuple(one.flatten().tolist()) for one in epoch}) == 6
     with pytest.raises(InputError, match="Set a smaller crop_size"):
         next(depth.training_batches(samples, config.model_copy(update={"crop_size": None})))
+
+
+def million_steps(folder: Path, **settings: object) -> DepthConfig:
+    """A config whose training would not end."""
+    values = {"crop_size": (24, 24), "steps": 1_000_000, "warmup_steps": 2, "batch_size": 2, "heads": ("linear_1",)}
+    return DepthConfig(train=data(folder / "train"), tests=(data(folder / "test"),), **values | settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("split", "factor", "message"),
+    [
+        (
+            "train",
+            0,
+            r"^folder: no pixel of the 3 training depths is between 0.001 and 10 m: all are 0, which",
+        ),
+        ("train", 1000, r"training depths is between 0.001 and 10 m: the least is [0-9]{4} m\. Check units_per_metre"),
+        ("test", 1000, r"^folder: no pixel of the 2 test depths is between 0.001 and 10 m: the least is"),
+    ],
+)
+def test_depths_that_do_not_count_are_refused_before_training(
+    split: str, factor: float, message: str, tmp_path: Path, model: features.FrozenModel
+) -> None:
+    for name, count in (("train", 3), ("test", 2)):
+        depth_scene(tmp_path / name, count, seed=0)
+    for file in (tmp_path / split / "depth").iterdir():
+        np.save(file, np.load(file) * factor)
+    with pytest.raises(InputError, match=message):
+        depth.run(million_steps(tmp_path), model, str(tmp_path))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_damaged_file_is_named_before_training(split: str, tmp_path: Path, model: features.FrozenModel) -> None:
+    for name, count in (("train", 3), ("test", 2)):
+        depth_scene(tmp_path / name, count, seed=0)
+    depths = tmp_path / split / "depth"
+
+    def refused(message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            depth.run(million_steps(tmp_path), model, str(tmp_path))
+
+    whole = (depths / "1.npy").read_bytes()
+    (depths / "1.npy").write_bytes(whole[:-40])
+    refused(rf"{split}/depth/1\.npy: not a readable \.npy array of numbers \(ValueError: ")
+    (depths / "1.npy").write_bytes(b"")
+    refused(r"1\.npy: not a readable \.npy")
+    np.save(depths / "1.npy", np.ones((40, 48, 3)))
+    refused(r"1\.npy has the shape \(40, 48, 3\); a depth has \(H, W\) or \(H, W, 1\)")
+    (depths / "1.npy").unlink()
+    write_depth(depths / "1.png", ramp(40, 48, 1000, 9000))
+    (depths / "1.png").write_bytes((depths / "1.png").read_bytes()[:-60])
+    refused(r"1\.png: not a readable PNG")
+    write_depth(depths / "1.png", ramp(40, 48, 1000, 9000))
+    image = tmp_path / split / "rgb" / "0.png"
+    image.write_bytes(image.read_bytes()[:-60])
+    refused(r"rgb/0\.png: the image cannot be used")
+
+
+@pytest.mark.parametrize("shape", [(20, 30, 1), (1, 20, 30)])
+def test_an_axis_of_one_is_left_out(shape: tuple[int, ...], tmp_path: Path) -> None:
+    write_picture(tmp_path / "rgb/a.png", 20, 30)
+    (tmp_path / "depth").mkdir()
+    metres = np.arange(600, dtype=np.float64).reshape(20, 30)
+    np.save(tmp_path / "depth/a.npy", metres.reshape(shape))
+    (sample,) = depth_data.find_samples(data(tmp_path), "test")
+    assert (depth_data.read_sample(sample, data(tmp_path))[1].numpy() == metres).all()
+
+
+def test_arrays_of_different_lengths_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "eigen_test_rgb.npy", np.zeros((2, 4, 5, 3), np.uint8))
+    np.save(tmp_path / "eigen_test_depth.npy", np.zeros((3, 4, 5)))
+    with pytest.raises(InputError, match=r"eigen_test_rgb\.npy has 2 images, and .*depth\.npy 3 depths"):
+        depth_data.find_samples(data(tmp_path, "nyu_arrays"), "test")

@@ -80,9 +80,9 @@ def test_a_probe_learns_and_is_read_from_the_cache(tmp_path: Path) -> None:
     scores = {result.metric: result.value for result in first}
     assert scores["top-1"] > 0.6 and first[0].settings["chosen_rate"] == 0.05
     split = splits.load(config.train, cache, InlineRunner())
-    head, again = fit_or_load(config, model, split, cache), fit_or_load(config, model, split, str(tmp_path / "other"))
-    assert torch.equal(head.weight, again.weight) and head.held_out_top_1 == again.held_out_top_1
-    other = fit_or_load(config.model_copy(update={"seed": 1}), model, split, cache)
+    head, again = (fit_or_load(config, model, split, None, one) for one in (cache, str(tmp_path / "other")))
+    assert torch.equal(head.weight, again.weight) and head.selection_top_1 == again.selection_top_1
+    other = fit_or_load(config.model_copy(update={"seed": 1}), model, split, None, cache)
     assert not torch.equal(head.weight, other.weight)
     for file in Path(cache).glob("linear/*/head.safetensors"):
         file.write_bytes(file.read_bytes()[:-4] + np.float32(np.nan).tobytes())
@@ -101,6 +101,25 @@ def test_the_test_images_do_not_affect_the_choice(tmp_path: Path) -> None:
     first, second = (linear.run(one, model, str(tmp_path / "out"), cache=cache) for one in (config, renamed))
     chosen = [{key: result[0].settings[key] for key in ("chosen_rate", "held_out_top_1")} for result in (first, second)]
     assert chosen[0] == chosen[1] and first[0].data_hash != second[0].data_hash
+
+
+def test_the_test_images_choose_where_the_config_says_so(tmp_path: Path) -> None:
+    model, cache = load_model(FrozenModelConfig(name="pixels")), str(tmp_path / "cache")
+    rates = (1e-9, 0.05)
+    config = config_of(tmp_path, steps=8, batch_size=8, learning_rates=rates, choose_on="test")
+    chosen = {one.metric: one for one in linear.run(config, model, str(tmp_path / "out"), cache=cache)}["top-1"]
+    assert chosen.protocol == "2 heads, own grid, 8 steps, chosen on the test images"
+    assert chosen.settings["test_top_1"] == chosen.value
+    # The best of all heads on the test images, each trained on every training image.
+    alone = [
+        linear.run(config.model_copy(update={"learning_rates": (rate,)}), model, str(tmp_path / "out"), cache=cache)
+        for rate in rates
+    ]
+    assert chosen.value == max(results[0].value for results in alone)
+    # Other test images are another choice, so a cached head is not taken.
+    other = config.model_copy(update={"test": SplitConfig(path=image_folder(tmp_path / "more", 5, first=80))})
+    linear.run(other, model, str(tmp_path / "out"), cache=cache)
+    assert len(list((tmp_path / "cache" / "linear").iterdir())) == 2 + len(rates)
 
 
 def test_crops_are_parts_of_the_image_and_depend_on_the_seed() -> None:

@@ -145,6 +145,15 @@ def test_published_numbers_are_shown_only_for_the_same_protocol() -> None:
     assert published.comparable_numbers(result(protocol="dpt, 100 steps of 16", **depth)) == []
     heads = {"evaluation": "linear", "dataset": "imagenet", "protocol": "52 heads, grid of the paper, 12,500 steps"}
     assert len(published.comparable_numbers(result(**heads))) == 10
+    assert all("held-out training images" in str(one.remark) for one in published.comparable_numbers(result(**heads)))
+    on_test = heads | {"protocol": f"{heads['protocol']}, chosen on the test images", "settings": {"choose_on": "test"}}
+    assert [one.remark for one in published.comparable_numbers(result(**on_test))] == [None] * 10
+    robust = {"evaluation": "robustness", "dataset": "imagenet-v2", "protocol": "linear head of imagenet"}
+    for choose_on, remarked in (("held_out", True), ("test", False)):
+        numbers = published.comparable_numbers(result(settings={"linear": {"choose_on": choose_on}}, **robust))
+        assert len(numbers) == 8 and all(("held-out" in str(one.remark)) == remarked for one in numbers)
+    page = report.page([result(**heads)], [])
+    assert "But the source selects its head on the validation images that it reports" in page
     assert published.comparable_numbers(result(**heads | {"protocol": "52 heads, grid of the paper, 100 steps"})) == []
     single = published.comparable_numbers(result(protocol="linear 1, 38,400 steps of 16", **depth))
     assert [one.value for one in single] == [0.449, 0.399, 0.384, 0.344]

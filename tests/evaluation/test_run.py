@@ -15,7 +15,7 @@ from evaluation.features import FrozenModelConfig, load_model
 from evaluation.knn import KnnConfig
 from evaluation.run import EvaluationConfig, evaluate
 from evaluation.scores import class_mean
-from tests.evaluation.builders import checkpoint, image_folder
+from tests.evaluation.builders import CLASSES, checkpoint, image_folder
 
 SMALL = PicturesConfig(resize_size=40, image_size=32)
 
@@ -37,7 +37,9 @@ def test_knn_of_pictures_with_few_shots(tmp_path: Path) -> None:
     config, model = knn_config(tmp_path), load_model(FrozenModelConfig(name="pixels"))
     first = knn.run(config, model, str(tmp_path / "out"))
     scores = {(result.protocol, result.metric): result for result in first}
-    assert {protocol for protocol, _ in scores} == {"k=1", "k=5", "k=12", "k=1, 3 per class", "k=5, 3 per class"}
+    # As in DINOv2's eval/knn.py: the values of k up to the number of images a class, and that number.
+    assert {protocol for protocol, _ in scores} == {"k=1", "k=5", "k=12", "k=1, 3 per class", "k=3, 3 per class"}
+    assert {metric for _, metric in scores} == {"top-1", "mean per class"}  # of three classes, all are among five
     assert scores["k=1", "top-1"].value > 0.6 and scores["k=1", "top-1"].spread is None
     assert scores["k=1, 3 per class", "top-1"].spread is not None
     # Every class has the same number of test images.
@@ -46,8 +48,41 @@ def test_knn_of_pictures_with_few_shots(tmp_path: Path) -> None:
     assert [result.value for result in again] == [result.value for result in first]
     with pytest.raises(InputError, match=r"k is 25, and .* has only 24"):
         knn.run(config.model_copy(update={"k": (25,)}), model, str(tmp_path / "out"))
-    with pytest.raises(InputError, match="fewer than every k"):
-        knn.run(config.model_copy(update={"k": (12,)}), model, str(tmp_path / "out"))
+    few = knn.run(config.model_copy(update={"k": (12,)}), model, str(tmp_path / "out"))
+    assert {result.protocol for result in few} == {"k=12", "k=3, 3 per class"}
+
+
+@pytest.mark.parametrize(
+    ("per_class", "expected"),
+    [(1, [1]), (2, [2]), (5, [5]), (10, [10]), (15, [10, 15]), (100, [10, 20, 100]), (500, [10, 20, 100, 200, 500])],
+)
+def test_the_neighbours_of_few_shots_follow_the_published_rule(per_class: int, expected: list[int]) -> None:
+    assert knn.few_shot_k((10, 20, 100, 200), per_class) == expected
+
+
+def test_top_5_of_more_than_five_classes(tmp_path: Path) -> None:
+    for split, first, count in (("train", 0, 4), ("test", 50, 2)):
+        folder = Path(image_folder(tmp_path / split / "some", count, first=first))
+        folder_of_others = Path(image_folder(tmp_path / split / "others", count, first=first + 8))
+        for name in CLASSES:
+            (folder_of_others / name).rename(folder / f"{name} again")
+        folder_of_others.rmdir()
+    splits = {name: SplitConfig(path=str(tmp_path / name / "some")) for name in ("train", "test")}
+    config = KnnConfig(name="six", pictures=SMALL, k=(8,), per_class=(3,), **splits)
+    first = knn.run(config, load_model(FrozenModelConfig(name="pixels")), str(tmp_path / "out"))
+    scores = {(result.protocol, result.metric): result.value for result in first}
+    for protocol in ("k=8", "k=3, 3 per class"):
+        assert scores[protocol, "top-1"] < scores[protocol, "top-5"] <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in EvaluationConfig.model_fields if name != "model"])
+def test_a_protocol_has_no_command_and_says_so(name: str) -> None:
+    source = (Path(run.__file__).parent / f"{name}.py").read_text()
+    assert source.endswith(f'    raise SystemExit(without_command("{name}"))\n')
+    if name == "knn":  # one process of the nine: each takes seconds to start
+        result = subprocess.run([sys.executable, "-m", f"evaluation.{name}"], capture_output=True, text=True)
+        assert result.returncode == 2 and "python -m evaluation.run --only knn" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 def test_the_mean_over_classes_weights_classes_equally() -> None:

@@ -14,7 +14,7 @@ from curation import backbone, weights
 from curation.config import parse
 from curation.errors import ConfigError, InputError
 from evaluation import segmentation
-from evaluation.data.scenes import IGNORED, Scene, Scenes
+from evaluation.data.scenes import IGNORED, FolderData, Scene, Scenes
 from evaluation.features import FrozenModel, FrozenModelConfig, load_model
 from evaluation.padding import PADDING_COLOR
 from evaluation.segmentation import (
@@ -32,7 +32,7 @@ from evaluation.segmentation import (
     slide,
     train_head,
 )
-from tests.evaluation.data.scene_builders import stamps
+from tests.evaluation.data.scene_builders import grey, photograph, stamps, write
 
 SMALL = Protocol(image_side=32, window=32, stride=24, train_scales=(1.0, 1.5), batch_size=4, steps=20, warmup_steps=2)
 
@@ -222,3 +222,45 @@ def test_configs_are_closed() -> None:
     ):
         with pytest.raises(ConfigError):
             parse(SegmentationConfig, text | change, origin="test")
+
+
+def masked_folders(root: Path, values: dict[str, list[int]]) -> SegmentationConfig:
+    """Three images a split; the upper half of each mask has the first of the split's values, the lower the second."""
+    for split, (upper, lower) in values.items():
+        for number in range(3):
+            write(root / split / "images" / f"{number}.png", photograph(number, (40, 36)))
+            write(root / split / "masks" / f"{number}.png", grey(np.repeat([upper, lower], 18)[:, None].repeat(40, 1)))
+    folder_of_field = {f"{split}_{kind}": str(root / split / kind) for split in values for kind in ("images", "masks")}
+    protocol = SMALL.model_copy(update={"steps": 3})
+    data = FolderData(layout="folders", num_classes=2, **folder_of_field)
+    return SegmentationConfig(name="halves", data=data, protocol=protocol)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        # 0 and 255, as many tools write two classes: 255 does not count, so one class is left and scores 1.
+        ([0, 255], [0, 255], r"^halves: the masks of the 3 training images have none of the classes 1 of the 2"),
+        ([255, 255], [0, 1], r"have no class of the 2, numbered from 0.* Check the numbers .* num_classes and ignored"),
+        ([0, 1], [255, 255], r"^halves: no pixel of the 3 scored images has a class"),
+    ],
+)
+def test_a_class_that_no_training_mask_has_is_refused_before_training(
+    train: list[int], test: list[int], message: str, tmp_path: Path, model: FrozenModel
+) -> None:
+    config = masked_folders(tmp_path, {"train": train, "test": test})
+    with pytest.raises(InputError, match=message):
+        segmentation.run(config, model, str(tmp_path))
+    works = masked_folders(tmp_path / "other", {"train": [0, 1], "test": [0, 0]})
+    assert len(segmentation.run(works, model, str(tmp_path))) == 3
+
+
+@pytest.mark.parametrize("damaged", ["train/masks/2.png", "test/masks/1.png", "test/images/1.png"])
+def test_a_damaged_file_is_named_before_training(damaged: str, tmp_path: Path, model: FrozenModel) -> None:
+    config = masked_folders(tmp_path, {"train": [0, 1], "test": [0, 1]})
+    file = tmp_path / damaged
+    file.write_bytes(file.read_bytes()[:-40])  # its header is whole
+    # A million steps: the test ends only if the file is read before them.
+    endless = config.model_copy(update={"protocol": SMALL.model_copy(update={"steps": 1_000_000})})
+    with pytest.raises(InputError, match=damaged):
+        segmentation.run(endless, model, str(tmp_path))

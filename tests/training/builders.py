@@ -41,7 +41,12 @@ def random_batch(num_images: int, seed: int = 0, num_local: int = 4) -> Batch:
 
     side = GLOBAL // PATCH
     masks = step_masks(
-        MaskConfig(), (side, side), seed=seed, step=0, num_crops=2 * num_images, crops=range(2 * num_images)
+        MaskConfig(sampler="exact"),
+        (side, side),
+        seed=seed,
+        step=0,
+        num_crops=2 * num_images,
+        crops=range(2 * num_images),
     )
     return Batch(
         crops=(noise(2, GLOBAL), noise(num_local, LOCAL)),

@@ -147,7 +147,7 @@ def inspect_sharded() -> list[object]:
         shard(model, model.units(), world, param_dtype=torch.bfloat16)
         parameters = list(model.parameters())
         local = sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor))
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             model.dino_head.register_forward_hook(lambda module, inputs, outputs: computed.append(outputs[0].dtype))
             model(crops())
         remain_sliced = all(isinstance(p, DTensor) for p in model.parameters())

@@ -19,6 +19,8 @@ from curation import backbone, weights
 from curation.backbone import VisionTransformer
 from curation.engine.ranks import World
 from curation.errors import ConfigError, InputError, WeightsError
+from curation.models.embedders import EmbedderConfig, load_embedder
+from evaluation.features import FrozenModelConfig, load_model
 from tests.curation.test_parity import randomize
 from training import checkpoint, export, heads
 
@@ -84,6 +86,33 @@ def model_of(teacher: nn.ModuleDict) -> VisionTransformer:
     model = teacher["backbone"]
     assert isinstance(model, VisionTransformer)
     return model
+
+
+@pytest.mark.parametrize("interpolation", ["offset", "plain", "antialias"])
+def test_every_layout_carries_the_interpolation_of_the_training(
+    interpolation: backbone.PositionInterpolation, tmp_path: Path
+) -> None:
+    model = build(num_register_tokens=0, position_interpolation=interpolation)
+    randomize(model, 3)
+    export.export(model, head_tensors(trained(3)), str(tmp_path), export.LAYOUTS)
+    for name in export.FILES.values():
+        path = str(tmp_path / name)
+        network = load_model(FrozenModelConfig(weights=path)).backbone
+        assert network is not None and network.position_interpolation == interpolation, name
+        assert torch.equal(network(images(84)), model.eval()(images(84)))  # another size than the trained one
+    # A named embedder follows its file too.
+    small = backbone.build("vit_tiny", patch_size=16, image_size=64, depth=12, position_interpolation=interpolation)
+    weights.save(small, str(tmp_path / "tiny.pth"))
+    embedder = load_embedder(EmbedderConfig(name="vit_tiny_patch16", weights=str(tmp_path / "tiny.pth"), image_size=96))
+    assert embedder.network.network.position_interpolation == interpolation  # type: ignore[attr-defined]
+
+
+def test_an_unknown_interpolation_in_a_file_is_named(tmp_path: Path) -> None:
+    state = build().state_dict()
+    state._metadata = {"": {"position_interpolation": "nearest"}}  # type: ignore[attr-defined]
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match=r"states position_interpolation 'nearest'; known are offset, plain"):
+        weights.read(str(tmp_path / "other.pth"))
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -8,13 +8,16 @@ import torch
 
 from curation.config import parse
 from curation.errors import ConfigError
+from tests.training.test_recipes import read as read_recipe
 from training.masking import MASKS_PURPOSE, MaskConfig, mask_token_weights, step_masks
 
 GRIDS = [(16, 16), (14, 14), (9, 20), (37, 37)]
 
 
 def of_step(config: MaskConfig, grid: tuple[int, int], num_crops: int, *, seed: int = 0, step: int = 0) -> np.ndarray:
-    masks = step_masks(config, grid, seed=seed, step=step, num_crops=num_crops, crops=range(num_crops))
+    # A step has two global crops of each image.
+    even = num_crops + num_crops % 2
+    masks = step_masks(config, grid, seed=seed, step=step, num_crops=even, crops=range(num_crops))
     assert masks.dtype == torch.bool and masks.shape == (num_crops, grid[0] * grid[1])
     return masks.numpy()
 
@@ -118,6 +121,41 @@ def test_exact_completes_the_blocks_with_single_patches() -> None:
     assert max(added) > 0
 
 
+@pytest.mark.parametrize(
+    # The recipes of ViT-L/16, ViT-L/14 and ViT-g/14; batches with other factors; ranks that share no group of images.
+    ("num_images", "num_ranks", "side", "uneven"),
+    [(2048, 32, 14, 1.02), (3072, 96, 16, 1.02), (3072, 256, 16, 1.08), (1000, 8, 14, 1.03), (1536, 8, 14, 1.02)],
+)
+def test_ranks_have_nearly_equal_numbers_of_masked_patches(
+    num_images: int, num_ranks: int, side: int, uneven: float
+) -> None:
+    config = read_recipe("vitl16_short").masks
+    patches = of_step(config, (side, side), 2 * num_images, step=3).sum(1).reshape(2, num_ranks, -1)
+    of_rank = patches.sum((0, 2))
+    assert of_rank.max() / of_rank.mean() < uneven
+    # As DINOv2's ranks, each has masks on half of its crops, and their ratios are spread over the whole range.
+    shares = np.sort(patches.transpose(1, 0, 2).reshape(num_ranks, -1)) / side**2
+    assert (np.abs((shares > 0).sum(1) - num_images // num_ranks) <= 2).all()
+    bin_of_rank = 0.4 * num_ranks / num_images
+    assert shares[shares > 0].min() < 0.1 + bin_of_rank and shares.max(1).mean() > 0.5 - 2.5 * bin_of_rank
+
+
+def test_an_image_has_none_one_or_both_of_its_crops_masked() -> None:
+    config = MaskConfig(sampler="exact")
+    masked = np.stack([of_step(config, (4, 4), 512, step=step).any(1).reshape(2, -1) for step in range(8)])
+    both = masked.all(1).mean()
+    # Among four images of eight crops: 4/8 * 3/7. Independent crops would have 1/4.
+    assert both == pytest.approx(4 / 8 * 3 / 7, abs=0.04)
+    assert masked.mean() == 0.5
+
+
+def test_every_crop_and_bin_meet_equally_often() -> None:
+    config = MaskConfig(sampler="exact", crop_share=1.0, ratio=(0.0, 1.0))
+    counts = np.stack([of_step(config, (4, 4), 16, step=step).sum(1) for step in range(480)])  # 1 to 16, once a step
+    times = np.stack([(counts == number).sum(0) for number in range(1, 17)])
+    assert (np.abs(times - 30) < 27).all()  # five standard deviations
+
+
 @pytest.mark.parametrize("sampler", ["exact", "published"])
 def test_masks_do_not_depend_on_how_a_step_is_divided(sampler: str) -> None:
     config = MaskConfig.model_validate({"sampler": sampler})
@@ -146,7 +184,7 @@ def test_extremes(sampler: str) -> None:
 
     assert not made((16, 16), 6, crop_share=0.0).any()
     assert not made((16, 16), 6, ratio=(0.0, 0.0)).any()
-    assert made((16, 16), 1).sum() == 0  # half a crop is rounded down to none
+    assert made((16, 16), 2, crop_share=0.4).sum() == 0  # 0.8 of a crop is rounded down to none
     assert made((16, 16), 0).shape == (0, 256)
     everything = made((16, 16), 2, crop_share=1.0, ratio=(1.0, 1.0))
     assert everything.all() if sampler == "exact" else everything.mean() > 0.8

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from curation import weights
+from curation.errors import WeightsError
 from tests.training.builders import model_config, random_batch, split
 from training import losses, model
 from training.data import Batch
@@ -230,3 +231,16 @@ def test_config_errors() -> None:
         model_config(
             distillation={"backbone": {"name": "vit_tiny", "patch_size": 8, "image_size": 32}, "heads": "heads.pth"}
         )
+
+
+def test_weights_of_another_interpolation_are_refused(tmp_path: Path) -> None:
+    values = {"name": "vit_tiny", "depth": 1, "patch_size": 8, "image_size": 32}
+    plain = model.build_backbone(BackboneConfig.model_validate(values | {"position_interpolation": "plain"}), seed=0)
+    weights.save(plain, str(tmp_path / "plain.pth"))
+    config = BackboneConfig.model_validate(values | {"image_size": 64, "weights": str(tmp_path / "plain.pth")})
+    assert config.position_interpolation == "offset"
+    with pytest.raises(WeightsError, match=r"plain\.pth: trained with position_interpolation 'plain', and the config"):
+        model.build_backbone(config, seed=0)
+    same = model.build_backbone(config.model_copy(update={"position_interpolation": "plain"}), seed=0)
+    plain.resize_positions(8)
+    assert torch.equal(same.pos_embed, plain.pos_embed)

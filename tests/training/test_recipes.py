@@ -1,10 +1,12 @@
 """The shipped configs: each loads, and those of published recipes have the published numbers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from curation.backbone import POSITION_OFFSET
 from curation.config import load
 from training.heads import ProjectionHead
 from training.loop import TrainConfig, step_flops
@@ -27,6 +29,150 @@ def test_every_config_loads_and_sets_every_number(path: Path) -> None:
     for section in (config.optimizer, config.schedule, config.masks, config.augment):
         left_out = {*type(section).model_fields} - section.model_fields_set
         assert not left_out, (path.stem, left_out)
+
+
+# Values of DINOv2's published configs, under their names: ssl_default_config.yaml, which vitl16_short.yaml takes over,
+# and the changes of vitl14.yaml and vitg14.yaml. Epochs have 1,250 steps. GPUs: its README; 256 for ViT-g is derived.
+SHORT: dict[str, Any] = {
+    "gpus": 32,
+    "dino.head_n_prototypes": 65_536,
+    "dino.head_bottleneck_dim": 256,
+    "dino.head_hidden_dim": 2048,
+    "dino.loss_weight": 1.0,
+    "dino.koleo_loss_weight": 0.1,
+    "ibot.loss_weight": 1.0,
+    "ibot.separate_head": False,
+    "ibot.mask_sample_probability": 0.5,
+    "ibot.mask_ratio_min_max": (0.1, 0.5),
+    "train.batch_size_per_gpu": 64,
+    "train.centering": "centering",
+    "student.arch": "vit_large",
+    "student.patch_size": 16,
+    "student.drop_path_rate": 0.3,
+    "student.layerscale": 1e-5,
+    "student.ffn_layer": "mlp",
+    "student.num_register_tokens": 0,
+    "student.interpolate_antialias": False,
+    "student.interpolate_offset": 0.1,
+    "teacher.momentum_teacher": 0.992,
+    "teacher.final_momentum_teacher": 1.0,
+    "teacher.warmup_teacher_temp": 0.04,
+    "teacher.teacher_temp": 0.07,
+    "teacher.warmup_teacher_temp_epochs": 30,
+    "optim.epochs": 100,
+    "optim.weight_decay": 0.04,
+    "optim.weight_decay_end": 0.4,
+    "optim.base_lr": 0.004,
+    "optim.warmup_epochs": 10,
+    "optim.min_lr": 1e-6,
+    "optim.clip_grad": 3.0,
+    "optim.freeze_last_layer_epochs": 1,
+    "optim.scaling_rule": 1024,
+    "optim.patch_embed_lr_mult": 0.2,
+    "optim.layerwise_decay": 0.9,
+    "optim.adamw_beta1": 0.9,
+    "optim.adamw_beta2": 0.999,
+    "crops.global_crops_scale": (0.32, 1.0),
+    "crops.local_crops_number": 8,
+    "crops.local_crops_scale": (0.05, 0.32),
+    "crops.global_crops_size": 224,
+    "crops.local_crops_size": 96,
+}
+LONG = SHORT | {
+    "gpus": 96,
+    "dino.head_n_prototypes": 131_072,
+    "dino.head_bottleneck_dim": 384,
+    "ibot.separate_head": True,
+    "ibot.head_n_prototypes": 131_072,
+    "ibot.head_bottleneck_dim": 256,
+    "ibot.head_hidden_dim": 2048,
+    "train.batch_size_per_gpu": 32,
+    "train.centering": "sinkhorn_knopp",
+    "student.patch_size": 14,
+    "student.drop_path_rate": 0.4,
+    "student.ffn_layer": "swiglu",
+    "teacher.momentum_teacher": 0.994,
+    "optim.epochs": 500,
+    "optim.weight_decay_end": 0.2,
+    "optim.base_lr": 2e-4,
+    "optim.warmup_epochs": 80,
+    "optim.layerwise_decay": 1.0,
+    "crops.local_crops_size": 98,
+}
+GIANT = LONG | {"gpus": 256, "student.arch": "vit_giant", "train.batch_size_per_gpu": 12}
+
+
+def under_published_names(config: TrainConfig) -> dict[str, Any]:
+    vit, objective, schedule = config.model.backbone, config.model.objective, config.schedule
+    whole, small = config.augment.crops
+    values: dict[str, Any] = {
+        "gpus": config.batch_size / config.images_per_pass,
+        "dino.head_n_prototypes": config.model.dino_head.num_prototypes,
+        "dino.head_bottleneck_dim": config.model.dino_head.bottleneck_dim,
+        "dino.head_hidden_dim": config.model.dino_head.hidden_dim,
+        "dino.loss_weight": objective.dino_weight,
+        "dino.koleo_loss_weight": objective.koleo_weight,
+        "ibot.loss_weight": objective.ibot_weight,
+        "ibot.separate_head": config.model.ibot_head is not None,
+        "ibot.mask_sample_probability": config.masks.crop_share,
+        "ibot.mask_ratio_min_max": config.masks.ratio,
+        "train.batch_size_per_gpu": config.images_per_pass,
+        "train.centering": "centering" if objective.centering == "ema" else objective.centering,
+        "student.arch": vit.name,
+        "student.patch_size": vit.patch_size,
+        "student.drop_path_rate": vit.drop_path,
+        "student.layerscale": vit.layer_scale,
+        "student.ffn_layer": vit.feed_forward,
+        "student.num_register_tokens": vit.num_register_tokens,
+        "student.interpolate_antialias": vit.position_interpolation == "antialias",
+        "student.interpolate_offset": POSITION_OFFSET if vit.position_interpolation == "offset" else 0.0,
+        "teacher.momentum_teacher": schedule.start_teacher_momentum,
+        "teacher.final_momentum_teacher": schedule.final_teacher_momentum,
+        "teacher.warmup_teacher_temp": schedule.start_teacher_temperature,
+        "teacher.teacher_temp": schedule.final_teacher_temperature,
+        "teacher.warmup_teacher_temp_epochs": schedule.teacher_temperature_warmup_steps / 1250,
+        "optim.epochs": config.num_steps / 1250,
+        "optim.weight_decay": schedule.start_weight_decay,
+        "optim.weight_decay_end": schedule.final_weight_decay,
+        "optim.base_lr": schedule.base_learning_rate,
+        "optim.warmup_epochs": schedule.learning_rate_warmup_steps / 1250,
+        "optim.min_lr": schedule.final_learning_rate,
+        "optim.clip_grad": config.optimizer.clip_norm,
+        "optim.freeze_last_layer_epochs": schedule.frozen_last_layer_steps / 1250,
+        "optim.scaling_rule": schedule.reference_batch_size,
+        "optim.patch_embed_lr_mult": config.optimizer.patch_embed_multiplier,
+        "optim.layerwise_decay": config.optimizer.layer_decay,
+        "optim.adamw_beta1": config.optimizer.betas[0],
+        "optim.adamw_beta2": config.optimizer.betas[1],
+        "crops.global_crops_scale": whole.scale,
+        "crops.local_crops_number": small.num,
+        "crops.local_crops_scale": small.scale,
+        "crops.global_crops_size": whole.size,
+        "crops.local_crops_size": small.size,
+    }
+    if config.model.ibot_head is not None:
+        values |= {
+            "ibot.head_n_prototypes": config.model.ibot_head.num_prototypes,
+            "ibot.head_bottleneck_dim": config.model.ibot_head.bottleneck_dim,
+            "ibot.head_hidden_dim": config.model.ibot_head.hidden_dim,
+        }
+    return values
+
+
+@pytest.mark.parametrize(("name", "published"), [("vitl16_short", SHORT), ("vitl14_long", LONG), ("vitg14", GIANT)])
+def test_recipes_have_the_values_of_the_published_configs(name: str, published: dict[str, Any]) -> None:
+    config = read(name)
+    assert under_published_names(config) == published
+    assert config.optimizer.epsilon == 1e-8  # torch's default, which DINOv2 leaves
+    assert (config.masks.sampler, config.masks.min_block_patches) == ("published", 4)
+    assert config.model.objective.sinkhorn_iterations == 3 and config.model.objective.center_momentum == 0.9
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_states_how_positions_are_resized(path: Path) -> None:
+    model = load(TrainConfig, str(path)).model
+    teacher = [] if model.distillation is None else [model.distillation.backbone]
+    assert all("position_interpolation" in vit.model_fields_set for vit in (model.backbone, *teacher))
 
 
 @pytest.mark.parametrize(
