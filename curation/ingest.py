@@ -25,7 +25,7 @@ from curation.engine.manifest import Manifest, ShardRecord, sum_counts
 from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard
 from curation.engine.stage import Stage, Tally, run_stage
-from curation.errors import RejectBudgetError
+from curation.errors import InputError, RejectBudgetError
 from curation.files import parquet, paths, schemas
 from curation.images import sources
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
@@ -67,7 +67,14 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
     Raises InputError for a missing or empty source, and RejectBudgetError past the budget. Finished shards stay; the
     next run continues after them.
     """
-    listings = {source.name: sources.list_files(source) for source in config.sources}
+    listings, problems = {}, []
+    for source in config.sources:
+        try:
+            listings[source.name] = sources.list_files(source)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
     shards: list[Shard] = []
     for source in config.sources:
         files = listings[source.name]
@@ -190,7 +197,13 @@ def _run_alone(config: IngestConfig, inputs: RunFolder, output: str, runner: Run
     return run(config, output, runner, replace=replace)
 
 
-command_line = stage_command("ingest", IngestConfig, _run_alone, "Read every source into one row per image.")
+command_line = stage_command(
+    "ingest",
+    IngestConfig,
+    _run_alone,
+    "Read every source into one row per image.",
+    check=lambda config: sources.require_sources(config.sources),
+)
 
 
 if __name__ == "__main__":

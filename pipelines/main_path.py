@@ -45,6 +45,7 @@ def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = 
     """Run every unfinished stage in order, and write the report."""
     folder = RunFolder.of(output)
     saved_config = paths.join(output, CONFIG_NAME)
+    paths.delete_temporary(output)  # a kill while the config or the report was written
     if not paths.exists(saved_config):
         write_resolved(config, saved_config)
     ingest.run(config.ingest, folder.ingest, runner, replace=replace, log=log)

@@ -208,6 +208,8 @@ def command_line(
 ) -> None:
     """Print which stages and shards of a run are done, running, stale, stopped and left, from its files alone."""
     print_status(read(run))
+    if torn := run_log.num_torn(run):
+        Console(highlight=False).print(f"Lines of the log that cannot be read: {torn:,}. The times leave them out.")
     if times := run_log.times(run):
         Console(markup=False, emoji=False, highlight=False).print(times_table(times))
 

@@ -13,7 +13,7 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, final
@@ -103,6 +103,25 @@ class SourceItem:
     data: bytes | None
     label: str | None
     problem: tuple[RejectReason, str] | None = None
+
+
+def require_sources(sources: Sequence[SourceConfig]) -> None:
+    """Raise InputError with a line for each source that has nothing at its path. No folder is listed."""
+    problems = []
+    for source in sources:
+        try:
+            is_there = paths.exists(source.path)
+        except InputError:
+            raise
+        except Exception as error:  # each driver of fsspec has errors of its own, for example for a refused connection
+            problems.append(f"source '{source.name}': cannot read '{source.path}': {type(error).__name__}: {error}.")
+            continue
+        if not is_there:
+            problems.append(
+                f"source '{source.name}': there is nothing at '{source.path}'. Correct its path in the config."
+            )
+    if problems:
+        raise InputError("\n".join(problems))
 
 
 def list_files(source: SourceConfig) -> list[SourceFile]:

@@ -20,6 +20,7 @@ Shapes:
 # torch's stubs leave `memory_format` out of `Module.to`.
 # mypy: disable-error-code="call-overload"
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from torch.nn import functional
 from curation import backbone
 from curation.config import Settings, nearest
 from curation.engine.device import require_device
-from curation.errors import DeviceError, InputError
+from curation.errors import DeviceError, InputError, WeightsError
 from curation.images.decode import Picture, to_shape
 from curation.models import efficientnet, sscd, vit
 from curation.models.vit import Variant
@@ -300,6 +301,13 @@ class Embedder:
                 "'float32' or 'bfloat16', or check the weights."
             )
         return functional.normalize(features, dim=1).numpy()
+
+
+def require_weights(config: EmbedderConfig) -> None:
+    """Raise WeightsError where no file or folder is at the path of the weights, and DeviceError without the package."""
+    path = MODELS[config.name].weights_path(config.weights)
+    if not os.path.exists(path):
+        raise WeightsError(f"{config.name}: there are no weights at '{path}'. Correct the path in `weights`.")
 
 
 def load_embedder(config: EmbedderConfig) -> Embedder:

@@ -165,6 +165,7 @@ def test_same_bytes_inline_and_on_ray_with_one_worker_and_two(home: Path) -> Non
 def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depends_on_it(home: Path) -> None:
     assert inline(home).returncode == 0
     before = written_at(home / "out")
+    (home / "out/.tmp-0123-report.html").write_text("half, because the run was killed")
     again = inline(home)
     assert again.returncode == 0
     assert again.stderr.count("already done, nothing to do") == 9
