@@ -8,6 +8,7 @@ settings that it leaves out (profiles.py). An unknown key is an error, and one m
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin
@@ -232,6 +233,8 @@ def _problems(error: ValidationError, model: type[BaseModel], tree: Mapping[str,
                 lines |= {message: f"'{key}': {message}" if key else message for message in messages}
             case kind:
                 message = "Input should be a table" if kind in ("model_type", "dict_type") else "; ".join(messages)
+                if kind == "literal_error" and isinstance(value, str):
+                    message += nearest(value, re.findall("'([^']+)'", item["ctx"]["expected"]))
                 # A union gives one problem for each of its alternatives.
                 before = lines[key].rpartition(". Found: ")[0] + ", or: " if key in lines else f"'{key}': "
                 ending = "" if value is None else f". Found: {_described(value)}"

@@ -28,6 +28,7 @@ from curation.files import parquet, paths, schemas
 from curation.images.decode import ImageLimits, decode_picture, to_shape
 from curation.images.sources import ReferenceReader
 from curation.models.embedders import IMAGENET_NORMALIZATION
+from curation.run_folder import require_stage
 from evaluation import knn
 from training.loop import TrainConfig, train
 
@@ -121,6 +122,8 @@ def command_line(
 ) -> None:
     """Train, and print the losses and the k-NN accuracy of the holdout over time."""
     settings = load(TrainConfig, config, overrides or ())
+    require_stage(images, "ingest", "--images")
+    paths.require_writable(output)
     train(settings, output, knn_of_holdout(images, settings.model.backbone.image_size))
     print_curve(output)
 

@@ -101,6 +101,8 @@ def require_writable(folder: str, *, unless: Sequence[str] = ()) -> None:
 
     Nothing is checked where every path of `unless` exists: there is nothing to write.
     """
+    if not folder:  # an unset variable of a shell; it would be the working folder
+        raise ConfigError("--output is empty. Give a folder.")
     try:
         if unless and all(map(exists, unless)):
             return

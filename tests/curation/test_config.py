@@ -133,8 +133,8 @@ class Nested(Settings):
     [
         (
             {"protocol": "lineer"},
-            ["'section.protocol': Input should be 'linear' or 'multiscale', or: Input should be a table. "
-             "Found: 'lineer'"],
+            ["'section.protocol': Input should be 'linear' or 'multiscale' (did you mean 'linear'?), or: "
+             "Input should be a table. Found: 'lineer'"],
         ),
         (
             {"protocol": {"size": 0}},

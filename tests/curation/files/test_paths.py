@@ -60,6 +60,8 @@ def test_file_in_the_place_of_a_folder_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"file' is a file\. Give a folder with --output\."):
         paths.require_writable(str(file))
     assert file.read_text() == "mine"
+    with pytest.raises(ConfigError, match=r"--output is empty\. Give a folder\."):
+        paths.require_writable("")
 
 
 def test_writable_output_is_left_as_it_is(tmp_path: Path) -> None:
