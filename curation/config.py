@@ -5,9 +5,12 @@ settings that it leaves out (profiles.py). An unknown key is an error, and one m
 `resolved_toml` gives the config with every default filled in.
 """
 
+import difflib
 import json
+import os
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
 import tomli_w
@@ -16,6 +19,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from curation import profiles
 from curation.errors import ConfigError
 from curation.files import paths
+
+# Levels of tables and lists in a config. Assumed: the deepest config of ours has six; Python stops at some hundreds.
+MAX_LEVELS = 32
+# Characters of a value in a message.
+MAX_SHOWN = 120
 
 
 class Settings(BaseModel):
@@ -71,7 +79,7 @@ def load(
     problem with its dotted key and value.
     """
     try:
-        text = paths.read_bytes(path).decode()
+        text = paths.read_bytes(path).decode("utf-8-sig")  # editors of Windows write a byte order mark
     except FileNotFoundError:
         raise ConfigError(f"No config file at '{path}'. Give the path of a TOML file with --config.") from None
     except OSError as error:
@@ -79,7 +87,7 @@ def load(
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file ({error}). A config is TOML text.") from None
     try:
-        values = tomllib.loads(text)
+        values = _read_toml(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}.") from None
     if section is None:
@@ -92,10 +100,22 @@ def parse_section(
 ) -> SettingsType:
     """As `load` with a `section`, for `values` that are not in a file. `origin` names their source in messages."""
     for override in overrides:
+        head = override.partition("=")[0].strip().partition(".")[0]
+        if head not in (section, "profile", *values):
+            raise ConfigError(
+                f"--set {override}: there is no section '{head}' in {origin}{nearest(head, [section, *values])}. "
+                f"The settings of this command begin with '{section}.'"
+            )
         values = _with_override(values, override)
     if not isinstance(values.get(section), dict):
         raise ConfigError(
             f"{origin}: no section [{section}]; this stage needs it. Found: {', '.join(values) or 'none'}."
+        )
+    known = profiles.PROFILES
+    if (profile := values.get("profile", "default")) not in list(known):
+        raise ConfigError(
+            f"{origin}: no profile is named {_described(profile)}{nearest(str(profile), known)}. Choose from: "
+            f"{', '.join(known)}."
         )
     return parse(model, profiles.fill(values)[section], origin=f"{origin} [{section}]")
 
@@ -103,17 +123,22 @@ def parse_section(
 def parse(
     model: type[SettingsType], values: Mapping[str, Any], overrides: Iterable[str] = (), *, origin: str
 ) -> SettingsType:
-    """Validate `values`, with `a.b=value` overrides, as `model`. `origin` names their source in messages."""
+    """Validate `values`, with `a.b=value` overrides, as `model`. `origin` names their source in messages.
+
+    In a text that begins with `~`, the home folder takes its place: it is a path. So outputs hold the absolute path.
+    """
     tree = dict(values)
     for override in overrides:
         tree = _with_override(tree, override)
+    tree = _with_home(tree)
     try:
         # JSON mode turns the lists of TOML into tuples and its strings into enums or paths; the rest is strictly typed.
         return model.model_validate_json(_to_json(tree))
     except ValidationError as error:
-        problems = "\n".join(f"  {line}" for line in _problems(error))
-        count = error.error_count()
-        raise ConfigError(f"{origin}: {count} problem{'s' if count > 1 else ''} in the config:\n{problems}") from None
+        lines = _problems(error, model, tree)
+        problems = "\n".join(f"  {line}" for line in lines)
+        plural = "s" if len(lines) > 1 else ""
+        raise ConfigError(f"{origin}: {len(lines)} problem{plural} in the config:\n{problems}") from None
 
 
 def resolved_toml(settings: Settings) -> str:
@@ -128,6 +153,35 @@ def write_resolved(settings: Settings, path: str) -> None:
         paths.write_bytes(path, text)
 
 
+def _read_toml(text: str) -> dict[str, Any]:
+    """The values of a TOML text. Raises TOMLDecodeError, also for more than MAX_LEVELS levels."""
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        values = None
+    if values is None or _num_levels(values) > MAX_LEVELS:
+        raise tomllib.TOMLDecodeError(f"tables and lists of more than {MAX_LEVELS} levels")
+    return values
+
+
+def _num_levels(value: Any) -> int:
+    """The number of levels of tables and lists in `value`."""
+    count, level = 0, [value]
+    while level := [node for node in level if isinstance(node, dict | list)]:
+        level = [item for node in level for item in (node.values() if isinstance(node, dict) else node)]
+        count += 1
+    return count
+
+
+def _with_home(value: Any) -> Any:
+    """`value` with the home folder in place of the `~` at the beginning of each text."""
+    if isinstance(value, dict):
+        return {key: _with_home(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_with_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def _to_json(tree: Mapping[str, Any]) -> str:
     return json.dumps(tree, default=str)
 
@@ -137,9 +191,11 @@ def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     key, separator, text = override.partition("=")
     path = key.strip().split(".")
     if not separator or not all(path):
-        raise ConfigError(f"--set {override}: expected 'section.key=value'.")
+        raise ConfigError(f"--set {_cut(override)}: expected 'section.key=value'.")
+    if len(path) > MAX_LEVELS:
+        raise ConfigError(f"--set {_cut(override)}: more than {MAX_LEVELS} levels.")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = _read_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # an unquoted word is text: --set embed.device=cuda
     return dict(_set(tree, path, value, override))
@@ -156,26 +212,81 @@ def _set(node: Any, path: list[str], value: Any, override: str) -> Any:
         index = int(head)
         return [*node[:index], _set(node[index], rest, value, override), *node[index + 1 :]]
     if not isinstance(node, dict):
-        raise ConfigError(f"--set {override}: '{head}' lies inside a value ({node!r}), not inside a section.")
+        raise ConfigError(f"--set {override}: '{head}' lies inside a value ({_described(node)}), not inside a section.")
     return node | {head: _set(node.get(head, {} if rest else None), rest, value, override)}
 
 
-def _problems(error: ValidationError) -> list[str]:
+def _problems(error: ValidationError, model: type[BaseModel], tree: Mapping[str, Any]) -> list[str]:
     """One line for each problem, with its dotted key and value."""
-    lines = []
+    lines: dict[str, str] = {}
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        path = _path_in(tree, model, item["loc"])
+        key, value = _cut(".".join(path)), item["input"]
+        messages = item["msg"].removeprefix("Value error, ").splitlines()
         match item["type"]:
             case "extra_forbidden":
-                lines.append(f"Unknown key: '{key}' (value {item['input']!r})")
+                suggestion = nearest(path[-1], _keys_of(model, path[:-1]))
+                lines[key] = f"Unknown key: '{key}'{suggestion}. Found: {_described(value)}"
             case "missing":
-                lines.append(f"Missing key: '{key}'")
-            case _:
-                where = f"'{key}': " if key else ""
-                lines.append(f"{where}{item['msg'].removeprefix('Value error, ')}. Found: {_short(item['input'])}")
-    return lines
+                lines[key] = f"Missing key: '{key}'"
+            case "value_error" if isinstance(value, dict | list | tuple):  # the message names the settings
+                lines |= {message: f"'{key}': {message}" if key else message for message in messages}
+            case kind:
+                message = "Input should be a table" if kind in ("model_type", "dict_type") else "; ".join(messages)
+                if kind == "literal_error" and isinstance(value, str):
+                    message += nearest(value, re.findall("'([^']+)'", item["ctx"]["expected"]))
+                # A union gives one problem for each of its alternatives.
+                before = lines[key].rpartition(". Found: ")[0] + ", or: " if key in lines else f"'{key}': "
+                ending = "" if value is None else f". Found: {_described(value)}"
+                lines[key] = before + message + ending
+    return list(lines.values())
 
 
-def _short(value: Any, limit: int = 120) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."
+def _path_in(tree: Any, model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """The keys and indices of `location` that are in `tree`, or are settings of `model` that `tree` leaves out.
+
+    Pydantic's locations also name alternatives of unions and its own functions, which mean nothing to a user.
+    """
+    path: list[str] = []
+    for part in location:
+        is_key = isinstance(tree, Mapping) and part in tree
+        if is_key or (isinstance(tree, list | tuple) and isinstance(part, int) and part < len(tree)):
+            tree = tree[part]
+        elif part not in _keys_of(model, path):
+            continue
+        path.append(str(part))
+    return path
+
+
+def _keys_of(annotation: Any, path: Sequence[str]) -> list[str]:
+    """The names of the settings at `path` below the type `annotation`; of all alternatives of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if not path:
+            return list(annotation.model_fields)
+        field = annotation.model_fields.get(path[0])
+        return _keys_of(field.annotation, path[1:]) if field else []
+    rest = path[1:] if get_origin(annotation) in (tuple, dict) else path
+    return [name for argument in get_args(annotation) for name in _keys_of(argument, rest)]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" for the known name that is most like `name`; empty where none is."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def _described(value: Any) -> str:
+    """A value for a message: a table or a list by its size, any other value itself."""
+    match value:
+        case dict() if value:
+            return "a table with the keys " + _cut(", ".join(map(str, value)))
+        case dict():
+            return "an empty table"
+        case list() | tuple() if any(isinstance(item, dict | list | tuple) for item in value):
+            return f"a list of {len(value)}"
+        case _:
+            return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."

@@ -97,11 +97,11 @@ class FamilyConfig(Settings):
 class DedupConfig(Settings):
     """When a pair counts as copies, and which images are dropped."""
 
-    threshold: float = Field(default=0.6, ge=-1, le=1)
+    threshold: float = Field(default=0.6, gt=0, le=1)
     """Minimum similarity of copies (0.6 in DINOv2, with SSCD descriptors)."""
-    holdout_threshold: float = Field(default=0.45, ge=-1, le=1)
+    holdout_threshold: float = Field(default=0.45, gt=0, le=1)
     """Minimum similarity of an image and a holdout image that match (0.45 in DINOv2)."""
-    holdout_cosine: float | None = Field(default=None, ge=-1, le=1)
+    holdout_cosine: float | None = Field(default=None, gt=0, le=1)
     """Minimum cosine of the copy descriptors of an image and a holdout image that match, whatever their similarity. For
     verified pairs. Set pairs.min_cosine to the same value; otherwise pairs below pairs.min_similarity are not written.
     """
@@ -129,7 +129,8 @@ class DedupConfig(Settings):
     def _check_thresholds(self) -> "DedupConfig":
         if self.holdout_threshold > self.threshold:
             raise ValueError(
-                "holdout_threshold must not lie above threshold; otherwise copies of the holdout could be kept"
+                f"holdout_threshold ({self.holdout_threshold:g}) must not lie above threshold ({self.threshold:g}); "
+                "otherwise copies of the holdout could be kept"
             )
         return self
 

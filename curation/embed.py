@@ -48,10 +48,10 @@ from curation.files import parquet, paths, schemas
 from curation.files.prefetch import Meter, prefetch
 from curation.files.vectors import make_table
 from curation.images.decode import ImageLimits, decode_picture, upright
-from curation.images.sources import Layout, ReferenceReader, SourceConfig
+from curation.images.sources import Layout, ReferenceReader, SourceConfig, require_sources
 from curation.ingest import IngestConfig
-from curation.models.embedders import Embedder, EmbedderConfig, hash_of_weights, load_embedder
-from curation.run_folder import RunFolder
+from curation.models.embedders import Embedder, EmbedderConfig, hash_of_weights, load_embedder, require_weights
+from curation.run_folder import RunFolder, require_stage
 
 # WebP stores a recognisable drawing of 96 pixels in 1-3 kB. Assumed enough for verification and for the report.
 THUMBNAIL_QUALITY = 90
@@ -276,20 +276,35 @@ def command_line(
 
     if not plan:
         command.require_apart(output, settings, images, config or "")
+    source = SourceConfig(
+        name=posixpath.basename(images.rstrip("/")), path=images, role="pool", layout=layout or "folder"
+    )
+
+    def check() -> None:
+        require_weights(settings.embedder)
+        if config is not None or read_manifest(images) is not None:
+            require_stage(images, "ingest", "--images")
+        else:
+            require_sources((source,))
 
     def work(chosen: Runner) -> None:
         if config is not None or read_manifest(images) is not None:
             run(settings, RunFolder(ingest=images), output, chosen, name=stage, replace=replace)
             return
-        source = SourceConfig(
-            name=posixpath.basename(images.rstrip("/")), path=images, role="pool", layout=layout or "folder"
-        )
         folder = RunFolder.of(output)
         ingest.run(IngestConfig(sources=(source,)), folder.ingest, chosen, replace=replace)
         run(settings, folder, paths.join(output, stage), chosen, name=stage, replace=replace)
 
     command.plan_or_run(
-        settings, work, plan=plan, runner=runner, workers=workers, gpus_per_worker=settings.embedder.num_gpus
+        settings,
+        work,
+        plan=plan,
+        runner=runner,
+        workers=workers,
+        gpus_per_worker=settings.embedder.num_gpus,
+        output=output,
+        replace=replace,
+        check=check,
     )
 
 

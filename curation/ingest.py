@@ -83,7 +83,14 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
     the budget. Finished shards stay; the next run continues after them.
     """
     paths.require_apart(output, (source.path for source in config.sources), or_below=True)
-    listings = {source.name: sources.list_source(source) for source in config.sources}
+    listings, problems = {}, []
+    for source in config.sources:
+        try:
+            listings[source.name] = sources.list_source(source)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
     shards: list[Shard] = []
     for source in config.sources:
         files = listings[source.name].files
@@ -282,7 +289,13 @@ def _run_alone(config: IngestConfig, inputs: RunFolder, output: str, runner: Run
     return run(config, output, runner, replace=replace)
 
 
-command_line = stage_command("ingest", IngestConfig, _run_alone, "Read every source into one row per image.")
+command_line = stage_command(
+    "ingest",
+    IngestConfig,
+    _run_alone,
+    "Read every source into one row per image.",
+    check=lambda config: sources.require_sources(config.sources),
+)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ from curation.search import exact
 from curation.search.config import RECALL_QUERIES, SearchConfig
 from curation.search.parts import NEIGHBORS, PartSearch, count_hits, merge_parts, neighbor_table
 from curation.search.top_k import rank_in_groups, top_k_of_groups
+from curation.stage_command import require_folders
 
 BALANCED_NAME = "balanced.npy"
 # Column of the search's files that holds the number of a query shard.
@@ -567,6 +568,7 @@ def command_line(
             raise ConfigError("--plan and --set need --config; they do not go with --seeds and --pool.")
         if not output.endswith(".parquet"):
             raise ConfigError(f"--output {output}: alone, retrieve writes one file; give a name that ends in .parquet.")
+        paths.require_writable(posixpath.dirname(output) or ".")
         _retrieve_alone(seeds, pool, k, output, replace=replace)
         return
     if seeds is not None or pool is not None:
@@ -576,14 +578,17 @@ def command_line(
     settings = load(RetrieveConfig, config, overrides or (), section="retrieve")
     if not plan:
         command.require_apart(output, settings, config, images, deduplicated, embedded, clustered)
-    inputs = RunFolder(ingest=images, dedup=deduplicated, embed=embedded, cluster=clustered)
+    folders = {"ingest": images, "dedup": deduplicated, "embed": embedded, "cluster": clustered}
     command.plan_or_run(
         settings,
-        lambda chosen: run(settings, inputs, output, chosen, replace=replace),
+        lambda chosen: run(settings, RunFolder(**folders), output, chosen, replace=replace),
         plan=plan,
         runner=runner,
         workers=workers,
         gpus_per_worker=settings.search.num_gpus,
+        output=output,
+        replace=replace,
+        check=lambda: require_folders(folders),
     )
 
 

@@ -54,6 +54,25 @@ class RunFolder:
         return cls(**{stage: paths.join(run, stage) for stage in STAGES})
 
 
+def require_stage(folder: str, stage: str, option: str) -> None:
+    """Raise InputError unless `folder`, the value of `option`, holds the finished stage `stage`.
+
+    `embed` and `describe` write files of one kind, so each may take the place of the other.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None and paths.exists(paths.join(folder, stage, MANIFEST_NAME)):
+        raise InputError(f"{option} '{folder}' is the folder of a run. Give '{paths.join(folder, stage)}'.")
+    if manifest is None:
+        problem = f"'{folder}' holds no finished stage: no {MANIFEST_NAME}"
+        raise InputError(f"{option} needs the folder of a finished {stage}, but {problem}. Run that stage first.")
+    of_vectors = ("embed", "describe")
+    if (there := manifest.plan.stage) not in (of_vectors if stage in of_vectors else (stage,)):
+        raise InputError(
+            f"{option} needs the folder of a finished {stage}, but '{folder}' holds the stage {there}. Give the folder "
+            f"{stage}/ of the same run."
+        )
+
+
 # Vectors
 
 

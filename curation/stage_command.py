@@ -4,7 +4,7 @@
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +12,7 @@ import typer
 from curation.config import SettingsType, load
 from curation.engine import command
 from curation.engine.runner import Runner
-from curation.run_folder import RunFolder
+from curation.run_folder import RunFolder, require_stage
 
 # The option for the folder of each stage.
 FOLDER_OPTIONS = {
@@ -34,12 +34,14 @@ def stage_command(
     *,
     reads: Sequence[str] = (),
     num_gpus: Callable[[SettingsType], int] = lambda settings: 0,
+    check: Callable[[SettingsType], object] = lambda settings: None,
     in_driver: bool = False,
 ) -> Callable[..., None]:
     """The command of the stage whose config is `section`: `run(settings, inputs, output, runner, replace=...)`.
 
     Besides the common options it has one for each of the stages in `reads` (see FOLDER_OPTIONS). `summary` is its help,
-    `num_gpus` gives the GPUs that a worker needs. A stage that works `in_driver` starts no workers for any --runner.
+    `num_gpus` gives the GPUs that a worker needs. `check` is called before any worker starts, and raises for wrong
+    settings. A stage that works `in_driver` starts no workers for any --runner.
     """
 
     def command_line(
@@ -60,6 +62,10 @@ def stage_command(
         def work(chosen: Runner) -> None:
             run(settings, RunFolder(**folders), output, chosen, replace=replace)
 
+        def check_all() -> None:
+            require_folders(folders)
+            check(settings)
+
         gpus_per_worker = num_gpus(settings)
         command.plan_or_run(
             settings,
@@ -68,6 +74,9 @@ def stage_command(
             runner="inline" if in_driver else runner,
             workers=workers,
             gpus_per_worker=gpus_per_worker,
+            output=output,
+            replace=replace,
+            check=check_all,
         )
 
     required = inspect.Parameter.empty
@@ -91,6 +100,12 @@ def stage_command(
         ]
     )
     return command_line
+
+
+def require_folders(folders: Mapping[str, str]) -> None:
+    """Raise InputError unless each folder, by stage, holds that finished stage."""
+    for stage, folder in folders.items():
+        require_stage(folder, stage, FOLDER_OPTIONS[stage])
 
 
 def _folder_option(stage: str) -> Any:

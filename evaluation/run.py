@@ -34,6 +34,7 @@ from curation.engine.progress import printable
 from curation.engine.ranks import open_world
 from curation.engine.runner import Runner
 from curation.errors import ConfigError
+from curation.files import paths
 from evaluation import (
     depth,
     knn,
@@ -174,6 +175,7 @@ def command_line(
         print(resolved_toml(settings), end="")
         return
     command.require_apart(output, settings, config)
+    paths.require_writable(output)
     with open_world(settings.model.device, timeout_seconds=TIMEOUT_SECONDS) as world:
         if world.num_ranks > 1 and runner != "inline":
             raise ConfigError(f"--runner {runner} under torchrun: its ranks share the work. Leave --runner out.")

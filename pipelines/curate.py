@@ -11,6 +11,8 @@ from curation.engine.manifest import MANIFEST_NAME
 from curation.engine.run_log import open_log
 from curation.files import paths
 from curation.files.folder_lock import sole_writer
+from curation.images import sources
+from curation.models.embedders import require_weights
 from curation.report import page
 from curation.run_folder import STAGES
 from pipelines import main_path, status
@@ -34,10 +36,17 @@ def command_line(
         print_plan(settings)
         return
     command.require_apart(output, settings, config)
+    paths.require_apart(output, (source.path for source in settings.ingest.sources), or_below=True)
     page.read_concepts(settings.report)  # fails on a wrong path before the work begins
     if settings.demo_data is not None:
         dataset.run(Path(settings.demo_data))
-    with command.open_runner(runner, workers, gpus_per_worker=_gpus_per_worker(settings)) as chosen:
+    sources.require_sources(settings.ingest.sources)
+    for model in (settings.embed.embedder, settings.describe.embedder):
+        require_weights(model)
+    manifests = [paths.join(output, stage, MANIFEST_NAME) for stage in STAGES]
+    paths.require_writable(output, unless=() if replace else manifests)
+    gpus_per_worker, gpu_settings = _gpus_per_worker(settings), command.settings_on_gpu(settings)
+    with command.open_runner(runner, workers, gpus_per_worker=gpus_per_worker, gpu_settings=gpu_settings) as chosen:
         with sole_writer(output), open_log(output) as log:
             if not _is_finished(output):
                 log.start()

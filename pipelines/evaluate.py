@@ -19,6 +19,7 @@ from curation import config
 from curation.config import Settings
 from curation.engine import command
 from curation.engine.ranks import Device, open_world
+from curation.files import paths
 from evaluation import report, run
 from evaluation.features import load_model
 from evaluation.run import EvaluationConfig
@@ -66,6 +67,7 @@ def _is_labelled(table: dict[str, Any]) -> bool:
 def evaluate(settings: EvaluateConfig, output: str) -> str | None:
     """Run all evaluations, on each rank that torchrun started. The first rank returns the path of the report."""
     configs = [settings.of_model(number) for number in range(len(settings.models))]  # every config is checked first
+    paths.require_writable(output)
     device: Device = "cuda" if any(one.model.device == "cuda" for one in configs) else "cpu"
     with open_world(device, timeout_seconds=run.TIMEOUT_SECONDS) as world:
         for evaluations in configs:

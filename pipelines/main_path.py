@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 
 from curation import cluster, dedup, embed, ingest, pack, pairs, profiles, retrieve
 from curation.cluster import ClusterConfig
-from curation.config import Settings, write_resolved
+from curation.config import Settings, nearest, write_resolved
 from curation.copies.holdout_pairs import SURE_MATCH
 from curation.dedup import DedupConfig
 from curation.embed import EmbedConfig
@@ -46,6 +46,7 @@ def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = 
     """Run every unfinished stage in order, and write the report."""
     folder = RunFolder.of(output)
     saved_config = paths.join(output, CONFIG_NAME)
+    paths.delete_temporary(output)  # a kill while the config or the report was written
     if not paths.exists(saved_config):
         write_resolved(config, saved_config)
     ingest.run(config.ingest, folder.ingest, runner, replace=replace, log=log)
@@ -101,42 +102,50 @@ class CurateConfig(Settings):
     @model_validator(mode="after")
     def _sections_agree(self) -> "CurateConfig":
         roles = {source.name: source.role for source in self.ingest.sources}
-        for dataset in self.retrieve.datasets:
-            if roles.get(dataset.name) != "seed":
-                raise ValueError(f"retrieve.datasets names '{dataset.name}', which is no source with role 'seed'")
-        if not self.retrieve.datasets and self.retrieve.clustering is None:
-            raise ValueError("retrieve names no dataset and has no section clustering, so nothing would be packed")
-        if unknown := sorted(self.stated_clusters.keys() - {dataset.name for dataset in self.retrieve.datasets}):
-            raise ValueError(f"stated_clusters names '{unknown[0]}', which is no dataset of retrieve")
+        seeds = [name for name, role in roles.items() if role == "seed"]
+        datasets = [dataset.name for dataset in self.retrieve.datasets]
+        pairs, dedup = self.pairs, self.dedup
+        problems = [
+            f"retrieve.datasets names '{name}', which is no source with role 'seed'{nearest(name, seeds)}"
+            for name in datasets
+            if name not in seeds
+        ]
+        if not datasets and self.retrieve.clustering is None:
+            problems.append("retrieve names no dataset and has no section clustering, so nothing would be packed")
+        problems += [
+            f"stated_clusters names '{name}', which is no dataset of retrieve{nearest(name, datasets)}"
+            for name in sorted(self.stated_clusters.keys() - set(datasets))
+        ]
         if "pool" not in roles.values():
-            raise ValueError("ingest.sources has no source with role 'pool', so there is nothing to retrieve from")
-        if self.pairs.verification is None and self.dedup.holdout_threshold < self.pairs.min_descriptor_similarity:
-            raise ValueError(
-                f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below "
-                f"pairs.min_descriptor_similarity ({self.pairs.min_descriptor_similarity:g}), the minimum cosine of "
-                "candidates"
+            problems.append("ingest.sources has no source with role 'pool', so there is nothing to retrieve from")
+        if pairs.verification is None and dedup.holdout_threshold < pairs.min_descriptor_similarity:
+            problems.append(
+                f"dedup.holdout_threshold ({dedup.holdout_threshold:g}) lies below pairs.min_descriptor_similarity "
+                f"({pairs.min_descriptor_similarity:g}), the minimum cosine of candidates"
             )
-        if (cosine := self.dedup.holdout_cosine) is not None:
-            if cosine < self.pairs.min_descriptor_similarity:
-                raise ValueError(
+        if (cosine := dedup.holdout_cosine) is not None:
+            if cosine < pairs.min_descriptor_similarity:
+                problems.append(
                     f"dedup.holdout_cosine ({cosine:g}) lies below pairs.min_descriptor_similarity "
-                    f"({self.pairs.min_descriptor_similarity:g}), the minimum cosine of candidates"
+                    f"({pairs.min_descriptor_similarity:g}), the minimum cosine of candidates"
                 )
-            if self.pairs.verification and (self.pairs.min_cosine is None or cosine < self.pairs.min_cosine):
-                raise ValueError(
+            if pairs.verification and (pairs.min_cosine is None or cosine < pairs.min_cosine):
+                problems.append(
                     f"dedup.holdout_cosine is {cosine:g}, but pairs that fail verification are written only from "
-                    f"pairs.min_cosine ({self.pairs.min_cosine}); set that to {cosine:g}"
+                    f"pairs.min_cosine ({pairs.min_cosine}); set that to {cosine:g}"
                 )
-        if self.dedup.holdout_threshold < self.pairs.min_similarity:
-            raise ValueError(
-                f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies below pairs.min_similarity "
-                f"({self.pairs.min_similarity:g}), the minimum similarity of the pairs that are written"
+        if dedup.holdout_threshold < pairs.min_similarity:
+            problems.append(
+                f"dedup.holdout_threshold ({dedup.holdout_threshold:g}) lies below pairs.min_similarity "
+                f"({pairs.min_similarity:g}), the minimum similarity of the pairs that are written"
             )
-        if self.pairs.verification and self.dedup.holdout_threshold > SURE_MATCH:
-            raise ValueError(
-                f"dedup.holdout_threshold ({self.dedup.holdout_threshold:g}) lies above {SURE_MATCH:g}, the similarity "
-                "at which verified images are compared with no further holdout images"
+        if pairs.verification and dedup.holdout_threshold > SURE_MATCH:
+            problems.append(
+                f"dedup.holdout_threshold ({dedup.holdout_threshold:g}) lies above {SURE_MATCH:g}, the similarity at "
+                "which verified images are compared with no further holdout images"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 

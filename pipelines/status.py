@@ -21,7 +21,7 @@ from curation.engine import command, run_log
 from curation.engine.manifest import MANIFEST_NAME, PROGRESS_NAME, done_shards, plan_in, require_manifest, step_folder
 from curation.engine.run_log import Driver, Note, StageTimes
 from curation.engine.stage import PREPARED
-from curation.errors import InputError
+from curation.errors import InputError, UserError
 from curation.files import paths
 from curation.run_folder import STAGES
 
@@ -72,7 +72,13 @@ class RunStatus:
 def read(run: str, *, now: float | None = None) -> RunStatus:
     """The status of the run in the folder `run` at `now` (seconds since 1970). Raises InputError if there is no run."""
     now = time.time() if now is None else now
-    if not paths.is_folder(run):
+    try:
+        is_folder = paths.is_folder(run)
+    except UserError:
+        raise
+    except Exception as error:  # each driver of fsspec has errors of its own, for example for a refused connection
+        raise InputError(f"The run '{run}' cannot be read: {type(error).__name__}: {error}.") from None
+    if not is_folder:
         problem = "it is a file" if paths.exists(run) else "there is no such folder"
         raise InputError(f"No run at '{run}': {problem}. Give the --output of pipelines.curate.")
     names = set(paths.list_names(run))
@@ -208,6 +214,8 @@ def command_line(
 ) -> None:
     """Print which stages and shards of a run are done, running, stale, stopped and left, from its files alone."""
     print_status(read(run))
+    if torn := run_log.num_torn(run):
+        Console(highlight=False).print(f"Lines of the log that cannot be read: {torn:,}. The times leave them out.")
     if times := run_log.times(run):
         Console(markup=False, emoji=False, highlight=False).print(times_table(times))
 

@@ -24,10 +24,11 @@ from curation.config import load
 from curation.engine import command
 from curation.engine.manifest import require_manifest
 from curation.errors import InputError
-from curation.files import parquet, schemas
+from curation.files import parquet, paths, schemas
 from curation.images.decode import ImageLimits, decode_picture, to_shape
 from curation.images.sources import ReferenceReader
 from curation.models.embedders import IMAGENET_NORMALIZATION
+from curation.run_folder import require_stage
 from evaluation import knn
 from training.loop import TrainConfig, train
 
@@ -121,6 +122,8 @@ def command_line(
     """Train, and print the losses and the k-NN accuracy of the holdout over time."""
     settings = load(TrainConfig, config, overrides or ())
     command.require_apart(output, settings, config, images)
+    require_stage(images, "ingest", "--images")
+    paths.require_writable(output)
     train(settings, output, knn_of_holdout(images, settings.model.backbone.image_size))
     print_curve(output)
 

@@ -202,12 +202,14 @@ def require_config(path: str, record: Record, config: Mapping[str, Any]) -> None
     before, after = _leaves(record.config), _leaves(_as_json(dict(config)))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     if changed:
-        lines = [f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in changed[:MAX_LISTED]]
+        there, now = ({key: repr(value) for key, value in side.items()} for side in (before, after))
+        lines = [f"  {key}: {there.get(key, 'not set')} there, {now.get(key, 'not set')} now" for key in changed]
+        del lines[MAX_LISTED:]
         more = f"\n  and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
         raise OutputMismatchError(
             f"'{path}' is a checkpoint of another config:\n" + "\n".join(lines) + more + "\n"
-            "Nothing was changed. Resume with the config and the version of Seedbed that wrote it, or give another "
-            "--output."
+            "Nothing was changed. Resume with the config and the version of Seedbed that wrote it. To begin anew, give "
+            "another --output, or delete the folder of this run."
         )
 
 

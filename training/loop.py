@@ -271,6 +271,7 @@ def train(config: TrainConfig, output: str, evaluate: Evaluate | None = None) ->
     """
     if not paths.is_local(output):
         raise ConfigError(f"--output {output}: training writes to a local folder. Copy it afterwards.")
+    paths.require_writable(output)
     with open_world(config.device) as world, _received_signals() as signals:
         images_per_pass = config.images_per_pass * world.num_ranks
         if config.batch_size % images_per_pass:

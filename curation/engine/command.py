@@ -10,13 +10,14 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
 
 from curation.config import Settings, resolved_toml
 from curation.engine import progress
+from curation.engine.manifest import MANIFEST_NAME
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import SeedbedError, UserError
 from curation.files import paths
@@ -47,7 +48,7 @@ def main(function: Callable[..., Any]) -> None:
     app.command()(function)
     signal.signal(signal.SIGTERM, _raise_on_sigterm)
     try:
-        app()
+        app([_with_home(word) for word in sys.argv[1:]])
     except UserError as error:
         print(f"error: {progress.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
@@ -74,6 +75,15 @@ def _paths_in(values: Any) -> Iterator[str]:
             yield from _paths_in(value)
 
 
+def _with_home(word: str) -> str:
+    """The home folder in place of a `~` at the beginning of a word or of the value in `--option=value`.
+
+    A shell replaces only some of them.
+    """
+    name, separator, value = word.partition("=")
+    return os.path.expanduser(name) + separator + os.path.expanduser(value)
+
+
 def plan_or_run(
     settings: Settings,
     work: Callable[[Runner], object],
@@ -82,24 +92,58 @@ def plan_or_run(
     runner: RunnerName,
     workers: int | None,
     gpus_per_worker: float = 0,
+    output: str | None = None,
+    replace: bool = False,
+    check: Callable[[], object] | None = None,
 ) -> None:
-    """The body of a stage's command: with `plan`, print the resolved settings; else call `work` with a runner."""
+    """The body of a stage's command: with `plan`, print the resolved settings; else call `work` with a runner.
+
+    Before the runner starts, `check` is called, and the folder `output` must be writable, unless a stage is done there.
+    """
     if plan:
         print(resolved_toml(settings), end="")
         return
-    with open_runner(runner, workers, gpus_per_worker=gpus_per_worker) as opened:
+    if check is not None:
+        check()
+    if output is not None:
+        paths.require_writable(output, unless=() if replace else (paths.join(output, MANIFEST_NAME),))
+    gpu_settings = settings_on_gpu(settings)
+    with open_runner(runner, workers, gpus_per_worker=gpus_per_worker, gpu_settings=gpu_settings) as opened:
         work(opened)
 
 
+def settings_on_gpu(settings: Settings) -> list[str]:
+    """The dotted names of the settings `device` that are "cuda"."""
+
+    def names(value: Any, path: str) -> Iterator[str]:
+        for key, item in value.items() if isinstance(value, dict) else ():
+            if key == "device" and item == "cuda":
+                yield path + key
+            yield from names(item, f"{path}{key}.")
+
+    return list(names(settings.model_dump(mode="json"), ""))
+
+
 @contextlib.contextmanager
-def open_runner(name: RunnerName, workers: int | None = None, *, gpus_per_worker: float = 0) -> Iterator[Runner]:
-    """The runner with this name, closed at the end of the block."""
+def open_runner(
+    name: RunnerName, workers: int | None = None, *, gpus_per_worker: float = 0, gpu_settings: Sequence[str] = ()
+) -> Iterator[Runner]:
+    """The runner with this name, closed at the end of the block. Raises an error where a worker's GPU is missing.
+
+    gpu_settings: the names of the settings that need the GPU, for the message.
+    """
+    gpu_setting = ", ".join(gpu_settings) or "device"
     if name == "inline":
+        if gpus_per_worker:
+            from curation.engine.device import require_device  # torch takes a second
+
+            require_device("cuda", gpu_setting)
         yield InlineRunner()
         return
     from curation.engine.ray_runner import RayRunner
 
-    runner = RayRunner(num_workers=workers or os.cpu_count() or 1, gpus_per_worker=gpus_per_worker)
+    num_workers = workers or os.cpu_count() or 1
+    runner = RayRunner(num_workers=num_workers, gpus_per_worker=gpus_per_worker, gpu_setting=gpu_setting)
     try:
         for line in runner.monitoring_addresses():
             progress.say(line)

@@ -40,7 +40,7 @@ from curation.files.prefetch import prefetch
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = ".progress"
 # The version of all files that stages write. Outputs of another version are refused, not converted.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Markers merged into one file, and files that a resume reads at once. Assumed: from an object store with a latency of
 # 20 ms, a resume then reads 100,000 finished shards in two seconds.
 MARKERS_PER_FILE = 1000
@@ -404,9 +404,16 @@ def _parse(model: type[RecordType], data: bytes, path: str) -> RecordType:
 
 
 def _mismatch_message(folder: str, plan_there: Plan, plan: Plan) -> str:
+    if plan_there.format_version != plan.format_version:
+        return (
+            f"'{folder}' was written in format {plan_there.format_version}; this version of Seedbed writes format "
+            f"{plan.format_version}. Nothing was changed. Delete this folder, give another --output, or give --replace "
+            "to a command that has it: the work is then done again."
+        )
     before, after = _flatten(plan_there.model_dump(mode="json")), _flatten(plan.model_dump(mode="json"))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    lines = [f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in changed[:8]]
+    there, now = ({key: repr(value) for key, value in side.items()} for side in (before, after))
+    lines = [f"  {key}: {there.get(key, 'not set')} there, {now.get(key, 'not set')} now" for key in changed[:8]]
     more = f"\n  and {len(changed) - 8} more" if len(changed) > 8 else ""
     return (
         f"'{folder}' holds the work of another config or of other inputs:\n" + "\n".join(lines) + more + "\n"

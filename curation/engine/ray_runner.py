@@ -8,9 +8,10 @@ authentication is always on. A local Ray gets a token made for the run:
       token        the secret that all processes of this Ray share
       r/           Ray's sockets and logs, which Ray creates writable by everyone
 
-The folder is deleted at the end of the run; after a kill, at the start of the next run. The connection to a cluster
-uses the user's token (`RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` or `~/.ray/auth_token`). A cluster without authentication
-is refused.
+Systems limit the length of a socket's path. Where TMPDIR is too long for it, as on SLURM and macOS, the folder lies in
+/tmp. The folder is deleted at the end of the run; after a kill, at the start of the next run. The connection to a
+cluster uses the user's token (`RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` or `~/.ray/auth_token`). A cluster without
+authentication is refused.
 """
 
 import contextlib
@@ -43,8 +44,13 @@ OBJECT_STORE_BYTES = 100 * 1024**2
 # starts within minutes.
 SECONDS_BETWEEN_REMINDERS = 30.0
 SECONDS_WITHOUT_WORKERS = 900.0
-# Short, because Ray appends 67 characters for its sockets, and Linux limits a socket's path to 107.
+# Short, because systems limit a socket's path. Cited: sys/un.h, 108 bytes with the final zero; on macOS 104.
 FOLDER_PREFIX = "seedbed-ray-"
+MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+# Length of "/session_2026-11-28_21-13-08_123456_1234567/sockets/plasma_store", the longest that Ray appends, and of
+# the random part of the folder and "/r". Measured: ray 2.60.
+SOCKET_NAME = 64
+RANDOM_PART = 8 + 2
 
 
 class RayRunner(Runner):
@@ -54,7 +60,15 @@ class RayRunner(Runner):
     is deleted before the worker of the next stage is created. A map that fails or is cancelled stops the processes.
     """
 
-    def __init__(self, *, num_workers: int, cpus_per_worker: float = 1, gpus_per_worker: float = 0) -> None:
+    def __init__(
+        self,
+        *,
+        num_workers: int,
+        cpus_per_worker: float = 1,
+        gpus_per_worker: float = 0,
+        gpu_setting: str = "device",
+    ) -> None:
+        """gpu_setting: the name of the setting that needs the GPUs, for the message where they are missing."""
         if num_workers < 1:
             raise ConfigError(f"num_workers must be at least 1. Found: {num_workers}")
         self.num_workers = num_workers
@@ -69,10 +83,7 @@ class RayRunner(Runner):
         for resource, required in (("CPU", cpus_per_worker * num_workers), ("GPU", gpus_per_worker * num_workers)):
             if required > total.get(resource, 0):
                 self.close()
-                raise ConfigError(
-                    f"{num_workers} workers need {required:g} {resource}; this Ray has {total.get(resource, 0):g}. "
-                    "Use fewer workers (runner.num_workers), or connect to a larger cluster (RAY_ADDRESS)."
-                )
+                raise ConfigError(_shortage(resource, required, total.get(resource, 0), num_workers, gpu_setting))
 
     def monitoring_addresses(self) -> list[str]:
         """Two lines: the address of Ray's dashboard and of its Prometheus metrics, or "none"."""
@@ -165,6 +176,16 @@ class RayRunner(Runner):
                 for actor in self._actors:
                     ray.kill(actor)
                 self._actors = []
+
+
+def _shortage(resource: str, required: float, available: float, num_workers: int, gpu_setting: str) -> str:
+    """The message on a Ray with too few CPUs or GPUs for the workers."""
+    reason = f", because {gpu_setting} is 'cuda'" if resource == "GPU" else ""
+    need = f"{num_workers} workers (--workers) need {required:g} {resource}s{reason}"
+    if not available:
+        return f"{need}, but there is no {resource}. Set it to 'cpu', or connect to a cluster with GPUs (RAY_ADDRESS)."
+    fewer = max(1, int(available * num_workers / required))
+    return f"{need}; this Ray has {available:g}. Give --workers {fewer}, or connect to a larger cluster (RAY_ADDRESS)."
 
 
 def _wait_for_machines(stage: str, num_workers: int, seconds: float) -> None:
@@ -281,7 +302,7 @@ def _accepts(address: str, environment: dict[str, str]) -> bool:
 @contextlib.contextmanager
 def _private_folder() -> Iterator[str]:
     """A folder for a local Ray, with its token. Both are deleted after the block, or when the next run starts."""
-    parent = Path(tempfile.gettempdir())
+    parent = _short_parent(tempfile.gettempdir())
     for leftover in parent.glob(FOLDER_PREFIX + "*/"):
         # OSError: another run holds the lock, another user owns the folder, or it was deleted just now.
         with contextlib.suppress(OSError), locked(str(leftover)):
@@ -300,6 +321,19 @@ def _private_folder() -> Iterator[str]:
         os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
         os.environ.update({name: value for name, value in user_variables.items() if value is not None})
         shutil.rmtree(folder, ignore_errors=True)  # Ray may still be writing; the next run deletes the rest
+
+
+def _short_parent(temporary: str) -> Path:
+    """`temporary`, or /tmp where that path is too long for Ray's sockets. Raises UserError if /tmp is not writable."""
+    longest = MAX_SOCKET_PATH - len("/" + FOLDER_PREFIX) - RANDOM_PART - SOCKET_NAME
+    if len(os.fsencode(temporary)) <= longest:
+        return Path(temporary)
+    if not os.access("/tmp", os.W_OK | os.X_OK):
+        raise UserError(
+            f"TMPDIR is '{temporary}'; Ray's sockets need a path of at most {longest} bytes, and /tmp is not writable. "
+            "Set TMPDIR to a shorter path, or give --runner inline."
+        )
+    return Path("/tmp")
 
 
 @functools.cache

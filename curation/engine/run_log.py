@@ -19,7 +19,9 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
+
+from pydantic import Discriminator, TypeAdapter, ValidationError
 
 from curation.engine import progress
 from curation.engine.manifest import PROGRESS_NAME, Plan, ShardRecord
@@ -54,6 +56,7 @@ class RunLog:
         self._started = time.time()
         self._ended = threading.Event()
         self._heartbeat: threading.Thread | None = None
+        self._failed = False
 
     @property
     def started(self) -> bool:
@@ -63,10 +66,11 @@ class RunLog:
     def start(self) -> None:
         """Begin the heartbeats, and delete the files that a killed driver left."""
         if self._heartbeat is None:
-            for name in paths.list_names(self.folder):
-                if name == WORKERS or name.startswith(paths.TEMPORARY_PREFIX):
-                    paths.delete(paths.join(self.folder, name))
-            self._beat()
+            with self._may_fail():
+                for name in paths.list_names(self.folder):
+                    if name == WORKERS or name.startswith(paths.TEMPORARY_PREFIX):
+                        paths.delete(paths.join(self.folder, name))
+                self._beat()
             self._heartbeat = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
             self._heartbeat.start()
 
@@ -74,7 +78,7 @@ class RunLog:
         """Add one line."""
         self.start()
         line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}, ensure_ascii=False)
-        with self._lock:
+        with self._lock, self._may_fail():
             if paths.is_local(self.folder):
                 if self._file is None:
                     path = posixpath.join(paths.filesystem(self.folder)[1], f"{self._name}.jsonl")
@@ -94,15 +98,16 @@ class RunLog:
 
     def close(self) -> None:
         """Write the remaining lines, and delete the heartbeat and the notes."""
-        with self._lock:
+        with self._lock, self._may_fail():
             self._write_piece()
             if self._file is not None:
                 self._file.close()
         if self._heartbeat is not None:
             self._ended.set()
             self._heartbeat.join()
-            paths.delete(paths.join(self.folder, WORKERS))
-            paths.delete(paths.join(self.folder, DRIVER))
+            with self._may_fail():
+                paths.delete(paths.join(self.folder, WORKERS))
+                paths.delete(paths.join(self.folder, DRIVER))
 
     def _write_piece(self) -> None:
         if self._unwritten:
@@ -114,12 +119,18 @@ class RunLog:
 
     def _keep_beating(self) -> None:
         while not self._ended.wait(SECONDS_BETWEEN_BEATS):
-            try:
+            with self._may_fail():
                 self._beat()
-            except (
-                OSError
-            ) as error:  # a missed heartbeat must not stop the run; on a full disk a stage raises its own error
-                progress.say(f"log: the heartbeat could not be written: {error}")
+
+    @contextlib.contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """Print the first error of the disk: the log stops no run. On a full disk a stage raises its own error."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                progress.say(f"log: '{self.folder}' cannot be written, so `status` may be wrong: {error}")
+            self._failed = True
 
     def _beat(self) -> None:
         now = {"machine": os.uname().nodename, "process": os.getpid(), "started": self._started, "beat": time.time()}
@@ -134,7 +145,7 @@ Log = RunLog | None
 def open_log(run: str) -> Iterator[RunLog]:
     """The log of the run in the folder `run`, closed at the end. An error that ends the block is logged first."""
     log = RunLog(run)
-    if read_driver(run) is not None:  # an earlier driver was killed: its files are deleted when this log closes
+    if driver_is_noted(run):  # an earlier driver was killed: its files are deleted when this log closes
         log.start()
     try:
         yield log
@@ -187,8 +198,10 @@ def worker_name() -> str:
 def write_note(folder: str, stage: str, shard: str) -> None:
     """Write the note that this worker process begins with a shard."""
     text = json.dumps({"stage": stage, "shard": shard, "worker": worker_name(), "started": time.time()})
-    # Not synced: nothing depends on a note, and syncing would dominate the time of tiny shards.
-    paths.write_bytes(paths.join(folder, f"{worker_name()}.json"), text.encode(), durable=False)
+    # Not synced: nothing depends on a note, and syncing would dominate the time of tiny shards. Nor does an error stop
+    # the shard; the driver, which writes to the same folder, prints its own.
+    with contextlib.suppress(OSError):
+        paths.write_bytes(paths.join(folder, f"{worker_name()}.json"), text.encode(), durable=False)
 
 
 # Reading
@@ -212,6 +225,57 @@ class Note:
     shard: str
     worker: str
     started: float
+
+
+@dataclass(frozen=True)
+class BeginLine:
+    """A driver begins a stage, or a step of one. `time` in these lines is in seconds since 1970."""
+
+    event: Literal["begin"]
+    time: float
+    stage: str
+    plan: str
+    shards: int
+    done_before: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class ShardLine:
+    """A shard is finished, after `seconds` of a worker."""
+
+    event: Literal["shard"]
+    time: float
+    stage: str
+    shard: str
+    seconds: float
+    items: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class EndLine:
+    """A stage is done, after `seconds` of this driver."""
+
+    event: Literal["end"]
+    time: float
+    stage: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StoppedLine:
+    """An error ended the run."""
+
+    event: Literal["stopped"]
+    time: float
+    why: str
+
+
+Line = BeginLine | ShardLine | EndLine | StoppedLine
+# Readers check all files of the log: a power cut may leave them empty or torn, and the log may stop no run.
+_LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Discriminator("event")])
+_DRIVER, _NOTE = TypeAdapter(Driver), TypeAdapter(Note)
 
 
 @dataclass
@@ -250,11 +314,19 @@ class StageTimes:
         return max(0.0, 1 - self.busy / self.capacity) if self.capacity else 0.0
 
 
+def driver_is_noted(run: str) -> bool:
+    """Whether a driver works on the run, or was killed."""
+    return paths.exists(paths.join(run, FOLDER, DRIVER))
+
+
 def read_driver(run: str) -> Driver | None:
-    """The driver of the run, running or killed; None if the last driver ended in order, or none has started."""
+    """The driver of the run, running or killed; None if the last driver ended in order, or none has started.
+
+    Also None for a file that names no driver: a power cut may leave it empty.
+    """
     try:
-        return Driver(**json.loads(paths.read_bytes(paths.join(run, FOLDER, DRIVER))))
-    except FileNotFoundError:
+        return _DRIVER.validate_json(paths.read_bytes(paths.join(run, FOLDER, DRIVER)))
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
 
 
@@ -265,8 +337,8 @@ def read_notes(run: str) -> list[Note]:
     for name in paths.list_names(folder):
         if name.endswith(".json") and not name.startswith(paths.TEMPORARY_PREFIX):
             try:
-                note = Note(**json.loads(paths.read_bytes(paths.join(folder, name))))
-            except FileNotFoundError:  # deleted meanwhile, because the run ended
+                note = _NOTE.validate_json(paths.read_bytes(paths.join(folder, name)))
+            except (FileNotFoundError, ValidationError):  # deleted because the run ended; or empty after a power cut
                 continue
             previous = latest.get((note.stage, note.shard))
             if previous is None or note.started > previous.started:
@@ -274,18 +346,33 @@ def read_notes(run: str) -> list[Note]:
     return sorted(latest.values(), key=lambda note: (note.stage, note.started))
 
 
-def read_lines(run: str) -> Iterator[dict[str, Any]]:
-    """The lines of all drivers' logs, oldest driver first. The partial last line of a killed driver is left out."""
+def read_lines(run: str) -> "Iterator[Line]":
+    """The lines of all drivers' logs, oldest driver first. Lines that cannot be read are left out (see num_torn)."""
+    yield from (line for line in _lines(run) if line is not None)
+
+
+def num_torn(run: str) -> int:
+    """The number of lines that cannot be read: the last line of a killed driver, and damage by a power cut."""
+    return sum(line is None for line in _lines(run))
+
+
+def _lines(run: str) -> "Iterator[Line | None]":
+    """Each line of the log, or None for one that cannot be read."""
     folder = paths.join(run, FOLDER)
     for name in paths.list_names(folder):
         if name.startswith("shards-") and name.endswith(".jsonl"):
-            for line in paths.read_bytes(paths.join(folder, name)).splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    yield json.loads(line)
+            for line in filter(None, paths.read_bytes(paths.join(folder, name)).split(b"\n")):
+                try:
+                    yield _LINE.validate_json(line)
+                except ValidationError:
+                    yield None
 
 
 def times(run: str) -> dict[str, StageTimes]:
-    """The times of each stage and each step, by name, in the order in which they began."""
+    """The times of each stage and each step, by name, in the order in which they began.
+
+    Lines of a stage whose first line cannot be read are left out.
+    """
     stages: dict[str, StageTimes] = {}
     workers: dict[str, int] = {}  # number of workers of each stage that is not closed
 
@@ -294,31 +381,32 @@ def times(run: str) -> dict[str, StageTimes]:
         stages[name].capacity += seconds * workers.pop(name)
 
     for line in read_lines(run):
-        if line["event"] == "stopped":
+        if isinstance(line, StoppedLine):
             continue
-        name = line["stage"]
+        name = line.stage
         previous = stages.get(name)
-        if line["event"] == "begin":
-            if name in workers and previous is not None:  # its driver was killed
-                close(name, previous.last - previous.begun)
-            is_redone = previous is not None and (previous.plan != line["plan"] or previous.done)
-            if is_redone or (previous is not None and previous.of_shard and not line["done_before"]):
-                for redone in [other for other in stages if other == name or other.startswith(name + "/")]:
-                    del stages[redone]
-                    workers.pop(redone, None)
-            stage = stages.setdefault(name, StageTimes())
-            stage.plan, stage.num_shards = line["plan"], line["shards"]
-            stage.begun, stage.shards_since = line["time"], 0
-            workers[name] = line["workers"]
-        elif line["event"] == "shard":
-            stages[name].of_shard[line["shard"]] = line["seconds"], line["items"], line["bytes"]
-            stages[name].shards_since += 1
-        else:
-            close(name, line["seconds"])
-            stages[name].done = True
+        match line:
+            case BeginLine():
+                if name in workers and previous is not None:  # its driver was killed
+                    close(name, previous.last - previous.begun)
+                is_redone = previous is not None and (previous.plan != line.plan or previous.done)
+                if is_redone or (previous is not None and previous.of_shard and not line.done_before):
+                    for redone in [other for other in stages if other == name or other.startswith(name + "/")]:
+                        del stages[redone]
+                        workers.pop(redone, None)
+                stage = stages.setdefault(name, StageTimes())
+                stage.plan, stage.num_shards = line.plan, line.shards
+                stage.begun, stage.shards_since = line.time, 0
+                workers[name] = line.workers
+            case ShardLine() if previous is not None:
+                previous.of_shard[line.shard] = line.seconds, line.items, line.bytes
+                previous.shards_since += 1
+            case EndLine() if name in workers:
+                close(name, line.seconds)
+                stages[name].done = True
         while name:  # a line of a step also counts for its stage
             if name in stages:
-                stages[name].last = line["time"]
+                stages[name].last = line.time
             name = name.rpartition("/")[0]
     for name in list(workers):
         close(name, stages[name].last - stages[name].begun)
@@ -335,5 +423,5 @@ def why_stopped(run: str) -> str | None:
     """The error that stopped the last driver. None if it was killed, or if the log has later lines."""
     reason = None
     for line in read_lines(run):
-        reason = str(line["why"]) if line["event"] == "stopped" else None
+        reason = line.why if isinstance(line, StoppedLine) else None
     return reason

@@ -14,7 +14,7 @@ import posixpath
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar, final
 
@@ -23,9 +23,11 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict
 
-from curation.errors import InputError
+from curation.errors import ConfigError, InputError
 
 TEMPORARY_PREFIX = ".tmp-"
+# The empty file that shows whether an object store can be written.
+PROBE_NAME = f"{TEMPORARY_PREFIX}probe"
 # Bytes handed to the hashing thread at a time; as many again may wait. Assumed: hashing them takes milliseconds, and
 # handing them over a hundredth of that.
 HASHED_AT_ONCE = 1 << 20
@@ -257,6 +259,42 @@ def check_hash(path: str, sha256: str) -> None:
             f"{path}: damaged after it was written (its SHA-256 is {sha256}, and the manifest beside it says "
             f"{path.sha256}). Run the command that wrote it again with --replace, which does its damaged shards again."
         )
+
+
+def require_writable(folder: str, *, unless: Sequence[str] = ()) -> None:
+    """Raise ConfigError where no file can be written in `folder`, which is made where it is missing.
+
+    Nothing is checked where every path of `unless` exists: there is nothing to write.
+    """
+    if not folder:  # an unset variable of a shell; it would be the working folder
+        raise ConfigError("--output is empty. Give a folder.")
+    try:
+        if unless and all(map(exists, unless)):
+            return
+        fs, inner = filesystem(folder)
+        if isinstance(fs, LocalFileSystem):
+            os.makedirs(inner, exist_ok=True)
+            with tempfile.TemporaryFile(dir=inner):  # without a name, so that a kill leaves nothing
+                return
+        write_bytes(probe := join(folder, PROBE_NAME), b"", durable=False)
+        delete(probe)
+    except InputError:
+        raise
+    except FileExistsError:
+        raise ConfigError(f"'{folder}' is a file. Give a folder with --output.") from None
+    except Exception as error:  # each driver of fsspec has errors of its own, for example for a refused connection
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"The output '{folder}' cannot be written: {reason}. Give another --output, or correct its permissions or "
+            "its address."
+        ) from None
+
+
+def delete_temporary(folder: str) -> None:
+    """Delete the temporary files that a killed writer left in `folder`, but not those in its subfolders."""
+    for name in list_names(folder):
+        if name.startswith(TEMPORARY_PREFIX):
+            delete(join(folder, name))
 
 
 class HashingFile(io.RawIOBase):

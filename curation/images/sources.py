@@ -9,12 +9,13 @@ headers are checked. A tar of links, devices and bombs costs bounded time and me
 source is an image, a reject, or counted (listing.py for files, tar_members.py for members).
 """
 
+import functools
 import os
 import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, cast
 
@@ -85,6 +86,25 @@ class SourceItem:
     data: bytes | None
     label: str | None
     problem: tuple[RejectReason, str] | None = None
+
+
+def require_sources(sources: Sequence[SourceConfig]) -> None:
+    """Raise InputError with a line for each source that has nothing at its path. No folder is listed."""
+    problems = []
+    for source in sources:
+        try:
+            fs, root = paths.filesystem(source.path)
+            paths.retried(functools.partial(fs.info, root))
+        except InputError:
+            raise
+        except (FileNotFoundError, NotADirectoryError):
+            problems.append(
+                f"source '{source.name}': there is nothing at '{source.path}'. Correct its path in the config."
+            )
+        except Exception as error:  # each driver of fsspec has errors of its own, for example for a refused connection
+            problems.append(f"source '{source.name}': cannot read '{source.path}': {type(error).__name__}: {error}.")
+    if problems:
+        raise InputError("\n".join(problems))
 
 
 @dataclass(frozen=True)

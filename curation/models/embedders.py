@@ -20,21 +20,22 @@ Shapes:
 # torch's stubs leave `memory_format` out of `Module.to`.
 # mypy: disable-error-code="call-overload"
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from curation import backbone, weights
-from curation.config import Settings
+from curation.config import Settings, nearest
 from curation.engine.device import require_device
-from curation.errors import DeviceError, InputError
+from curation.errors import DeviceError, InputError, WeightsError
 from curation.images.decode import Picture, to_shape
 from curation.models import efficientnet, sscd, vit
 from curation.models.vit import Variant
@@ -54,9 +55,7 @@ class EmbedderModel:
     """The facts about a model that need no weights, and its loader: a row of MODELS."""
 
     dimensions: Mapping[str, int]
-    """Length D of the vector for each pooling. Evaluation takes the first."""
-    default_pooling: str | None
-    """None: the config must name one."""
+    """Length D of the vector for each pooling. The first is the default."""
     size_multiple: int
     """Sides of an input image are multiples of this many pixels; a Vision Transformer's patch size."""
     normalization: Normalization
@@ -84,7 +83,6 @@ def transformer(size: backbone.Name, patch_size: int, family: vit.Family = "vit"
     poolings = vit.POOLINGS[family]
     return EmbedderModel(
         dimensions={pooling: vit.num_features(backbone.SIZES[size].embed_dim, pooling) for pooling in poolings},
-        default_pooling=poolings[0],
         size_multiple=patch_size,
         normalization=IMAGENET_NORMALIZATION,
         flops=lambda image_size: vit.flops(variant, image_size),
@@ -106,7 +104,6 @@ def transformer(size: backbone.Name, patch_size: int, family: vit.Family = "vit"
 MODELS: dict[str, EmbedderModel] = {
     "efficientnet_lite0": EmbedderModel(
         dimensions=efficientnet.NUM_FEATURES,
-        default_pooling=None,
         size_multiple=efficientnet.STRIDE,
         normalization=efficientnet.NORMALIZATION,
         flops=lambda image_size: 2 * 0.407e9 * (image_size / 224) ** 2,
@@ -116,7 +113,6 @@ MODELS: dict[str, EmbedderModel] = {
     ),
     "sscd_disc_mixup": EmbedderModel(
         dimensions={"gem": sscd.DIMENSIONS},
-        default_pooling="gem",
         size_multiple=1,
         normalization=IMAGENET_NORMALIZATION,
         flops=lambda image_size: 2 * 4.1e9 * (image_size / 224) ** 2,
@@ -135,7 +131,7 @@ MODELS: dict[str, EmbedderModel] = {
 
 def _check_model_name(name: str) -> str:
     if name not in MODELS:
-        raise ValueError(f"no embedder has this name. Choose from: {', '.join(MODELS)}")
+        raise ValueError(f"no embedder has this name{nearest(name, MODELS)}. Choose from: {', '.join(MODELS)}")
     return name
 
 
@@ -164,6 +160,7 @@ class EmbedderConfig(Settings):
     """How the last layers become the vector.
     efficientnet_lite0: "average" or "gem" (p=3) of the 1280 channels of its head, or "gem_and_bottleneck": that GeM
     side by side with the smooth maxima (log-mean-exp) of the 320 channels before the head, each half of unit length.
+    Left out, "average".
     Vision Transformers: the "cls" token, the "patch_mean", or "cls_patch_mean", both side by side. Left out, "cls".
     ijepa_huge_patch14: "patch_mean", also where it is left out. sscd_disc_mixup: "gem", the same.
     """
@@ -204,34 +201,34 @@ class EmbedderConfig(Settings):
         if not isinstance(values, dict) or "pooling" in values:
             return values
         model = MODELS.get(str(values.get("name")))
-        default = "" if model is None else model.default_pooling  # of an unknown name only the name is reported
-        return values if default is None else {**values, "pooling": default}
+        # Of an unknown name only the name is reported.
+        return {**values, "pooling": "" if model is None else next(iter(model.dimensions))}
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problems = []
-        model = MODELS[self.name]
-        if self.pooling not in model.dimensions:
-            problems.append(f"{self.name} has no pooling '{self.pooling}' (choose from {', '.join(model.dimensions)})")
-        if self.weights is None and model.packaged_weights is None:
-            problems.append(f"{self.name} needs weights: give the path of a checkpoint")
-        if model.vit:
-            for key, size in (("image_size", self.image_size), ("weights_image_size", self.weights_image_size)):
-                if size is not None and size % model.vit.patch_size:
-                    problems.append(f"{key} {size} is not a multiple of the patch size {model.vit.patch_size}")
-        else:
-            if self.resize == "keep_aspect":
-                problems.append(f"resize 'keep_aspect' is for Vision Transformers, and {self.name} is none")
-            for key in _ONLY_VIT:
-                if (value := getattr(self, key)) is not None:
-                    problems.append(f"{key} {value!r} is for Vision Transformers, and {self.name} is none")
-            if self.image_size % model.size_multiple:
-                problems.append(f"image_size {self.image_size} is not a multiple of {model.size_multiple}")
-        if self.compile and self.resize == "keep_aspect":  # beyond eight shapes torch silently stops compiling
-            problems.append("compile needs images of one shape, and resize 'keep_aspect' gives many")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    # Each setting alone, so that one message lists all problems; pydantic skips a check of the whole section after one.
+    @field_validator("weights", "image_size", "resize", "pooling", "compile", *_ONLY_VIT)
+    @classmethod
+    def _suits_the_model(cls, value: Any, info: ValidationInfo) -> Any:
+        if (name := info.data.get("name")) is None:  # it is unknown, which is reported
+            return value
+        model = MODELS[name]
+        match info.field_name:
+            case "weights" if value is None and model.packaged_weights is None:
+                raise ValueError(f"{name} needs weights: give the path of a checkpoint")
+            case "pooling" if value not in model.dimensions:
+                raise ValueError(f"{name} has no pooling {value!r} (choose from {', '.join(model.dimensions)})")
+            case "image_size" if value % model.size_multiple:
+                multiple = f"the patch size {model.size_multiple}" if model.vit else model.size_multiple
+                raise ValueError(f"{value} is not a multiple of {multiple}")
+            case "weights_image_size" if model.vit and value is not None and value % model.vit.patch_size:
+                raise ValueError(f"{value} is not a multiple of the patch size {model.vit.patch_size}")
+            case "resize" if value == "keep_aspect" and not model.vit:
+                raise ValueError(f"'keep_aspect' is for Vision Transformers, and {name} is none")
+            case "compile" if value and info.data.get("resize") == "keep_aspect":
+                # Beyond eight shapes torch silently stops compiling.
+                raise ValueError("it needs images of one shape, and resize 'keep_aspect' gives many")
+            case setting if setting in _ONLY_VIT and not model.vit and value is not None:
+                raise ValueError(f"{value!r} is for Vision Transformers, and {name} is none")
+        return value
 
 
 @dataclass(frozen=True)
@@ -304,6 +301,13 @@ class Embedder:
                 "'float32' or 'bfloat16', or check the weights."
             )
         return functional.normalize(features, dim=1).numpy()
+
+
+def require_weights(config: EmbedderConfig) -> None:
+    """Raise WeightsError where no file or folder is at the path of the weights, and DeviceError without the package."""
+    path = MODELS[config.name].weights_path(config.weights)
+    if not os.path.exists(path):
+        raise WeightsError(f"{config.name}: there are no weights at '{path}'. Correct the path in `weights`.")
 
 
 def load_embedder(config: EmbedderConfig) -> Embedder:

@@ -112,13 +112,20 @@ def _read_finished(recipe: DemoRecipe, output: Path, debs: dict[str, Path] | Non
     manifest = read_manifest(str(output)) if output.is_dir() else None
     if manifest is None:
         raise OutputMismatchError(
-            f"'{output}' exists, but without {MANIFEST_NAME} it is not demo data. Give another --output."
+            f"'{output}' exists, but without {MANIFEST_NAME} it is not demo data. Give another folder "
+            "(demo_data in a config, --output of pipelines.demo.dataset)."
         )
     plan = _plan(recipe, manifest.plan.inputs if debs is None else packages.hash_files(debs))
-    if manifest.plan != plan:
+    if (there := manifest.plan) != plan:
+        before, after = {**there.config, **there.inputs}, {**plan.config, **plan.inputs}
+        changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+        if there.format_version != plan.format_version:
+            cause = f"by another version of Seedbed (format {there.format_version}, not {plan.format_version})"
+        else:
+            cause = f"with other settings or from other packages ({', '.join(changed)})"
         raise OutputMismatchError(
-            f"'{output}' was made with other settings or from other packages.\n  found:    {manifest.plan!r}\n"
-            f"  expected: {plan!r}\nGive another --output, or delete the folder to make it again."
+            f"The demo data in '{output}' was made {cause}. Delete the folder, and the same command makes it again; or "
+            "give another one (demo_data in a config, --output of pipelines.demo.dataset)."
         )
     return manifest
 

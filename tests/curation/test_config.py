@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pytest
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 import curation
 import evaluation
@@ -58,8 +58,19 @@ def values() -> dict[str, object]:
 
 # A file with mistakes, and the exact lines of the message on it.
 PROBLEMS = [
-    ('sede = 1\n[model]\nname = "a"', ["Unknown key: 'sede' (value 1)"]),
-    ('[model]\nname = "a"\n[modle]\nx = 1', ["Unknown key: 'modle' (value {'x': 1})"]),
+    ('sede = 1\n[model]\nname = "a"', ["Unknown key: 'sede' (did you mean 'seed'?). Found: 1"]),
+    (
+        '[model]\nname = "a"\n[modle]\nx = 1\nz = [{secret = 2}]',
+        ["Unknown key: 'modle' (did you mean 'model'?). Found: a table with the keys x, z"],
+    ),
+    ("model = {name = {x = 1}}", ["'model.name': Input should be a valid string. Found: a table with the keys x"]),
+    ("model = {name = [[1], {x = 2}]}", ["'model.name': Input should be a valid string. Found: a list of 2"]),
+    ('[[model]]\nname = "a"', ["'model': Input should be a table. Found: a list of 1"]),
+    ('[model]\nname = "a"\ncounts = 7', ["'model.counts': Input should be a table. Found: 7"]),
+    (
+        '[model]\nname = "a"\n[model.counts]\n"x.y" = "one"',
+        ["'model.counts.x.y': Input should be a valid integer. Found: 'one'"],
+    ),
     ("[model]", ["Missing key: 'model.name'"]),
     ("", ["Missing key: 'model'"]),
     ("[model]\nname = 1", ["'model.name': Input should be a valid string. Found: 1"]),
@@ -79,9 +90,9 @@ PROBLEMS = [
             "Missing key: 'model.name'",
             "'model.rate': Input should be greater than or equal to 0. Found: -1",
             "'model.levels.1.size': Input should be greater than or equal to 1. Found: 0",
-            "Unknown key: 'model.levels.1.nmae' (value 'b')",
+            "Unknown key: 'model.levels.1.nmae' (did you mean 'name'?). Found: 'b'",
             "'seed': Input should be a valid integer. Found: 'x'",
-            "Unknown key: 'sede' (value 2)",
+            "Unknown key: 'sede' (did you mean 'seed'?). Found: 2",
         ],
     ),
 ]
@@ -96,6 +107,49 @@ def test_one_message_names_every_problem(tmp_path: Path, text: str, lines: list[
     first, *rest = str(caught.value).splitlines()
     assert first == f"{path}: {len(lines)} problem{'s' if len(lines) > 1 else ''} in the config:"
     assert rest == [f"  {line}" for line in lines]
+
+
+class Alternatives(Settings):
+    """Sections with a union, and with a check of the whole section."""
+
+    protocol: Literal["linear", "multiscale"] | Level = "linear"
+    low: int = Field(default=0, ge=0)
+    high: int = 9
+
+    @model_validator(mode="after")
+    def _check(self) -> "Alternatives":
+        problems = [f"{name} is odd" for name in ("low", "high") if getattr(self, name) % 2]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class Nested(Settings):
+    section: Alternatives
+
+
+@pytest.mark.parametrize(
+    ("section", "lines"),
+    [
+        (
+            {"protocol": "lineer"},
+            ["'section.protocol': Input should be 'linear' or 'multiscale' (did you mean 'linear'?), or: "
+             "Input should be a table. Found: 'lineer'"],
+        ),
+        (
+            {"protocol": {"size": 0}},
+            ["'section.protocol': Input should be 'linear' or 'multiscale'. Found: a table with the keys size",
+             "'section.protocol.size': Input should be greater than or equal to 1. Found: 0"],
+        ),
+        ({"low": -1}, ["'section.low': Input should be greater than or equal to 0. Found: -1"]),
+        ({"low": 1}, ["'section': low is odd", "'section': high is odd"]),
+    ],
+)  # fmt: skip
+def test_message_names_settings_and_nothing_else(section: dict[str, object], lines: list[str]) -> None:
+    """No name of a class or a function, no dump of a section; a check of the section only after its ranges."""
+    with pytest.raises(ConfigError) as caught:
+        config.parse(Nested, {"section": section}, origin="x")
+    assert str(caught.value).splitlines()[1:] == [f"  {line}" for line in lines]
 
 
 def test_long_value_is_cut_in_the_message() -> None:
@@ -155,7 +209,7 @@ def test_override_of_a_path_that_does_not_exist_is_refused(override: str, messag
 
 
 def test_override_of_an_unknown_key_is_an_unknown_key() -> None:
-    with pytest.raises(ConfigError, match=r"Unknown key: 'model.nmae' \(value 'x'\)"):
+    with pytest.raises(ConfigError, match=r"Unknown key: 'model.nmae' \(did you mean 'name'\?\). Found: 'x'"):
         parse(values(), "model.nmae=x")
 
 
@@ -263,11 +317,44 @@ def test_missing_or_broken_config_file_is_refused(tmp_path: Path) -> None:
     broken.write_text("[model\nname = 1")
     with pytest.raises(ConfigError, match=r"broken\.toml: not valid TOML: .*line 1"):
         config.load(Whole, str(broken))
+    for text in ("a = " + "[" * 50_000 + "]" * 50_000, ".".join("a" * 2_000) + " = 1", "a = " + "[" * 33 + "]" * 33):
+        broken.write_text(text)
+        with pytest.raises(ConfigError, match=r"not valid TOML: tables and lists of more than 32 levels"):
+            config.load(Whole, str(broken))
+        with pytest.raises(ConfigError, match=r"not valid TOML|more than 32 levels|expected|valid string"):
+            parse(values(), f"model.name={text.partition('= ')[2]}", f"{'.'.join('a' * 2_000)}=1")
     broken.write_bytes(b"\xff\xfe\x00binary")
     with pytest.raises(ConfigError, match=r"broken\.toml: not a text file"):
         config.load(Whole, str(broken))
     with pytest.raises(InputError, match="nosuch"):
         config.load(Whole, "nosuch://bucket/run.toml")
+
+
+def test_byte_order_mark_of_a_config_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b'\xef\xbb\xbfseed = 3\n[model]\nname = "a"')
+    assert config.load(Whole, str(tmp_path / "run.toml")).seed == 3
+
+
+def test_home_folder_takes_the_place_of_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the outputs, which hold paths of images, have the absolute path. In a name a tilde stays."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    tables = {"ingest": {"sources": [{"name": "a~", "role": "pool", "path": "~/images"}]}}
+    (source,) = config.parse_section(IngestConfig, tables, [], section="ingest", origin="x").sources
+    assert (source.name, source.path) == ("a~", "/home/ada/images")
+    changed = config.parse_section(IngestConfig, tables, ["ingest.sources.0.path=~/more"], section="ingest", origin="x")
+    assert changed.sources[0].path == "/home/ada/more"
+
+
+@pytest.mark.parametrize(("override", "head"), [("modle.rate=1", "modle"), ("rate=1", "rate")])
+def test_override_outside_the_known_sections_is_refused(override: str, head: str) -> None:
+    """It would have no effect, in silence."""
+    with pytest.raises(ConfigError, match=rf"--set {override}: there is no section '{head}' in x"):
+        config.parse_section(Model, {"model": {"name": "a"}}, [override], section="model", origin="x")
+
+
+def test_stage_alone_refuses_an_unknown_profile() -> None:
+    with pytest.raises(ConfigError, match=r"no profile is named 'papr'.* Choose from: default, paper"):
+        config.parse_section(Model, {"profile": "papr", "model": {"name": "a"}}, [], section="model", origin="x")
 
 
 def test_config_is_read_from_any_filesystem() -> None:

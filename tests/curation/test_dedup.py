@@ -284,8 +284,15 @@ def test_seeds_are_kept_without_decontaminate_seeds(mode: str) -> None:
     assert reasons(exempt)[3] == "holdout"
 
 
+@pytest.mark.parametrize("setting", ["threshold", "holdout_threshold", "holdout_cosine"])
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.5])
+def test_similarity_of_copies_lies_above_0_and_at_most_1(setting: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{setting}\s+Input should be (greater than 0|less than or equal to 1)"):
+        DedupConfig(**{setting: value})
+
+
 def test_config_that_could_keep_copies_of_the_holdout_is_refused() -> None:
-    with pytest.raises(ValueError, match="holdout_threshold must not lie above threshold"):
+    with pytest.raises(ValueError, match=r"holdout_threshold \([\d.]+\) must not lie above threshold"):
         DedupConfig(threshold=0.5, holdout_threshold=0.6)
 
 

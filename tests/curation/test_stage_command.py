@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import ray
 import typer
 from typer.testing import CliRunner
 
@@ -13,9 +15,9 @@ from curation.dedup import DedupConfig
 from curation.embed import EmbedConfig
 from curation.engine.manifest import FORMAT_VERSION, require_manifest
 from curation.engine.runner import InlineRunner
-from curation.errors import InputError
+from curation.errors import InputError, WeightsError
 from curation.pack import PackConfig
-from curation.run_folder import RunFolder
+from curation.run_folder import RunFolder, require_stage
 from tests.curation.builders import (
     content_hash,
     encoded_image,
@@ -26,6 +28,7 @@ from tests.curation.builders import (
     write_ingest,
     write_pairs,
     write_stage,
+    write_vectors,
 )
 
 COMMON = ["--config", "--output", "--runner", "--workers", "--set", "--plan", "--replace", "--help"]
@@ -110,6 +113,44 @@ def test_an_output_over_an_input_or_below_a_source_is_refused(tmp_path: Path, mo
         result = CliRunner().invoke(app(stage), [*base, output, *folders])
         assert isinstance(result.exception, InputError) and message in str(result.exception), (output, result.output)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_folder_of_another_stage_or_of_a_whole_run_is_named_with_the_needed_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    images = write_ingest(run / "ingest", [[image_row(id_of(1), "pool", "pool")]])
+    (tmp_path / "config.toml").write_text("[dedup]\n")
+    common = ["--config", str(tmp_path / "config.toml"), "--output", str(tmp_path / "out"), "--images"]
+    for folder, pairs_folder, message in (
+        (images, images, f"--pairs needs the folder of a finished pairs, but '{images}' holds the stage ingest."),
+        (images, str(tmp_path), f"--pairs needs the folder of a finished pairs, but '{tmp_path}' holds no finished"),
+        (str(run), images, f"--images '{run}' is the folder of a run. Give '{images}'."),
+    ):
+        shown = CliRunner().invoke(app(dedup), [*common, folder, "--pairs", pairs_folder])
+        assert isinstance(shown.exception, InputError) and str(shown.exception).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_embed_and_describe_take_the_place_of_each_other(tmp_path: Path) -> None:
+    images = write_ingest(tmp_path / "ingest", [[image_row(id_of(1), "pool", "pool")]])
+    require_stage(write_vectors(tmp_path / "embed", images, [{id_of(1): np.ones(4)}]), "describe", "--descriptors")
+
+
+def test_missing_sources_are_listed_together_before_ray_starts(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    source = '[[ingest.sources]]\nname = "{0}"\nrole = "pool"\npath = "{0}"\n'
+    config.write_text(source.format("a") + source.format("b"))
+    shown = CliRunner().invoke(app(ingest), ["--config", str(config), "--output", str(tmp_path / "out")])
+    assert isinstance(shown.exception, InputError) and not ray.is_initialized()
+    assert [line.partition(". ")[0] for line in str(shown.exception).splitlines()] == [
+        f"source '{name}': there is nothing at '{name}'" for name in "ab"
+    ]
+
+
+def test_missing_weights_are_said_before_ray_starts(tmp_path: Path) -> None:
+    options = ["--model", "vit_tiny_patch16", "--weights", "nowhere.pth", "--images", str(tmp_path), "--output", "out"]
+    shown = CliRunner().invoke(app(embed), options)
+    assert isinstance(shown.exception, WeightsError) and not ray.is_initialized()
+    assert "there are no weights at 'nowhere.pth'" in str(shown.exception)
 
 
 @pytest.mark.parametrize(("stage", "fact"), [("embed", "limits"), ("dedup", "min_similarity"), ("pack", "datasets")])

@@ -203,7 +203,7 @@ def test_log_on_an_object_store_is_written_in_pieces(monkeypatch: pytest.MonkeyP
         for number in range(3):
             log.write("stopped", why=str(number))
         assert run_log.read_driver(run) is not None
-    assert [line["why"] for line in run_log.read_lines(run)] == ["0", "1", "2"]
+    assert [line.why for line in run_log.read_lines(run) if isinstance(line, run_log.StoppedLine)] == ["0", "1", "2"]
     assert [path.rpartition("-")[2] for path in paths.list_names(run + "/log")] == [
         f"{number:04d}.jsonl" for number in range(3)
     ]
@@ -233,3 +233,51 @@ def test_times_of_a_redone_stage_start_from_zero(tmp_path: Path) -> None:
     (tmp_path / "log/shards-3.jsonl").write_text(line("begin", 300, plan="y", **begin) + line("end", 301, seconds=1))
     (redone,) = run_log.times(str(tmp_path)).values()
     assert (redone.seconds, redone.shards) == (1, 0)
+
+
+LINES = [
+    {"event": "begin", "time": 100, "stage": "ingest", "plan": "x", "shards": 2, "done_before": 0, "workers": 2},
+    {"event": "begin", "time": 101, "stage": "ingest/s", "plan": "y", "shards": 1, "done_before": 0, "workers": 2},
+    {"event": "shard", "time": 102, "stage": "ingest/s", "shard": "s0", "seconds": 1, "items": 1, "bytes": 1},
+    {"event": "end", "time": 103, "stage": "ingest/s", "seconds": 2},
+    {"event": "shard", "time": 104, "stage": "ingest", "shard": "a", "seconds": 4, "items": 1, "bytes": 1},
+    {"event": "end", "time": 105, "stage": "ingest", "seconds": 5},
+    {"event": "stopped", "time": 106, "why": "the disk is full"},
+]
+
+
+def write_log(run: Path, lines: list[bytes]) -> None:
+    (run / "log/workers").mkdir(parents=True, exist_ok=True)
+    (run / "log/shards-1.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 40, b'{"event": "shard", "ti', b"[]", b'{"event": "other"}', b"\xff"])
+def test_damaged_log_stops_neither_status_nor_the_run(tmp_path: Path, damage: bytes) -> None:
+    lines = [json.dumps(line).encode() for line in LINES]
+    for number in range(len(lines)):
+        write_log(tmp_path, [*lines[:number], damage, *lines[number + 1 :]])
+        (tmp_path / "log/driver.json").write_bytes(damage)
+        (tmp_path / "log/workers/w.json").write_bytes(damage)
+        assert status.read(str(tmp_path)).driver is None
+        assert run_log.num_torn(str(tmp_path)) == (damage != b"")
+        whole = number in (1, 2, 3, 6)  # only lines of the stage itself change its time
+        assert ("ingest" in run_log.times(str(tmp_path))) == (number != 0)
+        assert not whole or run_log.times(str(tmp_path))["ingest"].seconds == 5
+    with run_log.open_log(str(tmp_path)) as log:
+        assert log.started, "the files of the killed driver must be deleted"
+    assert [path.name for path in (tmp_path / "log").iterdir()] == ["shards-1.jsonl"]
+
+
+def test_status_counts_the_torn_lines(home: Path) -> None:
+    write_log(home / "out", [b"{", *(json.dumps(line).encode() for line in LINES)])
+    printed = printed_status(home)
+    assert "Lines of the log that cannot be read: 1." in printed and "It stopped with: the disk is full" in printed
+
+
+def test_log_that_cannot_be_written_stops_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log").write_text("a file in the place of the folder")
+    with run_log.open_log(str(tmp_path)) as log:
+        for number in range(3):
+            log.write("stopped", why=str(number))
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    run_log.write_note(str(tmp_path / "log/workers"), "ingest", "a")

@@ -230,6 +230,13 @@ def test_another_config_is_refused_without_changing_tensors(folder: str) -> None
     assert run.weights() == before
 
 
+def test_setting_that_no_longer_exists_is_said_with_the_remedies(folder: str) -> None:
+    other = {name: value for name, value in CONFIG.items() if name != "seed"}
+    expected = r"(?s)seed: 0 there, not set now.*the version of Seedbed that wrote it.*or delete the folder of this run"
+    with pytest.raises(OutputMismatchError, match=expected):
+        checkpoint.load(f"{folder}/step-0000003", Run(ALONE).parts(), config=other, world=ALONE)
+
+
 def test_many_differences_are_counted(folder: str) -> None:
     other = {f"key{number}": number for number in range(20)}
     with pytest.raises(OutputMismatchError, match="and 16 more"):

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from curation.config import Settings
+from curation.engine import command
 from curation.engine.command import open_runner, require_apart
 from curation.engine.runner import InlineRunner
-from curation.errors import InputError
+from curation.errors import DeviceError, InputError
 
 SCRIPT = """
 import sys, time
@@ -97,6 +99,31 @@ def test_signal_leaves_no_partial_file(tmp_path: Path, number: signal.Signals) -
     assert process.returncode == 128 + number
     assert b"Traceback" not in errors
     assert os.listdir(tmp_path) == []
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    words = ["~/a", "--output=~/a", "name=~", "a~", "--set", "x.y=~/a=~/b", "~nobody-has-this-name/a"]
+    expected = ["/home/ada/a", "--output=/home/ada/a", "name=/home/ada", "a~", "--set", "x.y=/home/ada/a=~/b", words[6]]
+    assert [command._with_home(word) for word in words] == expected
+
+
+class Section(Settings):
+    device: str = "cpu"
+
+
+class Whole(Settings):
+    search: Section = Section()
+    device: str = "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_missing_gpu_names_the_settings_before_any_work() -> None:
+    settings = Whole(device="cuda", search=Section(device="cuda"))
+    worked = []
+    with pytest.raises(DeviceError, match=r"search\.device, device is 'cuda', but torch .* sees no GPU here"):
+        command.plan_or_run(settings, worked.append, plan=False, runner="inline", workers=None, gpus_per_worker=1)
+    assert worked == []
 
 
 def test_inline_runner_runs_in_this_process() -> None:

@@ -425,11 +425,22 @@ def test_progress_files_after_a_kill_behind_the_manifest_are_deleted(root: str) 
 OTHER_PLANS = [
     (plan(config={"power": 3, "levels": [{"k": 1}, {"k": 2}], "name": "a"}), ["config.power: 2 there, 3 now"]),
     (plan(config={"power": 2, "levels": [{"k": 1}, {"k": 5}], "name": "a"}), ["config.levels.1.k: 2 there, 5 now"]),
-    (plan(config={"power": 2, "levels": [{"k": 1}], "name": "a"}), ["config.levels.1.k: 2 there, None now"]),
+    (plan(config={"power": 2, "levels": [{"k": 1}], "name": "a"}), ["config.levels.1.k: 2 there, not set now"]),
     (plan(inputs={"images": "xyz"}), ["inputs.images: 'abc' there, 'xyz' now"]),
     (plan(stage="cube", num_shards=4), ["num_shards: 3 there, 4 now", "stage: 'square' there, 'cube' now"]),
-    (plan(format_version=99), [f"format_version: {FORMAT_VERSION} there, 99 now"]),
 ]
+
+
+def test_work_of_another_format_names_every_remedy(root: str) -> None:
+    """The features of an evaluation are such work, and its command has no --replace."""
+    folder = paths.join(root, "square")
+    finish(folder, plan())
+    with pytest.raises(OutputMismatchError) as caught:
+        start_or_resume(folder, plan(format_version=99), replace=False)
+    message = str(caught.value)
+    assert f"was written in format {FORMAT_VERSION}; this version of Seedbed writes format 99" in message
+    assert "Delete this folder, give another --output, or give --replace to a command that has it" in message
+    assert "\n" not in message and start_or_resume(folder, plan(format_version=99), replace=True) == {}
 
 
 @pytest.mark.parametrize("finished", [False, True], ids=["half done", "done"])

@@ -239,6 +239,36 @@ def temporary() -> Iterator[Path]:
 
 
 @pytest.mark.slow
+def test_a_long_folder_for_temporary_files_is_replaced_by_a_private_folder_in_tmp(temporary: Path) -> None:
+    """Slow, because it starts a Ray. Its sockets would be longer than the system allows."""
+    long = temporary / ("x" * (59 - len(str(temporary))))
+    long.mkdir()
+    assert len(str(long)) == 60
+    closed = run_once("closed", long)
+    assert closed.returncode == 0, closed.stderr
+    folder = Path(closed.stdout.strip()).parent
+    assert folder.parent == Path("/tmp") and not folder.exists() and list(long.iterdir()) == []
+
+
+def test_a_folder_for_temporary_files_is_kept_while_it_is_short_enough() -> None:
+    longest = "/" + 19 * "x"  # on Linux
+    expected = Path("/tmp") if sys.platform == "darwin" else Path(longest)
+    assert ray_runner._short_parent(longest) == expected
+    assert ray_runner._short_parent(longest + "x") == ray_runner._short_parent("/" + "é" * 10) == Path("/tmp")
+
+
+def test_missing_gpus_and_processors_name_the_setting_and_the_option() -> None:
+    no_gpu = ray_runner._shortage("GPU", 8, 0, 8, "embed.embedder.device")
+    assert (
+        "8 workers (--workers) need 8 GPUs, because embed.embedder.device is 'cuda', but there is no GPU. Set" in no_gpu
+    )
+    assert "this Ray has 2. Give --workers 2, or" in ray_runner._shortage("GPU", 8, 2, 8, "device")
+    assert "4 workers (--workers) need 8 CPUs; this Ray has 5. Give --workers 2" in ray_runner._shortage(
+        "CPU", 8, 5, 4, "device"
+    )
+
+
+@pytest.mark.slow
 def test_temporary_files_are_deleted_at_the_end_or_by_the_next_run_after_a_kill(temporary: Path) -> None:
     killed = run_once("killed", temporary)
     assert killed.returncode == -signal.SIGKILL

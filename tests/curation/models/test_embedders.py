@@ -387,9 +387,12 @@ def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
                 "image_size": 225,
                 "weights_image_size": 519,
             },
-            ["pooling 'gem'", "image_size 225", "weights_image_size 519", "patch size 14"],
+            ["pooling 'gem'", "image_size", "225 is not", "weights_image_size", "519 is not", "patch size 14"],
         ),
-        ({"name": "efficientnet_lite0", "pooling": "gem", "num_register_tokens": 4}, ["num_register_tokens 4"]),
+        (
+            {"name": "efficientnet_lite0", "pooling": "gem", "num_register_tokens": 4},
+            ["num_register_tokens", "4 is for Vision"],
+        ),
         (
             {"name": "efficientnet_lite0", "pooling": "gem", "position_interpolation": "plain"},
             ["'plain' is for Vision"],
@@ -399,13 +402,16 @@ def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
         ({"name": "efficientnet_lite0", "pooling": "gem", "resize": "keep_aspect"}, ["'keep_aspect' is for Vision"]),
         (
             {"name": "vit_tiny_patch16", "weights": "a", "resize": "keep_aspect", "compile": True},
-            ["compile needs images of one shape"],
+            ["compile", "it needs images of one shape"],
         ),
         (
             {"name": "vit_medium_patch16", "pooling": "cls"},
             ["name", "no embedder has this name", "efficientnet_lite0, sscd_disc_mixup, vit_tiny_patch8"],
         ),
-        ({"name": "efficientnet_lite0"}, ["pooling"]),
+        (
+            {"name": "efficientnet_lite0", "pooling": "cls", "image_size": 7, "batch_size": 0},
+            ["no pooling 'cls'", "image_size", "batch_size"],
+        ),
     ],
 )
 def test_impossible_configs_name_every_problem(values: dict[str, object], problems: list[str]) -> None:
@@ -413,6 +419,12 @@ def test_impossible_configs_name_every_problem(values: dict[str, object], proble
         EmbedderConfig.model_validate_json(json.dumps(values))
     for problem in problems:
         assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("name", embedders.MODELS)
+def test_every_model_has_a_default_pooling(name: str) -> None:
+    config = EmbedderConfig(name=name, weights="weights.pth", image_size=224)
+    assert config.pooling == next(iter(embedders.MODELS[name].dimensions))
 
 
 class OneEmbedder(Settings):

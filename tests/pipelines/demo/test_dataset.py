@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat
 
+from curation.engine.manifest import FORMAT_VERSION, MANIFEST_NAME
 from curation.errors import InputError, OutputMismatchError
 from curation.files import parquet
 from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
@@ -213,9 +214,19 @@ def test_failed_run_leaves_nothing_under_the_final_name(packages: Path, demo: Pa
     assert os.listdir(tmp_path) == ["demo"]
 
 
+def test_demo_data_of_an_earlier_version_is_refused_with_the_remedy(demo: Path, tmp_path: Path) -> None:
+    old = tmp_path / "demo"
+    old.mkdir()
+    text = (demo / MANIFEST_NAME).read_text()
+    (old / MANIFEST_NAME).write_text(text.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 1'))
+    with pytest.raises(OutputMismatchError, match=r"format 1, not \d+\)\. Delete the folder, and the same command"):
+        dataset.run(old, recipe=RECIPE)
+
+
 def test_folder_of_other_files_is_refused(packages: Path, demo: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputMismatchError, match="other settings"):
+    with pytest.raises(OutputMismatchError, match=r"other packages \(.*pool_size.*\)\. Delete the folder") as caught:
         dataset.run(demo, packages)
+    assert "Plan(" not in str(caught.value)
     (tmp_path / "thesis.txt").write_text("mine")
     for output in (tmp_path, tmp_path / "thesis.txt"):
         with pytest.raises(OutputMismatchError, match="not demo data"):
