@@ -271,7 +271,6 @@ def train(config: TrainConfig, output: str, evaluate: Evaluate | None = None) ->
     """
     if not paths.is_local(output):
         raise ConfigError(f"--output {output}: training writes to a local folder. Copy it afterwards.")
-    paths.require_writable(output)
     with open_world(config.device) as world, _received_signals() as signals:
         images_per_pass = config.images_per_pass * world.num_ranks
         if config.batch_size % images_per_pass:
@@ -281,6 +280,7 @@ def train(config: TrainConfig, output: str, evaluate: Evaluate | None = None) ->
             )
         _check_memory(config, world)
         if world.is_first:
+            paths.require_writable(output)
             samples.prepare(config.data, output, InlineRunner())
         barrier()
         trainer = build_trainer(config, world)

@@ -157,9 +157,11 @@ def memory(folder: str) -> Measurements:
 
 
 def make(folder: str, num_images: int, size: tuple[int, int]) -> Measurements:
-    """Make JPEGs of that width and height in tars, all different, and their finished ingest in `ingest/`."""
-    draw_tars(folder, num_images, size, IMAGES_PER_TAR)
-    source = SourceConfig(name="drawn", path=folder, role="pool", layout="webdataset")
+    """Make JPEGs of that width and height in `tars/`, all different, and their finished ingest in `ingest/`."""
+    tars = paths.join(folder, "tars")
+    Path(tars).mkdir()
+    draw_tars(tars, num_images, size, IMAGES_PER_TAR)
+    source = SourceConfig(name="drawn", path=tars, role="pool", layout="webdataset")
     ingest.run(IngestConfig(sources=(source,)), paths.join(folder, "ingest"), InlineRunner())
     return {"images": float(num_images)}
 

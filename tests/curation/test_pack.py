@@ -81,7 +81,7 @@ RETRIEVED = retrieved_table(
 DRAWN = retrieved_table([("p2", "", 4, 0), ("p3", "", 5, 0)])
 
 
-class Plan:
+class PackPlan:
     """The plan of pack over hand-made stages with the given rows, cut into several files each."""
 
     def __init__(
@@ -119,7 +119,7 @@ class Plan:
 
 
 def test_each_image_is_packed_once_with_all_its_reasons(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, PackConfig(images_per_shard=3), DATASETS, KEPT, RETRIEVED)
+    plan = PackPlan(tmp_path, PackConfig(images_per_shard=3), DATASETS, KEPT, RETRIEVED)
     assert plan.column("reasons") == {
         "s1": ["as_is:a"],
         "s2": ["as_is:a"],
@@ -135,7 +135,7 @@ def test_each_image_is_packed_once_with_all_its_reasons(tmp_path: Path) -> None:
 
 
 def test_with_repeats_each_reason_is_a_sample(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, PackConfig(repeats=True), DATASETS, KEPT, RETRIEVED)
+    plan = PackPlan(tmp_path, PackConfig(repeats=True), DATASETS, KEPT, RETRIEVED)
     assert plan.column("reasons") == {
         "s1": ["as_is:a"],
         "s2": ["as_is:a"],
@@ -151,7 +151,7 @@ def test_with_repeats_each_reason_is_a_sample(tmp_path: Path) -> None:
 
 def test_draws_by_clustering_have_a_reason_and_weigh_one_a_row(tmp_path: Path) -> None:
     retrieved = pa.concat_tables([RETRIEVED, DRAWN])
-    plan = Plan(tmp_path, PackConfig(temperature=0.0), DATASETS, KEPT, retrieved)
+    plan = PackPlan(tmp_path, PackConfig(temperature=0.0), DATASETS, KEPT, retrieved)
     assert plan.by_key["p3"]["reasons"] == ["balanced:5"]
     assert plan.by_key["p2"]["reasons"] == ["sample:a:s1:1", "cluster:b:7", "balanced:4"]
     # Six rows of the datasets, which share their weight equally; two drawn rows.
@@ -183,7 +183,7 @@ def selectors_of(row: dict[str, Any]) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_weight_of_a_dataset_goes_as_its_rows_to_the_power(tmp_path: Path, seed: int, temperature: float) -> None:
-    plan = Plan(tmp_path, PackConfig(temperature=temperature), *random_plan(seed))
+    plan = PackPlan(tmp_path, PackConfig(temperature=temperature), *random_plan(seed))
     rows = Counter(name for row in plan.rows for part, name in selectors_of(row) if part != "clustering")
     row_weight = {**dataset_weights(rows, temperature), "": 1.0}
     for row in plan.rows:
@@ -198,7 +198,7 @@ def test_shares_of_datasets_are_as_stated(tmp_path: Path, seed: int, repeats: bo
     stated = {"a": 5.0, "b": 0.5, "c": 2.5}
     datasets, kept, retrieved = random_plan(seed)
     retrieved = retrieved.filter(pc.is_valid(retrieved["seed_source"]))
-    plan = Plan(tmp_path, PackConfig(dataset_weights=stated, repeats=repeats), datasets, kept, retrieved)
+    plan = PackPlan(tmp_path, PackConfig(dataset_weights=stated, repeats=repeats), datasets, kept, retrieved)
     dataset_weight = dict.fromkeys(stated, 0.0)
     for (_, name), value in zip(plan.selection.selectors, plan.selector_weight.tolist(), strict=True):
         dataset_weight[name or "a"] += value
@@ -211,8 +211,8 @@ def test_shares_of_datasets_are_as_stated(tmp_path: Path, seed: int, repeats: bo
 @pytest.mark.parametrize("seed", range(2))
 def test_shares_of_the_parts_are_as_stated(tmp_path: Path, seed: int, temperature: float, repeats: bool) -> None:
     mix = MixConfig(seeds=1.0, retrieval=6.0, clustering=3.0)
-    plain = Plan(tmp_path, PackConfig(temperature=temperature, repeats=repeats), *random_plan(seed))
-    mixed = Plan(tmp_path, PackConfig(temperature=temperature, repeats=repeats, mix=mix), *random_plan(seed))
+    plain = PackPlan(tmp_path, PackConfig(temperature=temperature, repeats=repeats), *random_plan(seed))
+    mixed = PackPlan(tmp_path, PackConfig(temperature=temperature, repeats=repeats, mix=mix), *random_plan(seed))
     total = sum(mixed.column("weight").values())
     assert total == pytest.approx(sum(plain.column("weight").values()), rel=1e-12)
     # The weight of a sample follows from its reasons: the weight of a dataset's row, scaled to the share of its part.
@@ -252,7 +252,7 @@ def test_weights_that_do_not_fit_the_selection_are_refused(
     tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        Plan(tmp_path, PackConfig(**config), DATASETS, KEPT, RETRIEVED)
+        PackPlan(tmp_path, PackConfig(**config), DATASETS, KEPT, RETRIEVED)
 
 
 @pytest.mark.parametrize(
@@ -273,26 +273,26 @@ def test_empty_or_contradictory_weights_are_refused(config: dict[str, Any], mess
 def test_every_reason_is_packed_once_in_an_order_of_the_seed(tmp_path: Path, seed: int, repeats: bool) -> None:
     datasets, kept, retrieved = random_plan(seed)
     config = PackConfig(repeats=repeats, seed=seed, images_per_shard=4)
-    plan = Plan(tmp_path, config, datasets, kept, retrieved)
+    plan = PackPlan(tmp_path, config, datasets, kept, retrieved)
     as_is = {dataset.name for dataset in datasets if dataset.as_is}
     num_seeds = sum(row["role"] == "seed" and row["source"] in as_is for row in kept)
     assert sum(len(row["reasons"]) for row in plan.rows) == retrieved.num_rows + num_seeds
     keys = list(plan.by_key)
     assert len(keys) == len(plan.rows) == pack.num_samples(config, plan.selection)
     assert keys == sorted(keys, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
-    assert Plan(tmp_path, config, datasets, kept, retrieved, num_shards=5).rows == plan.rows
-    other = Plan(tmp_path, config.model_copy(update={"seed": seed + 1}), datasets, kept, retrieved)
+    assert PackPlan(tmp_path, config, datasets, kept, retrieved, num_shards=5).rows == plan.rows
+    other = PackPlan(tmp_path, config.model_copy(update={"seed": seed + 1}), datasets, kept, retrieved)
     assert list(other.by_key) != keys and other.column("reasons") == plan.column("reasons")
     permuted = retrieved.take(np.random.default_rng(seed).permutation(retrieved.num_rows))
-    assert list(Plan(tmp_path, config, datasets, kept, permuted).by_key) == keys
+    assert list(PackPlan(tmp_path, config, datasets, kept, permuted).by_key) == keys
 
 
 @pytest.mark.parametrize("repeats", [False, True])
 def test_number_of_files_changes_nothing(tmp_path: Path, repeats: bool) -> None:
     config = PackConfig(repeats=repeats, images_per_shard=3)
-    plan = Plan(tmp_path, config, *random_plan(0))
+    plan = PackPlan(tmp_path, config, *random_plan(0))
     assert plan.num_files == len(plan.tars) > 10
-    fewer = Plan(tmp_path, config, *random_plan(0), num_shards=7, max_files=4)
+    fewer = PackPlan(tmp_path, config, *random_plan(0), num_shards=7, max_files=4)
     assert fewer.num_files <= 4 and fewer.rows == plan.rows
 
 
@@ -315,7 +315,7 @@ def test_rows_split_by_position_stay_in_the_order_of_writing(tmp_path: Path) -> 
 def test_composition_has_a_row_for_each_part(tmp_path: Path) -> None:
     retrieved = pa.concat_tables([RETRIEVED, DRAWN])
     config = PackConfig(mix=MixConfig(seeds=0.25, retrieval=0.25, clustering=0.5))
-    plan = Plan(tmp_path, config, DATASETS, KEPT, retrieved)
+    plan = PackPlan(tmp_path, config, DATASETS, KEPT, retrieved)
     stages = {"images": require_manifest(f"{tmp_path}/ingest")}
     stages["dedup"] = require_manifest(f"{tmp_path}/dedup")
     composition = pack.compose(config, DATASETS, stages, plan.selection, plan.selector_weight)
@@ -332,13 +332,13 @@ def test_composition_has_a_row_for_each_part(tmp_path: Path) -> None:
 
 def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Image gone was retrieved, but not kept"):
-        Plan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("gone", "a", "s1", 0)]))
+        PackPlan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("gone", "a", "s1", 0)]))
     with pytest.raises(InputError, match="rows of dataset 'unknown', which its config does not name"):
-        Plan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("p1", "unknown", "s1", 0)]))
+        PackPlan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("p1", "unknown", "s1", 0)]))
     with pytest.raises(InputError, match="keeps an image twice"):
-        Plan(tmp_path, PackConfig(), DATASETS, [*KEPT, KEPT[3]], RETRIEVED)
+        PackPlan(tmp_path, PackConfig(), DATASETS, [*KEPT, KEPT[3]], RETRIEVED)
     with pytest.raises(InputError, match=f"'{'x' * 33}' is not an image_id"):
-        Plan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("x" * 33, "a", "s1", 0)]))
+        PackPlan(tmp_path, PackConfig(), DATASETS, KEPT, retrieved_table([("x" * 33, "a", "s1", 0)]))
 
 
 def test_nothing_to_select(tmp_path: Path) -> None:

@@ -123,14 +123,17 @@ def test_the_callers_values_are_not_changed() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"profile": "papr"}, "'profile': Input should be 'default' or 'paper'. Found: 'papr'"),
+        ({"profile": "papr"}, "'profile': Input should be 'default' or 'paper' (did you mean 'paper'?). Found: 'papr'"),
         ({"profile": ["paper"]}, "'profile': Input should be 'default' or 'paper'"),
         ({"profile": "paper", "dedup": 3}, "'dedup': "),
         ({"profile": "paper", "retrieve": {"datasets": 3}}, "'retrieve.datasets': "),
         ({"profile": "paper", "retrieve": {"datasets": [3]}}, "'retrieve.datasets.0': "),
         ({"profile": "paper", "retrieve": {}}, "retrieve names no dataset and has no section clustering"),
         ({"profile": "default"}, "Missing key: 'cluster.levels'"),
-        ({"profile": "paper", "pairs": {"num_neighbours": 3}}, "Unknown key: 'pairs.num_neighbours' (value 3)"),
+        (
+            {"profile": "paper", "pairs": {"num_neighbours": 3}},
+            "Unknown key: 'pairs.num_neighbours' (did you mean 'num_neighbors'?). Found: 3",
+        ),
         ({"profile": "paper", "stated_clusters": {"c": 3}}, "stated_clusters names 'c', which is no dataset"),
     ],
 )

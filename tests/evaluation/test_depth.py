@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from curation import backbone, weights
 from curation.errors import ConfigError, InputError
+from curation.files import npy
 from evaluation import depth, features
 from evaluation.data import depth_data
 from evaluation.data.depth_data import DepthDataConfig
@@ -415,7 +416,7 @@ def test_depths_that_do_not_count_are_refused_before_training(
     for name, count in (("train", 3), ("test", 2)):
         depth_scene(tmp_path / name, count, seed=0)
     for file in (tmp_path / split / "depth").iterdir():
-        np.save(file, np.load(file) * factor)
+        np.save(file, npy.read_array(str(file)) * factor)
     with pytest.raises(InputError, match=message):
         depth.run(million_steps(tmp_path), model, str(tmp_path))
 

@@ -87,7 +87,7 @@ def test_a_probe_learns_and_is_read_from_the_cache(tmp_path: Path) -> None:
     for file in Path(cache).glob("linear/*/head.safetensors"):
         file.write_bytes(file.read_bytes()[:-4] + np.float32(np.nan).tobytes())
     with pytest.raises(InputError, match=r"head\.safetensors: not the bytes that were written\. Delete"):
-        fit_or_load(config, model, split, cache)
+        fit_or_load(config, model, split, None, cache)
 
 
 def test_the_test_images_do_not_affect_the_choice(tmp_path: Path) -> None:

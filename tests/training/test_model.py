@@ -96,7 +96,8 @@ def test_passes_add_up_to_the_whole_batch(centering: str, shared: bool) -> None:
     assert run(divided, split(batch, 4)) == pytest.approx(run(whole, [batch]), rel=1e-5)
     expected = gradients(whole)
     for name, gradient in gradients(divided).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+        tolerance = 1e-5 * max(1.0, 0.1 * expected[name].abs().max().item())  # of sums in another order
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=tolerance, msg=name)
 
 
 def test_dino_alone_and_ibot_alone() -> None:

@@ -42,7 +42,7 @@ SEARCHES = pytest.mark.parametrize("search", [EXACT, IVF], ids=["exact", "ivf"])
 Row = tuple[int, str]
 
 
-class Images:
+class SmallImages:
     """A finished ingest and describe. Image n has row n of `matrix`; the hashes of different images are far apart."""
 
     def __init__(
@@ -101,7 +101,7 @@ def rows_of(found: str) -> list[dict[str, Any]]:
     return rows
 
 
-def random_images(folder: Path, kind: str, seed: int) -> Images:
+def random_images(folder: Path, kind: str, seed: int) -> SmallImages:
     """160 images of all roles, a few with several rows. `tied` has 14 descriptors only, `clustered` 9 groups."""
     rng = np.random.default_rng(seed)
     match kind:
@@ -112,7 +112,7 @@ def random_images(folder: Path, kind: str, seed: int) -> Images:
     roles = rng.choice(["pool", "seed", "holdout"], 160, p=[0.7, 0.15, 0.15]).tolist()
     rows = [(number, roles[number]) for number in rng.permutation(160).tolist()]
     rows += [(number, str(rng.choice(["pool", "holdout"], p=[0.9, 0.1]))) for number in range(20)]
-    return Images(folder, matrix, rows)
+    return SmallImages(folder, matrix, rows)
 
 
 @SEARCHES
@@ -121,7 +121,7 @@ def test_equal_images_that_fill_the_lists_do_not_hide_the_holdout(tmp_path: Path
 
     As float16, a vector of 15 equal values is longer than 1.
     """
-    images = Images(tmp_path, np.ones((71, 15)), [*((n, "pool") for n in range(70)), (70, "holdout")])
+    images = SmallImages(tmp_path, np.ones((71, 15)), [*((n, "pool") for n in range(70)), (70, "holdout")])
     found = images.find_pairs(search=search)
     decided = images.decide(found)
     assert [n for n, row in decided.items() if row["kept"]] == []
@@ -182,7 +182,7 @@ def test_holdout_copies_in_several_rows_and_roles(tmp_path: Path, search: dict[s
         (3, "holdout"),
         (4, "pool"),
     ]
-    images = Images(tmp_path, matrix, rows)
+    images = SmallImages(tmp_path, matrix, rows)
     found = images.find_pairs(search=search, num_neighbors=1)
     decided = images.decide(found)
     assert {n: row["reason"] for n, row in decided.items()} == {1: "holdout", 2: "holdout", 4: None}
@@ -198,13 +198,13 @@ def test_holdout_copies_in_several_rows_and_roles(tmp_path: Path, search: dict[s
 @pytest.mark.parametrize("roles", ["", "hh", "hhhhh", "p", "ph", "hp"])
 def test_few_images_of_any_role(tmp_path: Path, roles: str, search: dict[str, Any]) -> None:
     rows = [(number, "holdout" if role == "h" else "pool") for number, role in enumerate(roles)]
-    images = Images(tmp_path, np.ones((max(1, len(roles)), WIDTH)), rows or [(0, "holdout")])
+    images = SmallImages(tmp_path, np.ones((max(1, len(roles)), WIDTH)), rows or [(0, "holdout")])
     found = images.find_pairs(search=search, num_neighbors=1)
     assert [row["kept"] for row in images.decide(found).values()] == ["h" not in roles] * roles.count("p")
 
 
 def test_holdout_image_without_a_descriptor_is_named(tmp_path: Path) -> None:
-    images = Images(tmp_path, np.ones((5, WIDTH)), [*((n, "pool") for n in range(4)), (4, "holdout")])
+    images = SmallImages(tmp_path, np.ones((5, WIDTH)), [*((n, "pool") for n in range(4)), (4, "holdout")])
     described = write_vectors(tmp_path / "partial", images.images, [{id_of(n): images.matrix[n] for n in range(4)}])
     images.descriptors = described
     with pytest.raises(InputError, match=f"no descriptor of the holdout image {id_of(4)}"):
@@ -225,7 +225,7 @@ def test_verified_pairs_are_compared_until_one_matches(tmp_path: Path, search: d
     """All descriptors are equal: a pool image finds its copy behind eight other holdout images, in the third round."""
     shown = [*range(6), *range(100, 108), 5, 200, 201]  # image 14, of the holdout, shows what image 5 shows
     rows: list[Row] = [(n, "pool") for n in range(6)] + [(n, "holdout") for n in range(6, len(shown))]
-    images = Images(tmp_path, np.ones((len(shown), WIDTH)), rows, pictures=[picture(number) for number in shown])
+    images = SmallImages(tmp_path, np.ones((len(shown), WIDTH)), rows, pictures=[picture(number) for number in shown])
     found = images.find_pairs(search=search, num_neighbors=2, verification={}, images_per_shard=7)
     decided = images.decide(found)
     assert {n: row["matched_image_id"] for n, row in decided.items() if row["reason"] == "holdout"} == {5: id_of(14)}
@@ -233,7 +233,9 @@ def test_verified_pairs_are_compared_until_one_matches(tmp_path: Path, search: d
 
 
 def test_holdout_threshold_above_a_sure_match_is_refused(tmp_path: Path) -> None:
-    images = Images(tmp_path, np.ones((2, WIDTH)), [(0, "pool"), (1, "holdout")], pictures=[picture(0), picture(1)])
+    images = SmallImages(
+        tmp_path, np.ones((2, WIDTH)), [(0, "pool"), (1, "holdout")], pictures=[picture(0), picture(1)]
+    )
     found = images.find_pairs(verification={})
     with pytest.raises(ConfigError, match=r"holdout_threshold is 0\.95.*Lower the threshold to 0\.9"):
         images.decide(found, threshold=0.97, holdout_threshold=0.95)
@@ -249,7 +251,7 @@ def test_every_kill_resumes_to_the_same_bytes(tmp_path: Path, search: dict[str, 
     matrix = np.ones((count, WIDTH)) + np.random.default_rng(0).normal(0, 0.1, (count, WIDTH))
     rows: list[Row] = [(n, "holdout" if n % 4 == 0 else "pool") for n in range(count)]
     pictures = [picture(n) for n in range(count)] if verified else None
-    images = Images(tmp_path, matrix, rows, pictures=pictures, rows_per_shard=count // 3)
+    images = SmallImages(tmp_path, matrix, rows, pictures=pictures, rows_per_shard=count // 3)
     config: dict[str, Any] = {"search": search, "num_neighbors": 1, "images_per_shard": count // 3}
     config |= {"verification": {}} if verified else {}
     counter = KilledRunner(10**6)
@@ -265,13 +267,9 @@ def test_every_kill_resumes_to_the_same_bytes(tmp_path: Path, search: dict[str, 
         assert num_kills >= num_calls // 2 - 1 and bytes_in(str(tmp_path / name)) == straight
 
 
-def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_ray_gives_the_same_bytes(tmp_path: Path, ray_runner: RayRunner) -> None:
     images = random_images(tmp_path, "tied", 5)
     config: dict[str, Any] = {"search": IVF, "num_neighbors": 3, "images_per_shard": 30}
     inline = images.find_pairs("inline", **config)
-    runner = RayRunner(num_workers=2)
-    try:
-        ray = images.find_pairs("ray", runner=runner, **config)
-    finally:
-        runner.close()
+    ray = images.find_pairs("ray", runner=ray_runner, **config)
     assert bytes_in(ray) == bytes_in(inline)

@@ -15,7 +15,7 @@ from curation.files import paths
 class FailingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is untyped
     """A store that is empty, and refuses to write as the first part of the path says."""
 
-    protocol = "failing"
+    protocol = "unwritable"
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         raise FileNotFoundError(path)
@@ -32,7 +32,7 @@ class FailingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
 
 @pytest.fixture
 def failing() -> None:
-    fsspec.register_implementation("failing", FailingFileSystem, clobber=True)
+    fsspec.register_implementation("unwritable", FailingFileSystem, clobber=True)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def failing() -> None:
     ],
 )
 def test_output_that_cannot_be_written_is_one_message(failing: None, kind: str, reason: str) -> None:
-    output = f"failing://{kind}/out"
+    output = f"unwritable://{kind}/out"
     with pytest.raises(ConfigError) as caught:
         paths.require_writable(output)
     assert str(caught.value).startswith(f"The output '{output}' cannot be written: {reason}. Give another --output")
@@ -72,9 +72,11 @@ def test_writable_output_is_left_as_it_is(tmp_path: Path) -> None:
 
 def test_nothing_is_written_where_nothing_is_left_to_do(failing: None, tmp_path: Path) -> None:
     (tmp_path / "done").touch()
-    paths.require_writable("failing://permission/out", unless=[str(tmp_path / "done")])
+    paths.require_writable("unwritable://permission/out", unless=[str(tmp_path / "done")])
     with pytest.raises(ConfigError):
-        paths.require_writable("failing://permission/out", unless=[str(tmp_path / "done"), str(tmp_path / "not done")])
+        paths.require_writable(
+            "unwritable://permission/out", unless=[str(tmp_path / "done"), str(tmp_path / "not done")]
+        )
 
 
 def test_unknown_protocol_keeps_its_message() -> None:

@@ -281,14 +281,16 @@ def test_a_sample_of_too_many_images_is_read_in_parts(tmp_path: Path) -> None:
 
 
 def test_damaged_archives_have_their_own_budget(tmp_path: Path) -> None:
+    folder = tmp_path / "tars"
+    folder.mkdir()
     for number in range(20):
-        (tmp_path / f"{number:02d}.tar").write_bytes(tar_of([member("a.png", encoded_image(number))]))
-    (tmp_path / "03.tar").write_bytes(b"")
-    source = SourceConfig(name="web", path=str(tmp_path), role="pool", layout="webdataset")
+        (folder / f"{number:02d}.tar").write_bytes(tar_of([member("a.png", encoded_image(number))]))
+    (folder / "03.tar").write_bytes(b"")
+    source = SourceConfig(name="web", path=str(folder), role="pool", layout="webdataset")
     config = IngestConfig(sources=(source,), max_reject_fraction=0.05)
     manifest = ingest.run(config, str(tmp_path / "out"), InlineRunner())
     assert manifest.rejects == {"damaged_archive": 1} and manifest.totals["accepted"] == 19
-    (tmp_path / "17.tar").write_bytes(START)
+    (folder / "17.tar").write_bytes(START)
     with pytest.raises(
         RejectBudgetError, match=r"2 of 20 tars and Parquet files.*The first: .*03\.tar: not a readable"
     ):

@@ -445,7 +445,7 @@ def test_a_resolved_config_reads_back_as_itself(model: str) -> None:
 def test_cuda_never_falls_back_to_the_cpu() -> None:
     config = EmbedderConfig(name="efficientnet_lite0", pooling="gem", device="cuda")
     assert config.num_gpus == 1
-    with pytest.raises(DeviceError, match=r"device is 'cuda'.*Set device to 'cpu'"):
+    with pytest.raises(DeviceError, match=r"device is 'cuda'.*Set it to 'cpu'"):
         load_embedder(config)
 
 

@@ -13,18 +13,17 @@ from pipelines.bench import scaling
 def test_packing_has_a_row_for_each_size() -> None:
     rows = scaling.bench_packing(scale=500, repeats=1)
     assert [row.image_bytes for row in rows] == list(scaling.SIZES)
-    assert all(min(*row.elapsed.values(), *row.processor.values()) > 0 for row in rows)
+    assert all(row.elapsed.keys() == row.processor.keys() == scaling.WRITERS.keys() for row in rows)
     console = Console(file=io.StringIO(), width=150)
     console.print(scaling.packing_table(rows))
     assert isinstance(console.file, io.StringIO) and "TarWriter" in console.file.getvalue()
 
 
 def test_shards_stop_before_the_last_and_resume_with_it(tmp_path: Path) -> None:
-    first = scaling.shards(str(tmp_path), 7, "inline")
+    scaling.shards(str(tmp_path), 7, "inline")
     assert len(done_shards(str(tmp_path / "tiny"))) == 6
-    second = scaling.shards(str(tmp_path), 7, "inline")
+    scaling.shards(str(tmp_path), 7, "inline")
     assert require_manifest(str(tmp_path / "tiny")).totals["images"] == 70
-    assert min(first["seconds"], second["first"], second["finishing"], second["peak"]) > 0
 
 
 @pytest.mark.slow
@@ -32,4 +31,3 @@ def test_workers_do_all_images(tmp_path: Path) -> None:
     scaling.make(str(tmp_path), 32)
     seconds = scaling.stages(str(tmp_path), 2)
     assert seconds.keys() == {"ingest", "pack", "ingest processor", "pack processor"}
-    assert min(seconds.values()) > 0
