@@ -22,7 +22,7 @@ its shard was read is older than that; `touch` makes it newer.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -40,7 +40,7 @@ from curation.images import changes, listing, sources
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.hashing import image_id
 from curation.images.sandbox import ImageSandbox
-from curation.images.sources import MAX_KINDS, Listing, SourceConfig
+from curation.images.sources import MAX_KINDS, Listing, SourceConfig, SourceFile
 from curation.run_folder import RunFolder
 from curation.stage_command import stage_command
 
@@ -93,14 +93,13 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
         raise InputError("\n".join(problems))
     shards: list[Shard] = []
     for source in config.sources:
-        files = listings[source.name].files
-        step = config.images_per_shard if source.layout == "folder" else 1
-        for start in range(0, len(files), step):
-            file_paths = tuple(file.path for file in files[start : start + step])
-            num_items = len(file_paths) if source.layout == "folder" else 0
-            shards.append(Shard(f"{len(shards):05d}", (source, file_paths), num_items))
+        is_folder = source.layout == "folder"
+        for file_paths in _cut(listings[source.name].files, config.images_per_shard if is_folder else 1):
+            num_named = sum(map(listing.has_image_name, file_paths)) or len(file_paths)
+            shards.append(Shard(f"{len(shards):05d}", (source, file_paths), num_named if is_folder else 0))
     num_archives = sum(len(listings[source.name].files) for source in config.sources if source.layout != "folder")
-    num_images = sum(shard.num_items for shard in shards) if all(shard.num_items for shard in shards) else None
+    num_files = sum(len(shard.work[1]) for shard in shards)
+    num_images = num_files if all(shard.num_items for shard in shards) else None
     stage = Stage(
         name="ingest",
         config=config,
@@ -117,6 +116,24 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
         outdated=functools.partial(_shards_with_changed_files, shards, output),
     )
     return run_stage(stage, runner, replace=replace, log=log)
+
+
+def _cut(files: Sequence[SourceFile], size: int) -> Iterator[tuple[str, ...]]:
+    """The paths of `files` in order, in pieces of at most `size` files with an image's name, and `size` others.
+
+    So a few other files move no image into another shard.
+    """
+    piece: list[str] = []
+    counts = Counter[bool]()
+    for file in files:
+        is_named = listing.has_image_name(file.path)
+        if counts[is_named] == size:
+            yield tuple(piece)
+            piece, counts = [], Counter()
+        piece.append(file.path)
+        counts[is_named] += 1
+    if piece:
+        yield tuple(piece)
 
 
 def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardRecord]:

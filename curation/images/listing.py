@@ -76,6 +76,11 @@ def extension(name: str) -> str:
     return ending.lower() if dot else ""
 
 
+def has_image_name(path: str) -> bool:
+    """Whether the name ends as names of images do."""
+    return extension(path) in IMAGE_EXTENSIONS
+
+
 def kind_of(name: str) -> str:
     """The kind as which a file or member with this name is counted."""
     if not (ending := extension(name)):

@@ -161,7 +161,7 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
     files = list_source(source).files
     if source.layout != "folder":
         return files
-    return [file for file in files if listing.extension(file.path) in listing.IMAGE_EXTENSIONS]
+    return [file for file in files if listing.has_image_name(file.path)]
 
 
 def _single_file(source: SourceConfig, root: str, size: int) -> SourceFile:
@@ -259,7 +259,7 @@ def _location_problem(source: SourceConfig, uri: str) -> tuple[RejectReason, str
 def _read_file(uri: str, path: str, max_bytes: int, passed_over: Counter[str]) -> Iterator[SourceItem]:
     label = posixpath.dirname(path) or None
     with paths.RetryingFile(uri) as file:
-        if listing.extension(path) not in listing.IMAGE_EXTENSIONS:
+        if not listing.has_image_name(path):
             if not begins_like_an_image(file.read(tar_members.START_BYTES)):
                 passed_over[listing.kind_of(path)] += 1
                 return

@@ -14,7 +14,7 @@ from curation import ingest
 from curation.engine.manifest import Manifest
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError, RejectBudgetError
-from curation.files import paths
+from curation.files import parquet, paths, schemas
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
 from tests.curation.builders import encoded_image
@@ -181,3 +181,17 @@ def test_a_failure_that_cannot_pass_is_a_reject_at_once(tmp_path: Path) -> None:
     manifest = run(tmp_path, source("pool", base), max_reject_fraction=1)
     Failing.on_open.clear()
     assert manifest.rejects == {"unreadable": 4} and manifest.totals["accepted"] == 1
+
+
+@pytest.mark.parametrize("others", [(), ("README",), ("a-readme", "m", "z", "zz"), tuple(f"f{n}" for n in range(9))])
+def test_a_few_other_files_move_no_image_into_another_shard(others: tuple[str, ...], tmp_path: Path) -> None:
+    names = [f"{name}.png" for name in "bcdklnop"]
+    files = {name: encoded_image(number) for number, name in enumerate(names)} | dict.fromkeys(others, b"no image")
+    folder = write(tmp_path / "web", **{name.replace(".", "__"): data for name, data in files.items()})
+    manifest = run(tmp_path, source("web", folder), images_per_shard=4)
+    tables = [parquet.read_table(file, schemas.IMAGES) for file in manifest.paths(str(tmp_path / "out"), "images")]
+    shards = [[Path(uri).name for uri in table["uri"].to_pylist()] for table in tables]
+    if len(others) <= 4:
+        assert shards == [names[:4], names[4:]]
+    assert [name for shard in shards for name in shard] == names and max(map(len, shards)) <= 4
+    assert manifest.facts.get("passed_over", {}) == ({"web": {"no extension": len(others)}} if others else {})
