@@ -10,7 +10,7 @@ A Parquet file is untrusted input: a page of some kilobytes can unpack to gigaby
 The limit on memory follows the sizes that a row group states, and the number of its bytes in the file bounds these
 sizes. A row group that needs more is damaged. So is one that crashes the process or takes too long.
 
-The process is started by its own command line, as in sandbox.py. Later stages read a row group that this process has
+The process is that of child_process.py. Later stages read a row group that this process has
 read (`ReferenceReader`), so they need no more memory than it did.
 """
 
@@ -18,21 +18,19 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from socket import socketpair
 from types import TracebackType
-from typing import IO, Any, BinaryIO, NamedTuple, Self, final
+from typing import Any, BinaryIO, NamedTuple, Self, final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.errors import DamagedFileError, InputError, SeedbedError
 from curation.files import parquet
+from curation.images import child_process
+from curation.images.child_process import ChildProcess
 from curation.images.listing import MAX_LABEL_CHARACTERS
 
 # Unpacked bytes of the image column in one row group, all in memory at once. Assumed: 1,000 images are some 0.1 GB.
@@ -74,10 +72,8 @@ class NullRows(NamedTuple):
 
 
 class _ReadingProcess(NamedTuple):
-    process: subprocess.Popen[bytes]
+    child: ChildProcess
     connection: "Connection[bytes, bytes]"
-    messages: IO[bytes]
-    """Standard error of the process."""
 
 
 @final
@@ -142,24 +138,9 @@ class ParquetRows:
 
 def _start() -> _ReadingProcess:
     """Starts a reading process and waits until it is ready. Raises SeedbedError if it does not start."""
-    channel, remote_channel = socketpair()
-    messages = tempfile.TemporaryFile()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "ARROW_DEFAULT_MEMORY_POOL": "system",  # it returns freed memory, so that the limit counts what is in use
-    }
-    with remote_channel:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-c", _COMMAND],
-            stdin=remote_channel.fileno(),
-            stdout=subprocess.DEVNULL,
-            stderr=messages,
-            env=environment,
-        )
-    reader = _ReadingProcess(process, Connection(channel.detach()), messages)
+    # Memory that this pool frees returns to the system, so that the limit counts the memory in use.
+    child = child_process.start(_COMMAND, ARROW_DEFAULT_MEMORY_POOL="system")
+    reader = _ReadingProcess(child, Connection(child.channel.detach()))
     try:
         ready = reader.connection.recv_bytes()
     except (EOFError, ConnectionError):
@@ -170,19 +151,13 @@ def _start() -> _ReadingProcess:
 
 
 def _end(reader: _ReadingProcess) -> tuple[int, str]:
-    """Kills a reading process; gives its exit status (negative: a signal's number) and its last line of output."""
     reader.connection.close()
-    reader.process.kill()
-    status = reader.process.wait()
-    with reader.messages as messages:
-        messages.seek(max(0, os.fstat(messages.fileno()).st_size - 1000))
-        lines = messages.read().decode(errors="replace").strip().splitlines()
-    return status, lines[-1] if lines else ""
+    return child_process.end(reader.child)
 
 
 def _error_of_death(reader: _ReadingProcess, uri: str) -> SeedbedError:
     """The error for a process that has ended by itself."""
-    reader.process.wait()  # the process is ending already; without the wait, the status could be that of our kill
+    reader.child.process.wait()  # the process is ending already; without the wait, the status could be that of our kill
     status, last_line = _end(reader)
     if status == -signal.SIGKILL:  # not by the file
         return SeedbedError(f"{uri}: the system killed the process that reads it. Free some memory, and start again.")
@@ -207,7 +182,7 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process when its timer runs out, even inside C code
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    at_start = _address_space()
+    at_start = child_process.address_space()
     connection.send_bytes(_READY)
     while True:
         try:
@@ -265,7 +240,7 @@ def _limits(at_start: int, growth: int, message: str) -> Iterator[None]:
     """Limits on memory (`growth` bytes beyond `at_start`) and processor time. Raises DamagedFileError for memory."""
     address_space = at_start + growth
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if sys.platform == "linux" and (hard == resource.RLIM_INFINITY or address_space < hard):
+    if at_start and (hard == resource.RLIM_INFINITY or address_space < hard):
         resource.setrlimit(resource.RLIMIT_AS, (address_space, hard))
     signal.setitimer(signal.ITIMER_PROF, GROUP_SECONDS)
     try:
@@ -277,14 +252,6 @@ def _limits(at_start: int, growth: int, message: str) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _address_space() -> int:
-    """Bytes of address space of this process; 0 where the system does not report them."""
-    if sys.platform != "linux":  # the only system that both reports the size and enforces the limit
-        return 0
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
 
 
 class _RemoteFile:

@@ -9,9 +9,8 @@ The decoding process has its own limits on memory and processor time. If it dies
 An image is rejected for a crash, for memory or for a timeout only if a fresh process fails on it too. So the verdict
 on an image does not depend on earlier images, nor on a pause of the whole machine.
 
-The process is started by its own command line, not by multiprocessing: it inherits no locks, threads or libraries and
-never imports the caller's main module. It ends with its parent, because its socket is then closed. It is killed and
-waited for when its `ImageSandbox` is closed or deleted, so that no zombie is left of it.
+The process (`child_process.py`) is killed and waited for when its `ImageSandbox` is closed or deleted, so that no
+zombie is left of it.
 
 It decodes as later stages do (`decode.py`), by the same two libraries; only the scaling of JPEGs is left to the stages.
 """
@@ -22,17 +21,17 @@ import resource
 import signal
 import socket
 import struct
-import subprocess
 import sys
-import tempfile
 import weakref
 from dataclasses import asdict
 from types import TracebackType
-from typing import IO, NamedTuple, Self, final
+from typing import NamedTuple, Self, final
 
 from PIL import Image
 
 from curation.errors import SeedbedError
+from curation.images import child_process
+from curation.images.child_process import ChildProcess
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason, check_length, decode
 from curation.images.hashing import perceptual_hash
 
@@ -58,20 +57,13 @@ class ImageFacts(NamedTuple):
     phash: int
 
 
-class _DecodingProcess(NamedTuple):
-    process: subprocess.Popen[bytes]
-    channel: socket.socket
-    messages: IO[bytes]
-    """Standard error of the process, emptied before each image."""
-
-
 @final
 class ImageSandbox:
     """Decodes untrusted images in a separate process, one at a time. A context manager; `close` is optional."""
 
     def __init__(self, limits: ImageLimits) -> None:
         self._limits = limits
-        self._decoder: _DecodingProcess | None = None
+        self._decoder: ChildProcess | None = None
         self._finalizer: weakref.finalize[..., ImageSandbox] | None = None
 
     def probe(self, data: bytes) -> ImageFacts:
@@ -108,7 +100,7 @@ class ImageSandbox:
         if self._decoder is None:
             self._decoder = _start(self._limits)
             # A worker's sandbox is deleted, not closed.
-            self._finalizer = weakref.finalize(self, _end, self._decoder)
+            self._finalizer = weakref.finalize(self, child_process.end, self._decoder)
         decoder = self._decoder
         wall_seconds = self._limits.decode_timeout_seconds * WALL_SECONDS_PER_PROCESSOR_SECOND
         decoder.channel.settimeout(wall_seconds)
@@ -146,7 +138,7 @@ def serve() -> None:
             data = _receive(channel)
         except (ConnectionError, EOFError):
             return
-        os.lseek(2, 0, os.SEEK_SET)
+        os.lseek(2, 0, os.SEEK_SET)  # the last line of standard error then is of this image
         os.ftruncate(2, 0)
         signal.setitimer(signal.ITIMER_PROF, limits.decode_timeout_seconds)
         answer = reply(data, limits)
@@ -168,55 +160,26 @@ def reply(data: bytes, limits: ImageLimits) -> bytes:
 def _limit_memory(growth: int) -> None:
     """Limits this process to `growth` more bytes of address space, and disables core files."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":  # the only system that both reports the size and enforces the limit
-        with open("/proc/self/statm") as file:
-            present = int(file.read().split()[0]) * resource.getpagesize()
+    if present := child_process.address_space():
         resource.setrlimit(resource.RLIMIT_AS, (present + growth, present + growth))
 
 
-def _start(limits: ImageLimits) -> _DecodingProcess:
+def _start(limits: ImageLimits) -> ChildProcess:
     """Starts a decoding process and waits until it is ready. Raises SeedbedError if it does not start."""
-    channel, remote_channel = socket.socketpair()
-    messages = tempfile.TemporaryFile()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    with remote_channel:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-c", _COMMAND, limits.model_dump_json()],
-            stdin=remote_channel.fileno(),
-            stdout=subprocess.DEVNULL,
-            stderr=messages,
-            env=environment,
-        )
-    decoder = _DecodingProcess(process, channel, messages)
-    channel.settimeout(START_TIMEOUT_SECONDS)
+    decoder = child_process.start(_COMMAND, limits.model_dump_json())
+    decoder.channel.settimeout(START_TIMEOUT_SECONDS)
     try:
-        ready = _receive(channel)
+        ready = _receive(decoder.channel)
     except (TimeoutError, ConnectionError, EOFError) as error:
-        status, text = _end(decoder)
+        status, text = child_process.end(decoder)
         raise SeedbedError(f"The image decoding process did not start (status {status}): {text or error}") from None
     assert ready == _READY
     return decoder
 
 
-def _end(decoder: _DecodingProcess) -> tuple[int, str]:
-    """Kills a decoding process; gives its exit status (negative: a signal's number) and its last line of output."""
-    decoder.channel.close()
-    decoder.process.kill()
-    status = decoder.process.wait()
-    with decoder.messages as messages:
-        messages.seek(max(0, os.fstat(messages.fileno()).st_size - 1000))
-        lines = messages.read().decode(errors="replace").strip().splitlines()
-    return status, lines[-1] if lines else ""
-
-
-def _rejection_of_death(decoder: _DecodingProcess, limits: ImageLimits) -> ImageRejected:
+def _rejection_of_death(decoder: ChildProcess, limits: ImageLimits) -> ImageRejected:
     decoder.process.wait()  # the process is ending already; without the wait, the status could be that of our kill
-    status, last_line = _end(decoder)
+    status, last_line = child_process.end(decoder)
     if status == -signal.SIGPROF:
         detail = f"more than {limits.decode_timeout_seconds:g} s of processor time"
         return ImageRejected(RejectReason.DECODER_TIMEOUT, detail)
