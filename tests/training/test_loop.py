@@ -237,9 +237,23 @@ def test_too_many_skipped_steps_end_the_run(images: str, tmp_path: Path) -> None
     assert checkpoint.steps(str(tmp_path / "run" / "checkpoints"))[-1] == last["step"]
 
 
+def config_for_signals(images: str, **changes: Any) -> TrainConfig:
+    return train_config(images, num_steps=12, checkpoint__every=1000, **changes)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Images, and the output of a run on them that no signal stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    images = write_images(folder / "images")
+    train(config_for_signals(images), str(folder / "run"))
+    return images, folder / "run"
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_resumes(images: str, tmp_path: Path, sent: int, status: int) -> None:
-    config = train_config(images, num_steps=12, checkpoint__every=1000, data__workers=1)
+def test_a_signal_saves_and_the_run_resumes(straight: tuple[str, Path], tmp_path: Path, sent: int, status: int) -> None:
+    images, straight_run = straight
+    config = config_for_signals(images, data__workers=1)
     (tmp_path / "train.toml").write_text(resolved_toml(config))
     command = [sys.executable, "-m", "training.train", "--config", str(tmp_path / "train.toml"), "--output"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # for sums over the same parts
@@ -255,10 +269,8 @@ def test_a_signal_saves_and_the_run_resumes(images: str, tmp_path: Path, sent: i
     assert process.returncode == status and b"Traceback" not in messages, messages.decode()
     (stopped,) = checkpoint.steps(str(tmp_path / "run" / "checkpoints"))
     assert 2 <= stopped < 12
-    config = train_config(images, num_steps=12, checkpoint__every=1000)  # the loader's processes may differ
-    train(config, str(tmp_path / "run"))
-    train(config, str(tmp_path / "straight"))
-    assert_equal(state(tmp_path / "run", 12), state(tmp_path / "straight", 12))
+    train(config_for_signals(images), str(tmp_path / "run"))  # the loader's processes may differ
+    assert_equal(state(tmp_path / "run", 12), state(straight_run, 12))
 
 
 def test_a_truncated_shard_ends_the_run_and_no_step_is_lost(tmp_path: Path) -> None:
