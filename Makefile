@@ -33,14 +33,14 @@ setup: .venv/ready  ## Make .venv and install everything, from nothing
 	@touch $@
 
 curate: setup  ## Build a corpus: CONFIG=... OUTPUT=... ARGS='--plan', '--replace', '--runner inline', ...
-	$(BIN)/python -m pipelines.curate --config $(CONFIG) --output $(OUTPUT) $(if $(filter curate,$(MAKECMDGOALS)),$(ARGS))
+	$(BIN)/python -m pipelines.curate --config "$(CONFIG)" --output "$(OUTPUT)" $(if $(filter curate,$(MAKECMDGOALS)),$(ARGS))
 
 train: curate  ## Train on the corpus that make curate wrote: TRAIN_CONFIG=... TRAIN_OUTPUT=... ARGS=...
-	$(BIN)/python -m pipelines.train --config $(TRAIN_CONFIG) --output $(TRAIN_OUTPUT) --images $(OUTPUT)/ingest \
-		--set data.path=$(OUTPUT)/corpus $(if $(filter train,$(MAKECMDGOALS)),$(ARGS))
+	$(BIN)/python -m pipelines.train --config "$(TRAIN_CONFIG)" --output "$(TRAIN_OUTPUT)" --images "$(OUTPUT)/ingest" \
+		--set data.path="$(OUTPUT)/corpus" $(if $(filter train,$(MAKECMDGOALS)),$(ARGS))
 
 evaluate: train  ## Evaluate what make train trained beside others: EVALUATE_CONFIG=... EVALUATE_OUTPUT=...
-	$(BIN)/python -m pipelines.evaluate --config $(EVALUATE_CONFIG) --output $(EVALUATE_OUTPUT)
+	$(BIN)/python -m pipelines.evaluate --config "$(EVALUATE_CONFIG)" --output "$(EVALUATE_OUTPUT)"
 
 test: setup  ## Run the tests, as CI runs them
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not demo and not slow and not cluster" $(ARGS)

@@ -241,7 +241,8 @@ def _train(steps: _Steps, shards: list[Shard], output: str) -> ShardRecord:
             paths.delete(step_folder(output, step))
         which = "were kept" if config.max_points_per_centroid is None else "are in the training sample"
         raise ConfigError(
-            f"cluster.levels.0.num_clusters is {num_clusters:,}, but only {num_points:,} pool images {which}."
+            f"cluster.levels.0.num_clusters is {num_clusters:,}, but only {num_points:,} pool images {which}. "
+            f"Set it to {num_points:,} or less; finished stages are kept."
         )
     files: list[FileRecord] = []
     below: np.ndarray | None = None

@@ -3,7 +3,7 @@
     ingest/
       images-00000.parquet  ...     schemas.IMAGES: the accepted images, by reference
       rejects-00000.parquet  ...    schemas.REJECTS
-      manifest.json                 its facts: `sources`, `limits`, `passed_over`
+      manifest.json                 its facts: `sources`, `limits`, `passed_over`, `rejected_holdout`
 
 Every image is decoded once here, in a separate process that may crash or hang. Later stages decode the same bytes with
 the same code, but for a step that decode.py names. A link inside a source is an image of its own (an exact copy); a
@@ -76,7 +76,7 @@ class IngestConfig(Settings):
 
 
 def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = False, log: Log = None) -> Manifest:
-    """Read every source; returns the manifest. Its facts are `sources` and `limits`, for later stages, `passed_over`.
+    """Read every source; returns the manifest. Its facts are `sources` and `limits`, for later stages.
 
     Raises InputError for a missing or empty source, for an output below a source, for a seed or holdout source without
     an accepted image, and for sources with the role `pool` that have none all together. Raises RejectBudgetError past
@@ -232,11 +232,12 @@ def _check_budget(
         total = num_images - sum(_passed_over(done.totals).values())
     rejected = done.totals["rejected"]
     if rejected > max_fraction * total:
+        about = "about " if num_images is None else ""
         listed = ", ".join(f"{reason} {count:,}" for reason, count in done.rejects.most_common())
         raise RejectBudgetError(
-            f"ingest: {rejected:,} of {total:,} images were rejected, more than max_reject_fraction = {max_fraction:g} "
-            f"allows: {listed}. The list is in {output}/rejects-*.parquet. Repair the sources, or raise "
-            "ingest.max_reject_fraction; finished shards are kept."
+            f"ingest: {rejected:,} of {about}{total:,} images were rejected, more than max_reject_fraction = "
+            f"{max_fraction:g} allows: {listed}. The list is in {output}/rejects-*.parquet. Repair the sources, or "
+            "raise ingest.max_reject_fraction; finished shards are kept."
         )
 
 
@@ -251,7 +252,10 @@ def _finish(
     shards: Sequence[Shard],
     records: Sequence[ShardRecord],
 ) -> tuple[dict[str, Any], None]:
-    """The fact `passed_over`, which is printed too. Raises InputError for a source without an accepted image."""
+    """The facts `passed_over` and `rejected_holdout`, where there are any; both are printed too.
+
+    Raises InputError for a source without an accepted image.
+    """
     source_of_shard = {shard.name: shard.work[0].name for shard in shards}
     totals = {name: Counter[str]() for name in listings}
     passed_over = {name: Counter(listed.passed_over) for name, listed in listings.items()}
@@ -261,11 +265,18 @@ def _finish(
         passed_over[name].update(_passed_over(record.totals))
     counts = {name: listing.bounded(by_kind, MAX_KINDS) for name, by_kind in passed_over.items() if by_kind}
     _require_images(configs, totals, counts)
-    if not counts:
-        return {}, None
-    everything = listing.bounded(sum_counts(counts.values()), MAX_KINDS)
-    progress.say(f"ingest: passed over, no images: {listing.in_words(everything)}")
-    return {"passed_over": counts}, None
+    facts: dict[str, Any] = {}
+    if counts:
+        everything = listing.bounded(sum_counts(counts.values()), MAX_KINDS)
+        progress.say(f"ingest: passed over, no images: {listing.in_words(everything)}")
+        facts["passed_over"] = counts
+    if num_rejected := sum(totals[source.name]["rejected"] for source in configs if source.role == "holdout"):
+        progress.say(
+            f"ingest: {num_rejected:,} files of the holdout were rejected (rejects-*.parquet). Copies of their images "
+            "in the pool are not recognised: repair or convert the files."
+        )
+        facts["rejected_holdout"] = num_rejected
+    return facts, None
 
 
 def _require_images(

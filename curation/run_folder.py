@@ -23,8 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.engine import run_log
 from curation.engine.manifest import MANIFEST_NAME, Manifest, read_manifest, require_manifest
-from curation.errors import InputError
+from curation.errors import InputError, UserError
 from curation.files import npy, parquet, paths, schemas, vectors
 from curation.files.paths import RecordedPath
 
@@ -71,6 +72,24 @@ def require_stage(folder: str, stage: str, option: str) -> None:
             f"{option} needs the folder of a finished {stage}, but '{folder}' holds the stage {there}. Give the folder "
             f"{stage}/ of the same run."
         )
+
+
+def require_run(run: str) -> set[str]:
+    """The names in the folder of a whole run. Raises InputError where `run` is no such folder, or cannot be read."""
+    try:
+        is_folder = paths.is_folder(run)
+    except UserError:
+        raise
+    except Exception as error:  # each driver of fsspec has errors of its own, for example for a refused connection
+        raise InputError(f"The run '{run}' cannot be read: {type(error).__name__}: {error}.") from None
+    if not is_folder:
+        problem = "it is a file" if paths.exists(run) else "there is no such folder"
+        raise InputError(f"No run at '{run}': {problem}. Give the --output of pipelines.curate.")
+    names = set(paths.list_names(run))
+    if not names & {"run.toml", run_log.FOLDER, *STAGES}:
+        problem = "it is the folder of one stage" if MANIFEST_NAME in names else "no run wrote this folder"
+        raise InputError(f"No run at '{run}': {problem}. Give the --output of pipelines.curate.")
+    return names
 
 
 # Vectors
@@ -130,6 +149,8 @@ def vector_files(path: str) -> tuple[list[str], bool]:
     else:
         listed = [paths.join(path, name) for name in sorted(paths.list_names(path), key=_natural_order)]
     files = [file for file in listed if file.endswith((".parquet", ".npy"))]
+    if not files and manifest is not None:
+        raise InputError(f"'{path}' holds the stage {manifest.plan.stage}, without vectors. Give the folder of embed.")
     if not files:
         raise InputError(f"'{path}' holds no vectors: no .parquet and no .npy file.")
     return files, manifest is not None

@@ -21,9 +21,8 @@ from curation.engine import command, run_log
 from curation.engine.manifest import MANIFEST_NAME, PROGRESS_NAME, done_shards, plan_in, require_manifest, step_folder
 from curation.engine.run_log import Driver, Note, StageTimes
 from curation.engine.stage import PREPARED
-from curation.errors import InputError, UserError
 from curation.files import paths
-from curation.run_folder import STAGES
+from curation.run_folder import STAGES, require_run
 
 # Attempts to read the files, since a stage may move them meanwhile. Assumed.
 MAX_ATTEMPTS = 5
@@ -72,19 +71,7 @@ class RunStatus:
 def read(run: str, *, now: float | None = None) -> RunStatus:
     """The status of the run in the folder `run` at `now` (seconds since 1970). Raises InputError if there is no run."""
     now = time.time() if now is None else now
-    try:
-        is_folder = paths.is_folder(run)
-    except UserError:
-        raise
-    except Exception as error:  # each driver of fsspec has errors of its own, for example for a refused connection
-        raise InputError(f"The run '{run}' cannot be read: {type(error).__name__}: {error}.") from None
-    if not is_folder:
-        problem = "it is a file" if paths.exists(run) else "there is no such folder"
-        raise InputError(f"No run at '{run}': {problem}. Give the --output of pipelines.curate.")
-    names = set(paths.list_names(run))
-    if not names & {"run.toml", run_log.FOLDER, *STAGES}:
-        problem = "it is the folder of one stage" if MANIFEST_NAME in names else "no run wrote this folder"
-        raise InputError(f"No run at '{run}': {problem}. Give the --output of pipelines.curate.")
+    names = require_run(run)
     for attempt in range(MAX_ATTEMPTS):
         try:
             return _read(run, names, now)

@@ -99,6 +99,8 @@ class ThumbnailComparer:
 
     def compare(self, one: "PreparedThumbnail", other: "PreparedThumbnail") -> Likeness:
         """How surely the two show one picture; their order does not matter."""
+        if one.sort_key == other.sort_key:  # also pictures that are too flat or too thin to be aligned
+            return Likeness(1.0, False)
         if other.sort_key < one.sort_key:
             one, other = other, one
         best: Comparison | None = None

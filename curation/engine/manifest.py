@@ -11,6 +11,7 @@
 """
 
 import functools
+import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -169,7 +170,7 @@ def read_manifest(folder: str) -> Manifest | None:
     head_json, _, shards_json = data.partition(_SHARDS_BEGIN)
     head = _parse(_Head, head_json + b"\n}", path)
     if not shards_json.endswith(_SHARDS_END):
-        raise InputError(f"{path}: not a file that this version of Seedbed wrote (it has no shards, or no end).")
+        raise _unreadable(path)
     lines = shards_json.removesuffix(_SHARDS_END).split(b",\n") if len(shards_json) > len(_SHARDS_END) else []
     return Manifest(head.plan, ShardRecords(lines, path), head.totals, head.rejects, head.facts)
 
@@ -213,7 +214,11 @@ def checked(folder: str, records: Iterable[ShardRecord], *, hashes: bool) -> Ite
             return f"{path} is missing"
         if size != file.bytes:
             return f"{path} has {size:,} bytes, and {file.bytes:,} were written"
-        if hashes and (sha256 := sha256_of_file(path)) != file.sha256:
+        try:
+            sha256 = sha256_of_file(path) if hashes else file.sha256
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror or error}"
+        if sha256 != file.sha256:
             return f"{path} holds other bytes than were written (SHA-256 {sha256}, written {file.sha256})"
         return None
 
@@ -268,8 +273,9 @@ def claim(folder: str, plan: Plan, *, replace: bool) -> Manifest | None:
         ]
         if other_names:
             raise OutputMismatchError(
-                f"'{folder}' holds files that no run of this stage wrote ({', '.join(other_names[:3])}"
-                f"{', ...' if len(other_names) > 3 else ''}). Give an empty folder with --output."
+                f"'{folder}' holds files ({', '.join(other_names[:3])}{', ...' if len(other_names) > 3 else ''}), but "
+                f"no {MANIFEST_NAME} says that this stage wrote them. Delete the folder if a run wrote it, or give "
+                "another folder with --output."
             )
         write_bytes(join(progress, "plan.json"), _indented_json(plan))
     return None
@@ -398,9 +404,16 @@ RecordType = TypeVar("RecordType", bound=_Record)
 def _parse(model: type[RecordType], data: bytes, path: str) -> RecordType:
     try:
         return model.model_validate_json(data)
-    except ValueError as error:
-        cause = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a file that this version of Seedbed wrote ({cause}).") from None
+    except ValueError:
+        raise _unreadable(path) from None
+
+
+def _unreadable(path: str) -> InputError:
+    folder = posixpath.dirname(path.partition(f"/{PROGRESS_NAME}/")[0] + "/" if f"/{PROGRESS_NAME}/" in path else path)
+    return InputError(
+        f"{path}: damaged, or written by another version of Seedbed. Delete '{folder}', and run the command that wrote "
+        "it again."
+    )
 
 
 def _mismatch_message(folder: str, plan_there: Plan, plan: Plan) -> str:

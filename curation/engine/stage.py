@@ -61,8 +61,8 @@ class Stage:
     prepare: Callable[[], ShardRecord] | None = None
     """Runs once in the driver before the shards, and writes files for all of them. It gets a marker like a shard."""
     outdated: Callable[[], Set[str]] | None = None
-    """Called with `replace` only, for a finished stage with equal inputs: the shards that are done again all the same.
-    For inputs whose content no hash covers; shards whose inputs are as before give the same bytes again."""
+    """Called with `replace` only, where inputs are equal: the finished shards that are done again all the same. For
+    inputs whose content no hash covers; shards whose inputs are as before give the same bytes again."""
     check: Callable[[Tally], None] | None = None
     """Called with the counts so far after each shard. It raises to stop the stage early."""
     finish: Finish | None = None
@@ -106,7 +106,8 @@ def run_stage(stage: Stage, runner: Runner, *, replace: bool = False, log: Log =
                 return done
             finished_shards = _left_of(finished, to_redo)
         started, stage_log = time.monotonic(), None if log is None else log.of_stage(stage.output)
-        names, tally = _count_done(stage, finished_shards)
+        outdated = stage.outdated() if replace and finished is None and stage.outdated is not None else set()
+        names, tally = _count_done(stage, finished_shards, outdated)
         if stage_log is not None:
             stage_log.begin(plan, num_done=len(names), num_workers=runner.num_workers)
         set_aside = _process_shards(stage, runner, names, tally, stage_log)
@@ -164,10 +165,10 @@ def _left_of(finished: Manifest, to_redo: Set[str]) -> ShardRecords:
     return ShardRecords([manifest.json_line(record) for record in finished.shards if record.name not in dropped])
 
 
-def _count_done(stage: Stage, finished_shards: Iterable[ShardRecord]) -> tuple[set[str], Tally]:
+def _count_done(stage: Stage, finished_shards: Iterable[ShardRecord], outdated: Set[str]) -> tuple[set[str], Tally]:
     """The names and counts of the finished shards. Their records stay on disk, so that a driver keeps only names.
 
-    A marked shard whose files are missing or of another size is not finished.
+    A marked shard is not finished where its files are missing or of another size, or where it is `outdated`.
     """
     names: set[str] = set()
     tally = Tally()
@@ -183,7 +184,7 @@ def _count_done(stage: Stage, finished_shards: Iterable[ShardRecord]) -> tuple[s
     for record, problems in manifest.checked(stage.output, manifest.read_done(stage.output), hashes=False):
         if problems:
             damaged[record.name] = problems[0]
-        else:
+        elif record.name not in outdated:
             add(record)
     if damaged:
         progress.say(f"{stage.name}: damaged after it was written, and done again: {_first_of(damaged)}")

@@ -41,7 +41,9 @@ Result = TypeVar("Result")
 
 
 def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
-    """The fsspec filesystem of `path` and the path inside it. Raises InputError for an unknown protocol."""
+    """The fsspec filesystem of `path` and the path inside it. Raises InputError where there is no such filesystem."""
+    if "\0" in path:
+        raise InputError(f"Cannot open {path!r}: a path holds no zero byte. Correct it.")
     protocol, mark, rest = path.partition("://")
     if not mark:  # file names of a crawl may contain '::', which fsspec would take for a chain of protocols
         return LocalFileSystem(), os.path.abspath(path)
@@ -52,6 +54,8 @@ def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
         return fs, inner.replace("\0", "::")
     except (ImportError, ValueError) as error:
         raise InputError(f"Cannot open '{path}': {error}. Install the fsspec driver of its protocol.") from None
+    except Exception as error:  # some drivers connect, or open an archive, and have errors of their own
+        raise InputError(f"Cannot open '{path}': {type(error).__name__}: {error}. Correct the path.") from None
 
 
 def is_local(path: str) -> bool:

@@ -43,9 +43,11 @@ def times_of(root: str, names: Iterable[str]) -> dict[str, Times]:
 def _local_times(path: str) -> Times:
     location = paths.filesystem(path)[1]
     try:
-        states = os.stat(location), os.lstat(location)
+        states = [os.lstat(location)]
     except OSError:
         return UNKNOWN
+    if os.path.exists(location):  # not for a link to nothing
+        states.append(os.stat(location))
     times = [time for state in states for time in (state.st_mtime, state.st_ctime)]
     return Times(min(times), max(times))
 

@@ -14,11 +14,12 @@ The process is that of child_process.py. Later stages read a row group that this
 read (`ReferenceReader`), so they need no more memory than it did.
 """
 
+import itertools
 import json
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -52,6 +53,8 @@ READ_BYTES = 4 << 20
 
 _COMMAND = "from curation.images import parquet_rows; parquet_rows.serve()"
 _READY = b"ready"
+# Characters of untrusted names in a message.
+_MAX_SHOWN = 500
 
 
 class ImageRow(NamedTuple):
@@ -309,21 +312,48 @@ def open_images(file: Any, uri: str, columns: list[str]) -> pq.ParquetFile:
     missing = [column for column in columns if column not in leaves]
     if missing:
         raise InputError(
-            f"{uri}: no column {', '.join(missing)}. It has: {', '.join(leaves)}. Set image_column (and label_column)."
+            f"{uri}: no column {', '.join(missing)}. It has: {_listed(leaves)}. Set image_column (and label_column)."
         )
     image = leaves[columns[0]]
+    if image.logical_type.type == "NULL":  # as pandas writes a column without any value
+        return opened
     if (image.physical_type, image.logical_type.type) != ("BYTE_ARRAY", "NONE"):
         raise InputError(f"{uri}: column '{image.path}' holds no bytes ({image.physical_type}). Set image_column.")
     for column in columns:
         if leaves[column].max_repetition_level:
             raise InputError(f"{uri}: column '{column}' lies inside a list; one image and one label a row are read.")
+    with _damage(f"{uri}: not a readable Parquet file"):
+        _check_rows(opened, columns)
     # One value of a dictionary can represent any number of rows: a file of 412 bytes for 10 GB (measured). A column
     # that is read as a dictionary takes only the memory of its unpacked pages.
-    texts = [column for column in columns if leaves[column].physical_type == "BYTE_ARRAY"]
+    texts = [
+        column
+        for column in columns
+        if leaves[column].physical_type == "BYTE_ARRAY" and not _has_delta_encoding(opened, column)
+    ]
     sizes = (unpacked_bytes(opened, group, columns) for group in range(opened.num_row_groups))
     if max(sizes, default=0) <= MAX_DICTIONARY_BYTES:
         opened = parquet.open_file(file, metadata=opened.metadata, read_dictionary=texts)
     return opened
+
+
+def _has_delta_encoding(opened: pq.ParquetFile, column: str) -> bool:
+    """Whether a chunk is encoded as differences of lengths or prefixes, which Arrow cannot read as a dictionary."""
+    groups = range(opened.num_row_groups)
+    chunks = itertools.chain.from_iterable(_chunks(opened, group, [column]) for group in groups)
+    return any(encoding.startswith("DELTA_") for chunk in chunks for encoding in chunk.encodings)
+
+
+def _check_rows(opened: pq.ParquetFile, columns: list[str]) -> None:
+    """Raises ArrowInvalid where the numbers of rows in the footer disagree, since rows would be missing in silence."""
+    groups = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+    if sum(groups) != opened.metadata.num_rows:
+        raise pa.ArrowInvalid(f"its row groups have {sum(groups)} rows, and it states {opened.metadata.num_rows}")
+    for group, num_rows in enumerate(groups):
+        for chunk in _chunks(opened, group, columns):
+            if chunk.num_values != num_rows:
+                column = f"its column {chunk.path_in_schema} {chunk.num_values}"
+                raise pa.ArrowInvalid(f"row group {group} has {num_rows} rows, and {column}")
 
 
 def unpacked_bytes(opened: pq.ParquetFile, group: int, columns: list[str]) -> int:
@@ -347,7 +377,10 @@ def read_group(opened: pq.ParquetFile, group: int, columns: list[str], uri: str)
     with _damage(f"{uri}: row group {group} is not readable"):
         if (unpacked := unpacked_bytes(opened, group, columns)) > MAX_ROW_GROUP_BYTES:
             raise pa.ArrowInvalid(f"{unpacked} bytes unpacked, and {MAX_ROW_GROUP_BYTES} at most are read")
-        return opened.read_row_group(group, columns=columns, use_threads=False)  # as in files/parquet.py
+        table = opened.read_row_group(group, columns=columns, use_threads=False)  # as in files/parquet.py
+        if table.num_rows != (num_rows := opened.metadata.row_group(group).num_rows):
+            raise pa.ArrowInvalid(f"{table.num_rows} rows, and the footer states {num_rows}")
+        return table
 
 
 @contextmanager
@@ -373,6 +406,12 @@ def column_of(table: pa.Table, column: str) -> Any:
     for name in rest:
         array = array.field(name)
     return array
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first of some untrusted names, for a message."""
+    text = ", ".join(names)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
 def _labels(table: pa.Table, column: str, uri: str) -> list[str | None]:

@@ -9,7 +9,9 @@ headers are checked. A tar of links, devices and bombs costs bounded time and me
 source is an image, a reject, or counted (listing.py for files, tar_members.py for members).
 """
 
+import bisect
 import functools
+import itertools
 import os
 import posixpath
 import re
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow.parquet as pq
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from curation.config import Settings
 from curation.errors import DamagedFileError, InputError
@@ -48,7 +50,7 @@ class SourceConfig(Settings):
 
     name: str
     """Name of the dataset; unique in the config."""
-    path: str
+    path: str = Field(min_length=1)
     """Folder (or one tar or Parquet file), local or any fsspec URL."""
     role: Role
     """`seed`: trusted; the corpus should resemble it. `pool`: retrieval picks from it. `holdout`: evaluation images;
@@ -321,6 +323,7 @@ class ReferenceReader:
         self._file: BinaryIO | None = None
         self._parquet: pq.ParquetFile | None = None
         self._column = ""
+        self._ends: list[int] = []  # of the row groups, in rows
         self._group: tuple[int, int, Any] | None = None  # first row, end row, column of the row group in memory
 
     def read(self, uri: str, offset: int, length: int, expected_id: str, layout: Layout) -> bytes:
@@ -332,6 +335,8 @@ class ReferenceReader:
                     path, self._column = split_parquet_uri(uri)
                     self._file, self._uri = paths.open_read(path), uri
                     self._parquet = open_images(self._file, path, [self._column])
+                    groups = map(self._parquet.metadata.row_group, range(self._parquet.num_row_groups))
+                    self._ends = list(itertools.accumulate(group.num_rows for group in groups))
                 else:
                     self._file, self._uri = paths.open_read(uri), uri
             data = self._row(offset) if self._parquet else self._slice(offset, length)
@@ -358,16 +363,11 @@ class ReferenceReader:
     def _row(self, row: int) -> bytes:
         assert self._parquet is not None and self._uri is not None
         if self._group is None or not self._group[0] <= row < self._group[1]:
-            start = 0
-            for group in range(self._parquet.num_row_groups):
-                end = start + self._parquet.metadata.row_group(group).num_rows
-                if start <= row < end:
-                    table = read_group(self._parquet, group, [self._column], self._uri)
-                    self._group = (start, end, column_of(table, self._column))
-                    break
-                start = end
-            else:
+            group = bisect.bisect_right(self._ends, row)
+            if group == len(self._ends):
                 return b""
+            table = read_group(self._parquet, group, [self._column], self._uri)
+            self._group = (self._ends[group] - table.num_rows, self._ends[group], column_of(table, self._column))
         assert self._group is not None
         return self._group[2][row - self._group[0]].as_py() or b""
 

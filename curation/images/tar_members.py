@@ -45,6 +45,9 @@ MAX_ZEROS_BEHIND_END = 1 << 30
 START_BYTES = 132
 # Characters of an untrusted name in a message.
 _MAX_SHOWN = 200
+# The errors of Python's reader. It documents TarError only. The others arise from invalid numbers, from a header that
+# ends within its list of holes, and from deeply nested headers.
+_DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)
 _MANY_DIGITS = re.compile(rb"\d{%d}" % (MAX_DIGITS + 1))
 
 
@@ -78,12 +81,10 @@ def read_images(file: BinaryIO, passed_over: Counter[str], *, max_bytes: int) ->
             with tarfile.open(fileobj=headers, mode="r:") as archive:  # type: ignore[call-overload]  # read, seek, tell suffice
                 yield from _Samples(file, passed_over, max_bytes).read(archive, headers)
                 position = _start_of_next(file, archive.offset, headers.end)
-        # Python's reader documents TarError only. The other errors arise from invalid numbers, from a header that ends
-        # within its list of holes, and from deeply nested headers.
-        except (ValueError, IndexError) as error:
-            raise tarfile.ReadError(str(error)) from None
         except RecursionError:
             raise tarfile.ReadError("headers of headers") from None
+        except _DAMAGE as error:
+            raise tarfile.ReadError(str(error)) from None
 
 
 def shown(name: str) -> str:
@@ -166,7 +167,16 @@ class _Samples:
         self._ended: set[bytes] = set()
 
     def read(self, archive: tarfile.TarFile, headers: _HeaderReader) -> Iterator[ImageMember]:
-        sample: _Sample | None = None
+        """The images of the archive; before an error is raised, those before the damage."""
+        self._sample: _Sample | None = None
+        try:
+            yield from self._read(archive, headers)
+        except _DAMAGE:
+            if self._sample is not None:
+                yield from self._end(self._sample)
+            raise
+
+    def _read(self, archive: tarfile.TarFile, headers: _HeaderReader) -> Iterator[ImageMember]:
         while (member := archive.next()) is not None:
             # Otherwise every member and every global header would stay in memory.
             archive.members.clear()  # type: ignore[attr-defined]  # as webdataset does
@@ -183,10 +193,12 @@ class _Samples:
                 continue
             folder, slash, name = member.name.rpartition("/")
             key = folder + slash + name.partition(".")[0]
-            if sample is None or sample.key != key:
-                if sample is not None:
-                    yield from self._end(sample)
-                sample = _Sample(key)
+            if self._sample is None or self._sample.key != key:
+                if (ended := self._sample) is not None:
+                    self._sample = None
+                    yield from self._end(ended)
+                self._sample = _Sample(key)
+            sample = self._sample
             stem = member.name[: -len(ending) - 1] if ending else member.name
             if ending == "txt":
                 sample.num_captions += 1
@@ -196,14 +208,15 @@ class _Samples:
                 self._add_sidecar(sample, stem, ending, member)
             else:
                 if len(sample.images) >= MAX_IMAGES_IN_SAMPLE:
-                    yield from self._give_out(sample)
+                    yield from self._give_out(sample, keep_labels=True)
                 self._add_image(sample, stem, member)
         # A tar ends in two zero blocks; Python's reader also ends at the first cut or damaged header.
         self._file.seek(archive.offset)
         if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"neither a header nor the end mark at byte {archive.offset}; members are missing")
-        if sample is not None:
-            yield from self._end(sample)
+        if (ended := self._sample) is not None:
+            self._sample = None
+            yield from self._end(ended)
 
     def _kind_passed_over(self, member: tarfile.TarInfo, ending: str) -> str | None:
         """The kind of a member that is neither image nor sidecar; None for an image or a sidecar."""
@@ -250,9 +263,13 @@ class _Samples:
         if sample.num_captions and not sample.num_given:
             self._passed_over[".txt"] += sample.num_captions
 
-    def _give_out(self, sample: _Sample) -> Iterator[ImageMember]:
-        """The images of the sample so far, with their labels. The sample is empty afterwards."""
-        for stem, member in sample.images:
+    def _give_out(self, sample: _Sample, *, keep_labels: bool = False) -> Iterator[ImageMember]:
+        """The images of the sample so far, with their labels. The sample is empty afterwards.
+
+        keep_labels: keep the labels that no image so far has as its stem, for later images of the sample.
+        """
+        images, sample.images = sample.images, []  # first, so that an error gives no image twice
+        for stem, member in images:
             is_read = not member.issparse() and member.size <= self._max_bytes
             yield ImageMember(
                 name=member.name,
@@ -262,16 +279,17 @@ class _Samples:
                 label=_label(sample, stem),
                 data=self._read_member(member) if is_read else None,
             )
-        stems = {stem for stem, _ in sample.images}
-        sample.num_given += len(sample.images)
+        stems = {stem for stem, _ in images}
+        sample.num_given += len(images)
+        kept = {stem: labels for stem, labels in sample.labels.items() if keep_labels and stem not in stems}
         for stem, sidecars in sample.labels.items():
-            if stem not in stems and (stem != sample.key or not sample.num_given):
+            if stem not in stems | kept.keys() and (stem != sample.key or not sample.num_given):
                 self._passed_over[listing.SIDECAR_OF_NO_IMAGE] += len(sidecars)
         self._ended.update(_digest("image", stem) for stem in stems)
-        self._ended.update(_digest("sidecar", stem) for stem in sample.labels)
+        self._ended.update(_digest("sidecar", stem) for stem in sample.labels.keys() - kept.keys())
         if stems:
             self._ended.add(_digest("key", sample.key))
-        sample.images, sample.labels = [], {}
+        sample.labels = kept
 
     def _read_member(self, member: tarfile.TarInfo, max_bytes: int | None = None) -> bytes:
         """The bytes of a member, or the first `max_bytes` of them. The position of the file stays."""

@@ -230,6 +230,11 @@ def passed_over(run: FinishedRun) -> dict[str, dict[str, int]]:
     return counts
 
 
+def rejected_holdout(run: FinishedRun) -> int:
+    """The number of rejected files of the holdout."""
+    return int(run.manifests["ingest"].facts.get("rejected_holdout", 0))
+
+
 # Retrieval by seed dataset
 
 

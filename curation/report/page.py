@@ -272,8 +272,11 @@ def _rejects(finished: FinishedRun) -> Markup:
         for reject in rejects
         for row in reject.examples
     ]
+    num_of_holdout = facts.rejected_holdout(finished)
+    text = f"{num_of_holdout:,} of them belong to the holdout. Copies of their images in the pool are not recognised."
     return join(
         markup.table(("reason", "", "files", "of all"), counts, numbers=frozenset({2, 3})),
+        tag("p", text) if num_of_holdout else join(),
         tag("h3", f"The first {REJECTS_PER_REASON} files of each reason"),
         markup.table(("reason", "source", "file", "detail"), examples),
     )

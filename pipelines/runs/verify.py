@@ -2,9 +2,10 @@
 
     python -m pipelines.runs.verify runs/demo
 
-Every file that a manifest lists must be there, with its size and its SHA-256. A file that no manifest lists is named
-too: a reader that goes by a pattern of names would take it for a part of the run. Of an unfinished stage, the files of
-its finished shards are checked. Nothing is changed.
+Checked are the stages; `run.toml`, `report.html` and the log have no manifest. Every file that a manifest lists must be
+there, with its size and its SHA-256. A file that no manifest lists is named too: a reader that goes by a pattern of
+names would take it for a part of the run. Of an unfinished stage, the files of its finished shards are checked. Nothing
+is changed.
 
 Exit status 0, with one line of totals, where all is right; 2, with a line for each problem, where it is not.
 """
@@ -29,7 +30,7 @@ from curation.engine.manifest import (
 )
 from curation.errors import InputError
 from curation.files import paths
-from curation.run_folder import STAGES
+from curation.run_folder import STAGES, require_run
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,27 @@ class Verified:
 
 def verify(run: str) -> Verified:
     """Check every byte of the run in the folder `run`, local or any fsspec URL. Raises InputError where none is."""
+    require_run(run)
     records: dict[str, Sequence[ShardRecord]] = {}
     unfinished = []
-    for stage in STAGES:
-        folder = paths.join(run, stage)
-        if read_manifest(folder) is not None:
-            records[stage] = require_manifest(folder).shards
-        elif plan_in(folder) is not None:
-            unfinished.append(stage)
-            records[stage] = list({record.name: record for record in read_done(folder)}.values())
-    if not records:
-        raise InputError(f"'{run}' is no run: none of its folders {', '.join(STAGES)} holds a stage.")
     num_files = num_bytes = 0
     problems: list[str] = []
+    for stage in STAGES:
+        folder = paths.join(run, stage)
+        try:
+            if read_manifest(folder) is not None:
+                records[stage] = require_manifest(folder).shards
+            elif plan_in(folder) is not None:
+                unfinished.append(stage)
+                records[stage] = list({record.name: record for record in read_done(folder)}.values())
+            elif names := paths.list_names(folder):
+                problems.append(f"{folder} holds {len(names):,} files and no {MANIFEST_NAME}. Delete it")
+        except InputError as error:  # of a damaged manifest
+            problems.append(str(error).removesuffix("."))
+        except OSError as error:
+            problems.append(f"{folder} cannot be read: {error.strerror or error}")
+    if not records and not problems:
+        raise InputError(f"'{run}' is no run: none of its folders {', '.join(STAGES)} holds a stage.")
     total = sum(file.bytes for shards in records.values() for record in shards for file in record.files)
     with progress.bar("verify", total=total, unit="bytes") as advance:
         for stage, shards in records.items():
@@ -90,8 +99,8 @@ def command_line(run: Annotated[str, typer.Argument(help="Folder of the run, loc
         print(progress.printable(problem))
     if verified.problems:
         raise InputError(
-            f"'{run}': {len(verified.problems):,} problems in {verified.num_files:,} files. Run the command that wrote "
-            "it again with --replace, which does damaged shards again; delete the files that are in no manifest."
+            f"'{run}': problems: {len(verified.problems):,}; files checked: {verified.num_files:,}. Delete what is in "
+            "no manifest, then run the command that wrote the run again with --replace: it does damaged shards again."
         )
     left = f"; not finished: {', '.join(verified.unfinished)}" if verified.unfinished else ""
     print(

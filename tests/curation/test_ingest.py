@@ -17,7 +17,7 @@ from curation.errors import InputError, RejectBudgetError
 from curation.files import parquet, paths, schemas
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
-from tests.curation.builders import encoded_image
+from tests.curation.builders import Killed, KilledRunner, encoded_image
 from tests.curation.images.tars import member, tar_of
 
 
@@ -195,3 +195,30 @@ def test_a_few_other_files_move_no_image_into_another_shard(others: tuple[str, .
         assert shards == [names[:4], names[4:]]
     assert [name for shard in shards for name in shard] == names and max(map(len, shards)) <= 4
     assert manifest.facts.get("passed_over", {}) == ({"web": {"no extension": len(others)}} if others else {})
+
+
+def test_replace_reads_changed_files_of_an_unfinished_run_again(tmp_path: Path) -> None:
+    data = encoded_image(0)
+    folder = write(tmp_path / "web", a__png=bytes(len(data)), b__png=encoded_image(1), c__png=encoded_image(2))
+    config = IngestConfig(sources=(source("web", folder),), images_per_shard=1, max_reject_fraction=1)
+    with pytest.raises(Killed):
+        ingest.run(config, str(tmp_path / "out"), KilledRunner(2))
+    write(folder, a__png=data)  # of equal size, so that the listing is the same
+    manifest = ingest.run(config, str(tmp_path / "out"), InlineRunner(), replace=True)
+    assert manifest.totals == {"images": 3, "accepted": 3, "rejected": 0}
+
+
+def test_rejected_images_of_the_holdout_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    holdout = write(tmp_path / "holdout", a__png=encoded_image(0), b__png=encoded_image(1)[:50])
+    pool = write(tmp_path / "pool", a__png=encoded_image(2))
+    manifest = run(tmp_path, source("holdout", holdout, "holdout"), source("pool", pool), max_reject_fraction=1)
+    assert manifest.facts["rejected_holdout"] == 1
+    assert "ingest: 1 files of the holdout were rejected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["zip://absent.zip", "dir:///tmp", "a\0b", "github://a:b@c/x", "reference://x"])
+def test_a_path_that_cannot_be_opened_is_one_message(path: str) -> None:
+    with pytest.raises(InputError, match="Cannot open"):
+        paths.filesystem(path)
+    with pytest.raises(ValueError, match="at least 1 character"):
+        source("web", "")

@@ -86,6 +86,19 @@ def test_picture_is_a_copy_of_itself(comparer: ThumbnailComparer) -> None:
         assert compare(comparer, scene(seed), scene(seed)).similarity > 0.99
 
 
+@pytest.mark.parametrize("size", [(128, 8), (8, 128), (300, 24), (400, 400)])
+@pytest.mark.parametrize("kind", ["plain", "dot", "noise"])
+def test_equal_pictures_that_cannot_be_aligned_are_copies(
+    comparer: ThumbnailComparer, size: tuple[int, int], kind: str
+) -> None:
+    image = Image.new("RGB", size, "white")
+    if kind == "dot":
+        image.putpixel((size[0] // 2, size[1] // 2), (0, 0, 0))
+    elif kind == "noise":
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    assert compare(comparer, image, image.copy()) == Likeness(1.0, False)
+
+
 def test_other_pictures_are_not_copies(comparer: ThumbnailComparer) -> None:
     for seed in range(10):
         assert compare(comparer, scene(seed), scene(seed + 100)).similarity < 0.3

@@ -30,3 +30,9 @@ def test_an_object_store_gives_the_time_of_the_last_write(tmp_path: Path) -> Non
     assert times["absent.png"] == UNKNOWN
     assert times_of(f"{root}/a/image.png", [""])[""] == times["a/image.png"]
     paths.delete(root)
+
+
+def test_a_link_to_nothing_has_the_times_of_the_link(tmp_path: Path) -> None:
+    (tmp_path / "link.png").symlink_to(tmp_path / "absent")
+    times = times_of(str(tmp_path), ["link.png"])["link.png"]
+    assert abs(time.time() - times.latest) < 60

@@ -397,6 +397,46 @@ def test_millions_of_rows_without_an_image_are_one_reject(tmp_path: Path) -> Non
     ]
 
 
+def parquet_source(path: Path, **columns: str) -> SourceConfig:
+    values = {"name": "web", "path": str(path), "role": "pool", "layout": "parquet", "image_column": "image"}
+    return SourceConfig.model_validate(values | columns)
+
+
+def test_rows_that_the_footer_leaves_out_are_damage(tmp_path: Path) -> None:
+    images = pa.table({"image": pa.array([encoded_image(number) for number in range(61)], pa.binary())})
+    data = bytearray(parquet_of(images, use_dictionary=False))
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    position = data.rindex(bytes([0x16, 2 * 61]), footer)  # the row group's number of rows, as Thrift writes 61
+    source = SourceConfig(
+        name="web", path=str(tmp_path / "a.parquet"), role="pool", layout="parquet", image_column="image"
+    )
+    for stated in (10, 63):
+        data[position + 1] = 2 * stated
+        (tmp_path / "a.parquet").write_bytes(data)
+        (item,) = sources.read_source(source, ("",), max_bytes=10**6)
+        assert item.problem is not None and item.problem[0] == RejectReason.DAMAGED_ARCHIVE
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"])
+def test_columns_of_delta_encodings_are_read(encoding: str, tmp_path: Path) -> None:
+    table = pa.table({"image": [encoded_image(1), encoded_image(2)], "label": ["a", "ab"]})
+    options = {"use_dictionary": False, "column_encoding": {"image": encoding, "label": encoding}}
+    (tmp_path / "a.parquet").write_bytes(parquet_of(table, **options))
+    source = parquet_source(tmp_path / "a.parquet", label_column="label")
+    items = list(sources.read_source(source, ("",), max_bytes=10**6))
+    assert [(item.data, item.label) for item in items] == list(zip(*table.to_pydict().values(), strict=True))
+
+
+def test_a_column_without_any_value_is_one_reject(tmp_path: Path) -> None:
+    """As pandas writes it: its type is null."""
+    (tmp_path / "a.parquet").write_bytes(parquet_of(pa.table({"image": pa.nulls(5)})))
+    source = SourceConfig(
+        name="web", path=str(tmp_path / "a.parquet"), role="pool", layout="parquet", image_column="image"
+    )
+    (item,) = sources.read_source(source, ("",), max_bytes=10**6)
+    assert item.problem == (RejectReason.EMPTY, "the image column is null in 5 of 5 rows; the first is row 0")
+
+
 @pytest.mark.parametrize("repeated", ["image", "label"])
 def test_a_value_shared_by_thousands_of_rows_is_in_memory_once(tmp_path: Path, repeated: str) -> None:
     """A file of some kilobytes that would unpack to 40 GB: 2,000 rows of 20 MB."""

@@ -108,6 +108,28 @@ def test_a_key_that_returns_is_damage(tmp_path: Path, members: list[str], given:
     assert len(labels) == given and all(label in ("1", None) for _, label in labels)
 
 
+def test_the_images_before_the_damage_are_given_with_their_labels(tmp_path: Path) -> None:
+    """Also those of the sample that is open at the damage."""
+    whole = tar("0.png", "0.cls=0", *(word for n in range(5) for word in (f"v1.{n}.cls={n}", f"v1.{n}.png")))
+    position = whole.rindex(b"v1.4.png")  # the header of the last image
+    labels, _, damage = read(tmp_path / "a.tar", whole[:position] + b"\xff" * 512)
+    assert damage is not None
+    assert [(data.decode(), label) for data, label in labels] == [
+        ("0.png", "0"),
+        *((f"v1.{n}.png", str(n)) for n in range(4)),
+    ]
+
+
+def test_a_sample_of_many_images_keeps_the_labels_that_come_before_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_members, "MAX_IMAGES_IN_SAMPLE", 3)
+    members = ["v1.cls=key", *(word for n in range(8) for word in (f"v1.{n}.cls={n}", f"v1.{n}.png")), "v1.x.png"]
+    labels, passed_over, damage = read(tmp_path / "a.tar", tar(*members))
+    assert damage is None and not passed_over
+    assert [label for _, label in labels] == [*map(str, range(8)), "key"]
+
+
 def test_dots_in_the_names_of_images_alone_are_no_keys(tmp_path: Path) -> None:
     names = ["3.14.png", "2.71.png", "3.99.png", "2.72.png"]
     labels, passed_over, damage = read(tmp_path / "a.tar", tar(*names))

@@ -52,6 +52,32 @@ def test_every_kind_of_damage_is_listed(run: str) -> None:
     assert all(f"{run}/{text}" in problem for text, problem in zip(expected, problems, strict=True))
 
 
+def test_a_damaged_and_a_missing_manifest_are_listed(run: str) -> None:
+    paths.delete(f"{run}/ingest/manifest.json")
+    paths.write_bytes(f"{run}/embed/manifest.json", b"{")
+    missing, damaged = verify(run).problems
+    assert missing == f"{run}/ingest holds 3 files and no manifest.json. Delete it"
+    assert damaged.startswith(f"{run}/embed/manifest.json: damaged, or written by another version of Seedbed. Delete")
+    assert f"'{run}/embed'" in damaged
+
+
+def test_a_file_that_cannot_be_read_is_listed(tmp_path: Path) -> None:
+    images = write_ingest(f"{tmp_path}/ingest", [[image_row(id_of(1), "web", "pool")]])
+    name = Path(images, "images-00000.parquet")
+    size = name.stat().st_size
+    name.unlink()
+    os.symlink("/proc/self/mem", name)  # reading it fails
+    problems = verify(str(tmp_path)).problems
+    assert len(problems) == 1 and str(name) in problems[0], (problems, size)
+
+
+@pytest.mark.parametrize("path", ["file", "nowhere", "file/below"])
+def test_a_path_that_is_no_run_is_one_message(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="No run at"):
+        verify(str(tmp_path / path))
+
+
 def test_an_unfinished_stage_is_named_and_its_finished_shards_are_checked(run: str) -> None:
     record = require_manifest(f"{run}/embed").shards[1]
     plan = require_manifest(f"{run}/embed").plan
