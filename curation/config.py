@@ -159,6 +159,10 @@ def _read_toml(text: str) -> dict[str, Any]:
         values = tomllib.loads(text)
     except RecursionError:
         values = None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise tomllib.TOMLDecodeError(str(error)) from None
     if values is None or _num_levels(values) > MAX_LEVELS:
         raise tomllib.TOMLDecodeError(f"tables and lists of more than {MAX_LEVELS} levels")
     return values
@@ -229,6 +233,8 @@ def _problems(error: ValidationError, model: type[BaseModel], tree: Mapping[str,
                 lines[key] = f"Unknown key: '{key}'{suggestion}. Found: {_described(value)}"
             case "missing":
                 lines[key] = f"Missing key: '{key}'"
+            case "json_invalid":  # a lone surrogate, of an option that is no UTF-8
+                lines[key] = "a text is not valid Unicode; correct the characters of --set and of the config"
             case "value_error" if isinstance(value, dict | list | tuple):  # the message names the settings
                 lines |= {message: f"'{key}': {message}" if key else message for message in messages}
             case kind:

@@ -274,21 +274,23 @@ def command_line(
             EmbedConfig, {stage: {"embedder": embedder}}, overrides or (), section=stage, origin="options"
         )
 
+    is_ingested = config is not None or read_manifest(images) is not None
     if not plan:
-        command.require_apart(output, settings, images, config or "")
+        for folder in [output] if is_ingested else [paths.join(output, name) for name in ("ingest", stage)]:
+            command.require_apart(folder, settings, images, config or "", is_stage=True)
     source = SourceConfig(
         name=posixpath.basename(images.rstrip("/")), path=images, role="pool", layout=layout or "folder"
     )
 
     def check() -> None:
         require_weights(settings.embedder)
-        if config is not None or read_manifest(images) is not None:
+        if is_ingested:
             require_stage(images, "ingest", "--images")
         else:
             require_sources((source,))
 
     def work(chosen: Runner) -> None:
-        if config is not None or read_manifest(images) is not None:
+        if is_ingested:
             run(settings, RunFolder(ingest=images), output, chosen, name=stage, replace=replace)
             return
         folder = RunFolder.of(output)

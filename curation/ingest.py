@@ -82,7 +82,7 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
     an accepted image, and for sources with the role `pool` that have none all together. Raises RejectBudgetError past
     the budget. Finished shards stay; the next run continues after them.
     """
-    paths.require_apart(output, (source.path for source in config.sources), or_below=True)
+    paths.require_apart(output, (source.path for source in config.sources), or_below=True, or_above=True)
     listings, problems = {}, []
     for source in config.sources:
         try:

@@ -577,7 +577,7 @@ def command_line(
         raise ConfigError("With --config, also give --images, --dedup, --vectors and --clusters.")
     settings = load(RetrieveConfig, config, overrides or (), section="retrieve")
     if not plan:
-        command.require_apart(output, settings, config, images, deduplicated, embedded, clustered)
+        command.require_apart(output, settings, config, images, deduplicated, embedded, clustered, is_stage=True)
     folders = {"ingest": images, "dedup": deduplicated, "embed": embedded, "cluster": clustered}
     command.plan_or_run(
         settings,
@@ -596,6 +596,8 @@ def _retrieve_alone(seeds: str, pool: str, k: int, output: str, *, replace: bool
     paths.require_apart(output, [seeds, pool], or_below=True)
     # Kept in the file, so that another search is not taken for this one. The names of files are part of ids.
     origin = {"k": k, "seeds": _hash_vectors(seeds), "pool": _hash_vectors(pool)}
+    if paths.is_folder(output):
+        raise ConfigError(f"--output '{output}' is a folder. Give the name of a file.")
     if paths.exists(output) and not replace:
         if (origin_there := _origin_of(output)) == origin:
             print(f"retrieve: {output} is already done, nothing to do")

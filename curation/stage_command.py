@@ -57,7 +57,7 @@ def stage_command(
         settings = load(config_class, config, overrides or (), section=section)
 
         if not plan:
-            command.require_apart(output, settings, config, *folders.values())
+            command.require_apart(output, settings, config, *folders.values(), is_stage=True)
 
         def work(chosen: Runner) -> None:
             run(settings, RunFolder(**folders), output, chosen, replace=replace)

@@ -5,10 +5,11 @@ python -m pipelines.curate --config pipelines/configs/demo.toml --output runs/de
 
 from pathlib import Path
 
-from curation.config import load
+from curation.config import load, resolved_toml
 from curation.engine import command
 from curation.engine.manifest import MANIFEST_NAME
 from curation.engine.run_log import open_log
+from curation.errors import ConfigError, InputError
 from curation.files import paths
 from curation.files.folder_lock import sole_writer
 from curation.images import sources
@@ -37,6 +38,9 @@ def command_line(
         return
     command.require_apart(output, settings, config)
     paths.require_apart(output, (source.path for source in settings.ingest.sources), or_below=True)
+    for stage in STAGES:
+        command.require_apart(paths.join(output, stage), settings, config, is_stage=True)
+    _require_config_kept(settings, config, output)
     page.read_concepts(settings.report)  # fails on a wrong path before the work begins
     if settings.demo_data is not None:
         dataset.run(Path(settings.demo_data))
@@ -54,6 +58,19 @@ def command_line(
     page.print_summary(output)
     if log.started:
         status.print_times(output)
+
+
+def _require_config_kept(settings: CurateConfig, config: str, output: str) -> None:
+    """Raise ConfigError where the run would write other text over the file `config`."""
+    saved = paths.join(output, page.CONFIG_NAME)
+    try:
+        paths.require_apart(saved, [config])
+    except InputError:
+        if paths.read_bytes(config).decode() != resolved_toml(settings):
+            raise ConfigError(
+                f"--config '{config}' is the file to which the run saves its resolved config; it would be overwritten. "
+                "Copy it to another place, and give the copy."
+            ) from None
 
 
 def _gpus_per_worker(config: CurateConfig) -> int:

@@ -60,9 +60,12 @@ def main(function: Callable[..., Any]) -> None:
         sys.exit(1)
 
 
-def require_apart(output: str, settings: Settings, *inputs: str) -> None:
-    """Raise InputError where `output` is one of the `inputs` of a command, or a file or folder of its settings."""
-    paths.require_apart(output, [*inputs, *_paths_in(settings.model_dump())])
+def require_apart(output: str, settings: Settings, *inputs: str, is_stage: bool = False) -> None:
+    """Raise InputError where `output` is one of the `inputs` of a command, or a file or folder of its settings.
+
+    is_stage: `output` is the folder of a stage, whose content --replace deletes; no input may lie below it.
+    """
+    paths.require_apart(output, [*inputs, *_paths_in(settings.model_dump())], or_above=is_stage)
 
 
 def _paths_in(values: Any) -> Iterator[str]:

@@ -12,6 +12,7 @@
 
 import functools
 import posixpath
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -247,6 +248,13 @@ def _delete_leftovers(folder: str) -> None:
             delete(join(folder, name))
 
 
+# The names in the folder of a stage; those of its files are broad, since killed workers leave files in no list. `claim`
+# deletes no others.
+_OF_A_STAGE = re.compile(
+    rf"{re.escape(PROGRESS_NAME)}|{re.escape(TEMPORARY_PREFIX)}.*|[a-z][\w-]*\.(parquet|npy|tar|json|arrow|safetensors)"
+)
+
+
 def claim(folder: str, plan: Plan, *, replace: bool) -> Manifest | None:
     """Claim `folder` for `plan`. Returns the manifest of a finished stage; None when shards may be left to do.
 
@@ -262,6 +270,13 @@ def claim(folder: str, plan: Plan, *, replace: bool) -> Manifest | None:
         has_work = manifest or set(list_names(folder)) - {PROGRESS_NAME} or set(list_names(progress)) - {"plan.json"}
         if has_work and not replace:
             raise OutputMismatchError(_mismatch_message(folder, plan_there, plan))
+        is_step = f"/{PROGRESS_NAME}/" in folder
+        others = [] if is_step else [name for name in list_names(folder) if not _OF_A_STAGE.fullmatch(name)]
+        if others:
+            raise OutputMismatchError(
+                f"'{folder}' also holds what no stage wrote ({', '.join(others[:3])}"
+                f"{', ...' if len(others) > 3 else ''}). Nothing was deleted. Move it, or give another --output."
+            )
         _delete_work(folder, plan_there)
         manifest = plan_there = None
     if manifest is not None:
@@ -284,8 +299,12 @@ def claim(folder: str, plan: Plan, *, replace: bool) -> Manifest | None:
 def read_done(folder: str) -> Iterator[ShardRecord]:
     """The finished shards of an unfinished stage, in no order. A shard that is marked twice comes twice."""
     for path, data in _read_markers(folder):
-        for line in data.splitlines()[1:] if path.endswith(".jsonl") else [data]:
-            yield _parse(ShardRecord, line, path)
+        is_merged = path.endswith(".jsonl")
+        for line in data.splitlines()[1:] if is_merged else [data]:
+            record = _parse(ShardRecord, line, path)
+            if not is_merged and path != join(folder, PROGRESS_NAME, f"{record.name}.json"):
+                raise _unreadable(path)
+            yield record
 
 
 def _read_markers(folder: str) -> Iterator[tuple[str, bytes]]:
@@ -411,8 +430,8 @@ def _parse(model: type[RecordType], data: bytes, path: str) -> RecordType:
 def _unreadable(path: str) -> InputError:
     folder = posixpath.dirname(path.partition(f"/{PROGRESS_NAME}/")[0] + "/" if f"/{PROGRESS_NAME}/" in path else path)
     return InputError(
-        f"{path}: damaged, or written by another version of Seedbed. Delete '{folder}', and run the command that wrote "
-        "it again."
+        f"{path}: damaged, or not written by this version of Seedbed. If a run wrote '{folder}', delete that folder, "
+        "and run the command again; otherwise give another one."
     )
 
 

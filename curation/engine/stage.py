@@ -137,6 +137,10 @@ def _shards_to_redo(stage: Stage, finished: Manifest, *, replace: bool) -> set[s
     is_step = f"/{manifest.PROGRESS_NAME}/" in stage.output
     checked = manifest.checked(stage.output, finished.shards, hashes=replace)
     damaged = {record.name: problems[0] for record, problems in checked if problems}
+    recorded = {record.name for record in finished.shards} | set(finished.facts.get(SET_ASIDE, []))
+    for shard in stage.shards:
+        if shard.name not in recorded:
+            damaged[shard.name] = f"shard {shard.name} is not in {stage.output}/{manifest.MANIFEST_NAME}"
     if damaged and not replace and not is_step:
         raise InputError(
             f"{stage.name}: damaged after it was written: {_first_of(damaged)}. Run again with --replace, which does "

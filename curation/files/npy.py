@@ -1,6 +1,9 @@
 """Arrays in NumPy's `.npy` format: written atomically, read without pickles."""
 
+import math
+import os
 import posixpath
+import tokenize
 from typing import BinaryIO
 
 import numpy as np
@@ -34,11 +37,19 @@ def read_array(path: str) -> np.ndarray:
 def read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     """The shape of the next array in `file`, whether it is stored column by column, and its dtype.
 
-    Afterwards `file` stands at the array's first value. Raises ValueError when there is no array.
+    Afterwards `file` stands at the array's first value. Raises ValueError for no array, and for an impossible shape.
     """
     version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"format version {version[0]}.{version[1]} is unknown")
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"format version {version[0]}.{version[1]} is unknown")
+    try:
+        shape, by_column, dtype = readers[version](file)
+    except (SyntaxError, tokenize.TokenError) as error:  # NumPy's parser of damaged headers
+        raise ValueError(f"its header cannot be parsed: {error}") from None
+    position = file.tell()
+    num_bytes = file.seek(0, os.SEEK_END) - position
+    file.seek(position)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > num_bytes:
+        raise ValueError(f"its header states the shape {shape}, and {num_bytes:,} bytes follow")
+    return shape, by_column, dtype

@@ -80,15 +80,21 @@ def is_folder(path: str) -> bool:
     return bool(fs.isdir(inner))
 
 
-def require_apart(output: str, inputs: Iterable[str], *, or_below: bool = False) -> None:
+def require_apart(output: str, inputs: Iterable[str], *, or_below: bool = False, or_above: bool = False) -> None:
     """Raise InputError where `output` is one of the `inputs`, by whatever links or relative forms.
 
-    With `or_below`, also where it lies below one: the next run would read it. Empty inputs are left out.
+    With `or_below` also where it lies below one of them, so that a later run would read it; with `or_above` also where
+    one of them lies below it, for folders whose content a command may delete.
     """
     place = _true_place(output)
     for given in filter(None, inputs):
         if place == (input_place := _true_place(given)):
             raise InputError(f"--output '{output}' is the input '{given}', which would be lost. Give another --output.")
+        if or_above and input_place.startswith(place.rstrip("/") + "/"):
+            raise InputError(
+                f"The input '{given}' lies below --output '{output}', where --replace would delete it. Give another "
+                "--output."
+            )
         if or_below and place.startswith(input_place.rstrip("/") + "/"):
             raise InputError(
                 f"--output '{output}' lies below the input '{given}', so the next run would read it. Give another "

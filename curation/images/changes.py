@@ -30,14 +30,27 @@ def times_of(root: str, names: Iterable[str]) -> dict[str, Times]:
     """The times of the files `names` below `root`; the name "" is the file `root` itself.
 
     A local file has two: of its content, which any copy may carry along, and of its last replacement or change of name
-    or rights, which no program can set. Of a link and its target the later one counts. An object store has one.
+    or rights, which no program can set. Of a link and its target the later one counts, and so do links on the way to
+    `root`. An object store has one.
     """
     if paths.is_local(root):
-        return {name: _local_times(paths.join(root, name) if name else root) for name in names}
+        link = _time_of_links(paths.filesystem(root)[1])
+        times = {name: _local_times(paths.join(root, name) if name else root) for name in names}
+        return {name: Times(time.earliest, max(time.latest, link)) for name, time in times.items()}
     fs, inner = paths.filesystem(root)
     fs.invalidate_cache()
     listed: dict[str, Any] = fs.find(inner, detail=True)  # one listing for all files
     return {name: _listed_times(listed.get(paths.join(inner, name) if name else inner)) for name in names}
+
+
+def _time_of_links(path: str) -> float:
+    """The latest time of the links on the way to `path`, which may lead elsewhere now; -inf without links."""
+    latest = -math.inf
+    while path != (parent := os.path.dirname(path)):
+        if os.path.islink(path):
+            latest = max(latest, os.lstat(path).st_ctime)
+        path = parent
+    return latest
 
 
 def _local_times(path: str) -> Times:

@@ -315,7 +315,7 @@ def open_images(file: Any, uri: str, columns: list[str]) -> pq.ParquetFile:
             f"{uri}: no column {', '.join(missing)}. It has: {_listed(leaves)}. Set image_column (and label_column)."
         )
     image = leaves[columns[0]]
-    if image.logical_type.type == "NULL":  # as pandas writes a column without any value
+    if str(image.logical_type) == "Null":  # as pandas writes a column without any value
         return opened
     if (image.physical_type, image.logical_type.type) != ("BYTE_ARRAY", "NONE"):
         raise InputError(f"{uri}: column '{image.path}' holds no bytes ({image.physical_type}). Set image_column.")

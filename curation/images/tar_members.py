@@ -167,12 +167,16 @@ class _Samples:
         self._ended: set[bytes] = set()
 
     def read(self, archive: tarfile.TarFile, headers: _HeaderReader) -> Iterator[ImageMember]:
-        """The images of the archive; before an error is raised, those before the damage."""
+        """The images of the archive; before an error is raised, those before the damage.
+
+        The sample that is open at the damage may have lost a sidecar, so its images have no label.
+        """
         self._sample: _Sample | None = None
         try:
             yield from self._read(archive, headers)
         except _DAMAGE:
             if self._sample is not None:
+                self._sample.labels = {}
                 yield from self._end(self._sample)
             raise
 

@@ -121,8 +121,8 @@ def _fingerprint(config: ReportConfig, output: str) -> str:
 def _written_fingerprint(path: str) -> str | None:
     if not paths.exists(path):
         return None
-    with paths.open_read(path) as file:
-        return markup.read_fingerprint(file.read(1000).decode(errors="replace"))
+    text = paths.read_bytes(path).decode(errors="replace")
+    return markup.read_fingerprint(text[:1000]) if text.rstrip().endswith("</html>") else None
 
 
 # The examples. They are chosen first, so that only their thumbnails are read.

@@ -273,6 +273,23 @@ def test_wrong_input_is_one_message_and_status_2_and_the_corrected_run_ends(
         assert bytes_in(finished / f"wrong{number}") == bytes_in(finished / "out")
 
 
+def test_no_input_is_deleted_or_overwritten(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
+    shutil.copytree("pool", "nested/corpus/pool")
+    Path("nested.toml").write_text(CONFIG.replace('path = "pool"', 'path = "nested/corpus/pool"'))
+    shutil.copytree("out", "saved")
+    Path("saved/run.toml").write_text("# mine\n" + CONFIG)
+    before = bytes_in(finished / "nested") | bytes_in(finished / "saved")
+    for config, output, message in (
+        ("nested.toml", "nested", "lies below --output 'nested/corpus'"),
+        ("saved/run.toml", "saved", "it would be overwritten. Copy it"),
+    ):
+        options = ("--config", config, "--output", output, "--runner", "inline", "--replace")
+        refused = run_in_process(curate_command, *options)
+        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
+    assert bytes_in(finished / "nested") | bytes_in(finished / "saved") == before
+
+
 def test_contradictory_sections_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(CONFIG)

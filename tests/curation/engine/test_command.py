@@ -126,6 +126,13 @@ def test_missing_gpu_names_the_settings_before_any_work() -> None:
     assert worked == []
 
 
+def test_an_input_below_the_output_of_a_stage_is_refused(tmp_path: Path) -> None:
+    source = Source(path=str(tmp_path / "out/corpus"))
+    require_apart(str(tmp_path / "out"), source)
+    with pytest.raises(InputError, match=r"lies below --output .*, where --replace would delete it"):
+        require_apart(str(tmp_path / "out"), source, is_stage=True)
+
+
 def test_inline_runner_runs_in_this_process() -> None:
     with open_runner("inline", 7) as runner:
         assert isinstance(runner, InlineRunner)

@@ -336,7 +336,7 @@ def test_damaged_record_in_a_manifest_is_an_input_error(root: str) -> None:
     finish(root, plan())
     path = paths.join(root, "manifest.json")
     paths.write_bytes(path, paths.read_bytes(path).replace(b'"name":"00001"', b'"nam":"00001"'))
-    with pytest.raises(InputError, match=r"manifest\.json: not a file that this version of Seedbed wrote"):
+    with pytest.raises(InputError, match=r"manifest\.json: damaged, or not written by this version of Seedbed"):
         list(require_manifest(root).shards)
 
 
@@ -346,7 +346,7 @@ def test_missing_or_other_manifest_is_an_input_error(root: str) -> None:
         require_manifest(root)
     for text in (b"", b"{}", b'{"name": "other program"}', b"\xff"):
         paths.write_bytes(paths.join(root, "manifest.json"), text)
-        with pytest.raises(InputError, match=r"manifest\.json: not a file that this version of Seedbed wrote"):
+        with pytest.raises(InputError, match=r"manifest\.json: damaged, or not written by this version of Seedbed"):
             require_manifest(root)
 
 
@@ -479,7 +479,7 @@ def test_other_files_are_refused_and_never_deleted(root: str, replace: bool) -> 
     paths.write_bytes(paths.join(root, "thesis.txt"), b"precious")
     paths.write_bytes(paths.join(root, "deeper/more.txt"), b"too")
     before = bytes_in(root)
-    with pytest.raises(OutputMismatchError, match=r"no run of this stage wrote \(deeper, thesis\.txt\)"):
+    with pytest.raises(OutputMismatchError, match=r"holds files \(deeper, thesis\.txt\), but no manifest\.json says"):
         start_or_resume(root, plan(), replace=replace)
     assert bytes_in(root) == before
 
@@ -589,3 +589,21 @@ def test_finish_that_dies_at_any_step_loses_no_shard(tmp_path: Path) -> None:
         assert start_or_resume(folder, plan(), replace=False) in (done, manifest)
         write_manifest(folder, manifest)
         assert start_or_resume(folder, plan(), replace=False) == manifest
+
+
+def test_what_no_stage_wrote_is_not_deleted(root: str) -> None:
+    finish(root, plan())
+    paths.write_bytes(paths.join(root, "notes.txt"), b"precious")
+    before = bytes_in(root)
+    with pytest.raises(OutputMismatchError, match=r"also holds what no stage wrote \(notes\.txt\)"):
+        start_or_resume(root, plan(config={"other": 1}), replace=True)
+    assert bytes_in(root) == before
+
+
+def test_a_marker_of_another_name_is_an_input_error(root: str) -> None:
+    start_or_resume(root, plan(), replace=False)
+    mark_shard_done(root, shard(0, root))
+    marker = paths.join(root, ".progress/00000.json")
+    paths.write_bytes(marker, paths.read_bytes(marker).replace(b'"name": "00000"', b'"name": "00007"', 1))
+    with pytest.raises(InputError, match=r"00000\.json: damaged"):
+        list(read_done(root))

@@ -59,3 +59,11 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     np.save(path, np.array([object()]), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
         npy.read_array(path)
+
+
+@pytest.mark.parametrize("shape", ["(3, 100000000000000)", "(-1, 8)", "(3, 8", "(2, 9)"])
+def test_header_of_an_impossible_shape_is_a_value_error(shape: str) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode() + b"\n"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(4 * 16)
+    with pytest.raises(ValueError, match="its header"):
+        npy.read_header(io.BytesIO(content))

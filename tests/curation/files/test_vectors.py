@@ -230,7 +230,7 @@ def test_folder_of_a_stage_gives_the_files_of_its_manifest(tmp_path: Path) -> No
     )
     parquet.write_table(paths.join(folder, "stray.parquet"), tables[2])
     assert read_together(folder)[0] == [id_of(0), id_of(1)]
-    with pytest.raises(InputError, match="holds no vectors"):
+    with pytest.raises(InputError, match="without vectors"):
         list(read_vectors(write_stage(tmp_path / "ingest", [{"images": tables[0]}])))
 
 

@@ -36,3 +36,14 @@ def test_a_link_to_nothing_has_the_times_of_the_link(tmp_path: Path) -> None:
     (tmp_path / "link.png").symlink_to(tmp_path / "absent")
     times = times_of(str(tmp_path), ["link.png"])["link.png"]
     assert abs(time.time() - times.latest) < 60
+
+
+def test_a_link_on_the_way_to_the_files_counts(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "sub/a.png").write_bytes(name.encode())
+    time.sleep(0.05)
+    (tmp_path / "now").symlink_to("two")
+    before = times_of(str(tmp_path / "two/sub"), ["a.png"])["a.png"]
+    through = times_of(str(tmp_path / "now/sub"), ["a.png"])["a.png"]
+    assert through.earliest == before.earliest and through.latest > before.latest

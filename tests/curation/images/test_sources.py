@@ -8,6 +8,7 @@ import re
 import subprocess
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +307,9 @@ def test_cut_tar_is_refused_or_reads_the_same(tmp_path: Path, step: int) -> None
         if message := damage(items):
             assert cut < END + 512
             assert str(path) in message and "not a readable plain tar" in message
-            assert items[:-1] == whole[: len(items) - 1]
+            for item, image in zip(items[:-1], whole, strict=False):
+                # The sample that is open at the damage has no label.
+                assert item in (image, replace(image, label=None))
         else:
             assert cut >= END + 512 and items == whole
 
