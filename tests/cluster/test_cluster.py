@@ -293,7 +293,7 @@ def test_poison_shard_is_set_aside_and_tried_again(hosts: Hosts, home: Path) -> 
     assert "ingest, shard 00011: its worker died 3 times" in finish(run.start(), 1)
     config = (home / "ingest.toml").read_text()
     (home / "ingest.toml").write_text(config.replace("[ingest]\n", "[ingest]\nmax_poison_shards = 1\n", 1))
-    assert "shard 00011 killed its worker every time and is set aside" in finish(run.start(), 0)
+    assert "shard 00011 killed its worker at every attempt and is set aside" in finish(run.start(), 0)
     assert '"set_aside": [\n   "00011"\n  ]' in (run.output / "manifest.json").read_text()
     (run.diary / "faults/ingest,00011").unlink()
     (home / "ingest.toml").write_text(config)

@@ -83,15 +83,18 @@ class Pipelines:
             shutil.rmtree(self._home / output, ignore_errors=True)
             while not is_done:
                 process = self.start(output)
+                agent_killed = False
                 while kills < num_kills and self._sleep(output, process, generator):
-                    victim = generator.choice(("driver", "worker"))
-                    hits = self._kill_driver(process) if victim == "driver" else self._kill_worker(generator)
+                    victim = generator.choice(("driver", "worker", "worker", "agent"))
+                    hits = self._kill_driver(process) if victim == "driver" else self._kill_of_ray(victim, generator)
                     kills += hits
+                    agent_killed |= hits and victim == "agent"
                     print(f"{output}: {victim} {'killed' if hits else 'not there'} ({kills} kills)", flush=True)
                     if victim == "driver":
                         break
                 status, message = self._end_of(process)
-                assert status in (0, -signal.SIGKILL) or "killed its worker" in message, message
+                # Without one of its agents, Ray ends, and the driver with it.
+                assert status in (0, -signal.SIGKILL) or agent_killed or "killed its worker" in message, message
                 is_done = status == 0
             self.check(output)
         return pipelines
@@ -118,11 +121,16 @@ class Pipelines:
             os.killpg(process.pid, signal.SIGKILL)
         return process.wait() == -signal.SIGKILL
 
-    def _kill_worker(self, generator: random.Random) -> bool:
-        """Kill a random process of Ray's workers, if there is one."""
-        workers = [process for process in self._processes() if command_line(process).startswith("ray::")]
+    def _kill_of_ray(self, victim: str, generator: random.Random) -> bool:
+        """Kill a random worker of the pipeline, or a random agent of Ray, if there is one."""
+        lines = {process: command_line(process) for process in self._processes()}
+        victims = [
+            process
+            for process, line in lines.items()
+            if line.startswith("ray::") and line.startswith("ray::_WorkerActor") == (victim == "worker")
+        ]
         with contextlib.suppress(IndexError, ProcessLookupError):
-            os.kill(generator.choice(sorted(workers)), signal.SIGKILL)
+            os.kill(generator.choice(sorted(victims)), signal.SIGKILL)
             return True
         return False
 

@@ -1,5 +1,6 @@
 """Arrays come back as they were written, and numpy reads them too."""
 
+import io
 from pathlib import Path
 from typing import Any
 
