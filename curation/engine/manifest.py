@@ -251,7 +251,8 @@ def _delete_leftovers(folder: str) -> None:
 # The names in the folder of a stage; those of its files are broad, since killed workers leave files in no list. `claim`
 # deletes no others.
 _OF_A_STAGE = re.compile(
-    rf"{re.escape(PROGRESS_NAME)}|{re.escape(TEMPORARY_PREFIX)}.*|[a-z][\w-]*\.(parquet|npy|tar|json|arrow|safetensors)"
+    rf"{re.escape(PROGRESS_NAME)}|{re.escape(TEMPORARY_PREFIX)}.*|[a-z]+-[\w-]+\.\w+"
+    r"|[a-z]\w*\.(parquet|npy|json|arrow|safetensors)"
 )
 
 

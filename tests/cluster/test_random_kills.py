@@ -1,8 +1,8 @@
 """Kills at random moments of a whole small pipeline on a local Ray: the bytes stay the same, and nothing is left.
 
-Five runs of the test with eight kills each. A kill hits a random worker, and the pipeline goes on; or the whole process
-group of the driver, and the same command is started again. A pipeline that finishes is compared with a run without
-faults and without Ray, and the next pipeline begins. Needs neither root nor namespaces.
+Five runs of the test with eight kills each. A kill hits a random worker, and the pipeline goes on; or it hits the whole
+process group of the driver, or an agent of Ray, and the same command is started again. A pipeline that finishes is
+compared with a run without faults and without Ray, and the next pipeline begins. Needs neither root nor namespaces.
 """
 
 import contextlib

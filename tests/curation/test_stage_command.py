@@ -135,7 +135,7 @@ def test_embed_and_describe_take_the_place_of_each_other(tmp_path: Path) -> None
     require_stage(write_vectors(tmp_path / "embed", images, [{id_of(1): np.ones(4)}]), "describe", "--descriptors")
 
 
-def test_missing_sources_are_listed_together_before_ray_starts(tmp_path: Path) -> None:
+def test_missing_sources_are_listed_together_before_ray_starts(tmp_path: Path, no_shared_ray: None) -> None:
     config = tmp_path / "config.toml"
     source = '[[ingest.sources]]\nname = "{0}"\nrole = "pool"\npath = "{0}"\n'
     config.write_text(source.format("a") + source.format("b"))
@@ -146,7 +146,7 @@ def test_missing_sources_are_listed_together_before_ray_starts(tmp_path: Path) -
     ]
 
 
-def test_missing_weights_are_said_before_ray_starts(tmp_path: Path) -> None:
+def test_missing_weights_are_said_before_ray_starts(tmp_path: Path, no_shared_ray: None) -> None:
     options = ["--model", "vit_tiny_patch16", "--weights", "nowhere.pth", "--images", str(tmp_path), "--output", "out"]
     shown = CliRunner().invoke(app(embed), options)
     assert isinstance(shown.exception, WeightsError) and not ray.is_initialized()
