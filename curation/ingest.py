@@ -40,7 +40,7 @@ from curation.images import changes, listing, sources
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.hashing import image_id
 from curation.images.sandbox import ImageSandbox
-from curation.images.sources import MAX_KINDS, Listing, SourceConfig, SourceFile
+from curation.images.sources import MAX_KINDS, Listing, SourceConfig, SourceFile, SourceItem
 from curation.run_folder import RunFolder
 from curation.stage_command import stage_command
 
@@ -145,16 +145,19 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
         accepted: list[dict[str, object]] = []
         rejects: list[dict[str, object]] = []
         passed_over: Counter[str] = Counter()
+
+        def reject(item: SourceItem, reason: RejectReason, detail: str) -> None:
+            detail = f"{item.part}: {detail}" if item.part else detail
+            rejects.append({"uri": item.uri, "source": source.name, "reason": str(reason), "detail": detail})
+
         for item in sources.read_source(source, file_paths, max_bytes=limits.max_bytes, passed_over=passed_over):
             if item.problem is not None or item.data is None:
-                reason, detail = item.problem or (RejectReason.UNREADABLE, "")
-                rejects.append({"uri": item.uri, "source": source.name, "reason": str(reason), "detail": detail})
+                reject(item, *(item.problem or (RejectReason.UNREADABLE, "")))
                 continue
             try:
                 facts = sandbox.probe(item.data)
             except ImageRejected as rejected_image:
-                reason, detail = rejected_image.reason, rejected_image.detail
-                rejects.append({"uri": item.uri, "source": source.name, "reason": str(reason), "detail": detail})
+                reject(item, rejected_image.reason, rejected_image.detail)
                 continue
             accepted.append(
                 {

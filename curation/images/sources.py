@@ -88,6 +88,8 @@ class SourceItem:
     data: bytes | None
     label: str | None
     problem: tuple[RejectReason, str] | None = None
+    part: str = ""
+    """Where the image lies in its file, for a message: the member of a tar, or the row of a Parquet file."""
 
 
 def require_sources(sources: Sequence[SourceConfig]) -> None:
@@ -285,11 +287,11 @@ def _read_tar(uri: str, max_bytes: int, passed_over: Counter[str]) -> Iterator[S
             for image in tar_members.read_images(cast(BinaryIO, file), passed_over, max_bytes=max_bytes):
                 problem = None
                 if image.is_sparse:
-                    shown = tar_members.shown(image.name)
-                    problem = (RejectReason.UNREADABLE, f"{shown} is stored sparse, so its bytes are not in one piece")
+                    problem = (RejectReason.UNREADABLE, "stored sparse, so its bytes are not in one piece")
                 elif image.data is None:
                     problem = _too_many_bytes(image.length, max_bytes)
-                yield SourceItem(uri, image.offset, image.length, image.data, image.label, problem)
+                part = f"member {tar_members.shown(image.name)}"
+                yield SourceItem(uri, image.offset, image.length, image.data, image.label, problem, part)
         except tarfile.TarError as error:
             remedy = "Write it again, uncompressed, or remove it from the source."
             raise DamagedFileError(f"{uri}: not a readable plain tar: {error}. {remedy}") from None
@@ -307,9 +309,9 @@ def _read_parquet(source: SourceConfig, uri: str, max_bytes: int) -> Iterator[So
                     yield SourceItem(in_column, item.first, 0, None, None, problem)
                 case ImageRow(data=None):
                     problem = _too_many_bytes(item.length, max_bytes)
-                    yield SourceItem(in_column, item.row, item.length, None, item.label, problem)
+                    yield SourceItem(in_column, item.row, item.length, None, item.label, problem, f"row {item.row}")
                 case ImageRow():
-                    yield SourceItem(in_column, item.row, item.length, item.data, item.label)
+                    yield SourceItem(in_column, item.row, item.length, item.data, item.label, part=f"row {item.row}")
 
 
 class ReferenceReader:

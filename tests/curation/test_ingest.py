@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -222,3 +224,16 @@ def test_a_path_that_cannot_be_opened_is_one_message(path: str) -> None:
         paths.filesystem(path)
     with pytest.raises(ValueError, match="at least 1 character"):
         source("web", "")
+
+
+def test_a_reject_names_the_member_or_the_row(tmp_path: Path) -> None:
+    members = [member("a.png", encoded_image(1)), member("deep/b.png", encoded_image(2)[:60])]
+    tars = write(tmp_path / "tars", a__tar=tar_of(members))
+    write(tmp_path / "parquet")
+    images = pa.table({"image": pa.array([encoded_image(3), b"no image"], pa.binary())})
+    pq.write_table(images, tmp_path / "parquet/a.parquet")
+    of_parquet = source("parquet", tmp_path / "parquet", layout="parquet").model_copy(update={"image_column": "image"})
+    manifest = run(tmp_path, source("tars", tars, layout="webdataset"), of_parquet, max_reject_fraction=1)
+    tables = [parquet.read_table(file, schemas.REJECTS) for file in manifest.paths(str(tmp_path / "out"), "rejects")]
+    (of_tar,), (of_row,) = (table["detail"].to_pylist() for table in tables)
+    assert of_tar.startswith("member 'deep/b.png': ") and of_row.startswith("row 1: begins with")
