@@ -99,9 +99,10 @@ class ThumbnailComparer:
 
     def compare(self, one: "PreparedThumbnail", other: "PreparedThumbnail") -> Likeness:
         """How surely the two show one picture; their order does not matter."""
-        if one.sort_key == other.sort_key:  # also pictures that are too flat or too thin to be aligned
+        keys = one.sort_key, other.sort_key
+        if keys[0] == keys[1]:  # also pictures that are too flat or too thin to be aligned
             return Likeness(1.0, False)
-        if other.sort_key < one.sort_key:
+        if keys[1] < keys[0]:
             one, other = other, one
         best: Comparison | None = None
         for transform in self._box_transforms(one, other):
@@ -264,7 +265,7 @@ class PreparedThumbnail:
         self.grids = np.stack([grid.ravel() for grid in grids])
         self.mirrored_grids = np.stack([grid[:, ::-1].ravel() for grid in grids])
 
-    @property
+    @cached_property
     def sort_key(self) -> tuple[int, bytes]:
         """Sorts two thumbnails, so that comparing them gives one result."""
         return self.width * self.height, self._rgb.tobytes()
