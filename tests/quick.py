@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.test_architecture import PACKAGES, ROOT, imported_names, name_of
 
-# Seconds after which no further test starts, of the 90 that the command may take. A test of the whole pipeline takes 15.
+# Seconds after which no further test starts, of the 90 that the command may take. Tests of the whole pipeline take 15.
 SECONDS = 75
 # These take a second and hold for every change of code.
 ALWAYS = ("tests/test_architecture.py", "tests/test_settings.py")
