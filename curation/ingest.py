@@ -10,8 +10,8 @@ the same code, but for a step that decode.py names. A link inside a source is an
 link that leads out of the source is rejected. A tar or Parquet file that cannot be read to its end is one reject. The
 images before the damage are kept.
 
-Files and members of tars that are no images are counted by kind, in the fact `passed_over` by source (absent where
-there are none) and in the totals of the shard that opened them. A kind is the ending of a name or as listing.py says.
+Other files and members of tars are counted by kind, in the fact `passed_over` by source (absent where there are none)
+and in the totals of the shard that opened them. A kind is the ending of a name, or one of the constants of listing.py.
 
 The inputs of the stage are names and sizes of files. A later stage refuses an image whose bytes have changed, and
 --replace then reads again the shards with a file that is newer than their images-*.parquet. A file that changed while

@@ -150,7 +150,9 @@ def _write_holdout(parts: Sequence[tuple[str, int]], ids: np.ndarray, targets: S
             pieces.append(images.take(np.flatnonzero(np.isin(images.ids, ids))))
     described = np.unique(np.concatenate([ids[:0], *(piece.ids for piece in pieces)]))
     if len(missing := np.setdiff1d(ids, described)):
-        raise InputError(f"There is no descriptor of the holdout image {missing[0].decode()}.")
+        raise InputError(
+            f"The holdout image {missing[0].decode()} has no descriptor. Run describe again with --replace."
+        )
     held = Images(
         *(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("ids", "places", "vectors"))
     )

@@ -31,8 +31,8 @@ from curation.files import paths
 IMAGE_EXTENSIONS = frozenset(
     {"avif", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"}
 )
-# Endings of files that are no images of pixels, are incomplete, or are raw data of cameras, of which only a small
-# preview could be decoded.
+# Endings of files without pixels, of unfinished downloads, and of raw data of cameras, of which only a small preview
+# could be decoded.
 OTHER_EXTENSIONS = frozenset(
     "txt json jsonl ndjson cls csv tsv xml yaml yml toml md rst html htm css js py ipynb log lst caption srt vtt pdf "
     "doc docx npy npz pt pth pkl pickle safetensors parquet arrow feather h5 hdf5 mat db sqlite tar gz tgz bz2 xz zst "
@@ -46,7 +46,7 @@ _SYSTEM_NAMES = frozenset({".ds_store", "thumbs.db", "desktop.ini", "_success"})
 # Characters of an image's label; a longer text gives no label. Assumed.
 MAX_LABEL_CHARACTERS = 1_000
 
-# Kinds that are no endings.
+# Kinds other than an ending.
 NO_EXTENSION = "no extension"
 OTHER = "other"
 SYSTEM_FILE = "system files"

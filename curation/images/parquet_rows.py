@@ -304,7 +304,7 @@ _REMEDY = "Write it again, or remove it from the source."
 def open_images(file: Any, uri: str, columns: list[str]) -> pq.ParquetFile:
     """A reader of a Parquet file whose first column is that of the images.
 
-    Raises DamagedFileError, or InputError for a column that is missing, or of images that are no bytes.
+    Raises DamagedFileError, or InputError for a missing column and for a column of images that holds no bytes.
     """
     with _damage(f"{uri}: not a readable Parquet file"):
         opened = parquet.open_file(file)

@@ -204,8 +204,8 @@ def read_source(
 
     An image of more than `max_bytes` is not read. A tar or Parquet file that cannot be read to its end gives the images
     before the damage, and then one item with the problem. Rows of a Parquet file without an image are one item. The
-    files and members that are no images are counted in `passed_over` by kind. Raises InputError for a column that is
-    missing or holds no bytes, and for a disk or server that fails repeatedly.
+    other files and members are counted in `passed_over` by kind. Raises InputError for a column that is missing or
+    holds no bytes, and for a disk or server that fails repeatedly.
     """
     passed_over = Counter() if passed_over is None else passed_over
     for path in files:
@@ -378,5 +378,5 @@ def split_parquet_uri(uri: str) -> tuple[str, str]:
     """The Parquet file and the column in the `uri` of an image whose layout is `parquet`."""
     parts = _PARQUET_URI.fullmatch(uri)
     if parts is None:
-        raise InputError(f"'{uri}' is no image in a Parquet file: expected 'FILE.parquet#COLUMN'. Ingest it again.")
+        raise InputError(f"'{uri}' names no column of a Parquet file: expected 'FILE.parquet#COLUMN'. Ingest it again.")
     return parts["file"], parts["column"]

@@ -9,7 +9,7 @@ comes from a sidecar, a `.cls` or else a `.json` (`label`, `cls` or `class`), of
     a.png           a.cls  a.json               of a.cls
 
 A sample that returns later in the archive could have another label than it was given, so it is damage. A `.json`,
-`.cls` or `.txt` of a sample with an image belongs to the image; all other members that are no images are counted.
+`.cls` or `.txt` of a sample with an image belongs to the image. All members beside images and these are counted.
 
 Tars written one behind another in one file are read one after another.
 

@@ -207,7 +207,7 @@ def test_holdout_image_without_a_descriptor_is_named(tmp_path: Path) -> None:
     images = SmallImages(tmp_path, np.ones((5, WIDTH)), [*((n, "pool") for n in range(4)), (4, "holdout")])
     described = write_vectors(tmp_path / "partial", images.images, [{id_of(n): images.matrix[n] for n in range(4)}])
     images.descriptors = described
-    with pytest.raises(InputError, match=f"no descriptor of the holdout image {id_of(4)}"):
+    with pytest.raises(InputError, match=f"The holdout image {id_of(4)} has no descriptor"):
         images.find_pairs(num_neighbors=1, max_phash_distance=-1)
 
 
