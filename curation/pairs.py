@@ -60,8 +60,8 @@ class PairsConfig(Settings):
     """The search for near descriptors."""
     num_neighbors: int = Field(default=64, ge=1)
     """Maximum number of nearest descriptors that are candidates of an image (64 in DINOv2, appendix A.3)."""
-    min_descriptor_similarity: float = Field(default=0.6, ge=-1, le=1)
-    """Minimum cosine of the descriptors of two candidates."""
+    min_descriptor_similarity: float = Field(default=0.45, ge=-1, le=1)
+    """Minimum cosine of the descriptors of two candidates (0.45 in DINOv2, the lower of its two thresholds)."""
     max_phash_distance: int = Field(default=4, ge=-1, le=16)
     """Maximum number of bits in which the 64-bit perceptual hashes of two candidates differ; -1 uses no hashes."""
     verification: VerificationConfig | None = None

@@ -18,13 +18,13 @@ stage is not done again. A stage whose config or inputs have changed is refused.
 it only the stages whose inputs have changed.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from curation import cluster, dedup, embed, ingest, pack, pairs, profiles, retrieve
 from curation.cluster import ClusterConfig
-from curation.config import Settings, nearest, write_resolved
+from curation.config import IsPath, Settings, nearest, write_resolved
 from curation.copies.holdout_pairs import SURE_MATCH
 from curation.dedup import DedupConfig
 from curation.embed import EmbedConfig
@@ -66,7 +66,7 @@ class CurateConfig(Settings):
 
     profile: Profile = "default"
     """The recipe that sets the defaults of the sections; profiles.py lists the settings of each recipe."""
-    demo_data: str | None = None
+    demo_data: Annotated[str | None, IsPath] = None
     """Folder of the demo's images, which is filled when it is missing; leave it out for other images."""
     ingest: IngestConfig
     """The images to read."""
@@ -78,9 +78,9 @@ class CurateConfig(Settings):
     """The pairs of images that may be copies, and their similarity."""
     dedup: DedupConfig = DedupConfig()
     """The decision which images are copies, and which copy is kept."""
-    cluster: ClusterConfig
+    cluster: ClusterConfig = ClusterConfig()
     """The clusters of the kept pool."""
-    retrieve: RetrieveConfig
+    retrieve: RetrieveConfig = RetrieveConfig()
     """The pool images that each seed dataset retrieves."""
     pack: PackConfig = PackConfig()
     """The tars of the corpus and the weights of its samples."""

@@ -15,21 +15,23 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from curation.config import Settings, resolved_toml
+from curation.config import Settings, find, paths_in, resolved_toml
 from curation.engine import progress
 from curation.engine.manifest import MANIFEST_NAME
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import SeedbedError, UserError
 from curation.files import paths
 
-# The names of settings that hold the path of an input, in every config.
-PATH_SETTINGS = frozenset(
-    {"path", "folder", "weights", "concepts", "train_images", "train_masks", "test_images", "test_masks"}
-)
-
 RunnerName = Literal["ray", "inline"]
 
-ConfigOption = Annotated[str, typer.Option("--config", help="TOML file; a stage reads its own section of it.")]
+CONFIG_OPTION: Any = typer.Option(
+    "--config",
+    metavar="FILE",
+    callback=lambda path: None if path is None else find(path),
+    help="TOML file, or the name of a shipped config. A stage reads its own section of it.",
+)
+ConfigOption = Annotated[str, CONFIG_OPTION]
+OptionalConfigOption = Annotated[str | None, CONFIG_OPTION]
 OutputOption = Annotated[str, typer.Option("--output", help="Where to write: local, mostly any fsspec URL.")]
 RunnerOption = Annotated[RunnerName, typer.Option("--runner", help="Where the work runs; the bytes are the same.")]
 WorkersOption = Annotated[
@@ -42,13 +44,16 @@ ReplaceOption = Annotated[
 ]
 
 
-def main(function: Callable[..., Any]) -> None:
-    """Run `function` as a typer command and exit with a status from the table above."""
+def main(function: Callable[..., Any], *, repeated: Sequence[str] = ()) -> None:
+    """Run `function` as a typer command and exit with a status from the table above.
+
+    repeated: the options that take all words up to the next option (see `spread`).
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(function)
     signal.signal(signal.SIGTERM, _raise_on_sigterm)
     try:
-        app([_with_home(word) for word in sys.argv[1:]])
+        app([_with_home(word) for word in spread(sys.argv[1:], repeated)])
     except UserError as error:
         print(f"error: {progress.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
@@ -60,22 +65,25 @@ def main(function: Callable[..., Any]) -> None:
         sys.exit(1)
 
 
+def spread(words: Iterable[str], repeated: Sequence[str]) -> Iterator[str]:
+    """The words of a command with each value of a repeated option after its own option: `--pool a b` is valid then."""
+    option = ""
+    for word in words:
+        if word.startswith("-"):
+            option, is_first = word, True
+        elif option in repeated:
+            if not is_first:
+                yield option
+            is_first = False
+        yield word
+
+
 def require_apart(output: str, settings: Settings, *inputs: str, is_stage: bool = False) -> None:
     """Raise InputError where `output` is one of the `inputs` of a command, or a file or folder of its settings.
 
     is_stage: `output` is the folder of a stage, whose content --replace deletes; no input may lie below it.
     """
-    paths.require_apart(output, [*inputs, *_paths_in(settings.model_dump())], or_above=is_stage)
-
-
-def _paths_in(values: Any) -> Iterator[str]:
-    """The values of PATH_SETTINGS in nested sections and lists of them."""
-    if isinstance(values, dict):
-        yield from (value for key, value in values.items() if key in PATH_SETTINGS and isinstance(value, str))
-        values = values.values()
-    if not isinstance(values, str):
-        for value in values if isinstance(values, Iterable) else ():
-            yield from _paths_in(value)
+    paths.require_apart(output, [*inputs, *paths_in(settings)], or_above=is_stage)
 
 
 def _with_home(word: str) -> str:

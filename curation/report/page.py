@@ -10,13 +10,14 @@ bytes. facts.py counts and chooses, this file writes the sentences, and markup.p
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import rich.box
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from curation.config import Settings, load
+from curation.config import IsPath, Settings, load
 from curation.engine import progress
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError
@@ -67,7 +68,7 @@ _CONCEPT_CLASS = {SAME: "same", OTHER: "other", UNKNOWN: "unknown"}
 class ReportConfig(Settings):
     """The contents of the report."""
 
-    concepts: str | None = None
+    concepts: Annotated[str | None, IsPath] = None
     """TOML file with tables [seed] and [pool] from labels to concepts (see facts.Concepts). Without it, only equal
     labels are the same concept."""
     seeds_per_dataset: int = Field(default=8, ge=0, le=100)

@@ -93,7 +93,8 @@ def dataset_rows(config: CurateConfig, dataset: DatasetConfig) -> DatasetRows | 
     mode = _mode(config, dataset)
     if mode == "by_size" or (num_seeds is None and (dataset.as_is or MODES[mode].compares_seeds)):
         return None
-    num_clusters = config.cluster.levels[0].num_clusters
+    pool = (source.name for source in config.ingest.sources if source.role == "pool")
+    num_clusters = config.cluster.resolved(sum(config.stated_counts.get(name, 0) for name in pool)).levels[0].size
     if num_seeds is not None:
         num_clusters = min(num_clusters, max_chosen_clusters(num_seeds, config.retrieve.more_than_seeds))
     num_clusters = config.stated_clusters.get(dataset.name, num_clusters)
@@ -210,7 +211,8 @@ def _stages_table(config: CurateConfig) -> Table:
         "dedup": f"copies from {config.dedup.threshold:g}; holdout from {config.dedup.holdout_threshold:g}, "
         f"decontamination '{config.dedup.decontamination}'",
         "cluster": "; then ".join(
-            f"{level.num_clusters:,} clusters, {level.num_iterations} iterations"
+            ("clusters by the size of the pool" if level.num_clusters is None else f"{level.num_clusters:,} clusters")
+            + f", {level.num_iterations} iterations"
             + (f", resampled {level.resampling.num_rounds} times" if level.resampling else "")
             for level in config.cluster.levels
         ),

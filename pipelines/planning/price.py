@@ -268,9 +268,9 @@ def _price_dedup(work: _Workload) -> StagePrice:
 
 
 def _price_cluster(work: _Workload) -> StagePrice:
-    config, kept = work.config.cluster, work.kept
+    config, kept = work.config.cluster.resolved(round(work.kept)), work.kept
     iterations = sum(level.num_iterations for level in config.levels)
-    clusters, width = config.levels[0].num_clusters, work.config.embed.embedder.dimensions
+    clusters, width = config.levels[0].size, work.config.embed.embedder.dimensions
     per_cluster = config.max_points_per_centroid
     points = kept if per_cluster is None else min(kept, per_cluster * clusters)
     return StagePrice(
