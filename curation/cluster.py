@@ -262,7 +262,7 @@ def _train(steps: _Steps, shards: list[Shard], output: str) -> ShardRecord:
             raise InputError(f"cluster: there is nothing to cluster, because no pool images {which}.")
         raise ConfigError(
             f"cluster.levels.0.num_clusters is {num_clusters:,}, but only {num_points:,} pool images {which}. "
-            f"Set it to {num_points:,} or less; finished stages are kept."
+            f"Leave it out, or set it to {num_points:,} or less; finished stages are kept."
         )
     files: list[FileRecord] = []
     below: np.ndarray | None = None

@@ -5,6 +5,7 @@ They come before Ray and before the first stage, so that no work is done in vain
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -84,16 +85,23 @@ def _require_room(config: CurateConfig, output: str) -> None:
     local = [source for source in config.ingest.sources if paths.is_local(source.path) and paths.exists(source.path)]
     if len(local) < len(config.ingest.sources):
         return
-    problems = []
-    pool = [source for source in local if source.role == "pool"]
+    problems, num_files = [], 0
+    for source in local:
+        try:
+            listed = sources.list_source(source)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if source.role == "pool":
+            num_files += len(listed.files) if source.layout == "folder" else sys.maxsize
+    if problems:
+        raise ConfigError("\n".join(problems))
     num_clusters = config.cluster.levels[0].num_clusters
-    if num_clusters is not None and all(source.layout == "folder" for source in pool):
-        num_images = sum(len(sources.list_source(source).files) for source in pool)
-        if num_clusters > num_images:
-            problems.append(
-                f"cluster.levels.0.num_clusters is {num_clusters:,}, but the pool holds {num_images:,} files. Leave it "
-                "out, and it follows from the size of the pool."
-            )
+    if num_clusters is not None and num_clusters > num_files:
+        problems.append(
+            f"cluster.levels.0.num_clusters is {num_clusters:,}, but the pool holds {num_files:,} files. Leave it out, "
+            "and it follows from the size of the pool."
+        )
     if paths.is_local(output):
         counts, _ = count_images(config)
         price = price_run(config, total_rows(config.model_copy(update={"stated_counts": counts})))

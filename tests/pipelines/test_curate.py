@@ -17,9 +17,12 @@ from PIL import Image, ImageDraw
 from curation.config import load
 from curation.engine.manifest import require_manifest
 from curation.errors import ConfigError
+from curation.files import schemas
 from curation.files.folder_lock import sole_writer
 from curation.run_folder import STAGES
+from pipelines.curate import REPEATED_OPTIONS
 from pipelines.curate import command_line as curate_command
+from pipelines.curate import curate as build
 from pipelines.main_path import CurateConfig
 from tests.curation.builders import run_in_process
 
@@ -201,6 +204,41 @@ def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depend
     assert bytes_in(home / "fresh") == bytes_in(home / "changed")
 
 
+def test_own_images_need_no_config(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
+    sources = ("--seeds", "seeds/discs", "lines=seeds/stripes", "--pool", "pool", "--holdout", "holdout")
+    options = ("--output", "own", "--runner", "inline", "--k", "2")
+    done = run_in_process(curate_command, *sources, *options, repeated=REPEATED_OPTIONS)
+    assert done.returncode == 0, done.stderr
+    config = load(CurateConfig, "own/run.toml")
+    assert [source.name for source in config.ingest.sources] == ["discs", "lines", "pool", "holdout"]
+    assert all(source.path.startswith(f"{finished}/") for source in config.ingest.sources)
+    before = written_at(finished / "own")
+    run = build(
+        {"discs": "seeds/discs", "lines": "seeds/stripes"},
+        "pool",
+        holdout="holdout",
+        k=2,
+        output="own",
+        runner="inline",
+    )
+    assert written_at(finished / "own") == before and Path(run.report).exists()
+    corpus = run.corpus()
+    assert corpus.column_names == schemas.CORPUS.names and corpus.num_rows > 20
+
+
+def test_a_config_and_paths_are_not_given_together(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    for arguments, message in (
+        (("--config", "config.toml", "--k", "3", "--pool", "x", "--output", "o"), "--config and --pool, --k are both"),
+        (("--output", "o"), "Nothing to curate. Give --seeds NAME=PATH and --pool PATH"),
+        (("--seeds", "seeds", "--pool", "pool"), "--output is missing"),
+    ):
+        refused = run_in_process(curate_command, *arguments)
+        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
+    assert not (home / "o").exists()
+
+
 def test_mix_of_seeds_retrieval_and_clustering(home: Path) -> None:
     weights = ("seeds=1", "retrieval=2", "clustering=5")
     settings = ["retrieve.clustering.num_images=12", *(f"pack.mix.{weight}" for weight in weights)]
@@ -239,13 +277,14 @@ def test_kill_at_any_moment_loses_nothing(finished: Path) -> None:
 
 WRONG = [
     (("max_reject_fraction", "max_rejects"), "Unknown key: 'ingest.max_rejects'"),
-    (('path = "pool"', 'path = "nowhere"'), "there is nothing at 'nowhere'"),
-    (('path = "pool"', 'path = "empty"'), "no images in 'empty'"),
-    (("max_reject_fraction = 0.2", "max_reject_fraction = 0.001"), "more than max_reject_fraction = 0.001"),
+    (('path = "pool"', 'path = "nowhere"'), "/nowhere'. Correct its path"),
+    (('path = "pool"', 'path = "empty"'), "/empty' (looked for files"),
+    (("max_reject_fraction = 0.2", "max_reject_fraction = 0"), "more than max_reject_fraction = 0 allows"),
     (('path = "pool"', 'path = "cut"\nlayout = "webdataset"'), "not a readable plain tar"),
     (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
     (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
-    (("num_clusters = 4", "num_clusters = 400"), "cluster.levels.0.num_clusters is 400"),
+    (("num_clusters = 4", "num_clusters = 34"), "is 34, but only 32 pool images were kept"),
+    (("num_clusters = 4", "num_clusters = 35"), "is 35, but the pool holds 34 files"),
     (("[dedup]", "[pairs.verification]\n[dedup]"), "dedup.holdout_threshold (0.95) lies above 0.9"),
 ]
 
@@ -319,7 +358,7 @@ def test_output_with_other_files_is_refused_and_left_unchanged(home: Path) -> No
 
 
 def test_source_that_changed_after_ingest_is_refused(home: Path) -> None:
-    assert inline(home, "--set", "cluster.levels.0.num_clusters=400").returncode == 2
+    assert inline(home, "--set", "cluster.levels.0.num_clusters=34").returncode == 2
     for name in ("describe", "pairs", "dedup", "embed"):
         subprocess.run(["rm", "-r", home / "out" / name], check=True)
     path = home / "pool/discs/25.png"
