@@ -115,7 +115,7 @@ def _features(backbone: VisionTransformer, pixels: Tensor) -> Tensor:
 
 def command_line(
     images: Annotated[str, typer.Option("--images", help="Folder of a finished ingest with labelled images.")],
-    config: command.ConfigOption = "pipelines/configs/train/demo.toml",
+    config: command.ConfigOption = "train/demo",
     output: command.OutputOption = "runs/train",
     overrides: command.SetOption = None,
 ) -> None:
