@@ -164,6 +164,9 @@ def test_funnel_agrees_with_the_composition(example: str) -> None:
     counts = {source.source: source for source in facts.by_source(run)}
     pool = counts["pool"]
     assert (pool.rejected, pool.exact, pool.near, pool.holdout, pool.kept) == (2, 1, 2, 2, 12)
+    assert pool.accepted == pool.exact + pool.near + pool.holdout + pool.kept == 17
+    held = counts["holdout"]  # its own image is no match of the holdout
+    assert (held.role, held.accepted, held.holdout, held.kept, held.in_corpus) == ("holdout", 1, 0, 0, 0)
     assert counts["animals"].in_corpus == 4  # included as is
     assert counts["vehicles"].kept == 4 and counts["vehicles"].in_corpus == 0
     assert sum(source.in_corpus for source in counts.values()) == run.composition["total_unique"]
@@ -178,7 +181,9 @@ def test_rejects_are_listed_by_reason(example: str) -> None:
 
 def test_files_that_are_no_images_are_counted_by_kind(example: str) -> None:
     assert facts.passed_over(facts.read_run(example, CONCEPTS)) == {"pool": {".txt": 2, "other": 1, "system files": 1}}
-    assert "2 .txt, 1 other, 1 system files" in read_page(example).text
+    text = read_page(example).text
+    assert "2 .txt, 1 other, 1 system files" in text
+    assert "passed over: " not in text  # the names of ingest's totals, in the list of stages
 
 
 def test_share_with_the_same_concept_agrees_with_brute_force(example: str) -> None:
