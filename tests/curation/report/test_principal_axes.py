@@ -37,6 +37,7 @@ def test_the_order_of_the_vectors_and_of_their_parts_changes_no_bit() -> None:
         axes = fit(parts)
         assert axes.directions.tobytes() == expected.directions.tobytes()
         assert axes.offset.tobytes() == expected.offset.tobytes()
+    assert (np.rint(expected.directions * 2**20) == expected.directions * 2**20).all()  # so that projections are exact
     alone = np.concatenate([project(row[None], expected) for row in matrix])
     assert alone.tobytes() == project(matrix, expected).tobytes()
     reversed_columns = project(
