@@ -47,6 +47,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> str:
         (pool[2], "seeds/red/99-a-seed.png"),
         (seeds[0], "pool/50-of-a-seed.png"),
         (held[0], "pool/51-of-the-holdout.png"),
+        (seeds[1], "holdout/99-a-seed-too.png"),
         (pool[3], "more/98-of-a-near-copy.png"),
         (pool[4], "last/only-copies.png"),
         (pool[5], "last/only-copies-too.png"),
@@ -65,6 +66,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> str:
         ],
         [DatasetConfig(name="seeds", as_is=True, retrieval="sample", k=5)],
         pairs,
+        copies=DedupConfig(decontaminate_seeds=False),
         packing=PackConfig(repeats=True, images_per_shard=9),
     )
 
@@ -169,6 +171,8 @@ def test_images_of_several_rows(example: str) -> None:
     held = rows[id_of_image(example, "holdout/0.png")]  # the pool lists it first
     assert (held["role"], held["reason"], held["matched_image_id"]) == ("pool", "holdout", held["image_id"])
     assert held["sources"] == ["pool", "holdout"] and held["corpus_key"] is None and held["reasons"] == []
+    exempt = rows[id_of_image(example, "holdout/99-a-seed-too.png")]  # its row in the holdout is dropped
+    assert exempt["kept"] and exempt["reason"] is None and exempt["sources"] == ["seeds", "holdout"]
     near = rows[id_of_image(example, "pool/03.png")]
     kept = rows[id_of_image(example, "pool/05.png")]
     if near["kept"]:
@@ -254,7 +258,6 @@ def test_a_run_of_one_pool_image_without_thumbnails(tmp_path: Path) -> None:
         [("seeds", tmp_path / "images/seeds", "seed"), ("pool", tmp_path / "images/pool", "pool")],
         [DatasetConfig(name="seeds", as_is=True, retrieval="none")],
         thumbnails=False,
-        copies=DedupConfig(),
         num_clusters=1,
     )
     seed, image = read_images_table(RunFolder.of(run).images).to_pylist()
