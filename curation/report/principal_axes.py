@@ -29,8 +29,8 @@ NUM_AXES = 2
 SUMMED_ROWS = 8192
 _COORDINATE_STEPS = 2.0**16
 _AXIS_STEPS = 2.0**20
-# Variance below which an axis is zero. Assumed: above the rounding of the covariance (1e-16), and far below the variance
-# of any set of different images.
+# Variance below which an axis is zero. Assumed: above the rounding of the covariance (1e-16), and far below the
+# variance of any set of different images.
 _MIN_VARIANCE = 1e-12
 
 
