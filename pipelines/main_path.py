@@ -10,6 +10,7 @@
       cluster/       clusters of the kept pool images                             curation/cluster.py
       retrieve/      the pool images that resemble the seeds                      curation/retrieve.py
       corpus/        the tars of the corpus, and its composition                  curation/pack.py
+      images/        one row for each unique image, with the results of all       curation/report/images_table.py
       report.html    the results of all stages in pictures and tables             curation/report/page.py
       log/           a line for each finished shard, with times                   curation/engine/run_log.py
 
@@ -35,7 +36,7 @@ from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.pairs import PairsConfig
 from curation.profiles import Profile
-from curation.report import page
+from curation.report import images_table, page
 from curation.report.page import CONFIG_NAME, ReportConfig
 from curation.retrieve import RetrieveConfig
 from curation.run_folder import RunFolder
@@ -57,6 +58,7 @@ def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = 
     cluster.run(config.cluster, folder, folder.cluster, runner, replace=replace, log=log)
     retrieve.run(config.retrieve, folder, folder.retrieve, runner, replace=replace, log=log)
     pack.run(config.pack, folder, folder.corpus, runner, replace=replace, log=log)
+    images_table.run(folder, folder.images, runner, replace=replace, log=log)
     write_resolved(config, saved_config)  # last: a config that a stage refuses must not replace the saved one
     page.run(config.report, output)
 

@@ -24,6 +24,7 @@ from curation.errors import ConfigError
 from curation.files import paths
 from curation.files.hashes import hash_json, sha256_of_file
 from curation.images import listing
+from curation.ingest import PASSED_OVER
 from curation.report import facts, markup
 from curation.report.facts import (
     OTHER,
@@ -228,29 +229,24 @@ def _funnel(finished: FinishedRun) -> Markup:
         )
         for step in steps
     ]
+    columns = {
+        "rejected": "rejected",
+        "accepted": "accepted",
+        "exact": "exact copies",
+        "near": "near-duplicates",
+        "holdout": "holdout matches",
+        "kept": "kept",
+        "in_corpus": "in the corpus",
+    }
     sources = [
-        (
-            quoted(source.source),
-            source.role,
-            *map(_number, (source.rejected, source.exact, source.near, source.holdout, source.kept, source.in_corpus)),
-        )
+        (quoted(source.source), source.role, *(_number(getattr(source, name)) for name in columns))
         for source in facts.by_source(finished)
     ]
-    names = (
-        "source",
-        "role",
-        "rejected",
-        "exact copies",
-        "near-duplicates",
-        "holdout matches",
-        "kept",
-        "in the corpus",
-    )
     return join(
         markup.legend(("stays", "remaining"), ("lost", "dropped"), ("aside", "holdout, or not retrieved")),
         markup.table(("step", "", "images", "of all", "change", ""), rows, numbers=frozenset({2, 3, 4})),
         tag("h3", "By source"),
-        markup.table(names, sources, numbers=frozenset(range(2, 8))),
+        markup.table(("source", "role", *columns.values()), sources, numbers=frozenset(range(2, 9))),
     )
 
 
@@ -643,7 +639,11 @@ def _run(finished: FinishedRun) -> Markup:
             stage,
             _number(len(manifest.shards)),
             f"{sum(file.bytes for shard in manifest.shards for file in shard.files) / 1e6:,.1f}",
-            ", ".join(f"{clip(name)} {count:,}" for name, count in manifest.totals.items()),
+            ", ".join(
+                f"{clip(name)} {count:,}"
+                for name, count in manifest.totals.items()
+                if not name.startswith(PASSED_OVER)  # section 2 lists them
+            ),
         )
         for stage, manifest in finished.manifests.items()
     ]

@@ -184,7 +184,7 @@ def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depend
     (home / "changed/.tmp-0123-report.html").write_text("half, because the run was killed")
     again = inline(home, output="changed")
     assert again.returncode == 0
-    assert again.stderr.count("already done, nothing to do") == 9
+    assert again.stderr.count("already done, nothing to do") == 10
     assert written_at(home / "changed") == before
 
     refused = inline(home, "--set", "dedup.threshold=0.99", output="changed")
