@@ -49,6 +49,10 @@ class Run:
         """The path of the report."""
         return paths.join(self.folder, page.REPORT_NAME)
 
+    def images(self) -> pa.Table:
+        """A row for each unique image (schemas.IMAGES_TABLE), in the order of ingest; docs/tables.md has the columns."""
+        return run_folder.read_images_table(paths.join(self.folder, "images"))
+
     def corpus(self) -> pa.Table:
         """A row for each sample of the corpus (schemas.CORPUS), in the order of the tars."""
         return run_folder.read_corpus(paths.join(self.folder, "corpus"))

@@ -223,7 +223,9 @@ def test_own_images_need_no_config(finished: Path, monkeypatch: pytest.MonkeyPat
         runner="inline",
     )
     assert written_at(finished / "own") == before and Path(run.report).exists()
-    corpus = run.corpus()
+    corpus, images = run.corpus(), run.images()
+    assert images.column_names == schemas.IMAGES_TABLE.names
+    assert len(set(images["image_id"].to_pylist())) == images.num_rows == 56
     assert corpus.column_names == schemas.CORPUS.names and corpus.num_rows > 20
 
 
