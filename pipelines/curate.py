@@ -50,7 +50,7 @@ class Run:
         return paths.join(self.folder, page.REPORT_NAME)
 
     def images(self) -> pa.Table:
-        """A row for each unique image (schemas.IMAGES_TABLE), in the order of ingest; docs/tables.md has the columns."""
+        """A row for each unique image (docs/tables.md), in the order of ingest."""
         return run_folder.read_images_table(paths.join(self.folder, "images"))
 
     def corpus(self) -> pa.Table:
