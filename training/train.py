@@ -33,8 +33,13 @@ def command_line(
         command.require_apart(output, settings, config)
         train(settings, output)
         return
-    print(resolved_toml(settings))
-    for line in derived(settings):
+    print_plan(settings)
+
+
+def print_plan(config: TrainConfig) -> None:
+    """Print the resolved config, and its consequences as comments."""
+    print(resolved_toml(config))
+    for line in derived(config):
         print(f"# {line}")
 
 

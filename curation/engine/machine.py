@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path("/")
 # Units of a processor that Seedbed's libraries use, and their names in /proc/cpuinfo, of which one suffices.
-UNITS = {
+UNITS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "AVX2": ("avx2",),
         "AVX-512": ("avx512f",),

