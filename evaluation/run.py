@@ -153,11 +153,15 @@ def command_line(
     config: command.ConfigOption,
     output: command.OutputOption,
     model: Annotated[
-        str | None, typer.Option("--model", help="Checkpoint (docs/weights.md), or efficientnet_lite0, or pixels.")
+        str | None,
+        typer.Option("--model", metavar="PATH", help="Checkpoint (docs/weights.md), or efficientnet_lite0, or pixels."),
     ] = None,
-    cache: Annotated[str | None, typer.Option("--cache", help="Folder of features; default: OUTPUT/cache.")] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", metavar="DIR", help="Folder of features; default: OUTPUT/cache.")
+    ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="Run one kind of evaluation, such as knn. Repeatable.")
+        list[str] | None,
+        typer.Option("--only", metavar="KIND", help="Run one kind of evaluation, such as knn. Repeatable."),
     ] = None,
     runner: command.RunnerOption = "inline",
     workers: command.WorkersOption = None,

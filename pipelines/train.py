@@ -119,17 +119,17 @@ def command_line(
     output: command.OutputOption = "runs/train",
     images: Annotated[
         str | None,
-        typer.Option("--images", help="Finished ingest of a run: also measure the k-NN of its labelled holdout."),
+        typer.Option("--images", metavar="DIR", help="Ingest of a run: also measure the k-NN of its holdout."),
     ] = None,
     overrides: command.SetOption = None,
     plan: command.PlanOption = False,
 ) -> None:
     """Train a Vision Transformer on a corpus, and print its losses over time.
 
-    `data.path` of the config is the corpus: a run's folder corpus/, or any folder of images. With --images, 10-NN
-    accuracy is measured during the training too: of labelled holdout images, by the seeds. Lengths are in steps, of
-    `batch_size` images each. The same command resumes a stopped training. On several GPUs: torchrun
-    --nproc-per-node 8 -m training.train, which has no --images (docs/launch.md).
+    `data.path` of the config is the corpus: a run's folder corpus/, or other images (`data.layout`). With --images, the
+    10-NN accuracy of labelled holdout images is measured during the training too. Lengths are in steps of `batch_size`
+    images; pipelines/configs/train/ has configs to start from. The same command resumes a stopped training. On several
+    GPUs: torchrun --nproc-per-node 8 -m training.train, without --images (docs/launch.md).
 
     \b
     Examples:

@@ -18,7 +18,7 @@ from training.loop import TrainConfig, step_flops, train
 from training.model import model_memory
 from training.optimizer import learning_rate
 
-ConfigOption = Annotated[str, typer.Option("--config", help="TOML file of a training run.")]
+ConfigOption = Annotated[str, typer.Option("--config", metavar="FILE", help="TOML file of a training run.")]
 
 
 def command_line(

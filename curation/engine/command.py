@@ -19,13 +19,17 @@ PATH_SETTINGS = frozenset(
 
 RunnerName = Literal["ray", "inline"]
 
-ConfigOption = Annotated[str, typer.Option("--config", help="TOML file; a stage reads its own section of it.")]
+ConfigOption = Annotated[
+    str,
+    typer.Option("--config", metavar="FILE", help="TOML file of the settings; a stage alone reads its section of it."),
+]
 OutputOption = Annotated[
-    str, typer.Option("--output", help="Folder for the results: a local path or, mostly, any fsspec URL (s3://...).")
+    str,
+    typer.Option("--output", metavar="DIR", help="Folder of the results: local, or mostly any fsspec URL (s3://...)."),
 ]
 RunnerOption = Annotated[
     RunnerName,
-    typer.Option("--runner", help="Where the work runs: Ray's processes, or this one. The bytes are the same."),
+    typer.Option("--runner", help="Where the work runs: in processes of Ray, or in this one. The bytes are the same."),
 ]
 WorkersOption = Annotated[
     int | None,
@@ -33,7 +37,7 @@ WorkersOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: embed.embedder.device=cuda. Repeatable."),
+    typer.Option("--set", metavar="A.B=VALUE", help="Override a setting of the config by its dotted name. Repeatable."),
 ]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Print the plan and stop.")]
 ReplaceOption = Annotated[
