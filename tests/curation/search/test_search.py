@@ -475,7 +475,7 @@ def test_codes_that_do_not_divide_the_width_are_refused() -> None:
 @pytest.mark.skipif(ivf.has_gpu_code(), reason="for a build of faiss for the CPU")
 def test_lists_of_codes_on_a_gpu_need_a_build_of_faiss_for_gpus() -> None:
     with pytest.raises(DeviceError, match="pip uninstall faiss-cpu, then pip install faiss-gpu"):
-        coded(unit_vectors(300, 16), device="cuda")
+        coded(unit_vectors(0, 300, 16), device="cuda")
 
 
 @pytest.mark.parametrize(
