@@ -107,7 +107,7 @@ def command_line(
         ) from None
     print(
         f"Wrote {file}. Set its paths to your folders of images; then:\n"
-        f"  seedbed curate --config {file} --output runs/mine --plan    # the price alone\n"
+        f"  seedbed curate --config {file} --output runs/mine --plan   # the price\n"
         f"  seedbed curate --config {file} --output runs/mine"
     )
 

@@ -30,24 +30,24 @@ def seedbed(*words: str) -> "subprocess.CompletedProcess[str]":
     return run_main(cli.main, *words)
 
 
+def in_child(*words: str, **environment: str) -> tuple[str, list[str]]:
+    """The output of the script in a process of its own, and the large libraries that it imported."""
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(done.stderr.splitlines()[-1])
+
+
 def test_help_version_and_completion_import_no_large_library() -> None:
-    version = f"seedbed {metadata.version('seedbed')}\n"
-    to_complete = {"_SEEDBED_COMPLETE": "complete_bash", "COMP_WORDS": "seedbed re", "COMP_CWORD": "1"}
-    for words, environment, expected in (
-        ([], {}, "Examples:"),
-        (["--version"], {}, version),
-        ([], to_complete, "report"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, *words],
-            env={"PYTHONPATH": str(Path(__file__).parents[2]), **environment},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0 and expected in done.stdout
-        assert json.loads(done.stderr.splitlines()[-1]) == [], words
-        if environment:
-            assert done.stdout.split() == ["report"]
+    assert in_child("--help")[1] == []
+    assert in_child("--version") == (f"seedbed {metadata.version('seedbed')}\n", [])
+    completion = {"_SEEDBED_COMPLETE": "complete_bash", "COMP_WORDS": "seedbed re", "COMP_CWORD": "1"}
+    assert in_child(**completion) == ("report\n", [])
+
+
+def test_status_starts_without_torch() -> None:
+    libraries = in_child("status", "--help")[1]
+    assert "pyarrow" in libraries and not {"torch", "ray", "faiss", "cv2"} & set(libraries)
 
 
 def test_the_script_alone_prints_its_help() -> None:
