@@ -139,7 +139,8 @@ def _load_faiss() -> tuple[bool, str | None]:
     """Whether the faiss that loads is a build for GPUs, and the error where none loads."""
     try:
         from curation.search import ivf  # the door to faiss
-    except (ImportError, AttributeError) as error:  # missing, or the files of two builds mixed
+    # Any error, which is then a fault: a missing package, libraries of CUDA that are missing, the files of two builds.
+    except Exception as error:
         return False, f"{type(error).__name__}: {error}"
     return ivf.has_gpu_code(), None
 
@@ -147,7 +148,8 @@ def _load_faiss() -> tuple[bool, str | None]:
 def faults(here: Machine) -> Iterator[str]:
     """The faults of this machine, each with its remedy."""
     if here.faiss_error is not None and len(here.faiss_packages) < 2:
-        yield f"faiss does not load ({here.faiss_error}). pip install --force-reinstall faiss-cpu"
+        package = next(iter(here.faiss_packages), "faiss-cpu")
+        yield f"faiss does not load ({here.faiss_error}). pip install --force-reinstall {package}"
     if len(here.faiss_packages) > 1:
         packages = " ".join(here.faiss_packages)
         yield (
@@ -252,7 +254,7 @@ def measure(folder: str, *, seconds: float = SECONDS) -> Rates:
     torch.set_num_threads(1)  # as a worker has
     try:
         models = tuple(
-            (name, *(_rate(step_of(batch, precision), seconds) for precision in ("float32", "bfloat16")))
+            (name, _rate(step_of(batch, "float32"), seconds), _rate(step_of(batch, "bfloat16"), seconds))
             for name, step_of in (("efficientnet_lite0", _efficientnet), ("vit_small_patch14", _vit))
         )
     finally:

