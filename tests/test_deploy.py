@@ -203,6 +203,23 @@ def test_ray_job_is_consistent() -> None:
     assert words[words.index("--config") + 1].startswith("/config/")
 
 
+# --- make setup
+
+
+@pytest.mark.parametrize(("extras", "packages"), [("gpu,dev", ".[dev]"), ("gpu", "."), ("dev", ".[dev]")])
+def test_make_setup_puts_one_build_of_faiss_in_the_place_of_the_other(extras: str, packages: str) -> None:
+    command = ["make", "--dry-run", "--what-if=pyproject.toml", "setup", f"EXTRAS={extras}"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    (install,) = [line for line in printed.splitlines() if "--editable" in line]
+    assert install.endswith(f"--editable '{packages}'")
+    of_faiss = [line.partition(" -m pip ")[2] for line in printed.splitlines() if "faiss" in line]
+    replacement = [
+        "uninstall --quiet --yes faiss-cpu faiss-gpu",
+        "install --quiet --constraint constraints.txt faiss-gpu",
+    ]
+    assert of_faiss == (replacement if "gpu" in extras else [])
+
+
 # --- ray up
 
 

@@ -7,6 +7,7 @@ A container or a job scheduler limits a process by the affinity of its threads a
 import math
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def processor(root: Path = ROOT, architecture: str | None = None) -> Processor:
 
 def usable_cores(root: Path = ROOT) -> int:
     """Cores of the affinity, and at most the quota of the control group, rounded up."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = float(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
     for folder in _groups(root, "cpu"):
         quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
         if both := _read(folder / "cpu.max"):  # version 2
