@@ -86,11 +86,11 @@ def require_run(run: str) -> set[str]:
         raise InputError(f"The run '{run}' cannot be read: {type(error).__name__}: {error}.") from None
     if not is_folder:
         problem = "it is a file" if paths.exists(run) else "there is no such folder"
-        raise InputError(f"No run at '{run}': {problem}. Give the --output of pipelines.curate.")
+        raise InputError(f"No run at '{run}': {problem}. Give the --output of `seedbed curate`.")
     names = set(paths.list_names(run))
     if not names & {"run.toml", run_log.FOLDER, *STAGES}:
         problem = "it is the folder of one stage" if MANIFEST_NAME in names else "no run wrote this folder"
-        raise InputError(f"No run at '{run}': {problem}. Give the --output of pipelines.curate.")
+        raise InputError(f"No run at '{run}': {problem}. Give the --output of `seedbed curate`.")
     return names
 
 

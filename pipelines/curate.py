@@ -34,9 +34,6 @@ from pipelines.main_path import CurateConfig
 from pipelines.own_images import Sources, make_config
 from pipelines.planning.plan import print_plan
 
-# Options that take several values: `--pool a b` is `--pool a --pool b`.
-REPEATED_OPTIONS = ("--seeds", "--pool", "--holdout")
-
 
 @dataclass(frozen=True)
 class Run:
@@ -141,18 +138,22 @@ def command_line(
     plan: command.PlanOption = False,
     replace: command.ReplaceOption = False,
 ) -> None:
-    """Build a corpus: the seeds, and what resembles them in the pool, without copies and without the holdout.
+    """Build a corpus from trusted seeds and a large pool.
+
+    It holds the seeds and the pool images that resemble them, without copies and without images of the holdout. Give
+    the paths of your images, or a config.
 
     \b
     Examples:
-      seedbed curate --seeds lesions=data/lesions --pool data/crawl --output runs/mine
-      seedbed curate --seeds data/cats data/dogs --pool crawl.tar --holdout data/test --output runs/mine
+      seedbed curate --seeds lesions=data/lesions --pool data/crawl --output runs/a
+      seedbed curate --seeds data/cats data/dogs --pool crawl.tar \\
+          --holdout data/test --output runs/pets
       seedbed curate --config mine.toml --output runs/mine --plan
       seedbed curate --config demo --output runs/demo
 
-    A run has eight stages: ingest, embed, describe, pairs, dedup, cluster, retrieve, corpus. Each is done once: after
-    a crash the same command goes on. With other options, --replace does again what they change. The folder of the
-    run then holds report.html, the corpus in corpus/, and run.toml, the config with every value.
+    Each stage of a run is done once: after a crash the same command goes on. With other options, --replace does again
+    the stages that they change. The folder of the run then holds report.html, the corpus in corpus/, a row for each
+    image in images/, and run.toml, the config with every value.
     """
     settings = _settings(
         seeds, pool, holdout, config, model=model, weights=weights, k=k, profile=profile, overrides=overrides or ()
@@ -230,4 +231,4 @@ def _is_finished(output: str) -> bool:
 if __name__ == "__main__":
     from pipelines import curate as this  # by its real name, or its classes would exist twice
 
-    command.main(this.command_line, repeated=this.REPEATED_OPTIONS)
+    command.main(this.command_line)

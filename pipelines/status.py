@@ -1,6 +1,6 @@
 """Prints the status of a run from its files alone, whether or not a process works on it.
 
-    python -m pipelines.status runs/demo
+    seedbed status runs/demo
 
 A shard is done when its marker exists, whatever the log says. The log (engine/run_log.py) adds the shard of each
 worker, the driver's last heartbeat, and times. Standard output has one line for each stage, and for each step of the
@@ -197,9 +197,19 @@ def duration(seconds: float | None) -> str:
 
 
 def command_line(
-    run: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the run, local or any fsspec URL.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run, local or any fsspec URL.")],
 ) -> None:
-    """Print which stages and shards of a run are done, running, stale, stopped and left, from its files alone."""
+    """Print the work of a run that is done, running, stopped and left.
+
+    Numbers count shards, the units of work of a stage. `stale` shards were begun by a process that gave no sign for 30
+    seconds: it was killed, or its machine failed. The status comes from the files of the run alone, so any machine that
+    sees them may ask, at any time.
+
+    \b
+    Examples:
+      seedbed status runs/birds
+      watch -n 10 seedbed status runs/birds
+    """
     print_status(read(run))
     if torn := run_log.num_torn(run):
         Console(highlight=False).print(f"Lines of the log that cannot be read: {torn:,}. The times leave them out.")

@@ -164,15 +164,18 @@ def packed_stages(ingest: str, dedup: str, retrieve: str) -> RunFolder:
     return RunFolder(ingest=ingest, dedup=dedup, retrieve=retrieve)
 
 
-def run_in_process(
-    command_line: Callable[..., None], *arguments: str, repeated: Sequence[str] = ()
-) -> "subprocess.CompletedProcess[str]":
+def run_in_process(command_line: Callable[..., None], *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run a command in this process, for its exit status and what it prints. A process of its own takes seconds."""
+    return run_main(lambda: command.main(command_line), *arguments)
+
+
+def run_main(main: Callable[[], None], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Call `main` in this process, which reads the command line from `sys.argv`; otherwise as `run_in_process`."""
     output, errors, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setattr("sys.argv", ["command", *arguments])
         try:
-            command.main(command_line, repeated=repeated)
+            main()
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)

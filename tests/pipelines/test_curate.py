@@ -20,7 +20,7 @@ from curation.errors import ConfigError
 from curation.files import schemas
 from curation.files.folder_lock import sole_writer
 from curation.run_folder import STAGES
-from pipelines.curate import REPEATED_OPTIONS
+from pipelines import report
 from pipelines.curate import command_line as curate_command
 from pipelines.curate import curate as build
 from pipelines.main_path import CurateConfig
@@ -208,7 +208,7 @@ def test_own_images_need_no_config(finished: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(finished)
     sources = ("--seeds", "seeds/discs", "lines=seeds/stripes", "--pool", "pool", "--holdout", "holdout")
     options = ("--output", "own", "--runner", "inline", "--k", "2")
-    done = run_in_process(curate_command, *sources, *options, repeated=REPEATED_OPTIONS)
+    done = run_in_process(curate_command, *sources, *options)
     assert done.returncode == 0, done.stderr
     config = load(CurateConfig, "own/run.toml")
     assert [source.name for source in config.ingest.sources] == ["discs", "lines", "pool", "holdout"]
@@ -388,3 +388,14 @@ def test_plan_of_every_config_prints_and_does_nothing(config: str, tmp_path: Pat
     if config == "lvd142m.toml":
         for number in ("1,300,000,000", "142,109,386", "0.45", "100,000", "10,000"):
             assert number in result.stdout
+
+
+def test_the_report_of_a_finished_run_is_written_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)  # the sources of its config are relative paths
+    shutil.copytree(finished / "out", tmp_path / "run")
+    (tmp_path / "run/report.html").unlink()
+    done = run_in_process(report.command_line, str(tmp_path / "run"))
+    assert done.returncode == 0 and done.stdout == f"The report is {tmp_path}/run/report.html\n"
+    assert (tmp_path / "run/report.html").read_bytes() == (finished / "out/report.html").read_bytes()

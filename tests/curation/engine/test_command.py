@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from curation.config import Settings
-from curation.engine import command
+from curation.engine import command, entry
 from curation.engine.command import open_runner, require_apart
 from curation.engine.runner import InlineRunner
 from curation.errors import DeviceError, InputError
@@ -105,7 +105,7 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", "/home/ada")
     words = ["~/a", "--output=~/a", "name=~", "a~", "--set", "x.y=~/a=~/b", "~nobody-has-this-name/a"]
     expected = ["/home/ada/a", "--output=/home/ada/a", "name=/home/ada", "a~", "--set", "x.y=/home/ada/a=~/b", words[6]]
-    assert [command._with_home(word) for word in words] == expected
+    assert [entry._with_home(word) for word in words] == expected
 
 
 class Section(Settings):
