@@ -125,10 +125,11 @@ def command_line(
     config: command.OptionalConfigOption = None,
     output: command.OutputOption = "",
     model: Annotated[
-        str | None, typer.Option("--model", help="Model that compares content. Default: efficientnet_lite0.")
+        str | None,
+        typer.Option("--model", metavar="NAME", help="Model that compares content. Default: efficientnet_lite0."),
     ] = None,
-    weights: Annotated[str | None, typer.Option("--weights", help="Checkpoint of --model.")] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Pool images that each seed retrieves.")] = 4,
+    weights: Annotated[str | None, typer.Option("--weights", metavar="FILE", help="Checkpoint of --model.")] = None,
+    k: Annotated[int, typer.Option("--k", metavar="N", min=1, help="Pool images that each seed retrieves.")] = 4,
     profile: Annotated[
         Profile, typer.Option("--profile", help="Recipe of the settings that no option gives.")
     ] = "photos",
@@ -145,7 +146,8 @@ def command_line(
 
     \b
     Examples:
-      seedbed curate --seeds lesions=data/lesions --pool data/crawl --output runs/a
+      seedbed curate --seeds lesions=data/lesions --pool data/crawl \\
+          --output runs/lesions
       seedbed curate --seeds data/cats data/dogs --pool crawl.tar \\
           --holdout data/test --output runs/pets
       seedbed curate --config mine.toml --output runs/mine --plan

@@ -32,7 +32,9 @@ RunnerOption = Annotated[
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Number of Ray workers; by default one for each core that is usable here."),
+    typer.Option(
+        "--workers", metavar="N", min=1, help="Number of Ray workers; by default one for each core that is usable here."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
