@@ -41,7 +41,7 @@ from curation.config import NotInPlan, Settings, load, parse_section
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, read_manifest, require_fact, require_manifest
 from curation.engine.run_log import Log
-from curation.engine.runner import Runner, Shard
+from curation.engine.runner import Runner, Shard, report
 from curation.engine.stage import Stage, run_stage
 from curation.errors import ConfigError
 from curation.files import parquet, paths, schemas
@@ -144,6 +144,7 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
 
         for batch, batch_vectors in zip(batches, embedder.embed_batches(stacked_batches()), strict=True):
             vectors[batch] = batch_vectors
+            report(len(batch), total=len(rows))
         image_ids = [row["image_id"] for row in rows]
         path = paths.join(output, f"vectors-{shard.name}.parquet")
         files = [parquet.write_table(path, make_table(image_ids, vectors))]

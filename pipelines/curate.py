@@ -55,9 +55,9 @@ def command_line(
             if not _is_finished(output):
                 log.start()
             main_path.run(settings, output, chosen, replace=replace, log=log)
-    page.print_summary(output)
     if log.started:
         status.print_times(output)
+    page.print_summary(output)
 
 
 def _require_config_kept(settings: CurateConfig, config: str, output: str) -> None:

@@ -80,9 +80,13 @@ def run(config: ReportConfig, output: str) -> None:
     if _written_fingerprint(path) == fingerprint:
         progress.say("report: already done, nothing to do")
         return
-    finished = facts.read_run(output, read_concepts(config))
-    text = _write(_choose(config, finished), config, finished, fingerprint)
-    file = paths.write_bytes(path, text.encode())
+    with progress.step("report", "reading the stages") as change:
+        finished = facts.read_run(output, read_concepts(config))
+        change("choosing the examples")
+        choice = _choose(config, finished)
+        change("writing the page")
+        text = _write(choice, config, finished, fingerprint)
+        file = paths.write_bytes(path, text.encode())
     progress.say(f"report: {path}, {file.bytes / 1e6:.1f} MB")
 
 

@@ -37,7 +37,7 @@ import pyarrow.compute as pc
 from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.engine.run_log import Log
-from curation.engine.runner import Runner, Shard
+from curation.engine.runner import Runner, Shard, report
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import InputError
 from curation.files import npy, parquet, paths, vectors
@@ -251,6 +251,7 @@ def _make_exact_worker(
                 _check_width(images.vectors, block.vectors, part[0])
                 others.append(Images(block.ids, block.places, block.vectors[:0]))
                 yield block.vectors
+                report(1, total=len(parts))
 
         nearest = _search_exactly(neighborhood, images, stream())
         ids, all_places = (np.concatenate([getattr(other, name) for other in others]) for name in ("ids", "places"))
