@@ -344,7 +344,9 @@ def _run_kmeans(
     def reduce_all(centroids: np.ndarray) -> Reduction:
         nonlocal guess
         if len(parts) == 1:
-            text = f"k-means, {level.num_clusters:,} clusters, iteration {len(objectives) + 1} of {level.num_iterations}"
+            text = (
+                f"k-means, {level.num_clusters:,} clusters, iteration {len(objectives) + 1} of {level.num_iterations}"
+            )
             with progress.step("cluster", text):
                 reduction, guess = kmeans.reduce_points(read_blocks(parts[0]), centroids, guess=guess)
             return reduction

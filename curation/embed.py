@@ -152,6 +152,7 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
             table = pa.table({"image_id": image_ids, "thumbnail": thumbnails}, schema=schemas.THUMBNAILS)
             files.append(parquet.write_table(paths.join(output, f"thumbnails-{shard.name}.parquet"), table))
         measured = {
+            "copies": shard.num_items - len(rows),
             "seconds": time.perf_counter() - started,
             "waited": meter.seconds_waited,
             "decoding": decoding / config.decode_threads,
@@ -230,10 +231,11 @@ def _describe_times(measured: Mapping[str, float]) -> str:
     """A note for the progress display on the workers' time. If the model waits, raise `decode_threads`."""
     if not measured.get("taken"):
         return ""
+    copies = f"; exact copies embedded once: {measured['copies']:,.0f}" if measured["copies"] else ""
     waited, decoding = (measured[key] / measured["seconds"] for key in ("waited", "decoding"))
     return (
         f"model {1 - waited:.0%} of the time, waiting for pictures {waited:.0%}; threads decode {decoding:.0%} of it, "
-        f"{measured['ready'] / measured['taken']:.1f} pictures ready"
+        f"{measured['ready'] / measured['taken']:.1f} pictures ready{copies}"
     )
 
 

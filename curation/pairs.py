@@ -158,6 +158,7 @@ def run(
             "min_similarity": config.min_similarity,
             "max_holdout_threshold": SURE_MATCH if config.verification else 1.0,
         },
+        unit="vectors",
     )
     manifest = run_stage(stage, runner, replace=replace, log=log)
     config.search.require_recall(manifest.facts["search"])  # min_recall may be higher than when the stage finished

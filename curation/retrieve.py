@@ -173,6 +173,7 @@ def run(
                 shards=_pool_parts(kept, config.search.rows_per_part),
                 make_worker=functools.partial(_make_search_worker, config.search, query_shards, search_folder),
                 finish=functools.partial(_measure_recall, config.search, query_shards, search_folder),
+                unit="vectors",
             )
             run_stage(search, runner, log=log)
         if config.clustering is None:

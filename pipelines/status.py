@@ -171,12 +171,12 @@ def print_times(run: str) -> None:
 
 
 def times_table(times: dict[str, StageTimes]) -> Table:
-    """Time, bytes, images per second and idle share of each stage, and of its steps."""
+    """Time, bytes, items (images, vectors or rows) per second and idle share of each stage, and of its steps."""
     table = Table(
         title="Time of each stage (a step's time is part of its stage's)", title_justify="left", box=box.SIMPLE_HEAD
     )
     table.add_column("stage", no_wrap=True)
-    for column in ("time", "shards", "images", "images/s", "MB written", "idle"):
+    for column in ("time", "shards", "items", "items/s", "MB written", "idle"):
         table.add_column(column, justify="right")
     order = {name: number for number, name in enumerate(STAGES)}
     for name in sorted(times, key=lambda name: (order.get(name.partition("/")[0], len(order)), "/" in name)):

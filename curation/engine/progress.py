@@ -27,6 +27,8 @@ from rich.text import Text
 SECONDS_BETWEEN_LINES = 10.0
 # Minimum columns of the bar. A longer name is cut; the line below then has all of it. Assumed.
 MIN_BAR_WIDTH = 10
+# Columns that stay empty on the right, for the "^C" that a terminal adds: one more line could not be erased.
+FREE_COLUMNS = 3
 
 # Control characters, bidirectional controls and surrogates.
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -207,9 +209,12 @@ class _Display:
         name, doing = printable(self.name), printable(self.doing)
         first = name if self.counts is not None or not doing else f"{name}: {doing}"
         bar_width = 0 if self.counts is None else MIN_BAR_WIDTH
-        shown = _cut(first, max(8, options.max_width - len(counts_and_times) - bar_width - 4))
+        width = options.max_width - FREE_COLUMNS
+        shown = _cut(first, max(8, width - len(counts_and_times) - bar_width - 4))
         fraction = None if self.counts is None else self.counts.fraction
-        line = Table.grid(expand=self.counts is not None, padding=(0, 2, 0, 0))
+        line = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+        if self.counts is not None:
+            line.width = width
         line.add_column(no_wrap=True)
         cells: list[Text | ProgressBar] = [Text(shown)]
         if self.counts is not None:
@@ -219,9 +224,9 @@ class _Display:
         line.add_row(*cells, Text(counts_and_times))
         yield line
         place = ", ".join(filter(None, (_place_in_run(name), _rest_of_run(name, left))))
-        below = [first if shown != first else "", doing if self.counts is not None else "", place, printable(self.note)]
+        below = [first if shown != first else "", doing if self.counts is not None else "", place, self.note]
         for text in filter(None, below):
-            yield Padding(Text(text, style="dim"), (0, 0, 0, 2))
+            yield _below(text)
 
 
 # The display that is open; a step inside its work is shown on it.
@@ -255,12 +260,14 @@ def _shown(display: _Display) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def counted(name: str, unit: str, *, start: int = 0) -> Iterator[Callable[[Counts, str], None]]:
+def counted(
+    name: str, unit: str, *, total: int | None = None, start: int = 0
+) -> Iterator[Callable[[Counts, str], None]]:
     """A display of counts. Yields a function of the present counts and of the note that stands below them.
 
-    start: the items that an earlier process did.
+    total: None where it is unknown at the beginning. start: the items that an earlier process did.
     """
-    display = _Display(name, unit, Counts(start), start)
+    display = _Display(name, unit, Counts(start, total), start)
 
     def show(counts: Counts, note: str) -> None:
         display.counts, display.note = counts, note
@@ -273,8 +280,9 @@ def counted(name: str, unit: str, *, start: int = 0) -> Iterator[Callable[[Count
     assert display.counts is not None
     count = display.counts.done - start
     line = f"{name}: {count:,} {unit} in {seconds:,.1f} s, {count / max(seconds, 1e-9):,.1f} {unit}/s"
-    if _console.is_terminal and display.note:  # two lines of a terminal are easier to read than one that wraps
-        say(f"{line}\n  {display.note}")
+    if _console.is_terminal and display.note:  # below, because it may be longer than a line of the terminal
+        say(line)
+        _console.print(_below(display.note))
     else:
         say(line + _suffix(display.note))
 
@@ -286,7 +294,7 @@ def bar(name: str, *, total: int, unit: str, start: int = 0) -> Iterator[Callabl
     Yields a function of the number of further items and of the note that stands below the counts.
     """
     count = start
-    with counted(name, unit, start=start) as show:
+    with counted(name, unit, total=total or None, start=start) as show:
 
         def advance(items: int, note: str) -> None:
             nonlocal count
@@ -313,6 +321,11 @@ def step(name: str, text: str) -> Iterator[Callable[[str], None]]:
             yield change
     finally:
         display.doing = before
+
+
+def _below(text: str) -> Padding:
+    """A text on the lines below another one. Long texts are wrapped between words."""
+    return Padding(Text(printable(text), style="dim"), (0, FREE_COLUMNS, 0, 2), expand=False)
 
 
 def _suffix(note: str) -> str:

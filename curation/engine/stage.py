@@ -225,7 +225,7 @@ def _process_shards(
     set_aside: list[str] = []
     unmerged: list[ShardRecord] = []
     counts, note = ShardCounts(todo), ""
-    with progress.counted(name, stage.unit) as show:
+    with progress.counted(name, stage.unit, total=counts.counts().total) as show:
 
         def show_reported(reported: Mapping[str, Reported]) -> None:
             counts.report(reported)

@@ -120,6 +120,7 @@ def run(
             ],
             make_worker=functools.partial(_make_exchange_worker, search, exchange_folder),
             prepare=functools.partial(_train_cells, search, files, rows, exchange_folder),
+            unit="vectors",
         )
         run_stage(stage, runner, log=log)
         return ShardRecord(name=PREPARED)
@@ -153,6 +154,7 @@ def run(
         make_worker=make_worker,
         prepare=prepare,
         finish=finish,
+        unit="vectors",
     )
     manifest = run_stage(stage, runner, log=log)
     search.require_recall(manifest.facts)  # min_recall may have been raised since
@@ -485,6 +487,7 @@ def _measure_recall(
         output=folder,
         shards=shards,
         make_worker=functools.partial(_make_recall_worker, neighborhood, exchange_folder, folder),
+        unit="vectors",
     )
     manifest = run_stage(stage, runner, log=log)
     tables = [parquet.read_table(paths.join(folder, name), EDGES) for name in manifest.files("exact")]
