@@ -11,6 +11,7 @@ a plain line every SECONDS_BETWEEN_LINES. Both get one line at the end.
 import contextlib
 import re
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -226,7 +226,7 @@ class _Display:
         place = ", ".join(filter(None, (_place_in_run(name), _rest_of_run(name, left))))
         below = [first if shown != first else "", doing if self.counts is not None else "", place, self.note]
         for text in filter(None, below):
-            yield _below(text)
+            yield _below(text, width)
 
 
 # The display that is open; a step inside its work is shown on it.
@@ -282,7 +282,7 @@ def counted(
     line = f"{name}: {count:,} {unit} in {seconds:,.1f} s, {count / max(seconds, 1e-9):,.1f} {unit}/s"
     if _console.is_terminal and display.note:  # below, because it may be longer than a line of the terminal
         say(line)
-        _console.print(_below(display.note))
+        _console.print(_below(display.note, _console.width - FREE_COLUMNS))
     else:
         say(line + _suffix(display.note))
 
@@ -323,9 +323,10 @@ def step(name: str, text: str) -> Iterator[Callable[[str], None]]:
         display.doing = before
 
 
-def _below(text: str) -> Padding:
-    """A text on the lines below another one. Long texts are wrapped between words."""
-    return Padding(Text(printable(text), style="dim"), (0, FREE_COLUMNS, 0, 2), expand=False)
+def _below(text: str, width: int) -> Text:
+    """A text on the lines below another one. It is wrapped between words; no line is filled with spaces."""
+    lines = textwrap.fill(printable(text), width, initial_indent="  ", subsequent_indent="  ")
+    return Text(lines, style="dim")
 
 
 def _suffix(note: str) -> str:
