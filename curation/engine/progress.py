@@ -144,10 +144,17 @@ def _rest_of_run(name: str, seconds_left: float | None) -> str:
     number = _stage_number(name)
     if number is None or not (following := _run.stages[number:]):
         return ""
-    if seconds_left is not None and all(stage in _run.expected_seconds for stage in following):
-        left = seconds_left + sum(_run.expected_seconds[stage] for stage in following)
-        return f"about {duration(left)} left of the run"
-    return f"then {', '.join(following)}"
+    return _time_left_of_run(name, seconds_left) or f"then {', '.join(following)}"
+
+
+def _time_left_of_run(name: str, seconds_left: float | None) -> str:
+    """The time that is left of the run, where that of this stage and of all that follow is known."""
+    number = _stage_number(name)
+    following = () if number is None else _run.stages[number:]
+    if not following or seconds_left is None or not all(stage in _run.expected_seconds for stage in following):
+        return ""
+    left = seconds_left + sum(_run.expected_seconds[stage] for stage in following)
+    return f"about {duration(left)} left of the run"
 
 
 # The display
@@ -188,6 +195,8 @@ class _Display:
         elif self.doing:
             parts.append(self.doing)
         parts.append(f"{duration(seconds)} so far" if left is None else f"{duration(left)} left")
+        if of_run := _time_left_of_run(self.name, left):
+            parts.append(of_run)
         place = _place_in_run(self.name)
         return f"{self.name}{f' ({place})' if place else ''}: " + ", ".join(parts) + _suffix(self.note)
 
@@ -229,6 +238,10 @@ class _Display:
             yield _below(text, width)
 
 
+def _has_cursor() -> bool:
+    return _console.is_terminal and not _console.is_dumb_terminal
+
+
 # The display that is open; a step inside its work is shown on it.
 _open: list[_Display] = []
 
@@ -238,14 +251,14 @@ def _shown(display: _Display) -> Iterator[None]:
     """Show `display` while the block runs."""
     _open.append(display)
     try:
-        if _console.is_terminal and not _console.is_dumb_terminal:
+        if _has_cursor():
             with Live(display, console=_console, transient=True, refresh_per_second=4):
                 yield
         else:
             ended = threading.Event()
 
             def keep_printing() -> None:
-                while not ended.wait(max(SECONDS_BETWEEN_LINES, 1.0)):
+                while not ended.wait(1.0):
                     display.print_when_due()
 
             thread = threading.Thread(target=keep_printing, name="progress", daemon=True)
@@ -271,7 +284,7 @@ def counted(
 
     def show(counts: Counts, note: str) -> None:
         display.counts, display.note = counts, note
-        if not _console.is_terminal or _console.is_dumb_terminal:
+        if not _has_cursor():
             display.print_when_due()
 
     with _shown(display):
@@ -280,7 +293,7 @@ def counted(
     assert display.counts is not None
     count = display.counts.done - start
     line = f"{name}: {count:,} {unit} in {seconds:,.1f} s, {count / max(seconds, 1e-9):,.1f} {unit}/s"
-    if _console.is_terminal and display.note:  # below, because it may be longer than a line of the terminal
+    if _has_cursor() and display.note:  # below, because it may be longer than a line of the terminal
         say(line)
         _console.print(_below(display.note, _console.width - FREE_COLUMNS))
     else:

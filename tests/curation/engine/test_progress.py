@@ -63,6 +63,7 @@ def test_time_left_of_the_run_is_shown_only_where_all_that_follows_is_known() ->
         assert "  stage 7 of 8, about 5 min left of the run" in rendered(80, shown)
         before = rendered(80, display("cluster", Counts(50, 100)))
         assert "  stage 6 of 8, then retrieve, corpus" in before
+        assert shown.plain_line().endswith("2 min left, about 5 min left of the run")
     assert len(rendered(80, shown)) == 1, "outside a run there is neither a number nor a rest"
     with progress.run_of(STAGES):
         assert rendered(80, display("corpus", Counts(50, 100)))[1:] == ["  stage 8 of 8"]
