@@ -56,6 +56,9 @@ def test_known_shards_have_an_exact_total_and_counts_inside() -> None:
     assert counts.counts() == Counts(0, 150, shards=(0, 2))
     counts.report({"a": Reported(30), "b": Reported(200, 800)})  # b reports candidates: a quarter of its images
     assert counts.counts() == Counts(30 + 12, 150, shards=(0, 2))
+    counts.report({"a": Reported(101), "b": Reported(900, 800)})
+    assert counts.counts() == Counts(100 + 50, 150, shards=(0, 2)), "no shard counts above its items"
+    counts.report({"b": Reported(200, 800)})
     counts.finish("a", 100)
     assert counts.counts() == Counts(100 + 12, 150, shards=(1, 2)), "finished shards count once"
     counts.report({"b": Reported(0)})
@@ -80,3 +83,5 @@ def test_a_worker_that_knows_the_size_makes_the_total_known() -> None:
     counts = ShardCounts([Shard("a", None), Shard("b", None)])
     counts.report({"a": Reported(1, 10), "b": Reported(2, 20)})
     assert counts.counts() == Counts(3, 30, shards=(0, 2))
+    counts.report({"a": Reported(15, 10), "b": Reported(2, 20)})
+    assert counts.counts() == Counts(12, 30, shards=(0, 2))
