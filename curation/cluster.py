@@ -355,7 +355,8 @@ def _run_kmeans(
         rows = kmeans.start_rows(num_points, level.size, level.start, seed)
         sample_files = _take(steps, points, rows, paths.join(folder, "start"))
         sample = np.concatenate([block for part in cut(sample_files, rows_per_part) for block in read_blocks(part)])
-        state = State(kmeans.initial_centroids(sample, level.size, level.start, seed), [], False)
+        with progress.step("cluster", f"choosing {level.size:,} first centroids"):
+            state = State(kmeans.initial_centroids(sample, level.size, level.start, seed), [], False)
         del sample
         _write_state(folder, state)
     guess: np.ndarray | None = None
@@ -364,7 +365,11 @@ def _run_kmeans(
     def reduce_all(centroids: np.ndarray) -> Reduction:
         nonlocal guess
         if len(parts) == 1:
-            reduction, guess = kmeans.reduce_points(read_blocks(parts[0]), centroids, guess=guess)
+            text = (
+                f"k-means, {level.num_clusters:,} clusters, iteration {len(objectives) + 1} of {level.num_iterations}"
+            )
+            with progress.step("cluster", text):
+                reduction, guess = kmeans.reduce_points(read_blocks(parts[0]), centroids, guess=guess)
             return reduction
         step = paths.join(folder, f"iteration-{len(objectives):05d}")
         records = steps.over_parts(points, step, functools.partial(_make_reducer, folder, step))

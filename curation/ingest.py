@@ -32,7 +32,7 @@ from curation.config import NotInPlan, Settings
 from curation.engine import command, progress
 from curation.engine.manifest import Manifest, ShardRecord, sum_counts
 from curation.engine.run_log import Log
-from curation.engine.runner import Runner, Shard
+from curation.engine.runner import Runner, Shard, report
 from curation.engine.stage import Stage, Tally, run_stage
 from curation.errors import InputError, RejectBudgetError
 from curation.files import parquet, paths, schemas
@@ -90,7 +90,8 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
     listings, problems = {}, []
     for source in config.sources:
         try:
-            listings[source.name] = sources.list_source(source)
+            with progress.step("ingest", f"listing the files of source '{source.name}'"):
+                listings[source.name] = sources.list_source(source)
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -155,6 +156,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
             rejects.append({"uri": item.uri, "source": source.name, "reason": str(reason), "detail": detail})
 
         for item in sources.read_source(source, file_paths, max_bytes=limits.max_bytes, passed_over=passed_over):
+            report(1)
             if item.problem is not None or item.data is None:
                 reject(item, *(item.problem or (RejectReason.UNREADABLE, "")))
                 continue

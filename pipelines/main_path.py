@@ -29,6 +29,7 @@ from curation.config import IsPath, Settings, nearest, write_resolved
 from curation.copies.holdout_pairs import SURE_MATCH
 from curation.dedup import DedupConfig
 from curation.embed import EmbedConfig
+from curation.engine import progress
 from curation.engine.run_log import Log
 from curation.engine.runner import Runner
 from curation.files import paths
@@ -39,10 +40,11 @@ from curation.profiles import Profile
 from curation.report import images_table, page
 from curation.report.page import CONFIG_NAME, ReportConfig
 from curation.retrieve import RetrieveConfig
-from curation.run_folder import RunFolder
+from curation.run_folder import STAGES, RunFolder
 from pipelines.planning.rates import RatesConfig
 
 
+@progress.run_of(STAGES)
 def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = False, log: Log = None) -> None:
     """Run every unfinished stage in order, and write the report."""
     folder = RunFolder.of(output)

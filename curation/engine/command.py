@@ -1,6 +1,7 @@
 """The options and the choice of a runner, shared by all commands. Their exit status: entry.py."""
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -108,20 +109,32 @@ def open_runner(
     gpu_settings: the names of the settings that need the GPU, for the message.
     """
     gpu_setting = ", ".join(gpu_settings) or "device"
-    if name == "inline":
-        if gpus_per_worker:
-            from curation.engine.device import require_device  # torch takes a second
+    with _saying_how_to_go_on():
+        if name == "inline":
+            if gpus_per_worker:
+                from curation.engine.device import require_device  # torch takes a second
 
-            require_device("cuda", gpu_setting)
-        yield InlineRunner()
-        return
-    from curation.engine.ray_runner import RayRunner
+                require_device("cuda", gpu_setting)
+            yield InlineRunner()
+            return
+        from curation.engine.ray_runner import RayRunner
 
-    num_workers = workers or machine.usable_cores()
-    runner = RayRunner(num_workers=num_workers, gpus_per_worker=gpus_per_worker, gpu_setting=gpu_setting)
+        num_workers = workers or machine.usable_cores()
+        runner = RayRunner(num_workers=num_workers, gpus_per_worker=gpus_per_worker, gpu_setting=gpu_setting)
+        try:
+            for line in runner.monitoring_addresses():
+                progress.say(line)
+            yield runner
+        finally:
+            runner.close()
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    """Print one line when Ctrl-C or SIGTERM ends the block."""
     try:
-        for line in runner.monitoring_addresses():
-            progress.say(line)
-        yield runner
-    finally:
-        runner.close()
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, KeyboardInterrupt) or stop.code == 128 + signal.SIGTERM:
+            progress.say("Stopped. Finished shards are kept: run the same command again to go on.")
+        raise

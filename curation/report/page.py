@@ -8,6 +8,10 @@ bytes. facts.py counts and chooses, this file writes the sentences, and markup.p
 """
 
 import base64
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -82,14 +86,18 @@ def run(config: ReportConfig, output: str) -> None:
     if _written_fingerprint(path) == fingerprint:
         progress.say("report: already done, nothing to do")
         return
-    finished = facts.read_run(output, read_concepts(config))
-    text = _write(_choose(config, finished), config, finished, fingerprint)
-    file = paths.write_bytes(path, text.encode())
+    with progress.step("report", "reading the stages") as change:
+        finished = facts.read_run(output, read_concepts(config))
+        change("choosing the examples")
+        choice = _choose(config, finished)
+        change("writing the page")
+        text = _write(choice, config, finished, fingerprint)
+        file = paths.write_bytes(path, text.encode())
     progress.say(f"report: {path}, {file.bytes / 1e6:.1f} MB")
 
 
 def print_summary(output: str) -> None:
-    """Print the funnel and the retrieval by seed dataset on standard output."""
+    """Print the funnel, the retrieval by seed dataset and the commands to go on with, on standard output."""
     config = load(ReportConfig, paths.join(output, CONFIG_NAME), section="report")
     finished = facts.read_run(output, read_concepts(config))
     console = Console(markup=False, emoji=False, highlight=False)  # the user's names are not markup
@@ -99,7 +107,24 @@ def print_summary(output: str) -> None:
     datasets = facts.datasets(finished)
     console.print(_datasets_on_terminal(datasets))
     console.print("\n" + _same_concept_rule(config, datasets))
-    console.print(f"The report is {paths.join(output, REPORT_NAME)}", soft_wrap=True)
+    for line in _next_steps(output):
+        console.print(line, soft_wrap=True)
+
+
+def _next_steps(output: str) -> tuple[str, str]:
+    """What to do with a finished run. A shell takes the command as it stands: paths are quoted."""
+    if shutil.which("seedbed"):
+        train = "seedbed train"
+    else:  # the environment is not activated
+        python = sys.executable
+        is_here = os.path.commonpath([python, os.getcwd()]) == os.getcwd()
+        train = f"{shlex.quote(os.path.relpath(python) if is_here else python)} -m pipelines.train"
+    corpus = shlex.quote(f"data.path={paths.join(output, 'corpus')}")
+    trained = shlex.quote(output.rstrip("/") + "-train" if paths.is_local(output) else "runs/train")
+    return (
+        f"\nLook at the corpus: {shlex.quote(paths.join(output, REPORT_NAME))}",
+        f"Train on it:        {train} --set {corpus} --output {trained}",
+    )
 
 
 def read_concepts(config: ReportConfig) -> Concepts:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from curation.engine import command
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
-from curation.engine.runner import InlineRunner, Runner, Shard, Worker
+from curation.engine.runner import InlineRunner, OnProgress, Runner, Shard, Worker
 from curation.files import parquet, paths, schemas, vectors
 from curation.images.decode import ImageLimits, Picture
 from curation.run_folder import RunFolder
@@ -209,7 +209,13 @@ class KilledRunner(Runner):
         self.calls_left, self._after_work = num_calls, after_work
 
     def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
+        self,
+        stage: str,
+        make_worker: Callable[[], Worker],
+        shards: Sequence[Shard],
+        *,
+        max_poison_shards: int = 0,
+        on_progress: OnProgress = lambda reported: None,
     ) -> Generator[ShardRecord | None, None, None]:
         def make_killed_worker() -> Worker:
             worker = make_worker()
@@ -224,4 +230,4 @@ class KilledRunner(Runner):
 
             return process
 
-        yield from InlineRunner().map(stage, make_killed_worker, shards)
+        yield from InlineRunner().map(stage, make_killed_worker, shards, on_progress=on_progress)

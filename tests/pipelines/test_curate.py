@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +19,13 @@ from PIL import Image, ImageDraw
 
 from curation.config import load
 from curation.engine.manifest import require_manifest
+from curation.engine.run_log import open_log
+from curation.engine.runner import InlineRunner, OnProgress, Reported
 from curation.errors import ConfigError
 from curation.files import schemas
 from curation.files.folder_lock import sole_writer
 from curation.run_folder import STAGES
-from pipelines import report
+from pipelines import main_path, report
 from pipelines.curate import command_line as curate_command
 from pipelines.curate import curate as build
 from pipelines.main_path import CurateConfig
@@ -157,6 +162,39 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+class ReportingRunner(InlineRunner):
+    """Keeps the last report of each shard, by the name of the stage on the terminal."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, dict[str, Reported]] = {}
+        self.num_partial: Counter[str] = Counter()
+
+    def map(self, stage: str, *arguments: Any, on_progress: OnProgress, **options: Any) -> Any:
+        def keep(reported: Mapping[str, Reported]) -> None:
+            self.last.setdefault(stage, {}).update(reported)
+            self.num_partial[stage] += any(0 < shard.num_items < (shard.total or 8) for shard in reported.values())
+            on_progress(reported)
+
+        return super().map(stage, *arguments, on_progress=keep, **options)
+
+
+def test_long_stages_report_what_they_do_inside_their_shards(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    settings = ["embed.embedder.batch_size=3", "describe.embedder.batch_size=3", "dedup.holdout_threshold=0.9"]
+    settings.append("pairs.verification.working_side=64")
+    monkeypatch.setattr("curation.pairs.PAIRS_PER_REPORT", 2)
+    runner = ReportingRunner()
+    with open_log("out") as log:
+        main_path.run(load(CurateConfig, "config.toml", settings), "out", runner, log=log)
+    for stage, total in (("ingest", "images"), ("embed", "embedded"), ("describe", "embedded"), ("corpus", "rows")):
+        num_reported = sum(shard.num_items for shard in runner.last[stage].values())
+        assert num_reported == require_manifest(f"out/{stage}").totals[total]
+    for stage in ("pairs", "pairs/join", "retrieve/search"):
+        assert all(shard.num_items == shard.total > 0 for shard in runner.last[stage].values())
+    for stage in ("ingest", "embed", "describe", "pairs", "pairs/join", "retrieve/search", "corpus"):
+        assert runner.num_partial[stage], f"{stage} reports inside a shard"
+
+
 def written_at(folder: Path) -> dict[str, int]:
     """The time of the last change of every file of a run."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -166,7 +204,8 @@ def test_same_bytes_inline_and_on_ray(finished: Path) -> None:
     on_ray = curate(finished, "--workers", "2", output="ray")
     assert on_ray.returncode == 0, on_ray.stderr
     assert bytes_in(finished / "ray") == bytes_in(finished / "out")
-    assert "Ray's dashboard: none" in on_ray.stderr
+    assert "Starting Ray on 2 cores of this machine" in on_ray.stderr and "Ray runs after" in on_ray.stderr
+    assert "dashboard" not in on_ray.stderr, "this Ray has none"
     (log,) = (finished / "ray/log").iterdir()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     shards = {(line["stage"], line["shard"]) for line in lines if line["event"] == "shard"}

@@ -5,7 +5,9 @@ import html.parser
 import io
 import itertools
 import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -343,6 +345,28 @@ def test_summary_on_the_terminal(example: str, capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     for line in ("without near-duplicates", "rows packed", "not_an_image 1", "vehicles", "100.0%", "report.html"):
         assert line in text
+
+
+@pytest.mark.parametrize("is_active", [True, False])
+def test_summary_ends_with_the_report_and_a_command_as_a_shell_takes_it(
+    example: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_active: bool
+) -> None:
+    output = shutil.copytree(example, tmp_path / "my run's")
+    (tmp_path / "bin").mkdir()
+    if is_active:
+        (tmp_path / "bin/seedbed").write_text("#!/bin/sh")
+        (tmp_path / "bin/seedbed").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    page.print_summary("my run's")
+    *tables, look, train = capsys.readouterr().out.splitlines()
+    assert max(map(len, tables)) <= 80
+    assert shlex.split(look)[-1] == "my run's/report.html"
+    command = ["seedbed", "train"] if is_active else [sys.executable, "-m", "pipelines.train"]
+    expected = [*command, "--set", "data.path=my run's/corpus", "--output", "my run's-train"]
+    assert shlex.split(train.removeprefix("Train on it:")) == expected
+    assert output.is_dir()
 
 
 def test_images_come_from_the_stored_thumbnails(example: str, tmp_path: Path) -> None:
