@@ -4,6 +4,9 @@ python -m pipelines.curate --config pipelines/configs/demo.toml --output runs/de
 """
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from curation.config import load, resolved_toml
 from curation.engine import command
@@ -30,11 +33,21 @@ def command_line(
     overrides: command.SetOption = None,
     plan: command.PlanOption = False,
     replace: command.ReplaceOption = False,
+    sample: Annotated[
+        float | None, typer.Option("--sample", min=0, max=1, help="Share of the pool that is read, for a trial run.")
+    ] = None,
+    rates_from: Annotated[
+        str | None, typer.Option("--rates-from", metavar="RUN", help="With --plan: a finished run whose times count.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With --plan: print rates and config too.")] = False,
 ) -> None:
     """Build a corpus: ingest, embed, deduplicate, cluster, retrieve, pack, report."""
-    settings = load(CurateConfig, config, overrides or ())
+    overrides = [*(overrides or ()), *([] if sample is None else [f"ingest.sample_pool={sample}"])]
+    settings = load(CurateConfig, config, overrides)
+    if rates_from is not None and not plan:
+        raise ConfigError("--rates-from prices a plan: give it with --plan.")
     if plan:
-        print_plan(settings)
+        print_plan(settings, output=output, rates_from=rates_from, workers=workers, verbose=verbose)
         return
     command.require_apart(output, settings, config)
     paths.require_apart(output, (source.path for source in settings.ingest.sources), or_below=True)

@@ -242,12 +242,13 @@ class BeginLine:
 
 @dataclass(frozen=True)
 class ShardLine:
-    """A shard is finished, after `seconds` of a worker."""
+    """A shard is finished, after `seconds` of a worker, which began it at `started`."""
 
     event: Literal["shard"]
     time: float
     stage: str
     shard: str
+    started: float
     seconds: float
     items: int
     bytes: int

@@ -291,9 +291,7 @@ def _send_rows(
     _send(connection, ["end", num_nulls, first_null, start - num_skipped, num_skipped])
 
 
-def _send_counts(
-    connection: "Connection[bytes, bytes]", at_start: int, uri: str, size: int, image_column: str
-) -> None:
+def _send_counts(connection: "Connection[bytes, bytes]", at_start: int, uri: str, size: int, image_column: str) -> None:
     with _limits(at_start, MEMORY_BYTES, f"{uri}: not a readable Parquet file"):
         opened = open_images(_RemoteFile(connection, size), uri, [image_column])
         groups = range(opened.num_row_groups)

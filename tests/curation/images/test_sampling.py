@@ -1,5 +1,6 @@
 """A sample of the pool: by name alone, the same for any cut and order, nested, and of the stated share."""
 
+import itertools
 import math
 import random
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_the_share_lies_within_binomial_bounds_and_smaller_shares_are_parts_of_l
     for share, part in zip(shares, chosen, strict=True):
         deviation = math.sqrt(len(places) * share * (1 - share))
         assert abs(len(part) - share * len(places)) <= 4 * deviation
-    assert all(smaller <= larger for smaller, larger in zip(chosen, chosen[1:], strict=False))
+    assert all(smaller <= larger for smaller, larger in itertools.pairwise(chosen))
 
 
 def test_source_path_and_part_decide_together() -> None:
