@@ -203,7 +203,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
                 parquet.write_table(paths.join(output, f"rejects-{shard.name}.parquet"), rejected),
             ),
             totals={"images": len(accepted) + len(rejects), "accepted": len(accepted), "rejected": len(rejects)}
-            | ({NOT_SAMPLED: not_sampled} if share < 1 else {})
+            | ({NOT_SAMPLED: not_sampled} if share < 1 and source.layout != "folder" else {})
             | {PASSED_OVER + kind: count for kind, count in listing.bounded(passed_over, MAX_KINDS_IN_SHARD).items()},
             rejects=counts,
         )

@@ -74,17 +74,17 @@ def count_images(source: SourceConfig) -> SourceCount:
         return _count_folder(source, order)
     pictures: list[bytes] = []
     images, image_bytes, bytes_read, num_counted, damaged = 0, 0, 0, 0, []
-    for file in order:
-        if images >= MAX_HEADERS:
-            break
-        uri = _uri(source, file)
-        wanted = MAX_PICTURES // MAX_PICTURE_FILES if len(pictures) < MAX_PICTURES else 0
-        count = _count_archive(source, uri, file, MAX_HEADERS - images, wanted, pictures)
-        images, image_bytes = images + count.images, image_bytes + count.image_bytes
-        bytes_read += count.num_read
-        num_counted += count.num_read == file.size
-        if count.is_damaged:
-            damaged.append(uri)
+    with ParquetRows() as rows:  # its process starts with the first Parquet file
+        for file in order:
+            if images >= MAX_HEADERS:
+                break
+            wanted = MAX_PICTURES // MAX_PICTURE_FILES if len(pictures) < MAX_PICTURES else 0
+            count = _count_archive(source, file, rows, MAX_HEADERS - images, wanted, pictures)
+            images, image_bytes = images + count.images, image_bytes + count.image_bytes
+            bytes_read += count.num_read
+            num_counted += count.num_read == file.size
+            if count.is_damaged:
+                damaged.append(_uri(source, file))
     total_bytes = sum(file.size for file in files)
     share = bytes_read / total_bytes if total_bytes and num_counted < len(files) else 1.0
     return SourceCount(
@@ -131,9 +131,15 @@ def _start(source: SourceConfig, file: SourceFile, num_bytes: int) -> bytes:
 
 
 def _count_archive(
-    source: SourceConfig, uri: str, file: SourceFile, max_headers: int, num_pictures: int, pictures: list[bytes]
+    source: SourceConfig,
+    file: SourceFile,
+    rows: ParquetRows,
+    max_headers: int,
+    num_pictures: int,
+    pictures: list[bytes],
 ) -> _FileCount:
     """The count of a tar or Parquet file. Adds the starts of its first images to `pictures`."""
+    uri = _uri(source, file)
     if sources.location_problem(source, uri) is not None:
         return _FileCount(0, 0, file.size, is_damaged=True)
     try:
@@ -141,10 +147,9 @@ def _count_archive(
             stream = cast(BinaryIO, opened)
             if source.layout == "webdataset":
                 return _count_tar(stream, file.size, max_headers, num_pictures, pictures)
-            with ParquetRows() as rows:
-                counts = rows.count(stream, uri, source.image_column)
-                for _, item in zip(range(num_pictures), _rows(rows, stream, uri, source), strict=False):
-                    pictures.append(item.data or b"")
+            counts = rows.count(stream, uri, source.image_column)
+            for _, item in zip(range(num_pictures), _rows(rows, stream, uri, source), strict=False):
+                pictures.append(item.data or b"")
             return _FileCount(counts.num_rows - counts.num_nulls, counts.num_bytes, file.size)
     except DamagedFileError:
         return _FileCount(0, 0, file.size, is_damaged=True)

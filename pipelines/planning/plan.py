@@ -115,7 +115,7 @@ def _print_first_screen(
         console.print(_times_table(price, *((cluster, num_machines) if lacks_gpus else (machine, 1))))
     rows = total_rows(config)
     if rows is not None:
-        console.print(f"The corpus: {at_least if rows and counts.unknown else ''}up to {rows:,} rows.")
+        console.print(f"The corpus: up to {rows:,} rows.")
     if cluster != machine or seconds > 3600 * config.rates.hours_wanted:
         console.print(_cluster_line(config.rates, price, cluster, num_machines))
     for line in _notes(config, counts, measurements):
@@ -180,7 +180,7 @@ def _total_seconds(estimates: Sequence[StageEstimate]) -> float:
 
 def _times_table(price: Price, machine: Machine, machines: int) -> Table:
     where = f"time on {machines:,}" if machines > 1 else "time"
-    table = _table("", ("stage", "images", where, "limited by"), left=("stage", "limited by"))
+    table = _table(None, ("stage", "images", where, "limited by"), left=("stage", "limited by"))
     for stage in price.stages:
         if not stage.images:
             table.add_row(stage.stage, "unknown")
@@ -194,7 +194,7 @@ def _times_table(price: Price, machine: Machine, machines: int) -> Table:
 
 
 def _estimates_table(estimates: Sequence[StageEstimate]) -> Table:
-    table = _table("", ("stage", "images", "time", "start-up", "measured", "on images"), left=("stage",))
+    table = _table(None, ("stage", "images", "time", "start-up", "measured", "on images"), left=("stage",))
     for each in estimates:
         table.add_row(
             each.stage,
@@ -387,7 +387,7 @@ def _rates_tables(rates: RatesConfig) -> list[Table]:
     return [settings, fixed]
 
 
-def _table(title: str, columns: Iterable[str], *, left: tuple[str, ...]) -> Table:
+def _table(title: str | None, columns: Iterable[str], *, left: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
         table.add_column(column, no_wrap=number == 0, justify="left" if column in left else "right")
