@@ -40,10 +40,12 @@ def print_plan(
     rates_from: str | None = None,
     workers: int | None = None,
     verbose: bool = False,
+    machine: Machine | None = None,
 ) -> None:
     """Print the plan of a run that writes to `output`.
 
-    rates_from: the folder of a finished run whose times price this one. workers: of this machine; None for one a core.
+    rates_from: the folder of a finished run whose times price this one. workers: of the machine; None for one a core.
+    machine: None for this one.
     Raises InputError for sources that are missing here, and for a run without times.
     """
     console = Console(highlight=False, markup=False, emoji=False)
@@ -51,7 +53,9 @@ def print_plan(
     counts = count_sources(config)
     counted = config.model_copy(update={"stated_counts": dict(counts.of_source)})
     price = price_run(config, counts, total_rows(counted))
-    machine = this_machine(output, with_gpus=price.needs_gpus, bytes_per_second=config.rates.machine_bytes_per_second)
+    if machine is None:
+        bytes_per_second = config.rates.machine_bytes_per_second
+        machine = this_machine(output, with_gpus=price.needs_gpus, bytes_per_second=bytes_per_second)
     if workers is not None:
         machine = dataclasses.replace(machine, cores=workers)
     _print_first_screen(console, counted, counts, price, machine, measurements)
