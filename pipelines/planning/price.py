@@ -14,6 +14,7 @@ from curation.errors import InputError
 from curation.files import paths
 from curation.images import counting, sources
 from curation.images.counting import SourceCount
+from curation.images.sources import SourceConfig
 from curation.models.embedders import MODELS
 from curation.retrieval_modes import MODES, mode_of
 from curation.search.config import SearchConfig
@@ -81,7 +82,7 @@ class Counts:
     counted: Mapping[str, SourceCount]
     """Of the sources that were counted here."""
     unknown: tuple[str, ...]
-    """Sources that are neither stated nor on this machine; they are not in the price."""
+    """Sources that are neither stated nor on this machine, and those that the run fetches; not in the price."""
     image_bytes: float
     """Bytes of an image on average."""
     pixels: float
@@ -148,7 +149,11 @@ def count_sources(config: CurateConfig) -> Counts:
     Raises InputError with all local sources that are missing or cannot be counted.
     """
     stated = config.stated_counts
-    local = [source for source in config.ingest.sources if source.name not in stated and paths.is_local(source.path)]
+    local = [
+        source
+        for source in config.ingest.sources
+        if source.name not in stated and paths.is_local(source.path) and not _is_fetched_later(config, source)
+    ]
     problems: list[str] = []
     counted: dict[str, SourceCount] = {}
     for source in local:
@@ -158,8 +163,6 @@ def count_sources(config: CurateConfig) -> Counts:
         except InputError as error:
             problems.append(str(error))
     if problems:
-        if config.demo_data is not None and not paths.exists(config.demo_data):
-            problems.append(f"The run itself fetches '{config.demo_data}'. {_FETCH} fetches it now.")
         raise InputError("\n".join(problems))
     of_source = {**stated, **{name: count.images for name, count in counted.items()}}
     unknown = tuple(source.name for source in config.ingest.sources if source.name not in of_source)
@@ -173,7 +176,10 @@ def count_sources(config: CurateConfig) -> Counts:
     )
 
 
-_FETCH = "python -m pipelines.demo.dataset"
+def _is_fetched_later(config: CurateConfig, source: SourceConfig) -> bool:
+    """Whether the run itself fetches the files of a source, which are not here yet."""
+    folder = config.demo_data
+    return folder is not None and source.path.startswith(folder.rstrip("/") + "/") and not paths.exists(folder)
 
 
 def _mean(weighted: list[tuple[int, float]]) -> float | None:

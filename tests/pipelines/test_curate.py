@@ -335,7 +335,7 @@ def test_source_that_changed_after_ingest_is_refused(home: Path) -> None:
 def test_plan_of_every_config_prints_and_does_nothing(config: str, tmp_path: Path) -> None:
     path = ROOT / "pipelines/configs" / config
     result = subprocess.run(
-        [sys.executable, "-m", "pipelines.curate", "--config", str(path), "--output", "out", "--plan"],
+        [sys.executable, "-m", "pipelines.curate", "--config", str(path), "--output", "out", "--plan", "--verbose"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
         capture_output=True,
