@@ -111,7 +111,7 @@ def test_many_images_are_counted_by_a_part_that_the_names_choose(
     config = source(tmp_path, "webdataset")
     assert count_images(config).images == 200
     for limit, tolerance in ((50, 0.2), (5, 0.4)):  # the end of a tar is no member
-        monkeypatch.setattr(counting, "MAX_HEADERS", limit)
+        monkeypatch.setattr(counting, "MAX_IMAGES", limit)
         count = count_images(config)
         assert not count.is_exact and count.num_counted < 4
         assert count.images == pytest.approx(200, rel=tolerance)
