@@ -7,6 +7,7 @@ import itertools
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +269,15 @@ def test_rejects_are_listed_by_reason(example: str) -> None:
 def test_files_that_are_no_images_are_counted_by_kind(example: str) -> None:
     assert facts.passed_over(facts.read_run(example, CONCEPTS)) == {"pool": {".txt": 2, "other": 1, "system files": 1}}
     assert "2 .txt, 1 other, 1 system files" in read_page(example).text
+
+
+def test_a_sample_of_the_pool_is_named(example: str) -> None:
+    run = facts.read_run(example, CONCEPTS)
+    assert facts.sample_text(run) is None
+    ingest = run.manifests["ingest"]
+    sampled = replace(ingest, facts={**ingest.facts, "sample_pool": 0.1, "not_sampled": {"pool": 90, "more": 12}})
+    text = facts.sample_text(replace(run, manifests={**run.manifests, "ingest": sampled}))
+    assert text == "A sample: 10.000% of the pool. Images of the pool not sampled: 102."
 
 
 def test_share_with_the_same_concept_agrees_with_brute_force(example: str) -> None:
