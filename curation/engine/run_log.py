@@ -248,10 +248,10 @@ class ShardLine:
     time: float
     stage: str
     shard: str
-    started: float
     seconds: float
     items: int
     bytes: int
+    started: float | None = None
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ class StepTimes:
     @property
     def first_shard(self) -> float:
         """The time at which the first shard began; the end of the stage where there is none."""
-        return min((shard.started for shard in self.shards), default=self.ended)
+        starts = (shard.time - shard.seconds if shard.started is None else shard.started for shard in self.shards)
+        return min(starts, default=self.ended)
 
     @property
     def seconds(self) -> float:
