@@ -252,6 +252,7 @@ class ShardLine:
     items: int
     bytes: int
     started: float | None = None
+    worker: str = ""
 
 
 @dataclass(frozen=True)

@@ -82,13 +82,31 @@ class StepTimes:
     @property
     def first_shard(self) -> float:
         """The time at which the first shard began; the end of the stage where there is none."""
-        starts = (shard.time - shard.seconds if shard.started is None else shard.started for shard in self.shards)
-        return min(starts, default=self.ended)
+        return min(map(_started, self.shards), default=self.ended)
 
     @property
     def seconds(self) -> float:
         """From the beginning to the end."""
         return self.ended - self.begun
+
+    def seconds_of_image(self) -> tuple[float, float]:
+        """The worker seconds of an image, and the additional seconds of the first shard of a worker.
+
+        In its first shard a worker starts its processes and allocates its memory. Where most images lie in first
+        shards, the two parts cannot be told apart, and the second is 0.
+        """
+        first: dict[str, ShardLine] = {}
+        for shard in sorted(self.shards, key=_started):
+            first.setdefault(shard.worker, shard)
+        items, busy = sum(each.items for each in first.values()), sum(each.seconds for each in first.values())
+        if self.items - items < self.items / 2:
+            return self.busy / max(1, self.items), 0.0
+        rate = (self.busy - busy) / (self.items - items)
+        return rate, max(0.0, busy - rate * items) / len(first)
+
+
+def _started(shard: ShardLine) -> float:
+    return shard.time - shard.seconds if shard.started is None else shard.started
 
 
 @dataclass(frozen=True)
@@ -285,23 +303,23 @@ def _tail(step: StepTimes) -> float:
     return max(0.0, step.ended - max((shard.time for shard in step.shards), default=step.ended))
 
 
-def _estimate_by_images(whole: _Whole, stage: str, busy: float | None = None) -> StageEstimate:
+def _estimate_by_images(whole: _Whole, stage: str, seconds_less: float = 0.0) -> StageEstimate:
+    """seconds_less: of the work of each image, that the whole does not have."""
     step = whole.measured.steps[stage]
     workers = whole.workers if step.workers > 1 else 1  # the driver does the work of dedup
     sizes = whole.shard_sizes()
     share = whole.accepted / max(1.0, sum(sizes))
-    per_item = (step.busy if busy is None else busy) / max(1, step.items)
-    seconds = makespan([size * share for size in sizes], workers) * per_item
-    start = _start(step) + _tail(step)
+    rate, warm_up = step.seconds_of_image()
+    seconds = makespan([size * share for size in sizes], workers) * max(rate / 2, rate - seconds_less)
+    start = _start(step) + _tail(step) + warm_up
     return StageEstimate(stage, whole.accepted, start, start + seconds, step.items, step.seconds)
 
 
 def _estimate_ingest(whole: _Whole) -> StageEstimate:
     """Images that the sample leaves out of tars cost their headers, which the whole does not pay a second time."""
-    step = whole.measured.steps["ingest"]
     skipped = whole.measured.manifests["ingest"].totals.get(NOT_SAMPLED, 0)
-    busy = max(step.busy / 2, step.busy - skipped * FIXED.header_seconds)
-    return _estimate_by_images(whole, "ingest", busy)
+    images = max(1, whole.measured.steps["ingest"].items)
+    return _estimate_by_images(whole, "ingest", skipped * FIXED.header_seconds / images)
 
 
 def _estimate_pairs(whole: _Whole) -> StageEstimate:
