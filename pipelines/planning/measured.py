@@ -8,7 +8,7 @@ The log of the finished run gives the seconds of each shard. Three parts of a st
 
     stage                           amount of work
     ingest, embed, describe, dedup  images
-    pairs                           candidate copies, and thumbnails prepared for their comparison (candidates.py)
+    pairs                           candidate copies and the cost of one (candidates.py)
     pairs/join, exact               pairs of images
     cluster, its k-means            points x clusters x iterations
     retrieve, its search            kept pool images
@@ -34,7 +34,8 @@ from curation.images.sources import NOT_SAMPLED
 from curation.pairs import CACHED_THUMBNAILS
 from curation.run_folder import STAGES, RunFolder, require_run
 from pipelines.main_path import CurateConfig
-from pipelines.planning.candidates import estimate_candidates, read_described
+from pipelines.planning import candidates
+from pipelines.planning.candidates import VerificationCost
 from pipelines.planning.price import TERA, Counts, num_clusters
 from pipelines.planning.rates import FIXED
 
@@ -343,12 +344,13 @@ def _estimate_pairs(whole: _Whole) -> StageEstimate:
         joining += _start(join) + _tail(join)
     busy = stage.busy + (holdout.busy if holdout is not None else 0.0)
     now = manifest.totals["candidates"]
-    candidates, factor = now * whole.growth, whole.growth
+    number, factor = now * whole.growth, whole.growth
     if config.verification is not None and now:
-        as_measured = estimate_candidates(read_described(measured.run, {}), config)
-        as_whole = estimate_candidates(read_described(measured.run, whole.growth_of_source), config)
-        candidates = now * as_whole / max(1.0, as_measured)
-        factor = comparisons(candidates, images, whole.workers) / comparisons(now, described, stage.workers)
+        growth_of_candidates, then_cost, cost = _verification(whole)
+        number = now * growth_of_candidates
+        factor = verification_seconds(number, images, whole.workers, cost) / verification_seconds(
+            now, described, stage.workers, then_cost
+        )
     num_shards = max(1, -(-round(images) // config.images_per_shard))
     judging = makespan([1.0] * num_shards, whole.workers) * busy * factor / num_shards
     start = _tail(stage) + (_start(holdout) if holdout is not None else 0.0)
@@ -359,19 +361,38 @@ def _estimate_pairs(whole: _Whole) -> StageEstimate:
         start + driver + joining + judging,
         described,
         stage.seconds,
-        note=f"{now / max(1, described):,.1f} candidates an image there, {candidates / max(1.0, images):,.1f} here",
+        note=f"{now / max(1, described):,.1f} candidates an image there, {number / max(1.0, images):,.1f} here",
     )
 
 
-def comparisons(candidates: float, images: float, workers: int) -> float:
-    """The work of verifying the candidates of some images, in comparisons of two prepared thumbnails.
+def _verification(whole: _Whole) -> tuple[float, VerificationCost, VerificationCost]:
+    """The growth of the number of candidates, and the cost of one in the measured run and in the whole."""
+    config, run = whole.config.pairs, whole.measured.run
+    assert config.verification is not None
+    parts = [candidates.read_described(run, weights) for weights in ({}, whole.growth_of_source)]
+    scored = [candidates.scored(part, config) for part in parts]
+    then, now = (candidates.num_candidates(*each) for each in zip(parts, scored, strict=True))
+    drawn = [candidates.draw_pairs(*each) for each in zip(parts, scored, strict=True)]
+    if not all(drawn):  # no candidates among the images that are compared here
+        return now / then if then else whole.growth, VerificationCost(1, 1), VerificationCost(1, 1)
+    ids = {part.ids[row] for part, pairs in zip(parts, drawn, strict=True) for pair in pairs for row in pair}
+    thumbnails = candidates.read_thumbnails(run, ids)
+    then_cost, cost = (
+        candidates.verification_cost(pairs, part, thumbnails, config.verification)
+        for pairs, part in zip(drawn, parts, strict=True)
+    )
+    return now / then, then_cost, cost
+
+
+def verification_seconds(num_candidates: float, images: float, workers: int, cost: VerificationCost) -> float:
+    """Worker seconds to verify the candidates of some images.
 
     A worker keeps CACHED_THUMBNAILS prepared thumbnails. The other image of a candidate may be any, so it is prepared
     again unless it is among them.
     """
     missing = max(0.0, 1 - CACHED_THUMBNAILS / max(images, 1.0))
-    prepared = min(2 * candidates, images * workers + candidates * missing)
-    return candidates + FIXED.comparisons_of_preparing * prepared
+    prepared = min(2 * num_candidates, images * workers + num_candidates * missing)
+    return num_candidates * cost.compare + prepared * cost.prepare
 
 
 def _estimate_cluster(whole: _Whole) -> StageEstimate:

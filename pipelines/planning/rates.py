@@ -79,8 +79,6 @@ class FixedRates:
     """Of a whole run: Ray starts, and the report is written. The log of a run does not have them."""
     start_seconds: float = _rate(12.0, "measured, the demo: Ray 5 s, models and processes of all stages, the report")
     """Of a whole run, whatever the number of images."""
-    comparisons_of_preparing: float = _rate(2.0, "measured, 5.7 and 2.7 ms (drawings of 128 pixels)")
-    """The time of preparing a thumbnail for verification, in comparisons of two prepared ones."""
     header_seconds: float = _rate(6e-5, "measured, a local tar")
     """Of a core: a member of a tar that is passed by without reading it."""
     edges_per_second: float = _rate(3.5e6, "measured, one core (docs/benchmarks.md)")

@@ -16,8 +16,8 @@ from curation.run_folder import STAGES
 from pipelines import main_path
 from pipelines.main_path import CurateConfig
 from pipelines.planning import measured
-from pipelines.planning.candidates import Described, estimate_candidates
-from pipelines.planning.measured import StageEstimate, comparisons, grown, makespan
+from pipelines.planning.candidates import Described, VerificationCost, num_candidates, scored
+from pipelines.planning.measured import StageEstimate, grown, makespan, verification_seconds
 from pipelines.planning.plan import print_plan, total_rows
 from pipelines.planning.price import count_sources
 from tests.curation.builders import encoded_image, unit_vectors
@@ -157,8 +157,14 @@ def test_growth_is_in_proportion_or_by_the_rate() -> None:
 
 
 def test_a_candidate_costs_more_where_thumbnails_do_not_stay_prepared() -> None:
-    few, many = (comparisons(49 * images, images, 2) / (49 * images) for images in (1_000, 50_000))
+    cost = VerificationCost(prepare=2, compare=1)
+    few, many = (verification_seconds(49 * images, images, 2, cost) / (49 * images) for images in (1_000, 50_000))
     assert few < 1.2 and many > 2.5
+
+
+def estimate_candidates(vectors: np.ndarray, weight: np.ndarray, is_holdout: np.ndarray) -> float:
+    images = Described([str(row) for row in range(len(vectors))], vectors, weight, is_holdout)
+    return num_candidates(images, scored(images, CONFIG))
 
 
 CONFIG = PairsConfig(num_neighbors=6, min_descriptor_similarity=0.3)
@@ -191,7 +197,7 @@ def crowd(seed: int, count: int) -> np.ndarray:
 def test_candidates_of_the_same_images_are_those_of_the_search() -> None:
     vectors = crowd(0, 400)
     is_holdout = np.arange(400) % 7 == 0
-    estimate = estimate_candidates(Described(vectors, np.ones(400), is_holdout), CONFIG)
+    estimate = estimate_candidates(vectors, np.ones(400), is_holdout)
     assert estimate == pytest.approx(brute_force(vectors, is_holdout))
 
 
@@ -200,5 +206,7 @@ def test_candidates_of_a_whole_follow_from_a_part(choose: Callable[[int], np.nda
     vectors = crowd(0, 1500)
     is_holdout = np.zeros(1500, bool)
     chosen = choose(1500)
-    part = Described(vectors[chosen], np.full(chosen.sum(), 1500 / chosen.sum()), is_holdout[chosen])
-    assert estimate_candidates(part, CONFIG) == pytest.approx(brute_force(vectors, is_holdout), rel=0.25)
+    weight = np.full(chosen.sum(), 1500 / chosen.sum())
+    assert estimate_candidates(vectors[chosen], weight, is_holdout[chosen]) == pytest.approx(
+        brute_force(vectors, is_holdout), rel=0.25
+    )
