@@ -3,7 +3,8 @@
     ingest/
       images-00000.parquet  ...     schemas.IMAGES: the accepted images, by reference
       rejects-00000.parquet  ...    schemas.REJECTS
-      manifest.json                 its facts: `sources`, `limits`, `passed_over`, `rejected_holdout`
+      manifest.json                 its facts: `sources`, `limits`, `passed_over`, `rejected_holdout`, and of a sample
+                                    `sample_pool` and `not_sampled`
 
 Every image is decoded once here, in a separate process that may crash or hang. Later stages decode the same bytes with
 the same code, but for a step that decode.py names. A link inside a source is an image of its own (an exact copy); a
@@ -12,6 +13,9 @@ images before the damage are kept.
 
 Other files and members of tars are counted by kind, in the fact `passed_over` by source (absent where there are none)
 and in the totals of the shard that opened them. A kind is the ending of a name, or one of the constants of listing.py.
+
+With `sample_pool` below 1, only this share of each source with the role `pool` is read (images/sampling.py). The other
+images are counted in the fact `not_sampled` by source. They are no rejects, and no image for the reject budget.
 
 The inputs of the stage are names and sizes of files. A later stage refuses an image whose bytes have changed, and
 --replace then reads again the shards with a file that is newer than their images-*.parquet. A file that changed while
@@ -40,7 +44,7 @@ from curation.images import changes, listing, sources
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason
 from curation.images.hashing import image_id
 from curation.images.sandbox import ImageSandbox
-from curation.images.sources import MAX_KINDS, Listing, SourceConfig, SourceFile, SourceItem
+from curation.images.sources import MAX_KINDS, NOT_SAMPLED, Listing, SourceConfig, SourceFile, SourceItem
 from curation.run_folder import RunFolder
 from curation.stage_command import stage_command
 
@@ -58,6 +62,9 @@ class IngestConfig(Settings):
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """The datasets: seeds, pool and holdout."""
+    sample_pool: float = Field(default=1.0, gt=0, le=1)
+    """Share of the images of the pool that are read, for a trial run on a part of a large pool (`--sample` sets it).
+    Seeds and holdout are read whole. The images of a smaller share are among those of a larger one."""
     limits: ImageLimits = ImageLimits()
     """Limits on the size of one image and on the cost of decoding it."""
     max_reject_fraction: Annotated[float, NotInPlan] = Field(default=0.05, ge=0, le=1)
@@ -97,11 +104,14 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
     if problems:
         raise InputError("\n".join(problems))
     shards: list[Shard] = []
+    not_listed = Counter[str]()
     for source in config.sources:
-        is_folder = source.layout == "folder"
-        for file_paths in _cut(listings[source.name].files, config.images_per_shard if is_folder else 1):
+        is_folder, share = source.layout == "folder", _share(config, source)
+        files = sources.sampled_files(source, listings[source.name].files, share)
+        not_listed[source.name] = len(listings[source.name].files) - len(files)
+        for file_paths in _cut(files, config.images_per_shard if is_folder else 1):
             num_named = sum(map(listing.has_image_name, file_paths)) or len(file_paths)
-            shards.append(Shard(f"{len(shards):05d}", (source, file_paths), num_named if is_folder else 0))
+            shards.append(Shard(f"{len(shards):05d}", (source, file_paths, share), num_named if is_folder else 0))
     num_archives = sum(len(listings[source.name].files) for source in config.sources if source.layout != "folder")
     num_files = sum(len(shard.work[1]) for shard in shards)
     num_images = num_files if all(shard.num_items for shard in shards) else None
@@ -115,12 +125,17 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
         check=functools.partial(
             _check_budget, config.max_reject_fraction, num_images, len(shards), num_archives, output
         ),
-        finish=functools.partial(_finish, config.sources, listings, shards),
+        finish=functools.partial(_finish, config, listings, shards, not_listed),
         facts=config.model_dump(mode="json", include={"sources", "limits"}),
         max_poison_shards=config.max_poison_shards,
         outdated=functools.partial(_shards_with_changed_files, shards, output),
     )
     return run_stage(stage, runner, replace=replace, log=log)
+
+
+def _share(config: IngestConfig, source: SourceConfig) -> float:
+    """The share of the images of a source that are read."""
+    return config.sample_pool if source.role == "pool" else 1.0
 
 
 def _cut(files: Sequence[SourceFile], size: int) -> Iterator[tuple[str, ...]]:
@@ -146,7 +161,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
     sandbox = ImageSandbox(limits)
 
     def process(shard: Shard) -> ShardRecord:
-        source, file_paths = shard.work
+        source, file_paths, share = shard.work
         accepted: list[dict[str, object]] = []
         rejects: list[dict[str, object]] = []
         passed_over: Counter[str] = Counter()
@@ -155,7 +170,9 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
             detail = f"{item.part}: {detail}" if item.part else detail
             rejects.append({"uri": item.uri, "source": source.name, "reason": str(reason), "detail": detail})
 
-        for item in sources.read_source(source, file_paths, max_bytes=limits.max_bytes, passed_over=passed_over):
+        for item in sources.read_source(
+            source, file_paths, max_bytes=limits.max_bytes, passed_over=passed_over, share=share
+        ):
             report(1)
             if item.problem is not None or item.data is None:
                 reject(item, *(item.problem or (RejectReason.UNREADABLE, "")))
@@ -184,6 +201,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
         images = pa.Table.from_pylist(accepted, schema=schemas.IMAGES)
         rejected = pa.Table.from_pylist(rejects, schema=schemas.REJECTS)
         counts = sum_counts({str(row["reason"]): 1} for row in rejects)
+        not_sampled = passed_over.pop(NOT_SAMPLED, 0)
         return ShardRecord(
             name=shard.name,
             files=(
@@ -191,6 +209,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
                 parquet.write_table(paths.join(output, f"rejects-{shard.name}.parquet"), rejected),
             ),
             totals={"images": len(accepted) + len(rejects), "accepted": len(accepted), "rejected": len(rejects)}
+            | ({NOT_SAMPLED: not_sampled} if share < 1 and source.layout != "folder" else {})
             | {PASSED_OVER + kind: count for kind, count in listing.bounded(passed_over, MAX_KINDS_IN_SHARD).items()},
             rejects=counts,
         )
@@ -204,7 +223,7 @@ def _shards_with_changed_files(shards: Sequence[Shard], output: str) -> set[str]
     written = changes.times_of(output, names.values())
     files_of_source: dict[str, list[str]] = {}
     for shard in shards:
-        source, files = shard.work
+        source, files, _ = shard.work
         files_of_source.setdefault(source.path, []).extend(files)
     changed = {path: changes.times_of(path, files) for path, files in files_of_source.items()}
     return {
@@ -256,14 +275,16 @@ def _passed_over(totals: Mapping[str, int]) -> dict[str, int]:
 
 
 def _finish(
-    configs: Sequence[SourceConfig],
+    config: IngestConfig,
     listings: Mapping[str, Listing],
     shards: Sequence[Shard],
+    not_listed: Mapping[str, int],
     records: Sequence[ShardRecord],
 ) -> tuple[dict[str, Any], None]:
-    """The facts `passed_over` and `rejected_holdout`, where there are any; both are printed too.
+    """The facts `passed_over`, `rejected_holdout` and those of a sample, where there are any; they are printed too.
 
-    Raises InputError for a source without an accepted image.
+    `not_listed` counts the files by source that the sample leaves out. Raises InputError for a source without an
+    accepted image.
     """
     source_of_shard = {shard.name: shard.work[0].name for shard in shards}
     totals = {name: Counter[str]() for name in listings}
@@ -273,13 +294,25 @@ def _finish(
         totals[name].update(record.totals)
         passed_over[name].update(_passed_over(record.totals))
     counts = {name: listing.bounded(by_kind, MAX_KINDS) for name, by_kind in passed_over.items() if by_kind}
-    _require_images(configs, totals, counts)
+    not_sampled = {
+        source.name: not_listed[source.name] + totals[source.name][NOT_SAMPLED]
+        for source in config.sources
+        if _share(config, source) < 1
+    }
+    _require_images(config.sources, totals, counts, not_sampled)
     facts: dict[str, Any] = {}
+    if config.sample_pool < 1:
+        num_read = sum(totals[name]["images"] for name in not_sampled)
+        progress.say(
+            f"ingest: a sample of the pool: {num_read:,} images; not sampled: {sum(not_sampled.values()):,} "
+            f"(sample_pool = {config.sample_pool:g})"
+        )
+        facts |= {"sample_pool": config.sample_pool, "not_sampled": not_sampled}
     if counts:
         everything = listing.bounded(sum_counts(counts.values()), MAX_KINDS)
         progress.say(f"ingest: passed over, no images: {listing.in_words(everything)}")
         facts["passed_over"] = counts
-    if num_rejected := sum(totals[source.name]["rejected"] for source in configs if source.role == "holdout"):
+    if num_rejected := sum(totals[source.name]["rejected"] for source in config.sources if source.role == "holdout"):
         progress.say(
             f"ingest: {num_rejected:,} files of the holdout were rejected (rejects-*.parquet). Copies of their images "
             "in the pool are not recognised: repair or convert the files."
@@ -289,7 +322,10 @@ def _finish(
 
 
 def _require_images(
-    configs: Sequence[SourceConfig], totals: Mapping[str, Counter[str]], passed_over: Mapping[str, dict[str, int]]
+    configs: Sequence[SourceConfig],
+    totals: Mapping[str, Counter[str]],
+    passed_over: Mapping[str, dict[str, int]],
+    not_sampled: Mapping[str, int],
 ) -> None:
     """Raise InputError for a seed or holdout source without an accepted image, and for pool sources without any.
 
@@ -303,9 +339,13 @@ def _require_images(
             f"ingest: source '{source.name}' ({source.role}) has no accepted image: "
             f"{totals[source.name]['rejected']:,} rejected, {others} passed over in '{source.path}'."
         )
+        if num_left_out := not_sampled.get(source.name):
+            text += f" The sample leaves out {num_left_out:,} images of it."
         if source.role == "pool" and any(other not in empty for other in pool):
             progress.say(text)
             continue
+        if num_left_out:
+            raise InputError(f"{text} Raise ingest.sample_pool (--sample).")
         raise InputError(
             f"{text} Correct its path or layout, repair its files (rejects-*.parquet lists the rejected ones), or "
             "remove the source."

@@ -65,6 +65,7 @@ def curate(
     weights: str | None = None,
     k: int = 4,
     profile: Profile = "photos",
+    sample: float | None = None,
     overrides: Sequence[str] = (),
     runner: command.RunnerName = "ray",
     workers: int | None = None,
@@ -72,9 +73,11 @@ def curate(
 ) -> Run:
     """Build a corpus from images of the user; a finished run is read, not made again.
 
-    seeds, pool, holdout: a path, several paths, or paths by name; see own_images.py. overrides: `a.b=value`, as for
+    seeds, pool, holdout: a path, several paths, or paths by name; see own_images.py. sample: the share of the pool that
+    is read. overrides: `a.b=value`, as for
     --set. workers: number of Ray workers, by default one per processor. Raises UserError for wrong input.
     """
+    overrides = [*overrides, *_sampling(sample)]
     config = make_config(
         seeds=seeds, pool=pool, holdout=holdout, model=model, weights=weights, k=k, profile=profile, overrides=overrides
     )
@@ -138,6 +141,13 @@ def command_line(
     overrides: command.SetOption = None,
     plan: command.PlanOption = False,
     replace: command.ReplaceOption = False,
+    sample: Annotated[
+        float | None, typer.Option("--sample", min=0, max=1, help="Share of the pool that is read, for a trial run.")
+    ] = None,
+    rates_from: Annotated[
+        str | None, typer.Option("--rates-from", metavar="RUN", help="With --plan: a finished run whose times count.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With --plan: print rates and config too.")] = False,
 ) -> None:
     """Build a corpus from trusted seeds and a large pool.
 
@@ -157,11 +167,14 @@ def command_line(
     the stages that they change. The folder of the run then holds report.html, the corpus in corpus/, a row for each
     image in images/, and run.toml, the config with every value.
     """
+    if rates_from is not None and not plan:
+        raise ConfigError("--rates-from prices a plan: give it with --plan.")
+    overrides = [*(overrides or ()), *_sampling(sample)]
     settings = _settings(
-        seeds, pool, holdout, config, model=model, weights=weights, k=k, profile=profile, overrides=overrides or ()
+        seeds, pool, holdout, config, model=model, weights=weights, k=k, profile=profile, overrides=overrides
     )
     if plan:
-        print_plan(settings)
+        print_plan(settings, output=output, rates_from=rates_from, workers=workers, verbose=verbose)
         return
     if not output:
         raise ConfigError("--output is missing. Give the folder of the run, for example --output runs/mine.")
@@ -200,6 +213,11 @@ def _settings(
             f"--config and {', '.join(both)} are both given. Change the setting in the config, or with --set."
         )
     return load(CurateConfig, config, overrides)
+
+
+def _sampling(share: float | None) -> list[str]:
+    """The setting of --sample."""
+    return [] if share is None else [f"ingest.sample_pool={share}"]
 
 
 def _require_config_kept(settings: CurateConfig, config: str, output: str) -> None:

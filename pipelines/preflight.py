@@ -5,7 +5,6 @@ They come before Ray and before the first stage, so that no work is done in vain
 
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -14,13 +13,12 @@ from curation.engine.device import require_device
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError, UserError
 from curation.files import paths
-from curation.images import sources
 from curation.models.embedders import require_weights
 from curation.report import page
 from curation.run_folder import STAGES
 from pipelines.main_path import CurateConfig
 from pipelines.planning.plan import total_rows
-from pipelines.planning.price import count_images, price_run
+from pipelines.planning.price import count_sources, price_run
 
 
 def require_runnable(config: CurateConfig, output: str, *, config_path: str | None, replace: bool) -> None:
@@ -38,7 +36,7 @@ def require_runnable(config: CurateConfig, output: str, *, config_path: str | No
         partial(_require_devices, config),
     ]
     if config.demo_data is None and (replace or not _exists(manifests["ingest"])):
-        checks += [partial(sources.require_sources, config.ingest.sources), partial(_require_room, config, output)]
+        checks.append(partial(_require_room, config, output))
     problems: dict[str, None] = {}
     for check in checks:
         try:
@@ -78,34 +76,22 @@ def _require_devices(config: CurateConfig) -> None:
 
 
 def _require_room(config: CurateConfig, output: str) -> None:
-    """Raise ConfigError for more clusters than images in the pool, and for a disk that is too small.
+    """Raise UserError for sources that cannot be counted, more clusters than images, and a disk that is too small.
 
-    Images in tars and Parquet files are not counted here.
+    A source that is not on this machine counts only where `stated_counts` names it.
     """
-    local = [source for source in config.ingest.sources if paths.is_local(source.path) and paths.exists(source.path)]
-    if len(local) < len(config.ingest.sources):
-        return
-    problems, num_files = [], 0
-    for source in local:
-        try:
-            listed = sources.list_source(source)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        if source.role == "pool":
-            num_files += len(listed.files) if source.layout == "folder" else sys.maxsize
-    if problems:
-        raise ConfigError("\n".join(problems))
-    num_clusters = config.cluster.levels[0].num_clusters
-    if num_clusters is not None and num_clusters > num_files:
+    counts = count_sources(config)
+    problems = []
+    num_clusters, num_images = config.cluster.levels[0].num_clusters, counts.of_role(config, "pool")
+    is_known = all(count.is_exact for count in counts.counted.values()) and not counts.unknown
+    if num_clusters is not None and is_known and num_clusters > num_images:
         problems.append(
-            f"cluster.levels.0.num_clusters is {num_clusters:,}, but the pool holds {num_files:,} files. Leave it out, "
-            "and it follows from the size of the pool."
+            f"cluster.levels.0.num_clusters is {num_clusters:,}, but the pool holds {num_images:,} images. Leave it "
+            "out, and it follows from the size of the pool."
         )
     if paths.is_local(output):
-        counts, _ = count_images(config)
-        price = price_run(config, total_rows(config.model_copy(update={"stated_counts": counts})))
-        needed = sum(stage.writes for stage in price.stages)
+        rows = total_rows(config.model_copy(update={"stated_counts": dict(counts.of_source)}))
+        needed = price_run(config, counts, rows).written_bytes
         free = shutil.disk_usage(paths.filesystem(output)[1]).free
         if needed > free:
             problems.append(

@@ -259,7 +259,7 @@ class BeginLine:
 
 @dataclass(frozen=True)
 class ShardLine:
-    """A shard is finished, after `seconds` of a worker."""
+    """A shard is finished, after `seconds` of a worker, which began it at `started`."""
 
     event: Literal["shard"]
     time: Seconds
@@ -268,6 +268,8 @@ class ShardLine:
     seconds: Seconds
     items: Count
     bytes: Count
+    started: Seconds | None = None
+    worker: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,23 +14,25 @@ The process is that of child_process.py. Later stages read a row group that this
 read (`ReferenceReader`), so they need no more memory than it did.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import resource
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self, final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.errors import DamagedFileError, InputError, SeedbedError
 from curation.files import parquet
-from curation.images import child_process
+from curation.images import child_process, sampling
 from curation.images.child_process import ChildProcess
 from curation.images.listing import MAX_LABEL_CHARACTERS
 
@@ -74,6 +76,22 @@ class NullRows(NamedTuple):
     num_rows: int
 
 
+class SkippedRows(NamedTuple):
+    """The number of rows that the sample leaves out."""
+
+    num_rows: int
+
+
+class RowCounts(NamedTuple):
+    """The numbers in the footer of a Parquet file."""
+
+    num_rows: int
+    num_nulls: int
+    """Rows without an image, where the statistics of the file count them; the other nulls are unknown."""
+    num_bytes: int
+    """Bytes of the column of images in the file."""
+
+
 class _ReadingProcess(NamedTuple):
     child: ChildProcess
     connection: "Connection[bytes, bytes]"
@@ -87,30 +105,59 @@ class ParquetRows:
         self._reader: _ReadingProcess | None = None
 
     def read(
-        self, file: BinaryIO, uri: str, image_column: str, label_column: str | None, *, max_bytes: int
-    ) -> Iterator[ImageRow | NullRows]:
-        """The images of `file` in the order of its rows, then the rows without one.
+        self,
+        file: BinaryIO,
+        uri: str,
+        image_column: str,
+        label_column: str | None,
+        *,
+        max_bytes: int,
+        sample: tuple[float, str, str] | None = None,
+    ) -> Iterator[ImageRow | NullRows | SkippedRows]:
+        """The images of `file` in the order of its rows, then the rows that are not chosen, and those without one.
+
+        sample: the share, the source and the path that choose rows (sampling.py); None for all rows. A row group
+        without a chosen row is not read. Only chosen rows count as rows without an image.
 
         Raises DamagedFileError, whose message names `uri`, where the file cannot be read further; InputError for a
         column that is missing or holds no bytes; OSError when the bytes of the file cannot be read.
         """
+        request = {"label_column": label_column, "max_bytes": max_bytes, "sample": sample}
+        with contextlib.closing(self._answers(file, uri, {"image_column": image_column, **request})) as answers:
+            for answer, connection in answers:
+                match answer:
+                    case ["row", row, length, label]:
+                        yield ImageRow(row, length, connection.recv_bytes() if length <= max_bytes else None, label)
+                    case ["end", num_nulls, first, num_rows, num_skipped]:
+                        if num_skipped:
+                            yield SkippedRows(num_skipped)
+                        if num_nulls:
+                            yield NullRows(num_nulls, first, num_rows)
+
+    def count(self, file: BinaryIO, uri: str, image_column: str) -> RowCounts:
+        """The numbers in the footer of `file`. Raises as `read` does."""
+        ((answer, _),) = self._answers(file, uri, {"image_column": image_column, "only_count": True})
+        return RowCounts(*answer[1:])
+
+    def _answers(
+        self, file: BinaryIO, uri: str, request: dict[str, Any]
+    ) -> "Generator[tuple[list[Any], Connection[bytes, bytes]], None, None]":
+        """The answers of the reading process to a request, which it gives while it reads `file`; "end" is the last."""
         if self._reader is None:
             self._reader = _start()
         connection, done = self._reader.connection, False
         try:
-            request = {"uri": uri, "size": file.seek(0, os.SEEK_END), "image_column": image_column}
-            _send(connection, request | {"label_column": label_column, "max_bytes": max_bytes})
+            _send(connection, {"uri": uri, "size": file.seek(0, os.SEEK_END), **request})
             while not done:
                 match json.loads(connection.recv_bytes()):
                     case ["read", offset, size]:
                         file.seek(offset)
                         connection.send_bytes(file.read(size))
-                    case ["row", row, length, label]:
-                        yield ImageRow(row, length, connection.recv_bytes() if length <= max_bytes else None, label)
-                    case ["end", num_nulls, first, num_rows]:
+                    case ["row", *_] as answer:
+                        yield answer, connection
+                    case ["end", *_] as answer:
                         done = True
-                        if num_nulls:
-                            yield NullRows(num_nulls, first, num_rows)
+                        yield answer, connection
                     case ["damaged", text]:
                         done = True
                         raise DamagedFileError(text)
@@ -190,7 +237,8 @@ def serve() -> None:
     while True:
         try:
             request = json.loads(connection.recv_bytes())
-            _send_rows(connection, at_start, **request)
+            send = _send_counts if request.pop("only_count", False) else _send_rows
+            send(connection, at_start, **request)
         except (EOFError, ConnectionError):
             return
         except DamagedFileError as error:
@@ -207,30 +255,50 @@ def _send_rows(
     image_column: str,
     label_column: str | None,
     max_bytes: int,
+    sample: tuple[float, str, str] | None,
 ) -> None:
     columns = [image_column] + ([label_column] if label_column else [])
-    num_nulls, first_null, start = 0, -1, 0
+    num_nulls, first_null, start, num_skipped = 0, -1, 0, 0
     with _limits(at_start, MEMORY_BYTES, f"{uri}: not a readable Parquet file"):
         opened = open_images(_RemoteFile(connection, size), uri, columns)
     for group in range(opened.num_row_groups):
+        num_rows = opened.metadata.row_group(group).num_rows
+        is_chosen = np.ones(num_rows, bool)
+        if sample is not None:
+            is_chosen = np.fromiter((sampling.is_chosen(*sample, start + row) for row in range(num_rows)), bool)
+            num_skipped += num_rows - int(is_chosen.sum())
+            if not is_chosen.any():
+                start += num_rows
+                continue
         memory = MEMORY_BYTES + MEMORY_PER_BYTE * min(*_sizes(opened, group, columns, size))
         with _limits(at_start, memory, f"{uri}: row group {group} is not readable"):
             table = read_group(opened, group, columns, uri)
             array = column_of(table, image_column)
             labels = _labels(table, label_column, uri) if label_column else None
-            is_null = array.is_null().to_numpy(zero_copy_only=False)
+            is_absent = array.is_null().to_numpy(zero_copy_only=False)
+        is_null = is_absent & is_chosen
         if is_null.any():
             first_null = start + int(is_null.argmax()) if first_null < 0 else first_null
             num_nulls += int(is_null.sum())
-        for index in (~is_null).nonzero()[0].tolist():
+        for index in (~is_absent & is_chosen).nonzero()[0].tolist():
             scalar = array[index]
             data = (scalar.value if pa.types.is_dictionary(array.type) else scalar).as_buffer()
             _send(connection, ["row", start + index, data.size, labels[index] if labels else None])
             if data.size <= max_bytes:
                 connection.send_bytes(data)
-        start += table.num_rows
+        start += num_rows
         del table, array, labels
-    _send(connection, ["end", num_nulls, first_null, start])
+    _send(connection, ["end", num_nulls, first_null, start - num_skipped, num_skipped])
+
+
+def _send_counts(connection: "Connection[bytes, bytes]", at_start: int, uri: str, size: int, image_column: str) -> None:
+    with _limits(at_start, MEMORY_BYTES, f"{uri}: not a readable Parquet file"):
+        opened = open_images(_RemoteFile(connection, size), uri, [image_column])
+        groups = range(opened.num_row_groups)
+        statistics = [chunk.statistics for group in groups for chunk in _chunks(opened, group, [image_column])]
+        num_nulls = sum(each.null_count for each in statistics if each is not None and each.has_null_count)
+        num_bytes = sum(packed_bytes(opened, group, [image_column]) for group in groups)
+    _send(connection, ["end", opened.metadata.num_rows, num_nulls, num_bytes])
 
 
 def _sizes(opened: pq.ParquetFile, group: int, columns: list[str], size: int) -> tuple[int, int]:

@@ -28,16 +28,27 @@ from curation.config import IsPath, Settings
 from curation.errors import DamagedFileError, InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
-from curation.images import listing, tar_members
+from curation.images import listing, sampling, tar_members
 from curation.images.decode import RejectReason, begins_like_an_image
 from curation.images.hashing import image_id
-from curation.images.parquet_rows import ImageRow, NullRows, ParquetRows, column_of, open_images, read_group
+from curation.images.parquet_rows import (
+    ImageRow,
+    NullRows,
+    ParquetRows,
+    SkippedRows,
+    column_of,
+    open_images,
+    read_group,
+)
 
 Layout = Literal["folder", "webdataset", "parquet"]
 Role = Literal["seed", "pool", "holdout"]
 
 # Kinds of files that the driver counts in one source; the others are summed. Assumed: more would fill the page.
 MAX_KINDS = 20
+
+# Counts the images that a sample leaves out: a kind of `read_source`, and a total of ingest's shards.
+NOT_SAMPLED = "not sampled"
 
 _ARCHIVE_EXTENSION: dict[Layout, str] = {"webdataset": "tar", "parquet": "parquet"}
 
@@ -197,10 +208,25 @@ def listing_hash(files: list[SourceFile]) -> str:
     return hash_json([[file.path, file.size] for file in files])
 
 
+def sampled_files(source: SourceConfig, files: Sequence[SourceFile], share: float) -> list[SourceFile]:
+    """The files of a source that a sample reads: of a folder those that are chosen (sampling.py), else all."""
+    if source.layout != "folder":
+        return list(files)
+    return [file for file in files if sampling.is_chosen(share, source.name, file.path)]
+
+
 def read_source(
-    source: SourceConfig, files: tuple[str, ...], *, max_bytes: int, passed_over: Counter[str] | None = None
+    source: SourceConfig,
+    files: tuple[str, ...],
+    *,
+    max_bytes: int,
+    passed_over: Counter[str] | None = None,
+    share: float = 1.0,
 ) -> Iterator[SourceItem]:
     """Yields the images in `files` of a source, in a fixed order, one in memory at a time.
+
+    share: of the members of tars and rows of Parquet files that are read; the others are counted as NOT_SAMPLED.
+    `sampled_files` has chosen among the files of a folder.
 
     An image of more than `max_bytes` is not read. A tar or Parquet file that cannot be read to its end gives the images
     before the damage, and then one item with the problem. Rows of a Parquet file without an image are one item. The
@@ -215,7 +241,7 @@ def read_source(
             problem = (RejectReason.UNREADABLE, "its name is not UTF-8; rename the file")
             yield SourceItem(readable, 0, 0, None, None, problem)
             continue
-        if (trouble := _location_problem(source, uri)) is not None:
+        if (trouble := location_problem(source, uri)) is not None:
             yield SourceItem(uri, 0, 0, None, _folder_label(source, path), trouble)
             continue
         try:
@@ -223,9 +249,9 @@ def read_source(
                 case "folder":
                     yield from _read_file(uri, path, max_bytes, passed_over)
                 case "webdataset":
-                    yield from _read_tar(uri, max_bytes, passed_over)
+                    yield from _read_tar(source, uri, path, max_bytes, passed_over, share)
                 case "parquet":
-                    yield from _read_parquet(source, uri, max_bytes)
+                    yield from _read_parquet(source, uri, path, max_bytes, passed_over, share)
         except DamagedFileError as error:
             yield SourceItem(uri, 0, 0, None, None, (RejectReason.DAMAGED_ARCHIVE, str(error)))
         except OSError as error:
@@ -246,7 +272,7 @@ def _folder_label(source: SourceConfig, path: str) -> str | None:
     return (posixpath.dirname(path) or None) if source.layout == "folder" else None
 
 
-def _location_problem(source: SourceConfig, uri: str) -> tuple[RejectReason, str] | None:
+def location_problem(source: SourceConfig, uri: str) -> tuple[RejectReason, str] | None:
     """Why a local file must not be opened: a link out of the source, a folder, a pipe or a device."""
     if not paths.is_local(uri):
         return None
@@ -280,11 +306,19 @@ def _too_many_bytes(size: int, max_bytes: int) -> tuple[RejectReason, str]:
     return RejectReason.TOO_MANY_BYTES, f"{size} bytes; max_bytes is {max_bytes}"
 
 
-def _read_tar(uri: str, max_bytes: int, passed_over: Counter[str]) -> Iterator[SourceItem]:
+def _read_tar(
+    source: SourceConfig, uri: str, path: str, max_bytes: int, passed_over: Counter[str], share: float
+) -> Iterator[SourceItem]:
     """The images of a plain tar; see tar_members.py."""
+    is_chosen = functools.partial(sampling.is_chosen, share, source.name, path)
     with paths.RetryingFile(uri) as file:
         try:
-            for image in tar_members.read_images(cast(BinaryIO, file), passed_over, max_bytes=max_bytes):
+            for image in tar_members.read_images(
+                cast(BinaryIO, file), passed_over, max_bytes=max_bytes, is_chosen=is_chosen
+            ):
+                if not image.is_chosen:
+                    passed_over[NOT_SAMPLED] += 1
+                    continue
                 problem = None
                 if image.is_sparse:
                     problem = (RejectReason.UNREADABLE, "stored sparse, so its bytes are not in one piece")
@@ -297,12 +331,24 @@ def _read_tar(uri: str, max_bytes: int, passed_over: Counter[str]) -> Iterator[S
             raise DamagedFileError(f"{uri}: not a readable plain tar: {error}. {remedy}") from None
 
 
-def _read_parquet(source: SourceConfig, uri: str, max_bytes: int) -> Iterator[SourceItem]:
+def _read_parquet(
+    source: SourceConfig, uri: str, path: str, max_bytes: int, passed_over: Counter[str], share: float
+) -> Iterator[SourceItem]:
     """The images of a Parquet file by row, then its rows without one as a single problem."""
     in_column = f"{uri}#{source.image_column}"
+    sample = None if share >= 1 else (share, source.name, path)
     with paths.RetryingFile(uri) as file, ParquetRows() as rows:
-        for item in rows.read(cast(BinaryIO, file), uri, source.image_column, source.label_column, max_bytes=max_bytes):
+        for item in rows.read(
+            cast(BinaryIO, file),
+            uri,
+            source.image_column,
+            source.label_column,
+            max_bytes=max_bytes,
+            sample=sample,
+        ):
             match item:
+                case SkippedRows():
+                    passed_over[NOT_SAMPLED] += item.num_rows
                 case NullRows():
                     detail = f"the image column is null in {item.num_nulls:,} of {item.num_rows:,} rows"
                     problem = (RejectReason.EMPTY, f"{detail}; the first is row {item.first}")

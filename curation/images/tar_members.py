@@ -22,7 +22,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO, final
 
@@ -55,7 +55,8 @@ _MANY_DIGITS = re.compile(rb"\d{%d}" % (MAX_DIGITS + 1))
 class ImageMember:
     """An image in a tar: its name, the position and the number of its bytes, and its label.
 
-    `data` is None for more than the maximum number of bytes, and for a member that is stored sparse.
+    `data` is None for more than the maximum number of bytes, for a member that is stored sparse, and for an image that
+    is not chosen.
     """
 
     name: str
@@ -64,10 +65,22 @@ class ImageMember:
     is_sparse: bool
     label: str | None
     data: bytes | None
+    is_chosen: bool = True
 
 
-def read_images(file: BinaryIO, passed_over: Counter[str], *, max_bytes: int) -> Iterator[ImageMember]:
+def read_images(
+    file: BinaryIO,
+    passed_over: Counter[str],
+    *,
+    max_bytes: int,
+    is_chosen: Callable[[str], bool] = lambda name: True,
+    with_labels: bool = True,
+) -> Iterator[ImageMember]:
     """The images of the tars in `file`, in their order; counts of the other members are added to `passed_over`.
+
+    is_chosen: whether an image is read, by its name; the others come without their bytes. The first bytes of members
+    whose name ends like no image are read all the same, because they decide whether the member is one.
+    with_labels: without, no sidecar is read, and no image has a label.
 
     Raises tarfile.TarError for damage, with its position, after the images before it.
     """
@@ -79,7 +92,8 @@ def read_images(file: BinaryIO, passed_over: Counter[str], *, max_bytes: int) ->
             headers.next_member()
             # "r:" refuses compressed tars, whose members cannot be read by offset later.
             with tarfile.open(fileobj=headers, mode="r:") as archive:  # type: ignore[call-overload]  # read, seek, tell suffice
-                yield from _Samples(file, passed_over, max_bytes).read(archive, headers)
+                samples = _Samples(file, passed_over, max_bytes, is_chosen, with_labels)
+                yield from samples.read(archive, headers)
                 position = _start_of_next(file, archive.offset, headers.end)
         except RecursionError:
             raise tarfile.ReadError("headers of headers") from None
@@ -160,10 +174,19 @@ class _Samples:
     the row that ingest keeps for the image.
     """
 
-    def __init__(self, file: BinaryIO, passed_over: Counter[str], max_bytes: int) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        passed_over: Counter[str],
+        max_bytes: int,
+        is_chosen: Callable[[str], bool],
+        with_labels: bool,
+    ) -> None:
         self._file = file
         self._passed_over = passed_over
         self._max_bytes = max_bytes
+        self._is_chosen = is_chosen
+        self._with_labels = with_labels
         self._ended: set[bytes] = set()
 
     def read(self, archive: tarfile.TarFile, headers: _HeaderReader) -> Iterator[ImageMember]:
@@ -250,7 +273,9 @@ class _Samples:
         if not self._ended.isdisjoint(ended) or ending in sample.labels.get(stem, {}):
             raise _returns(member, stem)
         label, is_readable = None, False
-        if member.size <= MAX_SIDECAR_BYTES and not member.issparse():
+        if not self._with_labels:
+            is_readable = True
+        elif member.size <= MAX_SIDECAR_BYTES and not member.issparse():
             data = self._read_member(member)
             if ending == "cls":
                 label, is_readable = data.decode(errors="replace").strip(), True
@@ -274,7 +299,8 @@ class _Samples:
         """
         images, sample.images = sample.images, []  # first, so that an error gives no image twice
         for stem, member in images:
-            is_read = not member.issparse() and member.size <= self._max_bytes
+            is_chosen = self._is_chosen(member.name)
+            is_read = is_chosen and not member.issparse() and member.size <= self._max_bytes
             yield ImageMember(
                 name=member.name,
                 offset=member.offset_data,
@@ -282,6 +308,7 @@ class _Samples:
                 is_sparse=member.issparse(),
                 label=_label(sample, stem),
                 data=self._read_member(member) if is_read else None,
+                is_chosen=is_chosen,
             )
         stems = {stem for stem, _ in images}
         sample.num_given += len(images)

@@ -241,6 +241,15 @@ def passed_over(run: FinishedRun) -> dict[str, dict[str, int]]:
     return counts
 
 
+def sample_text(run: FinishedRun) -> str | None:
+    """A sentence on the share of the pool that was read; None for a whole pool."""
+    ingest_facts = run.manifests["ingest"].facts
+    if "sample_pool" not in ingest_facts:
+        return None
+    not_sampled = sum(ingest_facts["not_sampled"].values())
+    return f"A sample: {ingest_facts['sample_pool']:.3%} of the pool. Images of the pool not sampled: {not_sampled:,}."
+
+
 def rejected_holdout(run: FinishedRun) -> int:
     """The number of rejected files of the holdout."""
     return int(run.manifests["ingest"].facts.get("rejected_holdout", 0))

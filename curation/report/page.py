@@ -102,6 +102,8 @@ def print_summary(output: str) -> None:
     finished = facts.read_run(output, read_concepts(config))
     console = Console(markup=False, emoji=False, highlight=False)  # the user's names are not markup
     steps = facts.funnel(finished)
+    if (sample := facts.sample_text(finished)) is not None:
+        console.print(sample)
     console.print(_funnel_on_terminal(steps))
     console.print("\n" + next(step.note for step in steps if step.name == "accepted"))
     datasets = facts.datasets(finished)
@@ -232,7 +234,8 @@ def _abstract(finished: FinishedRun) -> Markup:
         ("rows in the corpus", totals["total_rows"]),
     ]
     figures = (tag("div", tag("dt", name), tag("dd", _number(count))) for name, count in numbers)
-    return tag("dl", *figures, class_="numbers")
+    sample = facts.sample_text(finished)
+    return join(tag("dl", *figures, class_="numbers"), tag("p", sample) if sample else join())
 
 
 def _funnel(finished: FinishedRun) -> Markup:

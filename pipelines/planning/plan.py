@@ -1,74 +1,231 @@
-"""Prints the plan of a run before any image is read (`--plan`): its price, its sources, its stages and its config."""
+"""Prints the plan of a run before any image is read (`--plan`).
+
+The first screen has the time, memory and disk of this machine, and the time of each stage. With `verbose`, the bytes of
+each stage, the sources, the datasets, the rates and the resolved config follow.
+"""
 
 import dataclasses
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from curation.config import resolved_toml
+from curation.engine.progress import printable
 from curation.models.embedders import EmbedderConfig
 from curation.quotas import max_chosen_clusters
 from curation.retrieval_modes import MODES, DatasetRows, Request, Retrieval, expected_rows, mode_of
 from curation.retrieve import DatasetConfig
 from curation.search.config import SearchConfig
 from pipelines.main_path import CurateConfig
-from pipelines.planning.price import Price, count_images, price_run
+from pipelines.planning import measured
+from pipelines.planning.machine import Machine, this_machine
+from pipelines.planning.measured import Measurements, StageEstimate
+from pipelines.planning.price import Counts, Price, count_sources, price_run
 from pipelines.planning.rates import FIXED, FixedRates, RatesConfig
 from pipelines.status import duration
 
-# Columns of the widest table.
+# Columns of the widest table of the verbose plan.
 PAGE_WIDTH = 144
+# Names and differences that are listed on the first screen; the others are counted.
+MAX_LISTED = 3
 
 
-def print_plan(config: CurateConfig) -> None:
-    """Print the price, the sources, the rows of each seed dataset, the stages, the rates and the resolved config.
+def print_plan(
+    config: CurateConfig,
+    *,
+    output: str,
+    rates_from: str | None = None,
+    workers: int | None = None,
+    verbose: bool = False,
+    machine: Machine | None = None,
+) -> None:
+    """Print the plan of a run that writes to `output`.
 
-    Images of local sources are counted unless the config states their number.
+    rates_from: the folder of a finished run whose times price this one. workers: of the machine; None for one a core.
+    machine: None for this one.
+    Raises InputError for sources that are missing here, and for a run without times.
     """
+    console = Console(highlight=False, markup=False, emoji=False)
+    measurements = None if rates_from is None else measured.read_measurements(rates_from)
+    counts = count_sources(config)
+    counted = config.model_copy(update={"stated_counts": dict(counts.of_source)})
+    price = price_run(config, counts, total_rows(counted))
+    if machine is None:
+        bytes_per_second = config.rates.machine_bytes_per_second
+        machine = this_machine(output, with_gpus=price.needs_gpus, bytes_per_second=bytes_per_second)
+    if workers is not None:
+        machine = dataclasses.replace(machine, cores=workers)
+    _print_first_screen(console, counted, counts, price, machine, measurements)
+    if not verbose:
+        console.print("\nRates, sources, datasets and the resolved config: --plan --verbose")
+        return
     # A narrower page would cut the numbers of the price.
-    console = Console(highlight=False, width=max(PAGE_WIDTH, shutil.get_terminal_size().columns))
-    counts, _ = count_images(config)
-    counted = config.model_copy(update={"stated_counts": counts})
-    print_price(console, price_run(config, total_rows(counted)))
-    console.print(f"Profile: {config.profile}")
-    console.print(_sources_table(counted))
-    console.print(_datasets_table(counted))
-    for contradiction in contradictions(config):
-        console.print(contradiction)
-    console.print(_stages_table(config))
+    wide = Console(highlight=False, width=max(PAGE_WIDTH, shutil.get_terminal_size().columns))
+    wide.print()
+    wide.print(_price_table(price))
+    wide.print(f"Profile: {config.profile}", markup=False)
+    wide.print(_sources_table(counted))
+    wide.print(_datasets_table(counted))
+    for contradiction in contradictions(counted):
+        wide.print(contradiction, markup=False)
+    wide.print(_stages_table(config, counts))
     for table in _rates_tables(config.rates):
-        console.print(table)
-    console.print("The resolved config:\n")
-    console.print(resolved_toml(config), markup=False, soft_wrap=True)
+        wide.print(table)
+    wide.print("The resolved config:\n")
+    wide.print(resolved_toml(config), markup=False, soft_wrap=True)
 
 
-def print_price(console: Console, price: Price) -> None:
-    """Print the price of every stage, and the machines that the run needs."""
-    console.print(_price_table(price))
-    rates, machines = price.rates, price.machines
-    workers_per_machine = rates.machine_gpus or rates.machine_cores
-    memory = max(
-        stage.worker_bytes * (rates.machine_gpus if stage.gpu_seconds else rates.machine_cores)
-        for stage in price.stages
-    )
-    driver_memory = max(stage.driver_bytes for stage in price.stages)
-    gpus = f"{rates.machine_gpus} GPUs, " if rates.machine_gpus else ""
-    console.print(
-        f"To finish within {rates.hours_wanted:g} hours, the run needs {machines:,} machine{'s' * (machines > 1)} of "
-        f"{gpus}{rates.machine_cores} cores and {rates.machine_bytes_per_second / 1e9:g} GB/s, with {_bytes(memory)} "
-        f"of memory for a worker on every {'GPU' if rates.machine_gpus else 'core'} (--workers "
-        f"{machines * workers_per_machine}). The driver's machine: {_bytes(driver_memory)}."
-        + (f" In all: {machines * price.hours:,.0f} machine-hours." if price.hours else "")
-    )
-    if price.uncounted:
-        console.print(
-            f"Not in the price: {', '.join(price.uncounted)}. Their files are not on this machine, and stated_counts "
-            "does not name them."
-        )
+# The first screen
+
+
+def _print_first_screen(
+    console: Console,
+    config: CurateConfig,
+    counts: Counts,
+    price: Price,
+    machine: Machine,
+    measurements: Measurements | None,
+) -> None:
+    lacks_gpus = price.needs_gpus and not machine.gpus
+    estimates = None
+    if measurements is not None:
+        rows = total_rows(config)
+        estimates = measured.estimate_stages(config, counts, rows, measurements, workers=machine.cores)
+    gpus = f", {_plural(machine.gpus, 'GPU')}" if machine.gpus else ", no GPU" if price.needs_gpus else ""
+    console.print(f"On this machine ({_plural(machine.cores, 'core')}{gpus}):")
+    at_least = "at least " if counts.unknown else ""
+    seconds = price.seconds(machine) if estimates is None else _total_seconds(estimates)
+    needed = "a GPU, which is not here" if lacks_gpus else f"{at_least}{duration(seconds)}"
+    console.print(f"  time    {needed}")
+    problems = ["it needs a GPU"] if lacks_gpus else []
+    for name, number, free in (
+        ("memory", price.memory_bytes(machine), machine.memory_bytes),
+        ("disk", price.written_bytes, machine.disk_bytes),
+    ):
+        there = "" if free is None else f" of {_size(free)} free"
+        console.print(f"  {name:<7} {at_least}{_size(number)}{there}")
+        if free is not None and number > free:
+            problems.append(f"{name} of {_size(number)}, and {_size(free)} are free")
+    if problems:
+        console.print(f"  It does not fit on this machine: {'; '.join(problems)}.")
     console.print()
+    cluster, num_machines = _cluster(config.rates, price, machine)
+    if estimates is not None and measurements is not None:
+        console.print(_estimates_table(estimates))
+    else:
+        console.print(_times_table(price, *((cluster, num_machines) if lacks_gpus else (machine, 1))))
+    rows = total_rows(config)
+    if rows is not None:
+        console.print(f"The corpus: up to {rows:,} rows.")
+    if cluster != machine or seconds > 3600 * config.rates.hours_wanted:
+        console.print(_cluster_line(config.rates, price, cluster, num_machines))
+    for line in _notes(config, counts, measurements):
+        console.print(printable(line))
+
+
+def _cluster(rates: RatesConfig, price: Price, machine: Machine) -> tuple[Machine, int]:
+    """The machines of a cluster, of the size that the config states or of this machine, and their number."""
+    cluster = machine
+    if rates.machine_cores is not None or rates.machine_gpus is not None:
+        cores = machine.cores if rates.machine_cores is None else rates.machine_cores
+        gpus = machine.gpus if rates.machine_gpus is None else rates.machine_gpus
+        cluster = Machine(cores, gpus if price.needs_gpus else 0, rates.machine_bytes_per_second)
+    return cluster, price.num_machines(cluster, rates.hours_wanted)
+
+
+def _cluster_line(rates: RatesConfig, price: Price, cluster: Machine, num_machines: int) -> str:
+    gpus = f"{_plural(cluster.gpus, 'GPU')} and " if cluster.gpus else ""
+    hours = price.seconds(cluster, num_machines) / 3600
+    memory = _size(price.memory_bytes(cluster))
+    return (
+        f"On machines of {gpus}{_plural(cluster.cores, 'core')}: {hours:,.1f} hours on {num_machines:,} of them "
+        f"(rates.hours_wanted = {rates.hours_wanted:g}), {memory} of memory each."
+    )
+
+
+def _notes(config: CurateConfig, counts: Counts, measurements: Measurements | None) -> list[str]:
+    """What the numbers rest on: counts of a part, damage, sources without a count, and the source of the rates."""
+    lines = [
+        f"{name}: counted {count.num_counted:,} of {count.num_files:,} files, the rest by their bytes."
+        for name, count in counts.counted.items()
+        if not count.is_exact
+    ]
+    if damaged := [uri for count in counts.counted.values() for uri in count.damaged]:
+        lines.append(f"Not readable to their end: {_listed(damaged)}.")
+    if counts.unknown:
+        lines.append(
+            f"Unknown: {_listed(counts.unknown)}. Not on this machine, and without a number in stated_counts; so times "
+            "and sizes are at least these."
+        )
+    if config.ingest.sample_pool < 1:
+        lines.append(f"A sample: {config.ingest.sample_pool:.2%} of the pool (ingest.sample_pool).")
+    if measurements is None:
+        lines.append(
+            "Times are assumed rates, within a factor of three. For better ones: run --sample 0.1 --output SAMPLE, "
+            "then --plan --rates-from SAMPLE."
+        )
+        return lines
+    images = sum(measurements.read.values())
+    lines.append(
+        f"Times as measured on {images:,} images in {measurements.run} on {measurements.date}. Start-up: "
+        f"{FIXED.ray_seconds:g} s for Ray and the report (assumed), and that of each stage."
+    )
+    if differing := measured.differing_settings(config, measurements.config):
+        lines.append(f"Other settings than there: {_listed(differing)}.")
+    return lines
+
+
+def _total_seconds(estimates: Sequence[StageEstimate]) -> float:
+    return FIXED.ray_seconds + sum(estimate.seconds for estimate in estimates)
+
+
+def _times_table(price: Price, machine: Machine, machines: int) -> Table:
+    where = f"time on {machines:,}" if machines > 1 else "time"
+    table = _table(None, ("stage", "images", where, "limited by"), left=("stage", "limited by"))
+    for stage in price.stages:
+        if not stage.images:
+            table.add_row(stage.stage, "unknown")
+            continue
+        seconds = stage.total_seconds(machine, machines)
+        table.add_row(stage.stage, f"{round(stage.images):,}", duration(seconds), stage.limit(machine, machines))
+    table.add_row("start-up", "", duration(FIXED.start_seconds), "")
+    table.add_section()
+    table.add_row("all", "", duration(price.seconds(machine, machines)))
+    return table
+
+
+def _estimates_table(estimates: Sequence[StageEstimate]) -> Table:
+    table = _table(None, ("stage", "images", "time", "start-up", "measured", "on images"), left=("stage",))
+    for each in estimates:
+        table.add_row(
+            each.stage,
+            f"{round(each.images):,}",
+            duration(each.seconds),
+            duration(each.start_seconds),
+            duration(each.measured_seconds),
+            f"{each.measured_images:,}",
+        )
+    table.add_row("Ray, report", "", duration(FIXED.ray_seconds), duration(FIXED.ray_seconds))
+    table.add_section()
+    start_seconds = FIXED.ray_seconds + sum(each.start_seconds for each in estimates)
+    measured_seconds = sum(each.measured_seconds for each in estimates)
+    table.add_row("all", "", duration(_total_seconds(estimates)), duration(start_seconds), duration(measured_seconds))
+    return table
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+# The numbers of rows
 
 
 def total_rows(config: CurateConfig) -> int | None:
@@ -126,13 +283,12 @@ def _mode(config: CurateConfig, dataset: DatasetConfig) -> Retrieval:
     return mode_of(dataset.retrieval, config.stated_counts[dataset.name], config.retrieve.sample_above)
 
 
-# The tables
+# The tables of the verbose plan
 
 
 def _price_table(price: Price) -> Table:
-    rates, machines = price.rates, price.machines
     columns = ("images", "reads", "writes", "shards", "GPU-hours", "core-hours", "per worker", "driver")
-    table = _table("Price", ("stage", *columns, f"time on {machines}", "limited by"), left=("stage",))
+    table = _table("Price", ("stage", *columns), left=("stage",))
     for stage in price.stages:
         if not stage.images:
             table.add_row(stage.stage, "unknown")
@@ -145,16 +301,13 @@ def _price_table(price: Price) -> Table:
             _hours(stage.gpu_seconds),
             _hours(stage.core_seconds + stage.driver_core_seconds + stage.driver_seconds),
             *map(_bytes, (stage.worker_bytes, stage.driver_bytes)),
-            duration(stage.total_seconds(rates, machines)),
-            stage.limit(rates, machines),
         )
     table.add_section()
     reads, writes, gpu_seconds, core_seconds = (
         sum(getattr(stage, name) for stage in price.stages)
         for name in ("reads", "writes", "gpu_seconds", "core_seconds")
     )
-    totals = (_bytes(reads), _bytes(writes), "", _hours(gpu_seconds), _hours(core_seconds))
-    table.add_row("all", "", *totals, "", "", duration(price.hours * 3600))
+    table.add_row("all", "", _bytes(reads), _bytes(writes), "", _hours(gpu_seconds), _hours(core_seconds))
     return table
 
 
@@ -194,12 +347,13 @@ def _datasets_table(config: CurateConfig) -> Table:
     return table
 
 
-def _stages_table(config: CurateConfig) -> Table:
+def _stages_table(config: CurateConfig, counts: Counts) -> Table:
     table = Table(title="Stages", title_justify="left", show_lines=True)
     table.add_column("stage")
     table.add_column("work")
     ingest, pairs, retrieve = config.ingest, config.pairs, config.retrieve
     check = "verified on thumbnails" if pairs.verification else "judged by the cosine of their descriptors"
+    cluster = config.cluster.resolved(round(FIXED.kept_share * counts.of_role(config, "pool")))
     rows = {
         "ingest": f"reads {len(ingest.sources)} sources; rejects at most {ingest.max_reject_fraction:.0%} of the "
         f"images, including every image of more than {ingest.limits.max_pixels:,} pixels",
@@ -211,16 +365,16 @@ def _stages_table(config: CurateConfig) -> Table:
         "dedup": f"copies from {config.dedup.threshold:g}; holdout from {config.dedup.holdout_threshold:g}, "
         f"decontamination '{config.dedup.decontamination}'",
         "cluster": "; then ".join(
-            ("clusters by the size of the pool" if level.num_clusters is None else f"{level.num_clusters:,} clusters")
-            + f", {level.num_iterations} iterations"
+            f"{level.size:,} clusters, {level.num_iterations} iterations"
             + (f", resampled {level.resampling.num_rounds} times" if level.resampling else "")
-            for level in config.cluster.levels
+            for level in cluster.levels
         ),
         "retrieve": f"clusters with more than {retrieve.more_than_seeds} seeds of a dataset, "
         f"{retrieve.images_per_cluster:,} images of each; by_size means sample above {retrieve.sample_above:,} seeds; "
         f"{_describe_search(retrieve.search)}",
         "corpus": f"{config.pack.images_per_shard:,} images per tar, "
         f"{'with' if config.pack.repeats else 'without'} repeats",
+        "images": "one row for each unique image, with its place on a map of the content",
     }
     for stage, work in rows.items():
         table.add_row(stage, work)
@@ -231,14 +385,15 @@ def _rates_tables(rates: RatesConfig) -> list[Table]:
     settings = _table(r"Rates of section \[rates]", ("rate", "value", "source"), left=("rate", "source"))
     for name, field in RatesConfig.model_fields.items():
         value = getattr(rates, name)
-        settings.add_row(name, f"{value:,g}", str(field.description) if value == field.default else "your config")
+        shown = "this machine's" if value is None else f"{value:,g}"
+        settings.add_row(name, shown, str(field.description) if value == field.default else "your config")
     fixed = _table("Fixed rates", ("rate", "value", "source"), left=("rate", "source"))
     for rate in dataclasses.fields(FixedRates):
         fixed.add_row(rate.name, f"{getattr(FIXED, rate.name):,g}", rate.metadata["source"])
     return [settings, fixed]
 
 
-def _table(title: str, columns: Iterable[str], *, left: tuple[str, ...]) -> Table:
+def _table(title: str | None, columns: Iterable[str], *, left: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
         table.add_column(column, no_wrap=number == 0, justify="left" if column in left else "right")
@@ -256,6 +411,10 @@ def _describe_search(search: SearchConfig) -> str:
 
 def _describe_embedder(embedder: EmbedderConfig) -> str:
     return f"{embedder.name} at {embedder.image_size} pixels on {embedder.device} in {embedder.precision}"
+
+
+def _size(number: float) -> str:
+    return _bytes(number) or "none"
 
 
 def _bytes(number: float) -> str:

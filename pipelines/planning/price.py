@@ -1,26 +1,33 @@
-"""Prices a run before it starts: images, bytes, GPU-hours, memory and machines, stage by stage.
+"""Prices a run before it starts: images, bytes, GPU-hours, memory and time, stage by stage.
 
 Arithmetic alone: the formulas of docs/scaling.md over the config, the counts of images and the rates of rates.py.
 Products, decoding and traffic overlap within a stage, so the slowest of the three is the stage's time. The driver's own
-work does not overlap with them and is added.
+work does not overlap with them and is added. `measured.py` prices a run by the rates of a finished one instead.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from curation.errors import InputError
 from curation.files import paths
-from curation.images import sources
+from curation.images import counting, sources
+from curation.images.counting import SourceCount
+from curation.images.sources import SourceConfig
 from curation.models.embedders import MODELS
+from curation.report import images_table
 from curation.retrieval_modes import MODES, mode_of
 from curation.search.config import SearchConfig
 from curation.search.ivf import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL
 from pipelines.main_path import CurateConfig
+from pipelines.planning.machine import Machine
 from pipelines.planning.rates import FIXED, RatesConfig
 
 TERA = 1e12
 # A config that needs more machines than this is priced for this number.
 MAX_MACHINES = 10_000
+# Pixels of the images that `decoded_per_core` is stated for.
+PIXELS_OF_RATE = 3e6
 
 
 @dataclass(frozen=True)
@@ -42,44 +49,78 @@ class StagePrice:
     """On one core of the driver's machine, whatever their number."""
     worker_bytes: float = 0.0
     driver_bytes: float = 0.0
+    num_pieces: int = 0
+    """Shards of the work on cores, which no more cores than that can share; 0 where it is cut as fine as needed."""
 
-    def total_seconds(self, rates: RatesConfig, machines: int) -> float:
+    def total_seconds(self, machine: Machine, machines: int = 1) -> float:
         """The duration of the stage on that number of machines."""
-        return max(self._seconds(rates, machines).values()) + self._driver_seconds(rates)
+        return max(self._seconds(machine, machines).values()) + self._driver_seconds(machine)
 
-    def limit(self, rates: RatesConfig, machines: int) -> str:
+    def limit(self, machine: Machine, machines: int = 1) -> str:
         """The resource that takes longest: GPUs, cores, traffic or driver."""
-        seconds = self._seconds(rates, machines)
+        seconds = self._seconds(machine, machines)
         slowest = max(seconds, key=seconds.__getitem__)
-        return "driver" if self._driver_seconds(rates) > seconds[slowest] else slowest
+        return "driver" if self._driver_seconds(machine) > seconds[slowest] else slowest
 
-    def _seconds(self, rates: RatesConfig, machines: int) -> dict[str, float]:
+    def _seconds(self, machine: Machine, machines: int) -> dict[str, float]:
+        cores = machines * machine.cores
         return {
-            "GPUs": self.gpu_seconds / max(machines * rates.machine_gpus, 1),
-            "cores": self.core_seconds / (machines * rates.machine_cores),
-            "traffic": (self.reads + self.writes) / (machines * rates.machine_bytes_per_second),
+            "GPUs": self.gpu_seconds / max(machines * machine.gpus, 1),
+            "cores": self.core_seconds / (min(cores, self.num_pieces) if self.num_pieces else cores),
+            "traffic": (self.reads + self.writes) / (machines * machine.bytes_per_second),
         }
 
-    def _driver_seconds(self, rates: RatesConfig) -> float:
-        return self.driver_core_seconds / rates.machine_cores + self.driver_seconds
+    def _driver_seconds(self, machine: Machine) -> float:
+        return self.driver_core_seconds / machine.cores + self.driver_seconds
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The images of the sources of a config, stated or counted."""
+
+    of_source: Mapping[str, int]
+    counted: Mapping[str, SourceCount]
+    """Of the sources that were counted here."""
+    unknown: tuple[str, ...]
+    """Sources that are neither stated nor on this machine, and those that the run fetches; not in the price."""
+    image_bytes: float
+    """Bytes of an image on average."""
+    pixels: float
+    """Width times height of an image on average."""
+
+    def of_role(self, config: CurateConfig, role: str) -> int:
+        """The images of all sources with a role."""
+        return sum(self.of_source.get(source.name, 0) for source in config.ingest.sources if source.role == role)
 
 
 @dataclass(frozen=True)
 class Price:
-    """The price of a run on the smallest number of machines that finishes in time."""
+    """The price of a run, on any number of machines."""
 
     stages: tuple[StagePrice, ...]
-    rates: RatesConfig
-    machines: int
-    image_counts: Mapping[str, int]
-    """Images of each source."""
-    uncounted: tuple[str, ...]
-    """Sources with an unknown number of images; they are not in the price."""
+    needs_gpus: bool
+
+    def seconds(self, machine: Machine, machines: int = 1) -> float:
+        """The duration of the run on that number of machines."""
+        return FIXED.start_seconds + sum(stage.total_seconds(machine, machines) for stage in self.stages)
+
+    def num_machines(self, machine: Machine, hours_wanted: float) -> int:
+        """The fewest machines of this size that finish within the hours; at most MAX_MACHINES."""
+        for machines in range(1, MAX_MACHINES):
+            if self.seconds(machine, machines) <= 3600 * hours_wanted:
+                return machines
+        return MAX_MACHINES
 
     @property
-    def hours(self) -> float:
-        """The duration of the run on the machines."""
-        return sum(stage.total_seconds(self.rates, self.machines) for stage in self.stages) / 3600
+    def written_bytes(self) -> float:
+        """Bytes that all stages write, which stay on the disk."""
+        return sum(stage.writes for stage in self.stages)
+
+    def memory_bytes(self, machine: Machine) -> float:
+        """Memory of the driver and of a worker on every core, or on every GPU, in the stage that needs most."""
+        num_workers = machine.gpus if self.needs_gpus and machine.gpus else machine.cores
+        processes = (num_workers + 1) * FIXED.process_bytes
+        return processes + max(num_workers * stage.worker_bytes + stage.driver_bytes for stage in self.stages)
 
 
 @dataclass(frozen=True)
@@ -95,53 +136,89 @@ class _Workload:
     """Images of the pool after deduplication."""
     image_bytes: float
     """Bytes of an image on average."""
+    decode_seconds: float
+    """Of a core, for an image."""
     packed: int
     """Rows of the corpus."""
     num_shards: int
 
 
-def count_images(config: CurateConfig) -> tuple[dict[str, int], float]:
-    """The images of each source, stated or counted in local files, and the mean bytes of an image.
+def count_sources(config: CurateConfig) -> Counts:
+    """The images of each source: stated, or counted on this machine.
 
-    The count of local tars and Parquet files follows from their size. A source that is neither stated nor local is left
-    out.
+    Raises InputError with all local sources that are missing or cannot be counted.
     """
-    counts, total_bytes, num_files = dict(config.stated_counts), 0, 0
-    for source in config.ingest.sources:
-        if source.name in counts or not paths.is_local(source.path) or not paths.exists(source.path):
-            continue
-        files = sources.list_source(source).files
-        source_bytes = sum(file.size for file in files)
-        if source.layout == "folder":
-            counts[source.name] = len(files)
-            total_bytes, num_files = total_bytes + source_bytes, num_files + len(files)
-        else:
-            counts[source.name] = round(source_bytes / config.rates.bytes_per_image)
-    return counts, total_bytes / num_files if num_files else config.rates.bytes_per_image
+    stated = config.stated_counts
+    local = [
+        source
+        for source in config.ingest.sources
+        if source.name not in stated and paths.is_local(source.path) and not _is_fetched_later(config, source)
+    ]
+    problems: list[str] = []
+    counted: dict[str, SourceCount] = {}
+    for source in local:
+        try:
+            sources.require_sources([source])
+            counted[source.name] = counting.count_images(source)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    of_source = {**stated, **{name: count.images for name, count in counted.items()}}
+    unknown = tuple(source.name for source in config.ingest.sources if source.name not in of_source)
+    return Counts(
+        of_source,
+        counted,
+        unknown,
+        image_bytes=_mean([(count.images, count.image_bytes) for count in counted.values()])
+        or config.rates.bytes_per_image,
+        pixels=_mean([(count.images, count.pixels) for count in counted.values() if count.pixels]) or PIXELS_OF_RATE,
+    )
 
 
-def price_run(config: CurateConfig, rows: int | None) -> Price:
-    """The price of a run that packs `rows` rows, None where unknown."""
-    counts, image_bytes = count_images(config)
-    rates = config.rates if _uses_gpus(config) else config.rates.model_copy(update={"machine_gpus": 0})
-    pool = sum(counts.get(source.name, 0) for source in config.ingest.sources if source.role == "pool")
+def _is_fetched_later(config: CurateConfig, source: SourceConfig) -> bool:
+    """Whether the run itself fetches the files of a source, which are not here yet."""
+    folder = config.demo_data
+    return folder is not None and source.path.startswith(folder.rstrip("/") + "/") and not paths.exists(folder)
+
+
+def _mean(weighted: list[tuple[int, float]]) -> float | None:
+    """The mean of values with their weights; None without a weight."""
+    total = sum(weight for weight, _ in weighted)
+    return sum(weight * value for weight, value in weighted) / total if total else None
+
+
+def price_run(config: CurateConfig, counts: Counts, rows: int | None) -> Price:
+    """The price of a run that packs `rows` rows, None where unknown. Of a sample, the pool counts by its share."""
+    share = config.ingest.sample_pool
+    of_source = {
+        source.name: round(counts.of_source.get(source.name, 0) * (share if source.role == "pool" else 1))
+        for source in config.ingest.sources
+    }
+    pool = sum(of_source[source.name] for source in config.ingest.sources if source.role == "pool")
     work = _Workload(
         config=config,
-        rates=rates,
-        image_counts=counts,
-        images=sum(counts.get(source.name, 0) for source in config.ingest.sources),
+        rates=config.rates,
+        image_counts=of_source,
+        images=sum(of_source.values()),
         kept=pool * FIXED.kept_share,
-        image_bytes=image_bytes,
+        image_bytes=counts.image_bytes,
+        decode_seconds=decode_seconds(config.rates, counts.pixels),
         packed=rows or 0,
-        num_shards=_num_shards(config, counts),
+        num_shards=_num_shards(config, counts, of_source),
     )
-    stages = _price_stages(work)
-    uncounted = tuple(source.name for source in config.ingest.sources if source.name not in counts)
-    for machines in range(1, MAX_MACHINES + 1):
-        price = Price(stages, rates, machines, counts, uncounted)
-        if price.hours <= rates.hours_wanted:
-            break
-    return price
+    return Price(_price_stages(work), needs_gpus=_uses_gpus(config))
+
+
+def decode_seconds(rates: RatesConfig, pixels: float) -> float:
+    """Seconds of a core to decode an image of that many pixels."""
+    return (FIXED.decode_start + (1 - FIXED.decode_start) * pixels / PIXELS_OF_RATE) / rates.decoded_per_core
+
+
+def num_candidates(images: int, num_neighbors: int) -> float:
+    """The pairs of images that are verified. An assumption: it depends on the images, and --rates-from measures it."""
+    of_full_lists = FIXED.candidates_of_full_list * num_neighbors
+    return images * min(FIXED.candidates_of_root * math.sqrt(images), of_full_lists, images / 2)
 
 
 def _uses_gpus(config: CurateConfig) -> bool:
@@ -149,12 +226,15 @@ def _uses_gpus(config: CurateConfig) -> bool:
     return any(model.embedder.num_gpus for model in models) or any(search.num_gpus for search in searches)
 
 
-def _num_shards(config: CurateConfig, image_counts: Mapping[str, int]) -> int:
+def _num_shards(config: CurateConfig, counts: Counts, image_counts: Mapping[str, int]) -> int:
     """The shards of ingest, and so of every stage that follows it shard by shard."""
     num_shards = 0
     for source in config.ingest.sources:
-        images_per_shard = config.ingest.images_per_shard if source.layout == "folder" else FIXED.images_per_tar
-        num_shards += -(-image_counts.get(source.name, 0) // images_per_shard)
+        if source.layout == "folder" or source.name not in counts.counted:
+            images_per_shard = config.ingest.images_per_shard if source.layout == "folder" else FIXED.images_per_tar
+            num_shards += -(-image_counts.get(source.name, 0) // images_per_shard)
+        else:
+            num_shards += counts.counted[source.name].num_files
     return num_shards
 
 
@@ -168,6 +248,7 @@ def _price_stages(work: _Workload) -> tuple[StagePrice, ...]:
         _price_cluster(work),
         _price_retrieve(work),
         _price_pack(work),
+        _price_images(work),
     )
 
 
@@ -178,8 +259,8 @@ def _price_ingest(work: _Workload) -> StagePrice:
         work.images * work.image_bytes,
         150 * work.images,  # a row of schemas.IMAGES, compressed; measured on the demo: 130 to 170
         work.num_shards,
-        core_seconds=work.images / work.rates.decoded_per_core,
-        worker_bytes=work.config.ingest.limits.max_decode_memory_bytes,
+        core_seconds=work.images * work.decode_seconds + work.images * work.image_bytes / FIXED.hashed_per_core,
+        worker_bytes=min(6 * PIXELS_OF_RATE * 4, work.config.ingest.limits.max_decode_memory_bytes),
     )
 
 
@@ -204,7 +285,7 @@ def _price_embed(work: _Workload, stage: str) -> StagePrice:
         work.images * (2 * embedder.dimensions + thumbnail_bytes),
         work.num_shards,
         gpu_seconds=seconds_on_gpu if on_gpu else 0.0,
-        core_seconds=work.images / rates.decoded_per_core + (0.0 if on_gpu else seconds_on_cores),
+        core_seconds=work.images * work.decode_seconds + (0.0 if on_gpu else seconds_on_cores),
         # Weights; the activations of a batch, as a few copies of its pixels at the first layer; pictures decoded ahead.
         worker_bytes=4 * facts.num_parameters + 3 * embedder.batch_size * 600 * embedder.image_size**2 / 10,
     )
@@ -213,7 +294,9 @@ def _price_embed(work: _Workload, stage: str) -> StagePrice:
 def _price_pairs(work: _Workload) -> StagePrice:
     config, images = work.config.pairs, work.images
     search, width = config.search, work.config.describe.embedder.dimensions
-    verifying = images / FIXED.verified_per_core if config.verification else 0.0
+    verifying = 0.0
+    if config.verification:
+        verifying = num_candidates(images, config.num_neighbors) / FIXED.verified_per_core
     judging_shards = max(1, -(-images // config.images_per_shard))
     edge_bytes = 100 * FIXED.edges_per_image * images
     if search.backend == "exact":
@@ -228,6 +311,7 @@ def _price_pairs(work: _Workload) -> StagePrice:
             core_seconds=core_seconds + verifying,
             worker_bytes=100 * images + 2 * width * min(images, search.rows_per_part),
             driver_bytes=100 * images,
+            num_pieces=judging_shards if config.verification else 0,
         )
     cells = search.num_cells(images)
     copies = min(FIXED.copies_in_exchange, search.num_probes)
@@ -251,6 +335,7 @@ def _price_pairs(work: _Workload) -> StagePrice:
         driver_core_seconds=training / TERA / FIXED.core_tops_int8,
         worker_bytes=min(images, search.rows_per_part) * copies * (3 * width + 300),
         driver_bytes=100 * images + TRAINING_ROWS_PER_CELL * cells * 2 * width,
+        num_pieces=judging_shards if config.verification else 0,
     )
 
 
@@ -321,6 +406,21 @@ def _price_pack(work: _Workload) -> StagePrice:
         core_seconds=2 * packed_bytes / FIXED.hashed_per_core,
         worker_bytes=3e8,
         driver_bytes=170 * packed,
+    )
+
+
+def _price_images(work: _Workload) -> StagePrice:
+    width, side = work.config.embed.embedder.dimensions, work.config.describe.thumbnail_side
+    passes = 2 if work.images > images_table.MAX_FITTED else 1  # over the vectors
+    return StagePrice(
+        "images",
+        work.images,
+        work.images * (2 * width * passes + side**2 / 4 + 200),
+        55 * work.images,  # measured, 300,000 rows
+        work.num_shards,
+        core_seconds=work.images / FIXED.images_table_per_core,
+        driver_seconds=work.images * FIXED.images_table_driver_seconds,
+        worker_bytes=3e8,
     )
 
 

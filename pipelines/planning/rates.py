@@ -20,7 +20,8 @@ class RatesConfig(Settings):
     decoded_per_core: float = Field(
         default=100, gt=0, description="measured on 2000 x 1500 pixels; 500 of 500 x 400 (docs/scaling.md)"
     )
-    """Images that a core decodes in a second."""
+    """Images of 3 megapixels that a core decodes in a second. Where the size of the images is known, the plan scales
+    the rate to it."""
     gpu_tflops_half: float = Field(default=300, gt=0, description="assumed, sustained, of the H100's class")
     """Of a GPU: matrix products of vectors, in 16 bits."""
     gpu_tflops_vit: float = Field(default=150, gt=0, description="assumed, the same, in 16 bits")
@@ -33,10 +34,10 @@ class RatesConfig(Settings):
         default=0.028, gt=0, description="measured, EfficientNet-Lite0, 70.7/s on 2 cores"
     )
     """Of a core: convolutional networks."""
-    machine_gpus: int = Field(default=8, ge=0, description="assumed")
-    """GPUs of one machine; counts as 0 where the config asks for no GPU."""
-    machine_cores: int = Field(default=128, ge=1, description="assumed")
-    """Cores of one machine."""
+    machine_gpus: int | None = Field(default=None, ge=0, description="measured, this machine, where left out")
+    """GPUs of one machine, for the plan of a cluster; counts as 0 where the config asks for no GPU."""
+    machine_cores: int | None = Field(default=None, ge=1, description="measured, this machine, where left out")
+    """Cores of one machine, for the plan of a cluster."""
     machine_bytes_per_second: float = Field(default=2e9, gt=0, description="assumed")
     """Network and storage of one machine, reads and writes together."""
     hours_wanted: float = Field(default=48, gt=0, description="cited: 'less than two days' (arXiv 2304.07193, 3)")
@@ -63,8 +64,27 @@ class FixedRates:
     """Of a core: exact search and choosing cells, in 10^12 int8 operations a second."""
     core_tflops_kmeans: float = _rate(0.096, "measured, 2.5e8 points x clusters / s of 384 values on 2 cores")
     """Of a core: k-means."""
-    verified_per_core: float = _rate(25.0, "measured, the demo: 3,801 images in 77 s on 2 cores")
-    """Images a second whose candidate copies are verified; only with [pairs.verification]."""
+    verified_per_core: float = _rate(250.0, "measured, the demo on a core of 2019; 134 to 560 on other pictures")
+    """Candidate copies that a core verifies in a second; only with [pairs.verification]."""
+    candidates_of_root: float = _rate(0.2, "measured: 11.8 an image of 3,346, 49 of 51,100 (floor 0.66, 64 neighbours)")
+    """Candidates an image, divided by the square root of the number of images, as long as lists are not full."""
+    candidates_of_full_list: float = _rate(0.77, "measured: 49 an image with lists of 64, nearly all full")
+    """Candidates an image, divided by `num_neighbors`, where all lists are full: two images that are in one another's
+    lists are one candidate."""
+    decode_start: float = _rate(0.18, "measured: 500 images/s of 0.2 megapixels, 117 of 3 megapixels")
+    """Part of the time of decoding an image of 3 megapixels that does not depend on the pixels."""
+    process_bytes: float = _rate(0.45e9, "measured, the demo: resident memory of a worker with torch")
+    """Memory of a process without its work."""
+    ray_seconds: float = _rate(6.0, "measured, the demo: 5 s, and 1 s for the report")
+    """Of a whole run: Ray starts, and the report is written. The log of a run does not have them."""
+    start_seconds: float = _rate(12.0, "measured, the demo: Ray 5 s, models and processes of all stages, the report")
+    """Of a whole run, whatever the number of images."""
+    header_seconds: float = _rate(6e-5, "measured, a local tar")
+    """Of a core: a member of a tar that is passed by without reading it."""
+    images_table_per_core: float = _rate(24_000, "measured, 300,000 rows of 384 values, one core")
+    """Images a second of the table of images."""
+    images_table_driver_seconds: float = _rate(2e-6, "measured, the same")
+    """Seconds of the driver for an image of that table."""
     edges_per_second: float = _rate(3.5e6, "measured, one core (docs/benchmarks.md)")
     """Edges a second of connected components."""
     edges_per_image: float = _rate(4.0, "assumed")

@@ -325,7 +325,7 @@ WRONG = [
     (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
     (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
     (("num_clusters = 4", "num_clusters = 34"), "is 34, but only 32 pool images were kept"),
-    (("num_clusters = 4", "num_clusters = 35"), "is 35, but the pool holds 34 files"),
+    (("num_clusters = 4", "num_clusters = 35"), "is 35, but the pool holds 34 images"),
     (("[dedup]", "[pairs.verification]\n[dedup]"), "dedup.holdout_threshold (0.95) lies above 0.9"),
 ]
 
@@ -415,7 +415,7 @@ def test_source_that_changed_after_ingest_is_refused(home: Path) -> None:
 def test_plan_of_every_config_prints_and_does_nothing(config: str, tmp_path: Path) -> None:
     path = ROOT / "pipelines/configs" / config
     result = subprocess.run(
-        [sys.executable, "-m", "pipelines.curate", "--config", str(path), "--output", "out", "--plan"],
+        [sys.executable, "-m", "pipelines.curate", "--config", str(path), "--output", "out", "--plan", "--verbose"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
         capture_output=True,

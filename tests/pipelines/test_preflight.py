@@ -50,7 +50,7 @@ def test_all_problems_come_at_once(home: Path) -> None:
         f"there are no weights at '{home}/nowhere.pth'",
         "describe.embedder.device is 'cuda', but torch",
         f"report.concepts: no file at '{home}/none.toml'",
-        "cluster.levels.0.num_clusters is 4, but the pool holds 3 files",
+        "cluster.levels.0.num_clusters is 4, but the pool holds 3 images",
     ):
         assert sum(part in line for line in lines) == 1, (part, lines)
     assert len(lines) == 5

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,15 @@ def test_files_that_are_no_images_are_counted_by_kind(example: str) -> None:
     text = read_page(example).text
     assert "2 .txt, 1 other, 1 system files" in text
     assert "passed over: " not in text  # the names of ingest's totals, in the list of stages
+
+
+def test_a_sample_of_the_pool_is_named(example: str) -> None:
+    run = facts.read_run(example, CONCEPTS)
+    assert facts.sample_text(run) is None
+    ingest = run.manifests["ingest"]
+    sampled = replace(ingest, facts={**ingest.facts, "sample_pool": 0.1, "not_sampled": {"pool": 90, "more": 12}})
+    text = facts.sample_text(replace(run, manifests={**run.manifests, "ingest": sampled}))
+    assert text == "A sample: 10.000% of the pool. Images of the pool not sampled: 102."
 
 
 def test_share_with_the_same_concept_agrees_with_brute_force(example: str) -> None:

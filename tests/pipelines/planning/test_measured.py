@@ -1,0 +1,212 @@
+"""Prices by the times of a finished run: they repeat the run itself, and grow with each amount of work."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from curation.config import load
+from curation.engine.run_log import FOLDER, open_log
+from curation.engine.runner import InlineRunner
+from curation.errors import InputError
+from curation.pairs import PairsConfig
+from curation.run_folder import STAGES
+from pipelines import main_path
+from pipelines.main_path import CurateConfig
+from pipelines.planning import measured
+from pipelines.planning.candidates import Described, VerificationCost, num_candidates, scored
+from pipelines.planning.measured import StageEstimate, grown, makespan, verification_seconds
+from pipelines.planning.plan import print_plan, total_rows
+from pipelines.planning.price import count_sources
+from tests.curation.builders import encoded_image, unit_vectors
+
+# The log of a run on two workers: for each stage its steps, the start-up, the seconds of an image, and of the driver.
+SECONDS_OF_IMAGE = {"ingest": 0.1, "embed": 0.5, "describe": 0.4, "pairs": 1.0, "dedup": 0.01, "cluster": 0.02}
+START_UP = 3.0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[CurateConfig, Path]:
+    """A finished run over 6 seeds, 2 holdout and 24 pool images of noise, whose log has the times above."""
+    home = tmp_path_factory.mktemp("measured")
+    for role, first, number in (("seeds", 0, 6), ("holdout", 10, 2), ("pool", 20, 24)):
+        (home / role).mkdir()
+        for index in range(first, first + number):
+            (home / role / f"{index}.png").write_bytes(encoded_image(index))
+    sources = "".join(
+        f'[[ingest.sources]]\nname = "{name}"\nrole = "{role}"\npath = "{home}/{name}"\n'
+        for name, role in (("seeds", "seed"), ("holdout", "holdout"), ("pool", "pool"))
+    )
+    model = '[{}.embedder]\nname = "efficientnet_lite0"\nimage_size = 32\n'
+    text = f"{sources}{model.format('embed')}{model.format('describe')}[ingest]\nimages_per_shard = 4\n"
+    text += "[[cluster.levels]]\nnum_clusters = 2\nnum_iterations = 5\n[describe]\nthumbnail_side = 32\n"
+    text += "[pairs]\nmin_descriptor_similarity = 0.5\nimages_per_shard = 8\n[pairs.verification]\n"
+    text += '[[retrieve.datasets]]\nname = "seeds"\nas_is = true\nretrieval = "sample"\nk = 2\n'
+    (home / "config.toml").write_text(text)
+    config = load(CurateConfig, str(home / "config.toml"))
+    run = home / "run"
+    with open_log(str(run)) as log:
+        main_path.run(config, str(run), InlineRunner(), log=log)
+    rewrite_log(run)
+    return config, run
+
+
+def rewrite_log(run: Path) -> None:
+    """The log of the run with other times: each step begins when the one before ends."""
+    (path,) = (run / FOLDER).glob("shards-*.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    now, free, first = 1e9, [0.0, 0.0], {}
+    for line in lines:
+        match line["event"]:
+            case "begin":
+                line |= {"time": now, "workers": 1 if line["stage"] == "dedup" else 2}
+            case "shard":
+                if line["stage"] not in first:
+                    now += START_UP
+                    first[line["stage"]] = free = [now, now]
+                worker = 0 if line["stage"] == "dedup" or free[0] <= free[1] else 1
+                seconds = line["items"] * SECONDS_OF_IMAGE.get(line["stage"], 0.01)
+                line |= {"started": free[worker], "seconds": seconds, "time": free[worker] + seconds}
+                free[worker] += seconds
+                now = max(free)
+            case "end":
+                line |= {"time": now}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def estimates(config: CurateConfig, run: Path, *, workers: int = 2) -> dict[str, StageEstimate]:
+    counts = count_sources(config)
+    measurements = measured.read_measurements(str(run))
+    rows = total_rows(config.model_copy(update={"stated_counts": dict(counts.of_source)}))
+    stages = measured.estimate_stages(config, counts, rows, measurements, workers=workers)
+    return {stage.stage: stage for stage in stages}
+
+
+def with_pool(config: CurateConfig, number: int) -> CurateConfig:
+    """The config with that many images in the pool, as stated."""
+    return config.model_copy(update={"stated_counts": {"seeds": 6, "holdout": 2, "pool": number}})
+
+
+def test_the_price_of_the_measured_run_is_its_time(finished: tuple[CurateConfig, Path]) -> None:
+    config, run = finished
+    stages = estimates(config, run)
+    assert list(stages) == list(STAGES)
+    for stage in stages.values():
+        assert stage.seconds == pytest.approx(stage.measured_seconds, rel=0.15), stage.stage
+        assert 0 <= stage.start_seconds <= stage.seconds
+    assert stages["embed"].start_seconds == pytest.approx(START_UP)
+
+
+def test_work_grows_and_start_up_does_not(finished: tuple[CurateConfig, Path]) -> None:
+    config, run = finished
+    once, tenfold = estimates(config, run), estimates(with_pool(config, 240), run)
+    for name in ("ingest", "embed", "describe"):
+        work = [stages[name].seconds - stages[name].start_seconds for stages in (once, tenfold)]
+        assert work[1] / work[0] == pytest.approx((240 + 8) / 32, rel=0.1), name
+        assert tenfold[name].start_seconds == once[name].start_seconds
+    assert tenfold["embed"].images == 248 and tenfold["embed"].measured_images == 32
+    images = [stages["pairs"].images for stages in (once, tenfold)]
+    work = [stages["pairs"].seconds - stages["pairs"].start_seconds for stages in (once, tenfold)]
+    assert work[1] / work[0] > images[1] / images[0], "candidates grow faster than the images"
+
+
+def test_more_workers_take_less_time_until_the_shards_run_out(finished: tuple[CurateConfig, Path]) -> None:
+    config, run = finished
+    seconds = [estimates(config, run, workers=workers)["embed"].seconds for workers in (1, 2, 9, 64)]
+    assert seconds[0] > seconds[1] > seconds[2] == seconds[3] == START_UP + 4 * 0.5
+
+
+def test_plan_names_the_run_and_other_settings(
+    finished: tuple[CurateConfig, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = finished
+    monkeypatch.setenv("COLUMNS", "80")
+    other = config.model_copy(update={"pairs": config.pairs.model_copy(update={"num_neighbors": 3})})
+    print_plan(other, output=str(run), rates_from=str(run))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "measured on 32 images" in text and "on 2001-09-09" in text
+    assert "Other settings than there: pairs.num_neighbors = 3 here, 64 there." in text
+
+
+def test_an_unfinished_run_is_no_measurement(finished: tuple[CurateConfig, Path], tmp_path: Path) -> None:
+    (tmp_path / "run.toml").touch()
+    with pytest.raises(InputError, match="holds no finished stage"):
+        measured.read_measurements(str(tmp_path))
+    with pytest.raises(InputError, match="there is no such folder"):
+        measured.read_measurements(str(tmp_path / "nowhere"))
+
+
+# The parts
+
+
+def test_makespan() -> None:
+    assert makespan([1, 1, 1], 2) == 2
+    assert makespan([3, 1, 1, 1], 2) == 3
+    assert makespan([], 2) == 0
+    assert makespan([1.0] * 100_000, 4) == 25_000
+
+
+def test_growth_is_in_proportion_or_by_the_rate() -> None:
+    assert grown(10, 100, 10, 1e-3) == pytest.approx(10.09), "a short time is mostly constant"
+    assert grown(10, 100, 10, 1e3) == 100
+    assert grown(10, 5, 10, 1) == 10
+
+
+def test_a_candidate_costs_more_where_thumbnails_do_not_stay_prepared() -> None:
+    cost = VerificationCost(prepare=2, compare=1)
+    few, many = (verification_seconds(49 * images, images, 2, cost) / (49 * images) for images in (1_000, 50_000))
+    assert few < 1.2 and many > 2.5
+
+
+def estimate_candidates(vectors: np.ndarray, weight: np.ndarray, is_holdout: np.ndarray) -> float:
+    images = Described([str(row) for row in range(len(vectors))], vectors, weight, is_holdout)
+    return num_candidates(images, scored(images, CONFIG))
+
+
+CONFIG = PairsConfig(num_neighbors=6, min_descriptor_similarity=0.3)
+
+
+def brute_force(vectors: np.ndarray, is_holdout: np.ndarray) -> int:
+    """The distinct pairs of all lists, and the pairs of full lists with the holdout."""
+    similarity = vectors @ vectors.T
+    np.fill_diagonal(similarity, -2)
+    pairs: set[frozenset[int]] = set()
+    for image, row in enumerate(similarity):
+        near = [other for other in np.argsort(-row, kind="stable").tolist() if row[other] >= 0.3]
+        pairs |= {frozenset((image, other)) for other in near[:6]}
+        if len(near) >= 6 and not is_holdout[image]:
+            pairs |= {frozenset((image, other)) for other in near if is_holdout[other]}
+    return len(pairs)
+
+
+def crowd(seed: int, count: int) -> np.ndarray:
+    """Unit vectors in 40 groups of unequal sizes, and as many alone."""
+    generator = np.random.default_rng(seed)
+    group = (generator.random(count) ** 2 * 40).astype(int)
+    return_to = unit_vectors(7, 40, 24)[group]
+    spread = generator.uniform(0.1, 0.6, (count, 1)) * unit_vectors(seed + 1, count, 24) * 2
+    vectors: np.ndarray = return_to + spread
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def test_candidates_of_the_same_images_are_those_of_the_search() -> None:
+    vectors = crowd(0, 400)
+    is_holdout = np.arange(400) % 7 == 0
+    estimate = estimate_candidates(vectors, np.ones(400), is_holdout)
+    assert estimate == pytest.approx(brute_force(vectors, is_holdout))
+
+
+@pytest.mark.parametrize("choose", [lambda n: np.arange(n) % 5 == 0, lambda n: np.arange(n) % 8 == 0])
+def test_candidates_of_a_whole_follow_from_a_part(choose: Callable[[int], np.ndarray]) -> None:
+    vectors = crowd(0, 1500)
+    is_holdout = np.zeros(1500, bool)
+    chosen = choose(1500)
+    weight = np.full(chosen.sum(), 1500 / chosen.sum())
+    assert estimate_candidates(vectors[chosen], weight, is_holdout[chosen]) == pytest.approx(
+        brute_force(vectors, is_holdout), rel=0.25
+    )
