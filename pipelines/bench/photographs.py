@@ -1,11 +1,11 @@
-"""Makes folders of real pictures, for trials and benchmarks, from seven Debian packages (338 MB).
+"""Makes folders of real pictures, for trials and benchmarks, from eight Debian packages (432 MB).
 
     python -m pipelines.bench.photographs --output FOLDER --count 2000
 
 The packages hold pictures of three domains (counted and looked at 2026-11, in Debian 12):
 
-scenery    50 photographs of 0.3 to 20 megapixels: landscapes, plants, buildings (mate-backgrounds,
-           lomiri-wallpapers-16.04 and -20.04, palapeli-data, tuxpaint-data)
+scenery    62 photographs of 0.3 to 20 megapixels: landscapes, plants, buildings (mate-backgrounds,
+           lomiri-wallpapers-16.04 and -20.04, plasma-workspace-wallpapers, palapeli-data, tuxpaint-data)
 objects    258 photographs of 110 to 1,200 pixels, cut out on a transparent ground: animals, food, tools
            (tuxpaint-stamps-default)
 textures   487 surfaces of 256 to 1,024 pixels, most of them painted from photographs, many of them variants of
@@ -65,6 +65,17 @@ SOURCES = {
     "mate-backgrounds": Source(SCENERY, "usr/share/backgrounds/mate/nature"),
     "lomiri-wallpapers-16.04": Source(SCENERY, "usr/share/backgrounds", without=("umang_", "analogpattern_")),
     "lomiri-wallpapers-20.04": Source(SCENERY, "usr/share/backgrounds", names=("Kleiber",)),
+    "plasma-workspace-wallpapers": Source(
+        SCENERY,
+        "usr/share/wallpapers",
+        names=tuple(
+            f"{name}/contents/images/2560x1600"
+            for name in (
+                *("Autumn", "BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "EveningGlow", "FallenLeaf"),
+                *("Grey", "Kite", "OneStandsOut", "Path", "summer_1am"),
+            )
+        ),
+    ),
     "palapeli-data": Source(SCENERY, "usr/share/palapeli/collection"),
     "tuxpaint-data": Source(SCENERY, "usr/share/tuxpaint/templates"),
     STAMPS: Source(
@@ -82,7 +93,7 @@ SOURCES = {
         without=("/sfx/", "/liquids/", "_light/", "blend", "lightmap", "flat", "glow", "disco", "banner", "clip"),
     ),
 }
-MEGABYTES = 338
+MEGABYTES = 432
 
 SEED_DOMAINS = (OBJECTS, SCENERY)
 CUT_DOMAINS = (SCENERY, TEXTURES)
