@@ -235,7 +235,8 @@ figure img { display: block; width: 92px; height: 92px; object-fit: contain; bac
   .retrieval .strip:first-child { max-width: none }
   figure, figure img { width: 64px } figure img { height: 64px }
   figcaption { font-size: 12px }
-  .bar { min-width: 130px }
+  .bar { min-width: 64px }
+  .numbers { gap: 12px 20px } .numbers div { flex: 1 0 40% }
   table { width: max-content; min-width: 100% }
   td { max-width: 280px }
   .chart li { min-width: 46px }

@@ -103,9 +103,11 @@ SUFFIXES = (".jpg", ".png")
 # Of ten originals of a domain, by the hash of their names: one of the holdout, two of the seeds.
 PART_OF = ("holdout", "seeds", "seeds", "pool", "pool", "pool", "pool", "pool", "pool", "pool")
 NUM_TARS = 10
-# Smaller originals are left out, and no tile is smaller. The longer side of a cut-out may be MIN_SIDE_SMALL. Assumed.
-MIN_SIDE, MIN_SIDE_SMALL = 224, 110
-MAX_SIDE, MAX_SIDE_SMALL = 1600, 150
+# Sides of the pictures. Assumed.
+MAX_SIDE, MIN_SIDE_SMALL, MAX_SIDE_SMALL = 1600, 110, 150
+# Smaller originals are left out, and no tile is smaller. Those for --small are enlarged, because there are no 12,000 of
+# 110 pixels. The longer side of a cut-out may be MIN_SIDE_SMALL.
+MIN_TILE, MIN_TILE_SMALL = 224, 80
 # Tiles along the longer side of an original, at most.
 MAX_GRID = 60
 # Standard deviation of the grey values, of 255, below which a tile shows too little. Assumed, after looking at tiles.
@@ -158,9 +160,9 @@ class Options:
     seed: int = 0
 
     @property
-    def min_side(self) -> int:
-        """Of a tile, in pixels."""
-        return MIN_SIDE_SMALL if self.small else MIN_SIDE
+    def min_tile(self) -> int:
+        """The shortest side of a tile, in pixels."""
+        return MIN_TILE_SMALL if self.small else MIN_TILE
 
 
 def run(output: Path, options: Options, packages_folder: Path | None = None) -> None:
@@ -182,7 +184,7 @@ def run(output: Path, options: Options, packages_folder: Path | None = None) -> 
         root = partial / "unpacked" / package
         root.mkdir(parents=True)
         packages.run_tool(["dpkg-deb", "-x", str(deb.resolve()), str(root)], partial)
-        listed = find_originals(package, SOURCES[package], root, options.min_side)
+        listed = find_originals(package, SOURCES[package], root, options.min_tile)
         progress.say(f"{package}: {len(listed)} pictures of {SOURCES[package].domain}")
         originals += listed
         copyright_file = partial / "tree" / "copyright" / package
@@ -307,9 +309,9 @@ def _tiles(
         if original.domain not in CUT_DOMAINS:
             tiles.append(Tile(original, (0, 0, width, height)))
             continue
-        along = max(1, min(grid, max(width, height) // options.min_side))
+        along = max(1, min(grid, max(width, height) // options.min_tile))
         side = max(width, height) / along
-        columns, rows = (max(1, min(round(length / side), length // options.min_side)) for length in (width, height))
+        columns, rows = (max(1, min(round(length / side), length // options.min_tile)) for length in (width, height))
         for row in range(rows):
             for column in range(columns):
                 edges = (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
