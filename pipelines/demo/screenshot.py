@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from PIL import Image
 
@@ -24,18 +25,24 @@ from curation.files import paths
 from curation.report.page import REPORT_NAME
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-WIDTH, HEIGHT = 1168, 900
+WIDTH, HEIGHT = 1168, 1250
 MAX_BYTES = 300_000
-# Numbers of colours to try, the best first.
-COLOURS = (256, 128, 64)
+# Numbers of colours to try, and whether dithered, the best first. Dithering makes a PNG larger.
+NUM_PAGE_COLOURS = 16
+COLOURS = ((256, True), (256, False), (128, False), (64, False))
 # Assumed: a page takes a second or two.
 MAX_SECONDS = 60
 
-# What the picture shows of the page, without the gaps between sections.
+# Four retrievals of the gallery of each dataset remain, as far as the window reaches.
 STYLE = """<style>
-section:not(#funnel):not(#gallery), nav, #funnel h3, #funnel h3 ~ *, #gallery > p:not(.legend):not(.caption)
+section:not(#funnel):not(#gallery), nav, #funnel h3, #funnel h3 ~ *, #gallery > p:not(.legend):not(.caption),
+.gallery > :nth-child(n + 5)
   { display: none }
 header { padding-top: 20px }
+section { margin-bottom: 12px; padding-bottom: 14px }
+section h2 { margin: 10px 0 6px }
+section h3 { margin: 10px 0 0 }
+#gallery .caption { margin: 0 0 6px }
 </style>"""
 
 
@@ -95,13 +102,27 @@ def find_browser() -> str:
 
 
 def shrink(picture: Image.Image, max_bytes: int = MAX_BYTES) -> bytes:
-    """The picture as a PNG of at most `max_bytes`, with as many of COLOURS as fit.
+    """The picture as a PNG of at most `max_bytes`, with the best of COLOURS that fits.
 
-    Raises InputError where the fewest are too many.
+    Raises InputError where none fits.
     """
-    for num_colours in COLOURS:
+    pixels = np.asarray(picture)
+    counts = picture.getcolors(picture.width * picture.height)
+    assert counts is not None
+    page_colours = [colour for _, colour in sorted(counts, reverse=True)[:NUM_PAGE_COLOURS]]
+    for num_colours, dithered in COLOURS:
+        # The colours of the page itself stay as they are; those of the thumbnails share the others.
+        others = picture.quantize(num_colours - len(page_colours), dither=Image.Dither.NONE).getpalette()
+        palette = Image.new("P", (1, 1))
+        palette.putpalette([*np.ravel(page_colours).tolist(), *(others or ())])
+        dither = Image.Dither.FLOYDSTEINBERG if dithered else Image.Dither.NONE
+        reduced = picture.quantize(num_colours, palette=palette, dither=dither)
+        indices = np.array(reduced)
+        for index, colour in enumerate(page_colours):  # Pillow chooses a colour near white for some white pixels
+            indices[(pixels == colour).all(axis=2)] = index
+        reduced.putdata(indices.ravel().tolist())
         buffer = io.BytesIO()
-        picture.quantize(num_colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        reduced.save(buffer, "PNG", optimize=True)
         if buffer.tell() <= max_bytes:
             return buffer.getvalue()
     raise InputError(f"The picture has {buffer.tell():,} bytes with {num_colours} colours; the limit is {max_bytes:,}.")
