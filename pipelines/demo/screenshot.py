@@ -114,7 +114,7 @@ def shrink(picture: Image.Image, max_bytes: int = MAX_BYTES) -> bytes:
         # The colours of the page itself stay as they are; those of the thumbnails share the others.
         others = picture.quantize(num_colours - len(page_colours), dither=Image.Dither.NONE).getpalette()
         palette = Image.new("P", (1, 1))
-        palette.putpalette([*np.ravel(page_colours).tolist(), *(others or ())])
+        palette.putpalette([*np.array(page_colours).ravel().tolist(), *(others or ())])
         dither = Image.Dither.FLOYDSTEINBERG if dithered else Image.Dither.NONE
         reduced = picture.quantize(num_colours, palette=palette, dither=dither)
         indices = np.array(reduced)
