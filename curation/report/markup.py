@@ -151,7 +151,13 @@ _STYLE = """
 :root {
   --ink: #20262b; --quiet: #626c75; --line: #dde2e6; --paper: #fff; --ground: #f6f7f5;
   --blue: #2f6690; --sky: #9fbfd6; --sand: #e2c391; --stone: #c9cfd4; --green: #2e8b62; --red: #b5382e;
-  color-scheme: light;
+  color-scheme: light dark;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --ink: #e3e7ea; --quiet: #9ba6af; --line: #343c43; --paper: #1c2126; --ground: #12161a;
+    --blue: #5f9ccb; --sky: #3d6484; --sand: #a9854a; --stone: #56606a; --green: #4bb587; --red: #e5706a;
+  }
 }
 * { box-sizing: border-box }
 body {
@@ -211,7 +217,7 @@ td { border-bottom: 1px solid var(--line) }
 .retrieval .strip:first-child { flex: 0 0 auto; max-width: 192px }
 .whole { flex: 1 0 100% }
 figure { margin: 0; width: 92px; text-align: center }
-figure img { display: block; width: 92px; height: 92px; object-fit: contain; background: #fff }
+figure img { display: block; width: 92px; height: 92px; object-fit: contain; background: var(--paper) }
 .frame img, i.frame { border: 1px solid var(--line) }
 .frame.seed img, i.frame.seed { border: 2px solid var(--ink) }
 .frame.same img, i.frame.same { border: 3px solid var(--green) }
@@ -229,7 +235,8 @@ figure img { display: block; width: 92px; height: 92px; object-fit: contain; bac
   .retrieval .strip:first-child { max-width: none }
   figure, figure img { width: 64px } figure img { height: 64px }
   figcaption { font-size: 12px }
-  .bar { min-width: 130px }
+  .bar { min-width: 64px }
+  .numbers { gap: 12px 20px } .numbers div { flex: 1 0 40% }
   table { width: max-content; min-width: 100% }
   td { max-width: 280px }
   .chart li { min-width: 46px }

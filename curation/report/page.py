@@ -321,6 +321,7 @@ def _passed_over(finished: FinishedRun) -> Markup:
 def _datasets(choice: Choice, config: ReportConfig, finished: FinishedRun) -> Markup:
     if not choice.datasets:
         return tag("p", "The config names no seed dataset.")
+    has_concepts = _has_concepts(choice.datasets)
     rows = [
         (
             quoted(dataset.name),
@@ -331,14 +332,13 @@ def _datasets(choice: Choice, config: ReportConfig, finished: FinishedRun) -> Ma
             "" if dataset.cap is None else _number(dataset.cap),
             _number(dataset.rows),
             _number(dataset.unique),
-            _share(dataset.same_concept),
-            _share(dataset.chance),
+            *((_share(dataset.same_concept), _share(dataset.chance)) if has_concepts else ()),
             "" if dataset.mean_similarity is None else f"{dataset.mean_similarity:.3f}",
         )
         for dataset in choice.datasets
     ]
     names = ("dataset", "retrieval", "seeds", "included as is", "retrieved", "cap", "rows", "unique images")
-    shares = ("same concept", "by chance", "mean similarity")
+    shares = (*(("same concept", "by chance") if has_concepts else ()), "mean similarity")
     bars = [
         (
             quoted(dataset.name),
@@ -353,7 +353,7 @@ def _datasets(choice: Choice, config: ReportConfig, finished: FinishedRun) -> Ma
     return join(
         markup.table((*names, *shares), rows, numbers=frozenset({2, *range(4, 11)})),
         *(tag("p", note) for note in finished.manifests["retrieve"].facts["notes"]),
-        tag("h3", "Share with the same concept"),
+        tag("h3", "Share with the same concept") if bars else "",
         markup.table(("dataset", "", "retrieved rows"), bars, numbers=frozenset({2})) if bars else "",
         tag("p", "The line on a bar marks the share by chance.", class_="note") if bars else "",
         tag("p", _same_concept_rule(config, choice.datasets), class_="note"),
@@ -386,7 +386,8 @@ def _gallery(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thu
     missing = sum(dataset.retrieved > 0 for dataset in choice.datasets) - len(shown)
     body: list[Markup] = []
     for dataset in shown:
-        retrievals = (_retrieval(retrieval, finished, thumbnails) for retrieval in choice.gallery[dataset.name])
+        kinds = _CONCEPT_CLASS if _has_concepts(choice.datasets) else {}
+        retrievals = (_retrieval(retrieval, finished, thumbnails, kinds) for retrieval in choice.gallery[dataset.name])
         body += [
             tag("h3", quoted(dataset.name)),
             tag("p", _dataset_caption(dataset), class_="caption"),
@@ -405,7 +406,9 @@ def _gallery(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thu
             ("frame same", "same concept"),
             ("frame other", "another concept"),
             ("frame unknown", "concept unknown"),
-        ),
+        )
+        if _has_concepts(choice.datasets)
+        else "",
         *body,
     )
 
@@ -415,14 +418,21 @@ def _dataset_caption(dataset: Dataset) -> str:
     return text if dataset.same_concept is None else f"{text}; {dataset.same_concept:.1%} have the same concept"
 
 
-def _retrieval(retrieval: Retrieval, finished: FinishedRun, thumbnails: Mapping[str, Thumbnail]) -> Markup:
-    """Seeds on the left, their retrieved images on the right."""
+def _has_concepts(datasets: Sequence[Dataset]) -> bool:
+    """Whether the concept of any retrieved image can be compared with that of a seed."""
+    return any(dataset.same_concept is not None for dataset in datasets)
+
+
+def _retrieval(
+    retrieval: Retrieval, finished: FinishedRun, thumbnails: Mapping[str, Thumbnail], kinds: Mapping[int, str]
+) -> Markup:
+    """Seeds on the left, their retrieved images on the right. kinds: the CSS classes of the concepts."""
     seeds = (_figure(thumbnails[seed], "seed", "seed") for seed in retrieval.seeds)
     retrieved = [
         _figure(
             thumbnails[finished.retrieved["image_id"][row].as_py()],
             f"{finished.retrieved['similarity'][row].as_py():.2f}",
-            _CONCEPT_CLASS[int(finished.same_concept[row])],
+            kinds.get(int(finished.same_concept[row]), ""),
         )
         for row in retrieval.rows
     ]

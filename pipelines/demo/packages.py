@@ -1,4 +1,4 @@
-"""Fetches and unpacks the two Debian packages that hold the demo's images.
+"""Fetches Debian packages with images, and unpacks the two that hold the demo's images.
 
 apt-get downloads them with the system's sources and keys, but with package lists in a folder of its own. So no root is
 needed, and nothing on the system changes.
@@ -7,7 +7,7 @@ needed, and nothing on the system changes.
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from curation.engine import progress
@@ -23,10 +23,10 @@ IMAGES_IN_PACKAGE = {STAMPS: "usr/share/tuxpaint/stamps", DRAWINGS: "usr/share/o
 MAX_LINES_REPEATED = 6
 
 
-def find(folder: Path) -> dict[str, Path]:
+def find(folder: Path, names: Iterable[str] = IMAGES_IN_PACKAGE) -> dict[str, Path]:
     """The .deb file of each package in `folder`. Raises InputError unless there is exactly one of each."""
     debs = {}
-    for package in IMAGES_IN_PACKAGE:
+    for package in names:
         matches = sorted(folder.glob(f"{package}_*.deb"))
         if len(matches) != 1:
             names = ", ".join(deb.name for deb in matches) or "none"
@@ -35,8 +35,8 @@ def find(folder: Path) -> dict[str, Path]:
     return debs
 
 
-def download(folder: Path) -> dict[str, Path]:
-    """Download the packages into `folder` (292 MB); returns the .deb file of each.
+def download(folder: Path, names: Iterable[str] = IMAGES_IN_PACKAGE, megabytes: int = 292) -> dict[str, Path]:
+    """Download the packages, of that size in all, into `folder`; returns the .deb file of each.
 
     Packages that an interrupted download left there are not fetched again.
     """
@@ -57,11 +57,12 @@ def download(folder: Path) -> dict[str, Path]:
     }
     apt = ["apt-get", "-q", "-c", str(folder.resolve() / "apt.conf")]
     apt += [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-    progress.say(f"demo data: fetching {STAMPS} and {DRAWINGS} with apt-get (292 MB)")
+    names = list(names)
+    progress.say(f"fetching {', '.join(names[:-1])} and {names[-1]} with apt-get ({megabytes} MB)")
     # Without a network the update still succeeds; only the download fails.
     update_output = run_tool([*apt, "update"], folder)
-    run_tool([*apt, "download", *IMAGES_IN_PACKAGE], folder / "debs", update_output)
-    return find(folder / "debs")
+    run_tool([*apt, "download", *names], folder / "debs", update_output)
+    return find(folder / "debs", names)
 
 
 def unpack(package: str, deb: Path, folder: Path) -> Path:
@@ -124,7 +125,7 @@ def run_tool(command: Sequence[str], folder: Path, earlier_output: str = "") -> 
         repeated = "\n".join(f"  {line}" for line in lines)
         raise InputError(
             f"{tool} failed with status {completed.returncode}:\n{repeated}\n"
-            "Correct the cause and run this again; or put the two .deb files into a folder and give it with --packages."
+            "Correct the cause and run this again; or put the .deb files into a folder and give it with --packages."
         )
     return completed.stdout
 

@@ -446,6 +446,22 @@ def test_run_with_empty_sections(tmp_path: Path) -> None:
     page.print_summary(output)
 
 
+def test_images_without_labels_have_no_frames_of_concepts(example: str, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    for name in ("seeds/seed", "pool/a", "pool/b"):
+        write_image(root / f"{name}.png", RED)
+    output = build_run(
+        str(tmp_path / "run"),
+        [("seeds", root / "seeds", "seed"), ("pool", root / "pool", "pool")],
+        [DatasetConfig(name="seeds", retrieval="sample", k=2)],
+    )
+    page.run(ReportConfig(), output)
+    texts = [Path(folder, "report.html").read_text().partition("</style>")[2] for folder in (output, example)]
+    for mark in ('class="frame unknown"', "concept unknown", "by chance", "Share with the same concept"):
+        assert [mark in text for text in texts] == [False, True], mark
+    assert "The share with the same concept is left out" in texts[0]
+
+
 def test_without_thumbnails_the_originals_are_read(tmp_path: Path) -> None:
     root = tmp_path / "images"
     write_image(root / "seeds/seed.png", RED, size=300)
