@@ -212,18 +212,18 @@ def estimate_stages(
 ) -> list[StageEstimate]:
     """The predicted times of all stages on `workers` workers of the machine that was measured."""
     whole = _Whole(config, counts, measured, workers)
-    pairs = _estimate_pairs(whole)
     by_stage = {
         "ingest": _estimate_ingest(whole),
         "embed": _estimate_by_images(whole, "embed"),
         "describe": _estimate_by_images(whole, "describe"),
-        "pairs": pairs,
+        "pairs": _estimate_pairs(whole),
         "dedup": _estimate_by_images(whole, "dedup"),
         "cluster": _estimate_cluster(whole),
         "retrieve": _estimate_retrieve(whole),
         "corpus": _estimate_corpus(whole, rows),
     }
-    return list(by_stage.values())
+    others = [name for name in measured.steps if "/" not in name and name not in by_stage]
+    return [*by_stage.values(), *(_estimate_by_images(whole, name) for name in others)]
 
 
 class _Whole:

@@ -92,7 +92,7 @@ def with_pool(config: CurateConfig, number: int) -> CurateConfig:
 def test_the_price_of_the_measured_run_is_its_time(finished: tuple[CurateConfig, Path]) -> None:
     config, run = finished
     stages = estimates(config, run)
-    assert list(stages) == list(STAGES)
+    assert stages.keys() >= set(STAGES)
     for stage in stages.values():
         assert stage.seconds == pytest.approx(stage.measured_seconds, rel=0.15), stage.stage
         assert 0 <= stage.start_seconds <= stage.seconds
