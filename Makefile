@@ -11,10 +11,16 @@ ARGS ?=
 # Files of tests that run at once. Each may start processes of its own.
 TEST_PROCESSES ?= 2
 
-# faiss and torch differ between machines with and without an NVIDIA GPU: make setup EXTRAS=gpu,demo,dev
-EXTRAS ?= cpu,demo,dev
+# Extras of pyproject.toml. `gpu` is none of them: it puts faiss-gpu in the place of faiss-cpu. Both hold the package
+# faiss, so both must be gone before one comes. On a machine with an NVIDIA GPU: make setup EXTRAS=gpu,dev
+EXTRAS ?= dev
 
 BIN := .venv/bin
+COMMA := ,
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+PIP_EXTRAS := $(subst $(SPACE),$(COMMA),$(filter-out gpu,$(subst $(COMMA),$(SPACE),$(EXTRAS))))
+HAS_GPU := $(filter gpu,$(subst $(COMMA),$(SPACE),$(EXTRAS)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup curate train evaluate test test-quick test-slow test-cluster test-demo check format bench bench-gpu clean
@@ -29,7 +35,9 @@ setup: .venv/ready  ## Make .venv and install everything, from nothing
 		{ echo "Seedbed needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.$(if $(PIP_EXTRAS),[$(PIP_EXTRAS)])'
+	$(if $(HAS_GPU),$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu)
+	$(if $(HAS_GPU),$(BIN)/python -m pip install --quiet --constraint constraints.txt faiss-gpu)
 	@touch $@
 
 curate: setup  ## Build a corpus: CONFIG=... OUTPUT=... ARGS='--plan', '--replace', '--runner inline', ...

@@ -31,6 +31,7 @@ done: a copy of the training points, and a matrix (K, D) float64 per part.
     python -m curation.cluster --config CONFIG.toml --images ingest/ --dedup dedup/ --vectors embed/ --output cluster/
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -49,7 +50,7 @@ from curation.engine.manifest import PROGRESS_NAME, Manifest, ShardRecord, requi
 from curation.engine.run_log import Log
 from curation.engine.runner import InlineRunner, Runner, Shard
 from curation.engine.stage import PREPARED, Stage, run_stage
-from curation.errors import ConfigError
+from curation.errors import ConfigError, InputError
 from curation.files import npy, parquet, paths, schemas
 from curation.files.paths import FileRecord
 from curation.run_folder import RunFolder, kept_inputs, kept_shards, read_centroids, read_kept, read_parents
@@ -78,8 +79,9 @@ class ResamplingConfig(Settings):
 class LevelConfig(Settings):
     """The k-means of one level."""
 
-    num_clusters: int = Field(ge=1)
-    """Clusters (100,000 over 744 million images in DINOv2; 10 million to 10,000 in four levels in Vo et al.)."""
+    num_clusters: int | None = Field(default=None, ge=1)
+    """Clusters (100,000 over 744 million images in DINOv2; 10 million to 10,000 in four levels in Vo et al.). Left out,
+    which a single level allows, the rounded square root of the number of kept pool images."""
     num_iterations: int = Field(default=25, ge=1)
     """Maximum iterations of k-means (25 is faiss's default; DINOv2 states none; 50 in Vo). It stops when nothing
     changes."""
@@ -88,11 +90,17 @@ class LevelConfig(Settings):
     resampling: ResamplingConfig | None = None
     """Resampling of the level; none when left out."""
 
+    @property
+    def size(self) -> int:
+        """The number of clusters, where the config gives it or `ClusterConfig.resolved` has filled it in."""
+        assert self.num_clusters is not None
+        return self.num_clusters
+
 
 class ClusterConfig(Settings):
     """The levels of clusters, and their training points."""
 
-    levels: tuple[LevelConfig, ...] = Field(min_length=1)
+    levels: tuple[LevelConfig, ...] = Field(default=(LevelConfig(),), min_length=1)
     """The finest level first. Each clusters the centroids of the level before, so it has fewer clusters."""
     max_points_per_centroid: int | None = Field(default=None, ge=1)
     """Approximate images per cluster in the sample that trains level 0; all images when left out."""
@@ -104,10 +112,19 @@ class ClusterConfig(Settings):
     @field_validator("levels")
     @classmethod
     def _levels_decrease(cls, value: tuple[LevelConfig, ...]) -> tuple[LevelConfig, ...]:
-        sizes = [level.num_clusters for level in value]
+        sizes = [level.num_clusters for level in value if level.num_clusters is not None]
+        if 1 < len(value) != len(sizes):
+            raise ValueError("of several levels, each needs num_clusters")
         if any(above >= below for below, above in itertools.pairwise(sizes)):
             raise ValueError(f"each level must have fewer clusters than the one before; num_clusters are {sizes}")
         return value
+
+    def resolved(self, num_kept: int) -> "ClusterConfig":
+        """The config with the number of clusters for `num_kept` pool images, where it is left out."""
+        if self.levels[0].num_clusters is not None:
+            return self
+        num_clusters = max(1, round(num_kept**0.5))
+        return self.model_copy(update={"levels": (self.levels[0].model_copy(update={"num_clusters": num_clusters}),)})
 
 
 @dataclass(frozen=True)
@@ -233,16 +250,19 @@ def make_worker(output: str, num_levels: int) -> Callable[[Shard], ShardRecord]:
 
 def _train(steps: _Steps, shards: list[Shard], output: str) -> ShardRecord:
     """Train the centroids of every level; writes them and the parents."""
+    num_kept, points = _training_points(steps, shards, output)
+    steps = dataclasses.replace(steps, config=steps.config.resolved(num_kept))
     config = steps.config
-    points = _training_points(steps, shards, output)
     num_points = sum(file.rows for file in points)
-    if (num_clusters := config.levels[0].num_clusters) > num_points:
+    if (num_clusters := config.levels[0].size) > num_points:
         for step in ("count", "points"):  # so that a corrected config needs no --replace
             paths.delete(step_folder(output, step))
         which = "were kept" if config.max_points_per_centroid is None else "are in the training sample"
+        if not num_points:
+            raise InputError(f"cluster: there is nothing to cluster, because no pool images {which}.")
         raise ConfigError(
             f"cluster.levels.0.num_clusters is {num_clusters:,}, but only {num_points:,} pool images {which}. "
-            f"Set it to {num_points:,} or less; finished stages are kept."
+            f"Leave it out, or set it to {num_points:,} or less; finished stages are kept."
         )
     files: list[FileRecord] = []
     below: np.ndarray | None = None
@@ -253,20 +273,21 @@ def _train(steps: _Steps, shards: list[Shard], output: str) -> ShardRecord:
         if below is not None:
             parents = exact.assign(below, centroids)[0]
             files.append(npy.write_arrays(paths.join(output, f"parents-{number - 1}.npy"), parents))
-        points, below = (PointFile(path, level.num_clusters),), centroids
+        points, below = (PointFile(path, level.size),), centroids
     return ShardRecord(name=PREPARED, files=tuple(files))
 
 
-def _training_points(steps: _Steps, shards: list[Shard], output: str) -> tuple[PointFile, ...]:
-    """The vectors of the kept pool, or of a sample of it, in files that are fast to read."""
-    config, share = steps.config, 1.0
+def _training_points(steps: _Steps, shards: list[Shard], output: str) -> tuple[int, tuple[PointFile, ...]]:
+    """The number of kept pool images, and the vectors of them, or of a sample, in files that are fast to read."""
+    config, share, num_kept = steps.config, 1.0, None
     if config.max_points_per_centroid is not None:
         counts = steps.over_shards(step_folder(output, "count"), _make_counter, shards)
-        num_images = sum(record.totals["points"] for record in counts)
-        share = config.max_points_per_centroid * config.levels[0].num_clusters / max(num_images, 1)
+        num_kept = sum(record.totals["points"] for record in counts)
+        share = config.max_points_per_centroid * config.resolved(num_kept).levels[0].size / max(num_kept, 1)
     folder = step_folder(output, "points")
     make = functools.partial(_make_extractor, folder, config.seed, share)
-    return _point_files(folder, steps.over_shards(folder, make, shards))
+    points = _point_files(folder, steps.over_shards(folder, make, shards))
+    return sum(file.rows for file in points) if num_kept is None else num_kept, points
 
 
 def _make_counter() -> Callable[[Shard], ShardRecord]:
@@ -307,7 +328,7 @@ def _train_level(steps: _Steps, number: int, points: tuple[PointFile, ...], fold
                 drawn = _resample(steps, number, points, previous_folder, seed, round_folder)
             following = _run_kmeans(steps, level, drawn, following, seed, round_folder)
             progress.say(
-                f"cluster: level {number}, round {round_number}: {level.num_clusters:,} clusters of "
+                f"cluster: level {number}, round {round_number}: {level.size:,} clusters of "
                 f"{sum(file.rows for file in drawn):,} points, {len(following.objectives)} iterations, "
                 f"mean cosine {following.objectives[-1]:.4f}"
             )
@@ -331,10 +352,11 @@ def _run_kmeans(
     parts = cut(points, rows_per_part)
     num_points = sum(part.rows for part in parts)
     if state is None:
-        rows = kmeans.start_rows(num_points, level.num_clusters, level.start, seed)
+        rows = kmeans.start_rows(num_points, level.size, level.start, seed)
         sample_files = _take(steps, points, rows, paths.join(folder, "start"))
         sample = np.concatenate([block for part in cut(sample_files, rows_per_part) for block in read_blocks(part)])
-        state = State(kmeans.initial_centroids(sample, level.num_clusters, level.start, seed), [], False)
+        with progress.step("cluster", f"choosing {level.size:,} first centroids"):
+            state = State(kmeans.initial_centroids(sample, level.size, level.start, seed), [], False)
         del sample
         _write_state(folder, state)
     guess: np.ndarray | None = None
@@ -343,7 +365,11 @@ def _run_kmeans(
     def reduce_all(centroids: np.ndarray) -> Reduction:
         nonlocal guess
         if len(parts) == 1:
-            reduction, guess = kmeans.reduce_points(read_blocks(parts[0]), centroids, guess=guess)
+            text = (
+                f"k-means, {level.num_clusters:,} clusters, iteration {len(objectives) + 1} of {level.num_iterations}"
+            )
+            with progress.step("cluster", text):
+                reduction, guess = kmeans.reduce_points(read_blocks(parts[0]), centroids, guess=guess)
             return reduction
         step = paths.join(folder, f"iteration-{len(objectives):05d}")
         records = steps.over_parts(points, step, functools.partial(_make_reducer, folder, step))
@@ -387,7 +413,7 @@ def _resample(
 ) -> tuple[PointFile, ...]:
     """Draw points from each cluster of the k-means in `previous_folder`. Raises ConfigError for too few points."""
     level = steps.config.levels[number]
-    resampling, num_clusters = level.resampling, level.num_clusters
+    resampling, num_clusters = level.resampling, level.size
     assert resampling is not None
     step = paths.join(folder, "candidates")
     make = functools.partial(_make_drawer, resampling, previous_folder, seed, step)
@@ -488,7 +514,8 @@ def read_blocks(part: Part) -> Iterator[np.ndarray]:
 def _finish(config: ClusterConfig, output: str, records: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
     """The facts of each level: the objectives of each k-means, and the sizes of its clusters."""
     num_levels = len(config.levels)
-    counts = np.zeros(config.levels[0].num_clusters, np.int64)
+    config = config.resolved(sum(record.totals.get("assigned", 0) for record in records))
+    counts = np.zeros(config.levels[0].size, np.int64)
     similarity, num_images = np.zeros(num_levels), 0
     for record in records:
         for file in record.files:
@@ -504,7 +531,7 @@ def _finish(config: ClusterConfig, output: str, records: Sequence[ShardRecord]) 
     for number, settings in enumerate(config.levels):
         if number > 0:
             parents = read_parents(output, number - 1)
-            counts = np.bincount(parents, counts, settings.num_clusters).astype(np.int64)
+            counts = np.bincount(parents, counts, settings.size).astype(np.int64)
         sizes = np.sort(counts)
         rounds = settings.resampling.num_rounds if settings.resampling else 0
         folder = step_folder(output, f"level-{number}")

@@ -2,15 +2,24 @@
 
 A config is the text of one file with the overrides `--set section.key=value`. Its profile and the defaults fill in the
 settings that it leaves out (profiles.py). An unknown key is an error, and one message reports every problem.
-`resolved_toml` gives the config with every default filled in.
+`resolved_toml` gives the config with every default filled in, and with absolute paths.
+
+    a relative path in           begins at
+    a user's config              the folder of the config
+    a shipped config             the folder of the config where the file is there, else the current folder
+    --set                        the current folder
+
+A shipped config is named without folder and ending: `demo`, `train/demo`.
 """
 
 import difflib
 import json
 import os
+import posixpath
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import tomli_w
@@ -24,6 +33,8 @@ from curation.files import paths
 MAX_LEVELS = 32
 # Characters of a value in a message.
 MAX_SHOWN = 120
+# The configs that are installed with the code.
+SHIPPED_CONFIGS = Path(__file__).parents[1] / "pipelines" / "configs"
 
 
 class Settings(BaseModel):
@@ -40,6 +51,13 @@ class NotInPlan:
     """Marks a field that has no effect on the bytes of an output: `Annotated[float, NotInPlan]`.
 
     Such a field may change between two runs of a stage; the stage is not done again.
+    """
+
+
+class IsPath:
+    """Marks a field that holds paths of the user's files: `Annotated[str, IsPath]`, or a tuple of text.
+
+    `load` makes them absolute. A command never writes to one of them.
     """
 
 
@@ -74,14 +92,19 @@ def load(
 ) -> SettingsType:
     """The settings in the TOML file at `path` (any fsspec URL), with `a.b=value` overrides, validated as `model`.
 
-    With `section`, only that table of the file is read, and the file's profile fills in what it leaves out
-    (profiles.py). Overrides still begin with the section (`embed.device=cuda`). Raises ConfigError, which lists every
-    problem with its dotted key and value.
+    `path` may be the name of a shipped config (`find`). Relative paths become absolute, as the module says. With
+    `section`, only that table of the file is read, and the file's profile fills in what it leaves out (profiles.py).
+    Overrides still begin with the section (`embed.device=cuda`). Raises ConfigError, which lists every problem with its
+    dotted key and value.
     """
+    path, overrides = find(path), tuple(overrides)
     try:
         text = paths.read_bytes(path).decode("utf-8-sig")  # editors of Windows write a byte order mark
     except FileNotFoundError:
-        raise ConfigError(f"No config file at '{path}'. Give the path of a TOML file with --config.") from None
+        raise ConfigError(
+            f"No config file at '{path}'. Give the path of a TOML file with --config, or the name of a shipped config: "
+            f"{', '.join(shipped_names())}."
+        ) from None
     except OSError as error:
         raise ConfigError(f"Cannot read the config '{path}': {error}.") from None
     except UnicodeDecodeError as error:
@@ -91,8 +114,85 @@ def load(
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}.") from None
     if section is None:
-        return parse(model, values, overrides, origin=path)
-    return parse_section(model, values, overrides, section=section, origin=path)
+        settings = parse(model, values, overrides, origin=path)
+    else:
+        settings = parse_section(model, values, overrides, section=section, origin=path)
+    typed = [_override_path(override) for override in overrides]
+
+    def absolute(text: str, location: tuple[str, ...]) -> str:
+        is_typed = any(location[: len(key)] == key for key in typed)
+        return os.path.join(os.getcwd(), text) if is_typed else _beside(path, text)
+
+    return with_absolute_paths(settings, absolute, (section,) if section else ())
+
+
+def find(path: str) -> str:
+    """The path of a config: that of the shipped one with this name (`demo`), unless there is a file at `path`."""
+    shipped = SHIPPED_CONFIGS / f"{path}.toml"
+    is_name = re.fullmatch(r"[\w-]+(/[\w-]+)?", path) is not None
+    return str(shipped) if is_name and shipped.is_file() and not os.path.exists(path) else path
+
+
+def shipped_names() -> list[str]:
+    """The names of the shipped configs."""
+    names = (file.relative_to(SHIPPED_CONFIGS).with_suffix("") for file in SHIPPED_CONFIGS.rglob("*.toml"))
+    return sorted(name.as_posix() for name in names if not name.name.endswith("_concepts"))
+
+
+def _beside(config: str, text: str) -> str:
+    """The path that a config means by the relative path `text`."""
+    folder = posixpath.dirname(config) if "://" in config else os.path.dirname(os.path.abspath(config))
+    path = paths.join(folder, text)
+    is_shipped = SHIPPED_CONFIGS.resolve() in Path(config).resolve().parents
+    return os.path.join(os.getcwd(), text) if is_shipped and not os.path.exists(path) else path
+
+
+def with_absolute_paths(
+    settings: SettingsType, absolute: Callable[[str, tuple[str, ...]], str], location: tuple[str, ...] = ()
+) -> SettingsType:
+    """`settings` with `absolute(path, location)` for each relative path of its fields marked IsPath.
+
+    A location is the names and indices that lead to a field. Texts that are absolute paths or URLs stay.
+    """
+
+    def converted(value: Any, where: tuple[str, ...], is_path: bool) -> Any:
+        match value:
+            case str() if is_path and value and "://" not in value and not os.path.isabs(value):
+                path = absolute(value, where)
+                return path if "://" in path else os.path.normpath(path)
+            case Settings():
+                return with_absolute_paths(value, absolute, where)
+            case tuple():
+                return tuple(converted(item, (*where, str(number)), is_path) for number, item in enumerate(value))
+            case dict():
+                return {key: converted(item, (*where, str(key)), is_path) for key, item in value.items()}
+        return value
+
+    changed = {}
+    for name, field in type(settings).model_fields.items():
+        before = getattr(settings, name)
+        if (after := converted(before, (*location, name), IsPath in field.metadata)) != before:
+            changed[name] = after
+    return settings.model_copy(update=changed)
+
+
+def paths_in(settings: Settings) -> Iterator[str]:
+    """The values of all fields marked IsPath, in nested sections too."""
+
+    def texts(value: Any, is_path: bool) -> Iterator[str]:
+        match value:
+            case str() if is_path:
+                yield value
+            case Settings():
+                yield from paths_in(value)
+            case tuple():
+                for item in value:
+                    yield from texts(item, is_path)
+            case dict():
+                yield from texts(tuple(value.values()), is_path)
+
+    for name, field in type(settings).model_fields.items():
+        yield from texts(getattr(settings, name), IsPath in field.metadata)
 
 
 def parse_section(
@@ -107,7 +207,7 @@ def parse_section(
                 f"The settings of this command begin with '{section}.'"
             )
         values = _with_override(values, override)
-    if not isinstance(values.get(section), dict):
+    if not isinstance(values.get(section, {} if "ingest" in values else None), dict):
         raise ConfigError(
             f"{origin}: no section [{section}]; this stage needs it. Found: {', '.join(values) or 'none'}."
         )
@@ -117,7 +217,7 @@ def parse_section(
             f"{origin}: no profile is named {_described(profile)}{nearest(str(profile), known)}. Choose from: "
             f"{', '.join(known)}."
         )
-    return parse(model, profiles.fill(values)[section], origin=f"{origin} [{section}]")
+    return parse(model, profiles.fill(values).get(section, {}), origin=f"{origin} [{section}]")
 
 
 def parse(
@@ -190,10 +290,15 @@ def _to_json(tree: Mapping[str, Any]) -> str:
     return json.dumps(tree, default=str)
 
 
+def _override_path(override: str) -> tuple[str, ...]:
+    """The names and indices that lead to the setting of an `a.b=value`."""
+    return tuple(override.partition("=")[0].strip().split("."))
+
+
 def _with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     """A copy of `tree` with one `a.b=value` set. A number in the path is an index into a list."""
-    key, separator, text = override.partition("=")
-    path = key.strip().split(".")
+    _, separator, text = override.partition("=")
+    path = list(_override_path(override))
     if not separator or not all(path):
         raise ConfigError(f"--set {_cut(override)}: expected 'section.key=value'.")
     if len(path) > MAX_LEVELS:

@@ -57,7 +57,7 @@ from pydantic import Field, model_validator
 from curation.config import Settings
 from curation.copies.components import component_sizes, connected_components, family_edges, flatten, separate, unite
 from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
-from curation.engine import command
+from curation.engine import command, progress
 from curation.engine.manifest import Manifest, ShardRecord, require_fact, require_manifest, sum_counts
 from curation.engine.run_log import Log
 from curation.engine.runner import InlineRunner, Runner, Shard
@@ -182,8 +182,10 @@ def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = 
 
     @functools.cache  # called only when a shard is missing, so that a finished stage decides nothing
     def graph_and_decision() -> tuple[DuplicateGraph, Decision]:
-        graph = read_graph(images, pairs)
-        return graph, decide(config, graph.nodes, graph.edges, min_sweep_threshold=min_similarity)
+        with progress.step("dedup", "reading the pairs"):
+            graph = read_graph(images, pairs)
+        with progress.step("dedup", "deciding which images are copies"):
+            return graph, decide(config, graph.nodes, graph.edges, min_sweep_threshold=min_similarity)
 
     stage = Stage(
         name="dedup",

@@ -41,7 +41,7 @@ from curation.config import NotInPlan, Settings, load, parse_section
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, read_manifest, require_fact, require_manifest
 from curation.engine.run_log import Log
-from curation.engine.runner import Runner, Shard
+from curation.engine.runner import Runner, Shard, report
 from curation.engine.stage import Stage, run_stage
 from curation.errors import ConfigError
 from curation.files import parquet, paths, schemas
@@ -144,6 +144,7 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
 
         for batch, batch_vectors in zip(batches, embedder.embed_batches(stacked_batches()), strict=True):
             vectors[batch] = batch_vectors
+            report(len(batch), total=len(rows))
         image_ids = [row["image_id"] for row in rows]
         path = paths.join(output, f"vectors-{shard.name}.parquet")
         files = [parquet.write_table(path, make_table(image_ids, vectors))]
@@ -151,6 +152,7 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
             table = pa.table({"image_id": image_ids, "thumbnail": thumbnails}, schema=schemas.THUMBNAILS)
             files.append(parquet.write_table(paths.join(output, f"thumbnails-{shard.name}.parquet"), table))
         measured = {
+            "copies": shard.num_items - len(rows),
             "seconds": time.perf_counter() - started,
             "waited": meter.seconds_waited,
             "decoding": decoding / config.decode_threads,
@@ -229,10 +231,11 @@ def _describe_times(measured: Mapping[str, float]) -> str:
     """A note for the progress display on the workers' time. If the model waits, raise `decode_threads`."""
     if not measured.get("taken"):
         return ""
+    copies = f"; exact copies embedded once: {measured['copies']:,.0f}" if measured["copies"] else ""
     waited, decoding = (measured[key] / measured["seconds"] for key in ("waited", "decoding"))
     return (
         f"model {1 - waited:.0%} of the time, waiting for pictures {waited:.0%}; threads decode {decoding:.0%} of it, "
-        f"{measured['ready'] / measured['taken']:.1f} pictures ready"
+        f"{measured['ready'] / measured['taken']:.1f} pictures ready{copies}"
     )
 
 

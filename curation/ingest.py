@@ -36,7 +36,7 @@ from curation.config import NotInPlan, Settings
 from curation.engine import command, progress
 from curation.engine.manifest import Manifest, ShardRecord, sum_counts
 from curation.engine.run_log import Log
-from curation.engine.runner import Runner, Shard
+from curation.engine.runner import Runner, Shard, report
 from curation.engine.stage import Stage, Tally, run_stage
 from curation.errors import InputError, RejectBudgetError
 from curation.files import parquet, paths, schemas
@@ -52,6 +52,9 @@ from curation.stage_command import stage_command
 PASSED_OVER = "passed over: "
 # Kinds that a shard counts; the others are summed. Assumed: a run may have 100,000 shards, and any ending is possible.
 MAX_KINDS_IN_SHARD = 8
+# Rejected images that any budget above 0 allows. Assumed: some files of every folder are broken, and of twenty images
+# one is 5%.
+MIN_BUDGET = 5
 
 
 class IngestConfig(Settings):
@@ -65,7 +68,8 @@ class IngestConfig(Settings):
     limits: ImageLimits = ImageLimits()
     """Limits on the size of one image and on the cost of decoding it."""
     max_reject_fraction: Annotated[float, NotInPlan] = Field(default=0.05, ge=0, le=1)
-    """Maximum share of rejected images, and of damaged tars and Parquet files. Beyond it the stage stops."""
+    """Maximum share of rejected images, and of damaged tars and Parquet files. Beyond it the stage stops. Any share
+    above 0 allows MIN_BUDGET rejected images."""
     max_poison_shards: Annotated[int, NotInPlan] = Field(default=0, ge=0)
     """Maximum number of shards that are left out because their worker dies at every attempt. The manifest names these
     shards (`set_aside`); a run with a lower maximum tries them again."""
@@ -93,7 +97,8 @@ def run(config: IngestConfig, output: str, runner: Runner, *, replace: bool = Fa
     listings, problems = {}, []
     for source in config.sources:
         try:
-            listings[source.name] = sources.list_source(source)
+            with progress.step("ingest", f"listing the files of source '{source.name}'"):
+                listings[source.name] = sources.list_source(source)
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -168,6 +173,7 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
         for item in sources.read_source(
             source, file_paths, max_bytes=limits.max_bytes, passed_over=passed_over, share=share
         ):
+            report(1)
             if item.problem is not None or item.data is None:
                 reject(item, *(item.problem or (RejectReason.UNREADABLE, "")))
                 continue
@@ -253,7 +259,7 @@ def _check_budget(
     else:
         total = num_images - sum(_passed_over(done.totals).values())
     rejected = done.totals["rejected"]
-    if rejected > max_fraction * total:
+    if rejected > max(max_fraction * total, MIN_BUDGET if max_fraction else 0):
         about = "about " if num_images is None else ""
         listed = ", ".join(f"{reason} {count:,}" for reason, count in done.rejects.most_common())
         raise RejectBudgetError(

@@ -34,10 +34,10 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from curation.config import Settings
-from curation.engine import command
+from curation.engine import command, progress
 from curation.engine.manifest import Manifest, ShardRecord, require_fact, require_manifest, step_folder
 from curation.engine.run_log import Log
-from curation.engine.runner import Runner, Shard
+from curation.engine.runner import Runner, Shard, report
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas
@@ -133,13 +133,15 @@ def run(
     }
     dataset_rows = require_fact(inputs.retrieve, stages["retrieved"], "datasets")
     datasets = [DatasetConfig.model_validate(row, strict=False) for row in dataset_rows]
-    selection = select(datasets, inputs)
-    if not len(selection.image):
-        raise InputError("Nothing to pack: no dataset is packed as it is, and nothing was retrieved.")
-    weight, selector_weight = weigh(config, selection)
-    tars = plan_tars(config, selection)
+    with progress.step("corpus", "selecting and weighing the images"):
+        selection = select(datasets, inputs)
+        if not len(selection.image):
+            raise InputError("Nothing to pack: no dataset is packed as it is, and nothing was retrieved.")
+        weight, selector_weight = weigh(config, selection)
+        tars = plan_tars(config, selection)
     stage = Stage(
         name="pack",
+        title="corpus",
         config=config,
         inputs={
             "datasets": hash_json([dataset.model_dump(mode="json") for dataset in datasets]),
@@ -164,6 +166,7 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
             data = reader.read(row["uri"], row["offset"], row["length"], row["image_id"], row["layout"])
             sidecar = {name: row[name] for name in ("source", "uri", "width", "height", "label", "reasons")}
             yield CorpusSample(row["key"], data, row["format"], sidecar)
+            report(1)
 
     def process(shard: Shard) -> ShardRecord:
         rows = read_plan(_plan_folder(output), shard.work)
@@ -418,7 +421,8 @@ def _prepare(
     inputs: RunFolder,
     output: str,
 ) -> ShardRecord:
-    write_plan(config, selection, weight, tars, inputs, _plan_folder(output))
+    with progress.step("corpus", "planning the tars"):
+        write_plan(config, selection, weight, tars, inputs, _plan_folder(output))
     return ShardRecord(name=PREPARED)  # lists no files: the plan is deleted when the corpus is done
 
 

@@ -33,7 +33,7 @@ from curation.copies.holdout_pairs import SURE_MATCH, HoldoutSearch
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.engine.run_log import Log
-from curation.engine.runner import Runner, Shard
+from curation.engine.runner import Runner, Shard, report
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
 from curation.files import parquet, paths, schemas, vectors
@@ -49,6 +49,8 @@ from curation.stage_command import stage_command
 # Prepared thumbnails that a worker keeps in memory, each up to 0.8 MB. Assumed: a shard rarely needs more, because its
 # pairs are sorted by their first image.
 CACHED_THUMBNAILS = 1500
+# Candidates between two reports of progress. Assumed: verified in less than a second.
+PAIRS_PER_REPORT = 64
 # Pairs of perceptual hashes that are held in memory at a time. Assumed.
 HASH_PAIRS_PER_FILE = 1_000_000
 
@@ -60,8 +62,8 @@ class PairsConfig(Settings):
     """The search for near descriptors."""
     num_neighbors: int = Field(default=64, ge=1)
     """Maximum number of nearest descriptors that are candidates of an image (64 in DINOv2, appendix A.3)."""
-    min_descriptor_similarity: float = Field(default=0.6, ge=-1, le=1)
-    """Minimum cosine of the descriptors of two candidates."""
+    min_descriptor_similarity: float = Field(default=0.45, ge=-1, le=1)
+    """Minimum cosine of the descriptors of two candidates (0.45 in DINOv2, the lower of its two thresholds)."""
     max_phash_distance: int = Field(default=4, ge=-1, le=16)
     """Maximum number of bits in which the 64-bit perceptual hashes of two candidates differ; -1 uses no hashes."""
     verification: VerificationConfig | None = None
@@ -156,6 +158,7 @@ def run(
             "min_similarity": config.min_similarity,
             "max_holdout_threshold": SURE_MATCH if config.verification else 1.0,
         },
+        unit="vectors",
     )
     manifest = run_stage(stage, runner, replace=replace, log=log)
     config.search.require_recall(manifest.facts["search"])  # min_recall may be higher than when the stage finished
@@ -180,9 +183,12 @@ def make_worker(
             similarity, differs_locally = (
                 candidates.column(name).to_numpy().copy() for name in ("similarity", "differs_locally")
             )
-            new = np.isnan(similarity)
+            new = np.flatnonzero(np.isnan(similarity))
             thumbnails = described_rows.thumbnails(rows[:, new])
-            similarity[new], differs_locally[new] = verifier.compare(rows[:, new], thumbnails)
+            for start in range(0, len(new), PAIRS_PER_REPORT):
+                part = new[start : start + PAIRS_PER_REPORT]
+                similarity[part], differs_locally[part] = verifier.compare(rows[:, part], thumbnails)
+                report(len(part), total=len(new))
         columns = [candidates["image_id"], candidates["other_image_id"], similarity, differs_locally, cosine]
         table = pa.table([*columns, candidates["mutual"]], schema=schemas.PAIRS)
         is_written = similarity >= config.min_similarity

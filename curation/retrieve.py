@@ -48,7 +48,7 @@ from curation.config import Settings, load
 from curation.engine import command, progress
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder, sum_counts
 from curation.engine.run_log import Log
-from curation.engine.runner import Runner, Shard
+from curation.engine.runner import Runner, Shard, report
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import npy, parquet, paths, schemas, vectors
@@ -153,8 +153,9 @@ def run(
 
     The notes are sentences on the datasets that retrieved nothing by cluster; they are printed too.
     """
-    kept = kept_shards(inputs)
-    shards, query_shards = _plan_shards(config, kept)
+    with progress.step("retrieve", "counting the seeds"):
+        kept = kept_shards(inputs)
+        shards, query_shards = _plan_shards(config, kept)
     hashes = {
         **kept_inputs(inputs),
         "vectors": require_manifest(inputs.embed).content_hash,
@@ -172,10 +173,13 @@ def run(
                 shards=_pool_parts(kept, config.search.rows_per_part),
                 make_worker=functools.partial(_make_search_worker, config.search, query_shards, search_folder),
                 finish=functools.partial(_measure_recall, config.search, query_shards, search_folder),
+                unit="vectors",
             )
             run_stage(search, runner, log=log)
-        counts = () if config.clustering is None else (_write_counts(config.clustering, inputs.cluster, output),)
-        return ShardRecord(name=PREPARED, files=counts)
+        if config.clustering is None:
+            return ShardRecord(name=PREPARED)
+        with progress.step("retrieve", "dividing the draw among the clusters"):
+            return ShardRecord(name=PREPARED, files=(_write_counts(config.clustering, inputs.cluster, output),))
 
     def finish(records: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         search = {"search": require_manifest(search_folder).facts} if query_shards else {}
@@ -355,6 +359,7 @@ def _make_search_worker(
                 starts = np.cumsum([0, *(len(seeds) for _, seeds in block)])
                 for (number, _), (start, stop) in zip(block, pairwise(starts.tolist()), strict=True):
                     yield number, neighbor_table(ids, similarity[start:stop], row[start:stop])
+                    report(1, total=len(query_shards))
 
         def exact_neighbors() -> Iterator[tuple[int, pa.Table]]:
             for number, (first, step) in enumerate(_recall_samples(query_shards)):

@@ -9,6 +9,7 @@
       cluster/   centroids-*.npy       parents-*.npy         assignments-*.parquet
       retrieve/  retrieved-*.parquet
       corpus/    corpus-*.tar          corpus-*.parquet      composition.json
+      images/    images-*.parquet
 
 Every folder also holds the manifest of its stage. Readers take file names from the manifest, never from a listing of
 the folder, and check the hash of each file that they read. The columns are in files/schemas.py.
@@ -30,7 +31,7 @@ from curation.files import npy, parquet, paths, schemas, vectors
 from curation.files.paths import RecordedPath
 
 # The stages in order. Each writes to the folder of its name.
-STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus")
+STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus", "images")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class RunFolder:
     cluster: str = ""
     retrieve: str = ""
     corpus: str = ""
+    images: str = ""
 
     @classmethod
     def of(cls, run: str) -> "RunFolder":
@@ -84,11 +86,11 @@ def require_run(run: str) -> set[str]:
         raise InputError(f"The run '{run}' cannot be read: {type(error).__name__}: {error}.") from None
     if not is_folder:
         problem = "it is a file" if paths.exists(run) else "there is no such folder"
-        raise InputError(f"No run at '{run}': {problem}. Give the --output of pipelines.curate.")
+        raise InputError(f"No run at '{run}': {problem}. Give the --output of `seedbed curate`.")
     names = set(paths.list_names(run))
     if not names & {"run.toml", run_log.FOLDER, *STAGES}:
         problem = "it is the folder of one stage" if MANIFEST_NAME in names else "no run wrote this folder"
-        raise InputError(f"No run at '{run}': {problem}. Give the --output of pipelines.curate.")
+        raise InputError(f"No run at '{run}': {problem}. Give the --output of `seedbed curate`.")
     return names
 
 
@@ -278,7 +280,7 @@ def cluster_sizes(folder: str, num_clusters: int) -> np.ndarray:
     return sizes
 
 
-# Retrieve and corpus
+# Retrieve, corpus and the table of images
 
 
 def retrieved_tables(folder: str) -> Iterator[pa.Table]:
@@ -300,6 +302,16 @@ def corpus_tables(folder: str) -> list[RecordedPath]:
 def read_corpus(folder: str) -> pa.Table:
     """All rows of CORPUS of a finished pack, in the order of the tars."""
     return pa.concat_tables([parquet.read_table(file, schemas.CORPUS) for file in corpus_tables(folder)])
+
+
+def read_images_table(folder: str, columns: list[str] | None = None) -> pa.Table:
+    """All rows of IMAGES_TABLE, one for each unique image, with all columns or only `columns`.
+
+    The images are in the order in which ingest lists them first. `folder` is the folder images/ of a run.
+    """
+    names = schemas.IMAGES_TABLE.names if columns is None else columns
+    empty = pa.schema([schemas.IMAGES_TABLE.field(name) for name in names]).empty_table()
+    return _read_all(folder, "images", schemas.IMAGES_TABLE, columns, empty)
 
 
 def _read_all(folder: str, kind: str, schema: pa.Schema, columns: list[str] | None, empty: pa.Table) -> pa.Table:

@@ -6,5 +6,5 @@ import sys
 def without_command(name: str) -> int:
     """Say which command runs the protocol `evaluation.<name>`. Gives the exit status of a user's error."""
     arguments = f"--only {name} --model PATH --config EVAL.toml --output DIR"
-    print(f"error: evaluation.{name} is no command. Run: python -m evaluation.run {arguments}", file=sys.stderr)
+    print(f"error: evaluation.{name} is no command. Run: seedbed evaluate {arguments}", file=sys.stderr)
     return 2

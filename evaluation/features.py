@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from curation import backbone, weights
 from curation.backbone import VisionTransformer
-from curation.config import Settings, plan_values
+from curation.config import IsPath, Settings, plan_values
 from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest
 from curation.engine.rank_runner import RankRunner, follow
@@ -61,7 +61,7 @@ class FrozenModelConfig(Settings):
     name: ModelName | Literal["pixels"] | None = None
     """An embedder of the curation, or "pixels": the image itself, scaled to 32 x 32. Left out, the checkpoint says
     which Vision Transformer it is. A given name must agree with the checkpoint."""
-    weights: str | None = None
+    weights: Annotated[str | None, IsPath] = None
     """Local path of a checkpoint in a layout of `curation.weights`: a file, or a folder of transformers. Left out,
     efficientnet_lite0 takes the weights of its Python package."""
     label: str | None = None

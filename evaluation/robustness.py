@@ -19,13 +19,13 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from curation.config import Settings
+from curation.config import IsPath, Settings
 from curation.engine.runner import InlineRunner, Runner
 from curation.errors import InputError
 from curation.files import paths
@@ -67,14 +67,14 @@ class RobustnessConfig(Settings):
 
     name: str
     """Name of the set in results."""
-    path: str
+    path: Annotated[str, IsPath]
     """Its folder, local or any fsspec URL."""
     kind: SetKind = "folders"
     """"folders": one folder for each class (A, R, Sketch). "places": folders are numbers, the indices of the sorted
     classes (V2). "corruptions": one folder for each corruption, with five severities (C). "real": ReaL."""
     linear: LinearConfig
     """The probe that trains the head; `train` is ImageNet. The head is read from the cache where it has it."""
-    real_labels: str | None = None
+    real_labels: Annotated[str | None, IsPath] = None
     """For "real": path of real.json, which lists the indices of the allowed classes of each validation image."""
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """The command of all evaluations: evaluates one model by a config, and writes results and a report.
 
-    python -m evaluation.run --model PATH --config EVAL.toml --output DIR
-    python -m evaluation.run --only knn ...            the [[knn]] tables alone; likewise for every other evaluation
+    seedbed evaluate --model PATH --config EVAL.toml --output DIR
+    seedbed evaluate --only knn ...                    the [[knn]] tables alone; likewise for every other evaluation
     torchrun --nproc-per-node 8 -m evaluation.run ...  on eight devices, which share the images
 
     DIR/
@@ -153,18 +153,33 @@ def command_line(
     config: command.ConfigOption,
     output: command.OutputOption,
     model: Annotated[
-        str | None, typer.Option("--model", help="Checkpoint, or the name of a model that needs none.")
+        str | None,
+        typer.Option("--model", metavar="PATH", help="Checkpoint (docs/weights.md), or efficientnet_lite0, or pixels."),
     ] = None,
-    cache: Annotated[str | None, typer.Option("--cache", help="Folder of the cache; default: OUTPUT/cache.")] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", metavar="DIR", help="Folder of features; default: OUTPUT/cache.")
+    ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="Run one kind of evaluation, such as knn. Repeatable.")
+        list[str] | None,
+        typer.Option("--only", metavar="KIND", help="Run one kind of evaluation, such as knn. Repeatable."),
     ] = None,
     runner: command.RunnerOption = "inline",
     workers: command.WorkersOption = None,
     overrides: command.SetOption = None,
     plan: command.PlanOption = False,
 ) -> None:
-    """Evaluate a frozen model; under torchrun, on all its ranks."""
+    """Evaluate a frozen model by the evaluations of a config.
+
+    Each evaluation is a table of the config, such as [[knn]] with `name`, `train = {path = ...}` and `test`. A line for
+    each number is added to OUTPUT/results.jsonl; OUTPUT/report.html shows those of all models. On several devices:
+    torchrun --nproc-per-node 8 -m evaluation.run, with the same options.
+
+    \b
+    Examples:
+      seedbed evaluate --model teacher.pth --config eval.toml --output runs/eval
+      seedbed evaluate --model teacher.pth --config eval.toml --output runs/eval \\
+          --only knn --set model.device=cuda --set model.precision=bfloat16
+    """
     changes = list(overrides or ())
     if model is not None:
         changes.append(f"model.{'name' if model in WITHOUT_WEIGHTS else 'weights'}={json.dumps(model)}")

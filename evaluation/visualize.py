@@ -22,7 +22,7 @@ import colorsys
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from curation.backbone import Block, VisionTransformer
-from curation.config import Settings
+from curation.config import IsPath, Settings
 from curation.errors import InputError
 from curation.files import paths
 from curation.images.decode import ImageLimits, decode_picture, to_shape
@@ -66,7 +66,7 @@ class PictureRecord(JsonRecord):
 class VisualizeConfig(Settings):
     """Images to draw, and how."""
 
-    images: tuple[str, ...] = Field(min_length=1)
+    images: Annotated[tuple[str, ...], IsPath] = Field(min_length=1)
     """Paths of images, drawn from left to right. Their principal components are shared."""
     image_size: int = Field(default=448, ge=16)
     """Side in pixels to which the middle square of each image is scaled; a multiple of the patch size."""

@@ -81,7 +81,7 @@ def evaluate(settings: EvaluateConfig, output: str) -> str | None:
 
 
 def command_line(
-    config_path: command.ConfigOption = "pipelines/configs/evaluate/demo.toml",
+    config_path: command.ConfigOption = "evaluate/demo",
     output: command.OutputOption = "runs/evaluate",
     overrides: command.SetOption = None,
 ) -> None:

@@ -10,6 +10,7 @@
       cluster/       clusters of the kept pool images                             curation/cluster.py
       retrieve/      the pool images that resemble the seeds                      curation/retrieve.py
       corpus/        the tars of the corpus, and its composition                  curation/pack.py
+      images/        one row for each unique image, with the results of all       curation/report/images_table.py
       report.html    the results of all stages in pictures and tables             curation/report/page.py
       log/           a line for each finished shard, with times                   curation/engine/run_log.py
 
@@ -18,16 +19,17 @@ stage is not done again. A stage whose config or inputs have changed is refused.
 it only the stages whose inputs have changed.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from curation import cluster, dedup, embed, ingest, pack, pairs, profiles, retrieve
 from curation.cluster import ClusterConfig
-from curation.config import Settings, nearest, write_resolved
+from curation.config import IsPath, Settings, nearest, write_resolved
 from curation.copies.holdout_pairs import SURE_MATCH
 from curation.dedup import DedupConfig
 from curation.embed import EmbedConfig
+from curation.engine import progress
 from curation.engine.run_log import Log
 from curation.engine.runner import Runner
 from curation.files import paths
@@ -35,13 +37,14 @@ from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.pairs import PairsConfig
 from curation.profiles import Profile
-from curation.report import page
+from curation.report import images_table, page
 from curation.report.page import CONFIG_NAME, ReportConfig
 from curation.retrieve import RetrieveConfig
-from curation.run_folder import RunFolder
+from curation.run_folder import STAGES, RunFolder
 from pipelines.planning.rates import RatesConfig
 
 
+@progress.run_of(STAGES)
 def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = False, log: Log = None) -> None:
     """Run every unfinished stage in order, and write the report."""
     folder = RunFolder.of(output)
@@ -57,6 +60,7 @@ def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = 
     cluster.run(config.cluster, folder, folder.cluster, runner, replace=replace, log=log)
     retrieve.run(config.retrieve, folder, folder.retrieve, runner, replace=replace, log=log)
     pack.run(config.pack, folder, folder.corpus, runner, replace=replace, log=log)
+    images_table.run(folder, folder.images, runner, replace=replace, log=log)
     write_resolved(config, saved_config)  # last: a config that a stage refuses must not replace the saved one
     page.run(config.report, output)
 
@@ -66,7 +70,7 @@ class CurateConfig(Settings):
 
     profile: Profile = "default"
     """The recipe that sets the defaults of the sections; profiles.py lists the settings of each recipe."""
-    demo_data: str | None = None
+    demo_data: Annotated[str | None, IsPath] = None
     """Folder of the demo's images, which is filled when it is missing; leave it out for other images."""
     ingest: IngestConfig
     """The images to read."""
@@ -78,9 +82,9 @@ class CurateConfig(Settings):
     """The pairs of images that may be copies, and their similarity."""
     dedup: DedupConfig = DedupConfig()
     """The decision which images are copies, and which copy is kept."""
-    cluster: ClusterConfig
+    cluster: ClusterConfig = ClusterConfig()
     """The clusters of the kept pool."""
-    retrieve: RetrieveConfig
+    retrieve: RetrieveConfig = RetrieveConfig()
     """The pool images that each seed dataset retrieves."""
     pack: PackConfig = PackConfig()
     """The tars of the corpus and the weights of its samples."""

@@ -1,6 +1,6 @@
 """Prints the status of a run from its files alone, whether or not a process works on it.
 
-    python -m pipelines.status runs/demo
+    seedbed status runs/demo
 
 A shard is done when its marker exists, whatever the log says. The log (engine/run_log.py) adds the shard of each
 worker, the driver's last heartbeat, and times. Standard output has one line for each stage, and for each step of the
@@ -17,9 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from curation.engine import command, run_log
+from curation.engine import command, progress, run_log
 from curation.engine.manifest import MANIFEST_NAME, PROGRESS_NAME, done_shards, plan_in, require_manifest, step_folder
-from curation.engine.run_log import Driver, Note, StageTimes
+from curation.engine.run_log import Driver, Note, StageTimes, StoppedLine
 from curation.engine.stage import PREPARED
 from curation.files import paths
 from curation.run_folder import STAGES, require_run
@@ -64,7 +64,7 @@ class RunStatus:
     """Since the driver's last heartbeat."""
     state: State
     """Of the stages that are begun and not done."""
-    why_stopped: str | None
+    why_stopped: StoppedLine | None
     stages: tuple[StageStatus, ...]
 
 
@@ -146,8 +146,13 @@ def _summary(status: RunStatus) -> str:
     if all(stage.state == "done" for stage in status.stages):
         return "All stages are done."
     if status.driver is None:
-        reason = f" It stopped with: {status.why_stopped}" if status.why_stopped else ""
-        return "No process works on this run. Run the same command again to resume it." + reason
+        stopped = status.why_stopped
+        if stopped is None:
+            return "No process works on this run. Run the same command again to resume it."
+        remedy = "Run the same command again to resume it."
+        if stopped.exit_status == 2:
+            remedy = "Correct this first, then run the command again: finished stages and shards are kept."
+        return f"No process works on this run. It stopped with: {progress.printable(stopped.why)}\n{remedy}"
     driver = f"process {status.driver.process} on {status.driver.machine}"
     silence = duration(status.seconds_silent)
     if status.state == "stale":
@@ -166,12 +171,12 @@ def print_times(run: str) -> None:
 
 
 def times_table(times: dict[str, StageTimes]) -> Table:
-    """Time, bytes, images per second and idle share of each stage, and of its steps."""
+    """Time, bytes, items (images, vectors or rows) per second and idle share of each stage, and of its steps."""
     table = Table(
         title="Time of each stage (a step's time is part of its stage's)", title_justify="left", box=box.SIMPLE_HEAD
     )
     table.add_column("stage", no_wrap=True)
-    for column in ("time", "shards", "images", "images/s", "MB written", "idle"):
+    for column in ("time", "shards", "items", "items/s", "MB written", "idle"):
         table.add_column(column, justify="right")
     order = {name: number for number, name in enumerate(STAGES)}
     for name in sorted(times, key=lambda name: (order.get(name.partition("/")[0], len(order)), "/" in name)):
@@ -185,21 +190,23 @@ def times_table(times: dict[str, StageTimes]) -> Table:
 
 def duration(seconds: float | None) -> str:
     """Seconds in the unit that suits their size; empty for None."""
-    if seconds is None:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} days"
+    return "" if seconds is None else progress.duration(seconds)
 
 
 def command_line(
-    run: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the run, local or any fsspec URL.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run, local or any fsspec URL.")],
 ) -> None:
-    """Print which stages and shards of a run are done, running, stale, stopped and left, from its files alone."""
+    """Print the work of a run that is done, running, stopped and left.
+
+    Numbers count shards, the units of work of a stage. `stale` shards were begun by a process that gave no sign for 30
+    seconds: it was killed, or its machine failed. The status comes from the files of the run alone, so any machine that
+    sees them may ask, at any time.
+
+    \b
+    Examples:
+      seedbed status runs/birds
+      watch -n 10 seedbed status runs/birds
+    """
     print_status(read(run))
     if torn := run_log.num_torn(run):
         Console(highlight=False).print(f"Lines of the log that cannot be read: {torn:,}. The times leave them out.")

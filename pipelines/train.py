@@ -1,6 +1,6 @@
-"""Train on a corpus and measure the k-NN accuracy of labelled images during training.
+"""Train on a corpus, and measure the k-NN accuracy of labelled images during training.
 
-    python -m pipelines.train --config pipelines/configs/train/demo.toml --images runs/demo/ingest --output runs/train
+    seedbed train --config pipelines/configs/train/demo.toml --images runs/demo/ingest --output runs/train
 
 The images are those of a finished ingest: labelled seeds, and the holdout, whose copies were kept out of the corpus.
 Accuracy is measured before the first step, every `evaluate_every` steps and at the end.
@@ -31,6 +31,7 @@ from curation.models.embedders import IMAGENET_NORMALIZATION
 from curation.run_folder import require_stage
 from evaluation import knn
 from training.loop import TrainConfig, train
+from training.train import print_plan
 
 NUM_NEIGHBORS = 10  # assumed: the smallest of DINOv2's 10, 20, 100 and 200, for a few hundred reference images
 BATCH_SIZE = 64
@@ -114,22 +115,45 @@ def _features(backbone: VisionTransformer, pixels: Tensor) -> Tensor:
 
 
 def command_line(
-    images: Annotated[str, typer.Option("--images", help="Folder of a finished ingest with labelled images.")],
-    config: command.ConfigOption = "pipelines/configs/train/demo.toml",
+    config: command.ConfigOption = "train/demo",
     output: command.OutputOption = "runs/train",
+    images: Annotated[
+        str | None,
+        typer.Option("--images", metavar="DIR", help="Ingest of a run: also measure the k-NN of its holdout."),
+    ] = None,
     overrides: command.SetOption = None,
+    plan: command.PlanOption = False,
 ) -> None:
-    """Train, and print the losses and the k-NN accuracy of the holdout over time."""
+    """Train a Vision Transformer on a corpus, and print its losses over time.
+
+    `data.path` of the config is the corpus: a run's folder corpus/, or other images (`data.layout`). With --images, the
+    10-NN accuracy of labelled holdout images is measured during the training too. Lengths are in steps of `batch_size`
+    images; pipelines/configs/train/ has configs to start from. The same command resumes a stopped training. On several
+    GPUs: torchrun --nproc-per-node 8 -m training.train, without --images (docs/launch.md).
+
+    \b
+    Examples:
+      seedbed train --config mine.toml --output runs/vit \\
+          --set data.path=runs/birds/corpus
+      seedbed train --config mine.toml --plan
+      seedbed train --config mine.toml --output runs/vit --set device=cuda \\
+          --set data.path=runs/birds/corpus --images runs/birds/ingest
+    """
     settings = load(TrainConfig, config, overrides or ())
-    command.require_apart(output, settings, config, images)
-    require_stage(images, "ingest", "--images")
+    if plan:
+        print_plan(settings)
+        return
+    command.require_apart(output, settings, config, *filter(None, [images]))
+    if images is not None:
+        require_stage(images, "ingest", "--images")
     paths.require_writable(output)
-    train(settings, output, knn_of_holdout(images, settings.model.backbone.image_size))
+    evaluate = None if images is None else knn_of_holdout(images, settings.model.backbone.image_size)
+    train(settings, output, evaluate)
     print_curve(output)
 
 
 def print_curve(output: str, num_rows: int = 20) -> None:
-    """Print the losses of a run over time, in at most `num_rows` rows, and the scores of its evaluations."""
+    """Print the losses of a run over time, in at most `num_rows` rows, and the scores of its evaluations, if any."""
     lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
     console = Console(highlight=False)
     losses = [line for line in lines if "loss" in line]
@@ -141,6 +165,8 @@ def print_curve(output: str, num_rows: int = 20) -> None:
     for line in losses[lines_per_row - 1 :: lines_per_row]:
         table.add_row(f"{line['step']:,}", *(f"{line[column]:.3f}" for column in columns[1:] if column in line))
     console.print(table)
+    if not any("knn" in line for line in lines):
+        return
     scores = Table(title=f"{NUM_NEIGHBORS}-NN of the holdout", title_justify="left")
     names = {"knn": "accuracy", "knn_of_classes": "mean of classes", "knn_by_seeds": "by the seeds alone"}
     for column in ("steps", *names.values()):

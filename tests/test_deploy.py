@@ -72,8 +72,8 @@ def test_image_holds_the_installed_packages_and_does_not_run_as_root() -> None:
     assert users == ["1000:1000"] and instructions()[-2][0] == "USER"
     (install,) = [rest for kind, rest in instructions() if kind == "RUN" and "pip install" in rest]
     assert "--constraint constraints.txt" in install
-    extras = dict(rest.split("=", 1) for kind, rest in instructions() if kind == "ARG")["EXTRAS"]
-    assert set(extras.split(",")) <= project["project"]["optional-dependencies"].keys()
+    faiss = dict(rest.split("=", 1) for kind, rest in instructions() if kind == "ARG")["FAISS"]
+    assert faiss in project["project"]["dependencies"]
     (environment,) = [rest for kind, rest in instructions() if kind == "ENV"]
     assert "RAY_AUTH_MODE=token" in environment.split()
 
@@ -201,6 +201,23 @@ def test_ray_job_is_consistent() -> None:
     words = spec["entrypoint"].split()
     assert words[:3] == ["python", "-m", "pipelines.curate"] and words[words.index("--workers") + 1] == str(cores)
     assert words[words.index("--config") + 1].startswith("/config/")
+
+
+# --- make setup
+
+
+@pytest.mark.parametrize(("extras", "packages"), [("gpu,dev", ".[dev]"), ("gpu", "."), ("dev", ".[dev]")])
+def test_make_setup_puts_one_build_of_faiss_in_the_place_of_the_other(extras: str, packages: str) -> None:
+    command = ["make", "--dry-run", "--what-if=pyproject.toml", "setup", f"EXTRAS={extras}"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    (install,) = [line for line in printed.splitlines() if "--editable" in line]
+    assert install.endswith(f"--editable '{packages}'")
+    of_faiss = [line.partition(" -m pip ")[2] for line in printed.splitlines() if "faiss" in line]
+    replacement = [
+        "uninstall --quiet --yes faiss-cpu faiss-gpu",
+        "install --quiet --constraint constraints.txt faiss-gpu",
+    ]
+    assert of_faiss == (replacement if "gpu" in extras else [])
 
 
 # --- ray up

@@ -76,8 +76,9 @@ class MetricsWriter:
             board = SummaryWriter(str(Path(output, "tensorboard")), purge_step=first_step + 1 if first_step else None)
             self._board = board
             self._resources.callback(board.close)
-            self._advance_bar = self._resources.enter_context(progress.bar("train", total=num_steps, unit="steps"))
-            self._advance_bar(first_step, "")
+            self._advance_bar = self._resources.enter_context(
+                progress.bar("train", total=num_steps, unit="steps", start=first_step)
+            )
         self._start_interval()
 
     def __enter__(self) -> Self:

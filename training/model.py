@@ -22,7 +22,7 @@ Source: Oquab et al., DINOv2 (arXiv 2304.07193), section 4. The terms are scaled
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from curation import backbone, weights
 from curation.backbone import FeedForward, Kept, Name, PackedAttention, PositionInterpolation, VisionTransformer
-from curation.config import Settings
+from curation.config import IsPath, Settings
 from curation.errors import WeightsError
 from training import heads
 from training.data import Batch
@@ -72,7 +72,7 @@ class BackboneConfig(Settings):
     Cited: `offset` in DINOv2's published training, `antialias` for its later models with registers."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Stochastic depth: share of the crops that each residual branch skips, the same at every depth."""
-    weights: str | None = None
+    weights: Annotated[str | None, IsPath] = None
     """Checkpoint to start from, in any layout that curation.weights reads. Its positional embedding is resized."""
 
 

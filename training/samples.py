@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from curation import ingest
-from curation.config import NotInPlan, Settings
+from curation.config import IsPath, NotInPlan, Settings
 from curation.engine.manifest import checked, read_manifest, require_manifest
 from curation.engine.runner import Runner
 from curation.errors import InputError, OutputMismatchError
@@ -48,7 +48,7 @@ ROWS_PER_BATCH = 65_536
 class DataConfig(Settings):
     """The images to train on."""
 
-    path: str
+    path: Annotated[str, IsPath]
     """Folder with the data, local or any fsspec URL; its content is described by `layout`."""
     layout: Literal["corpus", "images", "folder", "webdataset", "parquet"] = "corpus"
     """`corpus`: the output of `make curate`. `images`: a finished ingest, without its holdout. Other layouts hold raw

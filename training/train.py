@@ -18,7 +18,7 @@ from training.loop import TrainConfig, step_flops, train
 from training.model import model_memory
 from training.optimizer import learning_rate
 
-ConfigOption = Annotated[str, typer.Option("--config", help="TOML file of a training run.")]
+ConfigOption = Annotated[str, typer.Option("--config", metavar="FILE", help="TOML file of a training run.")]
 
 
 def command_line(
@@ -33,8 +33,13 @@ def command_line(
         command.require_apart(output, settings, config)
         train(settings, output)
         return
-    print(resolved_toml(settings))
-    for line in derived(settings):
+    print_plan(settings)
+
+
+def print_plan(config: TrainConfig) -> None:
+    """Print the resolved config, and its consequences as comments."""
+    print(resolved_toml(config))
+    for line in derived(config):
         print(f"# {line}")
 
 

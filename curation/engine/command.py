@@ -1,63 +1,55 @@
-"""The exit status, the options and the choice of a runner, shared by all commands.
-
-0    done
-2    the user's input or config is wrong: one message on standard error, no traceback
-1    anything else
-143  stopped by SIGTERM, 130 by SIGINT; the next run continues with the unfinished shards
-"""
+"""The options and the choice of a runner, shared by all commands. Their exit status: entry.py."""
 
 import contextlib
-import os
 import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
 
-from curation.config import Settings, resolved_toml
-from curation.engine import progress
+from curation.config import Settings, find, paths_in, resolved_toml
+from curation.engine import entry, machine, progress
 from curation.engine.manifest import MANIFEST_NAME
 from curation.engine.runner import InlineRunner, Runner
-from curation.errors import SeedbedError, UserError
 from curation.files import paths
-
-# The names of settings that hold the path of an input, in every config.
-PATH_SETTINGS = frozenset(
-    {"path", "folder", "weights", "concepts", "train_images", "train_masks", "test_images", "test_masks"}
-)
 
 RunnerName = Literal["ray", "inline"]
 
-ConfigOption = Annotated[str, typer.Option("--config", help="TOML file; a stage reads its own section of it.")]
-OutputOption = Annotated[str, typer.Option("--output", help="Where to write: local, mostly any fsspec URL.")]
-RunnerOption = Annotated[RunnerName, typer.Option("--runner", help="Where the work runs; the bytes are the same.")]
-WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Number of Ray workers; by default one per processor.")
+CONFIG_OPTION: Any = typer.Option(
+    "--config",
+    metavar="FILE",
+    callback=lambda path: None if path is None else find(path),
+    help="TOML file of the settings, or the name of a shipped one; a stage alone reads its section of it.",
+)
+ConfigOption = Annotated[str, CONFIG_OPTION]
+OptionalConfigOption = Annotated[str | None, CONFIG_OPTION]
+OutputOption = Annotated[
+    str,
+    typer.Option("--output", metavar="DIR", help="Folder of the results: local, or mostly any fsspec URL (s3://...)."),
 ]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one setting: a.b=value. Repeatable.")]
+RunnerOption = Annotated[
+    RunnerName,
+    typer.Option("--runner", help="Where the work runs: in processes of Ray, or in this one. The bytes are the same."),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", metavar="N", min=1, help="Number of Ray workers; by default one for each core that is usable here."
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Override a setting of the config by its dotted name. Repeatable."),
+]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Print the plan and stop.")]
 ReplaceOption = Annotated[
-    bool, typer.Option("--replace", help="Redo a stage with another config or other inputs, and damaged shards.")
+    bool, typer.Option("--replace", help="Redo stages with another config or other inputs, and damaged shards.")
 ]
 
 
 def main(function: Callable[..., Any]) -> None:
-    """Run `function` as a typer command and exit with a status from the table above."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(function)
-    signal.signal(signal.SIGTERM, _raise_on_sigterm)
-    try:
-        app([_with_home(word) for word in sys.argv[1:]])
-    except UserError as error:
-        print(f"error: {progress.printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except SeedbedError as error:
-        # The traceback of the cause is for developers; the message is for every user.
-        if error.__cause__ is not None:
-            sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
-        print(f"error: {progress.printable(str(error))}", file=sys.stderr)
-        sys.exit(1)
+    """Run `function` as a command, and exit with a status of entry.py."""
+    entry.run(entry.app_of(function))
 
 
 def require_apart(output: str, settings: Settings, *inputs: str, is_stage: bool = False) -> None:
@@ -65,26 +57,7 @@ def require_apart(output: str, settings: Settings, *inputs: str, is_stage: bool 
 
     is_stage: `output` is the folder of a stage, whose content --replace deletes; no input may lie below it.
     """
-    paths.require_apart(output, [*inputs, *_paths_in(settings.model_dump())], or_above=is_stage)
-
-
-def _paths_in(values: Any) -> Iterator[str]:
-    """The values of PATH_SETTINGS in nested sections and lists of them."""
-    if isinstance(values, dict):
-        yield from (value for key, value in values.items() if key in PATH_SETTINGS and isinstance(value, str))
-        values = values.values()
-    if not isinstance(values, str):
-        for value in values if isinstance(values, Iterable) else ():
-            yield from _paths_in(value)
-
-
-def _with_home(word: str) -> str:
-    """The home folder in place of a `~` at the beginning of a word or of the value in `--option=value`.
-
-    A shell replaces only some of them.
-    """
-    name, separator, value = word.partition("=")
-    return os.path.expanduser(name) + separator + os.path.expanduser(value)
+    paths.require_apart(output, [*inputs, *paths_in(settings)], or_above=is_stage)
 
 
 def plan_or_run(
@@ -136,24 +109,32 @@ def open_runner(
     gpu_settings: the names of the settings that need the GPU, for the message.
     """
     gpu_setting = ", ".join(gpu_settings) or "device"
-    if name == "inline":
-        if gpus_per_worker:
-            from curation.engine.device import require_device  # torch takes a second
+    with _saying_how_to_go_on():
+        if name == "inline":
+            if gpus_per_worker:
+                from curation.engine.device import require_device  # torch takes a second
 
-            require_device("cuda", gpu_setting)
-        yield InlineRunner()
-        return
-    from curation.engine.ray_runner import RayRunner
+                require_device("cuda", gpu_setting)
+            yield InlineRunner()
+            return
+        from curation.engine.ray_runner import RayRunner
 
-    num_workers = workers or os.cpu_count() or 1
-    runner = RayRunner(num_workers=num_workers, gpus_per_worker=gpus_per_worker, gpu_setting=gpu_setting)
+        num_workers = workers or machine.usable_cores()
+        runner = RayRunner(num_workers=num_workers, gpus_per_worker=gpus_per_worker, gpu_setting=gpu_setting)
+        try:
+            for line in runner.monitoring_addresses():
+                progress.say(line)
+            yield runner
+        finally:
+            runner.close()
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    """Print one line when Ctrl-C or SIGTERM ends the block."""
     try:
-        for line in runner.monitoring_addresses():
-            progress.say(line)
-        yield runner
-    finally:
-        runner.close()
-
-
-def _raise_on_sigterm(signal_number: int, frame: object) -> None:
-    sys.exit(128 + signal_number)  # unwinds the stack: stops the workers and deletes temporary files
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, KeyboardInterrupt) or stop.code == 128 + signal.SIGTERM:
+            progress.say("Stopped. Finished shards are kept: run the same command again to go on.")
+        raise

@@ -11,7 +11,7 @@ from typing import final
 
 from curation.engine.manifest import ShardRecord
 from curation.engine.ranks import World, gather_texts
-from curation.engine.runner import Runner, Shard, Worker, shard_error
+from curation.engine.runner import OnProgress, Reported, Runner, Shard, Worker, process, shard_error
 from curation.engine.stage import make_marking_worker
 
 
@@ -28,10 +28,17 @@ class RankRunner(Runner):
         self.num_workers = world.num_ranks
 
     def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
+        self,
+        stage: str,
+        make_worker: Callable[[], Worker],
+        shards: Sequence[Shard],
+        *,
+        max_poison_shards: int = 0,
+        on_progress: OnProgress = lambda reported: None,
     ) -> Generator[ShardRecord, None, None]:
+        """See the contract. The reports of the leader's worker alone reach `on_progress`."""
         gather_texts(self._world, json.dumps([shard.name for shard in shards]))
-        yield from _process_and_exchange(self._world, stage, make_worker, shards)
+        yield from _process_and_exchange(self._world, stage, make_worker, shards, on_progress)
 
     def close(self) -> None:
         """Tell the followers that there are no more shards."""
@@ -50,15 +57,20 @@ def follow(world: World, stage: str, make_worker: Callable[[], Worker], shards: 
 
 
 def _process_and_exchange(
-    world: World, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard]
+    world: World,
+    stage: str,
+    make_worker: Callable[[], Worker],
+    shards: Sequence[Shard],
+    on_progress: OnProgress = lambda reported: None,
 ) -> list[ShardRecord]:
     """The records of all shards, equal on every rank. Rank r of R processes the shards r, r + R, r + 2 R, ..."""
     worker: Worker | None = None
     rank_records = []
+    reported: dict[str, Reported] = {}  # of finished shards too: their records come with those of all ranks
     for shard in shards[world.rank :: world.num_ranks]:
         try:
             worker = worker or make_worker()
-            rank_records.append(worker(shard).model_dump_json())
+            rank_records.append(process(worker, shard, on_progress, reported).model_dump_json())
         except Exception as error:
             raise shard_error(stage, shard, error) from error
     by_rank = [json.loads(text) for text in gather_texts(world, json.dumps(rank_records))]

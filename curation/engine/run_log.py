@@ -15,17 +15,18 @@ import contextlib
 import json
 import os
 import posixpath
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import Discriminator, TypeAdapter, ValidationError
+from pydantic import Discriminator, Field, TypeAdapter, ValidationError
 
 from curation.engine import progress
 from curation.engine.manifest import PROGRESS_NAME, Plan, ShardRecord
-from curation.errors import SeedbedError
+from curation.errors import SeedbedError, UserError
 from curation.files import paths
 from curation.files.hashes import hash_json
 
@@ -151,11 +152,22 @@ def open_log(run: str) -> Iterator[RunLog]:
         yield log
     except BaseException as error:
         if log.started:
-            message = str(error) if isinstance(error, SeedbedError) else f"{type(error).__name__}: {error}"
-            log.write("stopped", why=message)
+            log.write("stopped", why=_reason(error), exit_status=2 if isinstance(error, UserError) else 1)
         raise
     finally:
         log.close()
+
+
+def _reason(error: BaseException) -> str:
+    match error:
+        case SeedbedError():
+            return str(error)
+        case KeyboardInterrupt():
+            return "interrupted (Ctrl-C)"
+        case SystemExit(code=int(code)) if code > 128:
+            return f"stopped by {signal.Signals(code - 128).name}"
+        case _:
+            return f"{type(error).__name__}: {error}"
 
 
 class StageLog:
@@ -206,6 +218,11 @@ def write_note(folder: str, stage: str, shard: str) -> None:
 
 # Reading
 
+# Damage may leave any number in a line. Numbers beyond these bounds make a line that cannot be read: sums and quotients
+# of the others are finite. Assumed: 3,000 years, and more bytes than any store holds.
+Seconds = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**63)]
+
 
 @dataclass(frozen=True)
 class Driver:
@@ -213,8 +230,8 @@ class Driver:
 
     machine: str
     process: int
-    started: float
-    beat: float
+    started: Seconds
+    beat: Seconds
 
 
 @dataclass(frozen=True)
@@ -224,7 +241,7 @@ class Note:
     stage: str
     shard: str
     worker: str
-    started: float
+    started: Seconds
 
 
 @dataclass(frozen=True)
@@ -232,12 +249,12 @@ class BeginLine:
     """A driver begins a stage, or a step of one. `time` in these lines is in seconds since 1970."""
 
     event: Literal["begin"]
-    time: float
+    time: Seconds
     stage: str
     plan: str
-    shards: int
-    done_before: int
-    workers: int
+    shards: Count
+    done_before: Count
+    workers: Count
 
 
 @dataclass(frozen=True)
@@ -245,13 +262,13 @@ class ShardLine:
     """A shard is finished, after `seconds` of a worker, which began it at `started`."""
 
     event: Literal["shard"]
-    time: float
+    time: Seconds
     stage: str
     shard: str
-    seconds: float
-    items: int
-    bytes: int
-    started: float | None = None
+    seconds: Seconds
+    items: Count
+    bytes: Count
+    started: Seconds | None = None
     worker: str = ""
 
 
@@ -260,9 +277,9 @@ class EndLine:
     """A stage is done, after `seconds` of this driver."""
 
     event: Literal["end"]
-    time: float
+    time: Seconds
     stage: str
-    seconds: float
+    seconds: Seconds
 
 
 @dataclass(frozen=True)
@@ -270,8 +287,10 @@ class StoppedLine:
     """An error ended the run."""
 
     event: Literal["stopped"]
-    time: float
+    time: Seconds
     why: str
+    exit_status: int = 1
+    """2 where the input or the config is wrong, so that the same command would stop again."""
 
 
 Line = BeginLine | ShardLine | EndLine | StoppedLine
@@ -421,9 +440,9 @@ def times(run: str) -> dict[str, StageTimes]:
     return stages
 
 
-def why_stopped(run: str) -> str | None:
+def why_stopped(run: str) -> StoppedLine | None:
     """The error that stopped the last driver. None if it was killed, or if the log has later lines."""
-    reason = None
+    last: Line | None = None
     for line in read_lines(run):
-        reason = line.why if isinstance(line, StoppedLine) else None
-    return reason
+        last = line
+    return last if isinstance(last, StoppedLine) else None

@@ -4,7 +4,8 @@
     arguments. It returns a worker: a function that processes one shard. Expensive objects (a model, an index) are
     created in `make_worker`, once per worker process.
 2.  A shard is a name and a small picklable description: paths, offsets, ids. A result is small too. Workers exchange
-    pixels through files, never through messages between processes.
+    pixels through files, never through messages between processes. The only other messages are reports of progress
+    (point 8).
 3.  The result and the files of a shard depend only on the shard, the stage's config, the stage's inputs and the random
     seed. They do not depend on the worker, the order of the shards or earlier work. So every runner gives the same
     bytes, with any number of workers.
@@ -19,12 +20,18 @@
     name.
 7.  Cancellation: closing the iterator early stops the workers. Shards that finished before keep their files and
     markers.
+8.  Progress: inside a shard, a worker may call `report` with the items that it has done. The runner calls `on_progress`
+    in the driver, about once a second, with the sums for all shards in progress: begun, and their result not yet given.
+    For that a worker process sends a name and two numbers, at most once a second, however many images it reads. Reports
+    are for the display only: they change no result, and they may come late or not at all. A new attempt at a shard
+    begins with no items.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from curation.engine.manifest import ShardRecord
 from curation.errors import SeedbedError, ShardError, UserError
@@ -49,6 +56,18 @@ class Shard:
 Worker = Callable[[Shard], ShardRecord]
 
 
+class Reported(NamedTuple):
+    """The items of a shard that its worker has done so far."""
+
+    num_items: int = 0
+    total: int = 0
+    """The items of the shard in the same unit; 0 where the worker does not know the number."""
+
+
+# Receives the reports of all shards in progress, by name.
+OnProgress = Callable[[Mapping[str, Reported]], object]
+
+
 class Runner(ABC):
     """Maps a worker over shards by the contract above."""
 
@@ -57,7 +76,13 @@ class Runner(ABC):
 
     @abstractmethod
     def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
+        self,
+        stage: str,
+        make_worker: Callable[[], Worker],
+        shards: Sequence[Shard],
+        *,
+        max_poison_shards: int = 0,
+        on_progress: OnProgress = lambda reported: None,
     ) -> Generator[ShardRecord | None, None, None]:
         """Yields the result of every shard, in the order of the shards."""
 
@@ -68,16 +93,71 @@ class InlineRunner(Runner):
     num_workers = 1
 
     def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
+        self,
+        stage: str,
+        make_worker: Callable[[], Worker],
+        shards: Sequence[Shard],
+        *,
+        max_poison_shards: int = 0,
+        on_progress: OnProgress = lambda reported: None,
     ) -> Generator[ShardRecord | None, None, None]:
         worker: Worker | None = None
         for shard in shards:
             try:
                 worker = worker or make_worker()
-                result = worker(shard)
+                result = process(worker, shard, on_progress, {})
             except Exception as error:
                 raise shard_error(stage, shard, error) from error
             yield result
+
+
+def process(worker: Worker, shard: Shard, on_progress: OnProgress, reported: dict[str, Reported]) -> ShardRecord:
+    """The result of a shard in this process. `on_progress` gets its reports, beside what `reported` holds already."""
+
+    def listen(of_shard: Reported) -> None:
+        reported[shard.name] = of_shard
+        on_progress(reported)
+
+    with listening(listen):
+        return worker(shard)
+
+
+# Who receives the reports of the worker in this process. A stage inside the work of another one adds its own, so the
+# last one counts.
+_listeners: list[Callable[[int, int], None]] = []
+
+
+def report(num_items: int, *, total: int = 0) -> None:
+    """Report that the worker has done `num_items` more items of its shard.
+
+    total: the items of the shard in the same unit, where the worker knows the number. They need not be those of
+    `Shard.num_items`: then the share of `total` counts. Outside a map nothing happens. One thread of a worker may call
+    it at a time.
+    """
+    if _listeners:
+        _listeners[-1](num_items, total)
+
+
+@contextlib.contextmanager
+def listening(listen: Callable[[Reported], None]) -> Iterator[None]:
+    """Call `listen` with the sum of the reports of this process in the block, after each."""
+    sums = Reported()
+
+    def add(num_items: int, total: int) -> None:
+        nonlocal sums
+        sums = Reported(sums.num_items + num_items, total or sums.total)
+        listen(sums)
+
+    _listeners.append(add)
+    try:
+        yield
+    finally:
+        _listeners.remove(add)
+
+
+def num_items_of(shard: Shard, record: ShardRecord) -> int:
+    """The items of a finished shard: the number that was known before, or else the rows of its files."""
+    return shard.num_items or sum(file.rows for file in record.files)
 
 
 def shard_error(stage: str, shard: Shard, error: Exception) -> SeedbedError:

@@ -17,7 +17,8 @@ from curation.config import Settings, plan_values
 from curation.engine import manifest, progress, run_log
 from curation.engine.manifest import Execution, Manifest, Plan, ShardRecord, ShardRecords
 from curation.engine.run_log import Log, StageLog
-from curation.engine.runner import Runner, Shard, Worker
+from curation.engine.runner import Reported, Runner, Shard, Worker, num_items_of
+from curation.engine.shard_counts import ShardCounts
 from curation.errors import InputError
 from curation.files.folder_lock import sole_writer
 
@@ -71,8 +72,10 @@ class Stage:
     max_poison_shards: int = 0
     """Maximum number of poison shards, which are set aside. A later run with a lower maximum tries them again. A stage
     with a maximum above 0 has no `prepare`, and its `finish` writes no file."""
+    title: str = ""
+    """The name on the terminal outside a run, if it is not `name`. In a run the terminal shows the folder's name."""
     unit: str = "images"
-    """The unit that progress counts."""
+    """The unit that progress counts: that of `Shard.num_items`."""
     note: Callable[[Mapping[str, float]], str] | None = None
     """Makes a text for the progress display from the sums of the workers' measurements."""
 
@@ -98,37 +101,42 @@ def run_stage(stage: Stage, runner: Runner, *, replace: bool = False, log: Log =
     """
     with sole_writer(stage.output):
         plan = stage.plan()
+        stage_log = None if log is None else log.of_stage(stage.output)
+        # In a run, the name of the folder, as in the log and in `status`: "pairs/join", "corpus".
+        name = stage.title or stage.name if stage_log is None else stage_log.name
         finished = manifest.claim(stage.output, plan, replace=replace)
         finished_shards: Sequence[ShardRecord] = ()
         if finished is not None:
-            to_redo = _shards_to_redo(stage, finished, replace=replace)
-            if not to_redo and (done := _already_done(stage, finished)):
+            with progress.step(name, "checking the files of the finished stage"):
+                to_redo = _shards_to_redo(name, stage, finished, replace=replace)
+            if not to_redo and (done := _already_done(name, stage, finished)):
                 return done
             finished_shards = _left_of(finished, to_redo)
-        started, stage_log = time.monotonic(), None if log is None else log.of_stage(stage.output)
+        started = time.monotonic()
         outdated = stage.outdated() if replace and finished is None and stage.outdated is not None else set()
-        names, tally = _count_done(stage, finished_shards, outdated)
+        names, tally = _count_done(name, stage, finished_shards, outdated)
         if stage_log is not None:
             stage_log.begin(plan, num_done=len(names), num_workers=runner.num_workers)
-        set_aside = _process_shards(stage, runner, names, tally, stage_log)
-        result = _collect(stage, plan, finished_shards, set_aside)
-        manifest.write_manifest(stage.output, result)
+        set_aside = _process_shards(name, stage, runner, names, tally, stage_log)
+        with progress.step(name, "writing the manifest"):
+            result = _collect(stage, plan, finished_shards, set_aside)
+            manifest.write_manifest(stage.output, result)
         if stage_log is not None:
             stage_log.end(time.monotonic() - started)
         return result
 
 
-def _already_done(stage: Stage, finished: Manifest) -> Manifest | None:
+def _already_done(name: str, stage: Stage, finished: Manifest) -> Manifest | None:
     """The manifest of a finished stage, or None when it has more poison shards than the stage allows."""
     set_aside = finished.facts.get(SET_ASIDE, [])
     if len(set_aside) > stage.max_poison_shards:
         return None
     names = f"; set aside: {', '.join(set_aside)}" if set_aside else ""
-    progress.say(f"{stage.name}: already done, nothing to do{names}")
+    progress.say(f"{name}: already done, nothing to do{names}")
     return finished
 
 
-def _shards_to_redo(stage: Stage, finished: Manifest, *, replace: bool) -> set[str]:
+def _shards_to_redo(name: str, stage: Stage, finished: Manifest, *, replace: bool) -> set[str]:
     """The names of the records of a finished stage whose files are damaged; with `replace`, their hashes count too.
 
     With `replace`, those of outdated shards as well. Raises InputError for damage without `replace`. A step is part of
@@ -143,14 +151,14 @@ def _shards_to_redo(stage: Stage, finished: Manifest, *, replace: bool) -> set[s
             damaged[shard.name] = f"shard {shard.name} is not in {stage.output}/{manifest.MANIFEST_NAME}"
     if damaged and not replace and not is_step:
         raise InputError(
-            f"{stage.name}: damaged after it was written: {_first_of(damaged)}. Run again with --replace, which does "
+            f"{name}: damaged after it was written: {_first_of(damaged)}. Run again with --replace, which does "
             "the damaged shards again."
         )
     if damaged:
-        progress.say(f"{stage.name}: damaged after it was written, and done again: {_first_of(damaged)}")
+        progress.say(f"{name}: damaged after it was written, and done again: {_first_of(damaged)}")
     outdated = stage.outdated() - damaged.keys() if replace and stage.outdated is not None else set()
     if outdated:
-        progress.say(f"{stage.name}: {len(outdated):,} of {len(stage.shards):,} shards are read again")
+        progress.say(f"{name}: {len(outdated):,} of {len(stage.shards):,} shards are read again")
     return damaged.keys() | outdated
 
 
@@ -169,7 +177,9 @@ def _left_of(finished: Manifest, to_redo: Set[str]) -> ShardRecords:
     return ShardRecords([manifest.json_line(record) for record in finished.shards if record.name not in dropped])
 
 
-def _count_done(stage: Stage, finished_shards: Iterable[ShardRecord], outdated: Set[str]) -> tuple[set[str], Tally]:
+def _count_done(
+    name: str, stage: Stage, finished_shards: Iterable[ShardRecord], outdated: Set[str]
+) -> tuple[set[str], Tally]:
     """The names and counts of the finished shards. Their records stay on disk, so that a driver keeps only names.
 
     A marked shard is not finished where its files are missing or of another size, or where it is `outdated`.
@@ -191,12 +201,12 @@ def _count_done(stage: Stage, finished_shards: Iterable[ShardRecord], outdated: 
         elif record.name not in outdated:
             add(record)
     if damaged:
-        progress.say(f"{stage.name}: damaged after it was written, and done again: {_first_of(damaged)}")
+        progress.say(f"{name}: damaged after it was written, and done again: {_first_of(damaged)}")
     return names, tally
 
 
 def _process_shards(
-    stage: Stage, runner: Runner, done: set[str], tally: Tally, stage_log: StageLog | None
+    name: str, stage: Stage, runner: Runner, done: set[str], tally: Tally, stage_log: StageLog | None
 ) -> list[str]:
     """Prepare, and map the worker over the shards that are not in `done`. Returns the names of the poison shards."""
     if stage.prepare is not None and PREPARED not in done:
@@ -206,7 +216,7 @@ def _process_shards(
     todo = [shard for shard in stage.shards if shard.name not in done]
     if len(todo) < len(stage.shards):
         num_done = len(stage.shards) - len(todo)
-        progress.say(f"{stage.name}: {num_done} of {len(stage.shards)} shards are already done, continuing")
+        progress.say(f"{name}: {num_done:,} of {len(stage.shards):,} shards are already done, continuing")
     if stage.check is not None and tally.num_shards:
         stage.check(tally)  # here too, because an earlier run may have stopped at the last shard
     notes = None if stage_log is None else (stage_log.notes, stage_log.name)
@@ -214,26 +224,35 @@ def _process_shards(
     measured: Counter[str] = Counter()
     set_aside: list[str] = []
     unmerged: list[ShardRecord] = []
-    with progress.bar(stage.name, total=sum(shard.num_items for shard in todo), unit=stage.unit) as advance:
-        records = runner.map(stage.name, make_worker, todo, max_poison_shards=stage.max_poison_shards)
+    counts, note = ShardCounts(todo), ""
+    with progress.counted(name, stage.unit, total=counts.counts().total) as show:
+
+        def show_reported(reported: Mapping[str, Reported]) -> None:
+            counts.report(reported)
+            show(counts.counts(), note)
+
+        records = runner.map(
+            name, make_worker, todo, max_poison_shards=stage.max_poison_shards, on_progress=show_reported
+        )
         try:
             for shard, record in zip(todo, records, strict=True):
                 if record is None:
                     set_aside.append(shard.name)
-                    progress.say(
-                        f"{stage.name}: shard {shard.name} killed its worker at every attempt and is set aside"
-                    )
+                    counts.set_aside(shard.name)
+                    progress.say(f"{name}: shard {shard.name} killed its worker at every attempt and is set aside")
                     continue
                 measured.update(record.measured)
                 tally.add(1, record.totals, record.rejects)
-                num_items = shard.num_items or sum(file.rows for file in record.files)
+                num_items = num_items_of(shard, record)
                 if stage_log is not None:
                     stage_log.shard(record, num_items)
                 unmerged.append(record)
                 if len(unmerged) == manifest.MARKERS_PER_FILE:
                     manifest.merge_markers(stage.output, unmerged)
                     unmerged.clear()
-                advance(num_items, stage.note(measured) if stage.note else "")
+                counts.finish(shard.name, num_items)
+                note = stage.note(measured) if stage.note else ""
+                show(counts.counts(), note)
                 if stage.check is not None:
                     stage.check(tally)
         finally:

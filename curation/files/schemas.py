@@ -98,6 +98,49 @@ PLANNED_SAMPLES = pa.schema(
 )
 PLANNED_REASONS = pa.schema([("position", pa.int64()), ("reason", pa.string())])
 
+# One row for each unique image of a run; report/images_table.py gives the meaning of each column.
+IMAGES_TABLE = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("source", pa.string()),  # these four are of the row that ingest lists first
+        ("role", pa.string()),
+        ("uri", pa.string()),
+        ("label", pa.string()),
+        ("sources", pa.list_(pa.string())),  # of all rows, each once
+        ("num_rows", pa.int32()),  # of ingest
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("format", pa.string()),
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),  # null when kept, else 'near' or 'holdout'
+        ("matched_image_id", pa.string()),
+        ("component_id", pa.string()),
+        ("cluster_id", pa.int32()),  # of level 0; null unless it is a kept pool image
+        ("corpus_key", pa.string()),  # null unless it is in the corpus
+        ("reasons", pa.list_(pa.string())),  # those of CORPUS; empty unless it is in the corpus
+        ("weight", pa.float64()),  # null unless it is in the corpus
+        ("x", pa.float32()),
+        ("y", pa.float32()),
+        ("thumbnail_file", pa.string()),  # relative to the folder of the run; null without thumbnails
+        ("thumbnail_row", pa.int32()),
+    ]
+)
+
+# The plan of that table. `position` is a row among all rows of ingest: the first row of the image.
+REPEATED_ROWS = pa.schema([("position", pa.int64())])  # a row of an image that has an earlier row
+COPY_ROWS = pa.schema(  # such a row, at the position of the first row of its image
+    [
+        ("position", pa.int64()),
+        ("row", pa.int64()),
+        IMAGES.field("source"),
+        IMAGES.field("role"),
+        DUPLICATES.field("kept"),
+        DUPLICATES.field("reason"),
+        DUPLICATES.field("matched_image_id"),
+    ]
+)
+PACKED_ROWS = pa.schema([("position", pa.int64()), *(CORPUS.field(name) for name in ("key", "weight", "reasons"))])
+
 
 def vectors(dimensions: int) -> pa.Schema:
     """The schema of a vectors file: `image_id` and a unit vector of `dimensions` float16 values."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from curation.errors import InputError
 from curation.files import npy, parquet, paths, schemas
@@ -108,6 +107,8 @@ def _unit(matrix: np.ndarray, image_ids: list[str], path: str, *, in_float32: bo
     if matrix.dtype == np.float16:
         norms = np.empty(len(matrix), np.float32)
         for start in range(0, len(matrix), NORM_ROWS):
+            import torch  # it takes a second or more, which commands that read no vectors do not need
+
             # A copy, since torch warns of arrays that it may not write to. It converts twice as fast as numpy.
             block = torch.from_numpy(matrix[start : start + NORM_ROWS].copy()).float()
             norms[start : start + NORM_ROWS] = torch.linalg.vector_norm(block, dim=1).numpy()

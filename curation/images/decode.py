@@ -33,10 +33,12 @@ the image instead. A caller that scales the image down afterwards gives a `targe
 """
 
 import io
+import logging
 import math
 import re
 import struct
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -111,6 +113,13 @@ _SIGNATURES = re.compile(
 # Vector graphics, documents, icons and containers of any data: a file without an image's name is not taken for an
 # image because of them.
 _NO_PHOTOGRAPHS = frozenset({"ICO", "PSD", "EPS", "PDF", "SVG", "HDF5"})
+
+# Pillow warns of many pixels, of bad EXIF and of odd tags, by Python's warnings and by its log. No warning is lost
+# information: `ImageLimits` rejects what is too large, an exception becomes a reject with its text, and bad EXIF counts
+# as absent. The filter is set once, when this module is imported, because `warnings.catch_warnings` is not safe in
+# threads, and threads decode. It covers Pillow's modules only. A handler of the user still gets the log.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # Otherwise Pillow starts a thread for each core, and their memory would count as memory of the image.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1

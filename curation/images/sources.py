@@ -19,12 +19,12 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, cast
+from typing import Annotated, Any, BinaryIO, Literal, cast
 
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from curation.config import Settings
+from curation.config import IsPath, Settings
 from curation.errors import DamagedFileError, InputError
 from curation.files import paths
 from curation.files.hashes import hash_json
@@ -61,7 +61,7 @@ class SourceConfig(Settings):
 
     name: str
     """Name of the dataset; unique in the config."""
-    path: str = Field(min_length=1)
+    path: Annotated[str, IsPath] = Field(min_length=1)
     """Folder (or one tar or Parquet file), local or any fsspec URL."""
     role: Role
     """`seed`: trusted; the corpus should resemble it. `pool`: retrieval picks from it. `holdout`: evaluation images;

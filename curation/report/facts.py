@@ -6,6 +6,7 @@ image_id is a hash of the image's bytes, so the examples are a random sample, an
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +30,8 @@ from curation.run_folder import (
     RunFolder,
     kept_shards,
     read_centroids,
-    read_corpus,
     read_images,
+    read_images_table,
     read_kept,
     read_retrieved,
 )
@@ -76,6 +77,7 @@ class FinishedRun:
     manifests: dict[str, Manifest]
     composition: dict[str, Any]
     images: pa.Table  # image_id, source, role, label; component_id, kept and reason of dedup
+    unique: pa.Table  # image_id, component_id and corpus_key of schemas.IMAGES_TABLE: one row a unique image
     retrieved: pa.Table  # schemas.RETRIEVED
     corpus_ids: pa.Array  # the unique images of the corpus
     same_concept: np.ndarray  # (rows of retrieved,) int8: SAME, OTHER or UNKNOWN
@@ -104,6 +106,7 @@ def read_run(folder: str, concepts: Concepts) -> FinishedRun:
         raise InputError(f"'{folder}': the images of ingest and of dedup differ. Run dedup again with --replace.")
     for column in decisions:
         images = images.append_column(column, decision_rows[column])
+    unique = read_images_table(paths.join(folder, "images"), ["image_id", "component_id", "corpus_key"])
     retrieved = read_retrieved(paths.join(folder, "retrieve"))
     same, chance = _compare_concepts(concepts, images, retrieved)
     return FinishedRun(
@@ -111,8 +114,9 @@ def read_run(folder: str, concepts: Concepts) -> FinishedRun:
         manifests=manifests,
         composition=json.loads(paths.read_bytes(paths.join(folder, "corpus", "composition.json"))),
         images=images,
+        unique=unique,
         retrieved=retrieved,
-        corpus_ids=pc.unique(read_corpus(paths.join(folder, "corpus"))["image_id"]),
+        corpus_ids=unique["image_id"].filter(pc.is_valid(unique["corpus_key"])).combine_chunks(),
         same_concept=same,
         chance=chance,
     )
@@ -164,15 +168,17 @@ def funnel(run: FinishedRun) -> list[FunnelStep]:
 class SourceCounts:
     """The number of images of one source by outcome.
 
-    `exact`, `near`, `holdout` (reasons of dedup) and `kept` add up to the accepted rows.
+    Of a seed or pool source, `exact`, `near`, `holdout` (reasons of dedup) and `kept` add up to `accepted`.
     """
 
     source: str
     role: str
     rejected: int
+    accepted: int
     exact: int
     near: int
     holdout: int
+    """Matches of the holdout; 0 for a source of the holdout, whose own images are no matches."""
     kept: int
     in_corpus: int
 
@@ -189,15 +195,20 @@ def by_source(run: FinishedRun) -> list[SourceCounts]:
         .group_by(["source", "reason", "packed"])
         .aggregate([([], "count_all")])
     )
-    counts = {(row["source"], row["reason"], row["packed"]): row["count_all"] for row in counted.to_pylist()}
+    counts: dict[str, Counter[str]] = {source["name"]: Counter() for source in run.manifests["ingest"].facts["sources"]}
+    for row in counted.to_pylist():
+        of_source = counts[row["source"]]
+        of_source["accepted"] += row["count_all"]
+        of_source[row["reason"] or "kept"] += row["count_all"]
+        of_source["in_corpus"] += row["count_all"] * row["packed"]
     return [
         SourceCounts(
             source=source["name"],
             role=source["role"],
             rejected=rejected.get(source["name"], 0),
-            in_corpus=counts.get((source["name"], None, True), 0),
-            kept=counts.get((source["name"], None, True), 0) + counts.get((source["name"], None, False), 0),
-            **{reason: counts.get((source["name"], reason, False), 0) for reason in ("exact", "near", "holdout")},
+            accepted=counts[source["name"]]["accepted"],
+            holdout=0 if source["role"] == "holdout" else counts[source["name"]]["holdout"],
+            **{name: counts[source["name"]][name] for name in ("exact", "near", "kept", "in_corpus")},
         )
         for source in run.manifests["ingest"].facts["sources"]
     ]
@@ -581,8 +592,9 @@ def similarity_bins(run: FinishedRun, num_examples: int, max_examples: int) -> l
     counts = np.zeros(len(edges) - 1, np.int64)
     num_examples = min(num_examples, max_examples // len(counts))
     examples: list[list[_Example]] = [[] for _ in counts]
-    image_ids, first = np.unique(id_bytes(run.images["image_id"]), return_index=True)
-    components = np.unique(id_bytes(run.images["component_id"]), return_inverse=True)[1][first]
+    unique = run.unique.sort_by("image_id")
+    image_ids = id_bytes(unique["image_id"])
+    components = np.unique(id_bytes(unique["component_id"]), return_inverse=True)[1]
     for table in run.tables("pairs", "pairs", schemas.PAIRS):
         # In float32, as in dedup, so that each pair is on the same side of the threshold as in dedup.
         bin_of_pair = np.searchsorted(np.array(edges[1:-1], np.float32), table["similarity"].to_numpy(), side="right")

@@ -8,21 +8,27 @@ bytes. facts.py counts and chooses, this file writes the sentences, and markup.p
 """
 
 import base64
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import rich.box
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from curation.config import Settings, load
+from curation.config import IsPath, Settings, load
 from curation.engine import progress
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError
 from curation.files import paths
 from curation.files.hashes import hash_json, sha256_of_file
 from curation.images import listing
+from curation.ingest import PASSED_OVER
 from curation.report import facts, markup
 from curation.report.facts import (
     OTHER,
@@ -67,7 +73,7 @@ _CONCEPT_CLASS = {SAME: "same", OTHER: "other", UNKNOWN: "unknown"}
 class ReportConfig(Settings):
     """The contents of the report."""
 
-    concepts: str | None = None
+    concepts: Annotated[str | None, IsPath] = None
     """TOML file with tables [seed] and [pool] from labels to concepts (see facts.Concepts). Without it, only equal
     labels are the same concept."""
     seeds_per_dataset: int = Field(default=8, ge=0, le=100)
@@ -80,14 +86,18 @@ def run(config: ReportConfig, output: str) -> None:
     if _written_fingerprint(path) == fingerprint:
         progress.say("report: already done, nothing to do")
         return
-    finished = facts.read_run(output, read_concepts(config))
-    text = _write(_choose(config, finished), config, finished, fingerprint)
-    file = paths.write_bytes(path, text.encode())
+    with progress.step("report", "reading the stages") as change:
+        finished = facts.read_run(output, read_concepts(config))
+        change("choosing the examples")
+        choice = _choose(config, finished)
+        change("writing the page")
+        text = _write(choice, config, finished, fingerprint)
+        file = paths.write_bytes(path, text.encode())
     progress.say(f"report: {path}, {file.bytes / 1e6:.1f} MB")
 
 
 def print_summary(output: str) -> None:
-    """Print the funnel and the retrieval by seed dataset on standard output."""
+    """Print the funnel, the retrieval by seed dataset and the commands to go on with, on standard output."""
     config = load(ReportConfig, paths.join(output, CONFIG_NAME), section="report")
     finished = facts.read_run(output, read_concepts(config))
     console = Console(markup=False, emoji=False, highlight=False)  # the user's names are not markup
@@ -99,7 +109,24 @@ def print_summary(output: str) -> None:
     datasets = facts.datasets(finished)
     console.print(_datasets_on_terminal(datasets))
     console.print("\n" + _same_concept_rule(config, datasets))
-    console.print(f"The report is {paths.join(output, REPORT_NAME)}", soft_wrap=True)
+    for line in _next_steps(output):
+        console.print(line, soft_wrap=True)
+
+
+def _next_steps(output: str) -> tuple[str, str]:
+    """What to do with a finished run. A shell takes the command as it stands: paths are quoted."""
+    if shutil.which("seedbed"):
+        train = "seedbed train"
+    else:  # the environment is not activated
+        python = sys.executable
+        is_here = os.path.commonpath([python, os.getcwd()]) == os.getcwd()
+        train = f"{shlex.quote(os.path.relpath(python) if is_here else python)} -m pipelines.train"
+    corpus = shlex.quote(f"data.path={paths.join(output, 'corpus')}")
+    trained = shlex.quote(output.rstrip("/") + "-train" if paths.is_local(output) else "runs/train")
+    return (
+        f"\nLook at the corpus: {shlex.quote(paths.join(output, REPORT_NAME))}",
+        f"Train on it:        {train} --set {corpus} --output {trained}",
+    )
 
 
 def read_concepts(config: ReportConfig) -> Concepts:
@@ -230,29 +257,24 @@ def _funnel(finished: FinishedRun) -> Markup:
         )
         for step in steps
     ]
+    columns = {
+        "rejected": "rejected",
+        "accepted": "accepted",
+        "exact": "exact copies",
+        "near": "near-duplicates",
+        "holdout": "holdout matches",
+        "kept": "kept",
+        "in_corpus": "in the corpus",
+    }
     sources = [
-        (
-            quoted(source.source),
-            source.role,
-            *map(_number, (source.rejected, source.exact, source.near, source.holdout, source.kept, source.in_corpus)),
-        )
+        (quoted(source.source), source.role, *(_number(getattr(source, name)) for name in columns))
         for source in facts.by_source(finished)
     ]
-    names = (
-        "source",
-        "role",
-        "rejected",
-        "exact copies",
-        "near-duplicates",
-        "holdout matches",
-        "kept",
-        "in the corpus",
-    )
     return join(
         markup.legend(("stays", "remaining"), ("lost", "dropped"), ("aside", "holdout, or not retrieved")),
         markup.table(("step", "", "images", "of all", "change", ""), rows, numbers=frozenset({2, 3, 4})),
         tag("h3", "By source"),
-        markup.table(names, sources, numbers=frozenset(range(2, 8))),
+        markup.table(("source", "role", *columns.values()), sources, numbers=frozenset(range(2, 9))),
     )
 
 
@@ -645,7 +667,11 @@ def _run(finished: FinishedRun) -> Markup:
             stage,
             _number(len(manifest.shards)),
             f"{sum(file.bytes for shard in manifest.shards for file in shard.files) / 1e6:,.1f}",
-            ", ".join(f"{clip(name)} {count:,}" for name, count in manifest.totals.items()),
+            ", ".join(
+                f"{clip(name)} {count:,}"
+                for name, count in manifest.totals.items()
+                if not name.startswith(PASSED_OVER)  # section 2 lists them
+            ),
         )
         for stage, manifest in finished.manifests.items()
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from curation.errors import ConfigError
+from curation.errors import ConfigError, DeviceError
 from curation.search import exact, kmeans, low_precision
 from curation.search.config import GPU_MAX_SELECTION, SearchConfig
 from curation.search.exact import BLOCK_ROWS
@@ -29,6 +29,11 @@ TRAINING_ITERATIONS = 8
 PQ_TRAINING_ROWS = 65_536
 # Codes of a product quantizer of 8 bits; its training needs as many vectors. Cited: faiss.
 PQ_CODES = 256
+
+
+def has_gpu_code() -> bool:
+    """Whether the loaded faiss is a build for GPUs."""
+    return "GPU" in faiss.get_compile_options().split()
 
 
 def train_cells(sample: np.ndarray, num_cells: int, *, seed: int = 0) -> np.ndarray:
@@ -210,6 +215,11 @@ class CodedLists:
             training.min_points_per_centroid = 1  # or faiss prints a warning; the recall is measured anyway
         every = max(1, len(vectors) // max(TRAINING_ROWS_PER_CELL * num_cells, PQ_TRAINING_ROWS))
         if config.device != "cpu":
+            if not has_gpu_code():
+                raise DeviceError(
+                    "search.device is 'cuda' with codes 'pq', but the installed faiss is a build for the CPU. Run: "
+                    "pip uninstall faiss-cpu, then pip install faiss-gpu."
+                )
             index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
         index.train(low_precision.to_float32(vectors[::every]))
         for start in range(0, len(vectors), BLOCK_ROWS):

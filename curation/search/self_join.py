@@ -37,7 +37,7 @@ import pyarrow.compute as pc
 from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
 from curation.engine.run_log import Log
-from curation.engine.runner import Runner, Shard
+from curation.engine.runner import Runner, Shard, report
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import InputError
 from curation.files import npy, parquet, paths, vectors
@@ -120,6 +120,7 @@ def run(
             ],
             make_worker=functools.partial(_make_exchange_worker, search, exchange_folder),
             prepare=functools.partial(_train_cells, search, files, rows, exchange_folder),
+            unit="vectors",
         )
         run_stage(stage, runner, log=log)
         return ShardRecord(name=PREPARED)
@@ -153,6 +154,7 @@ def run(
         make_worker=make_worker,
         prepare=prepare,
         finish=finish,
+        unit="vectors",
     )
     manifest = run_stage(stage, runner, log=log)
     search.require_recall(manifest.facts)  # min_recall may have been raised since
@@ -251,6 +253,7 @@ def _make_exact_worker(
                 _check_width(images.vectors, block.vectors, part[0])
                 others.append(Images(block.ids, block.places, block.vectors[:0]))
                 yield block.vectors
+                report(1, total=len(parts))
 
         nearest = _search_exactly(neighborhood, images, stream())
         ids, all_places = (np.concatenate([getattr(other, name) for other in others]) for name in ("ids", "places"))
@@ -484,6 +487,7 @@ def _measure_recall(
         output=folder,
         shards=shards,
         make_worker=functools.partial(_make_recall_worker, neighborhood, exchange_folder, folder),
+        unit="vectors",
     )
     manifest = run_stage(stage, runner, log=log)
     tables = [parquet.read_table(paths.join(folder, name), EDGES) for name in manifest.files("exact")]

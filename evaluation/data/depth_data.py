@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from curation.config import Settings
+from curation.config import IsPath, Settings
 from curation.errors import InputError, UserError
 from curation.files import paths
 from curation.files.hashes import sha256_of_files
@@ -64,7 +64,7 @@ class DepthDataConfig(Settings):
     """Name of the data in results. Published numbers exist for "nyu", "kitti" and "sun_rgbd"."""
     layout: LayoutName
     """How the files are arranged; see the top of evaluation/depth.py."""
-    folder: str
+    folder: Annotated[str, IsPath]
     """Folder of the files."""
     units_per_metre: float = Field(default=1000, gt=0)
     """Layout "folder": the PNG value of one metre."""

@@ -1,13 +1,13 @@
 """Reads query and database photographs of the published retrieval data sets, and any labelled images."""
 
 import json
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from curation.config import Settings
+from curation.config import IsPath, Settings
 from curation.errors import InputError
 from curation.files import paths
 from curation.images.sources import SourceConfig, list_files
@@ -21,7 +21,7 @@ class RevisitedData(Settings):
 
     layout: Literal["revisited"]
     """The kind of data; it decides which other keys the table has."""
-    path: str
+    path: Annotated[str, IsPath]
     """Folder with jpg/ and gnd_roxford5k.pkl or gnd_rparis6k.pkl, local or any fsspec URL."""
     query: Literal["box", "whole"] = "box"
     """The part of a query image that is compared: the box around the building, as the benchmark defines it, or all of
@@ -35,7 +35,7 @@ class MetData(Settings):
 
     layout: Literal["met"]
     """The kind of data; it decides which other keys the table has."""
-    path: str
+    path: Annotated[str, IsPath]
     """Folder with ground_truth/ and images/, local or any fsspec URL."""
     database: str = "MET_database.json"
     """The list of the database; mini_MET_database.json is a part of it."""
@@ -53,7 +53,7 @@ class AmsterTimeData(Settings):
 
     layout: Literal["amstertime"]
     """The kind of data; it decides which other keys the table has."""
-    path: str
+    path: Annotated[str, IsPath]
     """Folder with old/ and new/, local or any fsspec URL."""
     view: ViewConfig = ViewConfig()
     """How the model sees the photographs."""
@@ -76,7 +76,7 @@ class LabelledData(Settings):
 class Photo(NamedTuple):
     """An image file, and the part of it that counts."""
 
-    path: str
+    path: Annotated[str, IsPath]
     box: tuple[int, int, int, int] | None = None
     """Left, upper, right, lower in pixels; the whole image when None."""
 

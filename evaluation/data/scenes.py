@@ -18,7 +18,7 @@ from PIL import Image, ImageFile, ImageOps
 from pydantic import Field
 from torch import Tensor
 
-from curation.config import Settings
+from curation.config import IsPath, Settings
 from curation.errors import InputError
 from curation.files import paths
 from curation.files.hashes import hash_json, sha256_of_bytes
@@ -46,7 +46,7 @@ class PublishedData(Settings):
 
     layout: Literal["ade20k", "cityscapes", "voc2012"]
     """Name of the dataset. ADE20K is ADEChallengeData2016, of its scene parsing benchmark."""
-    path: str
+    path: Annotated[str, IsPath]
     """Its folder, local or any fsspec URL: ADEChallengeData2016, VOCdevkit/VOC2012, or the folder of leftImg8bit/."""
 
 
@@ -55,13 +55,13 @@ class FolderData(Settings):
 
     layout: Literal["folders"]
     """The kind of data; it decides which other keys the table has."""
-    train_images: str
+    train_images: Annotated[str, IsPath]
     """Folder, local or any fsspec URL; its subfolders are searched too."""
-    train_masks: str
+    train_masks: Annotated[str, IsPath]
     """Folder with a mask for each of these, at the same path with another extension."""
-    test_images: str
+    test_images: Annotated[str, IsPath]
     """The same for the scored images."""
-    test_masks: str
+    test_masks: Annotated[str, IsPath]
     """Folder with the masks of the scored images."""
     num_classes: int = Field(ge=2, le=IGNORED)
     """Classes are numbered from 0."""
@@ -74,9 +74,9 @@ class StampData(Settings):
 
     layout: Literal["stamps"]
     """The kind of data; it decides which other keys the table has."""
-    stamps: str
+    stamps: Annotated[str, IsPath]
     """Folder of PNGs with an alpha channel; its subfolders are searched too. Opaque PNGs are left out."""
-    backgrounds: tuple[str, ...] = Field(min_length=1)
+    backgrounds: Annotated[tuple[str, ...], IsPath] = Field(min_length=1)
     """Folders of images of any kind; their subfolders are searched too. All that they show counts as background, so
     there should be no animals behind stamps of animals."""
     classes: Literal["foreground", "folder"] = "folder"

@@ -9,7 +9,7 @@ evaluation; it is never left out silently.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from curation import ingest
-from curation.config import Settings
+from curation.config import IsPath, Settings
 from curation.engine.manifest import require_fact, require_manifest
 from curation.engine.ranks import first_rank_first
 from curation.engine.runner import Runner
@@ -43,7 +43,7 @@ COLUMNS = ["image_id", "source", "role", "uri", "offset", "length", "width", "he
 class SplitConfig(Settings):
     """Location of the images of one split, and how their labels are read."""
 
-    path: str
+    path: Annotated[str, IsPath]
     """Folder (or single tar or Parquet file), local or any fsspec URL; with layout "ingest", a finished ingest."""
     layout: Layout | Literal["ingest"] = "folder"
     """How the images are stored. "folder": one folder for each class. "webdataset": the label is the `.cls` of a

@@ -29,7 +29,7 @@ from curation import ingest, pack
 from curation.config import Settings
 from curation.engine import command
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
-from curation.engine.runner import InlineRunner, Runner, Shard, Worker
+from curation.engine.runner import InlineRunner, OnProgress, Runner, Shard, Worker
 from curation.engine.stage import Stage, run_stage
 from curation.files import parquet, paths, schemas
 from curation.images.corpus_tar import CorpusSample, write_tar
@@ -339,11 +339,17 @@ class _Watch(Runner):
         self.first = self.first_cpu = self.last = self.memory = 0.0
 
     def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
+        self,
+        stage: str,
+        make_worker: Callable[[], Worker],
+        shards: Sequence[Shard],
+        *,
+        max_poison_shards: int = 0,
+        on_progress: OnProgress = lambda reported: None,
     ) -> Generator[ShardRecord | None, None, None]:
         self.first, self.first_cpu = time.perf_counter(), time.process_time()
         before_stop = [shard for shard in shards if int(shard.name) < self._stop_at] or shards
-        yield from self._runner.map(stage, make_worker, before_stop)
+        yield from self._runner.map(stage, make_worker, before_stop, on_progress=on_progress)
         self.last, self.memory = time.perf_counter(), memory("VmRSS")
         if len(before_stop) < len(shards):
             raise _Stopped

@@ -116,9 +116,8 @@ def run_tool(command: Sequence[str], folder: Path, earlier_output: str = "") -> 
     except FileNotFoundError:
         raise InputError(
             f"There is no {tool} on this machine, and the demo's images come in Debian packages. Use your own images: "
-            "copy pipelines/configs/demo.toml, remove `demo_data`, point the `path` of its sources at your folders, "
-            "and give the copy with CONFIG=... Or make the demo data on a Debian or Ubuntu machine, and copy the "
-            "folder here."
+            "seedbed curate --seeds NAME=PATH --pool PATH --output DIR. Or make the demo data on a Debian or Ubuntu "
+            "machine, and copy the folder here."
         ) from None
     if completed.returncode != 0:
         lines = [line for output in (earlier_output, completed.stdout) for line in _last_lines(output)]

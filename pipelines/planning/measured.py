@@ -36,7 +36,7 @@ from curation.run_folder import STAGES, RunFolder, require_run
 from pipelines.main_path import CurateConfig
 from pipelines.planning import candidates
 from pipelines.planning.candidates import VerificationCost
-from pipelines.planning.price import TERA, Counts, num_clusters
+from pipelines.planning.price import TERA, Counts
 from pipelines.planning.rates import FIXED
 
 CONFIG_NAME = "run.toml"
@@ -221,6 +221,7 @@ def estimate_stages(
         "cluster": _estimate_cluster(whole),
         "retrieve": _estimate_retrieve(whole),
         "corpus": _estimate_corpus(whole, rows),
+        "images": _estimate_by_images(whole, "images"),
     }
     others = [name for name in measured.steps if "/" not in name and name not in by_stage]
     return [*by_stage.values(), *(_estimate_by_images(whole, name) for name in others)]
@@ -397,8 +398,8 @@ def _estimate_cluster(whole: _Whole) -> StageEstimate:
     kept_then = whole.measured.manifests["cluster"].totals["assigned"]
     kept = kept_then * whole.pool_growth
     steps = [step for name, step in whole.measured.steps.items() if name.count("/") == 1 and "cluster/" in name]
-    clusters_then = num_clusters(whole.measured.config.cluster, kept_then)
-    clusters = num_clusters(whole.config.cluster, kept)
+    clusters_then = whole.measured.config.cluster.resolved(round(kept_then)).levels[0].size
+    clusters = whole.config.cluster.resolved(round(kept)).levels[0].size
     levels = whole.measured.manifests["cluster"].facts["levels"]
     iterations_then = sum(len(objectives) for level in levels for objectives in level["objectives"])
     iterations = max(iterations_then, sum(level.num_iterations for level in whole.config.cluster.levels))

@@ -23,7 +23,7 @@ from pipelines.main_path import CurateConfig
 from pipelines.planning import measured
 from pipelines.planning.machine import Machine, this_machine
 from pipelines.planning.measured import Measurements, StageEstimate
-from pipelines.planning.price import Counts, Price, count_sources, num_clusters, price_run
+from pipelines.planning.price import Counts, Price, count_sources, price_run
 from pipelines.planning.rates import FIXED, FixedRates, RatesConfig
 from pipelines.status import duration
 
@@ -250,7 +250,8 @@ def dataset_rows(config: CurateConfig, dataset: DatasetConfig) -> DatasetRows | 
     mode = _mode(config, dataset)
     if mode == "by_size" or (num_seeds is None and (dataset.as_is or MODES[mode].compares_seeds)):
         return None
-    num_clusters = config.cluster.levels[0].num_clusters or max_chosen_clusters(num_seeds or 0, 0)
+    pool = (source.name for source in config.ingest.sources if source.role == "pool")
+    num_clusters = config.cluster.resolved(sum(config.stated_counts.get(name, 0) for name in pool)).levels[0].size
     if num_seeds is not None:
         num_clusters = min(num_clusters, max_chosen_clusters(num_seeds, config.retrieve.more_than_seeds))
     num_clusters = config.stated_clusters.get(dataset.name, num_clusters)
@@ -352,7 +353,7 @@ def _stages_table(config: CurateConfig, counts: Counts) -> Table:
     table.add_column("work")
     ingest, pairs, retrieve = config.ingest, config.pairs, config.retrieve
     check = "verified on thumbnails" if pairs.verification else "judged by the cosine of their descriptors"
-    kept = FIXED.kept_share * counts.of_role(config, "pool")
+    cluster = config.cluster.resolved(round(FIXED.kept_share * counts.of_role(config, "pool")))
     rows = {
         "ingest": f"reads {len(ingest.sources)} sources; rejects at most {ingest.max_reject_fraction:.0%} of the "
         f"images, including every image of more than {ingest.limits.max_pixels:,} pixels",
@@ -364,15 +365,16 @@ def _stages_table(config: CurateConfig, counts: Counts) -> Table:
         "dedup": f"copies from {config.dedup.threshold:g}; holdout from {config.dedup.holdout_threshold:g}, "
         f"decontamination '{config.dedup.decontamination}'",
         "cluster": "; then ".join(
-            f"{level.num_clusters or num_clusters(config.cluster, kept):,} clusters, {level.num_iterations} iterations"
+            f"{level.size:,} clusters, {level.num_iterations} iterations"
             + (f", resampled {level.resampling.num_rounds} times" if level.resampling else "")
-            for level in config.cluster.levels
+            for level in cluster.levels
         ),
         "retrieve": f"clusters with more than {retrieve.more_than_seeds} seeds of a dataset, "
         f"{retrieve.images_per_cluster:,} images of each; by_size means sample above {retrieve.sample_above:,} seeds; "
         f"{_describe_search(retrieve.search)}",
         "corpus": f"{config.pack.images_per_shard:,} images per tar, "
         f"{'with' if config.pack.repeats else 'without'} repeats",
+        "images": "one row for each unique image, with its place on a map of the content",
     }
     for stage, work in rows.items():
         table.add_row(stage, work)

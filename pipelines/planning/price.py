@@ -9,13 +9,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from curation.cluster import ClusterConfig
 from curation.errors import InputError
 from curation.files import paths
 from curation.images import counting, sources
 from curation.images.counting import SourceCount
 from curation.images.sources import SourceConfig
 from curation.models.embedders import MODELS
+from curation.report import images_table
 from curation.retrieval_modes import MODES, mode_of
 from curation.search.config import SearchConfig
 from curation.search.ivf import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL
@@ -221,11 +221,6 @@ def num_candidates(images: int, num_neighbors: int) -> float:
     return images * min(FIXED.candidates_of_root * math.sqrt(images), of_full_lists, images / 2)
 
 
-def num_clusters(config: ClusterConfig, kept: float) -> int:
-    """The clusters of the finest level; where the config leaves them out, about the square root of the kept pool."""
-    return config.levels[0].num_clusters or max(1, round(math.sqrt(kept)))
-
-
 def _uses_gpus(config: CurateConfig) -> bool:
     models, searches = (config.embed, config.describe), (config.pairs.search, config.retrieve.search)
     return any(model.embedder.num_gpus for model in models) or any(search.num_gpus for search in searches)
@@ -253,6 +248,7 @@ def _price_stages(work: _Workload) -> tuple[StagePrice, ...]:
         _price_cluster(work),
         _price_retrieve(work),
         _price_pack(work),
+        _price_images(work),
     )
 
 
@@ -357,9 +353,9 @@ def _price_dedup(work: _Workload) -> StagePrice:
 
 
 def _price_cluster(work: _Workload) -> StagePrice:
-    config, kept = work.config.cluster, work.kept
+    config, kept = work.config.cluster.resolved(round(work.kept)), work.kept
     iterations = sum(level.num_iterations for level in config.levels)
-    clusters, width = num_clusters(config, kept), work.config.embed.embedder.dimensions
+    clusters, width = config.levels[0].size, work.config.embed.embedder.dimensions
     per_cluster = config.max_points_per_centroid
     points = kept if per_cluster is None else min(kept, per_cluster * clusters)
     return StagePrice(
@@ -410,6 +406,21 @@ def _price_pack(work: _Workload) -> StagePrice:
         core_seconds=2 * packed_bytes / FIXED.hashed_per_core,
         worker_bytes=3e8,
         driver_bytes=170 * packed,
+    )
+
+
+def _price_images(work: _Workload) -> StagePrice:
+    width, side = work.config.embed.embedder.dimensions, work.config.describe.thumbnail_side
+    passes = 2 if work.images > images_table.MAX_FITTED else 1  # over the vectors
+    return StagePrice(
+        "images",
+        work.images,
+        work.images * (2 * width * passes + side**2 / 4 + 200),
+        55 * work.images,  # measured, 300,000 rows
+        work.num_shards,
+        core_seconds=work.images / FIXED.images_table_per_core,
+        driver_seconds=work.images * FIXED.images_table_driver_seconds,
+        worker_bytes=3e8,
     )
 
 

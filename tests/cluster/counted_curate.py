@@ -16,7 +16,7 @@ from curation import ingest
 from curation.config import load
 from curation.engine import command
 from curation.engine.manifest import ShardRecord
-from curation.engine.runner import Runner, Shard, Worker
+from curation.engine.runner import OnProgress, Runner, Shard, Worker
 from curation.ingest import IngestConfig
 
 
@@ -28,10 +28,16 @@ class CountingRunner(Runner):
         self.num_workers = runner.num_workers
 
     def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
+        self,
+        stage: str,
+        make_worker: Callable[[], Worker],
+        shards: Sequence[Shard],
+        *,
+        max_poison_shards: int = 0,
+        on_progress: OnProgress = lambda reported: None,
     ) -> Generator[ShardRecord | None, None, None]:
         work = functools.partial(make_counting_worker, make_worker, self._diary, stage)
-        yield from self._runner.map(stage, work, shards, max_poison_shards=max_poison_shards)
+        yield from self._runner.map(stage, work, shards, max_poison_shards=max_poison_shards, on_progress=on_progress)
 
 
 def make_counting_worker(make_worker: Callable[[], Worker], diary: Path, stage: str) -> Worker:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from curation.engine import command
 from curation.engine.manifest import Manifest, Plan, ShardRecord, require_manifest, sum_counts, write_manifest
-from curation.engine.runner import InlineRunner, Runner, Shard, Worker
+from curation.engine.runner import InlineRunner, OnProgress, Runner, Shard, Worker
 from curation.files import parquet, paths, schemas, vectors
 from curation.images.decode import ImageLimits, Picture
 from curation.run_folder import RunFolder
@@ -166,11 +166,16 @@ def packed_stages(ingest: str, dedup: str, retrieve: str) -> RunFolder:
 
 def run_in_process(command_line: Callable[..., None], *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run a command in this process, for its exit status and what it prints. A process of its own takes seconds."""
+    return run_main(lambda: command.main(command_line), *arguments)
+
+
+def run_main(main: Callable[[], None], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Call `main` in this process, which reads the command line from `sys.argv`; otherwise as `run_in_process`."""
     output, errors, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setattr("sys.argv", ["command", *arguments])
         try:
-            command.main(command_line)
+            main()
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)
@@ -204,7 +209,13 @@ class KilledRunner(Runner):
         self.calls_left, self._after_work = num_calls, after_work
 
     def map(
-        self, stage: str, make_worker: Callable[[], Worker], shards: Sequence[Shard], *, max_poison_shards: int = 0
+        self,
+        stage: str,
+        make_worker: Callable[[], Worker],
+        shards: Sequence[Shard],
+        *,
+        max_poison_shards: int = 0,
+        on_progress: OnProgress = lambda reported: None,
     ) -> Generator[ShardRecord | None, None, None]:
         def make_killed_worker() -> Worker:
             worker = make_worker()
@@ -219,4 +230,4 @@ class KilledRunner(Runner):
 
             return process
 
-        yield from InlineRunner().map(stage, make_killed_worker, shards)
+        yield from InlineRunner().map(stage, make_killed_worker, shards, on_progress=on_progress)

@@ -293,7 +293,7 @@ def test_equal_images_share_a_cluster(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sample", [None, 100])
-@pytest.mark.parametrize(("num_clusters", "dropped"), [(4, ()), (3, (1,)), (1, (0, 1, 2))])
+@pytest.mark.parametrize(("num_clusters", "dropped"), [(4, ()), (3, (1,))])
 def test_more_clusters_than_images_are_refused(
     tmp_path: Path, num_clusters: int, dropped: tuple[int, ...], sample: int | None
 ) -> None:
@@ -303,8 +303,36 @@ def test_more_clusters_than_images_are_refused(
     with pytest.raises(ConfigError, match=rf"num_clusters is {num_clusters}, but only {3 - len(dropped)} pool images"):
         cluster.run(config, stages_of(*stages), str(output), InlineRunner())
     assert [path.name for path in output.iterdir()] == [".progress"]
-    if len(dropped) < 3:
-        cluster.run(one_level(1), stages_of(*stages), str(output), InlineRunner())  # corrected; needs no --replace
+    cluster.run(one_level(1), stages_of(*stages), str(output), InlineRunner())  # corrected; needs no --replace
+
+
+@pytest.mark.parametrize("sample", [None, 100])
+@pytest.mark.parametrize("num_clusters", [None, 1])
+def test_an_empty_pool_is_refused(tmp_path: Path, num_clusters: int | None, sample: int | None) -> None:
+    stages, _ = small_run(tmp_path, [["pool"] * 3, ["seed"] * 5], (0, 1, 2))
+    config = ClusterConfig(levels=(LevelConfig(num_clusters=num_clusters),), max_points_per_centroid=sample)
+    with pytest.raises(InputError, match="there is nothing to cluster, because no pool images"):
+        cluster.run(config, stages_of(*stages), str(tmp_path / "cluster"), InlineRunner())
+
+
+@pytest.mark.parametrize("sample", [None, 100])
+@pytest.mark.parametrize(("num_pool", "num_clusters"), [(1, 1), (2, 1), (3, 2), (30, 5), (31, 6)])
+def test_the_number_of_clusters_follows_from_the_kept_pool(
+    tmp_path: Path, num_pool: int, num_clusters: int, sample: int | None
+) -> None:
+    stages, _ = small_run(tmp_path, [["pool"] * (num_pool + 1), ["seed"] * 5], (0,))
+    output = str(tmp_path / "cluster")
+    cluster.run(ClusterConfig(max_points_per_centroid=sample), stages_of(*stages), output, InlineRunner())
+    assert len(read_centroids(output)) == num_clusters
+    given = str(tmp_path / "given")
+    config = one_level(num_clusters, max_points_per_centroid=sample)
+    cluster.run(config, stages_of(*stages), given, InlineRunner())
+    assert assignments(given) == assignments(output)
+
+
+def test_several_levels_need_their_numbers_of_clusters() -> None:
+    with pytest.raises(ValueError, match="of several levels, each needs num_clusters"):
+        ClusterConfig(levels=(LevelConfig(), LevelConfig(num_clusters=2)))
 
 
 def test_fewer_drawn_points_than_clusters_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import evaluation
 import pipelines
 import training
 from curation import config
-from curation.config import NotInPlan, Settings, plan_values
+from curation.config import IsPath, NotInPlan, Settings, plan_values
 from curation.errors import ConfigError, InputError
 from curation.files import paths
 from curation.images.sources import SourceConfig
@@ -25,6 +25,7 @@ from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.pairs import PairsConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
+from pipelines.main_path import CurateConfig
 
 
 class Level(Settings):
@@ -353,7 +354,7 @@ def test_override_outside_the_known_sections_is_refused(override: str, head: str
 
 
 def test_stage_alone_refuses_an_unknown_profile() -> None:
-    with pytest.raises(ConfigError, match=r"no profile is named 'papr'.* Choose from: default, paper"):
+    with pytest.raises(ConfigError, match=r"no profile is named 'papr'.* Choose from: default, photos, paper"):
         config.parse_section(Model, {"profile": "papr", "model": {"name": "a"}}, [], section="model", origin="x")
 
 
@@ -389,3 +390,90 @@ def test_a_plan_leaves_out_the_fields_that_are_marked_in_all_sections() -> None:
     filled = NestedSettings(optional=GuardSettings(limit=9), left_out=GuardSettings(power=9))
     assert plan_values(filled) == expected | {"optional": {"power": 2}}
     assert plan_values(GuardSettings()) == {"power": 2}
+
+
+# Paths
+
+
+class Place(Settings):
+    path: Annotated[str, IsPath]
+    name: str = ""
+
+
+class Places(Settings):
+    weights: Annotated[str | None, IsPath] = None
+    images: Annotated[tuple[str, ...], IsPath] = ()
+    sources: tuple[Place, ...] = ()
+    by_name: dict[str, Place] = Field(default_factory=dict)
+
+
+PATHS = """
+weights = "weights.pth"
+images = ["a.png", "/b.png", "s3://bucket/c.png", "../d.png"]
+sources = [{ path = "pool", name = "a/b" }, { path = "./seeds/" }]
+[by_name.x]
+path = "x"
+"""
+
+
+def test_paths_of_a_config_begin_at_its_folder_and_typed_ones_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/mine.toml").write_text(PATHS)
+    monkeypatch.chdir(tmp_path)
+    there = f"{tmp_path}/configs"
+    settings = config.load(Places, "configs/mine.toml", ["sources.0.path=typed"])
+    assert settings.weights == f"{there}/weights.pth"
+    assert settings.images == (f"{there}/a.png", "/b.png", "s3://bucket/c.png", f"{tmp_path}/d.png")
+    assert [(place.path, place.name) for place in settings.sources] == [
+        (f"{tmp_path}/typed", "a/b"),
+        (f"{there}/seeds", ""),
+    ]
+    assert settings.by_name["x"].path == f"{there}/x"
+    assert set(config.paths_in(settings)) == {
+        f"{there}/weights.pth",
+        *settings.images,
+        f"{tmp_path}/typed",
+        f"{there}/seeds",
+        f"{there}/x",
+    }
+    saved = tmp_path / "out" / "run.toml"
+    saved.parent.mkdir()
+    config.write_resolved(settings, str(saved))
+    assert config.load(Places, str(saved)) == settings
+    monkeypatch.chdir("/")
+    assert config.load(Places, str(saved)) == settings
+
+
+def test_paths_of_a_remote_config_begin_at_its_folder() -> None:
+    paths.write_bytes("memory://configs/mine.toml", PATHS.encode())
+    settings = config.load(Places, "memory://configs/mine.toml")
+    assert (settings.weights, settings.images[1]) == ("memory://configs/weights.pth", "/b.png")
+
+
+def test_a_section_with_typed_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.toml").write_text("[places]\n" + PATHS.replace("[by_name", "[places.by_name"))
+    monkeypatch.chdir("/")
+    settings = config.load(Places, f"{tmp_path}/mine.toml", ["places.weights=w"], section="places")
+    assert (settings.weights, settings.sources[0].path) == ("/w", f"{tmp_path}/pool")
+
+
+@pytest.mark.parametrize("name", ["demo", str(config.SHIPPED_CONFIGS / "demo.toml")])
+def test_a_shipped_config_has_a_name_and_begins_at_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = config.load(CurateConfig, name)
+    assert settings.demo_data == f"{tmp_path}/data/demo"
+    assert settings.report.concepts == str(config.SHIPPED_CONFIGS / "clipart_concepts.toml")
+    (tmp_path / "demo").write_text("seed = 1\n[model]\nname = 'mine'")
+    if name == "demo":
+        assert config.load(Whole, "demo").seed == 1
+
+
+def test_an_unknown_name_lists_the_shipped_configs() -> None:
+    with pytest.raises(
+        ConfigError, match=r"No config file at 'demmo'.*: clipart, demo, evaluate/demo, lvd142m, train/"
+    ):
+        config.load(Whole, "demmo")

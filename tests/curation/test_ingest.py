@@ -83,11 +83,25 @@ def test_files_that_are_no_images_do_not_enlarge_the_reject_budget(tmp_path: Pat
         write(tmp_path / "pool", **{f"notes-{number}": b"no image, and no ending"})
     for number in range(8):
         write(tmp_path / "pool", **{f"{number}__png": encoded_image(number)})
-    write(tmp_path / "pool", x__png=b"no image", y__png=b"no image")
-    with pytest.raises(RejectBudgetError, match=r"2 of 10 images"):
-        run(tmp_path, source("pool", tmp_path / "pool"), max_reject_fraction=0.1)
-    manifest = run(tmp_path, source("pool", tmp_path / "pool"), max_reject_fraction=0.2)
-    assert manifest.totals == {"images": 10, "accepted": 8, "rejected": 2, "passed over: no extension": 100}
+    for number in range(6):
+        write(tmp_path / "pool", **{f"x{number}__png": b"no image"})
+    with pytest.raises(RejectBudgetError, match=r"6 of 14 images"):
+        run(tmp_path, source("pool", tmp_path / "pool"), max_reject_fraction=0.4)
+    manifest = run(tmp_path, source("pool", tmp_path / "pool"), max_reject_fraction=0.5)
+    assert manifest.totals == {"images": 14, "accepted": 8, "rejected": 6, "passed over: no extension": 100}
+
+
+@pytest.mark.parametrize(("num_bad", "fraction", "is_refused"), [(5, 0.01, False), (6, 0.01, True), (1, 0.0, True)])
+def test_some_rejects_stop_no_small_run(tmp_path: Path, num_bad: int, fraction: float, is_refused: bool) -> None:
+    for number in range(4):
+        write(tmp_path / "pool", **{f"{number}__png": encoded_image(number)})
+    for number in range(num_bad):
+        write(tmp_path / "pool", **{f"bad-{number}__png": b"no image"})
+    if is_refused:
+        with pytest.raises(RejectBudgetError, match=f"{num_bad} of {4 + num_bad} images were rejected"):
+            run(tmp_path, source("pool", tmp_path / "pool"), max_reject_fraction=fraction)
+    else:
+        assert run(tmp_path, source("pool", tmp_path / "pool"), max_reject_fraction=fraction).totals["accepted"] == 4
 
 
 # Failures that pass

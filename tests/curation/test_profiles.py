@@ -17,7 +17,9 @@ from pipelines.main_path import CurateConfig
 
 MINIMAL: dict[str, Any] = {
     "ingest": {
-        "sources": [{"name": n, "role": r, "path": n} for n, r in (("a", "seed"), ("b", "seed"), ("p", "pool"))]
+        "sources": [
+            {"name": n, "role": r, "path": f"/data/{n}"} for n, r in (("a", "seed"), ("b", "seed"), ("p", "pool"))
+        ]
     },
     "embed": {"embedder": {"name": "efficientnet_lite0", "pooling": "gem"}},
     "describe": {"embedder": {"name": "efficientnet_lite0", "pooling": "gem"}},
@@ -40,7 +42,7 @@ def value_of(settings: Any, path: list[str]) -> list[Any]:
     return [settings]
 
 
-@pytest.mark.parametrize("profile", ["paper", "default"])
+@pytest.mark.parametrize("profile", ["paper", "default", "photos"])
 def test_every_setting_of_a_profile_is_filled_in(profile: profiles.Profile) -> None:
     settings = parse(profile=profile, cluster={"levels": [{"num_clusters": 100_000}]})
     assert settings.profile == profile
@@ -84,19 +86,19 @@ def test_a_profile_can_be_set_on_the_command_line() -> None:
     assert parse("profile=paper", "pack.repeats=false") == parse("pack.repeats=false", profile="paper")
 
 
-@pytest.mark.parametrize("profile", ["paper", "default"])
+@pytest.mark.parametrize("profile", ["paper", "default", "photos"])
 def test_saved_config_reads_back_equal_and_needs_no_profile(tmp_path: Path, profile: str) -> None:
     settings = parse(profile=profile, cluster={"levels": [{"num_clusters": 9}]})
     path = str(tmp_path / "run.toml")
     paths.write_bytes(path, resolved_toml(settings).encode())
     assert paths.read_bytes(path).startswith(f'profile = "{profile}"\n'.encode())
     assert config.load(CurateConfig, path) == settings
-    other = "default" if profile == "paper" else "paper"
+    other: profiles.Profile = "default" if profile == "paper" else "paper"
     changed = config.load(CurateConfig, path, [f"profile={other}"])
     assert changed == settings.model_copy(update={"profile": other})
 
 
-@pytest.mark.parametrize("profile", ["paper", "default"])
+@pytest.mark.parametrize("profile", ["paper", "default", "photos"])
 def test_a_single_stage_reads_the_same_settings_as_the_pipeline(tmp_path: Path, profile: str) -> None:
     path = str(tmp_path / "run.toml")
     text = f'profile = "{profile}"\n[dedup]\nthreshold = 0.7\n[pack]\n[retrieve]\n[[retrieve.datasets]]\nname = "a"\n'
@@ -112,6 +114,59 @@ def test_a_single_stage_reads_the_same_settings_as_the_pipeline(tmp_path: Path, 
     assert config.load(RetrieveConfig, path, section="retrieve") == whole.retrieve
 
 
+SOURCES = {"ingest": MINIMAL["ingest"]}
+
+
+@pytest.mark.parametrize("profile", ["default", "photos", "paper"])
+def test_a_config_needs_only_its_sources(profile: profiles.Profile) -> None:
+    settings = config.parse(CurateConfig, SOURCES, [f"profile={profile}"], origin="run.toml")
+    datasets = settings.retrieve.datasets
+    assert [dataset.name for dataset in datasets] == ["a", "b"]
+    as_is = profile != "paper"
+    assert all(d.as_is == as_is and d.k == 4 and d.retrieval == ("sample" if as_is else "by_size") for d in datasets)
+    assert (settings.embed.embedder.pooling, settings.describe.embedder.pooling) == ("gem_and_bottleneck", "gem")
+    assert settings.cluster.levels[0].num_clusters == (None if as_is else 100_000)
+    assert (settings.pairs.verification is not None) == (profile == "photos")
+    assert config.parse(CurateConfig, {"profile": profile} | SOURCES, origin="run.toml") == settings
+
+
+def test_the_photos_have_their_documented_values() -> None:
+    settings = config.parse(CurateConfig, {"profile": "photos"} | SOURCES, origin="run.toml")
+    assert (settings.dedup.threshold, settings.dedup.holdout_threshold, settings.dedup.families) == (0.5, 0.35, None)
+    assert settings.pairs.verification is not None and settings.pairs.verification.working_side == 128
+    assert (settings.describe.thumbnail_side, settings.pairs.min_descriptor_similarity) == (128, 0.66)
+
+
+def test_the_pooling_suits_the_stage_and_the_model() -> None:
+    model = {"name": "vit_small_patch14", "weights": "/w.pth"}
+    values = SOURCES | {"embed": {"embedder": model}, "describe": {"embedder": {"device": "cuda"}}}
+    settings = config.parse(CurateConfig, values, origin="run.toml")
+    assert (settings.embed.embedder.name, settings.embed.embedder.pooling) == ("vit_small_patch14", "cls")
+    describe = settings.describe.embedder
+    assert (describe.name, describe.pooling, describe.device) == ("efficientnet_lite0", "gem", "cuda")
+
+
+def test_clustering_alone_needs_no_dataset() -> None:
+    settings = config.parse(CurateConfig, SOURCES | {"retrieve": {"clustering": {"num_images": 3}}}, origin="run.toml")
+    assert settings.retrieve.datasets == ()
+
+
+def test_a_stage_alone_reads_a_config_with_only_sources(tmp_path: Path) -> None:
+    path = str(tmp_path / "mine.toml")
+    whole = config.parse(CurateConfig, {"profile": "photos"} | SOURCES, origin=path)
+    paths.write_bytes(
+        path,
+        b'profile = "photos"\n'
+        + b"".join(
+            f'[[ingest.sources]]\nname = "{name}"\nrole = "{role}"\npath = "/data/{name}"\n'.encode()
+            for name, role in (("a", "seed"), ("b", "seed"), ("p", "pool"))
+        ),
+    )
+    assert config.load(CurateConfig, path) == whole
+    assert config.load(DedupConfig, path, section="dedup") == whole.dedup
+    assert config.load(RetrieveConfig, path, section="retrieve") == whole.retrieve
+
+
 def test_the_callers_values_are_not_changed() -> None:
     before = repr(MINIMAL)
     parse(profile="paper")
@@ -123,13 +178,15 @@ def test_the_callers_values_are_not_changed() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"profile": "papr"}, "'profile': Input should be 'default' or 'paper' (did you mean 'paper'?). Found: 'papr'"),
-        ({"profile": ["paper"]}, "'profile': Input should be 'default' or 'paper'"),
+        (
+            {"profile": "papr"},
+            "'profile': Input should be 'default', 'photos' or 'paper' (did you mean 'paper'?). Found: 'papr'",
+        ),
+        ({"profile": ["paper"]}, "'profile': Input should be 'default', 'photos' or 'paper'"),
         ({"profile": "paper", "dedup": 3}, "'dedup': "),
         ({"profile": "paper", "retrieve": {"datasets": 3}}, "'retrieve.datasets': "),
         ({"profile": "paper", "retrieve": {"datasets": [3]}}, "'retrieve.datasets.0': "),
-        ({"profile": "paper", "retrieve": {}}, "retrieve names no dataset and has no section clustering"),
-        ({"profile": "default"}, "Missing key: 'cluster.levels'"),
+        ({"profile": "paper", "retrieve": {"datasets": []}}, "retrieve names no dataset and has no section clustering"),
         (
             {"profile": "paper", "pairs": {"num_neighbours": 3}},
             "Unknown key: 'pairs.num_neighbours' (did you mean 'num_neighbors'?). Found: 3",

@@ -81,7 +81,7 @@ def test_a_protocol_has_no_command_and_says_so(name: str) -> None:
     assert source.endswith(f'    raise SystemExit(without_command("{name}"))\n')
     if name == "knn":  # one process of the nine: each takes seconds to start
         result = subprocess.run([sys.executable, "-m", f"evaluation.{name}"], capture_output=True, text=True)
-        assert result.returncode == 2 and "python -m evaluation.run --only knn" in result.stderr
+        assert result.returncode == 2 and "seedbed evaluate --only knn" in result.stderr
         assert len(result.stderr.splitlines()) == 1
 
 

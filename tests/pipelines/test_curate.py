@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +19,15 @@ from PIL import Image, ImageDraw
 
 from curation.config import load
 from curation.engine.manifest import require_manifest
+from curation.engine.run_log import open_log
+from curation.engine.runner import InlineRunner, OnProgress, Reported
 from curation.errors import ConfigError
+from curation.files import schemas
 from curation.files.folder_lock import sole_writer
 from curation.run_folder import STAGES
+from pipelines import main_path, report
 from pipelines.curate import command_line as curate_command
+from pipelines.curate import curate as build
 from pipelines.main_path import CurateConfig
 from tests.curation.builders import run_in_process
 
@@ -154,6 +162,39 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+class ReportingRunner(InlineRunner):
+    """Keeps the last report of each shard, by the name of the stage on the terminal."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, dict[str, Reported]] = {}
+        self.num_partial: Counter[str] = Counter()
+
+    def map(self, stage: str, *arguments: Any, on_progress: OnProgress, **options: Any) -> Any:
+        def keep(reported: Mapping[str, Reported]) -> None:
+            self.last.setdefault(stage, {}).update(reported)
+            self.num_partial[stage] += any(0 < shard.num_items < (shard.total or 8) for shard in reported.values())
+            on_progress(reported)
+
+        return super().map(stage, *arguments, on_progress=keep, **options)
+
+
+def test_long_stages_report_what_they_do_inside_their_shards(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    settings = ["embed.embedder.batch_size=3", "describe.embedder.batch_size=3", "dedup.holdout_threshold=0.9"]
+    settings.append("pairs.verification.working_side=64")
+    monkeypatch.setattr("curation.pairs.PAIRS_PER_REPORT", 2)
+    runner = ReportingRunner()
+    with open_log("out") as log:
+        main_path.run(load(CurateConfig, "config.toml", settings), "out", runner, log=log)
+    for stage, total in (("ingest", "images"), ("embed", "embedded"), ("describe", "embedded"), ("corpus", "rows")):
+        num_reported = sum(shard.num_items for shard in runner.last[stage].values())
+        assert num_reported == require_manifest(f"out/{stage}").totals[total]
+    for stage in ("pairs", "pairs/join", "retrieve/search"):
+        assert all(shard.num_items == shard.total > 0 for shard in runner.last[stage].values())
+    for stage in ("ingest", "embed", "describe", "pairs", "pairs/join", "retrieve/search", "corpus"):
+        assert runner.num_partial[stage], f"{stage} reports inside a shard"
+
+
 def written_at(folder: Path) -> dict[str, int]:
     """The time of the last change of every file of a run."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -163,7 +204,8 @@ def test_same_bytes_inline_and_on_ray(finished: Path) -> None:
     on_ray = curate(finished, "--workers", "2", output="ray")
     assert on_ray.returncode == 0, on_ray.stderr
     assert bytes_in(finished / "ray") == bytes_in(finished / "out")
-    assert "Ray's dashboard: none" in on_ray.stderr
+    assert "Starting Ray on 2 cores of this machine" in on_ray.stderr and "Ray runs after" in on_ray.stderr
+    assert "dashboard" not in on_ray.stderr, "this Ray has none"
     (log,) = (finished / "ray/log").iterdir()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     shards = {(line["stage"], line["shard"]) for line in lines if line["event"] == "shard"}
@@ -181,7 +223,7 @@ def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depend
     (home / "changed/.tmp-0123-report.html").write_text("half, because the run was killed")
     again = inline(home, output="changed")
     assert again.returncode == 0
-    assert again.stderr.count("already done, nothing to do") == 9
+    assert again.stderr.count("already done, nothing to do") == 10
     assert written_at(home / "changed") == before
 
     refused = inline(home, "--set", "dedup.threshold=0.99", output="changed")
@@ -199,6 +241,43 @@ def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depend
     assert after["dedup/manifest.json"] > before["dedup/manifest.json"]
     assert inline(home, "--set", "dedup.threshold=0.99", output="fresh").returncode == 0
     assert bytes_in(home / "fresh") == bytes_in(home / "changed")
+
+
+def test_own_images_need_no_config(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
+    sources = ("--seeds", "seeds/discs", "lines=seeds/stripes", "--pool", "pool", "--holdout", "holdout")
+    options = ("--output", "own", "--runner", "inline", "--k", "2")
+    done = run_in_process(curate_command, *sources, *options)
+    assert done.returncode == 0, done.stderr
+    config = load(CurateConfig, "own/run.toml")
+    assert [source.name for source in config.ingest.sources] == ["discs", "lines", "pool", "holdout"]
+    assert all(source.path.startswith(f"{finished}/") for source in config.ingest.sources)
+    before = written_at(finished / "own")
+    run = build(
+        {"discs": "seeds/discs", "lines": "seeds/stripes"},
+        "pool",
+        holdout="holdout",
+        k=2,
+        output="own",
+        runner="inline",
+    )
+    assert written_at(finished / "own") == before and Path(run.report).exists()
+    corpus, images = run.corpus(), run.images()
+    assert images.column_names == schemas.IMAGES_TABLE.names
+    assert len(set(images["image_id"].to_pylist())) == images.num_rows == 56
+    assert corpus.column_names == schemas.CORPUS.names and corpus.num_rows > 20
+
+
+def test_a_config_and_paths_are_not_given_together(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    for arguments, message in (
+        (("--config", "config.toml", "--k", "3", "--pool", "x", "--output", "o"), "--config and --pool, --k are both"),
+        (("--output", "o"), "Nothing to curate. Give --seeds NAME=PATH and --pool PATH"),
+        (("--seeds", "seeds", "--pool", "pool"), "--output is missing"),
+    ):
+        refused = run_in_process(curate_command, *arguments)
+        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
+    assert not (home / "o").exists()
 
 
 def test_mix_of_seeds_retrieval_and_clustering(home: Path) -> None:
@@ -239,13 +318,14 @@ def test_kill_at_any_moment_loses_nothing(finished: Path) -> None:
 
 WRONG = [
     (("max_reject_fraction", "max_rejects"), "Unknown key: 'ingest.max_rejects'"),
-    (('path = "pool"', 'path = "nowhere"'), "there is nothing at 'nowhere'"),
-    (('path = "pool"', 'path = "empty"'), "no images in 'empty'"),
-    (("max_reject_fraction = 0.2", "max_reject_fraction = 0.001"), "more than max_reject_fraction = 0.001"),
+    (('path = "pool"', 'path = "nowhere"'), "/nowhere'. Correct its path"),
+    (('path = "pool"', 'path = "empty"'), "/empty' (looked for files"),
+    (("max_reject_fraction = 0.2", "max_reject_fraction = 0"), "more than max_reject_fraction = 0 allows"),
     (('path = "pool"', 'path = "cut"\nlayout = "webdataset"'), "not a readable plain tar"),
     (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
     (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
-    (("num_clusters = 4", "num_clusters = 400"), "cluster.levels.0.num_clusters is 400"),
+    (("num_clusters = 4", "num_clusters = 34"), "is 34, but only 32 pool images were kept"),
+    (("num_clusters = 4", "num_clusters = 35"), "is 35, but the pool holds 34 images"),
     (("[dedup]", "[pairs.verification]\n[dedup]"), "dedup.holdout_threshold (0.95) lies above 0.9"),
 ]
 
@@ -319,7 +399,7 @@ def test_output_with_other_files_is_refused_and_left_unchanged(home: Path) -> No
 
 
 def test_source_that_changed_after_ingest_is_refused(home: Path) -> None:
-    assert inline(home, "--set", "cluster.levels.0.num_clusters=400").returncode == 2
+    assert inline(home, "--set", "cluster.levels.0.num_clusters=34").returncode == 2
     for name in ("describe", "pairs", "dedup", "embed"):
         subprocess.run(["rm", "-r", home / "out" / name], check=True)
     path = home / "pool/discs/25.png"
@@ -347,3 +427,14 @@ def test_plan_of_every_config_prints_and_does_nothing(config: str, tmp_path: Pat
     if config == "lvd142m.toml":
         for number in ("1,300,000,000", "142,109,386", "0.45", "100,000", "10,000"):
             assert number in result.stdout
+
+
+def test_the_report_of_a_finished_run_is_written_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)  # the sources of its config are relative paths
+    shutil.copytree(finished / "out", tmp_path / "run")
+    (tmp_path / "run/report.html").unlink()
+    done = run_in_process(report.command_line, str(tmp_path / "run"))
+    assert done.returncode == 0 and done.stdout == f"The report is {tmp_path}/run/report.html\n"
+    assert (tmp_path / "run/report.html").read_bytes() == (finished / "out/report.html").read_bytes()

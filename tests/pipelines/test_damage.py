@@ -23,7 +23,7 @@ MORE = """
 num_images = 6
 [pairs.verification]
 """
-# A kind of file of each stage that a later stage reads.
+# A kind of file of each stage that a later stage or the report reads.
 READ_LATER = [
     ("ingest", "images-"),
     ("embed", "vectors-"),
@@ -36,6 +36,7 @@ READ_LATER = [
     ("cluster", "assignments-"),
     ("retrieve", "retrieved-"),
     ("corpus", "corpus-00000.parquet"),
+    ("images", "images-"),
 ]
 
 

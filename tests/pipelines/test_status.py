@@ -153,7 +153,9 @@ def test_stopped_run_has_its_reason(home: Path) -> None:
     allow(home, "c", word="no")
     process = start(home)
     assert process.communicate() and process.returncode == 2
-    assert "It stopped with: ingest, shard c: the worker says no" in printed_status(home)
+    printed = printed_status(home)
+    assert "It stopped with: ingest, shard c: the worker says no" in printed
+    assert "Correct this first, then run the command again" in printed and "Run the same command" not in printed
     run_status = status.read(str(home / "out"))
     ingest = run_status.stages[0]
     assert (ingest.state, ingest.done, ingest.left) == ("stopped", 2, 2)
@@ -167,6 +169,8 @@ def test_signal_ends_the_run_in_order_and_leaves_no_driver(home: Path) -> None:
     assert process.communicate() and process.returncode == 143
     assert not (home / "out/log/driver.json").exists() and not (home / "out/log/workers").exists()
     assert status.read(str(home / "out")).state == "stopped"
+    printed = printed_status(home)
+    assert "It stopped with: stopped by SIGTERM\nRun the same command again to resume it." in printed
 
 
 def test_new_run_has_all_stages_left(tmp_path: Path) -> None:
@@ -249,6 +253,27 @@ LINES = [
 def write_log(run: Path, lines: list[bytes]) -> None:
     (run / "log/workers").mkdir(parents=True, exist_ok=True)
     (run / "log/shards-1.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "NaN", "1e300", "-1", "1" + "0" * 400, "0.5", "null", '"x"'])
+def test_strange_numbers_in_the_log_stop_no_status(
+    tmp_path: Path, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Damage, or another program, may leave any number at any place."""
+    (tmp_path / "ingest").mkdir()
+    keys = [(line, key) for line in range(len(LINES)) for key, value in LINES[line].items() if isinstance(value, int)]
+    for at, key in keys:
+        lines = [json.dumps(line).encode() for line in LINES]
+        lines[at] = json.dumps(LINES[at] | {key: "HERE"}).replace('"HERE"', number).encode()
+        write_log(tmp_path, lines)
+        for name, facts in (
+            ("driver.json", {"machine": "m", "process": 1, "started": 1, "beat": 2}),
+            ("workers/w.json", {"stage": "ingest", "shard": "a", "worker": "w", "started": 5}),
+        ):
+            text = json.dumps(facts | {next(reversed(facts)): "HERE"}).replace('"HERE"', number)
+            (tmp_path / "log" / name).write_text(text)
+        status.command_line(str(tmp_path))
+        assert "inf" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 40, b'{"event": "shard", "ti', b"[]", b'{"event": "other"}', b"\xff"])

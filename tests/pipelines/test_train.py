@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from curation import ingest
-from curation.config import parse
+from curation.config import parse, resolved_toml
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError
 from curation.ingest import IngestConfig
 from pipelines import train as pipeline
-from tests.curation.builders import encoded_image
+from tests.curation.builders import encoded_image, run_in_process
 from tests.training.builders import train_config
 from training.loop import train
 from training.model import build_backbone
@@ -83,3 +83,15 @@ def test_every_holdout_image_is_classified_by_all_others(tmp_path: Path) -> None
 def test_a_holdout_without_classes_in_common_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="of 4 classes of labels, the holdout needs two"):
         pipeline.knn_of_holdout(ingested(tmp_path, {"newts": 2, "birds": 1}), 32)
+
+
+def test_images_without_labels_are_enough_to_train(tmp_path: Path) -> None:
+    images = write(tmp_path / "images", {"": 8})
+    config = tmp_path / "train.toml"
+    config.write_text(resolved_toml(train_config(images, num_steps=1, batch_size=4, images_per_pass=4)))
+    options = ("--config", str(config), "--output", str(tmp_path / "run"))
+    plan = run_in_process(pipeline.command_line, *options, "--plan")
+    assert plan.returncode == 0 and "# 1 steps of 4 images: 4 in total" in plan.stdout
+    assert not (tmp_path / "run").exists()
+    done = run_in_process(pipeline.command_line, *options)
+    assert done.returncode == 0 and "Training" in done.stdout and "10-NN" not in done.stdout

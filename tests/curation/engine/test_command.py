@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from curation.config import Settings
-from curation.engine import command
+from curation.engine import command, entry
 from curation.engine.command import open_runner, require_apart
 from curation.engine.runner import InlineRunner
 from curation.errors import DeviceError, InputError
@@ -105,7 +105,7 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", "/home/ada")
     words = ["~/a", "--output=~/a", "name=~", "a~", "--set", "x.y=~/a=~/b", "~nobody-has-this-name/a"]
     expected = ["/home/ada/a", "--output=/home/ada/a", "name=/home/ada", "a~", "--set", "x.y=/home/ada/a=~/b", words[6]]
-    assert [command._with_home(word) for word in words] == expected
+    assert [entry._with_home(word) for word in words] == expected
 
 
 class Section(Settings):
@@ -175,3 +175,28 @@ def test_every_command_with_an_output_keeps_it_apart_from_its_inputs() -> None:
     ]
     commands = [text for path in modules if "command.OutputOption" in (text := path.read_text())]
     assert len(commands) >= 9 and all("require_apart(" in text for text in commands)
+
+
+INTERRUPTED = """
+import sys, time
+from curation.engine import command
+
+def work():
+    with command.open_runner("inline"):
+        print("begun", flush=True)
+        time.sleep(60)
+
+command.main(work)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_says_that_the_work_is_kept(number: signal.Signals, status: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    errors = process.communicate()[1]
+    assert process.returncode == status
+    assert errors == "Stopped. Finished shards are kept: run the same command again to go on.\n"

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from curation.config import Settings
 from curation.engine import ray_runner
 from curation.engine.manifest import Manifest, ShardRecord, read_manifest
 from curation.engine.ray_runner import RayRunner
-from curation.engine.runner import InlineRunner, Runner, Shard, Worker
+from curation.engine.runner import InlineRunner, Reported, Runner, Shard, Worker, report
 from curation.engine.stage import Stage, run_stage
 from curation.errors import ConfigError, ShardError
 from curation.files import paths
@@ -55,6 +56,24 @@ def calls(call_log: str | Path, name: str) -> int:
     return len(list(Path(call_log).glob(f"{name}-*")))
 
 
+def make_reporting_worker(call_log: str) -> Worker:
+    """The worker reports 7 items and dies; the next one reports 2. Both wait until the driver has seen their items."""
+
+    def process(shard: Shard) -> ShardRecord:
+        Path(call_log, f"{shard.name}-{os.urandom(4).hex()}").touch()
+        attempt = calls(call_log, shard.name)
+        num_items = 7 if attempt == 1 else 2
+        report(num_items, total=10)
+        deadline = time.monotonic() + 30
+        while not Path(call_log, f"seen-{num_items}").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ShardRecord(name=shard.name)
+
+    return process
+
+
 def shards_of(works: list[str]) -> list[Shard]:
     return [Shard(str(number), work) for number, work in enumerate(works)]
 
@@ -77,6 +96,19 @@ def test_shard_of_a_dead_worker_is_assigned_again(
     results = list(runner.map("stage", worker, shards_of(["succeeds", "dies once", "succeeds", "succeeds"])))
     assert [record.name for record in results] == ["0", "1", "2", "3"]
     assert [calls(tmp_path, name) for name in "0123"] == [1, 2, 1, 1]
+
+
+def test_items_of_a_dead_worker_count_no_more(runner: RayRunner, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def on_progress(reported: Mapping[str, Reported]) -> None:
+        seen.append(reported["0"].num_items if "0" in reported else 0)
+        (tmp_path / f"seen-{seen[-1]}").touch()
+
+    make = functools.partial(make_reporting_worker, str(tmp_path))
+    assert len(list(runner.map("stage", make, shards_of(["reports"]), on_progress=on_progress))) == 1
+    counts = [count for count, _ in itertools.groupby(seen)]
+    assert counts in ([0, 7, 0, 2], [7, 0, 2], [0, 7, 2], [7, 2])
 
 
 def test_shard_that_always_kills_its_worker_is_named(runner: RayRunner, worker: Callable[[], Worker]) -> None:

@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from curation.config import Settings
 from curation.engine.manifest import Manifest, ShardRecord
 from curation.engine.ray_runner import RayRunner
-from curation.engine.runner import InlineRunner, Runner, Shard, Worker
+from curation.engine.runner import InlineRunner, Reported, Runner, Shard, Worker, report
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import InputError, ShardError
 from curation.files import paths
@@ -32,6 +33,13 @@ def make_worker(output: str, call_log: str) -> Worker:
                 raise InputError("the file is empty")
             case "bug":
                 raise ZeroDivisionError("oh")
+            case "reports":  # until the driver has seen it, which writes the file
+                for _ in range(3):
+                    report(5, total=20)
+                deadline = time.monotonic() + 30
+                while not Path(call_log, "seen").exists() and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                report(5)
         value = shard.work**2 if isinstance(shard.work, int) else 0
         file = paths.write_bytes(paths.join(output, f"square-{shard.name}.txt"), str(value).encode())
         return ShardRecord(name=shard.name, files=(file,), totals={"sum": value})
@@ -113,6 +121,26 @@ def test_error_names_the_stage_and_the_shard(
 def test_error_in_make_worker_names_a_shard(runner: Runner) -> None:
     with pytest.raises(InputError, match=r"square, shard 0000[01]: no model at '/nowhere'"):
         list(runner.map("square", make_no_worker, shards_of([1, 2])))
+
+
+def test_items_inside_a_shard_reach_the_driver_while_it_runs(
+    runner: Runner, worker: Callable[[], Worker], tmp_path: Path
+) -> None:
+    seen: list[dict[str, Reported]] = []
+
+    def on_progress(reported: Mapping[str, Reported]) -> None:
+        seen.append(dict(reported))
+        if reported.get("00001") == Reported(15, 20):
+            (tmp_path / "call_log/seen").touch()
+
+    records = runner.map("square", worker, shards_of([1, "reports", 3]), on_progress=on_progress)
+    assert [record.totals["sum"] for record in records if record] == [1, 0, 9]
+    assert (tmp_path / "call_log/seen").exists()
+    assert all(reported.num_items <= 20 for shards in seen for reported in shards.values())
+
+
+def test_a_report_outside_a_map_is_ignored() -> None:
+    report(1, total=2)
 
 
 def make_no_worker() -> Worker:

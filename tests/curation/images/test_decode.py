@@ -3,6 +3,8 @@
 import functools
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -639,3 +641,42 @@ def test_damaged_bytes_give_the_same_image_or_reason_each_time(image_format: str
 def test_reasons_are_text_in_a_table() -> None:
     assert str(RejectReason.TOO_SMALL) == "too_small"
     assert all(reason == reason.lower() for reason in RejectReason)
+
+
+NOISY_IMAGES = r"""
+import io, struct, zlib
+from concurrent.futures import ThreadPoolExecutor
+from PIL import Image
+from curation.images.decode import ImageLimits, ImageRejected, decode_rgb
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+def saved(form, **options):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, form, **options)
+    return file.getvalue()
+
+head = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
+bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+tiff = saved("TIFF")
+at = tiff.index(struct.pack("<HHI", 277, 3, 1)) + 8
+channels = tiff[:at] + struct.pack("<H", 9000) + tiff[at + 2:]
+exif = saved("JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\1\x12\0\3\0\0\0\1")
+
+def outcome(data):
+    try:
+        return str(decode_rgb(data, ImageLimits()).size)
+    except ImageRejected as rejected:
+        return str(rejected.reason)
+
+with ThreadPoolExecutor(4) as threads:
+    print(sorted(set(threads.map(outcome, [bomb, channels, exif] * 8))))
+"""
+
+
+def test_images_that_pillow_warns_of_are_rejected_or_decoded_without_a_message() -> None:
+    """In a process of its own, because pytest has its own filters of warnings."""
+    done = subprocess.run([sys.executable, "-W", "always", "-c", NOISY_IMAGES], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "['(32, 32)', 'too_many_pixels', 'unsupported_pixels']\n"

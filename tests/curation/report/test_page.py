@@ -5,36 +5,25 @@ import html.parser
 import io
 import itertools
 import re
+import shlex
 import shutil
-from collections.abc import Sequence
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import tomli_w
 from PIL import Image
 
-from curation import cluster, dedup, ingest, pack, retrieve
-from curation.cluster import ClusterConfig, LevelConfig
 from curation.dedup import DedupConfig, FamilyConfig
-from curation.engine.manifest import Manifest, Plan, ShardRecord, sum_counts, write_manifest
-from curation.engine.runner import InlineRunner
 from curation.errors import ConfigError, InputError
-from curation.files import parquet, paths, schemas, vectors
-from curation.images.hashing import image_id
-from curation.images.sources import Role, SourceConfig
-from curation.ingest import IngestConfig
-from curation.pack import PackConfig
 from curation.report import facts, markup, page
 from curation.report.facts import Concepts
 from curation.report.page import ReportConfig
-from curation.retrieve import DatasetConfig, RetrieveConfig
-from curation.run_folder import STAGES, RunFolder
-from tests.curation.builders import packed_stages, stages_of
+from curation.retrieve import DatasetConfig
+from tests.curation.report.small_runs import BLUE, RED, build_run, write_image
 
-RED, BLUE = (200, 40, 40), (40, 40, 200)
 # An untrusted name, as a crawl may contain. The name of a folder is a label.
 HOSTILE = "\"><img src=x onerror=alert(1)><script>alert('1')<"
 SECTIONS = ["funnel", "rejects", "datasets", "gallery", "copies", "threshold", "labels", "run"]
@@ -47,8 +36,6 @@ ATTRIBUTES = set(
     "alt aria-label aria-labelledby charset class content dir href http-equiv id lang name role scope src style "
     "tabindex title".split()
 )
-
-Pairs = Sequence[tuple[Path, Path, float]]
 
 
 class Page(html.parser.HTMLParser):
@@ -75,80 +62,6 @@ class Page(html.parser.HTMLParser):
 
     def ids(self) -> list[str]:
         return [value for name, value in self.attributes if name == "id"]
-
-
-def write_image(path: Path, colour: tuple[int, int, int], size: int = 40) -> Path:
-    """An image of one colour with noise that depends on the path, so that files differ in their bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(list("/".join(path.parts[-3:]).encode())).integers(-25, 25, (size, size, 3))
-    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path, "PNG")
-    return path
-
-
-def build_run(
-    output: str,
-    sources: Sequence[tuple[str, Path, Role]],
-    datasets: Sequence[DatasetConfig],
-    pairs: Pairs = (),
-    *,
-    thumbnails: bool = True,
-    config: ReportConfig | None = None,
-    copies: DedupConfig | None = None,
-) -> str:
-    """A finished run of the real stages, except embed and pairs: the vector of an image is its mean colour."""
-    runner = InlineRunner()
-    path = {stage: paths.join(output, stage) for stage in STAGES}
-    settings = IngestConfig(
-        sources=tuple(SourceConfig(name=name, path=str(folder), role=role) for name, folder, role in sources),
-        max_reject_fraction=1,
-        images_per_shard=7,
-    )
-    ingested = ingest.run(settings, path["ingest"], runner)
-    shards: dict[str, list[ShardRecord]] = {"embed": [], "describe": []}
-    for record, name in zip(ingested.shards, ingested.files("images"), strict=True):
-        rows = parquet.read_table(paths.join(path["ingest"], name), schemas.IMAGES).to_pylist()
-        images = {row["image_id"]: Image.open(row["uri"]).convert("RGB") for row in rows}
-        means = np.array([np.asarray(image).mean((0, 1)) - 128 for image in images.values()]).reshape(-1, 3)
-        table = vectors.make_table(list(images), means / np.linalg.norm(means, axis=1, keepdims=True))
-        small = pa.table([list(images), [_webp(image) for image in images.values()]], schema=schemas.THUMBNAILS)
-        for stage in shards:
-            files = [parquet.write_table(paths.join(path[stage], f"vectors-{record.name}.parquet"), table)]
-            if thumbnails and stage == "describe":
-                files.append(parquet.write_table(paths.join(path[stage], f"thumbnails-{record.name}.parquet"), small))
-            shards[stage].append(ShardRecord(name=record.name, files=tuple(files), totals={"embedded": len(images)}))
-    for stage, done in shards.items():
-        _finish(stage, path[stage], ingested.content_hash, done, {})
-    rows = [
-        (*sorted(image_id(path.read_bytes()) for path in pair[:2]), pair[2], False, pair[2], True) for pair in pairs
-    ]
-    columns = list(zip(*rows, strict=True)) or [[]] * len(schemas.PAIRS)
-    file = parquet.write_table(
-        paths.join(path["pairs"], "pairs-00000.parquet"), pa.table(columns, schema=schemas.PAIRS)
-    )
-    written = [ShardRecord(name="00000", files=(file,))]
-    found = {"min_similarity": 0.4, "max_holdout_threshold": 1.0, "full_lists": 3}
-    _finish("pairs", path["pairs"], ingested.content_hash, written, found)
-    dedup.run(copies or DedupConfig(), RunFolder(ingest=path["ingest"], pairs=path["pairs"]), path["dedup"])
-    stages = (path["ingest"], path["dedup"], path["embed"])
-    cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=2),)), stages_of(*stages), path["cluster"], runner)
-    search = RetrieveConfig(datasets=tuple(datasets), more_than_seeds=1)
-    retrieve.run(search, stages_of(*stages, path["cluster"]), path["retrieve"], runner)
-    pack.run(PackConfig(), packed_stages(path["ingest"], path["dedup"], path["retrieve"]), path["corpus"], runner)
-    section = (config or ReportConfig()).model_dump(exclude_none=True)
-    paths.write_bytes(paths.join(output, "run.toml"), tomli_w.dumps({"report": section}).encode())
-    return output
-
-
-def _webp(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.resize((24, 24)).save(buffer, "WEBP")
-    return buffer.getvalue()
-
-
-def _finish(stage: str, folder: str, images: str, shards: list[ShardRecord], facts: dict[str, float]) -> None:
-    plan = Plan(stage=stage, config={}, inputs={"images": images}, num_shards=len(shards))
-    totals = sum_counts(shard.totals for shard in shards)
-    write_manifest(folder, Manifest(plan=plan, shards=tuple(shards), totals=totals, rejects={}, facts=facts))
 
 
 CONCEPTS = Concepts(
@@ -254,6 +167,9 @@ def test_funnel_agrees_with_the_composition(example: str) -> None:
     counts = {source.source: source for source in facts.by_source(run)}
     pool = counts["pool"]
     assert (pool.rejected, pool.exact, pool.near, pool.holdout, pool.kept) == (2, 1, 2, 2, 12)
+    assert pool.accepted == pool.exact + pool.near + pool.holdout + pool.kept == 17
+    held = counts["holdout"]  # its own image is no match of the holdout
+    assert (held.role, held.accepted, held.holdout, held.kept, held.in_corpus) == ("holdout", 1, 0, 0, 0)
     assert counts["animals"].in_corpus == 4  # included as is
     assert counts["vehicles"].kept == 4 and counts["vehicles"].in_corpus == 0
     assert sum(source.in_corpus for source in counts.values()) == run.composition["total_unique"]
@@ -268,7 +184,9 @@ def test_rejects_are_listed_by_reason(example: str) -> None:
 
 def test_files_that_are_no_images_are_counted_by_kind(example: str) -> None:
     assert facts.passed_over(facts.read_run(example, CONCEPTS)) == {"pool": {".txt": 2, "other": 1, "system files": 1}}
-    assert "2 .txt, 1 other, 1 system files" in read_page(example).text
+    text = read_page(example).text
+    assert "2 .txt, 1 other, 1 system files" in text
+    assert "passed over: " not in text  # the names of ingest's totals, in the list of stages
 
 
 def test_a_sample_of_the_pool_is_named(example: str) -> None:
@@ -437,6 +355,28 @@ def test_summary_on_the_terminal(example: str, capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     for line in ("without near-duplicates", "rows packed", "not_an_image 1", "vehicles", "100.0%", "report.html"):
         assert line in text
+
+
+@pytest.mark.parametrize("is_active", [True, False])
+def test_summary_ends_with_the_report_and_a_command_as_a_shell_takes_it(
+    example: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_active: bool
+) -> None:
+    output = shutil.copytree(example, tmp_path / "my run's")
+    (tmp_path / "bin").mkdir()
+    if is_active:
+        (tmp_path / "bin/seedbed").write_text("#!/bin/sh")
+        (tmp_path / "bin/seedbed").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    page.print_summary("my run's")
+    *tables, look, train = capsys.readouterr().out.splitlines()
+    assert max(map(len, tables)) <= 80
+    assert shlex.split(look)[-1] == "my run's/report.html"
+    command = ["seedbed", "train"] if is_active else [sys.executable, "-m", "pipelines.train"]
+    expected = [*command, "--set", "data.path=my run's/corpus", "--output", "my run's-train"]
+    assert shlex.split(train.removeprefix("Train on it:")) == expected
+    assert output.is_dir()
 
 
 def test_images_come_from_the_stored_thumbnails(example: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from curation.errors import ConfigError
+from curation.errors import ConfigError, DeviceError
 from curation.search import exact, ivf, low_precision
 from curation.search.config import SearchConfig
 from curation.search.ivf import CellLists, CodedLists
@@ -470,6 +470,12 @@ def test_coded_lists_of_equal_seeds_give_equal_results() -> None:
 def test_codes_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"search\.pq_bytes is 8, which does not divide the vectors' width of 20"):
         coded(unit_vectors(0, 300, 20))
+
+
+@pytest.mark.skipif(ivf.has_gpu_code(), reason="for a build of faiss for the CPU")
+def test_lists_of_codes_on_a_gpu_need_a_build_of_faiss_for_gpus() -> None:
+    with pytest.raises(DeviceError, match="pip uninstall faiss-cpu, then pip install faiss-gpu"):
+        coded(unit_vectors(0, 300, 16), device="cuda")
 
 
 @pytest.mark.parametrize(
