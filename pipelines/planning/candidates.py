@@ -5,8 +5,8 @@ square of the images at first, and with the images at last. The descriptors of t
 every image of the part stands for `weight` images of the whole, and an image's list takes its nearest ones until their
 weights fill it.
 
-The pictures of the seeds and of the pool differ, and so does the time of a comparison. So a few candidates of the part
-and a few of the whole are compared here, and the ratio of their times counts.
+In a large pool more thumbnails are prepared again for a comparison. So a few candidates are compared here, which gives
+the time of preparing a thumbnail in relation to that of comparing two.
 
 Legend: N images of the part, D dimensions.
 """

@@ -212,19 +212,19 @@ def estimate_stages(
 ) -> list[StageEstimate]:
     """The predicted times of all stages on `workers` workers of the machine that was measured."""
     whole = _Whole(config, counts, measured, workers)
-    pairs = _estimate_pairs(whole)
     by_stage = {
         "ingest": _estimate_ingest(whole),
         "embed": _estimate_by_images(whole, "embed"),
         "describe": _estimate_by_images(whole, "describe"),
-        "pairs": pairs,
+        "pairs": _estimate_pairs(whole),
         "dedup": _estimate_by_images(whole, "dedup"),
         "cluster": _estimate_cluster(whole),
         "retrieve": _estimate_retrieve(whole),
         "corpus": _estimate_corpus(whole, rows),
         "images": _estimate_by_images(whole, "images"),
     }
-    return list(by_stage.values())
+    others = [name for name in measured.steps if "/" not in name and name not in by_stage]
+    return [*by_stage.values(), *(_estimate_by_images(whole, name) for name in others)]
 
 
 class _Whole:
@@ -347,10 +347,10 @@ def _estimate_pairs(whole: _Whole) -> StageEstimate:
     now = manifest.totals["candidates"]
     number, factor = now * whole.growth, whole.growth
     if config.verification is not None and now:
-        growth_of_candidates, then_cost, cost = _verification(whole)
+        growth_of_candidates, cost = _verification(whole)
         number = now * growth_of_candidates
         factor = verification_seconds(number, images, whole.workers, cost) / verification_seconds(
-            now, described, stage.workers, then_cost
+            now, described, stage.workers, cost
         )
     num_shards = max(1, -(-round(images) // config.images_per_shard))
     judging = makespan([1.0] * num_shards, whole.workers) * busy * factor / num_shards
@@ -366,23 +366,20 @@ def _estimate_pairs(whole: _Whole) -> StageEstimate:
     )
 
 
-def _verification(whole: _Whole) -> tuple[float, VerificationCost, VerificationCost]:
-    """The growth of the number of candidates, and the cost of one in the measured run and in the whole."""
+def _verification(whole: _Whole) -> tuple[float, VerificationCost]:
+    """The growth of the number of candidates, and the cost of the candidates of the whole."""
     config, run = whole.config.pairs, whole.measured.run
     assert config.verification is not None
-    parts = [candidates.read_described(run, weights) for weights in ({}, whole.growth_of_source)]
-    scored = [candidates.scored(part, config) for part in parts]
-    then, now = (candidates.num_candidates(*each) for each in zip(parts, scored, strict=True))
-    drawn = [candidates.draw_pairs(*each) for each in zip(parts, scored, strict=True)]
-    if not all(drawn):  # no candidates among the images that are compared here
-        return now / then if then else whole.growth, VerificationCost(1, 1), VerificationCost(1, 1)
-    ids = {part.ids[row] for part, pairs in zip(parts, drawn, strict=True) for pair in pairs for row in pair}
-    thumbnails = candidates.read_thumbnails(run, ids)
-    then_cost, cost = (
-        candidates.verification_cost(pairs, part, thumbnails, config.verification)
-        for pairs, part in zip(drawn, parts, strict=True)
-    )
-    return now / then, then_cost, cost
+    part = candidates.read_described(run, {})
+    then = candidates.num_candidates(part, candidates.scored(part, config))
+    part = candidates.read_described(run, whole.growth_of_source)
+    is_scored = candidates.scored(part, config)
+    pairs = candidates.draw_pairs(part, is_scored)
+    if not pairs or not then:  # no candidates among the images that are compared here
+        return whole.growth, VerificationCost(1, 1)
+    thumbnails = candidates.read_thumbnails(run, {part.ids[row] for pair in pairs for row in pair})
+    cost = candidates.verification_cost(pairs, part, thumbnails, config.verification)
+    return candidates.num_candidates(part, is_scored) / then, cost
 
 
 def verification_seconds(num_candidates: float, images: float, workers: int, cost: VerificationCost) -> float:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from curation.config import resolved_toml
 from curation.engine.progress import printable
+from curation.files import paths
 from curation.models.embedders import EmbedderConfig
 from curation.quotas import max_chosen_clusters
 from curation.retrieval_modes import MODES, DatasetRows, Request, Retrieval, expected_rows, mode_of
@@ -116,7 +117,8 @@ def _print_first_screen(
     if estimates is not None and measurements is not None:
         console.print(_estimates_table(estimates))
     else:
-        console.print(_times_table(price, *((cluster, num_machines) if lacks_gpus else (machine, 1))))
+        machines = (cluster, num_machines) if lacks_gpus else (machine, 1)
+        console.print(_times_table(price, *machines, at_least=at_least))
     rows = total_rows(config)
     if rows is not None:
         console.print(f"The corpus: up to {rows:,} rows.")
@@ -156,6 +158,8 @@ def _notes(config: CurateConfig, counts: Counts, measurements: Measurements | No
     if damaged := [uri for count in counts.counted.values() for uri in count.damaged]:
         lines.append(f"Not readable to their end: {_listed(damaged)}.")
     if counts.unknown:
+        if config.demo_data is not None and not paths.exists(config.demo_data):
+            lines.append(f"A run first fetches {config.demo_data}; python -m pipelines.demo.dataset does it now.")
         lines.append(
             f"Unknown: {_listed(counts.unknown)}. Not on this machine, and without a number in stated_counts; so times "
             "and sizes are at least these."
@@ -182,7 +186,7 @@ def _total_seconds(estimates: Sequence[StageEstimate]) -> float:
     return FIXED.ray_seconds + sum(estimate.seconds for estimate in estimates)
 
 
-def _times_table(price: Price, machine: Machine, machines: int) -> Table:
+def _times_table(price: Price, machine: Machine, machines: int, *, at_least: str) -> Table:
     where = f"time on {machines:,}" if machines > 1 else "time"
     table = _table(None, ("stage", "images", where, "limited by"), left=("stage", "limited by"))
     for stage in price.stages:
@@ -193,7 +197,7 @@ def _times_table(price: Price, machine: Machine, machines: int) -> Table:
         table.add_row(stage.stage, f"{round(stage.images):,}", duration(seconds), stage.limit(machine, machines))
     table.add_row("start-up", "", duration(FIXED.start_seconds), "")
     table.add_section()
-    table.add_row("all", "", duration(price.seconds(machine, machines)))
+    table.add_row("all", "", at_least + duration(price.seconds(machine, machines)))
     return table
 
 

@@ -59,8 +59,12 @@ def test_messy_tars_are_counted_as_ingest_reads_them(tmp_path: Path) -> None:
     assert count.pixels == 24 * 20
 
 
-def test_no_image_of_a_tar_is_read_to_count_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "0.tar").write_bytes(tar_of(member(f"{index}.jpg", bytes(1 << 20)) for index in range(20)))
+def test_neither_images_nor_sidecars_of_a_tar_are_read_to_count_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = (("jpg", bytes(1 << 20)), ("json", b'"%s"' % bytes(50_000)))
+    members = [member(f"{index}.{ending}", data) for index in range(20) for ending, data in kinds]
+    (tmp_path / "0.tar").write_bytes(tar_of(members))
     num_bytes = 0
     read = counting.paths.RetryingFile.read
 

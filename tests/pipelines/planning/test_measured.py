@@ -1,14 +1,14 @@
 """Prices by the times of a finished run: they repeat the run itself, and grow with each amount of work."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from curation.config import load
-from curation.engine.run_log import FOLDER, open_log
+from curation.engine.run_log import FOLDER, ShardLine, open_log
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError
 from curation.pairs import PairsConfig
@@ -17,7 +17,7 @@ from pipelines import main_path
 from pipelines.main_path import CurateConfig
 from pipelines.planning import measured
 from pipelines.planning.candidates import Described, VerificationCost, num_candidates, scored
-from pipelines.planning.measured import StageEstimate, grown, makespan, verification_seconds
+from pipelines.planning.measured import StageEstimate, StepTimes, grown, makespan, verification_seconds
 from pipelines.planning.plan import print_plan, total_rows
 from pipelines.planning.price import count_sources
 from tests.curation.builders import encoded_image, unit_vectors
@@ -92,7 +92,7 @@ def with_pool(config: CurateConfig, number: int) -> CurateConfig:
 def test_the_price_of_the_measured_run_is_its_time(finished: tuple[CurateConfig, Path]) -> None:
     config, run = finished
     stages = estimates(config, run)
-    assert list(stages) == list(STAGES)
+    assert stages.keys() >= set(STAGES)
     for stage in stages.values():
         assert stage.seconds == pytest.approx(stage.measured_seconds, rel=0.15), stage.stage
         assert 0 <= stage.start_seconds <= stage.seconds
@@ -141,6 +141,22 @@ def test_an_unfinished_run_is_no_measurement(finished: tuple[CurateConfig, Path]
 
 
 # The parts
+
+
+def shards(*seconds_of_worker: Sequence[float]) -> StepTimes:
+    """The times of a step whose shards have 10 images each; a worker takes its shards one after another."""
+    lines = [
+        ShardLine("shard", 0, "embed", f"{worker}-{number}", seconds, 10, 0, started=number, worker=str(worker))
+        for worker, seconds_of_shard in enumerate(seconds_of_worker)
+        for number, seconds in enumerate(seconds_of_shard)
+    ]
+    return StepTimes(0, len(seconds_of_worker), shards=lines)
+
+
+def test_the_first_shard_of_a_worker_holds_its_start() -> None:
+    assert shards((5, 2, 2), (3, 2, 2)).seconds_of_image() == (0.2, 2.0)
+    assert shards((2, 2, 2), (1, 2, 2)).seconds_of_image() == (0.2, 0.0)
+    assert shards((5,), (3,)).seconds_of_image() == (0.4, 0.0), "all shards are first ones"
 
 
 def test_makespan() -> None:
