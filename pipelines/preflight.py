@@ -82,7 +82,8 @@ def _require_room(config: CurateConfig, output: str) -> None:
     """
     counts = count_sources(config)
     problems = []
-    num_clusters, num_images = config.cluster.levels[0].num_clusters, counts.of_role(config, "pool")
+    num_clusters = config.cluster.levels[0].num_clusters
+    num_images = round(counts.of_role(config, "pool") * config.ingest.sample_pool)
     is_known = all(count.is_exact for count in counts.counted.values()) and not counts.unknown
     if num_clusters is not None and is_known and num_clusters > num_images:
         problems.append(
