@@ -259,7 +259,11 @@ def _train(steps: _Steps, shards: list[Shard], output: str) -> ShardRecord:
             paths.delete(step_folder(output, step))
         which = "were kept" if config.max_points_per_centroid is None else "are in the training sample"
         if not num_points:
-            raise InputError(f"cluster: there is nothing to cluster, because no pool images {which}.")
+            raise InputError(
+                f"cluster: there is nothing to cluster, because no pool images {which}. Dedup dropped them all, as "
+                "copies of seeds or for the holdout (dedup/duplicates-*.parquet has the match of each). Give a pool of "
+                "other images."
+            )
         raise ConfigError(
             f"cluster.levels.0.num_clusters is {num_clusters:,}, but only {num_points:,} pool images {which}. "
             f"Leave it out, or set it to {num_points:,} or less; finished stages are kept."

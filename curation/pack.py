@@ -114,6 +114,16 @@ class Selection:
     selector: np.ndarray  # (R,) int16, into selectors
 
 
+def _nothing_to_pack(datasets: Sequence[DatasetConfig], dedup: Manifest) -> str:
+    if not any(dataset.as_is for dataset in datasets):
+        return "Nothing to pack: no dataset is packed as it is, and nothing was retrieved."
+    return (
+        "Nothing to pack: nothing was retrieved, and of the datasets that are packed as they are, dedup kept no seed. "
+        f"Rows that dedup dropped: {dedup.totals.get('holdout', 0):,} for the holdout, {dedup.totals.get('near', 0):,} "
+        "as copies. Compare the seeds with the holdout: images of the holdout never enter the corpus."
+    )
+
+
 @dataclass(frozen=True)
 class TarPlan:
     """The location of the plan of one tar."""
@@ -136,7 +146,7 @@ def run(
     with progress.step("corpus", "selecting and weighing the images"):
         selection = select(datasets, inputs)
         if not len(selection.image):
-            raise InputError("Nothing to pack: no dataset is packed as it is, and nothing was retrieved.")
+            raise InputError(_nothing_to_pack(datasets, stages["dedup"]))
         weight, selector_weight = weigh(config, selection)
         tars = plan_tars(config, selection)
     stage = Stage(

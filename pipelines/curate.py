@@ -48,10 +48,12 @@ class Run:
 
     def images(self) -> pa.Table:
         """A row for each unique image (docs/tables.md), in the order of ingest."""
+        run_folder.require_run(self.folder)
         return run_folder.read_images_table(paths.join(self.folder, "images"))
 
     def corpus(self) -> pa.Table:
         """A row for each sample of the corpus (schemas.CORPUS), in the order of the tars."""
+        run_folder.require_run(self.folder)
         return run_folder.read_corpus(paths.join(self.folder, "corpus"))
 
 
@@ -142,7 +144,8 @@ def command_line(
     plan: command.PlanOption = False,
     replace: command.ReplaceOption = False,
     sample: Annotated[
-        float | None, typer.Option("--sample", min=0, max=1, help="Share of the pool that is read, for a trial run.")
+        float | None,
+        typer.Option("--sample", metavar="SHARE", help="Share of the pool to read, for a trial: 0.1."),
     ] = None,
     rates_from: Annotated[
         str | None, typer.Option("--rates-from", metavar="RUN", help="With --plan: a finished run whose times count.")
@@ -175,6 +178,9 @@ def command_line(
     )
     if plan:
         print_plan(settings, output=output, rates_from=rates_from, workers=workers, verbose=verbose)
+        done = [stage for stage in STAGES if output and paths.exists(paths.join(output, stage, MANIFEST_NAME))]
+        if done:
+            print(f"'{output}' holds a run already: {len(done)} of {len(STAGES)} stages are done (seedbed status).")
         return
     if not output:
         raise ConfigError("--output is missing. Give the folder of the run, for example --output runs/mine.")
@@ -217,7 +223,11 @@ def _settings(
 
 def _sampling(share: float | None) -> list[str]:
     """The setting of --sample."""
-    return [] if share is None else [f"ingest.sample_pool={share}"]
+    if share is None:
+        return []
+    if not 0 < share <= 1:
+        raise ConfigError(f"--sample is {share:g}. It is a share of the pool: above 0, and at most 1.")
+    return [f"ingest.sample_pool={share}"]
 
 
 def _require_config_kept(settings: CurateConfig, config: str, output: str) -> None:

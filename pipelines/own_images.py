@@ -8,7 +8,6 @@ its files, and written into the config: a run made from such a config reads the 
 
 import os
 import posixpath
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from curation.images.sources import Layout, Role, SourceConfig
 from pipelines.main_path import CurateConfig
 
 # The sources of one role: paths, each with a name of its own or not, or a mapping of names to paths.
-Sources = str | Sequence[str] | Mapping[str, str]
+Sources = str | Sequence[str] | Mapping[str, str] | None
 
 ARCHIVES: dict[str, Layout] = {"tar": "webdataset", "parquet": "parquet"}
 
@@ -52,11 +51,14 @@ def make_config(
                 sources.append({"name": name, "role": role, "path": path, **_storage(path)})
             except InputError as error:
                 problems.append(f"{role} '{name}': {error}")
-    names = Counter(str(source["name"]) for source in sources)
+    paths_of: dict[str, list[str]] = {}
+    for source in sources:
+        paths_of.setdefault(str(source["name"]), []).append(str(source["path"]))
     problems += [
-        f"{count} sources have the name '{name}'. Give each a name of its own: NAME=PATH."
-        for name, count in names.items()
-        if count > 1
+        f"{len(given_paths)} sources have the name '{name}': {', '.join(given_paths)}. Give each a name of its own: "
+        "NAME=PATH."
+        for name, given_paths in paths_of.items()
+        if len(given_paths) > 1
     ]
     problems += [
         f"no {role} is given. Name at least one path: --{option}"
@@ -86,12 +88,16 @@ def _named(sources: Sources) -> dict[str, str]:
     if isinstance(sources, Mapping):
         return dict(sources)
     result: dict[str, str] = {}
-    for word in [sources] if isinstance(sources, str) else sources:
+    for word in [sources] if isinstance(sources, str) else sources or ():
+        if not isinstance(word, str):
+            raise ConfigError(f"A source is the path of a folder or a file, as text. Found: {word!r}")
         name, separator, path = word.partition("=")
         if not separator or "/" in name or not name or os.path.exists(word):
             path = os.path.expanduser(word)
             name = posixpath.basename(path.rstrip("/")) if "://" in path else os.path.basename(os.path.abspath(path))
             name = name.partition(".")[0] if listing.extension(name) in ARCHIVES else name
+        if not path:
+            raise ConfigError(f"A source has an empty path. Found: '{word}'. Give a folder, or leave the option out.")
         if name in result and result[name] != path:
             raise ConfigError(
                 f"Two sources have the name '{name}': '{result[name]}' and '{path}'. Give each a name of its own: "

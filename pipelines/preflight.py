@@ -4,21 +4,27 @@ They come before Ray and before the first stage, so that no work is done in vain
 """
 
 import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 
+from curation.config import Settings, plan_values
 from curation.engine import command
 from curation.engine.device import require_device
-from curation.engine.manifest import MANIFEST_NAME
+from curation.engine.manifest import MANIFEST_NAME, require_same_config
 from curation.errors import ConfigError, UserError
 from curation.files import paths
 from curation.models.embedders import require_weights
 from curation.report import page
 from curation.run_folder import STAGES
 from pipelines.main_path import CurateConfig
-from pipelines.planning.plan import total_rows
+from pipelines.planning.machine import free_disk
+from pipelines.planning.plan import size_text, total_rows
 from pipelines.planning.price import count_sources, price_run
+
+# The section of a config for a stage, where it has another name.
+SECTIONS = {"corpus": "pack"}
+# The config of a stage without settings.
+NOTHING = Settings()
 
 
 def require_runnable(config: CurateConfig, output: str, *, config_path: str | None, replace: bool) -> None:
@@ -50,6 +56,8 @@ def require_runnable(config: CurateConfig, output: str, *, config_path: str | No
             if len(lines) == 1
             else f"{len(lines)} problems before the run begins:\n" + "\n".join(f"  {line}" for line in lines)
         )
+    if not replace:
+        _require_same_config(config, output)
 
 
 def _exists(path: str) -> bool:
@@ -66,6 +74,13 @@ def _require_apart(config: CurateConfig, output: str, config_path: str | None) -
     paths.require_apart(output, (source.path for source in config.ingest.sources), or_below=True)
     for stage in STAGES:
         command.require_apart(paths.join(output, stage), config, *inputs, is_stage=True)
+
+
+def _require_same_config(config: CurateConfig, output: str) -> None:
+    """Raise OutputMismatchError for the first finished stage in `output` with another config, as it would itself."""
+    for stage in STAGES:
+        section: Settings = getattr(config, SECTIONS.get(stage, stage), NOTHING)
+        require_same_config(paths.join(output, stage), plan_values(section))
 
 
 def _require_devices(config: CurateConfig) -> None:
@@ -90,14 +105,13 @@ def _require_room(config: CurateConfig, output: str) -> None:
             f"cluster.levels.0.num_clusters is {num_clusters:,}, but the pool holds {num_images:,} images. Leave it "
             "out, and it follows from the size of the pool."
         )
-    if paths.is_local(output):
+    if (free := free_disk(output)) is not None:
         rows = total_rows(config.model_copy(update={"stated_counts": dict(counts.of_source)}))
         needed = price_run(config, counts, rows).written_bytes
-        free = shutil.disk_usage(paths.filesystem(output)[1]).free
         if needed > free:
             problems.append(
-                f"the disk of '{output}' has {free / 1e9:,.1f} GB free, and the run writes about {needed / 1e9:,.1f} "
-                "GB. Free some space, or give another --output."
+                f"the disk of '{output}' has {size_text(free)} free, and the run writes about {size_text(needed)}. "
+                "Free some space, or give another --output."
             )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -185,6 +185,8 @@ def times_table(times: dict[str, StageTimes]) -> Table:
         size = f"{stage.bytes / 1e6:,.1f}"
         idle = f"{stage.idle:.0%}"
         table.add_row(name, duration(stage.seconds), f"{stage.shards:,}", f"{stage.items:,}", rate, size, idle)
+    table.add_section()
+    table.add_row("all", duration(sum(stage.seconds for name, stage in times.items() if "/" not in name)))
     return table
 
 

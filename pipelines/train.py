@@ -148,7 +148,8 @@ def command_line(
         require_stage(images, "ingest", "--images")
     paths.require_writable(output)
     evaluate = None if images is None else knn_of_holdout(images, settings.model.backbone.image_size)
-    train(settings, output, evaluate)
+    with command.saying_how_to_go_on(f"The checkpoints in '{output}' are kept"):
+        train(settings, output, evaluate)
     print_curve(output)
 
 

@@ -31,7 +31,8 @@ def command_line(
     settings = load(TrainConfig, config, overrides or ())
     if not plan:
         command.require_apart(output, settings, config)
-        train(settings, output)
+        with command.saying_how_to_go_on(f"The checkpoints in '{output}' are kept"):
+            train(settings, output)
         return
     print_plan(settings)
 

@@ -128,6 +128,7 @@ def run(
         output=output,
         shards=shards,
         make_worker=functools.partial(make_worker, holdout, holdout_files, joined, output),
+        unit="pairs",
         prepare=functools.partial(_write_holdout, parts, ids, holdout_files),
     )
     return run_stage(stage, runner, log=log)

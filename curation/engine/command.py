@@ -109,7 +109,7 @@ def open_runner(
     gpu_settings: the names of the settings that need the GPU, for the message.
     """
     gpu_setting = ", ".join(gpu_settings) or "device"
-    with _saying_how_to_go_on():
+    with saying_how_to_go_on("Finished shards are kept"):
         if name == "inline":
             if gpus_per_worker:
                 from curation.engine.device import require_device  # torch takes a second
@@ -130,11 +130,11 @@ def open_runner(
 
 
 @contextlib.contextmanager
-def _saying_how_to_go_on() -> Iterator[None]:
-    """Print one line when Ctrl-C or SIGTERM ends the block."""
+def saying_how_to_go_on(kept: str) -> Iterator[None]:
+    """Print one line when Ctrl-C or SIGTERM ends the block. kept: a sentence on the work that is kept."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, KeyboardInterrupt) or stop.code == 128 + signal.SIGTERM:
-            progress.say("Stopped. Finished shards are kept: run the same command again to go on.")
+            progress.say(f"Stopped. {kept}: run the same command again to go on.")
         raise

@@ -13,7 +13,7 @@
 import functools
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
@@ -295,6 +295,14 @@ def claim(folder: str, plan: Plan, *, replace: bool) -> Manifest | None:
             )
         write_bytes(join(progress, "plan.json"), _indented_json(plan))
     return None
+
+
+def require_same_config(folder: str, config: Mapping[str, Any]) -> None:
+    """Raise OutputMismatchError, as `claim` does, where a finished stage in `folder` has another config."""
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.plan.config != config:
+        now = manifest.plan.model_copy(update={"config": dict(config)})
+        raise OutputMismatchError(_mismatch_message(folder, manifest.plan, now))
 
 
 def read_done(folder: str) -> Iterator[ShardRecord]:

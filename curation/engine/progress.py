@@ -30,6 +30,10 @@ MIN_BAR_WIDTH = 10
 # Columns that stay empty on the right, for the "^C" that a terminal adds: one more line could not be erased.
 FREE_COLUMNS = 3
 
+# The time left is shown from this share of the items, or from this time, in seconds. Assumed: before both, the rate is
+# mostly that of loading models.
+MIN_SHARE, MIN_SECONDS = 0.02, 60.0
+
 # Control characters, bidirectional controls and surrogates.
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -97,6 +101,8 @@ class Counts:
     def seconds_left(self, seconds: float, *, start: int = 0) -> float | None:
         """The time left at the mean rate, when `done` minus `start` items took `seconds`. None when unknown."""
         if self.total is None or self.done <= start:
+            return None
+        if seconds < MIN_SECONDS and self.done - start < MIN_SHARE * (self.total - start):
             return None
         return max(0.0, seconds * (self.total - self.done) / (self.done - start))
 

@@ -335,15 +335,20 @@ def _connect(num_cpus: int) -> Iterator[tuple[Any, str]]:
             dashboard = _connect_to_cluster(ray, address)
         else:
             dashboard = ""
-            ray.init(
-                address="local",  # not a Ray that another user started on this machine
-                num_cpus=num_cpus,
-                include_dashboard=False,  # it costs ten processes and a gigabyte
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=folder,
-            )
+            try:
+                ray.init(
+                    address="local",  # not a Ray that another user started on this machine
+                    num_cpus=num_cpus,
+                    include_dashboard=False,  # it costs ten processes and a gigabyte
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=folder,
+                )
+            except SystemExit as stop:
+                if stop.code == signal.SIGTERM:  # of Ray's handler
+                    raise SystemExit(128 + signal.SIGTERM) from None
+                raise
         if callable(previous_handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, previous_handler)  # Ray's handler would exit with status 15
         yield ray, dashboard

@@ -160,7 +160,8 @@ def funnel(run: FinishedRun) -> list[FunnelStep]:
         "in the corpus", totals["total_unique"], "retrieved images, and seeds that are included as is", is_loss=False
     )
     steps.append(FunnelStep("retrieved from the pool", counts["retrieved"], 0, "part of the images in the corpus"))
-    steps.append(FunnelStep("rows packed", counts["packed"], 0, "samples in the tars; an image may repeat"))
+    repeats = "; an image may repeat" if counts["packed"] > totals["total_unique"] else ""
+    steps.append(FunnelStep("rows packed", counts["packed"], 0, f"samples in the tars{repeats}"))
     return steps
 
 
@@ -247,7 +248,8 @@ def sample_text(run: FinishedRun) -> str | None:
     if "sample_pool" not in ingest_facts:
         return None
     not_sampled = sum(ingest_facts["not_sampled"].values())
-    return f"A sample: {ingest_facts['sample_pool']:.3%} of the pool. Images of the pool not sampled: {not_sampled:,}."
+    share = f"{100 * ingest_facts['sample_pool']:g}%"
+    return f"A sample: about {share} of the pool. Images of the pool not sampled: {not_sampled:,}."
 
 
 def rejected_holdout(run: FinishedRun) -> int:

@@ -108,7 +108,9 @@ def print_summary(output: str) -> None:
     console.print("\n" + next(step.note for step in steps if step.name == "accepted"))
     datasets = facts.datasets(finished)
     console.print(_datasets_on_terminal(datasets))
-    console.print("\n" + _same_concept_rule(config, datasets))
+    console.print("\nAn image that several seeds retrieve is a hit for each of them.")
+    if _has_concepts(datasets):
+        console.print(_same_concept_rule(config, datasets))
     for line in _next_steps(output):
         console.print(line, soft_wrap=True)
 
@@ -675,7 +677,7 @@ def _run(finished: FinishedRun) -> Markup:
     rows = [
         (
             stage,
-            _number(len(manifest.shards)),
+            _number(manifest.plan.num_shards),
             f"{sum(file.bytes for shard in manifest.shards for file in shard.files) / 1e6:,.1f}",
             ", ".join(
                 f"{clip(name)} {count:,}"
@@ -737,13 +739,15 @@ def _funnel_on_terminal(steps: Sequence[FunnelStep]) -> Table:
 
 
 def _datasets_on_terminal(datasets: Sequence[Dataset]) -> Table:
-    counts, shares = ("seeds", "retrieved", "rows", "unique"), ("same\nconcept", "by\nchance", "mean\ncosine")
-    table = _table("Retrieval by seed dataset", ("dataset", "by"), (*counts, *shares))
+    """Rows of retrieval are hits: an image that several seeds retrieve counts for each. The last count is of images."""
+    has_concepts = _has_concepts(datasets)
+    shares = (*(("same\nconcept", "by\nchance") if has_concepts else ()), "mean\ncosine")
+    table = _table("Retrieval by seed dataset", ("dataset", "by"), ("seeds", "hits", "images\nin corpus", *shares))
     for dataset in datasets:
-        numbers = (dataset.seeds, dataset.retrieved, dataset.rows, dataset.unique)
+        numbers = (dataset.seeds, dataset.retrieved, dataset.unique)
         similarity = "" if dataset.mean_similarity is None else f"{dataset.mean_similarity:.3f}"
-        shares_of_row = (_share(dataset.same_concept), _share(dataset.chance), similarity)
-        table.add_row(clip(dataset.name), dataset.mode, *map(_number, numbers), *shares_of_row)
+        concepts = (_share(dataset.same_concept), _share(dataset.chance)) if has_concepts else ()
+        table.add_row(clip(dataset.name), dataset.mode, *map(_number, numbers), *concepts, similarity)
     return table
 
 

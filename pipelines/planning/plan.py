@@ -30,6 +30,8 @@ from pipelines.status import duration
 
 # Columns of the widest table of the verbose plan.
 PAGE_WIDTH = 144
+# Images below which a measured run is called small. Assumed: start-up is then most of its time.
+SMALL_SAMPLE = 500
 # Names and differences that are listed on the first screen; the others are counted.
 MAX_LISTED = 3
 
@@ -106,10 +108,10 @@ def _print_first_screen(
         ("memory", price.memory_bytes(machine), machine.memory_bytes),
         ("disk", price.written_bytes, machine.disk_bytes),
     ):
-        there = "" if free is None else f" of {_size(free)} free"
-        console.print(f"  {name:<7} {at_least}{_size(number)}{there}")
+        there = "" if free is None else f" of {size_text(free)} free"
+        console.print(f"  {name:<7} {at_least}{size_text(number)}{there}")
         if free is not None and number > free:
-            problems.append(f"{name} of {_size(number)}, and {_size(free)} are free")
+            problems.append(f"{name} of {size_text(number)}, and {size_text(free)} are free")
     if problems:
         console.print(f"  It does not fit on this machine: {'; '.join(problems)}.")
     console.print()
@@ -141,7 +143,7 @@ def _cluster(rates: RatesConfig, price: Price, machine: Machine) -> tuple[Machin
 def _cluster_line(rates: RatesConfig, price: Price, cluster: Machine, num_machines: int) -> str:
     gpus = f"{_plural(cluster.gpus, 'GPU')} and " if cluster.gpus else ""
     hours = price.seconds(cluster, num_machines) / 3600
-    memory = _size(price.memory_bytes(cluster))
+    memory = size_text(price.memory_bytes(cluster))
     return (
         f"On machines of {gpus}{_plural(cluster.cores, 'core')}: {hours:,.1f} hours on {num_machines:,} of them "
         f"(rates.hours_wanted = {rates.hours_wanted:g}), {memory} of memory each."
@@ -165,7 +167,7 @@ def _notes(config: CurateConfig, counts: Counts, measurements: Measurements | No
             "and sizes are at least these."
         )
     if config.ingest.sample_pool < 1:
-        lines.append(f"A sample: {config.ingest.sample_pool:.2%} of the pool (ingest.sample_pool).")
+        lines.append(f"A sample: about {100 * config.ingest.sample_pool:g}% of the pool (ingest.sample_pool).")
     if measurements is None:
         lines.append(
             "Times are assumed rates, within a factor of three. For better ones: run --sample 0.1 --output SAMPLE, "
@@ -177,6 +179,11 @@ def _notes(config: CurateConfig, counts: Counts, measurements: Measurements | No
         f"Times as measured on {images:,} images in {measurements.run} on {measurements.date}. Start-up: "
         f"{FIXED.ray_seconds:g} s for Ray and the report (assumed), and that of each stage."
     )
+    if images < SMALL_SAMPLE:
+        lines.append(f"So few images say little of {SMALL_SAMPLE:,} or more: take a larger --sample.")
+    names, names_there = ({source.name for source in each.ingest.sources} for each in (config, measurements.config))
+    if names != names_there:
+        lines.append(f"Other sources than there: {_listed(sorted(names ^ names_there))}.")
     if differing := measured.differing_settings(config, measurements.config):
         lines.append(f"Other settings than there: {_listed(differing)}.")
     return lines
@@ -188,7 +195,7 @@ def _total_seconds(estimates: Sequence[StageEstimate]) -> float:
 
 def _times_table(price: Price, machine: Machine, machines: int, *, at_least: str) -> Table:
     where = f"time on {machines:,}" if machines > 1 else "time"
-    table = _table(None, ("stage", "images", where, "limited by"), left=("stage", "limited by"))
+    table = _table(None, ("stage", "items", where, "limited by"), left=("stage", "limited by"))
     for stage in price.stages:
         if not stage.images:
             table.add_row(stage.stage, "unknown")
@@ -202,7 +209,7 @@ def _times_table(price: Price, machine: Machine, machines: int, *, at_least: str
 
 
 def _estimates_table(estimates: Sequence[StageEstimate]) -> Table:
-    table = _table(None, ("stage", "images", "time", "start-up", "measured", "on images"), left=("stage",))
+    table = _table(None, ("stage", "items", "time", "start-up", "measured", "on items"), left=("stage",))
     for each in estimates:
         table.add_row(
             each.stage,
@@ -241,7 +248,15 @@ def total_rows(config: CurateConfig) -> int | None:
         if rows is None:
             return None
         total += rows.rows
-    return total
+    if config.pack.repeats:
+        return total
+    # Each image once: at most all seeds and the whole pool.
+    counts = config.stated_counts
+    seeds, pool = ([s.name for s in config.ingest.sources if s.role == role] for role in ("seed", "pool"))
+    if not all(name in counts for name in (*seeds, *pool)):
+        return total
+    num_pool = sum(counts[name] for name in pool) * config.ingest.sample_pool
+    return min(total, sum(counts[name] for name in seeds) + round(num_pool))
 
 
 def dataset_rows(config: CurateConfig, dataset: DatasetConfig) -> DatasetRows | None:
@@ -417,7 +432,7 @@ def _describe_embedder(embedder: EmbedderConfig) -> str:
     return f"{embedder.name} at {embedder.image_size} pixels on {embedder.device} in {embedder.precision}"
 
 
-def _size(number: float) -> str:
+def size_text(number: float) -> str:
     return _bytes(number) or "none"
 
 

@@ -70,14 +70,14 @@ def verify(run: str) -> Verified:
             problems.append(f"{folder} cannot be read: {error.strerror or error}")
     if not records and not problems:
         raise InputError(f"'{run}' is no run: none of its folders {', '.join(STAGES)} holds a stage.")
-    total = sum(file.bytes for shards in records.values() for record in shards for file in record.files)
-    with progress.bar("verify", total=total, unit="bytes") as advance:
+    total = sum(len(record.files) for shards in records.values() for record in shards)
+    with progress.bar("verify", total=total, unit="files") as advance:
         for stage, shards in records.items():
             for record, problems_of_record in checked(paths.join(run, stage), shards, hashes=True):
                 size = sum(file.bytes for file in record.files)
                 num_files, num_bytes = num_files + len(record.files), num_bytes + size
                 problems += problems_of_record
-                advance(size, stage)
+                advance(len(record.files), "")
             if stage not in unfinished:
                 problems += _unlisted(paths.join(run, stage), shards)
     finished = tuple(stage for stage in records if stage not in unfinished)

@@ -95,6 +95,10 @@ def test_options_reach_the_config_and_it_reads_back_equal(home: Path) -> None:
 
 PROBLEMS = [
     ({"pool": ()}, "no pool is given"),
+    ({"pool": None}, "no pool is given"),
+    ({"pool": ""}, "A source has an empty path. Found: ''"),
+    ({"pool": "web="}, "A source has an empty path. Found: 'web='"),
+    ({"pool": [1]}, "A source is the path of a folder or a file, as text. Found: 1"),
     ({"seeds": []}, "no seed is given"),
     ({"pool": "nowhere"}, "pool 'nowhere': there is nothing at 'nowhere'"),
     ({"pool": "x=nowhere"}, "pool 'x': there is nothing at 'nowhere'"),
@@ -103,7 +107,10 @@ PROBLEMS = [
     ({"pool": "unclear"}, "unclear/x.parquet' has 2 columns of bytes (jpg, thumbnail)"),
     ({"pool": "no_bytes"}, "no_bytes/x.parquet' has 0 columns of bytes (none)"),
     ({"pool": ["lesions", "sub/lesions"]}, "Two sources have the name 'lesions': 'lesions' and 'sub/lesions'"),
-    ({"pool": "sub/lesions"}, "2 sources have the name 'lesions'. Give each a name of its own: NAME=PATH."),
+    (
+        {"pool": "sub/lesions"},
+        "2 sources have the name 'lesions': lesions, sub/lesions. Give each a name",
+    ),
     ({"profile": "photo"}, "did you mean 'photos'?"),
     ({"model": "vit_small_patch14"}, "vit_small_patch14 needs weights"),
     ({"k": 0}, "'retrieve.datasets.0.k'"),

@@ -195,7 +195,7 @@ def test_a_sample_of_the_pool_is_named(example: str) -> None:
     ingest = run.manifests["ingest"]
     sampled = replace(ingest, facts={**ingest.facts, "sample_pool": 0.1, "not_sampled": {"pool": 90, "more": 12}})
     text = facts.sample_text(replace(run, manifests={**run.manifests, "ingest": sampled}))
-    assert text == "A sample: 10.000% of the pool. Images of the pool not sampled: 102."
+    assert text == "A sample: about 10% of the pool. Images of the pool not sampled: 102."
 
 
 def test_share_with_the_same_concept_agrees_with_brute_force(example: str) -> None:
