@@ -153,7 +153,7 @@ class RayRunner(Runner):
         # the shard is known.
         idle: deque[Any] = deque()
         next_index = 0
-        reports = _Reports(ray)
+        reports = _Reports(ray, self._num_maps)
         waiting: dict[str, Reported] = {}  # of shards that are finished before an earlier one
         seconds_between_reports = max(SECONDS_BETWEEN_REPORTS, len(self._actors) / MAX_REPORTS_PER_SECOND)
         last_seen_worker = last_reminder = last_report = time.monotonic()
@@ -241,8 +241,8 @@ def _wait_for_machines(stage: str, num_workers: int, seconds: float) -> None:
 class _Reports:
     """Asks workers for the items that they have done of their shards. The driver never waits for an answer."""
 
-    def __init__(self, ray: Any) -> None:
-        self._ray = ray
+    def __init__(self, ray: Any, map_number: int) -> None:
+        self._ray, self._map_number = ray, map_number
         self._asked: dict[str, Any] = {}  # by shard: the reference of the answer
         self._reported: dict[str, Reported] = {}
 
@@ -253,8 +253,8 @@ class _Reports:
         for reference in answered:
             del self._asked[asked[reference]]
             with contextlib.suppress(self._ray.exceptions.RayError):  # the process has died; `map` sees that too
-                name, reported = self._ray.get(reference)
-                if name == asked[reference]:
+                map_number, name, reported = self._ray.get(reference)
+                if (map_number, name) == (self._map_number, asked[reference]):
                     self._reported[name] = reported
         for name, worker in workers.items():
             if name not in self._asked:
@@ -276,19 +276,22 @@ class _WorkerActor:
     def __init__(self) -> None:
         self._map_number = 0
         self._worker: Worker | None = None
-        self._in_progress = "", Reported()
+        self._in_progress = 0, "", Reported()
 
     def ping(self) -> None:
         """Return as soon as the process runs."""
 
-    def reported(self) -> tuple[str, Reported]:
-        """The name of the shard in progress, and its items so far."""
+    def reported(self) -> tuple[int, str, Reported]:
+        """The map, the name of the shard in progress, and its items so far.
+
+        Shards of several maps have the same names, and Ray may answer before it has called `process` for the next one.
+        """
         return self._in_progress
 
     def process(
         self, map_number: int, worker_and_folder: tuple[Callable[[], Worker], str], shard: Shard
     ) -> ShardRecord:
-        self._in_progress = shard.name, Reported()
+        self._in_progress = map_number, shard.name, Reported()
         if self._worker is None or map_number != self._map_number:
             self._worker = None  # free its memory before the next worker is created
             make_worker, folder = worker_and_folder
@@ -302,7 +305,7 @@ class _WorkerActor:
             self._worker, self._map_number = make_worker(), map_number
 
         def keep(reported: Reported) -> None:
-            self._in_progress = shard.name, reported
+            self._in_progress = map_number, shard.name, reported
 
         with listening(keep):
             return self._worker(shard)

@@ -74,6 +74,25 @@ def make_reporting_worker(call_log: str) -> Worker:
     return process
 
 
+class SlowToLoad:
+    """Makes a worker that reports as its shard says. A process needs two seconds to load it."""
+
+    def __reduce__(self) -> tuple[Callable[[], "SlowToLoad"], tuple[()]]:
+        return _load_slowly, ()
+
+    def __call__(self) -> Worker:
+        def process(shard: Shard) -> ShardRecord:
+            report(int(shard.work), total=10)
+            return ShardRecord(name=shard.name)
+
+        return process
+
+
+def _load_slowly() -> SlowToLoad:
+    time.sleep(2.0)
+    return SlowToLoad()
+
+
 def shards_of(works: list[str]) -> list[Shard]:
     return [Shard(str(number), work) for number, work in enumerate(works)]
 
@@ -109,6 +128,18 @@ def test_items_of_a_dead_worker_count_no_more(runner: RayRunner, tmp_path: Path)
     assert len(list(runner.map("stage", make, shards_of(["reports"]), on_progress=on_progress))) == 1
     counts = [count for count, _ in itertools.groupby(seen)]
     assert counts in ([0, 7, 0, 2], [7, 0, 2], [0, 7, 2], [7, 2])
+
+
+def test_items_of_an_earlier_map_do_not_count(runner: RayRunner) -> None:
+    seen: list[int] = []
+
+    def on_progress(reported: Mapping[str, Reported]) -> None:
+        seen.extend(each.num_items for each in reported.values())
+
+    assert len(list(runner.map("first", SlowToLoad(), shards_of(["7"])))) == 1
+    seen.clear()
+    assert len(list(runner.map("second", SlowToLoad(), shards_of(["0"]), on_progress=on_progress))) == 1
+    assert seen and set(seen) == {0}
 
 
 def test_shard_that_always_kills_its_worker_is_named(runner: RayRunner, worker: Callable[[], Worker]) -> None:
