@@ -99,7 +99,7 @@ def _require_room(config: CurateConfig, output: str) -> None:
     problems = []
     num_clusters = config.cluster.levels[0].num_clusters
     num_images = round(counts.of_role(config, "pool") * config.ingest.sample_pool)
-    is_known = all(count.is_exact for count in counts.counted.values()) and not counts.unknown
+    is_known = not counts.unknown and all(count.is_exact and not count.damaged for count in counts.counted.values())
     if num_clusters is not None and is_known and num_clusters > num_images:
         problems.append(
             f"cluster.levels.0.num_clusters is {num_clusters:,}, but the pool holds {num_images:,} images. Leave it "

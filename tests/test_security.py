@@ -43,6 +43,7 @@ EXCEPTIONS = {
     ): "reads published ground truth; calls no function that a pickle names",
     ("tests/evaluation/data/test_plain_pickle.py", "pickle"): "makes hostile pickles for its tests",
     ("tests/evaluation/data/test_plain_pickle.py", "exec"): "is named in such a pickle",
+    ("tests/test_tables_doc.py", "exec"): "runs the Python block of docs/tables.md",
     ("tests/evaluation/test_retrieval.py", "pickle"): "writes ground truth in the published format",
     ("tests/curation/files/test_npy.py", "allow_pickle"): "writes a matrix of objects, which must be refused",
     ("tests/curation/files/test_vectors.py", "allow_pickle"): "writes a matrix of objects, which must be refused",

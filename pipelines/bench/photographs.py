@@ -206,9 +206,10 @@ def find_originals(package: str, source: Source, root: Path, min_side: int) -> l
     if folder.suffix == ".pk3" and folder.is_file():
         with zipfile.ZipFile(folder) as archive:
             extracted = root / "pictures"
-            for name in archive.namelist():
-                if name.endswith(SUFFIXES):
-                    archive.extract(name, extracted)  # which removes `..` and leading slashes
+            for name in filter(lambda name: name.endswith(SUFFIXES), archive.namelist()):
+                place = extracted.joinpath(*(part for part in name.split("/") if part not in ("", "..")))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(archive.read(name))
         folder = extracted
     originals, digests = [], set()
     for path in sorted(folder.rglob("*")):

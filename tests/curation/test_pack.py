@@ -489,7 +489,7 @@ def test_changed_source_file_is_refused_and_packed_in_no_tar(tmp_path: Path) -> 
     run = Run(tmp_path)
     path = tmp_path / "seeds/label 1/::3.png"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    with pytest.raises(InputError, match=rf"pack, shard 00000\d: .*::3\.png.*no longer those of image {run.ids[3]}"):
+    with pytest.raises(InputError, match=rf"corpus, shard 00000\d: .*::3\.png.*no longer those of image {run.ids[3]}"):
         run.pack(PackConfig(images_per_shard=8))
     assert not Path(run.output, "manifest.json").exists()
     for name in bytes_in(run.output):

@@ -142,7 +142,7 @@ def test_missing_sources_are_listed_together_before_ray_starts(tmp_path: Path, n
     shown = CliRunner().invoke(app(ingest), ["--config", str(config), "--output", str(tmp_path / "out")])
     assert isinstance(shown.exception, InputError) and not ray.is_initialized()
     assert [line.partition(". ")[0] for line in str(shown.exception).splitlines()] == [
-        f"source '{name}': there is nothing at '{name}'" for name in "ab"
+        f"source '{name}': there is nothing at '{tmp_path}/{name}'" for name in "ab"
     ]
 
 

@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
 
-from curation.config import Settings
+from curation.config import IsPath, Settings
 from curation.engine import command, entry
 from curation.engine.command import open_runner, require_apart
 from curation.engine.runner import InlineRunner
@@ -139,13 +140,13 @@ def test_inline_runner_runs_in_this_process() -> None:
 
 
 class Source(Settings):
-    path: str
+    path: Annotated[str, IsPath]
     name: str = "out"
 
 
 class Nested(Settings):
     sources: tuple[Source, ...]
-    weights: str | None = None
+    weights: Annotated[str | None, IsPath] = None
 
 
 def test_no_output_takes_the_place_of_a_file_or_folder_of_the_settings(tmp_path: Path) -> None:

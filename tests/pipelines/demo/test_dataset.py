@@ -256,7 +256,7 @@ def test_missing_apt_is_a_message_with_the_alternative(tmp_path: Path) -> None:
     completed = _command(["--output", str(tmp_path / "demo")], PATH=str(tmp_path))
     assert completed.returncode == 2
     assert "There is no apt-get on this machine" in completed.stderr
-    assert "`seedbed init` writes a config" in completed.stderr
+    assert "seedbed curate --seeds NAME=PATH --pool PATH" in completed.stderr
     assert "Traceback" not in completed.stderr and not (tmp_path / "demo").exists()
 
 
