@@ -75,9 +75,9 @@ def curate(
 ) -> Run:
     """Build a corpus from images of the user; a finished run is read, not made again.
 
-    seeds, pool, holdout: a path, several paths, or paths by name; see own_images.py. sample: the share of the pool that
-    is read. overrides: `a.b=value`, as for
-    --set. workers: number of Ray workers, by default one per processor. Raises UserError for wrong input.
+    seeds, pool, holdout: a path, several paths, or paths by name; see own_images.py. sample: the share of the pool to
+    read. overrides: `a.b=value`, as for --set. workers: number of Ray workers, by default one for each usable core.
+    Raises UserError for wrong input.
     """
     overrides = [*overrides, *_sampling(sample)]
     config = make_config(

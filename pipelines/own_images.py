@@ -84,27 +84,32 @@ def make_config(
 
 
 def _named(sources: Sources) -> dict[str, str]:
-    """The paths by name. Of two equal names the second gets a number, which `make_config` reports as a problem."""
+    """The paths by name. Raises ConfigError for a source without a path, and for two paths with one name."""
     if isinstance(sources, Mapping):
-        return dict(sources)
+        given = list(sources.items())
+    else:
+        given = [_split(word) for word in ([sources] if isinstance(sources, str) else sources or ())]
     result: dict[str, str] = {}
-    for word in [sources] if isinstance(sources, str) else sources or ():
-        if not isinstance(word, str):
-            raise ConfigError(f"A source is the path of a folder or a file, as text. Found: {word!r}")
-        name, separator, path = word.partition("=")
-        if not separator or "/" in name or not name or os.path.exists(word):
-            path = os.path.expanduser(word)
-            name = posixpath.basename(path.rstrip("/")) if "://" in path else os.path.basename(os.path.abspath(path))
-            name = name.partition(".")[0] if listing.extension(name) in ARCHIVES else name
-        if not path:
-            raise ConfigError(f"A source has an empty path. Found: '{word}'. Give a folder, or leave the option out.")
-        if name in result and result[name] != path:
+    for name, path in given:
+        if not isinstance(path, str) or not path:
+            raise ConfigError(f"A source is the path of a folder or a file, as text. Found: {path!r}")
+        if result.setdefault(name, path) != path:
             raise ConfigError(
                 f"Two sources have the name '{name}': '{result[name]}' and '{path}'. Give each a name of its own: "
                 "NAME=PATH."
             )
-        result[name] = os.path.expanduser(path)
-    return result
+    return {name: os.path.expanduser(path) for name, path in result.items()}
+
+
+def _split(word: str) -> tuple[str, str]:
+    """The name and the path of `NAME=PATH`, or of a path alone."""
+    if not isinstance(word, str):
+        return "", word
+    name, separator, path = word.partition("=")
+    if separator and name and "/" not in name and not os.path.exists(word):
+        return name, path
+    name = posixpath.basename(word.rstrip("/")) if "://" in word else os.path.basename(os.path.abspath(word))
+    return name.partition(".")[0] if listing.extension(name) in ARCHIVES else name, word
 
 
 def _storage(path: str) -> dict[str, Any]:

@@ -96,8 +96,9 @@ def test_options_reach_the_config_and_it_reads_back_equal(home: Path) -> None:
 PROBLEMS = [
     ({"pool": ()}, "no pool is given"),
     ({"pool": None}, "no pool is given"),
-    ({"pool": ""}, "A source has an empty path. Found: ''"),
-    ({"pool": "web="}, "A source has an empty path. Found: 'web='"),
+    ({"pool": ""}, "A source is the path of a folder or a file, as text. Found: ''"),
+    ({"pool": "web="}, "A source is the path of a folder or a file, as text. Found: ''"),
+    ({"pool": {"web": None}}, "A source is the path of a folder or a file, as text. Found: None"),
     ({"pool": [1]}, "A source is the path of a folder or a file, as text. Found: 1"),
     ({"seeds": []}, "no seed is given"),
     ({"pool": "nowhere"}, "pool 'nowhere': there is nothing at 'nowhere'"),
