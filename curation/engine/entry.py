@@ -86,5 +86,19 @@ def _with_home(word: str) -> str:
     return os.path.expanduser(name) + separator + os.path.expanduser(value)
 
 
+# The signals that this process was stopped by.
+_stopped_by: list[int] = []
+
+
 def _raise_on_sigterm(signal_number: int, frame: object) -> None:
+    _stopped_by.append(signal_number)
     sys.exit(128 + signal_number)  # unwinds the stack: stops the workers and deletes temporary files
+
+
+def exit_by_signal() -> None:
+    """Exit with the status of the signal that stopped this process, if one did.
+
+    For libraries that replace the status of a signal handler by another one.
+    """
+    if _stopped_by:
+        sys.exit(128 + _stopped_by[-1])

@@ -32,7 +32,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from curation.engine import progress
+from curation.engine import entry, progress
 from curation.engine.manifest import ShardRecord
 from curation.engine.runner import (
     MAX_ATTEMPTS,
@@ -211,6 +211,9 @@ class RayRunner(Runner):
                     waiting.pop(shards[next_index].name, None)
                     yield finished.pop(next_index)
                     next_index += 1
+        except SystemExit:  # ray.wait ends with status 1 where a signal handler ended with another
+            entry.exit_by_signal()
+            raise
         finally:
             if next_index < len(shards):
                 for actor in self._actors:

@@ -181,23 +181,33 @@ def test_every_command_with_an_output_keeps_it_apart_from_its_inputs() -> None:
 INTERRUPTED = """
 import sys, time
 from curation.engine import command
+from curation.engine.runner import Shard, report
+
+def make_worker():
+    def process(shard):
+        report(1)
+        time.sleep(60)
+    return process
 
 def work():
-    with command.open_runner("inline"):
-        print("begun", flush=True)
-        time.sleep(60)
+    with command.open_runner(RUNNER, 1) as runner:
+        list(runner.map("stage", make_worker, [Shard("0", 0)], on_progress=lambda reported: print("begun", flush=True)))
 
 command.main(work)
 """
 
 
+@pytest.mark.parametrize("runner", ["inline", "ray"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_command_says_that_the_work_is_kept(number: signal.Signals, status: int) -> None:
+def test_an_interrupted_command_says_that_the_work_is_kept(runner: str, number: signal.Signals, status: int) -> None:
+    """On Ray five seconds each, to start and stop it."""
+    script = INTERRUPTED.replace("RUNNER", repr(runner))
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
     process.send_signal(number)
     errors = process.communicate()[1]
-    assert process.returncode == status
-    assert errors == "Stopped. Finished shards are kept: run the same command again to go on.\n"
+    assert process.returncode == status, errors
+    assert errors.endswith("Stopped. Finished shards are kept: run the same command again to go on.\n")
+    assert "Traceback" not in errors
