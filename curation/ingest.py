@@ -15,7 +15,7 @@ Other files and members of tars are counted by kind, in the fact `passed_over` b
 and in the totals of the shard that opened them. A kind is the ending of a name, or one of the constants of listing.py.
 
 With `sample_pool` below 1, only this share of each source with the role `pool` is read (images/sampling.py). The other
-images are counted in the fact `not_sampled` by source. They are no rejects, and no image for the reject budget.
+images are counted in the fact `not_sampled` by source. They are neither rejects nor part of the reject budget.
 
 The inputs of the stage are names and sizes of files. A later stage refuses an image whose bytes have changed, and
 --replace then reads again the shards with a file that is newer than their images-*.parquet. A file that changed while

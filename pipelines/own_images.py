@@ -24,6 +24,8 @@ from pipelines.main_path import CurateConfig
 # The sources of one role: paths, each with a name of its own or not, or a mapping of names to paths.
 Sources = str | Sequence[str] | Mapping[str, str] | None
 
+# The roles that every run needs, with the option that gives them.
+REQUIRED: dict[Role, str] = {"seed": "seeds NAME=PATH", "pool": "pool PATH"}
 ARCHIVES: dict[str, Layout] = {"tar": "webdataset", "parquet": "parquet"}
 
 
@@ -62,8 +64,8 @@ def make_config(
     ]
     problems += [
         f"no {role} is given. Name at least one path: --{option}"
-        for role, option in (("seed", "seeds NAME=PATH"), ("pool", "pool PATH"))
-        if not _named(given[role])  # type: ignore[index]  # the names are those of roles
+        for role, option in REQUIRED.items()
+        if not _named(given[role])
     ]
     if problems:
         raise ConfigError("\n".join(problems))

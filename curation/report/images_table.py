@@ -218,7 +218,8 @@ def _rows_of(part: Part, plan: _Plan, axes: Axes) -> pa.Table:
 def _decisions(listed: pa.Table, image: np.ndarray) -> pa.Table:
     """The row of `listed` (COPY_ROWS) that holds the decision on each image.
 
-    image: (rows,) int64, the image of each row, rising. It is the kept row, else the first one that is no exact copy.
+    image: (rows,) int64, the image of each row, rising. The kept row holds the decision, else the first row without the
+    reason `exact`.
     """
     is_exact = pc.fill_null(pc.equal(listed["reason"], "exact"), False).to_numpy()
     rank = np.where(listed["kept"].to_numpy(), 0, np.where(is_exact, 2, 1))

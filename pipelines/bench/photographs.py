@@ -255,7 +255,7 @@ def make(originals: Sequence[Original], tree: Path, options: Options) -> None:
 
 
 def split(originals: Sequence[Original], seed: int) -> dict[str, list[Original]]:
-    """The originals of seeds, pool and holdout. Domains that are no seeds have theirs in the pool instead."""
+    """The originals of seeds, pool and holdout. The pool holds the originals of every domain without seeds."""
     parts: dict[str, list[Original]] = {part: [] for part in PART_OF}
     for domain in sorted({original.domain for original in originals}):
         listed = [original for original in originals if original.domain == domain]
