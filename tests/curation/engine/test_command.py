@@ -178,8 +178,10 @@ def test_every_command_with_an_output_keeps_it_apart_from_its_inputs() -> None:
     assert len(commands) >= 9 and all("require_apart(" in text for text in commands)
 
 
+# A shell without job control starts background jobs, and so their children, with SIGINT ignored.
 INTERRUPTED = """
-import sys, time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from curation.engine import command
 from curation.engine.runner import Shard, report
 

@@ -44,7 +44,10 @@ def row_process(parent: subprocess.Popen[bytes], row: str) -> int:
     """The process of that row, as soon as it runs."""
     while parent.poll() is None:
         for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split():
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            try:
+                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError):  # the row before ended meanwhile
+                continue
             if b"pipelines.bench.gpu_row" in arguments and row.encode() in arguments:
                 return int(pid)
         time.sleep(0.02)
