@@ -18,7 +18,6 @@ the number of images.
 """
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,7 +27,8 @@ from pydantic import Field, field_validator
 
 from curation.config import Settings
 from curation.copies import holdout_pairs
-from curation.copies.compare_thumbnails import PreparedThumbnail, ThumbnailComparer, VerificationConfig
+from curation.copies.compare_thumbnails import VerificationConfig
+from curation.copies.described import DescribedRows, Verifier, make_loader
 from curation.copies.holdout_pairs import SURE_MATCH, HoldoutSearch
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
@@ -36,19 +36,16 @@ from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard, report
 from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError
-from curation.files import parquet, paths, schemas, vectors
+from curation.files import parquet, paths, schemas
 from curation.files.image_ids import bucket_of, id_bytes, id_column, pack_ids
 from curation.images.hashing import pairs_within
 from curation.run_folder import RunFolder, read_images
-from curation.search import exact, self_join
+from curation.search import self_join
 from curation.search.config import SearchConfig
 from curation.search.self_join import Neighborhood
 from curation.search.top_k import starts_group
 from curation.stage_command import stage_command
 
-# Prepared thumbnails that a worker keeps in memory, each up to 0.8 MB. Assumed: a shard rarely needs more, because its
-# pairs are sorted by their first image.
-CACHED_THUMBNAILS = 1500
 # Candidates between two reports of progress. Assumed: verified in less than a second.
 PAIRS_PER_REPORT = 64
 # Pairs of perceptual hashes that are held in memory at a time. Assumed.
@@ -91,7 +88,8 @@ def run(
     """Find and score the pairs among all images of a finished ingest and describe; returns the manifest.
 
     Its facts are `search`, `full_lists` (the number of images with `num_neighbors` neighbours), `min_similarity` (the
-    minimum of the pairs written) and `max_holdout_threshold` (the maximum threshold for matches of the holdout).
+    minimum of the pairs written), `max_holdout_threshold` (the maximum threshold for matches of the holdout), and the
+    settings `min_descriptor_similarity` and `verification`, which later stages need to compare further pairs.
 
     Raises InputError when the descriptors are of other images. Raises ConfigError when verification lacks thumbnails,
     or when the recall of the search is too low.
@@ -107,7 +105,7 @@ def run(
             f"'{descriptors}' holds no thumbnails; pairs.verification needs them. Set describe.thumbnail_side."
         )
     files = described.paths(descriptors, "vectors")
-    described_rows = _DescribedRows(files, described.paths(descriptors, "thumbnails"))
+    described_rows = DescribedRows(files, described.paths(descriptors, "thumbnails"))
     num_shards = max(1, -(-described_rows.count // config.images_per_shard))
     joined, hashed, with_holdout = (step_folder(output, name) for name in ("join", "hashes", "holdout"))
 
@@ -127,7 +125,7 @@ def run(
         is_complete = config.search.backend == "exact" and not num_full_lists()
         if not is_complete and len(holdout := holdout_pairs.holdout_ids(images)):
             verification = config.verification
-            loader = functools.partial(_make_loader, verification, described_rows) if verification else None
+            loader = functools.partial(make_loader, verification, described_rows) if verification else None
             holdout_pairs.run(
                 HoldoutSearch(config.search, config.num_neighbors, min_cosine, num_shards, loader),
                 config,
@@ -157,6 +155,8 @@ def run(
         facts={
             "min_similarity": config.min_similarity,
             "max_holdout_threshold": SURE_MATCH if config.verification else 1.0,
+            "min_descriptor_similarity": config.min_descriptor_similarity,
+            "verification": config.verification and config.verification.model_dump(mode="json"),
         },
         unit="vectors",
     )
@@ -166,10 +166,10 @@ def run(
 
 
 def make_worker(
-    config: PairsConfig, described_rows: "_DescribedRows", joined: str, hashed: str, with_holdout: str, output: str
+    config: PairsConfig, described_rows: "DescribedRows", joined: str, hashed: str, with_holdout: str, output: str
 ) -> Callable[[Shard], ShardRecord]:
     """A worker that scores the candidates of a range of ids."""
-    verifier = _Verifier(config.verification) if config.verification else None
+    verifier = Verifier(config.verification) if config.verification else None
 
     def process(shard: Shard) -> ShardRecord:
         candidates = _candidates(joined, hashed, with_holdout, shard.work)
@@ -202,85 +202,6 @@ def make_worker(
     return process
 
 
-class _DescribedRows:
-    """The rows of a finished describe, numbered through all files, as the column `place` of self_join.PAIRED is.
-
-    Legend: N unique images, P pairs.
-    """
-
-    def __init__(self, files: Sequence[str], thumbnail_files: Sequence[str]) -> None:
-        self._files, self._thumbnail_files = files, thumbnail_files
-        self._starts = np.cumsum([0, *(vectors.num_rows(file) for file in files)])
-        self.count = int(self._starts[-1])
-
-    def unique_ids(self) -> tuple[np.ndarray, np.ndarray]:
-        """All ids (N,), ascending, as bytes, and the first row of each, (N,)."""
-        columns = [parquet.read_table_columns(file, ["image_id"]).column(0) for file in self._files]
-        ids, first_row = np.unique(np.concatenate([id_bytes(column) for column in columns]), return_index=True)
-        return ids, first_row
-
-    def cosine(self, rows: np.ndarray, is_needed: np.ndarray) -> np.ndarray:
-        """The cosines (P,) of the descriptors in `rows` (2, P) where `is_needed` (P,) is true, else 0."""
-        result = np.zeros(rows.shape[1], np.float32)
-        if is_needed.any():
-            unique_rows, pair = np.unique(rows[:, is_needed], return_inverse=True)
-            by_file = self._by_file(self._files, unique_rows)
-            matrix = np.concatenate([vectors.read_file(file)[1][rows_in_file] for file, rows_in_file, _ in by_file])
-            pair = pair.reshape(2, -1)
-            result[is_needed] = exact.pair_similarity(matrix, pair[0], matrix, pair[1])
-        return result
-
-    def thumbnails(self, rows: np.ndarray) -> dict[int, bytes]:
-        """The thumbnail of each of the `rows`, in any shape."""
-        thumbnail_of_row: dict[int, bytes] = {}
-        for file, rows_in_file, file_rows in self._by_file(self._thumbnail_files, np.unique(rows)):
-            column = parquet.read_table(file, schemas.THUMBNAILS).column("thumbnail").take(pa.array(rows_in_file))
-            thumbnail_of_row.update(zip(file_rows.tolist(), column.to_pylist(), strict=True))
-        return thumbnail_of_row
-
-    def _by_file(self, files: Sequence[str], rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Each file that holds some of the ascending `rows`, with their numbers in the file and through all files."""
-        bounds = np.searchsorted(rows, self._starts)
-        for number in np.flatnonzero(np.diff(bounds)):
-            file_rows = rows[bounds[number] : bounds[number + 1]]
-            yield files[int(number)], file_rows - self._starts[number], file_rows
-
-
-class _Verifier:
-    """Compares the thumbnails of pairs. Keeps prepared thumbnails; the least recently used ones go first."""
-
-    def __init__(self, config: VerificationConfig) -> None:
-        self._comparer = ThumbnailComparer(config)
-        self._prepared: OrderedDict[int, PreparedThumbnail] = OrderedDict()
-
-    def compare(self, rows: np.ndarray, thumbnails: dict[int, bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """For each pair of `rows` (2, P) its similarity, (P,) float32, and whether it differs locally, (P,) bool."""
-        likenesses = [
-            self._comparer.compare(self._prepare(one, thumbnails), self._prepare(other, thumbnails))
-            for one, other in rows.T.tolist()
-        ]
-        similarity = np.array([likeness.similarity for likeness in likenesses], np.float32)
-        return similarity, np.array([likeness.differs_locally for likeness in likenesses], bool)
-
-    def _prepare(self, row: int, thumbnails: dict[int, bytes]) -> PreparedThumbnail:
-        if row in self._prepared:
-            self._prepared.move_to_end(row)
-            return self._prepared[row]
-        prepared = self._prepared[row] = self._comparer.prepare(thumbnails[row])
-        if len(self._prepared) > CACHED_THUMBNAILS:
-            self._prepared.popitem(last=False)
-        return prepared
-
-
-def _make_loader(config: VerificationConfig, described_rows: _DescribedRows) -> holdout_pairs.Loader:
-    verifier = _Verifier(config)
-
-    def load(rows: np.ndarray) -> holdout_pairs.Compare:
-        return functools.partial(verifier.compare, thumbnails=described_rows.thumbnails(rows))
-
-    return load
-
-
 def _candidates(joined: str, hashed: str, with_holdout: str, bucket: int) -> pa.Table:
     """holdout_pairs.SCORED of all candidates of one range of ids. The cosine is NaN for candidates by hash alone."""
     tables = [self_join.read_bucket(joined, bucket)]
@@ -303,7 +224,7 @@ def _candidates(joined: str, hashed: str, with_holdout: str, bucket: int) -> pa.
 
 
 def _hash_pairs(
-    config: PairsConfig, images: str, described_rows: _DescribedRows, num_buckets: int
+    config: PairsConfig, images: str, described_rows: DescribedRows, num_buckets: int
 ) -> Iterator[Iterator[tuple[int, pa.Table]]]:
     """The pairs of near perceptual hashes: for each file, its tables of self_join.PAIRED by bucket of ids."""
     table = read_images(images, ["image_id", "phash"])

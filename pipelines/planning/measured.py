@@ -25,13 +25,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from curation.config import load
+from curation.copies.described import CACHED_THUMBNAILS
 from curation.engine import run_log
 from curation.engine.manifest import Manifest, require_manifest
 from curation.engine.run_log import BeginLine, EndLine, ShardLine
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
 from curation.images.sources import NOT_SAMPLED
-from curation.pairs import CACHED_THUMBNAILS
 from curation.run_folder import STAGES, RunFolder, require_run
 from pipelines.main_path import CurateConfig
 from pipelines.planning import candidates

@@ -1,0 +1,97 @@
+"""The described images of a run, row by row: their descriptors and thumbnails, and the comparison of their pairs."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from curation.copies import holdout_pairs
+from curation.copies.compare_thumbnails import PreparedThumbnail, ThumbnailComparer, VerificationConfig
+from curation.files import parquet, schemas, vectors
+from curation.files.image_ids import id_bytes
+from curation.search import exact
+
+# Prepared thumbnails that a worker keeps in memory, each up to 0.8 MB. Assumed: a shard rarely needs more, because its
+# pairs are sorted by their first image.
+CACHED_THUMBNAILS = 1500
+
+
+class DescribedRows:
+    """The rows of a finished describe, numbered through all files, as the column `place` of self_join.PAIRED is.
+
+    Legend: N unique images, P pairs.
+    """
+
+    def __init__(self, files: Sequence[str], thumbnail_files: Sequence[str]) -> None:
+        self._files, self._thumbnail_files = files, thumbnail_files
+        self._starts = np.cumsum([0, *(vectors.num_rows(file) for file in files)])
+        self.count = int(self._starts[-1])
+
+    def unique_ids(self) -> tuple[np.ndarray, np.ndarray]:
+        """All ids (N,), ascending, as bytes, and the first row of each, (N,)."""
+        columns = [parquet.read_table_columns(file, ["image_id"]).column(0) for file in self._files]
+        ids, first_row = np.unique(np.concatenate([id_bytes(column) for column in columns]), return_index=True)
+        return ids, first_row
+
+    def cosine(self, rows: np.ndarray, is_needed: np.ndarray) -> np.ndarray:
+        """The cosines (P,) of the descriptors in `rows` (2, P) where `is_needed` (P,) is true, else 0."""
+        result = np.zeros(rows.shape[1], np.float32)
+        if is_needed.any():
+            unique_rows, pair = np.unique(rows[:, is_needed], return_inverse=True)
+            by_file = self._by_file(self._files, unique_rows)
+            matrix = np.concatenate([vectors.read_file(file)[1][rows_in_file] for file, rows_in_file, _ in by_file])
+            pair = pair.reshape(2, -1)
+            result[is_needed] = exact.pair_similarity(matrix, pair[0], matrix, pair[1])
+        return result
+
+    def thumbnails(self, rows: np.ndarray) -> dict[int, bytes]:
+        """The thumbnail of each of the `rows`, in any shape."""
+        thumbnail_of_row: dict[int, bytes] = {}
+        for file, rows_in_file, file_rows in self._by_file(self._thumbnail_files, np.unique(rows)):
+            column = parquet.read_table(file, schemas.THUMBNAILS).column("thumbnail").take(pa.array(rows_in_file))
+            thumbnail_of_row.update(zip(file_rows.tolist(), column.to_pylist(), strict=True))
+        return thumbnail_of_row
+
+    def _by_file(self, files: Sequence[str], rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Each file that holds some of the ascending `rows`, with their numbers in the file and through all files."""
+        bounds = np.searchsorted(rows, self._starts)
+        for number in np.flatnonzero(np.diff(bounds)):
+            file_rows = rows[bounds[number] : bounds[number + 1]]
+            yield files[int(number)], file_rows - self._starts[number], file_rows
+
+
+class Verifier:
+    """Compares the thumbnails of pairs. Keeps prepared thumbnails; the least recently used ones go first."""
+
+    def __init__(self, config: VerificationConfig) -> None:
+        self._comparer = ThumbnailComparer(config)
+        self._prepared: OrderedDict[int, PreparedThumbnail] = OrderedDict()
+
+    def compare(self, rows: np.ndarray, thumbnails: dict[int, bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """For each pair of `rows` (2, P) its similarity, (P,) float32, and whether it differs locally, (P,) bool."""
+        likenesses = [
+            self._comparer.compare(self._prepare(one, thumbnails), self._prepare(other, thumbnails))
+            for one, other in rows.T.tolist()
+        ]
+        similarity = np.array([likeness.similarity for likeness in likenesses], np.float32)
+        return similarity, np.array([likeness.differs_locally for likeness in likenesses], bool)
+
+    def _prepare(self, row: int, thumbnails: dict[int, bytes]) -> PreparedThumbnail:
+        if row in self._prepared:
+            self._prepared.move_to_end(row)
+            return self._prepared[row]
+        prepared = self._prepared[row] = self._comparer.prepare(thumbnails[row])
+        if len(self._prepared) > CACHED_THUMBNAILS:
+            self._prepared.popitem(last=False)
+        return prepared
+
+
+def make_loader(config: VerificationConfig, described_rows: DescribedRows) -> holdout_pairs.Loader:
+    verifier = Verifier(config)
+
+    def load(rows: np.ndarray) -> holdout_pairs.Compare:
+        return functools.partial(verifier.compare, thumbnails=described_rows.thumbnails(rows))
+
+    return load
