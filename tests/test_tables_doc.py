@@ -147,6 +147,7 @@ TABLES = {
     "dedup/duplicates-*": schemas.DUPLICATES,
     "cluster/assignments-*": schemas.ASSIGNMENTS,
     "retrieve/retrieved-*": schemas.RETRIEVED,
+    "retrieve/copies-*": schemas.CORPUS_COPIES,
     "corpus/corpus-*": schemas.CORPUS,
 }
 
