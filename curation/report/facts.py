@@ -254,7 +254,7 @@ def sample_text(run: FinishedRun) -> str | None:
 
 def corpus_check_text(run: FinishedRun) -> list[str]:
     """Sentences on the copies that the corpus holds, by the check of retrieve."""
-    check = run.manifests["retrieve"].facts["check"]
+    check = run.manifests["retrieve"].facts.get("check")  # runs of older versions have none
     if check is None:
         return ["The corpus was not checked for copies (retrieve.check_copies is false)."]
     seeds = check["seed_copies"]
