@@ -38,6 +38,7 @@ PROFILES: dict[Profile, dict[str, Any]] = {
         "pairs.verification.working_side": 128,
         "dedup.threshold": 0.5,
         "dedup.holdout_threshold": 0.35,
+        "retrieve.check_copies": True,
     },
     "paper": {
         "pairs.num_neighbors": 64,  # A.3
