@@ -18,7 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from curation.engine import command, progress, run_log
-from curation.engine.manifest import MANIFEST_NAME, PROGRESS_NAME, done_shards, plan_in, require_manifest, step_folder
+from curation.engine.manifest import (
+    MANIFEST_NAME,
+    PROGRESS_NAME,
+    done_shards,
+    plan_in,
+    ready_folder,
+    require_manifest,
+    step_folder,
+)
 from curation.engine.run_log import Driver, Note, StageTimes, StoppedLine
 from curation.engine.stage import PREPARED
 from curation.files import paths
@@ -107,7 +115,7 @@ def _stage(
     plan = plan_in(folder)
     if plan is None:
         return [_left(name)]
-    marked = done_shards(folder) - {PREPARED}
+    marked = (done_shards(folder) | done_shards(ready_folder(folder))) - {PREPARED}
     unfinished = tuple(note for note in notes if note.stage == name and note.shard not in marked)
     steps: list[StageStatus] = []
     for step in paths.list_names(paths.join(folder, PROGRESS_NAME)):
