@@ -329,6 +329,8 @@ class StageTimes:
     last: float = 0.0
     shards_since: int = 0
     """Shards with a line since `begun`."""
+    ready: int = 0
+    """Shards that the pass of an earlier stage made; their time is that of the earlier stage."""
     done: bool = False
     of_shard: dict[str, tuple[float, int, int]] = field(default_factory=dict, repr=False)
     """Seconds, items and bytes of each shard."""
@@ -426,6 +428,7 @@ def times(run: str) -> dict[str, StageTimes]:
             case ShardLine() if previous is not None:
                 previous.of_shard[line.shard] = line.seconds, line.items, line.bytes
                 previous.shards_since += 1
+                previous.ready += line.ready
             case EndLine() if name in workers:
                 close(name, line.seconds)
                 stages[name].done = True

@@ -12,7 +12,7 @@ from PIL import Image
 from curation import embed, ingest
 from curation.config import parse
 from curation.embed import EmbedConfig, one_pass_serves
-from curation.engine import manifest
+from curation.engine import manifest, run_log
 from curation.engine.manifest import read_manifest
 from curation.engine.ray_runner import RayRunner
 from curation.engine.run_log import ShardLine, open_log, read_lines
@@ -239,3 +239,7 @@ def test_the_log_and_the_status_show_ready_shards(images: str, tmp_path: Path) -
     assert [(line.stage, line.ready) for line in lines] == [("embed", False)] * 2 + [("describe", True)] * 2
     assert sum(line.items for line in lines if line.ready) == 11 and not any(line.seconds for line in lines[2:])
     assert not paths.exists(paths.join(folder.describe, manifest.PROGRESS_NAME))
+    times = run_log.times(str(tmp_path))
+    assert (times["embed"].ready, times["describe"].ready, times["describe"].items) == (0, NUM_SHARDS, 11)
+    rates = list(status.times_table(times).columns[4].cells)
+    assert rates[1] == "-" and float(str(rates[0]).replace(",", "")) > 0
