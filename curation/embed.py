@@ -113,15 +113,13 @@ def run(
     weights_hash = hash_of_weights(config.embedder)
     stage = _stage(config, weights_hash, inputs, output, name)
     with contextlib.ExitStack() as stack:
-        if describe is not None and one_pass_serves(config, describe):
-            finished = read_manifest(output)
-            if finished is None or finished.plan != stage.plan():
-                stack.enter_context(sole_writer(inputs.describe))
-                next_stage = _stage(describe, weights_hash, inputs, inputs.describe, "describe")
-                second = _unfinished(next_stage, describe, replace=replace)
-                if second is not None:
-                    progress.say(f"{name}: describe uses the same network, so this pass makes its shards too")
-                    stage = _stage(config, weights_hash, inputs, output, name, second=second)
+        if describe is not None and one_pass_serves(config, describe) and _begins(stage, replace=replace):
+            stack.enter_context(sole_writer(inputs.describe))
+            next_stage = _stage(describe, weights_hash, inputs, inputs.describe, "describe")
+            second = _unfinished(next_stage, describe, replace=replace)
+            if second is not None:
+                progress.say(f"{name}: describe uses the same network, so this pass makes its shards too")
+                stage = _stage(config, weights_hash, inputs, output, name, second=second)
         return run_stage(stage, runner, replace=replace, log=log)
 
 
@@ -183,6 +181,14 @@ class SecondStage(NamedTuple):
     output: str
     done: frozenset[str]
     """The names of the shards that the pass does not make."""
+
+
+def _begins(stage: Stage, *, replace: bool) -> bool:
+    """Whether `stage` is neither finished nor refused because its output holds other work."""
+    plan_there = manifest.plan_in(stage.output)
+    if plan_there is not None and plan_there != stage.plan():
+        return replace
+    return read_manifest(stage.output) is None
 
 
 def _unfinished(stage: Stage, config: EmbedConfig, *, replace: bool) -> SecondStage | None:

@@ -186,7 +186,12 @@ def test_replace_redoes_the_changed_stage_only(
     loaded.clear()
     assert run_both(images, tmp_path, replace=True) == alone
     assert loaded == [("gem", ())]
-    run_both(images, tmp_path / "other", first=config("average"))
+    folder = folder_of(images, tmp_path / "other")
+    embed.run(config("average"), folder, folder.embed, InlineRunner())
+    with pytest.raises(OutputMismatchError, match="pooling"):
+        run_both(images, tmp_path / "other")
+    assert not paths.exists(folder.describe), "a refused run begins no stage"
+    embed.run(DESCRIBE, folder, folder.describe, InlineRunner(), name="describe")
     loaded.clear()
     assert run_both(images, tmp_path / "other", replace=True) == alone
     assert loaded == [("gem_and_bottleneck", ())]
