@@ -39,6 +39,7 @@ _VERIFIED = {
     "pairs.min_similarity": 0.3,
     "pairs.verification.working_side": 128,
     "dedup.holdout_threshold": 0.35,
+    "retrieve.check_copies": True,
 }
 
 # Values by setting; `*` stands for every item of a list. All values of `paper` but one are cited.

@@ -394,7 +394,8 @@ def _stages_table(config: CurateConfig, counts: Counts) -> Table:
         ),
         "retrieve": f"clusters with more than {retrieve.more_than_seeds} seeds of a dataset, "
         f"{retrieve.images_per_cluster:,} images of each; by_size means sample above {retrieve.sample_above:,} seeds; "
-        f"{_describe_search(retrieve.search)}",
+        f"{_describe_search(retrieve.search)}"
+        + ("; copies in the corpus are passed over" if retrieve.check_copies else ""),
         "corpus": f"{config.pack.images_per_shard:,} images per tar, "
         f"{'with' if config.pack.repeats else 'without'} repeats",
         "images": "one row for each unique image, with its place on a map of the content",

@@ -183,7 +183,8 @@ def test_the_callers_values_are_not_changed() -> None:
     [
         (
             {"profile": "papr"},
-            "'profile': Input should be 'photos', 'drawings', 'paper' or 'exact' (did you mean 'paper'?). Found: 'papr'",
+            "'profile': Input should be 'photos', 'drawings', 'paper' or 'exact' (did you mean 'paper'?). "
+            "Found: 'papr'",
         ),
         ({"profile": ["paper"]}, "'profile': Input should be 'photos', 'drawings', 'paper' or 'exact'"),
         ({"profile": "default"}, "'profile': there is no profile 'default' any more. Take 'photos'"),
