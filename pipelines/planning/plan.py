@@ -381,9 +381,13 @@ def _stages_table(config: CurateConfig, counts: Counts) -> Table:
         f"images, including every image of more than {ingest.limits.max_pixels:,} pixels",
         "embed": _describe_embedder(config.embed.embedder),
         "describe": _describe_embedder(config.describe.embedder),
-        "pairs": f"{pairs.num_neighbors} nearest descriptors from {pairs.min_descriptor_similarity:g}, "
-        f"{_describe_search(pairs.search)}, "
-        f"perceptual hashes within {pairs.max_phash_distance} bits (-1: none), {check}",
+        "pairs": (
+            f"{pairs.num_neighbors} nearest descriptors from {pairs.min_descriptor_similarity:g}, "
+            f"{_describe_search(pairs.search)}, "
+            if pairs.num_neighbors
+            else "no search for near descriptors, "
+        )
+        + f"perceptual hashes within {pairs.max_phash_distance} bits (-1: none), {check}",
         "dedup": f"copies from {config.dedup.threshold:g}; holdout from {config.dedup.holdout_threshold:g}, "
         f"decontamination '{config.dedup.decontamination}'",
         "cluster": "; then ".join(

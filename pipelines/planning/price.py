@@ -304,6 +304,8 @@ def _price_pairs(work: _Workload) -> StagePrice:
         verifying = num_candidates(images, config.num_neighbors) / FIXED.verified_per_core
     judging_shards = max(1, -(-images // config.images_per_shard))
     edge_bytes = 100 * FIXED.edges_per_image * images
+    if not config.num_neighbors:  # no search; at most perceptual hashes are compared
+        return StagePrice("pairs", images, 0.0, 0.0, judging_shards, driver_bytes=100 * images)
     if search.backend == "exact":
         gpu_seconds, core_seconds = _search_seconds(search, work.rates, images**2 * 2 * width)
         return StagePrice(
