@@ -23,7 +23,7 @@ Profile = Literal["photos", "drawings", "paper", "exact"]
 DEFAULT: Profile = "photos"
 # Messages on the names of former profiles.
 FORMER = {
-    "default": "there is no profile 'default' any more. Take 'photos', the profile of a config that names none; it "
+    "default": "the profile 'default' was removed. Take 'photos', the profile of a config that names none; it "
     "compares thumbnails too. The demo's is 'drawings'"
 }
 

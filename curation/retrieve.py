@@ -33,8 +33,8 @@ Alone, outside a pipeline, the command works on any vectors:
     python -m curation.retrieve --seeds A --pool B --k 4 --output retrieved.parquet
 
 A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` matrices (ids are then row numbers, among
-several files `file:row`). The search is exact in the precision of the vectors, up to float32. There is no check for
-copies, since that needs the images: copies of one picture may all be among the `k`. The same command again does
+several files `file:row`). The search is exact in the precision of the vectors, up to float32. Copies are not passed
+over, since that check needs the images: all copies of a picture may be among the `k`. The same command again does
 nothing; another search is written to the same file with --replace only.
 """
 
@@ -739,7 +739,7 @@ def command_line(
 ) -> None:
     """Retrieve the pool images that resemble the seeds: as a stage with --config, or alone with --seeds and --pool.
 
-    Alone there is no check for copies, which needs the images: copies of one picture may all be retrieved.
+    The check for copies needs the images. Alone, the command has no check: it may retrieve all copies of a picture.
     """
     if config is None:
         if seeds is None or pool is None:

@@ -1,4 +1,4 @@
-"""The corpus checked against itself: an image is taken only when it is no copy of an image that the corpus holds.
+"""Checks the corpus against itself: a copy of an image of the corpus is not taken, and the next image takes its place.
 
     retrieve/.progress/
       gathered/  vectors-00000.parquet  ...     the descriptors of the images that may be looked at
@@ -17,8 +17,8 @@ it is a copy of an image taken before, of a packed seed, or of a holdout image; 
 
     A is taken, A' is passed over for A, B is taken
 
-Two images are compared when the cosine of their descriptors is at least the floor of `pairs`. There is no cap on the
-neighbours of an image. A pair with a score of the stage `pairs` is not compared again.
+Two images are compared when the cosine of their descriptors is at least the floor of `pairs`. The number of neighbours
+of an image is not capped. A pair with a score of the stage `pairs` is not compared again.
 
 Work goes in rounds of growing ranks, because most groups are full after the first. A round compares the images that the
 groups still need with one another and with all images of earlier rounds that were not passed over. Ranks come first in
@@ -414,7 +414,7 @@ def _make_comparer(comparison: Comparison, gathered: str, output: str) -> Callab
                 matrix = vectors.read_file(path)[1][active]
                 query, row, cosine = exact.pairs_above(queries, matrix, comparison.min_cosine, device=comparison.device)
                 one, other = places[query], start + active[row]
-                # Two images of the round make one pair, and an image is no pair with itself.
+                # Each pair of images of the round is compared once, and no image with itself.
                 chosen = (state[other] == EARLIER) | (other > one)
                 chosen &= ~np.isin(_keys(one, other, len(state)), known_keys)
                 held.append((one[chosen], other[chosen], cosine[chosen]))

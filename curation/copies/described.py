@@ -89,6 +89,7 @@ class Verifier:
 
 
 def make_loader(config: VerificationConfig, described_rows: DescribedRows) -> holdout_pairs.Loader:
+    """Gives the comparison of some pairs of rows, with their thumbnails read at once."""
     verifier = Verifier(config)
 
     def load(rows: np.ndarray) -> holdout_pairs.Compare:

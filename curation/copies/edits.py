@@ -1,8 +1,8 @@
 """The edits that people and programs make to pictures, by name, with random strength.
 
-They measure copy detection, on a benchmark and on the pictures of a run, and they make the pairs that a copy descriptor
-is trained on. KINDS is the whole list; a new edit is a function and a row of it. An edit depends on the picture and on
-the generator alone. Sizes are in pixels, shares in [0, 1]. All strengths are assumed: what is common on the web.
+They make copies whose original is known, so that copy detection can be measured. KINDS is the whole list; a new edit is
+a function and a row of it. An edit depends on the picture and on the generator alone. Sizes are in pixels, shares in
+[0, 1]. All strengths are assumed: they are common on the web.
 
 Legend: h, w the sides of a picture.
 """

@@ -187,7 +187,7 @@ def test_the_callers_values_are_not_changed() -> None:
             "Found: 'papr'",
         ),
         ({"profile": ["paper"]}, "'profile': Input should be 'photos', 'drawings', 'paper' or 'exact'"),
-        ({"profile": "default"}, "'profile': there is no profile 'default' any more. Take 'photos'"),
+        ({"profile": "default"}, "'profile': the profile 'default' was removed. Take 'photos'"),
         ({"profile": "paper", "dedup": 3}, "'dedup': "),
         ({"profile": "paper", "retrieve": {"datasets": 3}}, "'retrieve.datasets': "),
         ({"profile": "paper", "retrieve": {"datasets": [3]}}, "'retrieve.datasets.0': "),

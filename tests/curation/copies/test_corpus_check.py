@@ -3,7 +3,7 @@
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -187,8 +187,8 @@ def drawn_four_times(run: Run, unchecked: list[dict[str, Any]]) -> list[dict[str
             if row["mode"] == mode:
                 counts[row["cluster_id"]] += 1
         sizes = retrieve.cluster_sizes(run.inputs.cluster, 6)
-        draw = "nearest" if mode == "cluster" else "random"
-        table = retrieve.draw_images(run.inputs.cluster, np.minimum(4 * counts, sizes), draw, 0)  # type: ignore[arg-type]
+        draw: Literal["nearest", "random"] = "nearest" if mode == "cluster" else "random"
+        table = retrieve.draw_images(run.inputs.cluster, np.minimum(4 * counts, sizes), draw, 0)
         for row in table.to_pylist():
             drawn = row | {"seed_source": dataset, "seed_image_id": None, "mode": mode}
             rows.append({name: drawn[name] for name in schemas.RETRIEVED.names})
