@@ -266,13 +266,23 @@ def split(originals: Sequence[Original], seed: int) -> dict[str, list[Original]]
     return parts
 
 
-def choose(originals: Sequence[Original], count: int, options: Options, generator: np.random.Generator) -> list[Tile]:
-    """`count` tiles, or all where there are fewer: of the domains by WEIGHTS, as far as each goes."""
+def choose(
+    originals: Sequence[Original],
+    count: int,
+    options: Options,
+    generator: np.random.Generator,
+    *,
+    max_grid: int = MAX_GRID,
+) -> list[Tile]:
+    """`count` tiles, or all where there are fewer: of the domains by WEIGHTS, as far as each goes.
+
+    max_grid: tiles along the longer side of an original, at most.
+    """
     by_domain: dict[str, list[Original]] = {}
     for original in originals:
         by_domain.setdefault(original.domain, []).append(original)
     previews = {original.path: _preview(original) for original in originals}
-    largest = {domain: len(_tiles(listed, MAX_GRID, previews, options)) for domain, listed in by_domain.items()}
+    largest = {domain: len(_tiles(listed, max_grid, previews, options)) for domain, listed in by_domain.items()}
     chosen: list[Tile] = []
     # First the domain that is used up first, so that the others make up for it.
     domains = sorted(by_domain, key=lambda domain: largest[domain] / WEIGHTS[domain])
@@ -280,7 +290,7 @@ def choose(originals: Sequence[Original], count: int, options: Options, generato
         share = WEIGHTS[domain] / sum(WEIGHTS[other] for other in domains[position:])
         wanted = min(largest[domain], round(share * (count - len(chosen))))
         # Some tiles lack contrast, so a finer grid may have fewer of them.
-        grids = (_tiles(by_domain[domain], grid, previews, options) for grid in range(1, MAX_GRID + 1))
+        grids = (_tiles(by_domain[domain], grid, previews, options) for grid in range(1, max_grid + 1))
         tiles = next(tiles for tiles in grids if len(tiles) >= wanted)
         chosen += [tiles[index] for index in generator.permutation(len(tiles))[:wanted]]
     return [chosen[index] for index in generator.permutation(len(chosen))]
@@ -292,7 +302,7 @@ def _preview(original: Original) -> tuple[tuple[int, int], np.ndarray]:
         turned = opened.getexif().get(ORIENTATION, 1) >= 5
         size = opened.size[::-1] if turned else opened.size
         opened.draft("L", (PREVIEW_SIDE, PREVIEW_SIDE))
-        grey = _on_white(ImageOps.exif_transpose(opened)).convert("L")
+        grey = on_white(ImageOps.exif_transpose(opened)).convert("L")
         grey.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         return size, np.asarray(grey)
 
@@ -339,13 +349,13 @@ def _write_part(part: str, tiles: Sequence[Tile], tree: Path, options: Options) 
         for number in numbers:
             tile = tiles[number]
             generator = np.random.default_rng([options.seed, PART_OF.index(part), number])
-            box = _inside(tile, generator)
+            box = inside(tile, generator)
             file_format = str(generator.choice(list(FORMATS), p=list(FORMATS.values())))
             picture = _scale(decoded.crop(box), options, generator)
             folder = f"{part}/{tile.original.domain}" if part == "seeds" else part
             name = f"{folder}/{number:05d}.{SUFFIX_OF[file_format]}"
             (tree / folder).mkdir(parents=True, exist_ok=True)
-            (tree / name).write_bytes(_encode(picture, file_format, quality=int(generator.integers(70, 96))))
+            (tree / name).write_bytes(encode(picture, file_format, quality=int(generator.integers(70, 96))))
             left, top, right, bottom = box
             rows[number] = {
                 "name": name,
@@ -364,7 +374,7 @@ def _write_part(part: str, tiles: Sequence[Tile], tree: Path, options: Options) 
     return [rows[number] for number in range(len(tiles))]
 
 
-def _inside(tile: Tile, generator: np.random.Generator) -> Box:
+def inside(tile: Tile, generator: np.random.Generator) -> Box:
     """A box of other size and shape in the tile; the whole tile where the domain is not cut."""
     if tile.original.domain not in CUT_DOMAINS:
         return tile.box
@@ -385,10 +395,10 @@ def _scale(picture: Image.Image, options: Options, generator: np.random.Generato
     return picture
 
 
-def _encode(picture: Image.Image, file_format: str, quality: int) -> bytes:
+def encode(picture: Image.Image, file_format: str, quality: int) -> bytes:
     """The bytes of a file. Formats other than PNG and WebP get a white ground."""
     if file_format not in ("PNG", "WEBP"):
-        picture = _on_white(picture)
+        picture = on_white(picture)
     if file_format == "GIF":
         picture = picture.quantize(256)
     options: dict[str, dict[str, Any]] = {
@@ -401,7 +411,7 @@ def _encode(picture: Image.Image, file_format: str, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
+def on_white(picture: Image.Image) -> Image.Image:
     if picture.mode in ("RGB", "L"):
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
