@@ -140,6 +140,17 @@ def test_local_files_are_counted(pictures: Path) -> None:
     assert not price.needs_gpus and all(stage.gpu_seconds == 0 for stage in price.stages)
 
 
+def test_the_check_of_the_corpus_has_a_price(pictures: Path) -> None:
+    config = config_of(pictures)
+    checked = config.model_copy(update={"retrieve": config.retrieve.model_copy(update={"check_copies": True})})
+    with_check, without = (
+        {stage.stage: stage for stage in price_run(each, count_sources(each), 9).stages}["retrieve"]
+        for each in (checked, config)
+    )
+    for name in ("core_seconds", "reads", "writes", "driver_bytes"):
+        assert getattr(with_check, name) > getattr(without, name)
+
+
 def test_a_sample_is_priced_by_its_share_of_the_pool(pictures: Path) -> None:
     config = config_of(pictures)
     config = config.model_copy(update={"ingest": config.ingest.model_copy(update={"sample_pool": 0.5})})
@@ -185,6 +196,24 @@ def test_a_plan_is_one_screen_with_this_machine_first(
     assert rows["ingest"][1] == "15" and rows["ingest"][-1] == "cores"
     text = words_of(lines)
     assert "machines of" not in text and "Unknown" not in text and "at least" not in text
+
+
+def test_describe_costs_its_writes_where_the_pass_of_embed_makes_it(
+    pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, model = config_of(pictures), {"name": "efficientnet_lite0", "pooling": "gem", "image_size": 96}
+    apart = config_of(pictures, describe={"embedder": model})
+    prices = []
+    for config in (shared, apart):
+        embed, describe = price_run(config, count_sources(config), 10).stages[1:3]
+        assert embed.core_seconds > 0 and embed.reads > 0 and describe.writes == embed.writes
+        prices.append((describe.core_seconds, describe.reads))
+    assert prices[0] == (0, 0) and min(prices[1]) > 0
+    texts = [
+        words_of(first_screen(config, capsys, monkeypatch, str(pictures / "run"))).count("in the pass of embed")
+        for config in (shared, apart)
+    ]
+    assert texts == [1, 0]
 
 
 def test_an_unknown_source_is_named_and_makes_all_totals_minima(
