@@ -12,8 +12,10 @@ the peers of copy_peers.py on the same files; copy_scores.py defines the measure
     python -m pipelines.bench.copies --score RUN --draw DRAW           of a finished run, without peers
 """
 
+import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from curation.copies.edits import KINDS
-from curation.engine import command
+from curation.engine import command, progress
 from curation.engine.manifest import require_manifest
 from curation.files import parquet, paths, schemas
 from curation.images.hashing import hamming_distance
@@ -119,6 +121,28 @@ def _shares(planted: list[dict[str, str]], is_found: list[bool]) -> dict[str, fl
 
 
 # Photographs
+
+
+def tables(
+    run: str,
+    data: str,
+    draws: Sequence[copy_pictures.Name],
+    *,
+    packages: Path | None = None,
+    fastdup: Path | None = None,
+    sheet: Path | None = None,
+) -> Iterator[Table]:
+    """The table of the demo's run, where there is one, and those of the draws, each as soon as it is measured.
+
+    Draws are made beside the folder `data` of the demo.
+    """
+    if paths.exists(paths.join(run, "dedup")):
+        yield table(comparison(run, data))
+    else:
+        progress.say(f"copies: no table of drawings, since there is no run of the demo at '{run}' (make curate)")
+    for name in draws:
+        pages = None if sheet is None else sheet / name
+        yield from bench(name, os.path.dirname(data), packages=packages, fastdup=fastdup, sheet=pages)
 
 
 def bench(

@@ -224,7 +224,7 @@ def make(originals: Sequence[Original], tree: Path, draw: Draw) -> None:
         tiles = photographs.choose(listed, wanted, photographs.Options(count=wanted), generator, max_grid=max_grid)
         if len(tiles) < wanted:
             raise InputError(f"The packages give {len(tiles)} different pictures of {domain}, not {wanted}.")
-        num_seeds = round(SHARE_OF_SEEDS * counts.copied)
+        num_seeds = max(1, round(SHARE_OF_SEEDS * counts.copied))
         roles = ["seeds"] * num_seeds + ["pool"] * (counts.copied - num_seeds) + ["holdout"] * counts.holdout
         chosen += [(role, True, tile) for role, tile in zip(roles, tiles, strict=False)]
         chosen += [("pool", False, tile) for tile in tiles[len(roles) :]]

@@ -47,7 +47,7 @@ from pipelines.demo.packages import STAMPS
 
 Layout = Literal["folder", "tars"]
 SCENERY, OBJECTS, TEXTURES = "scenery", "objects", "textures"
-NEBULAE, SHOTS = "nebulae", "shots"  # only in copy_pictures.py
+NEBULAE, SHOTS, CLIP_ART = "nebulae", "shots", "clip art"  # only in copy_pictures.py and copy_speed.py
 SUFFIXES = (".jpg", ".png")
 
 
@@ -61,6 +61,8 @@ class Source:
     without: tuple[str, ...] = ()
     """Parts of the paths of pictures that are drawn or rendered."""
     suffixes: tuple[str, ...] = SUFFIXES
+    max_pixels: int = 50_000_000
+    """Larger pictures are left out."""
 
 
 # A package with a zip file (.pk3) instead of a folder of pictures has the path of the zip file as `folder`.
@@ -98,10 +100,10 @@ SOURCES = {
 }
 MEGABYTES = 432
 
-SEED_DOMAINS = (OBJECTS, SCENERY)
+SEED_DOMAINS = (OBJECTS, SCENERY, CLIP_ART)
 CUT_DOMAINS = (SCENERY, TEXTURES, NEBULAE, SHOTS)
 # Shares of the domains in a part, as far as each has enough pictures. Assumed: mostly photographs.
-WEIGHTS = {SCENERY: 3, OBJECTS: 2, TEXTURES: 1, NEBULAE: 1, SHOTS: 1}
+WEIGHTS = {SCENERY: 3, OBJECTS: 2, TEXTURES: 1, NEBULAE: 1, SHOTS: 1, CLIP_ART: 2}
 # Of ten originals of a domain, by the hash of their names: one of the holdout, two of the seeds.
 PART_OF = ("holdout", "seeds", "seeds", "pool", "pool", "pool", "pool", "pool", "pool", "pool")
 NUM_TARS = 10
@@ -167,8 +169,17 @@ class Options:
         return MIN_TILE_SMALL if self.small else MIN_TILE
 
 
-def run(output: Path, options: Options, packages_folder: Path | None = None) -> None:
+def run(
+    output: Path,
+    options: Options,
+    packages_folder: Path | None = None,
+    *,
+    sources: Mapping[str, Source] = SOURCES,
+    megabytes: int = MEGABYTES,
+) -> None:
     """Make the pictures in the new folder `output`. `packages_folder` holds the .deb files; else apt-get fetches them.
+
+    sources: the packages; megabytes: of all of them.
 
     Raises InputError where `output` holds anything, where a package is unavailable, and for too large a count.
     """
@@ -176,9 +187,9 @@ def run(output: Path, options: Options, packages_folder: Path | None = None) -> 
         raise InputError(f"--output '{output}' is not empty. Give a new folder, or delete this one.")
     partial = output.resolve().with_name(output.name + ".partial")
     if packages_folder is None:
-        debs = packages.download(partial / "apt", SOURCES, MEGABYTES)
+        debs = packages.download(partial / "apt", sources, megabytes)
     else:
-        debs = packages.find(packages_folder, SOURCES)
+        debs = packages.find(packages_folder, sources)
     for folder in ("unpacked", "tree"):
         shutil.rmtree(partial / folder, ignore_errors=True)
     originals: list[Original] = []
@@ -186,8 +197,8 @@ def run(output: Path, options: Options, packages_folder: Path | None = None) -> 
         root = partial / "unpacked" / package
         root.mkdir(parents=True)
         packages.run_tool(["dpkg-deb", "-x", str(deb.resolve()), str(root)], partial)
-        listed = find_originals(package, SOURCES[package], root, options.min_tile)
-        progress.say(f"{package}: {len(listed)} pictures of {SOURCES[package].domain}")
+        listed = find_originals(package, sources[package], root, options.min_tile)
+        progress.say(f"{package}: {len(listed)} pictures of {sources[package].domain}")
         originals += listed
         copyright_file = partial / "tree" / "copyright" / package
         copyright_file.parent.mkdir(parents=True, exist_ok=True)
@@ -220,9 +231,13 @@ def find_originals(package: str, source: Source, root: Path, min_side: int) -> l
         if not chosen or path.suffix not in source.suffixes or path.is_symlink():
             continue
         digest = hashlib.sha256(path.read_bytes()).digest()
-        with Image.open(path) as opened:
-            large = min(opened.size) >= min_side if source.domain in CUT_DOMAINS else max(opened.size) >= MIN_SIDE_SMALL
-        if large and digest not in digests:
+        try:
+            with Image.open(path) as opened:
+                size = opened.size
+        except Image.DecompressionBombError:  # far above max_pixels
+            continue
+        large = min(size) >= min_side if source.domain in CUT_DOMAINS else max(size) >= MIN_SIDE_SMALL
+        if large and size[0] * size[1] <= source.max_pixels and digest not in digests:
             digests.add(digest)
             originals.append(Original(source.domain, package, name, path))
     if not originals:
@@ -236,7 +251,7 @@ def make(originals: Sequence[Original], tree: Path, options: Options) -> None:
     Raises InputError where the originals do not give that many pictures.
     """
     counts = {
-        "seeds": max(4 * len(SEED_DOMAINS), options.count // 10),
+        "seeds": max(8, options.count // 10),
         "pool": options.count,
         "holdout": max(4, options.count // 20),
     }
@@ -299,10 +314,12 @@ def choose(
 
 
 def _preview(original: Original) -> tuple[tuple[int, int], np.ndarray]:
-    """The size of an original, and its grey values at a smaller size."""
+    """The size of an original, and its grey values at a smaller size; of one that stays whole, the size alone."""
     with Image.open(original.path) as opened:
         turned = opened.getexif().get(ORIENTATION, 1) >= 5
         size = opened.size[::-1] if turned else opened.size
+        if original.domain not in CUT_DOMAINS:
+            return size, np.empty((0, 0), np.uint8)
         opened.draft("L", (PREVIEW_SIDE, PREVIEW_SIDE))
         grey = on_white(ImageOps.exif_transpose(opened)).convert("L")
         grey.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
