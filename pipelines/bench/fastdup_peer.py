@@ -6,9 +6,8 @@ fastdup needs versions of numpy and pandas that Seedbed does not have, so it get
 has the two paths and the cosine of each pair of nearest neighbours.
 """
 
+import importlib
 import sys
-
-import fastdup
 
 # Neighbours of each picture. Assumed: more than the copies of one original.
 NUM_NEIGHBORS = 20
@@ -17,6 +16,7 @@ MIN_COSINE = 0.5
 
 if __name__ == "__main__":
     folder, work, output = sys.argv[1:]
+    fastdup = importlib.import_module("fastdup")
     dataset = fastdup.create(input_dir=folder, work_dir=work)
     dataset.run(threshold=MIN_COSINE, nearest_neighbors_k=NUM_NEIGHBORS, overwrite=True, print_summary=False)
     pairs = dataset.similarity()[["filename_from", "filename_to", "distance"]]

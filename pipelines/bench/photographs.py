@@ -30,7 +30,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -102,8 +102,8 @@ MEGABYTES = 432
 
 SEED_DOMAINS = (OBJECTS, SCENERY, CLIP_ART)
 CUT_DOMAINS = (SCENERY, TEXTURES, NEBULAE, SHOTS)
-# Shares of the domains in a part, as far as each has enough pictures. Assumed: mostly photographs.
-WEIGHTS = {SCENERY: 3, OBJECTS: 2, TEXTURES: 1, NEBULAE: 1, SHOTS: 1, CLIP_ART: 2}
+# Assumed: mostly photographs.
+WEIGHTS = {SCENERY: 3, OBJECTS: 2, TEXTURES: 1, NEBULAE: 1, SHOTS: 1}
 # Of ten originals of a domain, by the hash of their names: one of the holdout, two of the seeds.
 PART_OF = ("holdout", "seeds", "seeds", "pool", "pool", "pool", "pool", "pool", "pool", "pool")
 NUM_TARS = 10
@@ -162,6 +162,8 @@ class Options:
     small: bool = False
     layout: Layout = "folder"
     seed: int = 0
+    weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
+    """Shares of the domains in a part, as far as each has enough pictures."""
 
     @property
     def min_tile(self) -> int:
@@ -291,7 +293,7 @@ def choose(
     *,
     max_grid: int = MAX_GRID,
 ) -> list[Tile]:
-    """`count` tiles, or all where there are fewer: of the domains by WEIGHTS, as far as each goes.
+    """`count` tiles, or all where there are fewer: of the domains by their weights, as far as each goes.
 
     max_grid: tiles along the longer side of an original, at most.
     """
@@ -302,9 +304,9 @@ def choose(
     largest = {domain: len(_tiles(listed, max_grid, previews, options)) for domain, listed in by_domain.items()}
     chosen: list[Tile] = []
     # First the domain that is used up first, so that the others make up for it.
-    domains = sorted(by_domain, key=lambda domain: largest[domain] / WEIGHTS[domain])
+    domains = sorted(by_domain, key=lambda domain: largest[domain] / options.weights[domain])
     for position, domain in enumerate(domains):
-        share = WEIGHTS[domain] / sum(WEIGHTS[other] for other in domains[position:])
+        share = options.weights[domain] / sum(options.weights[other] for other in domains[position:])
         wanted = min(largest[domain], round(share * (count - len(chosen))))
         # Some tiles lack contrast, so a finer grid may have fewer of them.
         grids = (_tiles(by_domain[domain], grid, previews, options) for grid in range(1, max_grid + 1))
