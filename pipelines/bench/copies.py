@@ -225,6 +225,7 @@ def _recall_table(truth: Truth, rows: list[tuple[str, Score]]) -> Table:
         caption=f"{truth.num_pictures} pictures, {len(truth.copies):,} copies, {min(counts.values())} or more of each "
         f"kind. {FALSE_PAIRS}: false pairs for 1,000 distinct pictures. *: at no more false pairs than Seedbed.",
     )
+    result.columns[0].no_wrap = True
     for name, score in rows:
         cells = [number(score.recall[column], ".2f") for column in KINDS]
         result.add_row(

@@ -48,7 +48,7 @@ def detectors(truth: Truth, run: str, fastdup_python: Path | None = None) -> Ite
 
     run: a finished run on the draw, for the vectors and pHash of its files. fastdup_python: a Python with fastdup.
     """
-    yield Detector("pHash", _bits(_unpack([phash_of(run).get(image_id, 0) for image_id in truth.image_ids])), (-4, -10))
+    yield Detector("pHash", _phash(truth, run), (-4, -10))
     # Cited: 31 is the threshold that PDQ's authors recommend (ThreatExchange, hashing.pdf).
     if importlib.util.find_spec("pdqhash") is None:
         progress.say("PDQ: left out, since pdqhash is not installed (pip install pdqhash, or the extra bench)")
@@ -63,8 +63,8 @@ def detectors(truth: Truth, run: str, fastdup_python: Path | None = None) -> Ite
         bits = [hash_of(picture).hash.ravel() for picture in _pictures(truth, name)]
         yield Detector(name, _bits(np.stack(bits)), (-10,))
     yield Detector("crop-resistant hash", _crop_resistant(truth), (-10,))
-    for stage, name in (("embed", "EfficientNet, GeM and bottleneck"), ("describe", "EfficientNet, GeM")):
-        yield Detector(f"{name}: cosine", _cosine(truth, paths.join(run, stage)), (0.9,), unit="cosine")
+    for stage in ("embed", "describe"):
+        yield Detector(f"cosine of {stage}", _cosine(truth, paths.join(run, stage)), (0.9,), unit="cosine")
     if fastdup_python is None:
         progress.say("fastdup: left out. Give --fastdup PYTHON, a Python where fastdup is installed.")
     else:
@@ -89,6 +89,20 @@ def _bits(first: np.ndarray, second: np.ndarray | None = None) -> np.ndarray:
     """Minus the number of bits that differ, (N, M) float32, between hashes (N, B) and (M, B) bool."""
     signs = [np.where(bits, 1, -1).astype(np.float32) for bits in (first, first if second is None else second)]
     similarity: np.ndarray = (signs[0] @ signs[1].T - first.shape[1]) / 2
+    return similarity
+
+
+def _phash(truth: Truth, run: str) -> np.ndarray:
+    """-inf for files that the run did not read."""
+    phash = phash_of(run)
+    similarity = _bits(_unpack([phash.get(image_id, 0) for image_id in truth.image_ids]))
+    return _without(similarity, np.array([image_id not in phash for image_id in truth.image_ids]))
+
+
+def _without(similarity: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """`similarity` with -inf at the rows and columns of missing files, in place."""
+    similarity[missing] = -np.inf
+    similarity[:, missing] = -np.inf
     return similarity
 
 
@@ -130,12 +144,8 @@ def _cosine(truth: Truth, folder: str) -> np.ndarray:
     for image_ids, matrix in read_vectors(folder):
         vectors.update(zip(image_ids, matrix.astype(np.float32), strict=True))
     width = len(next(iter(vectors.values())))
-    there = np.array([image_id in vectors for image_id in truth.image_ids])
     matrix = np.stack([vectors.get(image_id, np.zeros(width, np.float32)) for image_id in truth.image_ids])
-    similarity: np.ndarray = matrix @ matrix.T
-    similarity[~there] = -np.inf
-    similarity[:, ~there] = -np.inf
-    return similarity
+    return _without(matrix @ matrix.T, np.array([image_id not in vectors for image_id in truth.image_ids]))
 
 
 def _fastdup(truth: Truth, python: Path) -> np.ndarray:

@@ -35,6 +35,8 @@ SOURCES = photographs.SOURCES | {
 MEGABYTES = photographs.MEGABYTES + 131 + 336
 # Assumed: mostly textures, whose tiles resemble one another.
 WEIGHTS = {TEXTURES: 6, CLIP_ART: 2, OBJECTS: 1, SCENERY: 1}
+# Shortest side of a tile, in pixels: there are no 50,000 pictures of larger tiles.
+MIN_TILE = 60
 STEP = "pairs/join"
 
 
@@ -61,7 +63,7 @@ def bench(sizes: list[int], data: str, packages_folder: Path | None = None) -> l
     for size in sizes:
         pictures = Path(data) / f"bench-{NAME}-{size}"
         if not (pictures / "pictures.parquet").exists():
-            options = Options(size, small=True, weights=WEIGHTS)
+            options = Options(size, small=True, min_tile_small=MIN_TILE, weights=WEIGHTS)
             photographs.run(pictures, options, packages_folder, sources=SOURCES, megabytes=MEGABYTES)
         progress.say(f"{NAME}: {size:,} pictures")
         with tempfile.TemporaryDirectory(dir=data) as run:

@@ -162,13 +162,15 @@ class Options:
     small: bool = False
     layout: Layout = "folder"
     seed: int = 0
+    min_tile_small: int = MIN_TILE_SMALL
+    """Shortest side of a tile for --small, in pixels."""
     weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
     """Shares of the domains in a part, as far as each has enough pictures."""
 
     @property
     def min_tile(self) -> int:
         """The shortest side of a tile, in pixels."""
-        return MIN_TILE_SMALL if self.small else MIN_TILE
+        return self.min_tile_small if self.small else MIN_TILE
 
 
 def run(

@@ -191,7 +191,7 @@ def test_a_run_is_scored_beside_its_peers(draw: Path, tmp_path: Path) -> None:
         "wavelet hash",
         "average hash",
         "crop-resistant hash",
-        "EfficientNet, GeM: cosine",
+        "cosine of describe",
     } <= set(detectors)
     copied = {
         row["path"]: row for row in pq.read_table(draw / copy_pictures.TABLE).to_pylist() if row["kind"] == "jpeg"
