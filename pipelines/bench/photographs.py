@@ -30,7 +30,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -47,6 +47,8 @@ from pipelines.demo.packages import STAMPS
 
 Layout = Literal["folder", "tars"]
 SCENERY, OBJECTS, TEXTURES = "scenery", "objects", "textures"
+NEBULAE, SHOTS, CLIP_ART = "nebulae", "shots", "clip art"  # only in copy_pictures.py and copy_speed.py
+SUFFIXES = (".jpg", ".png")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Source:
     names: tuple[str, ...] = ("",)
     without: tuple[str, ...] = ()
     """Parts of the paths of pictures that are drawn or rendered."""
+    suffixes: tuple[str, ...] = SUFFIXES
+    max_pixels: int = 50_000_000
+    """Larger pictures are left out."""
 
 
 # A package with a zip file (.pk3) instead of a folder of pictures has the path of the zip file as `folder`.
@@ -95,11 +100,10 @@ SOURCES = {
 }
 MEGABYTES = 432
 
-SEED_DOMAINS = (OBJECTS, SCENERY)
-CUT_DOMAINS = (SCENERY, TEXTURES)
-# Shares of the domains in a part, as far as each has enough pictures. Assumed: mostly photographs.
-WEIGHTS = {SCENERY: 3, OBJECTS: 2, TEXTURES: 1}
-SUFFIXES = (".jpg", ".png")
+SEED_DOMAINS = (OBJECTS, SCENERY, CLIP_ART)
+CUT_DOMAINS = (SCENERY, TEXTURES, NEBULAE, SHOTS)
+# Assumed: mostly photographs.
+WEIGHTS = {SCENERY: 3, OBJECTS: 2, TEXTURES: 1, NEBULAE: 1, SHOTS: 1}
 # Of ten originals of a domain, by the hash of their names: one of the holdout, two of the seeds.
 PART_OF = ("holdout", "seeds", "seeds", "pool", "pool", "pool", "pool", "pool", "pool", "pool")
 NUM_TARS = 10
@@ -158,15 +162,28 @@ class Options:
     small: bool = False
     layout: Layout = "folder"
     seed: int = 0
+    min_tile_small: int = MIN_TILE_SMALL
+    """Shortest side of a tile for --small, in pixels."""
+    weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
+    """Shares of the domains in a part, as far as each has enough pictures."""
 
     @property
     def min_tile(self) -> int:
         """The shortest side of a tile, in pixels."""
-        return MIN_TILE_SMALL if self.small else MIN_TILE
+        return self.min_tile_small if self.small else MIN_TILE
 
 
-def run(output: Path, options: Options, packages_folder: Path | None = None) -> None:
+def run(
+    output: Path,
+    options: Options,
+    packages_folder: Path | None = None,
+    *,
+    sources: Mapping[str, Source] = SOURCES,
+    megabytes: int = MEGABYTES,
+) -> None:
     """Make the pictures in the new folder `output`. `packages_folder` holds the .deb files; else apt-get fetches them.
+
+    sources: the packages; megabytes: of all of them.
 
     Raises InputError where `output` holds anything, where a package is unavailable, and for too large a count.
     """
@@ -174,9 +191,9 @@ def run(output: Path, options: Options, packages_folder: Path | None = None) -> 
         raise InputError(f"--output '{output}' is not empty. Give a new folder, or delete this one.")
     partial = output.resolve().with_name(output.name + ".partial")
     if packages_folder is None:
-        debs = packages.download(partial / "apt", SOURCES, MEGABYTES)
+        debs = packages.download(partial / "apt", sources, megabytes)
     else:
-        debs = packages.find(packages_folder, SOURCES)
+        debs = packages.find(packages_folder, sources)
     for folder in ("unpacked", "tree"):
         shutil.rmtree(partial / folder, ignore_errors=True)
     originals: list[Original] = []
@@ -184,8 +201,8 @@ def run(output: Path, options: Options, packages_folder: Path | None = None) -> 
         root = partial / "unpacked" / package
         root.mkdir(parents=True)
         packages.run_tool(["dpkg-deb", "-x", str(deb.resolve()), str(root)], partial)
-        listed = find_originals(package, SOURCES[package], root, options.min_tile)
-        progress.say(f"{package}: {len(listed)} pictures of {SOURCES[package].domain}")
+        listed = find_originals(package, sources[package], root, options.min_tile)
+        progress.say(f"{package}: {len(listed)} pictures of {sources[package].domain}")
         originals += listed
         copyright_file = partial / "tree" / "copyright" / package
         copyright_file.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +223,7 @@ def find_originals(package: str, source: Source, root: Path, min_side: int) -> l
     if folder.suffix == ".pk3" and folder.is_file():
         with zipfile.ZipFile(folder) as archive:
             extracted = root / "pictures"
-            for name in filter(lambda name: name.endswith(SUFFIXES), archive.namelist()):
+            for name in filter(lambda name: name.endswith(source.suffixes), archive.namelist()):
                 place = extracted.joinpath(*(part for part in name.split("/") if part not in ("", "..")))
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(archive.read(name))
@@ -215,12 +232,16 @@ def find_originals(package: str, source: Source, root: Path, min_side: int) -> l
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         chosen = name.startswith(source.names) and not any(part in f"/{name}" for part in source.without)
-        if not chosen or path.suffix not in SUFFIXES or path.is_symlink():
+        if not chosen or path.suffix not in source.suffixes or path.is_symlink():
             continue
         digest = hashlib.sha256(path.read_bytes()).digest()
-        with Image.open(path) as opened:
-            large = min(opened.size) >= min_side if source.domain in CUT_DOMAINS else max(opened.size) >= MIN_SIDE_SMALL
-        if large and digest not in digests:
+        try:
+            with Image.open(path) as opened:
+                size = opened.size
+        except Image.DecompressionBombError:  # far above max_pixels
+            continue
+        large = min(size) >= min_side if source.domain in CUT_DOMAINS else max(size) >= MIN_SIDE_SMALL
+        if large and size[0] * size[1] <= source.max_pixels and digest not in digests:
             digests.add(digest)
             originals.append(Original(source.domain, package, name, path))
     if not originals:
@@ -234,7 +255,7 @@ def make(originals: Sequence[Original], tree: Path, options: Options) -> None:
     Raises InputError where the originals do not give that many pictures.
     """
     counts = {
-        "seeds": max(4 * len(SEED_DOMAINS), options.count // 10),
+        "seeds": max(8, options.count // 10),
         "pool": options.count,
         "holdout": max(4, options.count // 20),
     }
@@ -266,33 +287,45 @@ def split(originals: Sequence[Original], seed: int) -> dict[str, list[Original]]
     return parts
 
 
-def choose(originals: Sequence[Original], count: int, options: Options, generator: np.random.Generator) -> list[Tile]:
-    """`count` tiles, or all where there are fewer: of the domains by WEIGHTS, as far as each goes."""
+def choose(
+    originals: Sequence[Original],
+    count: int,
+    options: Options,
+    generator: np.random.Generator,
+    *,
+    max_grid: int = MAX_GRID,
+) -> list[Tile]:
+    """`count` tiles, or all where there are fewer: of the domains by their weights, as far as each goes.
+
+    max_grid: tiles along the longer side of an original, at most.
+    """
     by_domain: dict[str, list[Original]] = {}
     for original in originals:
         by_domain.setdefault(original.domain, []).append(original)
     previews = {original.path: _preview(original) for original in originals}
-    largest = {domain: len(_tiles(listed, MAX_GRID, previews, options)) for domain, listed in by_domain.items()}
+    largest = {domain: len(_tiles(listed, max_grid, previews, options)) for domain, listed in by_domain.items()}
     chosen: list[Tile] = []
     # First the domain that is used up first, so that the others make up for it.
-    domains = sorted(by_domain, key=lambda domain: largest[domain] / WEIGHTS[domain])
+    domains = sorted(by_domain, key=lambda domain: largest[domain] / options.weights[domain])
     for position, domain in enumerate(domains):
-        share = WEIGHTS[domain] / sum(WEIGHTS[other] for other in domains[position:])
+        share = options.weights[domain] / sum(options.weights[other] for other in domains[position:])
         wanted = min(largest[domain], round(share * (count - len(chosen))))
         # Some tiles lack contrast, so a finer grid may have fewer of them.
-        grids = (_tiles(by_domain[domain], grid, previews, options) for grid in range(1, MAX_GRID + 1))
+        grids = (_tiles(by_domain[domain], grid, previews, options) for grid in range(1, max_grid + 1))
         tiles = next(tiles for tiles in grids if len(tiles) >= wanted)
         chosen += [tiles[index] for index in generator.permutation(len(tiles))[:wanted]]
     return [chosen[index] for index in generator.permutation(len(chosen))]
 
 
 def _preview(original: Original) -> tuple[tuple[int, int], np.ndarray]:
-    """The size of an original, and its grey values at a smaller size."""
+    """The size of an original, and its grey values at a smaller size; of one that stays whole, the size alone."""
     with Image.open(original.path) as opened:
         turned = opened.getexif().get(ORIENTATION, 1) >= 5
         size = opened.size[::-1] if turned else opened.size
+        if original.domain not in CUT_DOMAINS:
+            return size, np.empty((0, 0), np.uint8)
         opened.draft("L", (PREVIEW_SIDE, PREVIEW_SIDE))
-        grey = _on_white(ImageOps.exif_transpose(opened)).convert("L")
+        grey = on_white(ImageOps.exif_transpose(opened)).convert("L")
         grey.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         return size, np.asarray(grey)
 
@@ -339,13 +372,13 @@ def _write_part(part: str, tiles: Sequence[Tile], tree: Path, options: Options) 
         for number in numbers:
             tile = tiles[number]
             generator = np.random.default_rng([options.seed, PART_OF.index(part), number])
-            box = _inside(tile, generator)
+            box = inside(tile, generator)
             file_format = str(generator.choice(list(FORMATS), p=list(FORMATS.values())))
             picture = _scale(decoded.crop(box), options, generator)
             folder = f"{part}/{tile.original.domain}" if part == "seeds" else part
             name = f"{folder}/{number:05d}.{SUFFIX_OF[file_format]}"
             (tree / folder).mkdir(parents=True, exist_ok=True)
-            (tree / name).write_bytes(_encode(picture, file_format, quality=int(generator.integers(70, 96))))
+            (tree / name).write_bytes(encode(picture, file_format, quality=int(generator.integers(70, 96))))
             left, top, right, bottom = box
             rows[number] = {
                 "name": name,
@@ -364,7 +397,7 @@ def _write_part(part: str, tiles: Sequence[Tile], tree: Path, options: Options) 
     return [rows[number] for number in range(len(tiles))]
 
 
-def _inside(tile: Tile, generator: np.random.Generator) -> Box:
+def inside(tile: Tile, generator: np.random.Generator) -> Box:
     """A box of other size and shape in the tile; the whole tile where the domain is not cut."""
     if tile.original.domain not in CUT_DOMAINS:
         return tile.box
@@ -385,10 +418,10 @@ def _scale(picture: Image.Image, options: Options, generator: np.random.Generato
     return picture
 
 
-def _encode(picture: Image.Image, file_format: str, quality: int) -> bytes:
+def encode(picture: Image.Image, file_format: str, quality: int) -> bytes:
     """The bytes of a file. Formats other than PNG and WebP get a white ground."""
     if file_format not in ("PNG", "WEBP"):
-        picture = _on_white(picture)
+        picture = on_white(picture)
     if file_format == "GIF":
         picture = picture.quantize(256)
     options: dict[str, dict[str, Any]] = {
@@ -401,7 +434,7 @@ def _encode(picture: Image.Image, file_format: str, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
+def on_white(picture: Image.Image) -> Image.Image:
     if picture.mode in ("RGB", "L"):
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
