@@ -212,7 +212,9 @@ def parse_section(
             f"{origin}: no section [{section}]; this stage needs it. Found: {', '.join(values) or 'none'}."
         )
     known = profiles.PROFILES
-    if (profile := values.get("profile", "default")) not in list(known):
+    if (profile := values.get("profile", profiles.DEFAULT)) not in list(known):
+        if profile in list(profiles.FORMER):
+            raise ConfigError(f"{origin}: {profiles.FORMER[profile]}.")
         raise ConfigError(
             f"{origin}: no profile is named {_described(profile)}{nearest(str(profile), known)}. Choose from: "
             f"{', '.join(known)}."

@@ -57,8 +57,9 @@ class PairsConfig(Settings):
 
     search: SearchConfig = SearchConfig()
     """The search for near descriptors."""
-    num_neighbors: int = Field(default=64, ge=1)
-    """Maximum number of nearest descriptors that are candidates of an image (64 in DINOv2, appendix A.3)."""
+    num_neighbors: int = Field(default=64, ge=0)
+    """Maximum number of nearest descriptors that are candidates of an image (64 in DINOv2, appendix A.3); 0 searches no
+    descriptors, those of the holdout included."""
     min_descriptor_similarity: float = Field(default=0.45, ge=-1, le=1)
     """Minimum cosine of the descriptors of two candidates (0.45 in DINOv2, the lower of its two thresholds)."""
     max_phash_distance: int = Field(default=4, ge=-1, le=16)
@@ -112,18 +113,21 @@ def run(
     hashes = {"images": ingested.content_hash, "descriptors": described.content_hash}
 
     def num_full_lists() -> int:
+        if not config.num_neighbors:
+            return 0
         return require_manifest(joined).totals.get("full_lists", 0)
 
     def propose_candidates() -> ShardRecord:
         min_cosine = config.min_descriptor_similarity
-        neighborhood = Neighborhood(config.search, config.num_neighbors, min_cosine, num_shards)
-        self_join.run(neighborhood, files, joined, runner, content_hash=described.content_hash, log=log)
+        if config.num_neighbors:
+            neighborhood = Neighborhood(config.search, config.num_neighbors, min_cosine, num_shards)
+            self_join.run(neighborhood, files, joined, runner, content_hash=described.content_hash, log=log)
         if config.max_phash_distance >= 0:
             for number, buckets in enumerate(_hash_pairs(config, images, described_rows, num_shards)):
                 path = paths.join(hashed, f"pairs-{number:05d}.parquet")
                 parquet.write_row_groups(path, "bucket", buckets, self_join.PAIRED.empty_table())
         is_complete = config.search.backend == "exact" and not num_full_lists()
-        if not is_complete and len(holdout := holdout_pairs.holdout_ids(images)):
+        if config.num_neighbors and not is_complete and len(holdout := holdout_pairs.holdout_ids(images)):
             verification = config.verification
             loader = functools.partial(make_loader, verification, described_rows) if verification else None
             holdout_pairs.run(
@@ -141,7 +145,8 @@ def run(
         return ShardRecord(name=PREPARED)
 
     def facts(done: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
-        return {"search": require_manifest(joined).facts, "full_lists": num_full_lists()}, None
+        search = require_manifest(joined).facts if config.num_neighbors else {}
+        return {"search": search, "full_lists": num_full_lists()}, None
 
     stage = Stage(
         name="pairs",
@@ -204,7 +209,7 @@ def make_worker(
 
 def _candidates(joined: str, hashed: str, with_holdout: str, bucket: int) -> pa.Table:
     """holdout_pairs.SCORED of all candidates of one range of ids. The cosine is NaN for candidates by hash alone."""
-    tables = [self_join.read_bucket(joined, bucket)]
+    tables = [self_join.read_bucket(joined, bucket) if paths.exists(joined) else self_join.PAIRED.empty_table()]
     for name in paths.list_names(hashed):
         tables.append(parquet.read_row_groups(paths.join(hashed, name), "bucket", bucket, self_join.PAIRED))
     table = pa.concat_tables(tables)

@@ -1,12 +1,15 @@
 """Profiles: named recipes, which fill in the settings that a config leaves out.
 
-`photos`    for images of a user. The corpus holds each image once. Copies are near descriptors whose thumbnails agree;
-            an image is dropped only when it is itself a copy of a kept image. The holdout removes the images that match
-            it, seeds too.
+`photos`    for images of a user; a config that names no profile has this one. The corpus holds each image once. Copies
+            are near descriptors whose thumbnails agree; an image is dropped only when it is itself a copy of a kept
+            image. The holdout removes the images that match it, seeds too.
+`drawings`  as `photos`, for clip art and logos: a higher threshold, and families of drawings that share most of their
+            lines are told from copies.
 `paper`     the recipe of DINOv2 (arXiv 2304.07193, section 3 and appendix A). Copies are pairs among the 64 nearest
             descriptors, and each component keeps one image. The holdout removes whole components, connected at a lower
             threshold, but no seeds. There are 100,000 clusters, and an image may repeat in the corpus.
-`default`   as `photos`, but without the comparison of thumbnails: copies are near descriptors.
+`exact`     only files with equal bytes are copies, among seeds and pool and with the holdout alike. Nothing is searched
+            or compared, so `pairs` costs nothing. A resized copy of a holdout image stays in the pool.
 
 A profile overrides nothing in the config. A setting in neither has the default of its section. PROFILES is the whole
 list: the saved config of a run names the profile and holds every value. The seed datasets and the models are filled in
@@ -16,7 +19,13 @@ for every profile (`fill`).
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Profile = Literal["default", "photos", "paper"]
+Profile = Literal["photos", "drawings", "paper", "exact"]
+DEFAULT: Profile = "photos"
+# Messages on the names of former profiles.
+FORMER = {
+    "default": "there is no profile 'default' any more. Take 'photos', the profile of a config that names none; it "
+    "compares thumbnails too. The demo's is 'drawings'"
+}
 
 _EACH_IMAGE_ONCE = {
     "dedup.matches_kept": True,
@@ -24,20 +33,28 @@ _EACH_IMAGE_ONCE = {
     "dedup.decontaminate_seeds": True,
     "pack.repeats": False,
 }
+_VERIFIED = {
+    "describe.thumbnail_side": 128,
+    "pairs.min_descriptor_similarity": 0.66,
+    "pairs.min_similarity": 0.3,
+    "pairs.verification.working_side": 128,
+    "dedup.holdout_threshold": 0.35,
+    "retrieve.check_copies": True,
+}
 
 # Values by setting; `*` stands for every item of a list. All values of `paper` but one are cited.
 PROFILES: dict[Profile, dict[str, Any]] = {
-    "default": _EACH_IMAGE_ONCE,
     # Measured on photographs, textures and solar cells: with threshold 0.5 and without [dedup.families], 0.83 of 1,240
-    # planted copies were found; with the values of demo.toml, 0.69.
-    "photos": {
+    # planted copies were found; with the values of `drawings`, 0.69.
+    "photos": {**_EACH_IMAGE_ONCE, **_VERIFIED, "dedup.threshold": 0.5},
+    # Measured on the demo, where drawings with another symbol or mouth are as similar as copies with an overlay.
+    "drawings": {
         **_EACH_IMAGE_ONCE,
-        "describe.thumbnail_side": 128,
-        "pairs.min_descriptor_similarity": 0.66,
-        "pairs.min_similarity": 0.3,
-        "pairs.verification.working_side": 128,
-        "dedup.threshold": 0.5,
-        "dedup.holdout_threshold": 0.35,
+        **_VERIFIED,
+        "dedup.threshold": 0.67,
+        "dedup.families.sure": 0.92,
+        "dedup.families.margin": 0.1,
+        "dedup.families.local_margin": 0.03,
     },
     "paper": {
         "pairs.num_neighbors": 64,  # A.3
@@ -56,6 +73,11 @@ PROFILES: dict[Profile, dict[str, Any]] = {
         "retrieve.datasets.*.k": 4,  # all datasets but ImageNet-1k
         "retrieve.datasets.*.cap": 1_000_000,
         "pack.repeats": True,  # table 15 counts them
+    },
+    "exact": {
+        **_EACH_IMAGE_ONCE,
+        "pairs.num_neighbors": 0,
+        "pairs.max_phash_distance": -1,
     },
 }
 
@@ -78,7 +100,7 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
         filled = _fill(filled, [stage, "embedder", "name"], DEFAULT_MODEL)
         if _value(filled, [stage, "embedder", "name"]) == model:
             filled = _fill(filled, [stage, "embedder", "pooling"], pooling)
-    profile = values.get("profile", "default")
+    profile = values.get("profile", DEFAULT)
     # Validation refuses an unknown name and a value that is not text.
     settings = next((settings for name, settings in PROFILES.items() if name == profile), {})
     for setting, value in settings.items():

@@ -3,7 +3,8 @@
     retrieve/
       retrieved-00000.parquet  ...     schemas.RETRIEVED
       balanced.npy                     with `clustering`: the images to draw from each cluster, (K_0,) int64
-      manifest.json                    its facts hold the recall of the search
+      copies-00000.parquet             with `check_copies`: schemas.CORPUS_COPIES, the images that were passed over
+      manifest.json                    its facts hold the recall of the search, and the counts of the check
 
 Mode `sample` takes the `k` pool images nearest to each seed. Mode `cluster` takes pool images from every cluster with
 more than `more_than_seeds` seeds of a dataset. It takes up to `images_per_cluster` images from a cluster and at most
@@ -17,6 +18,12 @@ With `clustering`, images are also drawn from the whole pool, independent of the
 balanced sampling over the levels of the cluster stage (see quotas.balanced_counts). It gives rare images of the pool a
 larger share ("Automatic Data Curation", arXiv 2405.15613; a part of DINOv3's corpus).
 
+With `check_copies`, the corpus is checked against itself (copies/corpus_check.py). Each seed and each cluster proposes
+LOOKS times as many images as it may bring. A proposed image is passed over when it is a copy of an image taken before,
+of a packed seed or of a holdout image; then the next in rank takes its place. So the ranks of a seed may have gaps, and
+a seed may bring fewer than `k` images. Images that are passed over stay kept. The search by sample looks for LOOKS * k
+neighbours, and its recall is that of all of them. Proposed rows count as drawn in the next paragraph.
+
 Memory: drawing from clusters streams the assignments and holds at most twice as many rows as are drawn. This takes 220
 bytes per drawn row (measured 2026-11-21), one file of assignments, and 8 bytes per cluster. A draw by `clustering` is
 cut into shards of clusters, each of which reads all assignments.
@@ -26,8 +33,9 @@ Alone, outside a pipeline, the command works on any vectors:
     python -m curation.retrieve --seeds A --pool B --k 4 --output retrieved.parquet
 
 A and B are folders or files of Parquet (`image_id`, `vector`), or `.npy` matrices (ids are then row numbers, among
-several files `file:row`). The search is exact in the precision of the vectors, up to float32. The same command again
-does nothing; another search is written to the same file with --replace only.
+several files `file:row`). The search is exact in the precision of the vectors, up to float32. There is no check for
+copies, since that needs the images: copies of one picture may all be among the `k`. The same command again does
+nothing; another search is written to the same file with --replace only.
 """
 
 import functools
@@ -45,6 +53,8 @@ import typer
 from pydantic import Field, field_validator
 
 from curation.config import Settings, load
+from curation.copies import corpus_check, holdout_pairs
+from curation.copies.corpus_check import LOOKS, Proposals
 from curation.engine import command, progress
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder, sum_counts
 from curation.engine.run_log import Log
@@ -53,7 +63,7 @@ from curation.engine.stage import PREPARED, Stage, run_stage
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import npy, parquet, paths, schemas, vectors
 from curation.files.hashes import hash_json, sha256_of_file, split_mix
-from curation.files.image_ids import id_bytes, id_column
+from curation.files.image_ids import id_bytes, id_column, pack_ids
 from curation.files.paths import FileRecord
 from curation.files.prefetch import prefetch
 from curation.quotas import balanced_counts, cluster_counts
@@ -62,6 +72,7 @@ from curation.run_folder import (
     KeptShard,
     RunFolder,
     cluster_sizes,
+    kept_images,
     kept_inputs,
     kept_shards,
     read_assignments,
@@ -77,7 +88,19 @@ from curation.search.parts import NEIGHBORS, PartSearch, count_hits, merge_parts
 from curation.search.top_k import rank_in_groups, top_k_of_groups
 from curation.stage_command import require_folders
 
-BALANCED_NAME = "balanced.npy"
+BALANCED_NAME, COPIES_NAME = "balanced.npy", "copies-00000.parquet"
+# Proposed rows of the check, each with the number of rows that its seed or cluster may bring.
+PROPOSED = schemas.RETRIEVED.append(pa.field("quota", pa.int64()))
+# Totals of the check, which become the fact `check`.
+CHECK_TOTALS = (
+    "check_images",  # compared with others: retrieved, passed over, or a packed seed
+    "check_pairs",  # compared here; other pairs have a score of the stage `pairs`
+    "corpus_copies",  # images that were passed over
+    "missing_rows",  # rows fewer than without the check
+    "retrieved_copies",  # retrieved images that are copies of another image of the corpus
+    "seed_copies",  # packed seeds that are copies of another packed seed: seeds are trusted, and none is left out
+    "holdout_copies",  # images of the corpus that are copies of a holdout image
+)
 # Column of the search's files that holds the number of a query shard.
 QUERY_SHARD_COLUMN = "asking"
 # Key of the Parquet metadata of the file that the command writes alone: k, and hashes of the seeds and the pool.
@@ -133,6 +156,9 @@ class RetrieveConfig(Settings):
     """By sample: the search for the nearest pool images."""
     clustering: ClusteringConfig | None = None
     """An additional draw by hierarchical balanced sampling; none when the section is left out."""
+    check_copies: bool = False
+    """Whether the corpus is checked against itself: a pool image that is a copy of another image of the corpus, or of
+    the holdout, is passed over for the next in rank. Copies are defined as in `pairs` and `dedup`."""
     seed: int = 0
     """Seed of the random draws."""
 
@@ -149,9 +175,11 @@ class RetrieveConfig(Settings):
 def run(
     config: RetrieveConfig, inputs: RunFolder, output: str, runner: Runner, *, replace: bool = False, log: Log = None
 ) -> Manifest:
-    """Retrieve for every seed dataset; returns the manifest. Its facts are `search`, `datasets` and `notes`.
+    """Retrieve for every seed dataset; returns the manifest. Its facts are `search`, `datasets`, `notes` and `check`.
 
-    The notes are sentences on the datasets that retrieved nothing by cluster; they are printed too.
+    The notes are sentences on the datasets that retrieved nothing by cluster; they are printed too. `check` holds
+    CHECK_TOTALS and the comparison of the check; it is null without `check_copies`. Only the check reads the folders
+    `describe` and `pairs`.
     """
     with progress.step("retrieve", "counting the seeds"):
         kept = kept_shards(inputs)
@@ -161,7 +189,15 @@ def run(
         "vectors": require_manifest(inputs.embed).content_hash,
         "clusters": require_manifest(inputs.cluster).content_hash,
     }
-    search_folder = step_folder(output, "search")
+    comparison = None
+    if config.check_copies:
+        comparison = corpus_check.comparison_of(inputs.pairs, inputs.dedup, config.search.device)
+        hashes |= {
+            "descriptors": require_manifest(inputs.describe).content_hash,
+            "pairs": require_manifest(inputs.pairs).content_hash,
+            "comparison": corpus_check.fingerprint(comparison),
+        }
+    search_folder, proposed_folder = step_folder(output, "search"), step_folder(output, "proposed")
 
     def prepare() -> ShardRecord:
         if query_shards:
@@ -176,22 +212,56 @@ def run(
                 unit="vectors",
             )
             run_stage(search, runner, log=log)
-        if config.clustering is None:
-            return ShardRecord(name=PREPARED)
-        with progress.step("retrieve", "dividing the draw among the clusters"):
-            return ShardRecord(name=PREPARED, files=(_write_counts(config.clustering, inputs.cluster, output),))
+        files: tuple[FileRecord, ...] = ()
+        if config.clustering is not None:
+            with progress.step("retrieve", "dividing the draw among the clusters"):
+                files = (_write_counts(config.clustering, inputs.cluster, output),)
+        if comparison is None:
+            return ShardRecord(name=PREPARED, files=files)
+        proposed = run_stage(
+            Stage(
+                name="proposed",
+                config=config,
+                inputs=hashes,
+                output=proposed_folder,
+                shards=shards,
+                make_worker=make_proposer,
+                unit="rows",
+            ),
+            runner,
+            log=log,
+        )
+        with progress.step("retrieve", "reading the proposed images"):
+            proposals = _read_proposals(config, shards, proposed, proposed_folder, inputs)
+        choice = corpus_check.run(comparison, proposals, config, inputs.describe, inputs.pairs, output, runner, log)
+        _write_choice(choice.is_taken, proposed, proposed_folder)
+        files = (*files, parquet.write_table(paths.join(output, COPIES_NAME), choice.copies))
+        return ShardRecord(name=PREPARED, files=files, totals=choice.totals)
 
     def finish(records: Sequence[ShardRecord]) -> tuple[dict[str, Any], None]:
         search = {"search": require_manifest(search_folder).facts} if query_shards else {}
-        return search | {"notes": _notes_on_clusters(config, shards, records)}, None
+        facts = search | {"notes": _notes_on_clusters(config, shards, records), "check": None}
+        if comparison is not None:
+            totals = sum_counts(record.totals for record in records)
+            settings = {name: getattr(comparison, name) for name in ("min_cosine", "threshold", "holdout_threshold")}
+            facts["check"] = settings | {name: totals.get(name, 0) for name in CHECK_TOTALS}
+        return facts, None
 
+    def make_proposer_in(folder: str) -> Callable[[], Callable[[Shard], ShardRecord]]:
+        return functools.partial(make_worker, config, query_shards, search_folder, inputs.cluster, output, folder)
+
+    make_proposer = make_proposer_in(proposed_folder)
     stage = Stage(
         name="retrieve",
         config=config,
         inputs=hashes,
         output=output,
         shards=shards,
-        make_worker=functools.partial(make_worker, config, query_shards, search_folder, inputs.cluster, output),
+        make_worker=(
+            make_proposer_in(output)
+            if comparison is None
+            else functools.partial(_make_chooser, proposed_folder, output)
+        ),
         prepare=prepare,
         finish=finish,
         facts=config.model_dump(mode="json", include={"datasets"}),
@@ -225,6 +295,7 @@ class _QueryShard:
     shard: KeptShard
     source: str
     k: int
+    """Neighbours of each seed."""
 
     def read(self) -> tuple[list[str], np.ndarray]:
         """Ids and vectors (N, D) of the seeds."""
@@ -248,7 +319,7 @@ def _plan_shards(config: RetrieveConfig, kept: Sequence[KeptShard]) -> tuple[lis
             case "sample":
                 for shard in seed_shards:
                     shards.append(Shard(f"{len(shards):05d}", (dataset, "sample", len(query_shards))))
-                    query_shards.append(_QueryShard(shard, dataset.name, dataset.k))
+                    query_shards.append(_QueryShard(shard, dataset.name, dataset.k * _looks(config)))
             case "cluster":
                 shards.append(Shard(f"{len(shards):05d}", (dataset, "cluster", tuple(seed_shards))))
             case "none":
@@ -259,27 +330,115 @@ def _plan_shards(config: RetrieveConfig, kept: Sequence[KeptShard]) -> tuple[lis
     return shards, query_shards
 
 
+def _looks(config: RetrieveConfig) -> int:
+    """The rows that are looked at, in multiples of the rows that a seed or a cluster may bring."""
+    return LOOKS if config.check_copies else 1
+
+
 def make_worker(
-    config: RetrieveConfig, query_shards: Sequence[_QueryShard], search_folder: str, cluster_folder: str, output: str
+    config: RetrieveConfig,
+    query_shards: Sequence[_QueryShard],
+    search_folder: str,
+    cluster_folder: str,
+    output: str,
+    folder: str,
 ) -> Callable[[Shard], ShardRecord]:
-    """Make a worker that retrieves the rows of each shard."""
+    """Make a worker that retrieves the rows of each shard, or with the check the PROPOSED rows, into `folder`."""
 
     def process(shard: Shard) -> ShardRecord:
         dataset, mode, scope = shard.work
         match mode:
             case "balanced":
                 table = _by_balance(config, cluster_folder, output, part=scope)
-                totals = {"balanced_rows": table.num_rows}
+                totals, rows_name = {}, "balanced_rows"
             case "sample":
                 seed_ids = query_shards[scope].read()[0]
                 names = require_manifest(search_folder).files("found")
-                table = _by_sample(dataset, seed_ids, _merge_parts(search_folder, names, scope, dataset.k))
-                totals = {f"seeds:{dataset.name}": len(seed_ids), f"rows:{dataset.name}": table.num_rows}
+                table = _by_sample(dataset, seed_ids, _merge_parts(search_folder, names, scope, query_shards[scope].k))
+                totals, rows_name = {f"seeds:{dataset.name}": len(seed_ids)}, f"rows:{dataset.name}"
             case _:
                 seeds = np.concatenate([read_kept(part, role="seed", source=dataset.name)[1] for part in scope])
                 table = _by_cluster(config, dataset, seeds, cluster_folder)
-                totals = {f"seeds:{dataset.name}": len(seeds), f"rows:{dataset.name}": table.num_rows}
+                totals, rows_name = {f"seeds:{dataset.name}": len(seeds)}, f"rows:{dataset.name}"
+        if not config.check_copies:
+            table = table.select(schemas.RETRIEVED.names)
+            totals[rows_name] = table.num_rows
+        file = parquet.write_table(paths.join(folder, f"retrieved-{shard.name}.parquet"), table)
+        return ShardRecord(name=shard.name, files=(file,), totals=totals)
+
+    return process
+
+
+# The check of the corpus against itself
+
+
+def _read_proposals(
+    config: RetrieveConfig, shards: Sequence[Shard], proposed: Manifest, folder: str, inputs: RunFolder
+) -> Proposals:
+    """The proposed rows of all shards, and the images that they are compared with."""
+    names = [dataset.name for dataset in config.datasets]
+    columns: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("image_id", "rank", "group", "quota", "dataset", "seed")
+    }
+    num_groups = 0
+    for shard, path in zip(shards, proposed.paths(folder, "retrieved"), strict=True):
+        table = parquet.read_table(path, PROPOSED)
+        dataset = shard.work[0]
+        seed = pack_ids(pc.fill_null(table["seed_image_id"], "0" * 32))
+        by_seed = table["seed_image_id"].null_count == 0
+        group = np.unique(seed if by_seed else table["cluster_id"].to_numpy(), return_inverse=True)[1]
+        columns["image_id"].append(pack_ids(table["image_id"]))
+        columns["rank"].append(table["rank"].to_numpy())
+        columns["group"].append(num_groups + group)
+        columns["quota"].append(table["quota"].to_numpy())
+        # Rows of the balanced draw belong to no dataset, and come last.
+        number = len(names) if dataset is None else names.index(dataset.name)
+        columns["dataset"].append(np.full(table.num_rows, number))
+        columns["seed"].append(seed)
+        num_groups += int(group.max(initial=-1)) + 1
+    row = {name: np.concatenate(parts) for name, parts in columns.items()}
+    quota = np.zeros(num_groups, np.int64)
+    quota[row["group"]] = row["quota"]
+    packed = pa.array([dataset.name for dataset in config.datasets if dataset.as_is], pa.string())
+    seeds = [np.empty(0, "S16")]
+    for table in kept_images(inputs, ["image_id", "source", "role"]):
+        is_packed = pc.and_(pc.equal(table["role"], "seed"), pc.is_in(table["source"], packed))
+        seeds.append(pack_ids(table["image_id"].filter(is_packed)))
+    return Proposals(
+        image_ids=row["image_id"],
+        rank=row["rank"],
+        group=row["group"],
+        quota=quota,
+        order=np.lexsort((row["image_id"], row["seed"], row["dataset"], row["rank"])),
+        seed_ids=np.unique(np.concatenate(seeds)),
+        holdout_ids=pack_ids(pa.chunked_array([id_column(holdout_pairs.holdout_ids(inputs.ingest))])),
+    )
+
+
+def _write_choice(is_taken: np.ndarray, proposed: Manifest, folder: str) -> None:
+    """Write which of the proposed rows (R,) are taken, one file for each shard."""
+    start = 0
+    for record in proposed.shards:
+        stop = start + sum(file.rows for file in record.files)
+        npy.write_arrays(paths.join(folder, f"taken-{record.name}.npy"), is_taken[start:stop])
+        start = stop
+
+
+def _make_chooser(proposed_folder: str, output: str) -> Callable[[Shard], ShardRecord]:
+    """Make a worker that writes the rows of each shard that the check took."""
+    records = {record.name: record for record in require_manifest(proposed_folder).shards}
+
+    def process(shard: Shard) -> ShardRecord:
+        dataset, _, _ = shard.work
+        proposed = parquet.read_table(paths.join(proposed_folder, f"retrieved-{shard.name}.parquet"), PROPOSED)
+        is_taken = npy.read_array(paths.join(proposed_folder, f"taken-{shard.name}.npy"))
+        table = proposed.filter(pa.array(is_taken)).select(schemas.RETRIEVED.names).combine_chunks()
         file = parquet.write_table(paths.join(output, f"retrieved-{shard.name}.parquet"), table)
+        # Without the check, a seed or a cluster brings its quota, or all of its rows where these are fewer.
+        is_in_quota = proposed["rank"].to_numpy() < proposed["quota"].to_numpy()
+        rows_name = "balanced_rows" if dataset is None else f"rows:{dataset.name}"
+        missing = int(is_in_quota.sum()) - table.num_rows
+        totals = records[shard.name].totals | {rows_name: table.num_rows, "missing_rows": missing}
         return ShardRecord(name=shard.name, files=(file,), totals=totals)
 
     return process
@@ -431,7 +590,7 @@ def _measure_recall(
 
 
 def _by_sample(dataset: DatasetConfig, seed_ids: list[str], neighbors: pa.Table) -> pa.Table:
-    """Rows of RETRIEVED by sample, from the merged `neighbors` of the seeds."""
+    """Rows of PROPOSED by sample, from the merged `neighbors` of the seeds."""
     query, num_rows = neighbors["query"].to_numpy(), neighbors.num_rows
     return pa.table(
         {
@@ -442,24 +601,26 @@ def _by_sample(dataset: DatasetConfig, seed_ids: list[str], neighbors: pa.Table)
             "rank": rank_in_groups(query).astype(np.int32),
             "similarity": np.clip(neighbors["similarity"].to_numpy(), -1, 1),  # lengths are rounded, to 1.0002
             "cluster_id": pa.nulls(num_rows, pa.int32()),
+            "quota": np.full(num_rows, dataset.k),
         },
-        schema=schemas.RETRIEVED,
+        schema=PROPOSED,
     )
 
 
 def _by_cluster(config: RetrieveConfig, dataset: DatasetConfig, seeds: np.ndarray, cluster_folder: str) -> pa.Table:
-    """Rows of RETRIEVED by cluster, given the vectors of all `seeds` (N, D) of the dataset."""
+    """Rows of PROPOSED by cluster, given the vectors of all `seeds` (N, D) of the dataset."""
     centroids = read_centroids(cluster_folder)
     num_seeds = np.bincount(exact.assign(seeds, centroids)[0], minlength=len(centroids))
     chosen = np.flatnonzero(num_seeds > config.more_than_seeds)
     sizes = cluster_sizes(cluster_folder, len(centroids))
     counts = np.zeros(len(centroids), np.int64)
     counts[chosen] = cluster_counts(sizes[chosen].tolist(), config.images_per_cluster, dataset.cap)
-    return _as_retrieved(draw_images(cluster_folder, counts, config.draw, config.seed), "cluster", dataset.name)
+    drawn = draw_images(cluster_folder, np.minimum(_looks(config) * counts, sizes), config.draw, config.seed)
+    return _as_proposed(drawn, "cluster", dataset.name, counts)
 
 
 def _by_balance(config: RetrieveConfig, cluster_folder: str, output: str, part: int) -> pa.Table:
-    """Rows of RETRIEVED of one part of the balanced draw.
+    """Rows of PROPOSED of one part of the balanced draw.
 
     With all drawn images in the order of their clusters, a part holds the clusters whose first image lies in its run of
     `images_per_shard` images.
@@ -467,7 +628,11 @@ def _by_balance(config: RetrieveConfig, cluster_folder: str, output: str, part: 
     assert config.clustering is not None
     counts = npy.read_array(paths.join(output, BALANCED_NAME))
     counts[(np.cumsum(counts) - counts) // config.clustering.images_per_shard != part] = 0
-    return _as_retrieved(draw_images(cluster_folder, counts, config.clustering.draw, config.seed), "balanced", None)
+    drawn_counts = counts
+    if config.check_copies:
+        drawn_counts = np.minimum(LOOKS * counts, cluster_sizes(cluster_folder, len(counts)))
+    drawn = draw_images(cluster_folder, drawn_counts, config.clustering.draw, config.seed)
+    return _as_proposed(drawn, "balanced", None, counts)
 
 
 def _write_counts(config: ClusteringConfig, cluster_folder: str, output: str) -> FileRecord:
@@ -541,12 +706,13 @@ def shuffled(image_ids: np.ndarray, seed: int) -> np.ndarray:
     return (state >> np.uint64(11)) * 2.0**-53
 
 
-def _as_retrieved(drawn: pa.Table, mode: str, seed_source: str | None) -> pa.Table:
-    """Rows of RETRIEVED, given the drawn images."""
+def _as_proposed(drawn: pa.Table, mode: str, seed_source: str | None, quotas: np.ndarray) -> pa.Table:
+    """Rows of PROPOSED, given the drawn images and the `quotas` (K_0,) of the clusters."""
     columns = {name: drawn[name] for name in drawn.column_names}
     constant = {"seed_source": seed_source, "seed_image_id": None, "mode": mode}
     columns |= {name: pa.repeat(pa.scalar(value, pa.string()), drawn.num_rows) for name, value in constant.items()}
-    return pa.table({name: columns[name] for name in schemas.RETRIEVED.names}, schema=schemas.RETRIEVED)
+    columns["quota"] = quotas[drawn["cluster_id"].to_numpy()]
+    return pa.table({name: columns[name] for name in PROPOSED.names}, schema=PROPOSED)
 
 
 def command_line(
@@ -559,13 +725,22 @@ def command_line(
     deduplicated: Annotated[str | None, typer.Option("--dedup", help="Folder of the finished dedup.")] = None,
     embedded: Annotated[str | None, typer.Option("--vectors", help="Folder of the finished embed.")] = None,
     clustered: Annotated[str | None, typer.Option("--clusters", help="Folder of the finished cluster.")] = None,
+    described: Annotated[
+        str | None, typer.Option("--descriptors", help="With check_copies: folder of the finished describe.")
+    ] = None,
+    paired: Annotated[
+        str | None, typer.Option("--pairs", help="With check_copies: folder of the finished pairs.")
+    ] = None,
     runner: command.RunnerOption = "ray",
     workers: command.WorkersOption = None,
     overrides: command.SetOption = None,
     plan: command.PlanOption = False,
     replace: command.ReplaceOption = False,
 ) -> None:
-    """Retrieve the pool images that resemble the seeds: as a stage with --config, or alone with --seeds and --pool."""
+    """Retrieve the pool images that resemble the seeds: as a stage with --config, or alone with --seeds and --pool.
+
+    Alone there is no check for copies, which needs the images: copies of one picture may all be retrieved.
+    """
     if config is None:
         if seeds is None or pool is None:
             raise ConfigError("Give --seeds and --pool (folders or files of vectors), or --config and a run's folders.")
@@ -581,9 +756,16 @@ def command_line(
     if images is None or deduplicated is None or embedded is None or clustered is None:
         raise ConfigError("With --config, also give --images, --dedup, --vectors and --clusters.")
     settings = load(RetrieveConfig, config, overrides or (), section="retrieve")
-    if not plan:
-        command.require_apart(output, settings, config, images, deduplicated, embedded, clustered, is_stage=True)
     folders = {"ingest": images, "dedup": deduplicated, "embed": embedded, "cluster": clustered}
+    if settings.check_copies:
+        if described is None or paired is None:
+            raise ConfigError(
+                "retrieve.check_copies is true, and the check reads two more folders. Give --descriptors and --pairs, "
+                "or --set retrieve.check_copies=false."
+            )
+        folders |= {"describe": described, "pairs": paired}
+    if not plan:
+        command.require_apart(output, settings, config, *folders.values(), is_stage=True)
     command.plan_or_run(
         settings,
         lambda chosen: run(settings, RunFolder(**folders), output, chosen, replace=replace),

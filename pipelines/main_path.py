@@ -21,7 +21,7 @@ it only the stages whose inputs have changed.
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from curation import cluster, dedup, embed, ingest, pack, pairs, profiles, retrieve
 from curation.cluster import ClusterConfig
@@ -68,7 +68,7 @@ def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = 
 class CurateConfig(Settings):
     """The config of a whole run, with one section per stage."""
 
-    profile: Profile = "default"
+    profile: Profile = profiles.DEFAULT
     """The recipe that sets the defaults of the sections; profiles.py lists the settings of each recipe."""
     demo_data: Annotated[str | None, IsPath] = None
     """Folder of the demo's images, which is filled when it is missing; leave it out for other images."""
@@ -96,6 +96,13 @@ class CurateConfig(Settings):
     """For --plan: clusters with enough seeds, per dataset."""
     rates: RatesConfig = RatesConfig()
     """For --plan: the size and speed of the machines."""
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _is_no_former_name(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in profiles.FORMER:
+            raise ValueError(profiles.FORMER[value])
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -69,6 +69,15 @@ RETRIEVED = pa.schema(
     ]
 )
 
+# The images that the check of retrieve passed over: copies of an image that the corpus holds, or of a holdout image.
+CORPUS_COPIES = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("matched_image_id", pa.string()),
+        ("similarity", pa.float32()),
+    ]
+)
+
 CORPUS = pa.schema(
     [
         ("key", pa.string()),  # name of the sample in its tar
@@ -112,7 +121,7 @@ IMAGES_TABLE = pa.schema(
         ("height", pa.int32()),
         ("format", pa.string()),
         ("kept", pa.bool_()),
-        ("reason", pa.string()),  # null when kept, else 'near' or 'holdout'
+        ("reason", pa.string()),  # 'near' or 'holdout' when dropped; when kept null, or 'corpus_copy'
         ("matched_image_id", pa.string()),
         ("component_id", pa.string()),
         ("cluster_id", pa.int32()),  # of level 0; null unless it is a kept pool image

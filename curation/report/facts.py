@@ -252,6 +252,24 @@ def sample_text(run: FinishedRun) -> str | None:
     return f"A sample: about {share} of the pool. Images of the pool not sampled: {not_sampled:,}."
 
 
+def corpus_check_text(run: FinishedRun) -> list[str]:
+    """Sentences on the copies that the corpus holds, by the check of retrieve."""
+    check = run.manifests["retrieve"].facts.get("check")  # runs of older versions have none
+    if check is None:
+        return ["The corpus was not checked for copies (retrieve.check_copies is false)."]
+    seeds = check["seed_copies"]
+    trusted = f" {seeds:,} seeds are copies of other seeds; all seeds are kept." if seeds else ""
+    missing = check["missing_rows"]
+    fewer = f"; {missing:,} rows found none" if missing else ""
+    return [
+        f"Near-copies left in the corpus, by the check of retrieve: {check['retrieved_copies']:,} retrieved images."
+        f"{trusted} Copies of the holdout: {check['holdout_copies']:,}.",
+        f"The check compares images whose descriptors have a cosine of {check['min_cosine']:g} or more, and calls them "
+        f"copies from a similarity of {check['threshold']:g}, with the holdout from {check['holdout_threshold']:g}. It "
+        f"passed over {check['corpus_copies']:,} images for the next in rank{fewer}.",
+    ]
+
+
 def rejected_holdout(run: FinishedRun) -> int:
     """The number of rejected files of the holdout."""
     return int(run.manifests["ingest"].facts.get("rejected_holdout", 0))

@@ -13,10 +13,10 @@ with exact copies has several rows there. Here it has one:
     sources         the sources of all its rows, each once, in the order of ingest
     num_rows        the number of its rows in ingest
     kept            whether dedup keeps one of its rows
-    reason          null for a kept image, else the reason that is not `exact`: dedup gives it to one of the rows, and
-                    `exact` to the others
-    matched_...     the image for which this one was dropped; null for a kept one. For an image that the holdout itself
-                    holds, it is the image itself
+    reason          of a dropped image the reason that is not `exact`: dedup gives it to one of the rows, and `exact` to
+                    the others. Of a kept image null, or `corpus_copy`: retrieve passed it over as a copy
+    matched_...     the image for which this one was dropped or passed over; null for others. For an image that the
+                    holdout itself holds, it is the image itself
     cluster_id      on level 0; null unless the kept row has role pool
     corpus_key      `image_id`; null for an image that is not in the corpus
     reasons         all reasons of its samples, in the order of their keys; empty for an image not in the corpus
@@ -92,6 +92,8 @@ def run(inputs: RunFolder, output: str, runner: Runner, *, replace: bool = False
 
     Raises InputError for a stage that is not done, and for stages of several runs.
     """
+    retrieved = require_manifest(inputs.retrieve)
+    copies = next(iter(retrieved.paths(inputs.retrieve, "copies")), None)
     folders = {
         "images": inputs.ingest,
         "vectors": inputs.embed,
@@ -108,10 +110,11 @@ def run(inputs: RunFolder, output: str, runner: Runner, *, replace: bool = False
     stage = Stage(
         name="images",
         config=Settings(),
-        inputs={name: manifest.content_hash for name, manifest in manifests.items()},
+        inputs={name: manifest.content_hash for name, manifest in manifests.items()}
+        | {"retrieved": retrieved.content_hash},
         output=output,
         shards=shards,
-        make_worker=functools.partial(make_worker, output),
+        make_worker=functools.partial(make_worker, output, copies),
         prepare=functools.partial(_prepare, parts, inputs, output, runner, log),
     )
     return run_stage(stage, runner, replace=replace, log=log)
@@ -147,8 +150,14 @@ class _Plan:
     packed: pa.Table
 
 
-def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
-    """A worker that writes the rows of the images that each shard of ingest lists first."""
+def make_worker(output: str, copies: RecordedPath | None) -> Callable[[Shard], ShardRecord]:
+    """A worker that writes the rows of the images that each shard of ingest lists first.
+
+    copies: the file of the images that retrieve passed over, about 100 bytes of memory each; None without its check.
+    """
+    passed_over = schemas.CORPUS_COPIES.empty_table()
+    if copies is not None:
+        passed_over = parquet.read_table(copies, schemas.CORPUS_COPIES)
     folder = step_folder(output, PLAN_STEP)
     axes = Axes(*npy.read_arrays(paths.join(folder, AXES_NAME), 2))
 
@@ -162,7 +171,7 @@ def make_worker(output: str) -> Callable[[Shard], ShardRecord]:
     def process(shard: Shard) -> ShardRecord:
         part: Part = shard.work
         plan = _Plan(*(_between(table, part.start, part.stop) for table in read_plan(part.file_number)))
-        table = _rows_of(part, plan, axes)
+        table = _rows_of(part, plan, axes, passed_over)
         file = parquet.write_table(paths.join(output, f"images-{shard.name}.parquet"), table)
         totals = {
             "images": table.num_rows,
@@ -182,8 +191,8 @@ def _between(table: pa.Table, start: int, stop: int) -> pa.Table:
     return table.filter(pc.and_(pc.greater_equal(position, start), pc.less(position, stop)))
 
 
-def _rows_of(part: Part, plan: _Plan, axes: Axes) -> pa.Table:
-    """The rows of IMAGES_TABLE for one part."""
+def _rows_of(part: Part, plan: _Plan, axes: Axes, passed_over: pa.Table) -> pa.Table:
+    """The rows of IMAGES_TABLE for one part. passed_over: all rows of CORPUS_COPIES."""
     rows = parquet.read_table(part.images, schemas.IMAGES, _OF_FIRST_ROW)
     decided = parquet.read_table(part.duplicates, schemas.DUPLICATES, _DECISION)
     if not rows["image_id"].equals(decided["image_id"]):
@@ -203,7 +212,7 @@ def _rows_of(part: Part, plan: _Plan, axes: Axes) -> pa.Table:
     decision = _decisions(listed, image)
 
     columns = {name: rows[name] for name in _OF_FIRST_ROW}
-    columns |= {name: decision[name] for name in ("kept", "reason", "matched_image_id")}
+    columns |= {"kept": decision["kept"], **_reasons(image_ids, decision, passed_over)}
     columns["sources"] = _distinct(listed["source"].combine_chunks(), image, len(first))
     columns["num_rows"] = np.bincount(image, minlength=len(first)).astype(np.int32)
     columns["component_id"] = decided["component_id"]
@@ -224,6 +233,26 @@ def _decisions(listed: pa.Table, image: np.ndarray) -> pa.Table:
     is_exact = pc.fill_null(pc.equal(listed["reason"], "exact"), False).to_numpy()
     rank = np.where(listed["kept"].to_numpy(), 0, np.where(is_exact, 2, 1))
     return listed.take(pa.array(top_k_of_groups(image, 1, rank)))
+
+
+def _reasons(image_ids: pa.Array, decision: pa.Table, passed_over: pa.Table) -> dict[str, pa.Array]:
+    """`reason` and `matched_image_id`. Images that retrieve passed over are kept, so dedup gave them none.
+
+    Raises InputError for an image that was passed over and not kept.
+    """
+    row = pc.index_in(image_ids, passed_over["image_id"].combine_chunks())
+    is_passed_over = pc.is_valid(row)
+    wrong = pc.and_not(is_passed_over, decision["kept"].combine_chunks())
+    if pc.any(wrong).as_py():
+        raise InputError(
+            f"Image {image_ids.filter(wrong)[0]} was passed over by retrieve, but dedup does not keep it: they are not "
+            "stages of one run."
+        )
+    matched = passed_over["matched_image_id"].combine_chunks().take(row)
+    return {
+        "reason": pc.if_else(is_passed_over, "corpus_copy", decision["reason"].combine_chunks()),
+        "matched_image_id": pc.if_else(is_passed_over, matched, decision["matched_image_id"].combine_chunks()),
+    }
 
 
 def _distinct(values: pa.Array, group: np.ndarray, num_groups: int) -> pa.ListArray:

@@ -104,6 +104,8 @@ def print_summary(output: str) -> None:
     steps = facts.funnel(finished)
     if (sample := facts.sample_text(finished)) is not None:
         console.print(sample)
+    for line in facts.corpus_check_text(finished):
+        console.print(line)
     console.print(_funnel_on_terminal(steps))
     console.print("\n" + next(step.note for step in steps if step.name == "accepted"))
     datasets = facts.datasets(finished)
@@ -237,7 +239,11 @@ def _abstract(finished: FinishedRun) -> Markup:
     ]
     figures = (tag("div", tag("dt", name), tag("dd", _number(count))) for name, count in numbers)
     sample = facts.sample_text(finished)
-    return join(tag("dl", *figures, class_="numbers"), tag("p", sample) if sample else join())
+    return join(
+        tag("dl", *figures, class_="numbers"),
+        *(tag("p", line) for line in facts.corpus_check_text(finished)),
+        tag("p", sample) if sample else join(),
+    )
 
 
 def _funnel(finished: FinishedRun) -> Markup:

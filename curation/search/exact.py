@@ -86,6 +86,32 @@ def assign(
     return cluster, similarity
 
 
+def pairs_above(
+    queries: np.ndarray, vectors: np.ndarray, floor: float, *, device: str = "cpu"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pairs whose similarity is at least `floor`, exactly and without a limit on their number.
+
+    `queries` (Q, D) and `vectors` (N, D) are float16 or float32, and both are held as float32. Returns queries (P,)
+    int64, rows (P,) int64 and similarities (P,) float32, by query, then by row.
+    """
+    queries, vectors = low_precision.to_float32(queries), low_precision.to_float32(vectors)
+    tiles = _tiles(vectors, device)
+    step = low_precision.QUERY_ROWS[low_precision.device_kind(device)]
+    parts = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+    for start in range(0, len(queries), step):
+        part = queries[start : start + step]
+        codes = low_precision.encode_rows(part, device)
+        for first_row, tile in tiles:
+            query, row, _ = low_precision.estimate(codes, tile).candidates(np.full(len(part), float(floor)))
+            row = row + first_row
+            similarity = pair_similarity(part, query, vectors, row)
+            reached = similarity >= floor
+            parts.append((query[reached] + start, row[reached], similarity[reached]))
+    query, row, similarity = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((row, query))
+    return query[order], row[order], similarity[order]
+
+
 def codes_of(matrix: np.ndarray, device: str = "cpu") -> low_precision.Codes:
     """Codes of `matrix` (N, D), float16 or float32, with one scale; BLOCK_ROWS rows are float32 at a time."""
     starts = range(0, max(1, len(matrix)), BLOCK_ROWS)

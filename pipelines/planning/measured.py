@@ -437,6 +437,8 @@ def _estimate_retrieve(whole: _Whole) -> StageEstimate:
         rate = whole.accepted * 2 * width / TERA / FIXED.core_tops_int8 / whole.workers  # at most, for each kept image
         kept = kept_then * whole.pool_growth
         seconds += grown(search.busy, kept, kept_then, rate) - search.busy
+    if (gathered := whole.measured.steps.get("retrieve/gathered")) is not None:
+        seconds += gathered.seconds * max(0.0, whole.growth - 1)  # the check reads all descriptors, and keeps a few
     return StageEstimate("retrieve", stage.items, stage.seconds, seconds, stage.items, stage.seconds)
 
 

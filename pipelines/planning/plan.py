@@ -381,9 +381,13 @@ def _stages_table(config: CurateConfig, counts: Counts) -> Table:
         f"images, including every image of more than {ingest.limits.max_pixels:,} pixels",
         "embed": _describe_embedder(config.embed.embedder),
         "describe": _describe_embedder(config.describe.embedder),
-        "pairs": f"{pairs.num_neighbors} nearest descriptors from {pairs.min_descriptor_similarity:g}, "
-        f"{_describe_search(pairs.search)}, "
-        f"perceptual hashes within {pairs.max_phash_distance} bits (-1: none), {check}",
+        "pairs": (
+            f"{pairs.num_neighbors} nearest descriptors from {pairs.min_descriptor_similarity:g}, "
+            f"{_describe_search(pairs.search)}, "
+            if pairs.num_neighbors
+            else "no search for near descriptors, "
+        )
+        + f"perceptual hashes within {pairs.max_phash_distance} bits (-1: none), {check}",
         "dedup": f"copies from {config.dedup.threshold:g}; holdout from {config.dedup.holdout_threshold:g}, "
         f"decontamination '{config.dedup.decontamination}'",
         "cluster": "; then ".join(
@@ -393,7 +397,8 @@ def _stages_table(config: CurateConfig, counts: Counts) -> Table:
         ),
         "retrieve": f"clusters with more than {retrieve.more_than_seeds} seeds of a dataset, "
         f"{retrieve.images_per_cluster:,} images of each; by_size means sample above {retrieve.sample_above:,} seeds; "
-        f"{_describe_search(retrieve.search)}",
+        f"{_describe_search(retrieve.search)}"
+        + ("; copies in the corpus are passed over" if retrieve.check_copies else ""),
         "corpus": f"{config.pack.images_per_shard:,} images per tar, "
         f"{'with' if config.pack.repeats else 'without'} repeats",
         "images": "one row for each unique image, with its place on a map of the content",

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from curation.copies.corpus_check import IMAGES_PER_SHARD, LOOKS
 from curation.embed import one_pass_serves
 from curation.errors import InputError
 from curation.files import paths
@@ -303,6 +304,8 @@ def _price_pairs(work: _Workload) -> StagePrice:
         verifying = num_candidates(images, config.num_neighbors) / FIXED.verified_per_core
     judging_shards = max(1, -(-images // config.images_per_shard))
     edge_bytes = 100 * FIXED.edges_per_image * images
+    if not config.num_neighbors:  # no search; at most perceptual hashes are compared
+        return StagePrice("pairs", images, 0.0, 0.0, judging_shards, driver_bytes=100 * images)
     if search.backend == "exact":
         gpu_seconds, core_seconds = _search_seconds(search, work.rates, images**2 * 2 * width)
         return StagePrice(
@@ -386,17 +389,45 @@ def _price_retrieve(work: _Workload) -> StagePrice:
     parts, part = math.ceil(kept / search.rows_per_part), min(kept, search.rows_per_part)
     compared = kept if search.backend == "exact" else search.num_probes * search.rows_per_cell
     gpu_seconds, core_seconds = _search_seconds(search, work.rates, queries * compared * 2 * width)
-    row_bytes = sum(num_seeds[dataset.name] * dataset.k * 80 for dataset in config.datasets)
+    looks = LOOKS if config.check_copies else 1
+    row_bytes = sum(num_seeds[dataset.name] * dataset.k * looks * 80 for dataset in config.datasets)
+    check_reads = check_bytes = 0.0
+    if config.check_copies:
+        looked_at = _looked_at(work)
+        check_gpu_seconds, check_core_seconds = _check_seconds(work, looked_at)
+        gpu_seconds, core_seconds = gpu_seconds + check_gpu_seconds, core_seconds + check_core_seconds
+        described = 2 * work.config.describe.embedder.dimensions + (work.config.describe.thumbnail_side or 0) ** 2 / 4
+        check_bytes = min(LOOKS * looked_at, work.images) * described  # gathered from all of describe
+        check_reads = work.images * described + check_bytes * (1 + looked_at / IMAGES_PER_SHARD)
     return StagePrice(
         "retrieve",
         queries,
-        2 * width * (kept + parts * queries),
-        parts * queries * 64 + row_bytes,
+        2 * width * (kept + parts * queries) + check_reads,
+        parts * queries * 64 * looks + row_bytes + check_bytes,
         parts + len(config.datasets),
         gpu_seconds=gpu_seconds,
         core_seconds=core_seconds,
         worker_bytes=2 * width * part + 6 * width * min(queries, 32_768),
+        driver_bytes=60 * row_bytes / 80,
     )
+
+
+def _looked_at(work: _Workload) -> float:
+    """The images that the check of the corpus compares: its rows, as many of them again as are passed over, holdout."""
+    holdout = sum(work.image_counts.get(each.name, 0) for each in work.config.ingest.sources if each.role == "holdout")
+    return min(work.packed * FIXED.looked_at_per_row + holdout, work.images)
+
+
+def _check_seconds(work: _Workload, looked_at: float) -> tuple[float, float]:
+    """Seconds of a GPU and of a core: all products of the descriptors, and the comparison of thumbnails."""
+    config, width = work.config.pairs, work.config.describe.embedder.dimensions
+    search = work.config.retrieve.search
+    gpu_seconds, core_seconds = _search_seconds(search, work.rates, looked_at**2 * 2 * width)
+    if config.verification:
+        # Without a cap on the neighbours of an image, the candidates grow with the square of the images at most.
+        pairs = looked_at * min(FIXED.candidates_of_root * math.sqrt(max(work.images, 1)), looked_at / 2)
+        core_seconds += pairs / FIXED.verified_per_core
+    return gpu_seconds, core_seconds
 
 
 def _price_pack(work: _Workload) -> StagePrice:

@@ -85,6 +85,10 @@ class FixedRates:
     """Images a second of the table of images."""
     images_table_driver_seconds: float = _rate(2e-6, "measured, the same")
     """Seconds of the driver for an image of that table."""
+    looked_at_per_row: float = _rate(
+        1.2, "measured, the demo: 403 images compared for 396 of the corpus, holdout apart"
+    )
+    """Images that the check of the corpus compares, for each row of it (retrieve.check_copies)."""
     edges_per_second: float = _rate(3.5e6, "measured, one core (docs/benchmarks.md)")
     """Edges a second of connected components."""
     edges_per_image: float = _rate(4.0, "assumed")

@@ -354,8 +354,10 @@ def test_override_outside_the_known_sections_is_refused(override: str, head: str
 
 
 def test_stage_alone_refuses_an_unknown_profile() -> None:
-    with pytest.raises(ConfigError, match=r"no profile is named 'papr'.* Choose from: default, photos, paper"):
+    with pytest.raises(ConfigError, match=r"no profile is named 'papr'.* Choose from: photos, drawings, paper, exact"):
         config.parse_section(Model, {"profile": "papr", "model": {"name": "a"}}, [], section="model", origin="x")
+    with pytest.raises(ConfigError, match=r"x: there is no profile 'default' any more. Take 'photos'"):
+        config.parse_section(Model, {"profile": "default", "model": {"name": "a"}}, [], section="model", origin="x")
 
 
 def test_config_is_read_from_any_filesystem() -> None:

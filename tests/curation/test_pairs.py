@@ -126,6 +126,15 @@ def test_mutual_pairs_are_nearest_neighbours_of_both_images(tmp_path: Path) -> N
     assert run.numbers(rows) == {(0, 1), (0, 2), (1, 3), (2, 4)} and mutual == {(0, 1)}
 
 
+def test_zero_neighbours_search_no_descriptors(tmp_path: Path) -> None:
+    """Not even those of the holdout: the profile `exact` relies on it."""
+    run = Run(tmp_path, copy_groups(2, 5, 2), phash={0: 5, 1: 5})
+    search = SearchConfig(backend="ivf")
+    assert run.pairs("none", num_neighbors=0, max_phash_distance=-1, search=search) == []
+    assert run.numbers(run.pairs("hashes", num_neighbors=0, search=search)) == {(0, 1)}
+    assert require_manifest(str(tmp_path / "none")).facts["full_lists"] == 0
+
+
 @pytest.mark.parametrize("count", [1, 2, 9])
 def test_equal_images_are_one_image_and_no_image_pairs_with_itself(tmp_path: Path, count: int) -> None:
     """The first image has a second row in another file. The vectors of different images are orthogonal."""

@@ -1,7 +1,7 @@
 """Profiles: they fill in missing settings and override none, and a saved config does not need them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -42,7 +42,7 @@ def value_of(settings: Any, path: list[str]) -> list[Any]:
     return [settings]
 
 
-@pytest.mark.parametrize("profile", ["paper", "default", "photos"])
+@pytest.mark.parametrize("profile", get_args(profiles.Profile))
 def test_every_setting_of_a_profile_is_filled_in(profile: profiles.Profile) -> None:
     settings = parse(profile=profile, cluster={"levels": [{"num_clusters": 100_000}]})
     assert settings.profile == profile
@@ -54,14 +54,17 @@ def test_every_setting_of_a_profile_is_filled_in(profile: profiles.Profile) -> N
 
 
 def test_profiles_have_their_documented_values() -> None:
-    paper, default = parse(profile="paper"), parse(cluster={"levels": [{"num_clusters": 3}]})
+    paper, photos = parse(profile="paper"), parse(cluster={"levels": [{"num_clusters": 3}]})
     assert (paper.pack.repeats, paper.dedup.decontamination, paper.dedup.matches_kept) == (True, "component", False)
     assert (paper.dedup.threshold, paper.dedup.holdout_threshold, paper.pairs.num_neighbors) == (0.6, 0.45, 64)
     assert (paper.cluster.levels[0].num_clusters, paper.retrieve.more_than_seeds) == (100_000, 3)
     assert (paper.retrieve.images_per_cluster, paper.dedup.decontaminate_seeds) == (10_000, False)
     assert [dataset.cap for dataset in paper.retrieve.datasets] == [1_000_000, 7]
-    assert default.profile == "default"
-    assert (default.pack.repeats, default.dedup.decontamination, default.dedup.matches_kept) == (False, "direct", True)
+    assert photos.profile == "photos"
+    assert (photos.pack.repeats, photos.dedup.decontamination, photos.dedup.matches_kept) == (False, "direct", True)
+    drawings, exact = parse(profile="drawings"), parse(profile="exact")
+    assert drawings.dedup.families is not None and drawings.dedup.threshold == 0.67
+    assert (exact.pairs.num_neighbors, exact.pairs.max_phash_distance) == (0, -1)
 
 
 def test_settings_of_the_config_are_not_overridden() -> None:
@@ -86,19 +89,19 @@ def test_a_profile_can_be_set_on_the_command_line() -> None:
     assert parse("profile=paper", "pack.repeats=false") == parse("pack.repeats=false", profile="paper")
 
 
-@pytest.mark.parametrize("profile", ["paper", "default", "photos"])
+@pytest.mark.parametrize("profile", get_args(profiles.Profile))
 def test_saved_config_reads_back_equal_and_needs_no_profile(tmp_path: Path, profile: str) -> None:
     settings = parse(profile=profile, cluster={"levels": [{"num_clusters": 9}]})
     path = str(tmp_path / "run.toml")
     paths.write_bytes(path, resolved_toml(settings).encode())
     assert paths.read_bytes(path).startswith(f'profile = "{profile}"\n'.encode())
     assert config.load(CurateConfig, path) == settings
-    other: profiles.Profile = "default" if profile == "paper" else "paper"
+    other: profiles.Profile = "photos" if profile == "paper" else "paper"
     changed = config.load(CurateConfig, path, [f"profile={other}"])
     assert changed == settings.model_copy(update={"profile": other})
 
 
-@pytest.mark.parametrize("profile", ["paper", "default", "photos"])
+@pytest.mark.parametrize("profile", get_args(profiles.Profile))
 def test_a_single_stage_reads_the_same_settings_as_the_pipeline(tmp_path: Path, profile: str) -> None:
     path = str(tmp_path / "run.toml")
     text = f'profile = "{profile}"\n[dedup]\nthreshold = 0.7\n[pack]\n[retrieve]\n[[retrieve.datasets]]\nname = "a"\n'
@@ -117,7 +120,7 @@ def test_a_single_stage_reads_the_same_settings_as_the_pipeline(tmp_path: Path, 
 SOURCES = {"ingest": MINIMAL["ingest"]}
 
 
-@pytest.mark.parametrize("profile", ["default", "photos", "paper"])
+@pytest.mark.parametrize("profile", get_args(profiles.Profile))
 def test_a_config_needs_only_its_sources(profile: profiles.Profile) -> None:
     settings = config.parse(CurateConfig, SOURCES, [f"profile={profile}"], origin="run.toml")
     datasets = settings.retrieve.datasets
@@ -126,7 +129,7 @@ def test_a_config_needs_only_its_sources(profile: profiles.Profile) -> None:
     assert all(d.as_is == as_is and d.k == 4 and d.retrieval == ("sample" if as_is else "by_size") for d in datasets)
     assert (settings.embed.embedder.pooling, settings.describe.embedder.pooling) == ("gem_and_bottleneck", "gem")
     assert settings.cluster.levels[0].num_clusters == (None if as_is else 100_000)
-    assert (settings.pairs.verification is not None) == (profile == "photos")
+    assert (settings.pairs.verification is not None) == (profile in ("photos", "drawings"))
     assert config.parse(CurateConfig, {"profile": profile} | SOURCES, origin="run.toml") == settings
 
 
@@ -180,9 +183,11 @@ def test_the_callers_values_are_not_changed() -> None:
     [
         (
             {"profile": "papr"},
-            "'profile': Input should be 'default', 'photos' or 'paper' (did you mean 'paper'?). Found: 'papr'",
+            "'profile': Input should be 'photos', 'drawings', 'paper' or 'exact' (did you mean 'paper'?). "
+            "Found: 'papr'",
         ),
-        ({"profile": ["paper"]}, "'profile': Input should be 'default', 'photos' or 'paper'"),
+        ({"profile": ["paper"]}, "'profile': Input should be 'photos', 'drawings', 'paper' or 'exact'"),
+        ({"profile": "default"}, "'profile': there is no profile 'default' any more. Take 'photos'"),
         ({"profile": "paper", "dedup": 3}, "'dedup': "),
         ({"profile": "paper", "retrieve": {"datasets": 3}}, "'retrieve.datasets': "),
         ({"profile": "paper", "retrieve": {"datasets": [3]}}, "'retrieve.datasets.0': "),

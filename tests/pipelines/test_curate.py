@@ -66,7 +66,7 @@ image_size = 64
 min_descriptor_similarity = 0.9
 [dedup]
 threshold = 0.97
-holdout_threshold = 0.95
+holdout_threshold = 0.9
 [[cluster.levels]]
 num_clusters = 4
 [retrieve]
@@ -324,9 +324,9 @@ WRONG = [
     (('path = "pool"', 'path = "cut"\nlayout = "webdataset"'), "not a readable plain tar"),
     (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
     (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
-    (("num_clusters = 4", "num_clusters = 34"), "is 34, but only 32 pool images were kept"),
+    (("num_clusters = 4", "num_clusters = 34"), "is 34, but only 30 pool images were kept"),
     (("num_clusters = 4", "num_clusters = 35"), "is 35, but the pool holds 34 images"),
-    (("[dedup]", "[pairs.verification]\n[dedup]"), "dedup.holdout_threshold (0.95) lies above 0.9"),
+    (("holdout_threshold = 0.9", "holdout_threshold = 0.95"), "dedup.holdout_threshold (0.95) lies above 0.9"),
 ]
 
 
@@ -373,7 +373,9 @@ def test_no_input_is_deleted_or_overwritten(finished: Path, monkeypatch: pytest.
 def test_contradictory_sections_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(CONFIG)
-    assert load(CurateConfig, str(path), ["dedup.holdout_cosine=0.9"]).dedup.holdout_cosine == 0.9
+    assert (
+        load(CurateConfig, str(path), ["dedup.holdout_cosine=0.9", "pairs.min_cosine=0.9"]).dedup.holdout_cosine == 0.9
+    )
     with pytest.raises(ConfigError, match=r"holdout_cosine \(0\.8\) lies below pairs\.min_descriptor_similarity"):
         load(CurateConfig, str(path), ["dedup.holdout_cosine=0.8"])
 

@@ -49,6 +49,7 @@ def build_run(
     copies: DedupConfig | None = None,
     packing: PackConfig | None = None,
     num_clusters: int = 2,
+    check_copies: bool = False,
 ) -> str:
     """A finished run of the real stages, except embed and pairs: the vector of an image is its mean colour."""
     runner = InlineRunner()
@@ -82,14 +83,15 @@ def build_run(
     )
     written = [ShardRecord(name="00000", files=(file,))]
     found = {"min_similarity": 0.4, "max_holdout_threshold": 1.0, "full_lists": 3}
+    found |= {"min_descriptor_similarity": 0.4, "verification": None}
     _finish("pairs", path["pairs"], ingested.content_hash, written, found)
     dedup.run(copies or DedupConfig(), RunFolder(ingest=path["ingest"], pairs=path["pairs"]), path["dedup"])
     stages = (path["ingest"], path["dedup"], path["embed"])
     cluster.run(
         ClusterConfig(levels=(LevelConfig(num_clusters=num_clusters),)), stages_of(*stages), path["cluster"], runner
     )
-    search = RetrieveConfig(datasets=tuple(datasets), more_than_seeds=1)
-    retrieve.run(search, stages_of(*stages, path["cluster"]), path["retrieve"], runner)
+    search = RetrieveConfig(datasets=tuple(datasets), more_than_seeds=1, check_copies=check_copies)
+    retrieve.run(search, RunFolder.of(output), path["retrieve"], runner)
     packed = packed_stages(path["ingest"], path["dedup"], path["retrieve"])
     pack.run(packing or PackConfig(), packed, path["corpus"], runner)
     images_table.run(RunFolder.of(output), path["images"], runner)

@@ -18,7 +18,8 @@ from curation.errors import InputError
 from curation.files import parquet, paths, schemas, vectors
 from curation.images.hashing import image_id
 from curation.pack import PackConfig
-from curation.report import images_table
+from curation.report import images_table, page
+from curation.report.page import ReportConfig
 from curation.retrieve import DatasetConfig
 from curation.run_folder import (
     RunFolder,
@@ -291,3 +292,28 @@ def test_reads_only_the_columns_asked_for(example: str) -> None:
     assert table.column_names == ["image_id", "sources"]
     assert Counter(map(len, table["sources"].to_pylist()))[1] > 10
     assert table.schema.field("sources").type == pa.list_(pa.string())
+
+
+def test_an_image_that_the_check_passed_over_is_kept_with_a_reason_and_the_report_counts_it(tmp_path: Path) -> None:
+    """Reds from near to far of the seed: the nearest are its copies, and the next in rank are taken."""
+    write_image(tmp_path / "seeds/seed.png", RED)
+    for number in range(12):
+        write_image(tmp_path / f"pool/{number:02d}.png", (200, 40 + 12 * number, 40))
+    run = build_run(
+        str(tmp_path / "run"),
+        [("seeds", tmp_path / "seeds", "seed"), ("pool", tmp_path / "pool", "pool")],
+        [DatasetConfig(name="seeds", as_is=True, retrieval="sample", k=2)],
+        copies=DedupConfig(threshold=0.99),
+        check_copies=True,
+    )
+    rows = {row["image_id"]: row for row in read_images_table(paths.join(run, "images")).to_pylist()}
+    seed = next(image_id for image_id, row in rows.items() if row["role"] == "seed")
+    passed = [row for row in rows.values() if row["reason"] == "corpus_copy"]
+    assert passed and all(row["kept"] and row["corpus_key"] is None and not row["reasons"] for row in passed)
+    assert seed in {row["matched_image_id"] for row in passed}
+    assert all(rows[row["matched_image_id"]]["corpus_key"] is not None for row in passed)
+    assert sum(row["corpus_key"] is not None for row in rows.values()) == 3
+    page.run(ReportConfig(), run)
+    text = Path(run, page.REPORT_NAME).read_text()
+    assert f"It passed over {len(passed):,} images for the next in rank." in text
+    assert "by the check of retrieve: 0 retrieved images. Copies of the holdout: 0." in text

@@ -140,6 +140,17 @@ def test_local_files_are_counted(pictures: Path) -> None:
     assert not price.needs_gpus and all(stage.gpu_seconds == 0 for stage in price.stages)
 
 
+def test_the_check_of_the_corpus_has_a_price(pictures: Path) -> None:
+    config = config_of(pictures)
+    checked = config.model_copy(update={"retrieve": config.retrieve.model_copy(update={"check_copies": True})})
+    with_check, without = (
+        {stage.stage: stage for stage in price_run(each, count_sources(each), 9).stages}["retrieve"]
+        for each in (checked, config)
+    )
+    for name in ("core_seconds", "reads", "writes", "driver_bytes"):
+        assert getattr(with_check, name) > getattr(without, name)
+
+
 def test_a_sample_is_priced_by_its_share_of_the_pool(pictures: Path) -> None:
     config = config_of(pictures)
     config = config.model_copy(update={"ingest": config.ingest.model_copy(update={"sample_pool": 0.5})})
