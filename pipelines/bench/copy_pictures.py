@@ -37,7 +37,18 @@ from curation.errors import InputError
 from curation.files import parquet
 from curation.images.hashing import image_id
 from pipelines.bench import photographs
-from pipelines.bench.photographs import FORMATS, OBJECTS, SCENERY, SUFFIX_OF, TEXTURES, Original, Source, Tile
+from pipelines.bench.photographs import (
+    FORMATS,
+    NEBULAE,
+    OBJECTS,
+    SCENERY,
+    SHOTS,
+    SUFFIX_OF,
+    TEXTURES,
+    Original,
+    Source,
+    Tile,
+)
 from pipelines.demo import packages
 
 Name = Literal["development", "held-back"]
@@ -92,7 +103,43 @@ class Draw:
 
 
 SHARED = photographs.SOURCES
-FILMS, NEBULAE = "films", "nebulae"
+# Looked at 2026-11, in Debian 12.
+UFO_FOLDERS = ("nature", "pics", "ctp1", "mattn", "buildings", "shop", "furniture", "doors", "terrain", "dirt", "misc")
+OTHERS = {
+    # Surfaces, signs and paintings of a game; without normal, gloss and glow maps.
+    "ufoai-textures": Source(
+        TEXTURES,
+        "usr/share/games/ufoai/base/0textures.pk3",
+        names=tuple(f"textures/tex_{name}/" for name in UFO_FOLDERS),
+        without=("_nm.", "_gm.", "_sm.", "_glow"),
+    ),
+    "stellarium-data": Source(NEBULAE, "usr/share/stellarium/nebulae/default"),
+    # Photographs of the documentation: several views of one scene, both cameras of a stereo pair.
+    "opencv-doc": Source(
+        SHOTS,
+        "usr/share/doc/opencv-doc/examples/data",
+        without=(
+            "Logo",
+            "aloeGT",
+            "mask",
+            "ml.png",
+            "dnn/",
+            "digits",
+            "gradient",
+            "imageText",
+            "templ",
+            "/pic",
+            "notes",
+        ),
+    ),
+    # Frames of films, a grey picture each.
+    "visp-images-data": Source(
+        SHOTS,
+        "usr/share/visp-images-data/ViSP-images",
+        names=("Klimt/", "Solvay/", "cube/", "ellipse-1/", "mbt/cube/", "mbt-depth/"),
+        suffixes=(".jpg", ".png", ".pgm"),
+    ),
+}
 DRAWS: dict[Name, Draw] = {
     "development": Draw(
         seed=1,
@@ -101,9 +148,23 @@ DRAWS: dict[Name, Draw] = {
         sources=SHARED,
         megabytes=photographs.MEGABYTES,
     ),
+    "held-back": Draw(
+        seed=2,
+        half=1,
+        counts={
+            SCENERY: Counts(100, 20, 100),
+            OBJECTS: Counts(50, 10, 50),
+            TEXTURES: Counts(70, 15, 90),
+            NEBULAE: Counts(20, 5, 30),
+            SHOTS: Counts(20, 5, 30),
+        },
+        sources=SHARED | OTHERS,
+        megabytes=photographs.MEGABYTES + 753,
+        every={"visp-images-data": 10},
+    ),
 }
 SHARE_OF_SEEDS = 0.16  # of the copied originals. Assumed: forty seeds.
-# Copies of an original of seeds or pool, and of the holdout: 71 and 72 of each kind.
+# Numbers of copies of an original of seeds or pool, and of the holdout: at least 72 of each kind.
 COPIES_EACH = {"seeds": (4, 5), "pool": (4, 5), "holdout": (5,)}
 
 

@@ -47,6 +47,8 @@ from pipelines.demo.packages import STAMPS
 
 Layout = Literal["folder", "tars"]
 SCENERY, OBJECTS, TEXTURES = "scenery", "objects", "textures"
+NEBULAE, SHOTS = "nebulae", "shots"  # only in copy_pictures.py
+SUFFIXES = (".jpg", ".png")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Source:
     names: tuple[str, ...] = ("",)
     without: tuple[str, ...] = ()
     """Parts of the paths of pictures that are drawn or rendered."""
+    suffixes: tuple[str, ...] = SUFFIXES
 
 
 # A package with a zip file (.pk3) instead of a folder of pictures has the path of the zip file as `folder`.
@@ -96,10 +99,9 @@ SOURCES = {
 MEGABYTES = 432
 
 SEED_DOMAINS = (OBJECTS, SCENERY)
-CUT_DOMAINS = (SCENERY, TEXTURES)
+CUT_DOMAINS = (SCENERY, TEXTURES, NEBULAE, SHOTS)
 # Shares of the domains in a part, as far as each has enough pictures. Assumed: mostly photographs.
-WEIGHTS = {SCENERY: 3, OBJECTS: 2, TEXTURES: 1}
-SUFFIXES = (".jpg", ".png")
+WEIGHTS = {SCENERY: 3, OBJECTS: 2, TEXTURES: 1, NEBULAE: 1, SHOTS: 1}
 # Of ten originals of a domain, by the hash of their names: one of the holdout, two of the seeds.
 PART_OF = ("holdout", "seeds", "seeds", "pool", "pool", "pool", "pool", "pool", "pool", "pool")
 NUM_TARS = 10
@@ -206,7 +208,7 @@ def find_originals(package: str, source: Source, root: Path, min_side: int) -> l
     if folder.suffix == ".pk3" and folder.is_file():
         with zipfile.ZipFile(folder) as archive:
             extracted = root / "pictures"
-            for name in filter(lambda name: name.endswith(SUFFIXES), archive.namelist()):
+            for name in filter(lambda name: name.endswith(source.suffixes), archive.namelist()):
                 place = extracted.joinpath(*(part for part in name.split("/") if part not in ("", "..")))
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(archive.read(name))
@@ -215,7 +217,7 @@ def find_originals(package: str, source: Source, root: Path, min_side: int) -> l
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         chosen = name.startswith(source.names) and not any(part in f"/{name}" for part in source.without)
-        if not chosen or path.suffix not in SUFFIXES or path.is_symlink():
+        if not chosen or path.suffix not in source.suffixes or path.is_symlink():
             continue
         digest = hashlib.sha256(path.read_bytes()).digest()
         with Image.open(path) as opened:
