@@ -16,6 +16,7 @@ Shapes:
 
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -48,3 +49,10 @@ class CopyHead(nn.Module):
 def load(path: str = PATH, *, sha256: str | None = SHA256) -> CopyHead:
     """The head with the weights at `path`. Raises WeightsError."""
     return weights.load_module(CopyHead, path, sha256=sha256)
+
+
+def decoded(data: bytes) -> CopyHead:
+    """The head of a file's bytes."""
+    head = CopyHead()
+    head.load_state_dict(safetensors.torch.load(data))
+    return head

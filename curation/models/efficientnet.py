@@ -126,15 +126,19 @@ class PooledEfficientNet(PooledNetwork):
 
 
 def copy_features(features: tuple[Tensor, Tensor]) -> Tensor:
-    """The features (B, F) that a copy head reads, of those of `PooledEfficientNet.features`."""
-    bottleneck, head = features
+    """The features (B, F) that a copy head reads, of the two layers that `EfficientNetLite0` gives; float32."""
+    bottleneck, head = (layer.float() for layer in features)
     return torch.cat([generalized_mean(head), log_mean_exp(bottleneck)], dim=1)
 
 
 def load(path: str, *, sha256: str | None, pooling: str) -> PooledEfficientNet:
     """EfficientNet-Lite0 with the weights at `path`, on the CPU. Raises WeightsError."""
-    network = fold(weights.load_module(EfficientNetLite0, path, sha256=sha256))
-    return PooledEfficientNet(network, pooling, copy_head.load())
+    return PooledEfficientNet(load_network(path, sha256=sha256), pooling, copy_head.load())
+
+
+def load_network(path: str, *, sha256: str | None = None) -> EfficientNetLite0:
+    """The network alone, ready to run on the CPU. Raises WeightsError."""
+    return fold(weights.load_module(EfficientNetLite0, path, sha256=sha256))
 
 
 def packaged_weights() -> str:
