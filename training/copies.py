@@ -86,7 +86,7 @@ class Options:
     """The choices of a training."""
 
     num_views: int = NUM_VIEWS
-    num_steps: int = 600
+    num_steps: int = 1500
     seed: int = 0
     """Of the edits, the batches and the start."""
     threads: int = 2
@@ -309,12 +309,13 @@ def encode(head: CopyHead) -> bytes:
 
 def _moments(views: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (F,) over all views (N, V, F), in float64 and by blocks, then float32."""
-    count, total, squares = 0, 0.0, 0.0
+    total, squares = torch.zeros(2, views.shape[2], dtype=torch.float64)
     for block in torch.split(views, 256):
         values = block.flatten(0, 1).double()
-        count, total, squares = count + len(values), total + values.sum(0), squares + values.square().sum(0)
-    mean = torch.as_tensor(total) / count
-    variance = (torch.as_tensor(squares) / count - mean.square()).clamp_min(0)
+        total, squares = total + values.sum(0), squares + values.square().sum(0)
+    count = views.shape[0] * views.shape[1]
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp_min(0)
     return mean.float(), variance.sqrt().float() + 1e-4
 
 
@@ -325,7 +326,8 @@ def _whitening(normalised: Tensor) -> Tensor:
     deviations = values.clamp_min(0).sqrt().flip(0)[: copy_head.NUM_OUTPUTS]
     axes = axes.flip(1)[:, : copy_head.NUM_OUTPUTS] / (deviations + WHITENING_FLOOR)
     scale = START_SCALE / torch.linalg.vector_norm(axes, dim=0).mean()
-    return (scale * axes).T.float().contiguous()
+    start: Tensor = (scale * axes).T.float().contiguous()
+    return start
 
 
 def _schedule(step: int, num_steps: int) -> float:
