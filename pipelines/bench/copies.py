@@ -83,7 +83,9 @@ def comparison(run: str, data: str) -> dict[str, dict[str, float]]:
             for row in planted
         ]
         num_others = int((upper >= min_cosine).sum())
-        result[f"EfficientNet GeM, cosine from {min_cosine:g}"] = _shares(planted, is_found) | {OTHER_PAIRS: num_others}
+        result[f"descriptors of the run, cosine from {min_cosine:g}"] = _shares(planted, is_found) | {
+            OTHER_PAIRS: num_others
+        }
     is_found = [component[row["copy_image_id"]] == component[row["original_image_id"]] for row in planted]
     sizes = np.unique([component[image_id] for image_id in others], return_counts=True)[1]
     num_others = int((sizes - 1).sum())  # the fewest pairs that join the components of this run

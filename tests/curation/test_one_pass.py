@@ -21,6 +21,7 @@ from curation.errors import OutputMismatchError, ShardError
 from curation.files import parquet, paths
 from curation.images.sources import SourceConfig
 from curation.ingest import IngestConfig
+from curation.models import copy_head
 from curation.run_folder import RunFolder
 from pipelines import status
 from tests.curation.builders import bytes_in
@@ -206,6 +207,7 @@ def test_replace_redoes_the_changed_stage_only(
     [
         ({}, True),
         ({"pooling": "gem_and_bottleneck"}, True),
+        ({"pooling": "copies"}, True),
         ({"decode_threads": 7}, True),
         ({"thumbnail_side": 64}, True),
         ({"thumbnail_side": 65}, False),  # the decoder gives a larger picture
@@ -222,6 +224,16 @@ def test_one_pass_serves_stages_that_differ_in_pooling_and_thumbnails(second: di
     assert one_pass_serves(EMBED, other) == one_pass_serves(other, EMBED) == serves
     compiled = config("gem_and_bottleneck", compile=True)
     assert not one_pass_serves(compiled, compiled)
+
+
+def test_the_head_of_the_pooling_copies_is_an_input(images: str, tmp_path: Path) -> None:
+    folder = folder_of(images, tmp_path)
+    run_both(images, tmp_path, second=config("copies"))
+    inputs = [manifest.require_manifest(stage).plan.inputs for stage in (folder.embed, folder.describe)]
+    assert ["head" in of_stage for of_stage in inputs] == [False, True]
+    assert inputs[1]["head"] == copy_head.SHA256
+    embed.run(config("copies"), folder, str(tmp_path / "alone"), InlineRunner(), name="describe")
+    assert bytes_in(folder.describe) == bytes_in(str(tmp_path / "alone"))
 
 
 def test_other_networks_are_run_one_after_the_other(images: str, tmp_path: Path, loaded: list[Any]) -> None:

@@ -22,7 +22,7 @@ MINIMAL: dict[str, Any] = {
         ]
     },
     "embed": {"embedder": {"name": "efficientnet_lite0", "pooling": "gem"}},
-    "describe": {"embedder": {"name": "efficientnet_lite0", "pooling": "gem"}},
+    "describe": {"embedder": {"name": "efficientnet_lite0", "pooling": "copies"}},
     "pairs": {"verification": {}},
     "cluster": {},
     "retrieve": {"datasets": [{"name": "a"}, {"name": "b", "k": 32, "cap": 7}]},
@@ -127,7 +127,8 @@ def test_a_config_needs_only_its_sources(profile: profiles.Profile) -> None:
     assert [dataset.name for dataset in datasets] == ["a", "b"]
     as_is = profile != "paper"
     assert all(d.as_is == as_is and d.k == 4 and d.retrieval == ("sample" if as_is else "by_size") for d in datasets)
-    assert (settings.embed.embedder.pooling, settings.describe.embedder.pooling) == ("gem_and_bottleneck", "gem")
+    copies = "copies" if profile in ("photos", "drawings") else "gem"
+    assert (settings.embed.embedder.pooling, settings.describe.embedder.pooling) == ("gem_and_bottleneck", copies)
     assert settings.cluster.levels[0].num_clusters == (None if as_is else 100_000)
     assert (settings.pairs.verification is not None) == (profile in ("photos", "drawings"))
     assert config.parse(CurateConfig, {"profile": profile} | SOURCES, origin="run.toml") == settings
@@ -137,7 +138,22 @@ def test_the_photos_have_their_documented_values() -> None:
     settings = config.parse(CurateConfig, {"profile": "photos"} | SOURCES, origin="run.toml")
     assert (settings.dedup.threshold, settings.dedup.holdout_threshold, settings.dedup.families) == (0.5, 0.35, None)
     assert settings.pairs.verification is not None and settings.pairs.verification.working_side == 128
-    assert (settings.describe.thumbnail_side, settings.pairs.min_descriptor_similarity) == (128, 0.66)
+    pairs = settings.pairs
+    assert (settings.describe.thumbnail_side, pairs.min_descriptor_similarity, pairs.num_neighbors) == (128, 0.25, 16)
+
+
+@pytest.mark.parametrize("profile", ["photos", "drawings"])
+@pytest.mark.parametrize(
+    "embedder",
+    [{"pooling": "gem"}, {"name": "sscd_disc_mixup", "weights": "/sscd.pt"}],
+    ids=["another pooling", "another model"],
+)
+def test_other_descriptors_keep_their_floor(profile: str, embedder: dict[str, str]) -> None:
+    values = {"profile": profile, "describe": {"embedder": embedder}} | SOURCES
+    pairs = config.parse(CurateConfig, values, origin="run.toml").pairs
+    assert (pairs.min_descriptor_similarity, pairs.num_neighbors) == (0.66, 64)
+    stated = values | {"pairs": {"min_descriptor_similarity": 0.5}}
+    assert config.parse(CurateConfig, stated, origin="run.toml").pairs.min_descriptor_similarity == 0.5
 
 
 def test_the_pooling_suits_the_stage_and_the_model() -> None:
@@ -146,7 +162,7 @@ def test_the_pooling_suits_the_stage_and_the_model() -> None:
     settings = config.parse(CurateConfig, values, origin="run.toml")
     assert (settings.embed.embedder.name, settings.embed.embedder.pooling) == ("vit_small_patch14", "cls")
     describe = settings.describe.embedder
-    assert (describe.name, describe.pooling, describe.device) == ("efficientnet_lite0", "gem", "cuda")
+    assert (describe.name, describe.pooling, describe.device) == ("efficientnet_lite0", "copies", "cuda")
 
 
 def test_clustering_alone_needs_no_dataset() -> None:

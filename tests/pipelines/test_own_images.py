@@ -87,7 +87,7 @@ def test_options_reach_the_config_and_it_reads_back_equal(home: Path) -> None:
     assert (dataset.name, dataset.as_is, dataset.retrieval, dataset.k) == ("lesions", True, "sample", 7)
     embedder = config.embed.embedder
     assert (embedder.name, embedder.weights, embedder.pooling) == ("vit_small_patch14", f"{home}/lesions/a.png", "cls")
-    assert (config.describe.embedder.device, config.describe.embedder.pooling) == ("cuda", "gem")
+    assert (config.describe.embedder.device, config.describe.embedder.pooling) == ("cuda", "copies")
     Path("out").mkdir()
     Path("out/run.toml").write_text(resolved_toml(config))
     assert load(CurateConfig, "out/run.toml") == config

