@@ -7,9 +7,8 @@
 
 Images with equal bytes are one unique image that occurs several times. Pairs at or above `threshold` connect two images
 into one component. All seeds of a component are kept, since seeds are trusted. Without a seed, one image is kept: the
-one with the most pixels, then the most bytes, then the smallest image_id. This order is the priority of an image; seeds
-come before all others. With `matches_kept`, images are visited by priority, and an image is dropped only when it is a
-copy of an image that was kept before it:
+one of highest priority (copies/priority.py), mostly the unedited one. With `matches_kept`, images are visited by
+priority, and an image is dropped only when it is a copy of an image that was kept before it:
 
     three images by falling priority, A, B, C:    A --0.8-- B --0.7-- C    (A and C are not copies)
 
@@ -31,6 +30,9 @@ match), 'near'.
 A chain of near-copies can connect a large share of a pool into one component. There are four guards against chains, and
 the facts count the effect of each. `mutual_neighbors` and `families` leave out pairs, `max_component_size` splits large
 components, and `matches_kept` compares each dropped image with the kept image that it is a copy of.
+
+`label_guard` leaves out pairs of seeds and pool images with different labels. Images with equal bytes are one image
+whatever their labels; the facts list the images whose rows have several.
 
 The driver decides. Its arrays over images and pairs lie on disk (files/disk_arrays.py): about 90 bytes per row of
 ingest and 70 per pair. They are read in blocks, so memory grows neither with their length nor with the size of a
@@ -55,8 +57,17 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from curation.config import Settings
-from curation.copies.components import component_sizes, connected_components, family_edges, flatten, separate, unite
+from curation.copies.components import (
+    component_sizes,
+    connected_components,
+    family_edges,
+    flatten,
+    node_type,
+    separate,
+    unite,
+)
 from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
+from curation.copies.priority import CopyPairs, Priority, has_priority, prioritize, put_by_priority
 from curation.engine import command, progress
 from curation.engine.manifest import Manifest, ShardRecord, require_fact, require_manifest, sum_counts
 from curation.engine.run_log import Log
@@ -67,7 +78,6 @@ from curation.files import parquet, paths, schemas
 from curation.files.disk_arrays import blocks, count_true, on_disk
 from curation.files.image_ids import pack_ids, unpack_ids
 from curation.run_folder import RunFolder, require_same_ingest
-from curation.search.top_k import top_k_of_groups
 from curation.stage_command import stage_command
 
 # Number of the largest components that the manifest names; the report shows them.
@@ -77,7 +87,7 @@ SWEEP_STEP = 0.05
 # Rise of the threshold at each split of a large component (`max_component_size`). Assumed.
 SPLIT_STEP = 0.02
 # The settings that guard against chains of copies, and `holdout_cosine`; the facts hold the value and effect of each.
-GUARDS = ("mutual_neighbors", "families", "max_component_size", "matches_kept", "holdout_cosine")
+GUARDS = ("mutual_neighbors", "families", "label_guard", "max_component_size", "matches_kept", "holdout_cosine")
 # A reason is stored as its index in this tuple.
 REASONS = (None, "exact", "near", "holdout")
 KEPT, EXACT, NEAR, HOLDOUT = range(4)
@@ -119,6 +129,9 @@ class DedupConfig(Settings):
     kept."""
     families: FamilyConfig | None = None
     """How families are told from copies, for verified pairs. Without this section no pair belongs to a family."""
+    label_guard: bool = True
+    """Whether an image is never dropped for a seed or pool image of another label, where both have one. Subfolders are
+    labels too; set false where they are no classes. The holdout and equal bytes count whatever the labels."""
     decontamination: Literal["direct", "component"] = "direct"
     """Whether images that match a holdout image are dropped, or the whole components that contain one."""
     decontaminate_seeds: bool = True
@@ -223,17 +236,17 @@ def make_worker(output: str, graph: DuplicateGraph, decision: Decision) -> Calla
 def decide(config: DedupConfig, nodes: Nodes, edges: Edges, *, min_sweep_threshold: float = 0.0) -> Decision:
     """Which images are dropped, given the edges between them. The sweep begins at `min_sweep_threshold`."""
     num_nodes = len(nodes.image_ids)
-    node_type = edges.first.dtype
+    dtype = edges.first.dtype
     decision = Decision(
-        component=on_disk(num_nodes, node_type),
+        component=on_disk(num_nodes, dtype),
         reason=on_disk(num_nodes, np.uint8),
-        matched=on_disk(num_nodes, node_type, fill=-1),
+        matched=on_disk(num_nodes, dtype, fill=-1),
         similarity=on_disk(num_nodes, np.float32, fill=np.nan),
         guards={},
         sweep=[],
     )
     _drop_matches_of_holdout(config, nodes, edges, decision)
-    may_connect = _edges_that_may_connect(config, num_nodes, edges, decision)
+    may_connect = _edges_that_may_connect(config, nodes, edges, decision)
     _find_components(config, edges, may_connect, decision)
     _drop_copies(config, nodes, edges, may_connect, decision)
     decision.sweep.extend(_sweep(config, nodes, edges, may_connect, min_sweep_threshold))
@@ -304,20 +317,31 @@ def _drop_components_of_holdout(
         decision.reason[dropped], decision.matched[dropped] = HOLDOUT, holdout_of[component[dropped]]
 
 
-def _edges_that_may_connect(config: DedupConfig, num_nodes: int, edges: Edges, decision: Decision) -> np.ndarray:
+def _labels_differ(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether each node in `one` and its counterpart in `other` are seeds or pool images with different labels."""
+    a, b = nodes.label[one], nodes.label[other]
+    result: np.ndarray = (a != b) & (a != 0) & (b != 0) & ~nodes.is_holdout[one] & ~nodes.is_holdout[other]
+    return result
+
+
+def _edges_that_may_connect(config: DedupConfig, nodes: Nodes, edges: Edges, decision: Decision) -> np.ndarray:
     """Which edges, (E,) bool, connect copies if they are similar enough: the ones that no guard leaves out."""
+    num_nodes = len(nodes.image_ids)
     num_edges = len(edges.first)
     may_connect = on_disk(num_edges, bool, fill=True)
-    left_out = []
+    left_out: list[tuple[str, Callable[[slice], np.ndarray]]] = []
     if config.families is not None:
         ends = edges.first, edges.second, edges.similarity, edges.differs_locally
-        left_out.append(("families", family_edges(num_nodes, *ends, **config.families.model_dump())))
+        is_family = family_edges(num_nodes, *ends, threshold=config.threshold, **config.families.model_dump())
+        left_out.append(("families", is_family.__getitem__))
     if config.mutual_neighbors:
-        left_out.append(("mutual_neighbors", edges.mutual))
-    for guard, marked in left_out:
+        left_out.append(("mutual_neighbors", lambda part: ~edges.mutual[part]))
+    if config.label_guard:
+        left_out.append(("label_guard", lambda part: _labels_differ(nodes, edges.first[part], edges.second[part])))
+    for guard, is_marked in left_out:
         count = 0
         for part in blocks(num_edges):
-            is_left_out = may_connect[part] & (marked[part] if guard == "families" else ~marked[part])
+            is_left_out = may_connect[part] & is_marked(part)
             may_connect[part] &= ~is_left_out
             count += count_true(is_left_out & (edges.similarity[part] >= config.threshold))
         decision.guards[guard] = {"pairs_left_out": count}
@@ -360,40 +384,31 @@ def _find_components(config: DedupConfig, edges: Edges, may_connect: np.ndarray,
     decision.guards["max_component_size"] = counts | {"components_still_larger": oversized}
 
 
-# Which images of a component are kept. Priority: seeds first, then the most pixels, the most bytes, the smallest
-# image_id.
-
-
-def _has_priority(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Whether each node in `one` has priority over its counterpart in `other`."""
-    result = one < other
-    for column in (nodes.length, nodes.pixels, nodes.is_seed):
-        a, b = column[one], column[other]
-        result = np.where(a == b, result, a > b)
-    return result
-
-
-def _put_by_priority(nodes: Nodes, target: np.ndarray, index: np.ndarray, node: np.ndarray) -> None:
-    """Put each node at its index in `target`, unless the node there has priority; -1 in `target` stands for none."""
-    keys = (~nodes.is_seed[node], -nodes.pixels[node], -nodes.length[node], node)
-    first = top_k_of_groups(index, 1, *keys)
-    index, node = index[first], node[first]
-    present = target[index]
-    is_put = (present < 0) | _has_priority(nodes, node, present)
-    target[index[is_put]] = node[is_put]
+# Which images of a component are kept: see copies/priority.py.
 
 
 def _drop_copies(config: DedupConfig, nodes: Nodes, edges: Edges, may_connect: np.ndarray, decision: Decision) -> None:
     """Drop the copies among the candidates: the nodes that were not dropped for the holdout."""
     num_nodes = len(nodes.image_ids)
-    component, node_type = decision.component, decision.component.dtype
+    component, dtype = decision.component, decision.component.dtype
     is_candidate = on_disk(num_nodes, bool)
-    first_of = on_disk(num_nodes, node_type, fill=-1)  # by component of two or more: its candidate of highest priority
-    sizes = component_sizes(component)
     for part in blocks(num_nodes):
         is_candidate[part] = decision.matched[part] < 0
+
+    def copies() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """In blocks: the pairs of copies among the candidates, and their similarity."""
+        for part in blocks(len(edges.first)):
+            one, other, value = edges.first[part], edges.second[part], edges.similarity[part]
+            chosen = may_connect[part] & (value >= config.threshold) & (one != other)
+            chosen &= is_candidate[one] & is_candidate[other] & (component[one] == component[other])
+            yield one[chosen], other[chosen], value[chosen]
+
+    priority = prioritize(nodes.is_seed, nodes.detail, nodes.content, nodes.pixels, nodes.length, copies)
+    first_of = on_disk(num_nodes, dtype, fill=-1)  # by component of two or more: its candidate of highest priority
+    sizes = component_sizes(component)
+    for part in blocks(num_nodes):
         node = part.start + np.flatnonzero(is_candidate[part] & (sizes[component[part]] > 1))
-        _put_by_priority(nodes, first_of, component[node], node)
+        put_by_priority(priority, first_of, component[node], node)
 
     def other_candidates() -> Iterator[np.ndarray]:
         """In blocks: the candidates that are neither seeds nor the first of their component."""
@@ -402,9 +417,11 @@ def _drop_copies(config: DedupConfig, nodes: Nodes, edges: Edges, may_connect: n
             not_first = (first >= 0) & (first != np.arange(part.start, part.stop))
             yield part.start + np.flatnonzero(is_candidate[part] & ~nodes.is_seed[part] & not_first)
 
-    better, worse, similarity = _pairs_of_candidates(config, nodes, edges, may_connect, is_candidate, component)
+    better, worse, similarity = _pairs_by_priority(nodes, len(edges.first), copies, priority)
     if not config.matches_kept:
         for node in other_candidates():
+            if config.label_guard:
+                node = node[~_labels_differ(nodes, node, first_of[component[node]])]
             decision.reason[node], decision.matched[node] = NEAR, first_of[component[node]]
         for part in blocks(len(better)):
             is_match = decision.matched[worse[part]] == better[part]
@@ -417,7 +434,7 @@ def _drop_copies(config: DedupConfig, nodes: Nodes, edges: Edges, may_connect: n
         np.maximum.at(best, worse[part][is_match], similarity[part][is_match])
     for part in blocks(len(better)):
         top = ~dropped[better[part]] & dropped[worse[part]] & (similarity[part] == best[worse[part]])
-        _put_by_priority(nodes, decision.matched, worse[part][top], better[part][top])
+        put_by_priority(priority, decision.matched, worse[part][top], better[part][top])
     num_kept = 0
     for node in other_candidates():
         num_kept += count_true(~dropped[node])
@@ -426,24 +443,16 @@ def _drop_copies(config: DedupConfig, nodes: Nodes, edges: Edges, may_connect: n
     decision.guards["matches_kept"] = {"images_kept": num_kept}
 
 
-def _pairs_of_candidates(
-    config: DedupConfig,
-    nodes: Nodes,
-    edges: Edges,
-    may_connect: np.ndarray,
-    is_candidate: np.ndarray,
-    component: np.ndarray,
+def _pairs_by_priority(
+    nodes: Nodes, max_pairs: int, copies: CopyPairs, priority: Priority
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs of copies among the candidates: the node with priority, the other node (no seed), their similarity."""
-    better, worse = (on_disk(len(edges.first), edges.first.dtype) for _ in range(2))
-    similarity = on_disk(len(edges.first), np.float32)
+    """The pairs of copies: the node with priority, the other node (no seed), their similarity."""
+    dtype = node_type(len(nodes.image_ids))
+    better, worse = on_disk(max_pairs, dtype), on_disk(max_pairs, dtype)
+    similarity = on_disk(max_pairs, np.float32)
     count = 0
-    for part in blocks(len(edges.first)):
-        one, other, value = edges.first[part], edges.second[part], edges.similarity[part]
-        chosen = may_connect[part] & (value >= config.threshold) & (one != other)
-        chosen &= is_candidate[one] & is_candidate[other] & (component[one] == component[other])
-        one, other, value = one[chosen], other[chosen], value[chosen]
-        in_order = _has_priority(nodes, one, other)
+    for one, other, value in copies():
+        in_order = has_priority(priority, one, other)
         one, other = np.where(in_order, one, other), np.where(in_order, other, one)
         chosen = ~nodes.is_seed[other]
         target = slice(count, count + count_true(chosen))
@@ -558,6 +567,7 @@ def _facts(graph: DuplicateGraph, decision: Decision) -> dict[str, Any]:
         "largest_components": [[name, -size] for name, (size, _) in zip(names, largest, strict=True)],
         "component_sizes": {str(size): histogram[size] for size in sorted(histogram)},
         "guards": decision.guards,
+        "label_conflicts": {"images": graph.label_conflicts[0], "examples": graph.label_conflicts[1]},
         "threshold_sweep": decision.sweep,
     }
 
