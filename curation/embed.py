@@ -13,6 +13,10 @@ once. Reading, decoding and the model overlap: threads read and decode a bounded
 and on a GPU the next batch is copied while the current one is computed. Memory holds these pictures and one shard of
 vectors; it does not grow with the number of images.
 
+Where both stages use the same network on the same pixels, and differ in the pooling or the thumbnails alone, `embed`
+reads, decodes and computes once: its workers write the files of `describe` too. `describe` then takes these shards as
+done (`manifest.ready_folder`). The bytes are those of two passes, and each stage also works alone.
+
     python -m curation.embed --config CONFIG.toml --images ingest/ --output embed/
     python -m curation.embed --config CONFIG.toml --images ingest/ --output describe/ --stage describe
     python -m curation.embed --images FOLDER --model vit_small_patch14 --weights dinov2_vits14.pth --output OUT/
@@ -21,6 +25,7 @@ The last command needs no config. FOLDER holds image files, tars or Parquet file
 to OUT/ingest/ and their vectors to OUT/embed/.
 """
 
+import contextlib
 import functools
 import io
 import posixpath
@@ -38,23 +43,35 @@ from pydantic import Field
 
 from curation import ingest
 from curation.config import NotInPlan, Settings, load, parse_section
-from curation.engine import command
+from curation.engine import command, manifest, progress
 from curation.engine.manifest import Manifest, ShardRecord, read_manifest, require_fact, require_manifest
 from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard, report
 from curation.engine.stage import Stage, run_stage
 from curation.errors import ConfigError
 from curation.files import parquet, paths, schemas
+from curation.files.folder_lock import sole_writer
 from curation.files.prefetch import Meter, prefetch
 from curation.files.vectors import make_table
 from curation.images.decode import ImageLimits, decode_picture, upright
 from curation.images.sources import Layout, ReferenceReader, SourceConfig, require_sources
 from curation.ingest import IngestConfig
-from curation.models.embedders import Embedder, EmbedderConfig, hash_of_weights, load_embedder, require_weights
+from curation.models.embedders import (
+    MAX_ASPECT,
+    MODELS,
+    Embedder,
+    EmbedderConfig,
+    differ_in_pooling_alone,
+    hash_of_weights,
+    keep_aspect,
+    load_embedder,
+    require_weights,
+)
 from curation.run_folder import RunFolder, require_stage
 
 # WebP stores a recognisable drawing of 96 pixels in 1-3 kB. Assumed enough for verification and for the report.
 THUMBNAIL_QUALITY = 90
+StageName = Literal["embed", "describe"]
 # Threads that read images stored in separate files; images in one tar are read one after the other. Assumed: an object
 # store answers in 50 to 200 ms.
 READERS = 8
@@ -82,16 +99,54 @@ def run(
     output: str,
     runner: Runner,
     *,
-    name: Literal["embed", "describe"] = "embed",
+    name: StageName = "embed",
+    describe: EmbedConfig | None = None,
     replace: bool = False,
     log: Log = None,
 ) -> Manifest:
     """Embed every accepted image of the finished ingest; returns the manifest of the stage `name`.
 
+    describe: the config of the stage `describe`, which runs next into `inputs.describe`. Where one pass serves both
+    stages, the workers also make its unfinished shards.
     Raises InputError when a source has changed since ingest, and DeviceError or WeightsError for the model.
     """
-    ingested = require_manifest(inputs.ingest)
     weights_hash = hash_of_weights(config.embedder)
+    stage = _stage(config, weights_hash, inputs, output, name)
+    with contextlib.ExitStack() as stack:
+        if describe is not None and one_pass_serves(config, describe) and _begins(stage, replace=replace):
+            stack.enter_context(sole_writer(inputs.describe))
+            next_stage = _stage(describe, weights_hash, inputs, inputs.describe, "describe")
+            second = _unfinished(next_stage, describe, replace=replace)
+            if second is not None:
+                progress.say(f"{name}: describe uses the same network, so this pass makes its shards too")
+                stage = _stage(config, weights_hash, inputs, output, name, second=second)
+        return run_stage(stage, runner, replace=replace, log=log)
+
+
+def one_pass_serves(first: EmbedConfig, second: EmbedConfig) -> bool:
+    """Whether one pass over the images gives the files of both, with the bytes of two passes."""
+    embedder = first.embedder
+    # The shortest side of an input. A larger thumbnail asks for a larger picture of the decoder, with other pixels.
+    side = embedder.image_size
+    if embedder.resize == "keep_aspect":
+        side = min(keep_aspect(MAX_ASPECT, 1, side, MODELS[embedder.name].size_multiple))
+    return (
+        differ_in_pooling_alone(embedder, second.embedder)
+        and first.threads_per_worker == second.threads_per_worker
+        and max(side, first.thumbnail_side) == max(side, second.thumbnail_side)
+    )
+
+
+def _stage(
+    config: EmbedConfig,
+    weights_hash: str,
+    inputs: RunFolder,
+    output: str,
+    name: StageName,
+    *,
+    second: "SecondStage | None" = None,
+) -> Stage:
+    ingested = require_manifest(inputs.ingest)
     limits = ImageLimits.model_validate(require_fact(inputs.ingest, ingested, "limits"), strict=False)
     shards = [
         Shard(
@@ -101,16 +156,17 @@ def run(
         )
         for record, file in zip(ingested.shards, ingested.paths(inputs.ingest, "images"), strict=True)
     ]
-    stage = Stage(
+    return Stage(
         name=name,
         config=config,
         inputs={"images": ingested.content_hash, "weights": weights_hash},
         output=output,
         shards=shards,
-        make_worker=functools.partial(make_worker, _with_weights_hash(config, weights_hash), limits, output),
+        make_worker=functools.partial(
+            make_worker, _with_weights_hash(config, weights_hash), limits, output, second=second
+        ),
         note=_describe_times,
     )
-    return run_stage(stage, runner, replace=replace, log=log)
 
 
 def _with_weights_hash(config: EmbedConfig, sha256: str) -> EmbedConfig:
@@ -118,39 +174,74 @@ def _with_weights_hash(config: EmbedConfig, sha256: str) -> EmbedConfig:
     return config.model_copy(update={"embedder": config.embedder.model_copy(update={"weights_sha256": sha256})})
 
 
-def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callable[[Shard], ShardRecord]:
-    """A worker that loads the model once and embeds the images of a shard."""
+class SecondStage(NamedTuple):
+    """The stage `describe` in the pass of `embed`."""
+
+    config: EmbedConfig
+    output: str
+    done: frozenset[str]
+    """The names of the shards that the pass does not make."""
+
+
+def _begins(stage: Stage, *, replace: bool) -> bool:
+    """Whether `stage` is neither finished nor refused because its output holds other work."""
+    plan_there = manifest.plan_in(stage.output)
+    if plan_there is not None and plan_there != stage.plan():
+        return replace
+    return read_manifest(stage.output) is None
+
+
+def _unfinished(stage: Stage, config: EmbedConfig, *, replace: bool) -> SecondStage | None:
+    """`stage`, after its output is claimed; None where no shard is missing."""
+    if manifest.claim(stage.output, stage.plan(), replace=replace) is not None:
+        return None
+    done = manifest.done_shards(stage.output) | manifest.done_shards(manifest.ready_folder(stage.output))
+    return SecondStage(config, stage.output, frozenset(done)) if len(done) < len(stage.shards) else None
+
+
+def make_worker(
+    config: EmbedConfig, limits: ImageLimits, output: str, *, second: SecondStage | None = None
+) -> Callable[[Shard], ShardRecord]:
+    """A worker that loads the model once and embeds the images of a shard.
+
+    second: a stage for which the pass serves too (`one_pass_serves`). The worker also marks its shards ready.
+    """
     torch.set_num_threads(config.threads_per_worker)
-    embedder = load_embedder(config.embedder)
+    embedder = load_embedder(config.embedder, () if second is None else (second.config.embedder.pooling,))
 
     def process(shard: Shard) -> ShardRecord:
         started = time.perf_counter()
+        is_shared = second is not None and shard.name not in second.done
+        configs = (config, second.config) if second is not None and is_shared else (config,)
         rows = rows_of(shard.work)
         batches = _batches([embedder.shape(row["width"], row["height"]) for row in rows], config.embedder.batch_size)
-        vectors = np.empty((len(rows), embedder.dimensions), np.float16)
-        thumbnails: list[bytes | None] = [None] * len(rows)
+        vectors = [np.empty((len(rows), each.embedder.dimensions), np.float16) for each in configs]
+        thumbnails: list[list[bytes | None]] = [[None] * len(rows) for _ in configs]
         meter, decoding = Meter(), 0.0
         rows_in_order = [rows[index] for batch in batches for index in batch]
-        pictures = prepared_pictures(config, embedder, limits, rows_in_order, meter)
+        pictures = prepared_pictures(configs, embedder, limits, rows_in_order, meter)
 
         def stacked_batches() -> Iterator[np.ndarray]:
             nonlocal decoding
             for batch in batches:
                 batch_pictures = [next(pictures) for _ in batch]
                 for index, picture in zip(batch, batch_pictures, strict=True):
-                    thumbnails[index] = picture.thumbnail
+                    for of_stage, thumbnail in zip(thumbnails, picture.thumbnails, strict=True):
+                        of_stage[index] = thumbnail
                     decoding += picture.seconds
                 yield np.stack([picture.pixels for picture in batch_pictures])
 
-        for batch, batch_vectors in zip(batches, embedder.embed_batches(stacked_batches()), strict=True):
-            vectors[batch] = batch_vectors
+        for batch, of_poolings in zip(batches, embedder.embed_in_one_pass(stacked_batches()), strict=True):
+            for each, of_stage in zip(configs, vectors, strict=True):
+                of_stage[batch] = of_poolings[embedder.poolings.index(each.embedder.pooling)]
             report(len(batch), total=len(rows))
         image_ids = [row["image_id"] for row in rows]
-        path = paths.join(output, f"vectors-{shard.name}.parquet")
-        files = [parquet.write_table(path, make_table(image_ids, vectors))]
-        if config.thumbnail_side:
-            table = pa.table({"image_id": image_ids, "thumbnail": thumbnails}, schema=schemas.THUMBNAILS)
-            files.append(parquet.write_table(paths.join(output, f"thumbnails-{shard.name}.parquet"), table))
+        if second is not None and is_shared:
+            record = _write_shard(shard, second.output, second.config, image_ids, vectors[1], thumbnails[1])
+            # Before the record of this stage: a kill between the two leaves a shard that a resume makes for this stage
+            # alone.
+            manifest.mark_shard_done(manifest.ready_folder(second.output), record)
+        record = _write_shard(shard, output, config, image_ids, vectors[0], thumbnails[0])
         measured = {
             "copies": shard.num_items - len(rows),
             "seconds": time.perf_counter() - started,
@@ -159,9 +250,26 @@ def make_worker(config: EmbedConfig, limits: ImageLimits, output: str) -> Callab
             "ready": meter.ready,
             "taken": meter.taken,
         }
-        return ShardRecord(name=shard.name, files=tuple(files), totals={"embedded": len(rows)}, measured=measured)
+        return record.model_copy(update={"measured": measured})
 
     return process
+
+
+def _write_shard(
+    shard: Shard,
+    output: str,
+    config: EmbedConfig,
+    image_ids: list[str],
+    vectors: np.ndarray,
+    thumbnails: Sequence[bytes | None],
+) -> ShardRecord:
+    """Write the files of one shard of one stage."""
+    path = paths.join(output, f"vectors-{shard.name}.parquet")
+    files = [parquet.write_table(path, make_table(image_ids, vectors))]
+    if config.thumbnail_side:
+        table = pa.table({"image_id": image_ids, "thumbnail": thumbnails}, schema=schemas.THUMBNAILS)
+        files.append(parquet.write_table(paths.join(output, f"thumbnails-{shard.name}.parquet"), table))
+    return ShardRecord(name=shard.name, files=tuple(files), totals={"embedded": len(image_ids)})
 
 
 def rows_of(images: str) -> list[dict[str, Any]]:
@@ -176,26 +284,35 @@ class PreparedPicture(NamedTuple):
     """A picture at the size of the model's input."""
 
     pixels: np.ndarray  # (3, H, W) uint8
-    thumbnail: bytes | None  # encoded; None without `thumbnail_side`
+    thumbnails: tuple[bytes | None, ...]  # encoded, for each stage of the pass; None without `thumbnail_side`
     seconds: float  # processor time of the preparation
 
 
 def prepared_pictures(
-    config: EmbedConfig, embedder: Embedder, limits: ImageLimits, rows: Sequence[dict[str, Any]], meter: Meter
+    configs: Sequence[EmbedConfig],
+    embedder: Embedder,
+    limits: ImageLimits,
+    rows: Sequence[dict[str, Any]],
+    meter: Meter,
 ) -> Iterator[PreparedPicture]:
-    """The pictures of `rows`, in order. Threads read and decode two batches ahead of the consumer."""
+    """The pictures of `rows`, in order. Threads read and decode two batches ahead of the consumer.
+
+    configs: of the stages of the pass; the first sets the threads and the batches.
+    """
+    sides = [config.thumbnail_side for config in configs]
 
     def prepare(row_and_bytes: tuple[dict[str, Any], bytes]) -> PreparedPicture:
         row, data = row_and_bytes
         started = time.thread_time()
         shape = embedder.shape(row["width"], row["height"])
-        picture = decode_picture(data, limits, target_side=max(min(shape), config.thumbnail_side))
+        picture = decode_picture(data, limits, target_side=max(min(shape), *sides))
         pixels = embedder.preprocess(picture, shape)
-        thumbnail = encode_thumbnail(upright(picture), config.thumbnail_side) if config.thumbnail_side else None
-        return PreparedPicture(pixels, thumbnail, time.thread_time() - started)
+        thumbnails = tuple(encode_thumbnail(upright(picture), side) if side else None for side in sides)
+        return PreparedPicture(pixels, thumbnails, time.thread_time() - started)
 
-    threads = config.decode_threads
-    return prefetch(prepare, _read(rows), threads=threads, ahead=2 * config.embedder.batch_size + threads, meter=meter)
+    threads = configs[0].decode_threads
+    ahead = 2 * configs[0].embedder.batch_size + threads
+    return prefetch(prepare, _read(rows), threads=threads, ahead=ahead, meter=meter)
 
 
 def _batches(shapes: Sequence[tuple[int, int]], size: int) -> list[list[int]]:
@@ -252,9 +369,7 @@ def command_line(
     images: Annotated[str, typer.Option("--images", help="Folder of the finished ingest, or of images.")],
     output: command.OutputOption,
     config: Annotated[str | None, typer.Option("--config", help="TOML file; the stage reads its own section.")] = None,
-    stage: Annotated[
-        Literal["embed", "describe"], typer.Option("--stage", help="Section of the config to use.")
-    ] = "embed",
+    stage: Annotated[StageName, typer.Option("--stage", help="Section of the config to use.")] = "embed",
     model: Annotated[str | None, typer.Option("--model", help="Without --config: name of the model.")] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="Without --config: the model's checkpoint.")] = None,
     layout: Annotated[

@@ -53,7 +53,7 @@ def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = 
     if not paths.exists(saved_config):
         write_resolved(config, saved_config)
     ingest.run(config.ingest, folder.ingest, runner, replace=replace, log=log)
-    embed.run(config.embed, folder, folder.embed, runner, replace=replace, log=log)
+    embed.run(config.embed, folder, folder.embed, runner, describe=config.describe, replace=replace, log=log)
     embed.run(config.describe, folder, folder.describe, runner, name="describe", replace=replace, log=log)
     pairs.run(config.pairs, folder, folder.pairs, runner, replace=replace, log=log)
     dedup.run(config.dedup, folder, folder.dedup, replace=replace, log=log)

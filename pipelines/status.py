@@ -18,7 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from curation.engine import command, progress, run_log
-from curation.engine.manifest import MANIFEST_NAME, PROGRESS_NAME, done_shards, plan_in, require_manifest, step_folder
+from curation.engine.manifest import (
+    MANIFEST_NAME,
+    PROGRESS_NAME,
+    done_shards,
+    plan_in,
+    ready_folder,
+    require_manifest,
+    step_folder,
+)
 from curation.engine.run_log import Driver, Note, StageTimes, StoppedLine
 from curation.engine.stage import PREPARED
 from curation.files import paths
@@ -107,7 +115,7 @@ def _stage(
     plan = plan_in(folder)
     if plan is None:
         return [_left(name)]
-    marked = done_shards(folder) - {PREPARED}
+    marked = (done_shards(folder) | done_shards(ready_folder(folder))) - {PREPARED}
     unfinished = tuple(note for note in notes if note.stage == name and note.shard not in marked)
     steps: list[StageStatus] = []
     for step in paths.list_names(paths.join(folder, PROGRESS_NAME)):
@@ -171,7 +179,10 @@ def print_times(run: str) -> None:
 
 
 def times_table(times: dict[str, StageTimes]) -> Table:
-    """Time, bytes, items (images, vectors or rows) per second and idle share of each stage, and of its steps."""
+    """Time, bytes, items (images, vectors or rows) per second and idle share of each stage, and of its steps.
+
+    No rate and no idle share for a stage that the pass of an earlier one made.
+    """
     table = Table(
         title="Time of each stage (a step's time is part of its stage's)", title_justify="left", box=box.SIMPLE_HEAD
     )
@@ -184,6 +195,8 @@ def times_table(times: dict[str, StageTimes]) -> Table:
         rate = f"{stage.items / stage.seconds:,.1f}" if stage.seconds else ""
         size = f"{stage.bytes / 1e6:,.1f}"
         idle = f"{stage.idle:.0%}"
+        if stage.ready and stage.ready == stage.shards:  # it worked on no item itself
+            rate = idle = "-"
         table.add_row(name, duration(stage.seconds), f"{stage.shards:,}", f"{stage.items:,}", rate, size, idle)
     table.add_section()
     table.add_row("all", duration(sum(stage.seconds for name, stage in times.items() if "/" not in name)))

@@ -8,6 +8,7 @@
     <shard>.json                marker of one finished shard: its files, their hashes, its totals
     done-00000.jsonl            a thousand markers, merged by the driver: their sums, then one marker per line
     <step>/                     output of one step for a later step of this stage; laid out like a stage
+    ready/                      markers of shards whose files an earlier stage made in its pass; the stage takes them
 """
 
 import functools
@@ -41,6 +42,7 @@ from curation.files.prefetch import prefetch
 
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = ".progress"
+READY_NAME = "ready"
 # The version of all files that stages write. Outputs of another version are refused, not converted.
 FORMAT_VERSION = 3
 # Markers merged into one file, and files that a resume reads at once. Assumed: from an object store with a latency of
@@ -354,15 +356,21 @@ def mark_shard_done(folder: str, record: ShardRecord) -> None:
     write_bytes(join(folder, PROGRESS_NAME, f"{record.name}.json"), _indented_json(record))
 
 
+def mark_shards_done(folder: str, records: Sequence[ShardRecord]) -> None:
+    """Write one file with the markers of these finished shards. Only the driver calls this."""
+    progress = join(folder, PROGRESS_NAME)
+    number = len(_merged_marker_names(list_names(progress)))
+    lines = b"".join(json_line(record) + b"\n" for record in (_sum_records(records), *records))
+    write_bytes(join(progress, f"done-{number:05d}.jsonl"), lines)
+
+
 def merge_markers(folder: str, records: Sequence[ShardRecord]) -> None:
     """Replace the markers of these finished shards by one file, so that a later resume reads fewer files.
 
     A kill during the call leaves some shards with two equal markers. Only the driver calls this.
     """
+    mark_shards_done(folder, records)
     progress = join(folder, PROGRESS_NAME)
-    number = len(_merged_marker_names(list_names(progress)))
-    lines = b"".join(json_line(record) + b"\n" for record in (_sum_records(records), *records))
-    write_bytes(join(progress, f"done-{number:05d}.jsonl"), lines)
     fs, _ = filesystem(progress)
     fs.rm([filesystem(join(progress, f"{record.name}.json"))[1] for record in records])
 
@@ -395,6 +403,15 @@ def _merged_marker_names(names: Iterable[str]) -> list[str]:
 def step_folder(folder: str, step: str) -> str:
     """The folder of one step's output inside an unfinished stage. It is deleted when the stage is done."""
     return join(folder, PROGRESS_NAME, step)
+
+
+def ready_folder(folder: str) -> str:
+    """The folder of an unfinished stage for the markers of its ready shards: an earlier stage made their files.
+
+    The files lie in `folder` under their final names. `mark_shard_done` and `read_done` work on the folder of markers.
+    A ready shard is not done: the stage itself takes it when it runs, unless its files are damaged.
+    """
+    return step_folder(folder, READY_NAME)
 
 
 def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -184,17 +184,19 @@ class StageLog:
         facts = {"plan": hash_json(plan.model_dump(mode="json"))[:16], "shards": plan.num_shards}
         self._log.write("begin", stage=self.name, **facts, done_before=num_done, workers=num_workers)
 
-    def shard(self, record: ShardRecord, num_items: int) -> None:
-        """Log a finished shard."""
+    def shard(self, record: ShardRecord, num_items: int, *, ready: bool = False) -> None:
+        """Log a finished shard. ready: whether the pass of an earlier stage made it."""
         execution = record.execution
         assert execution is not None, record.name
-        facts = {
+        facts: dict[str, Any] = {
             "worker": execution.worker,
             "started": round(execution.started, 3),
             "seconds": round(execution.seconds, 3),
         }
         size = sum(file.bytes for file in record.files)
         counts = {"items": num_items, "bytes": size, "totals": record.totals, "rejects": record.rejects}
+        if ready:
+            facts["ready"] = True
         self._log.write("shard", stage=self.name, shard=record.name, **facts, **counts)
 
     def end(self, seconds: float) -> None:
@@ -270,6 +272,8 @@ class ShardLine:
     bytes: Count
     started: Seconds | None = None
     worker: str = ""
+    ready: bool = False
+    """Whether the pass of an earlier stage made the shard; `seconds` is then 0."""
 
 
 @dataclass(frozen=True)
@@ -325,6 +329,8 @@ class StageTimes:
     last: float = 0.0
     shards_since: int = 0
     """Shards with a line since `begun`."""
+    ready: int = 0
+    """Shards that the pass of an earlier stage made; their time is that of the earlier stage."""
     done: bool = False
     of_shard: dict[str, tuple[float, int, int]] = field(default_factory=dict, repr=False)
     """Seconds, items and bytes of each shard."""
@@ -422,6 +428,7 @@ def times(run: str) -> dict[str, StageTimes]:
             case ShardLine() if previous is not None:
                 previous.of_shard[line.shard] = line.seconds, line.items, line.bytes
                 previous.shards_since += 1
+                previous.ready += line.ready
             case EndLine() if name in workers:
                 close(name, line.seconds)
                 stages[name].done = True

@@ -3,6 +3,9 @@
 A stage is a function `run(config, inputs, output, runner) -> Manifest`. Its file holds, in this order, its frozen
 config, `run`, and its command. `run` builds a `Stage` and passes it to `run_stage`. A step of a stage is built the same
 way; its output is in the progress folder of the stage (`step_folder`).
+
+A stage may make shards of a later stage in the same pass: their files in the output of that stage, their markers in its
+`ready_folder`. The later stage takes them as done when it runs, and maps its worker over the others only.
 """
 
 import functools
@@ -217,8 +220,11 @@ def _process_shards(
     if len(todo) < len(stage.shards):
         num_done = len(stage.shards) - len(todo)
         progress.say(f"{name}: {num_done:,} of {len(stage.shards):,} shards are already done, continuing")
+    todo = _take_ready(name, stage, todo, tally, stage_log)
     if stage.check is not None and tally.num_shards:
         stage.check(tally)  # here too, because an earlier run may have stopped at the last shard
+    if not todo:
+        return []
     notes = None if stage_log is None else (stage_log.notes, stage_log.name)
     make_worker = functools.partial(make_marking_worker, stage.make_worker, stage.output, notes)
     measured: Counter[str] = Counter()
@@ -258,6 +264,31 @@ def _process_shards(
         finally:
             records.close()
     return set_aside
+
+
+def _take_ready(
+    name: str, stage: Stage, todo: Sequence[Shard], tally: Tally, stage_log: StageLog | None
+) -> list[Shard]:
+    """Mark those of `todo` done that an earlier stage made, and return the others. A damaged shard is among these."""
+    waiting = {shard.name: shard for shard in todo}
+    records = manifest.read_done(manifest.ready_folder(stage.output))
+    undamaged = (
+        record
+        for record, problems in manifest.checked(stage.output, records, hashes=False)
+        if record.name in waiting and not problems
+    )
+    while batch := list(itertools.islice(undamaged, manifest.MARKERS_PER_FILE)):
+        manifest.mark_shards_done(stage.output, batch)
+        for record in batch:
+            tally.add(1, record.totals, record.rejects)
+            num_items = num_items_of(waiting.pop(record.name), record)
+            if stage_log is not None:
+                execution = Execution(worker=run_log.worker_name(), started=time.time(), seconds=0.0)
+                stage_log.shard(record.model_copy(update={"execution": execution}), num_items, ready=True)
+    if len(waiting) < len(todo):
+        num_taken = len(todo) - len(waiting)
+        progress.say(f"{name}: {num_taken:,} of {len(stage.shards):,} shards were made in the pass of an earlier stage")
+    return list(waiting.values())
 
 
 def _collect(stage: Stage, plan: Plan, finished_shards: Iterable[ShardRecord], set_aside: Sequence[str]) -> Manifest:

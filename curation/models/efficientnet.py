@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from curation import weights
 from curation.errors import DeviceError, InputError
-from curation.models.pooling import generalized_mean, log_mean_exp
+from curation.models.pooling import PooledNetwork, generalized_mean, log_mean_exp
 
 # Mean and standard deviation of each colour, in units of 0..255. Cited: efficientnet_lite_builder.py.
 NORMALIZATION = ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
@@ -96,17 +96,20 @@ class EfficientNetLite0(nn.Module):
         return x, functional.relu6(self._bn1(self._conv_head(x)), inplace=True)
 
 
-class PooledEfficientNet(nn.Module):
-    """A folded EfficientNet-Lite0 with its pooling: normalised images (B, 3, H, W) to features (B, F), float32."""
+class PooledEfficientNet(PooledNetwork):
+    """A folded EfficientNet-Lite0 with its poolings: normalised images (B, 3, H, W) to features (B, F), float32."""
 
     def __init__(self, network: EfficientNetLite0, pooling: str) -> None:
-        super().__init__()
+        super().__init__(pooling)
         self.network = network
-        self.pooling = pooling
 
-    def forward(self, images: Tensor) -> Tensor:
-        bottleneck, head = (layer.float() for layer in self.network(images))
-        match self.pooling:
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        bottleneck, head = self.network(images)
+        return bottleneck.float(), head.float()
+
+    def pool(self, features: tuple[Tensor, Tensor], pooling: str) -> Tensor:
+        bottleneck, head = features
+        match pooling:
             case "average":
                 return head.mean(dim=(2, 3))
             case "gem":

@@ -22,7 +22,7 @@ Shapes:
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -38,6 +38,7 @@ from curation.engine.device import require_device
 from curation.errors import DeviceError, InputError, WeightsError
 from curation.images.decode import Picture, to_shape
 from curation.models import efficientnet, sscd, vit
+from curation.models.pooling import PooledNetwork
 from curation.models.vit import Variant
 
 Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -246,6 +247,8 @@ class Embedder:
     """(1, 3, 1, 1), likewise."""
     device: torch.device
     dtype: torch.dtype
+    poolings: tuple[str, ...]
+    """The poolings of `embed_in_one_pass`; first that of `config`."""
 
     def shape(self, width: int, height: int) -> tuple[int, int]:
         """Height and width in pixels of the model's input for an image of `width` x `height` pixels."""
@@ -272,16 +275,23 @@ class Embedder:
 
         On a GPU the next batch is taken and copied while the previous one is computed.
         """
-        in_flight: deque[tuple[Tensor, int]] = deque()
+        return (vectors for vectors, *_ in self.embed_in_one_pass(batches))
+
+    def embed_in_one_pass(self, batches: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        """The vectors (B, D) of each batch for each of `poolings`, otherwise as `embed_batches`.
+
+        They have the bytes that an embedder with that pooling alone gives.
+        """
+        in_flight: deque[tuple[list[Tensor], int]] = deque()
         for batch in batches:
             in_flight.append((self._launch(batch), len(batch)))
             if len(in_flight) == BATCHES_IN_FLIGHT or self.device.type == "cpu":
-                yield self._collect(*in_flight.popleft())
+                yield self._collect_all(*in_flight.popleft())
         while in_flight:
-            yield self._collect(*in_flight.popleft())
+            yield self._collect_all(*in_flight.popleft())
 
     @torch.inference_mode()
-    def _launch(self, batch: np.ndarray) -> Tensor:
+    def _launch(self, batch: np.ndarray) -> list[Tensor]:
         assert batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[1] == 3, (batch.dtype, batch.shape)
         pixels = torch.from_numpy(batch.copy())  # from any strides
         if self.config.compile and len(pixels) < self.config.batch_size:
@@ -290,7 +300,15 @@ class Embedder:
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()  # or the copy would wait for the batch that is computed
         images = (pixels.to(self.device, non_blocking=True).float() - self.mean) / self.deviation
-        return self.network(images.to(self.dtype, memory_format=torch.channels_last)).float()
+        images = images.to(self.dtype, memory_format=torch.channels_last)
+        if len(self.poolings) == 1:
+            return [self.network(images).float()]
+        assert isinstance(self.network, PooledNetwork), "a model with several poolings, which is not compiled"
+        features = self.network.features(images)
+        return [self.network.pool(features, pooling).float() for pooling in self.poolings]
+
+    def _collect_all(self, features: Sequence[Tensor], count: int) -> list[np.ndarray]:
+        return [self._collect(of_pooling, count) for of_pooling in features]
 
     @torch.inference_mode()
     def _collect(self, features: Tensor, count: int) -> np.ndarray:
@@ -310,8 +328,13 @@ def require_weights(config: EmbedderConfig) -> None:
         raise WeightsError(f"{config.name}: there are no weights at '{path}'. Correct the path in `weights`.")
 
 
-def load_embedder(config: EmbedderConfig) -> Embedder:
-    """The embedder of `config` with its weights, on its device. Raises DeviceError and WeightsError."""
+def load_embedder(config: EmbedderConfig, other_poolings: Sequence[str] = ()) -> Embedder:
+    """The embedder of `config` with its weights, on its device. Raises DeviceError and WeightsError.
+
+    other_poolings: further poolings for `embed_in_one_pass`; of a model that is not compiled.
+    """
+    poolings = tuple(dict.fromkeys((config.pooling, *other_poolings)))
+    assert len(poolings) == 1 or not config.compile, "compiled with one pooling, the sums may have another order"
     device, dtype = require_device(config.device), getattr(torch, config.precision)
     if (
         device.type == "cuda"
@@ -326,9 +349,16 @@ def load_embedder(config: EmbedderConfig) -> Embedder:
     module = model.load(config, model.weights_path(config.weights))
     module.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
     network: Callable[[Tensor], Tensor] = torch.compile(module, dynamic=False) if config.compile else module
-    return Embedder(
-        config, config.dimensions, network, *normalization_tensors(model.normalization, device), device, dtype
-    )
+    mean, deviation = normalization_tensors(model.normalization, device)
+    return Embedder(config, config.dimensions, network, mean, deviation, device, dtype, poolings)
+
+
+def differ_in_pooling_alone(first: EmbedderConfig, second: EmbedderConfig) -> bool:
+    """Whether one forward pass gives the vectors of both, with the bytes of two: at most the pooling differs.
+
+    Compiled models are left out: their poolings are compiled together with the network.
+    """
+    return not first.compile and first.model_copy(update={"pooling": second.pooling}) == second
 
 
 def hash_of_weights(config: EmbedderConfig) -> str:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curation import backbone, weights
-from curation.backbone import PositionInterpolation, VisionTransformer
+from curation.backbone import Features, PositionInterpolation, VisionTransformer
 from curation.errors import WeightsError
+from curation.models.pooling import PooledNetwork
 
 Family = Literal["vit", "ijepa", "mae"]
 Pooling = Literal["cls", "patch_mean", "cls_patch_mean"]
@@ -40,20 +41,21 @@ class Variant:
     """"vit" has LayerScale, SwiGLU and register tokens as its checkpoint has them; the others have none of these."""
 
 
-class PooledTransformer(nn.Module):
-    """A Vision Transformer with its pooling: normalised images (B, 3, H, W) to features (B, F)."""
+class PooledTransformer(PooledNetwork):
+    """A Vision Transformer with its poolings: normalised images (B, 3, H, W) to features (B, F)."""
 
     def __init__(self, network: VisionTransformer, pooling: str) -> None:
-        super().__init__()
+        super().__init__(pooling)
         self.network = network
-        self.pooling = pooling
 
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.network.forward_features(images)
-        if self.pooling == "cls":
+    def features(self, images: Tensor) -> Features:
+        return self.network.forward_features(images)
+
+    def pool(self, features: Features, pooling: str) -> Tensor:
+        if pooling == "cls":
             return features["x_norm_clstoken"]
         patch_mean = features["x_norm_patchtokens"].mean(dim=1)
-        if self.pooling == "patch_mean":
+        if pooling == "patch_mean":
             return patch_mean
         return torch.cat([features["x_norm_clstoken"], patch_mean], dim=1)
 

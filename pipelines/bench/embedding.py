@@ -136,7 +136,7 @@ def halves(config: EmbedConfig, limits: ImageLimits, images_file: str, output: s
     shard = Shard("00000", images_file, len(rows))
 
     def decode() -> list[np.ndarray]:
-        return [picture.pixels for picture in embed.prepared_pictures(config, embedder, limits, rows, Meter())]
+        return [picture.pixels for picture in embed.prepared_pictures([config], embedder, limits, rows, Meter())]
 
     pixels = decode()
     batches = [np.stack(pixels[start : start + size]) for start in range(0, len(rows), size)]

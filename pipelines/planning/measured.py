@@ -21,11 +21,12 @@ and by the fixed rate of rates.py for the additional work, and the smaller price
 import heapq
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from curation.config import load
 from curation.copies.described import CACHED_THUMBNAILS
+from curation.embed import one_pass_serves
 from curation.engine import run_log
 from curation.engine.manifest import Manifest, require_manifest
 from curation.engine.run_log import BeginLine, EndLine, ShardLine
@@ -215,7 +216,7 @@ def estimate_stages(
     by_stage = {
         "ingest": _estimate_ingest(whole),
         "embed": _estimate_by_images(whole, "embed"),
-        "describe": _estimate_by_images(whole, "describe"),
+        "describe": _estimate_describe(whole),
         "pairs": _estimate_pairs(whole),
         "dedup": _estimate_by_images(whole, "dedup"),
         "cluster": _estimate_cluster(whole),
@@ -322,6 +323,19 @@ def _estimate_ingest(whole: _Whole) -> StageEstimate:
     skipped = whole.measured.manifests["ingest"].totals.get(NOT_SAMPLED, 0)
     images = max(1, whole.measured.steps["ingest"].items)
     return _estimate_by_images(whole, "ingest", skipped * FIXED.header_seconds / images)
+
+
+def _estimate_describe(whole: _Whole) -> StageEstimate:
+    """Made in the pass of embed it costs next to nothing; alone, about as much as embed (assumed)."""
+    step = whole.measured.steps["describe"]
+    is_shared = one_pass_serves(whole.config.embed, whole.config.describe)
+    was_shared = any(shard.ready for shard in step.shards)
+    if is_shared and not was_shared:
+        return StageEstimate("describe", whole.accepted, 0.0, 0.0, step.items, step.seconds)
+    if was_shared and not is_shared:
+        alone = _estimate_by_images(whole, "embed")
+        return replace(alone, stage="describe", measured_images=step.items, measured_seconds=step.seconds)
+    return _estimate_by_images(whole, "describe")
 
 
 def _estimate_pairs(whole: _Whole) -> StageEstimate:

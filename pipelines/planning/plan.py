@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from curation.config import resolved_toml
+from curation.embed import one_pass_serves
 from curation.engine.progress import printable
 from curation.files import paths
 from curation.models.embedders import EmbedderConfig
@@ -168,6 +169,8 @@ def _notes(config: CurateConfig, counts: Counts, measurements: Measurements | No
         )
     if config.ingest.sample_pool < 1:
         lines.append(f"A sample: about {100 * config.ingest.sample_pool:g}% of the pool (ingest.sample_pool).")
+    if one_pass_serves(config.embed, config.describe):
+        lines.append("describe is made in the pass of embed: the same network on the same pixels.")
     if measurements is None:
         lines.append(
             "Times are assumed rates, within a factor of three. For better ones: run --sample 0.1 --output SAMPLE, "

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from curation.copies.corpus_check import IMAGES_PER_SHARD, LOOKS
+from curation.embed import one_pass_serves
 from curation.errors import InputError
 from curation.files import paths
 from curation.images import counting, sources
@@ -279,11 +280,14 @@ def _price_embed(work: _Workload, stage: str) -> StagePrice:
     )
     on_gpu = embedder.num_gpus > 0
     thumbnail_bytes = (model.thumbnail_side or 0) ** 2 / 4  # WebP, 2 bits a pixel
+    written = work.images * (2 * embedder.dimensions + thumbnail_bytes)
+    if stage == "describe" and one_pass_serves(work.config.embed, model):  # the pass of embed writes its files
+        return StagePrice(stage, work.images, 0, written, work.num_shards)
     return StagePrice(
         stage,
         work.images,
         work.images * work.image_bytes,
-        work.images * (2 * embedder.dimensions + thumbnail_bytes),
+        written,
         work.num_shards,
         gpu_seconds=seconds_on_gpu if on_gpu else 0.0,
         core_seconds=work.images * work.decode_seconds + (0.0 if on_gpu else seconds_on_cores),

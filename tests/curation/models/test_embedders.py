@@ -79,6 +79,20 @@ def config_of(model: str, vit_weights: str, sscd_weights: str, **options: object
     return EmbedderConfig.model_validate({**chosen, **options})
 
 
+@pytest.mark.parametrize("model", ["lite", "vit"])
+def test_one_pass_gives_the_bytes_of_a_pass_for_each_pooling(model: str, vit_weights: str) -> None:
+    config = config_of(model, vit_weights, "")
+    poolings = list(embedders.MODELS[config.name].dimensions)
+    together = load_embedder(config, poolings)
+    batch = pixels(together, 3)
+    (vectors,) = together.embed_in_one_pass([batch])
+    assert together.poolings == (config.pooling, *(name for name in poolings if name != config.pooling))
+    for pooling, of_pooling in zip(together.poolings, vectors, strict=True):
+        alone = load_embedder(config_of(model, vit_weights, "", pooling=pooling))
+        assert np.array_equal(alone.embed(batch), of_pooling)
+        assert of_pooling.shape == (3, alone.dimensions)
+
+
 MODELS = {"lite": 1280 + 320, "vit": 2 * 192, "sscd": 512}
 
 

@@ -1,5 +1,6 @@
 """Prices by the times of a finished run: they repeat the run itself, and grow with each amount of work."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -110,6 +111,23 @@ def test_work_grows_and_start_up_does_not(finished: tuple[CurateConfig, Path]) -
     images = [stages["pairs"].images for stages in (once, tenfold)]
     work = [stages["pairs"].seconds - stages["pairs"].start_seconds for stages in (once, tenfold)]
     assert work[1] / work[0] > images[1] / images[0], "candidates grow faster than the images"
+
+
+def test_describe_is_priced_by_its_pass_there_and_here(finished: tuple[CurateConfig, Path], tmp_path: Path) -> None:
+    """The log of the fixture says that describe took times of its own, in the pass of embed."""
+    config, run = finished
+    embedder = config.describe.embedder.model_copy(update={"image_size": 64})
+    apart = config.model_copy(update={"describe": config.describe.model_copy(update={"embedder": embedder})})
+    stages = estimates(apart, run)
+    assert stages["describe"].seconds == stages["embed"].seconds, "a pass of its own, which was not measured"
+    assert stages["describe"].measured_seconds < stages["embed"].measured_seconds
+    measurements = measured.read_measurements(str(run))
+    lines = [dataclasses.replace(line, ready=False) for line in measurements.steps["describe"].shards]
+    step = dataclasses.replace(measurements.steps["describe"], shards=lines)
+    two_passes = dataclasses.replace(measurements, steps={**measurements.steps, "describe": step})
+    for here, costs in ((config, False), (apart, True)):
+        described = measured.estimate_stages(here, count_sources(here), None, two_passes, workers=2)[2]
+        assert described.stage == "describe" and (described.seconds > START_UP) == costs
 
 
 def test_more_workers_take_less_time_until_the_shards_run_out(finished: tuple[CurateConfig, Path]) -> None:

@@ -198,6 +198,24 @@ def test_a_plan_is_one_screen_with_this_machine_first(
     assert "machines of" not in text and "Unknown" not in text and "at least" not in text
 
 
+def test_describe_costs_its_writes_where_the_pass_of_embed_makes_it(
+    pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, model = config_of(pictures), {"name": "efficientnet_lite0", "pooling": "gem", "image_size": 96}
+    apart = config_of(pictures, describe={"embedder": model})
+    prices = []
+    for config in (shared, apart):
+        embed, describe = price_run(config, count_sources(config), 10).stages[1:3]
+        assert embed.core_seconds > 0 and embed.reads > 0 and describe.writes == embed.writes
+        prices.append((describe.core_seconds, describe.reads))
+    assert prices[0] == (0, 0) and min(prices[1]) > 0
+    texts = [
+        words_of(first_screen(config, capsys, monkeypatch, str(pictures / "run"))).count("in the pass of embed")
+        for config in (shared, apart)
+    ]
+    assert texts == [1, 0]
+
+
 def test_an_unknown_source_is_named_and_makes_all_totals_minima(
     pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
