@@ -463,8 +463,8 @@ def _copies(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thum
             f"{_count(exact, 'file')} had the bytes of another file and {'was' if exact == 1 else 'were'} dropped. "
             "Images that are connected by copy pairs form a component: there "
             f"{'is' if num_components == 1 else 'are'} {_count(num_components, 'component')} of two or more unique "
-            "images. In each component the seeds are kept or, without a seed, the image of highest priority, mostly the "
-            "unedited one."
+            "images. In each component the seeds are kept or, without a seed, the image of highest priority, mostly "
+            "the unedited one."
             + (" Members that are not copies of a kept image are kept too." if keeps_other_members else ""),
         ),
         tag("p", _label_conflicts(finished.manifests["dedup"].facts["label_conflicts"])),

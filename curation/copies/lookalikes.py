@@ -1,0 +1,124 @@
+"""Sources whose images look alike although they are no copies: solar cells, sheets of one fabric, frames of a video.
+
+Among such images no score tells copies from others, so dedup would drop images for their look-alikes. Two signs are
+looked for, in each source with the role `seed` or `pool` (an image belongs to the source of the row that represents it):
+
+    no gap       the pairs within GAP of the threshold are nearly as many as the pairs above it. Copies have scores far
+                 above the threshold and other pairs far below it, which leaves few between them
+    one group    a large part of the source is connected into one component. Copies of one picture are seldom a large
+                 part of a source, and copies of several pictures form several components
+
+An image counts only with CROWDED neighbours or more at the threshold. Measured 2026-11 with the thresholds of the
+profiles, as the share of crowded images, pairs within GAP to pairs above, and the share of the source in one component:
+
+    60 rendered solar cells, 12 of them defective       1.00    0.07    1.00    one group
+    50 frames of a moving object, with noise            1.00    1.34    1.00    both signs
+    40 crops of one texture                             0.75    0.00    0.95    one group
+    2,551 drawings of the demo                          0.12    0.69            no gap (at 0.67)
+    1,823 photographs and copies of them, 4 to 5 each   0.06    0.13    0.01    neither
+    13 photographs with 30 copies each                  0.70    0.14    0.07    neither
+
+Legend: N images, E pairs. Arrays over them lie on disk.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from curation.copies.components import connected_components, node_type
+from curation.copies.duplicate_graph import Edges, Nodes
+from curation.files.disk_arrays import blocks, count_true, on_disk
+
+# Neighbours at the threshold from which an image is crowded. Stated by the users' requirement.
+CROWDED = 5
+# Distance from the threshold within which a pair counts as near it. Assumed.
+GAP = 0.1
+# Pairs near the threshold for each pair above, from which there is no gap. Measured: see the table.
+MAX_NEAR = 0.6
+# Minimum share and number of crowded images of a source without a gap. Assumed.
+MIN_SHARE, MIN_CROWDED = 0.1, 10
+# Minimum share of a source, and number of its crowded images, in one component. Assumed: above the 30 copies of a much
+# copied picture in a pool of 100.
+GROUP_SHARE, MIN_GROUP = 1 / 3, 20
+
+
+@dataclass(frozen=True)
+class Lookalikes:
+    """A source whose images look alike."""
+
+    source: str
+    images: int
+    crowded: int
+    """Images with CROWDED neighbours or more at the threshold."""
+    near_threshold: int
+    above: int
+    """Pairs of crowded images within GAP of the threshold, and above."""
+    largest_group: int
+    """Crowded images of the largest component."""
+
+
+def find_lookalikes(nodes: Nodes, edges: Edges, sources: tuple[str, ...], threshold: float) -> list[Lookalikes]:
+    """The sources whose images look alike, in the order of `sources`."""
+    num_nodes = len(nodes.image_ids)
+    num_neighbors = on_disk(num_nodes, np.int32)
+
+    def pairs(least: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """In blocks: the pairs of seeds and pool images from a similarity of `least`."""
+        for part in blocks(len(edges.first)):
+            one, other, value = edges.first[part], edges.second[part], edges.similarity[part]
+            chosen = (value >= least) & (one != other) & ~nodes.is_holdout[one] & ~nodes.is_holdout[other]
+            yield one[chosen], other[chosen], value[chosen]
+
+    for one, other, _ in pairs(threshold):
+        np.add.at(num_neighbors, one, 1)
+        np.add.at(num_neighbors, other, 1)
+    num_images, num_crowded, near, above = (np.zeros(len(sources), np.int64) for _ in range(4))
+    for part in blocks(num_nodes):
+        source = nodes.source[part]
+        is_counted = ~nodes.is_holdout[part]
+        num_images += np.bincount(source[is_counted], minlength=len(sources))
+        num_crowded += np.bincount(source[is_counted & (num_neighbors[part] >= CROWDED)], minlength=len(sources))
+    for one, other, value in pairs(threshold - GAP):
+        is_near = value < threshold + GAP
+        for node in (one, other):
+            is_crowded = num_neighbors[node] >= CROWDED
+            for counts, chosen in ((near, is_near), (above, ~is_near)):
+                counts += np.bincount(nodes.source[node[is_crowded & chosen]], minlength=len(sources))
+    component = on_disk(num_nodes, node_type(num_nodes))
+    connected_components(num_nodes, ((one, other) for one, other, _ in pairs(threshold)), parent=component)
+    result = []
+    for number in range(len(sources)):
+        images, crowded = int(num_images[number]), int(num_crowded[number])
+        if crowded < MIN_CROWDED or crowded < MIN_SHARE * images:
+            continue
+        group = _largest_group(component, num_neighbors, nodes, number)
+        has_no_gap = near[number] >= MAX_NEAR * above[number]
+        if has_no_gap or (group >= MIN_GROUP and group >= GROUP_SHARE * images):
+            counts = (int(near[number]), int(above[number]))
+            result.append(Lookalikes(sources[number], images, crowded, *counts, group))
+    return result
+
+
+def pairs_of_lookalikes(nodes: Nodes, edges: Edges, is_alike: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """In blocks of edges: which of them join two seeds or pool images, one of them in a source of `is_alike` (S,)."""
+    for part in blocks(len(edges.first)):
+        yield part, joins_lookalikes(nodes, edges, is_alike, part)
+
+
+def joins_lookalikes(nodes: Nodes, edges: Edges, is_alike: np.ndarray, part: slice) -> np.ndarray:
+    """Which edges of `part` join two seeds or pool images, one of them in a source of `is_alike` (S,)."""
+    one, other = edges.first[part], edges.second[part]
+    result: np.ndarray = is_alike[nodes.source[one]] | is_alike[nodes.source[other]]
+    result &= ~nodes.is_holdout[one] & ~nodes.is_holdout[other] & (one != other)
+    return result
+
+
+def _largest_group(component: np.ndarray, num_neighbors: np.ndarray, nodes: Nodes, source: int) -> int:
+    """The largest number of crowded images of a source in one component."""
+    sizes = on_disk(len(component), np.int32)
+    for part in blocks(len(component)):
+        is_counted = (nodes.source[part] == source) & (num_neighbors[part] >= CROWDED) & ~nodes.is_holdout[part]
+        np.add.at(sizes, component[part][is_counted], 1)
+    assert count_true(sizes[:1] >= 0) == min(1, len(sizes))
+    return max((int(sizes[part].max()) for part in blocks(len(sizes))), default=0)
