@@ -31,6 +31,9 @@ A chain of near-copies can connect a large share of a pool into one component. T
 the facts count the effect of each. `mutual_neighbors` and `families` leave out pairs, `max_component_size` splits large
 components, and `matches_kept` compares each dropped image with the kept image that it is a copy of.
 
+Some domains hold images that look alike although they are no copies. `lookalikes` says what happens to such sources;
+by default the run stops before anything is dropped (copies/lookalikes.py).
+
 `label_guard` leaves out pairs of seeds and pool images with different labels. Images with equal bytes are one image
 whatever their labels; the facts list the images whose rows have several.
 
@@ -47,8 +50,8 @@ Legend: N unique images, the nodes, numbered in the order of their image_ids; E 
 import functools
 import heapq
 import posixpath
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -67,9 +70,17 @@ from curation.copies.components import (
     unite,
 )
 from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
+from curation.copies.lookalikes import CROWDED, Lookalikes, find_lookalikes, joins_lookalikes, pairs_of_source
 from curation.copies.priority import CopyPairs, Priority, has_priority, prioritize, put_by_priority
 from curation.engine import command, progress
-from curation.engine.manifest import Manifest, ShardRecord, require_fact, require_manifest, sum_counts
+from curation.engine.manifest import (
+    Manifest,
+    ShardRecord,
+    read_manifest,
+    require_fact,
+    require_manifest,
+    sum_counts,
+)
 from curation.engine.run_log import Log
 from curation.engine.runner import InlineRunner, Runner, Shard
 from curation.engine.stage import Stage, run_stage
@@ -87,10 +98,22 @@ SWEEP_STEP = 0.05
 # Rise of the threshold at each split of a large component (`max_component_size`). Assumed.
 SPLIT_STEP = 0.02
 # The settings that guard against chains of copies, and `holdout_cosine`; the facts hold the value and effect of each.
-GUARDS = ("mutual_neighbors", "families", "label_guard", "max_component_size", "matches_kept", "holdout_cosine")
+GUARDS = (
+    "mutual_neighbors",
+    "families",
+    "label_guard",
+    "lookalikes",
+    "max_component_size",
+    "matches_kept",
+    "holdout_cosine",
+)
 # A reason is stored as its index in this tuple.
 REASONS = (None, "exact", "near", "holdout")
 KEPT, EXACT, NEAR, HOLDOUT = range(4)
+
+
+# Shows pairs of some sources to the user: by source, two image_ids and their similarity. Returns where they are shown.
+ShowPairs = Callable[[Sequence[Lookalikes], Mapping[str, Sequence[tuple[str, str, float]]]], str]
 
 
 class FamilyConfig(Settings):
@@ -132,6 +155,10 @@ class DedupConfig(Settings):
     label_guard: bool = True
     """Whether an image is never dropped for a seed or pool image of another label, where both have one. Subfolders are
     labels too; set false where they are no classes. The holdout and equal bytes count whatever the labels."""
+    lookalikes: Literal["stop", "drop", "exact"] = "stop"
+    """The treatment of sources whose images look alike although they are no copies (copies/lookalikes.py). `stop` ends
+    the run before anything is dropped, with a page of their pairs. `drop` treats them as all others. `exact` drops none
+    of their seeds and pool images as near-copies; equal bytes and matches with the holdout are still dropped."""
     decontamination: Literal["direct", "component"] = "direct"
     """Whether images that match a holdout image are dropped, or the whole components that contain one."""
     decontaminate_seeds: bool = True
@@ -160,10 +187,19 @@ class Decision:
     sweep: list[dict[str, float | int]]  # one row a threshold: counts of the components at that threshold
 
 
-def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = False, log: Log = None) -> Manifest:
+def run(
+    config: DedupConfig,
+    inputs: RunFolder,
+    output: str,
+    *,
+    replace: bool = False,
+    log: Log = None,
+    show_pairs: ShowPairs | None = None,
+) -> Manifest:
     """Decide for every row of the finished ingest; returns the manifest.
 
-    Raises ConfigError for a threshold below the `min_similarity` of the pairs written, or for a `holdout_threshold`
+    show_pairs: shows the pairs of sources whose images look alike (report/lookalikes_page.py), and returns the place.
+    Raises InputError for such sources with `lookalikes = "stop"`. Raises ConfigError for a threshold below the `min_similarity` of the pairs written, or for a `holdout_threshold`
     above their `max_holdout_threshold`. It takes no runner: the decision lies on the driver's disk, so the driver
     writes all shards itself.
     """
@@ -193,12 +229,25 @@ def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = 
     if not start:
         raise InputError(f"'{images}' holds no accepted image. See its rejects-*.parquet for the reasons.")
 
-    @functools.cache  # called only when a shard is missing, so that a finished stage decides nothing
-    def graph_and_decision() -> tuple[DuplicateGraph, Decision]:
+    # These are called only when a shard is missing, so that a finished stage decides nothing.
+    @functools.cache
+    def read() -> DuplicateGraph:
         with progress.step("dedup", "reading the pairs"):
-            graph = read_graph(images, pairs)
+            return read_graph(images, pairs)
+
+    @functools.cache
+    def lookalikes() -> list[Lookalikes]:
+        if config.lookalikes == "drop":
+            return []
+        return find_lookalikes(read().nodes, read().edges, read().sources, config.threshold)
+
+    @functools.cache
+    def graph_and_decision() -> tuple[DuplicateGraph, Decision]:
+        graph = read()
         with progress.step("dedup", "deciding which images are copies"):
-            return graph, decide(config, graph.nodes, graph.edges, min_sweep_threshold=min_similarity)
+            is_alike = np.isin(graph.sources, [each.source for each in lookalikes()])
+            decided = decide(config, graph.nodes, graph.edges, min_sweep_threshold=min_similarity, is_alike=is_alike)
+            return graph, decided
 
     stage = Stage(
         name="dedup",
@@ -207,13 +256,18 @@ def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = 
         output=output,
         shards=shards,
         make_worker=lambda: make_worker(output, *graph_and_decision()),
-        finish=lambda done: (_facts(*graph_and_decision()), None),
+        finish=lambda done: (_facts(*graph_and_decision(), lookalikes()), None),
         facts={
             "threshold": config.threshold,
             "holdout_threshold": config.holdout_threshold,
             "guard_settings": {name: config.model_dump(mode="json")[name] for name in GUARDS},
         },
     )
+    # Before the stage claims its output: the user goes on with another value of the setting.
+    finished = read_manifest(output)
+    begins = finished is None or (replace and finished.plan != stage.plan())
+    if begins and config.lookalikes == "stop" and lookalikes():
+        raise InputError(_stop_at_lookalikes(config, read(), lookalikes(), show_pairs))
     return run_stage(stage, InlineRunner(), replace=replace, log=log)
 
 
@@ -233,8 +287,18 @@ def make_worker(output: str, graph: DuplicateGraph, decision: Decision) -> Calla
     return process
 
 
-def decide(config: DedupConfig, nodes: Nodes, edges: Edges, *, min_sweep_threshold: float = 0.0) -> Decision:
-    """Which images are dropped, given the edges between them. The sweep begins at `min_sweep_threshold`."""
+def decide(
+    config: DedupConfig,
+    nodes: Nodes,
+    edges: Edges,
+    *,
+    min_sweep_threshold: float = 0.0,
+    is_alike: np.ndarray | None = None,
+) -> Decision:
+    """Which images are dropped, given the edges between them. The sweep begins at `min_sweep_threshold`.
+
+    is_alike: by source, whether its seeds and pool images are dropped for no near-copy.
+    """
     num_nodes = len(nodes.image_ids)
     dtype = edges.first.dtype
     decision = Decision(
@@ -246,7 +310,7 @@ def decide(config: DedupConfig, nodes: Nodes, edges: Edges, *, min_sweep_thresho
         sweep=[],
     )
     _drop_matches_of_holdout(config, nodes, edges, decision)
-    may_connect = _edges_that_may_connect(config, nodes, edges, decision)
+    may_connect = _edges_that_may_connect(config, nodes, edges, decision, is_alike)
     _find_components(config, edges, may_connect, decision)
     _drop_copies(config, nodes, edges, may_connect, decision)
     decision.sweep.extend(_sweep(config, nodes, edges, may_connect, min_sweep_threshold))
@@ -324,7 +388,9 @@ def _labels_differ(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarr
     return result
 
 
-def _edges_that_may_connect(config: DedupConfig, nodes: Nodes, edges: Edges, decision: Decision) -> np.ndarray:
+def _edges_that_may_connect(
+    config: DedupConfig, nodes: Nodes, edges: Edges, decision: Decision, is_alike: np.ndarray | None
+) -> np.ndarray:
     """Which edges, (E,) bool, connect copies if they are similar enough: the ones that no guard leaves out."""
     num_nodes = len(nodes.image_ids)
     num_edges = len(edges.first)
@@ -338,6 +404,8 @@ def _edges_that_may_connect(config: DedupConfig, nodes: Nodes, edges: Edges, dec
         left_out.append(("mutual_neighbors", lambda part: ~edges.mutual[part]))
     if config.label_guard:
         left_out.append(("label_guard", lambda part: _labels_differ(nodes, edges.first[part], edges.second[part])))
+    if is_alike is not None and is_alike.any():
+        left_out.append(("lookalikes", lambda part: joins_lookalikes(nodes, edges, is_alike, part)))
     for guard, is_marked in left_out:
         count = 0
         for part in blocks(num_edges):
@@ -548,7 +616,33 @@ def _sweep(
     return rows[::-1]
 
 
-def _facts(graph: DuplicateGraph, decision: Decision) -> dict[str, Any]:
+def _stop_at_lookalikes(
+    config: DedupConfig, graph: DuplicateGraph, lookalikes: Sequence[Lookalikes], show_pairs: ShowPairs | None
+) -> str:
+    """The message on the sources. Their pairs are shown where `show_pairs` is given."""
+    where = ""
+    if show_pairs is not None:
+        pairs_of = {}
+        for alike in lookalikes:
+            number = graph.sources.index(alike.source)
+            pairs = pairs_of_source(graph.nodes, graph.edges, number, config.threshold)
+            ends = np.array([pair[:2] for pair in pairs], np.int64).reshape(-1, 2).T
+            one, other = (unpack_ids(graph.nodes.image_ids[nodes]).to_pylist() for nodes in ends)
+            pairs_of[alike.source] = list(zip(one, other, [pair[2] for pair in pairs], strict=True))
+        where = f" Look at their pairs in {show_pairs(lookalikes, pairs_of)}."
+    shares = ", ".join(
+        f"'{alike.source}' ({alike.crowded / alike.images:.0%} of {alike.images:,} images have {CROWDED} or more "
+        f"neighbours at the threshold {config.threshold:g})"
+        for alike in lookalikes
+    )
+    return (
+        f"dedup: images look alike, so that no score tells copies from other images: {shares}. Nothing was dropped."
+        f"{where} If they are copies, go on with --set dedup.lookalikes=drop. If they are different images, go on with "
+        "--set dedup.lookalikes=exact: of these sources, only equal files and matches with the holdout are dropped."
+    )
+
+
+def _facts(graph: DuplicateGraph, decision: Decision, lookalikes: Sequence[Lookalikes]) -> dict[str, Any]:
     """The facts of the manifest: counts, the largest components, the effect of each guard, the threshold sweep."""
     sizes = component_sizes(decision.component)
     histogram: dict[int, int] = {}
@@ -569,7 +663,20 @@ def _facts(graph: DuplicateGraph, decision: Decision) -> dict[str, Any]:
         "guards": decision.guards,
         "label_conflicts": {"images": graph.label_conflicts[0], "examples": graph.label_conflicts[1]},
         "threshold_sweep": decision.sweep,
+        "lookalikes": [
+            {**asdict(each), "holdout_matches": _num_holdout_matches(graph, decision, each.source)}
+            for each in lookalikes
+        ],
     }
+
+
+def _num_holdout_matches(graph: DuplicateGraph, decision: Decision, source: str) -> int:
+    """The images of a source that were dropped because they match the holdout."""
+    number, nodes = graph.sources.index(source), graph.nodes
+    return sum(
+        count_true((decision.reason[part] == HOLDOUT) & (nodes.source[part] == number) & ~nodes.is_holdout[part])
+        for part in blocks(len(nodes.image_ids))
+    )
 
 
 def _decided_rows(

@@ -539,6 +539,9 @@ def _guard(guard: Guard) -> tuple[Markup, str, str]:
         case "label_guard":
             purpose = "an image is not dropped for a seed or pool image of another label"
             effect = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
+        case "lookalikes":
+            purpose = "near-copies are not dropped in sources whose images look alike"
+            effect = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
         case "max_component_size":
             purpose = "larger components are split by a higher threshold"
             effect = (

@@ -279,7 +279,7 @@ def test_sweep_over_thresholds(example: str) -> None:
 
 def test_guards_show_their_effects(example: str, tmp_path: Path) -> None:
     off = facts.guards(facts.read_run(example, CONCEPTS))
-    assert len(off) == 6 and all(guard.counts is None for guard in off if guard.option != "label_guard")
+    assert len(off) == 7 and all(guard.counts is None for guard in off if guard.option != "label_guard")
     assert read_page(example).text.count("off") >= 5
     root = tmp_path / "images"
     write_image(root / "seeds/seed.png", RED)
