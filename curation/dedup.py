@@ -199,9 +199,9 @@ def run(
     """Decide for every row of the finished ingest; returns the manifest.
 
     show_pairs: shows the pairs of sources whose images look alike (report/lookalikes_page.py), and returns the place.
-    Raises InputError for such sources with `lookalikes = "stop"`. Raises ConfigError for a threshold below the `min_similarity` of the pairs written, or for a `holdout_threshold`
-    above their `max_holdout_threshold`. It takes no runner: the decision lies on the driver's disk, so the driver
-    writes all shards itself.
+    Raises InputError for such sources with `lookalikes = "stop"`. Raises ConfigError for a threshold below the
+    `min_similarity` of the pairs written, or for a `holdout_threshold` above their `max_holdout_threshold`. It takes no
+    runner: the decision lies on the driver's disk, so the driver writes all shards itself.
     """
     images, pairs = inputs.ingest, inputs.pairs
     ingested, paired = require_manifest(images), require_manifest(pairs)

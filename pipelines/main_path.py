@@ -12,6 +12,7 @@
       corpus/        the tars of the corpus, and its composition                  curation/pack.py
       images/        one row for each unique image, with the results of all       curation/report/images_table.py
       report.html    the results of all stages in pictures and tables             curation/report/page.py
+      lookalikes.html  only of a run that dedup stopped, because images look alike  curation/report/lookalikes_page.py
       log/           a line for each finished shard, with times                   curation/engine/run_log.py
 
 `run` is the whole path. The config follows it: a section for each stage, and the rules between sections. A finished

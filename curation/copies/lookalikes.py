@@ -4,7 +4,8 @@ Among such images no score tells copies from others, so dedup would drop images 
 the role `seed` or `pool` is judged by two signs; an image belongs to the source of the row that represents it:
 
     no gap       the pairs within GAP of the threshold are nearly as many as the pairs above it. Copies have scores far
-                 above the threshold and other pairs far below it, which leaves few between them
+                 above the threshold and other pairs far below it, which leaves few between them. A threshold of
+                 1 - GAP or more leaves no room above, so this sign is not judged
     one group    a large part of the source is connected into one component. Copies of one picture are seldom a large
                  part of a source, and copies of several pictures form several components
 
@@ -100,7 +101,7 @@ def find_lookalikes(nodes: Nodes, edges: Edges, sources: tuple[str, ...], thresh
         if crowded < MIN_CROWDED or crowded < MIN_SHARE * images:
             continue
         group = _largest_group(component, num_neighbors, nodes, number)
-        has_no_gap = near[number] >= MAX_NEAR * above[number]
+        has_no_gap = threshold + GAP < 1 and near[number] >= MAX_NEAR * above[number]
         if has_no_gap or (group >= MIN_GROUP and group >= GROUP_SHARE * images):
             pairs_of_crowded = int(near[number]), int(above[number])
             result.append(Lookalikes(sources[number], images, crowded, *pairs_of_crowded, group))

@@ -64,6 +64,8 @@ def test_scores_without_a_gap_look_alike() -> None:
     (found,) = alike(300, edges, source=np.repeat([1, 0], [200, 100]))
     assert found.source == "b" and found.near_threshold > found.above
     assert alike(1100, edges) == [], "less than a tenth of the source is crowded"
+    high = edges_of([(a, b, s + 0.45) for a, b, s in edges if s < 0.55])
+    assert find_lookalikes(nodes_of(300), high, ("a",), 0.92) == [], "no score lies above such a threshold"
 
 
 def test_the_holdout_is_not_judged() -> None:

@@ -305,6 +305,7 @@ def test_guards_show_their_effects(example: str, tmp_path: Path) -> None:
         "families": {"pairs_left_out": 2},
         "max_component_size": {"components_split": 0, "images_in_them": 0, "components_still_larger": 0},
         "label_guard": {"pairs_left_out": 0},
+        "lookalikes": None,
         "matches_kept": {"images_kept": 0},
         "holdout_cosine": {"images_taken": 1},
     }
