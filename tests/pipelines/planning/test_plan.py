@@ -142,10 +142,12 @@ def test_local_files_are_counted(pictures: Path) -> None:
 
 def test_the_check_of_the_corpus_has_a_price(pictures: Path) -> None:
     config = config_of(pictures)
-    checked = config.model_copy(update={"retrieve": config.retrieve.model_copy(update={"check_copies": True})})
     with_check, without = (
         {stage.stage: stage for stage in price_run(each, count_sources(each), 9).stages}["retrieve"]
-        for each in (checked, config)
+        for each in (
+            config.model_copy(update={"retrieve": config.retrieve.model_copy(update={"check_copies": checks})})
+            for checks in (True, False)
+        )
     )
     for name in ("core_seconds", "reads", "writes", "driver_bytes"):
         assert getattr(with_check, name) > getattr(without, name)
@@ -201,8 +203,9 @@ def test_a_plan_is_one_screen_with_this_machine_first(
 def test_describe_costs_its_writes_where_the_pass_of_embed_makes_it(
     pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared, model = config_of(pictures), {"name": "efficientnet_lite0", "pooling": "gem", "image_size": 96}
-    apart = config_of(pictures, describe={"embedder": model})
+    model = {"name": "efficientnet_lite0", "pooling": "gem", "image_size": 96}
+    shared = config_of(pictures, describe={"thumbnail_side": 0})
+    apart = config_of(pictures, describe={"thumbnail_side": 0, "embedder": model})
     prices = []
     for config in (shared, apart):
         embed, describe = price_run(config, count_sources(config), 10).stages[1:3]
