@@ -7,9 +7,8 @@
 
 Images with equal bytes are one unique image that occurs several times. Pairs at or above `threshold` connect two images
 into one component. All seeds of a component are kept, since seeds are trusted. Without a seed, one image is kept: the
-one with the most pixels, then the most bytes, then the smallest image_id. This order is the priority of an image; seeds
-come before all others. With `matches_kept`, images are visited by priority, and an image is dropped only when it is a
-copy of an image that was kept before it:
+one of highest priority (copies/priority.py), mostly the unedited one. With `matches_kept`, images are visited by
+priority, and an image is dropped only when it is a copy of an image that was kept before it:
 
     three images by falling priority, A, B, C:    A --0.8-- B --0.7-- C    (A and C are not copies)
 
@@ -32,6 +31,12 @@ A chain of near-copies can connect a large share of a pool into one component. T
 the facts count the effect of each. `mutual_neighbors` and `families` leave out pairs, `max_component_size` splits large
 components, and `matches_kept` compares each dropped image with the kept image that it is a copy of.
 
+Some domains hold images that look alike although they are no copies. `lookalikes` says what happens to such sources;
+by default the run stops before anything is dropped (copies/lookalikes.py).
+
+`label_guard` leaves out pairs of seeds and pool images with different labels. Images with equal bytes are one image
+whatever their labels; the facts list the images whose rows have several.
+
 The driver decides. Its arrays over images and pairs lie on disk (files/disk_arrays.py): about 90 bytes per row of
 ingest and 70 per pair. They are read in blocks, so memory grows neither with their length nor with the size of a
 component; measured: 0.35 GB with 1 and with 2 million images. The driver also writes the shards. A resumed run decides
@@ -45,8 +50,8 @@ Legend: N unique images, the nodes, numbered in the order of their image_ids; E 
 import functools
 import heapq
 import posixpath
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -55,10 +60,27 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from curation.config import Settings
-from curation.copies.components import component_sizes, connected_components, family_edges, flatten, separate, unite
+from curation.copies.components import (
+    component_sizes,
+    connected_components,
+    family_edges,
+    flatten,
+    node_type,
+    separate,
+    unite,
+)
 from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
+from curation.copies.lookalikes import CROWDED, Lookalikes, find_lookalikes, joins_lookalikes, pairs_of_source
+from curation.copies.priority import CopyPairs, Priority, has_priority, prioritize, put_by_priority
 from curation.engine import command, progress
-from curation.engine.manifest import Manifest, ShardRecord, require_fact, require_manifest, sum_counts
+from curation.engine.manifest import (
+    Manifest,
+    ShardRecord,
+    read_manifest,
+    require_fact,
+    require_manifest,
+    sum_counts,
+)
 from curation.engine.run_log import Log
 from curation.engine.runner import InlineRunner, Runner, Shard
 from curation.engine.stage import Stage, run_stage
@@ -67,7 +89,6 @@ from curation.files import parquet, paths, schemas
 from curation.files.disk_arrays import blocks, count_true, on_disk
 from curation.files.image_ids import pack_ids, unpack_ids
 from curation.run_folder import RunFolder, require_same_ingest
-from curation.search.top_k import top_k_of_groups
 from curation.stage_command import stage_command
 
 # Number of the largest components that the manifest names; the report shows them.
@@ -77,10 +98,22 @@ SWEEP_STEP = 0.05
 # Rise of the threshold at each split of a large component (`max_component_size`). Assumed.
 SPLIT_STEP = 0.02
 # The settings that guard against chains of copies, and `holdout_cosine`; the facts hold the value and effect of each.
-GUARDS = ("mutual_neighbors", "families", "max_component_size", "matches_kept", "holdout_cosine")
+GUARDS = (
+    "mutual_neighbors",
+    "families",
+    "label_guard",
+    "lookalikes",
+    "max_component_size",
+    "matches_kept",
+    "holdout_cosine",
+)
 # A reason is stored as its index in this tuple.
 REASONS = (None, "exact", "near", "holdout")
 KEPT, EXACT, NEAR, HOLDOUT = range(4)
+
+
+# Shows pairs of some sources to the user: by source, two image_ids and their similarity. Returns where they are shown.
+ShowPairs = Callable[[Sequence[Lookalikes], Mapping[str, Sequence[tuple[str, str, float]]]], str]
 
 
 class FamilyConfig(Settings):
@@ -119,6 +152,13 @@ class DedupConfig(Settings):
     kept."""
     families: FamilyConfig | None = None
     """How families are told from copies, for verified pairs. Without this section no pair belongs to a family."""
+    label_guard: bool = True
+    """Whether an image is never dropped for a seed or pool image of another label, where both have one. Subfolders are
+    labels too; set false where they are no classes. The holdout and equal bytes count whatever the labels."""
+    lookalikes: Literal["stop", "drop", "exact"] = "stop"
+    """The treatment of sources whose images look alike although they are no copies (copies/lookalikes.py). `stop` ends
+    the run before anything is dropped, with a page of their pairs. `drop` treats them as all others. `exact` drops none
+    of their seeds and pool images as near-copies; equal bytes and matches with the holdout are still dropped."""
     decontamination: Literal["direct", "component"] = "direct"
     """Whether images that match a holdout image are dropped, or the whole components that contain one."""
     decontaminate_seeds: bool = True
@@ -147,12 +187,21 @@ class Decision:
     sweep: list[dict[str, float | int]]  # one row a threshold: counts of the components at that threshold
 
 
-def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = False, log: Log = None) -> Manifest:
+def run(
+    config: DedupConfig,
+    inputs: RunFolder,
+    output: str,
+    *,
+    replace: bool = False,
+    log: Log = None,
+    show_pairs: ShowPairs | None = None,
+) -> Manifest:
     """Decide for every row of the finished ingest; returns the manifest.
 
-    Raises ConfigError for a threshold below the `min_similarity` of the pairs written, or for a `holdout_threshold`
-    above their `max_holdout_threshold`. It takes no runner: the decision lies on the driver's disk, so the driver
-    writes all shards itself.
+    show_pairs: shows the pairs of sources whose images look alike (report/lookalikes_page.py), and returns the place.
+    Raises InputError for such sources with `lookalikes = "stop"`. Raises ConfigError for a threshold below the
+    `min_similarity` of the pairs written, or for a `holdout_threshold` above their `max_holdout_threshold`. It takes no
+    runner: the decision lies on the driver's disk, so the driver writes all shards itself.
     """
     images, pairs = inputs.ingest, inputs.pairs
     ingested, paired = require_manifest(images), require_manifest(pairs)
@@ -180,12 +229,25 @@ def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = 
     if not start:
         raise InputError(f"'{images}' holds no accepted image. See its rejects-*.parquet for the reasons.")
 
-    @functools.cache  # called only when a shard is missing, so that a finished stage decides nothing
-    def graph_and_decision() -> tuple[DuplicateGraph, Decision]:
+    # These are called only when a shard is missing, so that a finished stage decides nothing.
+    @functools.cache
+    def read() -> DuplicateGraph:
         with progress.step("dedup", "reading the pairs"):
-            graph = read_graph(images, pairs)
+            return read_graph(images, pairs)
+
+    @functools.cache
+    def lookalikes() -> list[Lookalikes]:
+        if config.lookalikes == "drop":
+            return []
+        return find_lookalikes(read().nodes, read().edges, read().sources, config.threshold)
+
+    @functools.cache
+    def graph_and_decision() -> tuple[DuplicateGraph, Decision]:
+        graph = read()
         with progress.step("dedup", "deciding which images are copies"):
-            return graph, decide(config, graph.nodes, graph.edges, min_sweep_threshold=min_similarity)
+            is_alike = np.isin(graph.sources, [each.source for each in lookalikes()])
+            decided = decide(config, graph.nodes, graph.edges, min_sweep_threshold=min_similarity, is_alike=is_alike)
+            return graph, decided
 
     stage = Stage(
         name="dedup",
@@ -194,13 +256,18 @@ def run(config: DedupConfig, inputs: RunFolder, output: str, *, replace: bool = 
         output=output,
         shards=shards,
         make_worker=lambda: make_worker(output, *graph_and_decision()),
-        finish=lambda done: (_facts(*graph_and_decision()), None),
+        finish=lambda done: (_facts(*graph_and_decision(), lookalikes()), None),
         facts={
             "threshold": config.threshold,
             "holdout_threshold": config.holdout_threshold,
             "guard_settings": {name: config.model_dump(mode="json")[name] for name in GUARDS},
         },
     )
+    # Before the stage claims its output: the user goes on with another value of the setting.
+    finished = read_manifest(output)
+    begins = finished is None or (replace and finished.plan != stage.plan())
+    if begins and config.lookalikes == "stop" and lookalikes():
+        raise InputError(_stop_at_lookalikes(config, read(), lookalikes(), show_pairs))
     return run_stage(stage, InlineRunner(), replace=replace, log=log)
 
 
@@ -220,20 +287,30 @@ def make_worker(output: str, graph: DuplicateGraph, decision: Decision) -> Calla
     return process
 
 
-def decide(config: DedupConfig, nodes: Nodes, edges: Edges, *, min_sweep_threshold: float = 0.0) -> Decision:
-    """Which images are dropped, given the edges between them. The sweep begins at `min_sweep_threshold`."""
+def decide(
+    config: DedupConfig,
+    nodes: Nodes,
+    edges: Edges,
+    *,
+    min_sweep_threshold: float = 0.0,
+    is_alike: np.ndarray | None = None,
+) -> Decision:
+    """Which images are dropped, given the edges between them. The sweep begins at `min_sweep_threshold`.
+
+    is_alike: by source, whether its seeds and pool images are dropped for no near-copy.
+    """
     num_nodes = len(nodes.image_ids)
-    node_type = edges.first.dtype
+    dtype = edges.first.dtype
     decision = Decision(
-        component=on_disk(num_nodes, node_type),
+        component=on_disk(num_nodes, dtype),
         reason=on_disk(num_nodes, np.uint8),
-        matched=on_disk(num_nodes, node_type, fill=-1),
+        matched=on_disk(num_nodes, dtype, fill=-1),
         similarity=on_disk(num_nodes, np.float32, fill=np.nan),
         guards={},
         sweep=[],
     )
     _drop_matches_of_holdout(config, nodes, edges, decision)
-    may_connect = _edges_that_may_connect(config, num_nodes, edges, decision)
+    may_connect = _edges_that_may_connect(config, nodes, edges, decision, is_alike)
     _find_components(config, edges, may_connect, decision)
     _drop_copies(config, nodes, edges, may_connect, decision)
     decision.sweep.extend(_sweep(config, nodes, edges, may_connect, min_sweep_threshold))
@@ -304,20 +381,35 @@ def _drop_components_of_holdout(
         decision.reason[dropped], decision.matched[dropped] = HOLDOUT, holdout_of[component[dropped]]
 
 
-def _edges_that_may_connect(config: DedupConfig, num_nodes: int, edges: Edges, decision: Decision) -> np.ndarray:
+def _labels_differ(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether each node in `one` and its counterpart in `other` are seeds or pool images with different labels."""
+    a, b = nodes.label[one], nodes.label[other]
+    result: np.ndarray = (a != b) & (a != 0) & (b != 0) & ~nodes.is_holdout[one] & ~nodes.is_holdout[other]
+    return result
+
+
+def _edges_that_may_connect(
+    config: DedupConfig, nodes: Nodes, edges: Edges, decision: Decision, is_alike: np.ndarray | None
+) -> np.ndarray:
     """Which edges, (E,) bool, connect copies if they are similar enough: the ones that no guard leaves out."""
+    num_nodes = len(nodes.image_ids)
     num_edges = len(edges.first)
     may_connect = on_disk(num_edges, bool, fill=True)
-    left_out = []
+    left_out: list[tuple[str, Callable[[slice], np.ndarray]]] = []
     if config.families is not None:
         ends = edges.first, edges.second, edges.similarity, edges.differs_locally
-        left_out.append(("families", family_edges(num_nodes, *ends, **config.families.model_dump())))
+        is_family = family_edges(num_nodes, *ends, threshold=config.threshold, **config.families.model_dump())
+        left_out.append(("families", is_family.__getitem__))
     if config.mutual_neighbors:
-        left_out.append(("mutual_neighbors", edges.mutual))
-    for guard, marked in left_out:
+        left_out.append(("mutual_neighbors", lambda part: ~edges.mutual[part]))
+    if config.label_guard:
+        left_out.append(("label_guard", lambda part: _labels_differ(nodes, edges.first[part], edges.second[part])))
+    if is_alike is not None and is_alike.any():
+        left_out.append(("lookalikes", lambda part: joins_lookalikes(nodes, edges, is_alike, part)))
+    for guard, is_marked in left_out:
         count = 0
         for part in blocks(num_edges):
-            is_left_out = may_connect[part] & (marked[part] if guard == "families" else ~marked[part])
+            is_left_out = may_connect[part] & is_marked(part)
             may_connect[part] &= ~is_left_out
             count += count_true(is_left_out & (edges.similarity[part] >= config.threshold))
         decision.guards[guard] = {"pairs_left_out": count}
@@ -360,40 +452,31 @@ def _find_components(config: DedupConfig, edges: Edges, may_connect: np.ndarray,
     decision.guards["max_component_size"] = counts | {"components_still_larger": oversized}
 
 
-# Which images of a component are kept. Priority: seeds first, then the most pixels, the most bytes, the smallest
-# image_id.
-
-
-def _has_priority(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Whether each node in `one` has priority over its counterpart in `other`."""
-    result = one < other
-    for column in (nodes.length, nodes.pixels, nodes.is_seed):
-        a, b = column[one], column[other]
-        result = np.where(a == b, result, a > b)
-    return result
-
-
-def _put_by_priority(nodes: Nodes, target: np.ndarray, index: np.ndarray, node: np.ndarray) -> None:
-    """Put each node at its index in `target`, unless the node there has priority; -1 in `target` stands for none."""
-    keys = (~nodes.is_seed[node], -nodes.pixels[node], -nodes.length[node], node)
-    first = top_k_of_groups(index, 1, *keys)
-    index, node = index[first], node[first]
-    present = target[index]
-    is_put = (present < 0) | _has_priority(nodes, node, present)
-    target[index[is_put]] = node[is_put]
+# Which images of a component are kept: see copies/priority.py.
 
 
 def _drop_copies(config: DedupConfig, nodes: Nodes, edges: Edges, may_connect: np.ndarray, decision: Decision) -> None:
     """Drop the copies among the candidates: the nodes that were not dropped for the holdout."""
     num_nodes = len(nodes.image_ids)
-    component, node_type = decision.component, decision.component.dtype
+    component, dtype = decision.component, decision.component.dtype
     is_candidate = on_disk(num_nodes, bool)
-    first_of = on_disk(num_nodes, node_type, fill=-1)  # by component of two or more: its candidate of highest priority
-    sizes = component_sizes(component)
     for part in blocks(num_nodes):
         is_candidate[part] = decision.matched[part] < 0
+
+    def copies() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """In blocks: the pairs of copies among the candidates, and their similarity."""
+        for part in blocks(len(edges.first)):
+            one, other, value = edges.first[part], edges.second[part], edges.similarity[part]
+            chosen = may_connect[part] & (value >= config.threshold) & (one != other)
+            chosen &= is_candidate[one] & is_candidate[other] & (component[one] == component[other])
+            yield one[chosen], other[chosen], value[chosen]
+
+    priority = prioritize(nodes.is_seed, nodes.detail, nodes.content, nodes.pixels, nodes.length, copies)
+    first_of = on_disk(num_nodes, dtype, fill=-1)  # by component of two or more: its candidate of highest priority
+    sizes = component_sizes(component)
+    for part in blocks(num_nodes):
         node = part.start + np.flatnonzero(is_candidate[part] & (sizes[component[part]] > 1))
-        _put_by_priority(nodes, first_of, component[node], node)
+        put_by_priority(priority, first_of, component[node], node)
 
     def other_candidates() -> Iterator[np.ndarray]:
         """In blocks: the candidates that are neither seeds nor the first of their component."""
@@ -402,9 +485,11 @@ def _drop_copies(config: DedupConfig, nodes: Nodes, edges: Edges, may_connect: n
             not_first = (first >= 0) & (first != np.arange(part.start, part.stop))
             yield part.start + np.flatnonzero(is_candidate[part] & ~nodes.is_seed[part] & not_first)
 
-    better, worse, similarity = _pairs_of_candidates(config, nodes, edges, may_connect, is_candidate, component)
+    better, worse, similarity = _pairs_by_priority(nodes, len(edges.first), copies, priority)
     if not config.matches_kept:
         for node in other_candidates():
+            if config.label_guard:
+                node = node[~_labels_differ(nodes, node, first_of[component[node]])]
             decision.reason[node], decision.matched[node] = NEAR, first_of[component[node]]
         for part in blocks(len(better)):
             is_match = decision.matched[worse[part]] == better[part]
@@ -417,7 +502,7 @@ def _drop_copies(config: DedupConfig, nodes: Nodes, edges: Edges, may_connect: n
         np.maximum.at(best, worse[part][is_match], similarity[part][is_match])
     for part in blocks(len(better)):
         top = ~dropped[better[part]] & dropped[worse[part]] & (similarity[part] == best[worse[part]])
-        _put_by_priority(nodes, decision.matched, worse[part][top], better[part][top])
+        put_by_priority(priority, decision.matched, worse[part][top], better[part][top])
     num_kept = 0
     for node in other_candidates():
         num_kept += count_true(~dropped[node])
@@ -426,24 +511,16 @@ def _drop_copies(config: DedupConfig, nodes: Nodes, edges: Edges, may_connect: n
     decision.guards["matches_kept"] = {"images_kept": num_kept}
 
 
-def _pairs_of_candidates(
-    config: DedupConfig,
-    nodes: Nodes,
-    edges: Edges,
-    may_connect: np.ndarray,
-    is_candidate: np.ndarray,
-    component: np.ndarray,
+def _pairs_by_priority(
+    nodes: Nodes, max_pairs: int, copies: CopyPairs, priority: Priority
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs of copies among the candidates: the node with priority, the other node (no seed), their similarity."""
-    better, worse = (on_disk(len(edges.first), edges.first.dtype) for _ in range(2))
-    similarity = on_disk(len(edges.first), np.float32)
+    """The pairs of copies: the node with priority, the other node (no seed), their similarity."""
+    dtype = node_type(len(nodes.image_ids))
+    better, worse = on_disk(max_pairs, dtype), on_disk(max_pairs, dtype)
+    similarity = on_disk(max_pairs, np.float32)
     count = 0
-    for part in blocks(len(edges.first)):
-        one, other, value = edges.first[part], edges.second[part], edges.similarity[part]
-        chosen = may_connect[part] & (value >= config.threshold) & (one != other)
-        chosen &= is_candidate[one] & is_candidate[other] & (component[one] == component[other])
-        one, other, value = one[chosen], other[chosen], value[chosen]
-        in_order = _has_priority(nodes, one, other)
+    for one, other, value in copies():
+        in_order = has_priority(priority, one, other)
         one, other = np.where(in_order, one, other), np.where(in_order, other, one)
         chosen = ~nodes.is_seed[other]
         target = slice(count, count + count_true(chosen))
@@ -539,7 +616,33 @@ def _sweep(
     return rows[::-1]
 
 
-def _facts(graph: DuplicateGraph, decision: Decision) -> dict[str, Any]:
+def _stop_at_lookalikes(
+    config: DedupConfig, graph: DuplicateGraph, lookalikes: Sequence[Lookalikes], show_pairs: ShowPairs | None
+) -> str:
+    """The message on the sources. Their pairs are shown where `show_pairs` is given."""
+    where = ""
+    if show_pairs is not None:
+        pairs_of = {}
+        for alike in lookalikes:
+            number = graph.sources.index(alike.source)
+            pairs = pairs_of_source(graph.nodes, graph.edges, number, config.threshold)
+            ends = np.array([pair[:2] for pair in pairs], np.int64).reshape(-1, 2).T
+            one, other = (unpack_ids(graph.nodes.image_ids[nodes]).to_pylist() for nodes in ends)
+            pairs_of[alike.source] = list(zip(one, other, [pair[2] for pair in pairs], strict=True))
+        where = f" Look at their pairs in {show_pairs(lookalikes, pairs_of)}."
+    shares = ", ".join(
+        f"'{alike.source}' ({alike.crowded / alike.images:.0%} of {alike.images:,} images have {CROWDED} or more "
+        f"neighbours at the threshold {config.threshold:g})"
+        for alike in lookalikes
+    )
+    return (
+        f"dedup: images look alike, so that no score tells copies from other images: {shares}. Nothing was dropped."
+        f"{where} If they are copies, go on with --set dedup.lookalikes=drop. If they are different images, go on with "
+        "--set dedup.lookalikes=exact: of these sources, only equal files and matches with the holdout are dropped."
+    )
+
+
+def _facts(graph: DuplicateGraph, decision: Decision, lookalikes: Sequence[Lookalikes]) -> dict[str, Any]:
     """The facts of the manifest: counts, the largest components, the effect of each guard, the threshold sweep."""
     sizes = component_sizes(decision.component)
     histogram: dict[int, int] = {}
@@ -558,8 +661,22 @@ def _facts(graph: DuplicateGraph, decision: Decision) -> dict[str, Any]:
         "largest_components": [[name, -size] for name, (size, _) in zip(names, largest, strict=True)],
         "component_sizes": {str(size): histogram[size] for size in sorted(histogram)},
         "guards": decision.guards,
+        "label_conflicts": {"images": graph.label_conflicts[0], "examples": graph.label_conflicts[1]},
         "threshold_sweep": decision.sweep,
+        "lookalikes": [
+            {**asdict(each), "holdout_matches": _num_holdout_matches(graph, decision, each.source)}
+            for each in lookalikes
+        ],
     }
+
+
+def _num_holdout_matches(graph: DuplicateGraph, decision: Decision, source: str) -> int:
+    """The images of a source that were dropped because they match the holdout."""
+    number, nodes = graph.sources.index(source), graph.nodes
+    return sum(
+        count_true((decision.reason[part] == HOLDOUT) & (nodes.source[part] == number) & ~nodes.is_holdout[part])
+        for part in blocks(len(nodes.image_ids))
+    )
 
 
 def _decided_rows(

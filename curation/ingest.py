@@ -194,6 +194,8 @@ def make_worker(limits: ImageLimits, output: str) -> Callable[[Shard], ShardReco
                     "height": facts.height,
                     "format": facts.format,
                     "phash": facts.phash,
+                    "content_pixels": facts.content_pixels,
+                    "detail_pixels": facts.detail_pixels,
                     "label": item.label,
                     "layout": source.layout,
                 }

@@ -64,6 +64,8 @@ path = "images/pool"
 # [dedup]
 # threshold = 0.5          # lower finds more copies, and merges more by mistake
 # holdout_threshold = 0.35 # lower removes more images that resemble the holdout
+# label_guard = false      # drops copies across subfolders, which are labels
+# lookalikes = "exact"     # for images that all look alike, such as solar cells
 
 # Left out, the number of clusters follows from the size of the pool:
 # [[cluster.levels]]

@@ -12,6 +12,7 @@
       corpus/        the tars of the corpus, and its composition                  curation/pack.py
       images/        one row for each unique image, with the results of all       curation/report/images_table.py
       report.html    the results of all stages in pictures and tables             curation/report/page.py
+      lookalikes.html  only of a run that dedup stopped, because images look alike  curation/report/lookalikes_page.py
       log/           a line for each finished shard, with times                   curation/engine/run_log.py
 
 `run` is the whole path. The config follows it: a section for each stage, and the rules between sections. A finished
@@ -19,6 +20,7 @@ stage is not done again. A stage whose config or inputs have changed is refused.
 it only the stages whose inputs have changed.
 """
 
+import functools
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
@@ -37,7 +39,7 @@ from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.pairs import PairsConfig
 from curation.profiles import Profile
-from curation.report import images_table, page
+from curation.report import images_table, lookalikes_page, page
 from curation.report.page import CONFIG_NAME, ReportConfig
 from curation.retrieve import RetrieveConfig
 from curation.run_folder import STAGES, RunFolder
@@ -56,7 +58,9 @@ def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = 
     embed.run(config.embed, folder, folder.embed, runner, describe=config.describe, replace=replace, log=log)
     embed.run(config.describe, folder, folder.describe, runner, name="describe", replace=replace, log=log)
     pairs.run(config.pairs, folder, folder.pairs, runner, replace=replace, log=log)
-    dedup.run(config.dedup, folder, folder.dedup, replace=replace, log=log)
+    show_pairs = functools.partial(lookalikes_page.write, folder, output)
+    dedup.run(config.dedup, folder, folder.dedup, replace=replace, log=log, show_pairs=show_pairs)
+    lookalikes_page.remove(output)
     cluster.run(config.cluster, folder, folder.cluster, runner, replace=replace, log=log)
     retrieve.run(config.retrieve, folder, folder.retrieve, runner, replace=replace, log=log)
     pack.run(config.pack, folder, folder.corpus, runner, replace=replace, log=log)

@@ -6,6 +6,7 @@ buckets by the first bits of their image_id. So only a small part of all ids is 
 Legend: N nodes, E edges, R rows of ingest.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from curation.copies.components import node_type
 from curation.engine.manifest import require_manifest
 from curation.errors import InputError
 from curation.files import parquet, schemas
-from curation.files.disk_arrays import Buckets, blocks, on_disk
+from curation.files.disk_arrays import Buckets, blocks, count_true, on_disk
 from curation.files.image_ids import bucket_of, pack_ids, unpack_ids
 from curation.search.top_k import starts_group
 
@@ -27,7 +28,14 @@ from curation.search.top_k import starts_group
 ROWS_PER_BUCKET = 1 << 20
 # Of the rows with the same bytes, the first in this order of roles represents the image.
 _ROLES = ("seed", "holdout", "pool")
-_ROW = np.dtype([("image_id", "S16"), ("row", np.int64), ("role", np.int8), ("pixels", np.int64), ("length", np.int64)])
+# The columns of a row that its image takes over from the row that represents it.
+_TAKEN = ("content", "detail", "pixels", "length", "source")
+_ROW = np.dtype(
+    [("image_id", "S16"), ("row", np.int64), ("role", np.int8), ("label", np.int64)]
+    + [(name, np.int32 if name == "source" else np.int64) for name in _TAKEN]
+)
+# Images with conflicting labels that are named. Assumed.
+NAMED_CONFLICTS = 20
 _END = np.dtype([("image_id", "S16"), ("position", np.int64)])
 
 
@@ -38,8 +46,12 @@ class Nodes:
     image_ids: np.ndarray  # (N,) S16, see image_ids.pack_ids
     is_seed: np.ndarray  # (N,) bool: a seed in at least one source
     is_holdout: np.ndarray  # (N,) bool: a holdout image in at least one source
+    content: np.ndarray  # (N,) int64, pixels inside the plain borders
+    detail: np.ndarray  # (N,) int64, pixels that the detail needs
     pixels: np.ndarray  # (N,) int64, width x height
     length: np.ndarray  # (N,) int64, bytes
+    source: np.ndarray  # (N,) int32, index into DuplicateGraph.sources: of the row that represents the image
+    label: np.ndarray  # (N,) int64, a hash of the label of the first row that has one; 0 for none
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,8 @@ class DuplicateGraph:
     edges: Edges
     node_of_row: np.ndarray  # (R,): the node of each row of ingest, counted through its shards
     row_of_node: np.ndarray  # (N,) int64: the row that represents the image
+    sources: tuple[str, ...]  # the names of the sources, in the order in which ingest lists them
+    label_conflicts: tuple[int, list[str]]  # images whose rows have several labels: their number, and the first few
 
 
 def read_graph(images: str, pairs: str) -> DuplicateGraph:
@@ -72,13 +86,19 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
     num_rows, num_edges = _num_rows(images, "images"), _num_rows(pairs, "pairs")
     num_buckets = min(max(num_rows, 2 * num_edges) // ROWS_PER_BUCKET + 1, 1 << 16)
     rows, ends = Buckets(num_buckets, _ROW), Buckets(num_buckets, _END)
-    for start, table in _tables(images, "images", schemas.IMAGES, ["image_id", "role", "width", "height", "length"]):
+    names: list[str] = []
+    columns_read = ["image_id", "source", "role", "width", "height", "length", "label", "content_pixels"]
+    for start, table in _tables(images, "images", schemas.IMAGES, [*columns_read, "detail_pixels"]):
+        names.extend(name for name in pc.unique(table["source"]).to_pylist() if name not in names)
         block = np.empty(table.num_rows, _ROW)
         block["image_id"] = pack_ids(table["image_id"])
         block["row"] = np.arange(start, start + table.num_rows)
         block["role"] = pc.index_in(table["role"], pa.array(_ROLES)).to_numpy()
         block["pixels"] = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
         block["length"] = table["length"].to_numpy()
+        block["content"], block["detail"] = (table[f"{name}_pixels"].to_numpy() for name in ("content", "detail"))
+        block["source"] = pc.index_in(table["source"], pa.array(names, pa.string())).to_numpy()
+        block["label"] = _label_hashes(table["label"])
         rows.add(bucket_of(block["image_id"], num_buckets), block)
 
     dtype = node_type(num_rows)
@@ -104,12 +124,13 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
         "image_ids": "S16",
         "is_seed": bool,
         "is_holdout": bool,
-        "pixels": np.int64,
-        "length": np.int64,
+        "label": np.int64,
+        **{name: _ROW[name] for name in _TAKEN},
     }
     node_columns = {name: on_disk(num_rows, column_dtype) for name, column_dtype in columns.items()}
     node_of_row, row_of_node = on_disk(num_rows, dtype), on_disk(num_rows, np.int64)
-    num_nodes = 0
+    num_nodes = num_conflicts = 0
+    conflicts: list[str] = []
     for bucket in range(num_buckets):
         block = rows.read(bucket)
         block = block[np.lexsort((block["row"], block["role"], block["image_id"]))]
@@ -120,14 +141,39 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
         first = block[starts]
         row_of_node[nodes] = first["row"]
         node_columns["image_ids"][nodes] = first["image_id"]
-        node_columns["pixels"][nodes], node_columns["length"][nodes] = first["pixels"], first["length"]
+        for name in _TAKEN:
+            node_columns[name][nodes] = first[name]
+        node_columns["label"][nodes], has_conflict = _labels(block["label"], starts)
+        num_conflicts += count_true(has_conflict)
+        conflicts += unpack_ids(first["image_id"][has_conflict][: NAMED_CONFLICTS - len(conflicts)]).to_pylist()
         for name, role in (("is_seed", 0), ("is_holdout", 1)):
             has_role = np.logical_or.reduceat(block["role"] == role, starts) if len(starts) else False
             node_columns[name][nodes] = has_role
         _write_end_nodes(end_nodes, ends.read(bucket), first["image_id"], num_nodes)
         num_nodes += len(starts)
     cut = {name: column[:num_nodes] for name, column in node_columns.items()}
-    return DuplicateGraph(Nodes(**cut), edges, node_of_row, row_of_node[:num_nodes])
+    return DuplicateGraph(
+        Nodes(**cut), edges, node_of_row, row_of_node[:num_nodes], tuple(names), (num_conflicts, conflicts)
+    )
+
+
+def _label_hashes(labels: pa.ChunkedArray) -> np.ndarray:
+    """A number for each label, (R,) int64: equal for equal texts, and 0 for none."""
+    encoded = labels.combine_chunks().dictionary_encode()
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in encoded.dictionary.to_pylist()]
+    numbers = np.append(np.frombuffer(b"".join(digests), np.int64), 0)  # at -1: no label
+    result: np.ndarray = numbers[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    return result
+
+
+def _labels(label: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For groups of rows that begin at `starts`: the first label that is not 0, and whether there are several."""
+    if not len(starts):
+        return label[:0], np.zeros(0, bool)
+    position = np.where(label != 0, np.arange(len(label)), len(label))
+    first = np.append(label, 0)[np.minimum.reduceat(position, starts)]
+    differs = (label != 0) & (label != np.repeat(first, np.diff(starts, append=len(label))))
+    return first, np.logical_or.reduceat(differs, starts)
 
 
 def _write_end_nodes(end_nodes: np.ndarray, ends: np.ndarray, image_ids: np.ndarray, first_node: int) -> None:

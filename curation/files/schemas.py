@@ -17,6 +17,8 @@ IMAGES = pa.schema(
         ("height", pa.int32()),  # pixels, after EXIF orientation
         ("format", pa.string()),
         ("phash", pa.uint64()),
+        ("content_pixels", pa.int64()),  # inside the plain borders; see images/detail.py
+        ("detail_pixels", pa.int64()),  # of these, the number that the detail needs
         ("label", pa.string()),  # may be null
         ("layout", pa.string()),  # 'folder', 'webdataset' or 'parquet': how `uri` and `offset` are to be read
     ]
@@ -101,7 +103,11 @@ PLANNED_SAMPLES = pa.schema(
         ("position", pa.int64()),
         ("key", pa.string()),
         ("weight", pa.float64()),
-        *(IMAGES.field(name) for name in IMAGES.names if name not in ("phash", "role")),
+        *(
+            IMAGES.field(name)
+            for name in IMAGES.names
+            if name not in ("phash", "content_pixels", "detail_pixels", "role")
+        ),
         IMAGES.field("role"),
     ]
 )

@@ -33,6 +33,7 @@ from curation.errors import SeedbedError
 from curation.images import child_process
 from curation.images.child_process import ChildProcess
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason, check_length, decode
+from curation.images.detail import content_and_detail
 from curation.images.hashing import perceptual_hash
 
 # Wall time per second of allowed processor time. A decoder beyond that is waiting, not working. Assumed.
@@ -47,7 +48,10 @@ _RETRIED_REASONS = (RejectReason.DECODER_CRASHED, RejectReason.DECODER_TIMEOUT, 
 
 
 class ImageFacts(NamedTuple):
-    """The facts about an accepted image. `width` and `height` are in pixels, after EXIF orientation."""
+    """The facts about an accepted image. `width` and `height` are in pixels, after EXIF orientation.
+
+    `content_pixels` and `detail_pixels` are those of detail.content_and_detail.
+    """
 
     width: int
     height: int
@@ -55,6 +59,8 @@ class ImageFacts(NamedTuple):
     mode: str
     num_frames: int
     phash: int
+    content_pixels: int
+    detail_pixels: int
 
 
 @final
@@ -131,6 +137,7 @@ def serve() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process when its timer runs out, even inside C code
     limits = ImageLimits.model_validate_json(sys.argv[1])
     perceptual_hash(Image.new("RGB", (32, 32)))  # loads its libraries, which must not count as memory of an image
+    content_and_detail(Image.new("RGB", (64, 64)))
     _limit_memory(limits.max_decode_memory_bytes)
     _send(channel, _READY)
     while True:
@@ -150,7 +157,9 @@ def reply(data: bytes, limits: ImageLimits) -> bytes:
     """The facts of an image, or the reason of its rejection, as JSON. This part runs in the decoding process."""
     try:
         header, image = decode(data, limits)
-        return json.dumps({**asdict(header), "phash": perceptual_hash(image)}).encode()
+        content, detail = content_and_detail(image)
+        measured = {"phash": perceptual_hash(image), "content_pixels": content, "detail_pixels": detail}
+        return json.dumps({**asdict(header), **measured}).encode()
     except ImageRejected as rejected:
         return json.dumps({"reason": rejected.reason, "detail": rejected.detail}).encode()
     except MemoryError:

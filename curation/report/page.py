@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import rich.box
 from pydantic import Field
@@ -463,9 +463,11 @@ def _copies(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thum
             f"{_count(exact, 'file')} had the bytes of another file and {'was' if exact == 1 else 'were'} dropped. "
             "Images that are connected by copy pairs form a component: there "
             f"{'is' if num_components == 1 else 'are'} {_count(num_components, 'component')} of two or more unique "
-            "images. In each component the seeds are kept or, without a seed, the image with the most pixels."
+            "images. In each component the seeds are kept or, without a seed, the image of highest priority, mostly "
+            "the unedited one."
             + (" Members that are not copies of a kept image are kept too." if keeps_other_members else ""),
         ),
+        tag("p", _label_conflicts(finished.manifests["dedup"].facts["label_conflicts"])),
         tag("p", _full_lists(finished.manifests["pairs"].facts["full_lists"])),
         tag("h3", "Guards against chains of copies"),
         markup.table(("option", "purpose", "effect"), [_guard(guard) for guard in facts.guards(finished)]),
@@ -502,6 +504,18 @@ def _copies(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thum
     return join(*parts)
 
 
+def _label_conflicts(conflicts: Mapping[str, Any]) -> Markup:
+    """The images that come with several labels; each is one image, with the label of its first row."""
+    if not conflicts["images"]:
+        return tag("span", "No image comes with several labels.")
+    more = ", ..." if conflicts["images"] > len(conflicts["examples"]) else ""
+    return join(
+        f"{_count(conflicts['images'], 'image')} came several times with equal bytes and several labels; each is one "
+        "image, with the label of its first row: ",
+        tag("code", ", ".join(conflicts["examples"]) + more),
+    )
+
+
 def _full_lists(count: int) -> str:
     """The number of images with a full list of neighbours, and the consequence."""
     if not count:
@@ -521,6 +535,12 @@ def _guard(guard: Guard) -> tuple[Markup, str, str]:
             effect = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
         case "families":
             purpose = "a pair does not connect images of one family, such as road signs with other symbols"
+            effect = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
+        case "label_guard":
+            purpose = "an image is not dropped for a seed or pool image of another label"
+            effect = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
+        case "lookalikes":
+            purpose = "near-copies are not dropped in sources whose images look alike"
             effect = f"left out {_count(counts.get('pairs_left_out', 0), 'pair')}"
         case "max_component_size":
             purpose = "larger components are split by a higher threshold"

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from curation import backbone, embed
+from curation import backbone, embed, profiles
 from curation.config import parse
 from curation.embed import EmbedConfig
 from curation.engine.manifest import require_manifest
@@ -287,6 +287,7 @@ def curation_config(tree: Path, device: str) -> CurateConfig:
 def _on_device(values: dict[str, Any], device: str) -> dict[str, Any]:
     """The demo's values with models and searches on the device, without its data and its report's concepts."""
     values = {name: section for name, section in values.items() if name not in ("demo_data", "report")}
+    values = profiles.fill(values)
     for section in ("embed", "describe"):
         values[section]["embedder"] |= {"device": device}
     for section in ("pairs", "retrieve"):

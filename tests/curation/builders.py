@@ -65,6 +65,8 @@ def image_row(image_id: str, source: str, role: str, **columns: Any) -> dict[str
         "height": 10,
         "format": "PNG",
         "phash": 0,
+        "content_pixels": columns.get("width", 10) * columns.get("height", 10),
+        "detail_pixels": columns.get("width", 10) * columns.get("height", 10),
         "label": None,
         "layout": "folder",
     } | columns

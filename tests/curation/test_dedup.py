@@ -1,5 +1,6 @@
 """Deduplication: the decisions equal a naive implementation of the rules, and every row has a decision."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from curation import dedup
 from curation.copies import duplicate_graph
 from curation.copies.duplicate_graph import Edges, Nodes
 from curation.dedup import REASONS, Decision, DedupConfig, FamilyConfig, decide
-from curation.engine.manifest import PROGRESS_NAME, claim, mark_shard_done, require_manifest
+from curation.engine.manifest import claim, mark_shard_done, require_manifest
 from curation.errors import ConfigError, InputError, OutputMismatchError
 from curation.files import disk_arrays, parquet, paths, schemas
 from curation.run_folder import KeptShard, RunFolder, kept_shards, read_kept
@@ -45,8 +46,11 @@ def nodes_of(count: int, **columns: Any) -> Nodes:
         "is_holdout": np.zeros(count, bool),
         "pixels": np.full(count, 100),
         "length": np.full(count, 100),
+        "source": np.zeros(count, np.int32),
+        "label": np.zeros(count, np.int64),
     }
-    return Nodes(**fields | {name: np.asarray(value) for name, value in columns.items()})
+    fields |= {name: np.asarray(value) for name, value in columns.items()}
+    return Nodes(**{"content": fields["pixels"], "detail": fields["pixels"]} | fields)
 
 
 def edges_of(edges: list[Edge], **columns: Any) -> Edges:
@@ -80,6 +84,26 @@ def is_(count: int, *marked: int) -> np.ndarray:
 
 
 # A naive implementation of the rules in the module docstring, one node after another.
+
+
+def by_priority(candidates: list[int], nodes: Nodes, edges: list[Edge], threshold: float) -> None:
+    """Sort the candidates of one component as copies/priority.py does."""
+    copies: dict[int, dict[int, int]] = {node: {} for node in candidates}
+    for a, b, similarity in edges:
+        if a in copies and b in copies and a != b and np.float32(similarity) >= np.float32(threshold):
+            copies[a][b] = copies[b][a] = round(float(np.float32(similarity)) * 10_000)
+    agreement = {node: sum(of_node.values()) for node, of_node in copies.items()}
+
+    def octaves(value: int, step: float) -> int:
+        return int(np.floor(np.log2(value) / step + 0.5))
+
+    def key(node: int) -> tuple[Any, ...]:
+        agrees = agreement[node] >= 0.98 * max([agreement[other] for other in copies[node]], default=0)
+        sizes = octaves(nodes.detail[node], 1), octaves(nodes.content[node], 0.1), -octaves(nodes.pixels[node], 0.1)
+        first = not nodes.is_seed[node], not agrees, *(-size for size in sizes)
+        return *first, -agreement[node], -nodes.length[node], node
+
+    candidates.sort(key=key)
 
 
 def component_of(count: int, edges: list[Edge], threshold: float) -> list[set[int]]:
@@ -117,7 +141,7 @@ def by_the_rules(config: DedupConfig, nodes: Nodes, edges: list[Edge]) -> list[t
         result.append(decision)
     for members in component_of(count, edges, config.threshold):
         candidates = [node for node in members if result[node][1] < 0]
-        candidates.sort(key=lambda n: (not nodes.is_seed[n], -nodes.pixels[n], -nodes.length[n], n))
+        by_priority(candidates, nodes, edges, config.threshold)
         for node in candidates[1:]:
             if not nodes.is_seed[node]:
                 similarity = between.get(frozenset((node, candidates[0])), -2)
@@ -216,7 +240,7 @@ def test_without_pairs_all_images_are_kept(count: int) -> None:
 
 
 def test_a_chain_is_one_component_although_its_ends_are_not_copies() -> None:
-    decision = decided(DedupConfig(), nodes_of(3, pixels=[100, 100, 400]), [(0, 1, 0.8), (1, 2, 0.7)])
+    decision = decided(DedupConfig(), nodes_of(3, is_seed=is_(3, 2)), [(0, 1, 0.8), (1, 2, 0.7)])
     assert kept(decision) == [2]
     assert decision.component.tolist() == [0, 0, 0]
     assert decision.matched.tolist() == [2, 2, -1]
@@ -227,21 +251,56 @@ def test_a_chain_is_one_component_although_its_ends_are_not_copies() -> None:
     ("columns", "expected"),
     [
         ({}, 0),
-        ({"pixels": [100, 200, 200], "length": [9, 1, 1]}, 1),
-        ({"pixels": [100, 200, 200], "length": [9, 1, 2]}, 2),
+        ({"length": [1, 2, 2]}, 1),
+        ({"pixels": [100, 80, 80], "content": [80] * 3, "detail": [64] * 3, "length": [3, 1, 2]}, 2),
+        ({"content": [90, 100, 100], "pixels": [90, 110, 100]}, 2),
+        ({"detail": [100, 200, 100], "content": [900, 200, 900]}, 1),
         ({"pixels": [900, 200, 200], "is_seed": [False, False, True]}, 2),
     ],
+    ids=["smallest id", "most bytes", "no border", "largest content", "most detail", "seed"],
 )
-def test_priority_is_most_pixels_then_most_bytes_then_the_smallest_id(columns: dict[str, Any], expected: int) -> None:
+def test_the_key_that_decides_the_priority(columns: dict[str, Any], expected: int) -> None:
     edges = [(0, 1, 0.9), (0, 2, 0.9), (1, 2, 0.9)]
     assert kept(decided(DedupConfig(), nodes_of(3, **columns), edges)) == [expected]
+
+
+def test_the_image_that_agrees_with_the_other_copies_has_priority() -> None:
+    """Two edited copies are less like one another than like their original, however large they are."""
+    nodes, edges = nodes_of(3, pixels=[400, 100, 400]), [(0, 1, 0.8), (1, 2, 0.8), (0, 2, 0.65)]
+    assert kept(decided(DedupConfig(), nodes, edges)) == [1]
+    assert kept(decided(DedupConfig(), nodes, [*edges[:2], (0, 2, 0.8)])) == [0]
+
+
+def test_no_image_is_dropped_for_one_of_another_label() -> None:
+    """Unlike the holdout, and unless one of the two has no label."""
+    nodes, edges = nodes_of(3, label=[7, 8, 0], is_seed=is_(3, 0)), [(0, 1, 0.9), (0, 2, 0.9)]
+    for matches_kept in (False, True):
+        guarded = decided(DedupConfig(matches_kept=matches_kept), nodes, edges)
+        assert kept(guarded) == [0, 1] and guarded.guards["label_guard"] == {"pairs_left_out": 1}
+        assert kept(decided(DedupConfig(matches_kept=matches_kept, label_guard=False), nodes, edges)) == [0]
+    joined = decided(DedupConfig(), nodes, [(0, 2, 0.9), (1, 2, 0.9)])
+    assert kept(joined) == [0, 1], "an image without a label joins them"
+    holdout = nodes_of(3, label=[7, 8, 0], is_holdout=is_(3, 0))
+    assert kept(decided(DedupConfig(), holdout, edges)) == []
+
+
+def test_equal_bytes_with_two_labels_are_one_image_and_are_listed(tmp_path: Path) -> None:
+    rows = [
+        [image_row(id_of(n), "web", "pool", label=label) for n, label in ((1, "a"), (1, None), (2, None), (3, "c"))],
+        [image_row(id_of(n), "more", "pool", label=label) for n, label in ((1, "b"), (2, "b"), (3, "c"))],
+    ]
+    images = write_ingest(tmp_path / "ingest", rows)
+    pairs = write_pairs(tmp_path / "pairs", images, [[(id_of(2), id_of(3), 0.9)]])
+    manifest = dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), str(tmp_path / "dedup"))
+    assert manifest.facts["label_conflicts"] == {"images": 1, "examples": [id_of(1)]}
+    assert manifest.totals["exact"] == 4 and "near" not in manifest.totals, "image 2 has the label b"
 
 
 def test_all_seeds_of_a_component_are_kept_and_the_other_images_dropped() -> None:
     nodes = nodes_of(4, is_seed=is_(4, 1, 3), pixels=[900, 100, 900, 200])
     decision = decided(DedupConfig(), nodes, [(0, 1, 0.9), (1, 2, 0.9), (2, 3, 0.9)])
     assert kept(decision) == [1, 3]
-    assert decision.matched.tolist() == [3, -1, 3, -1]
+    assert decision.matched.tolist() == [1, -1, 1, -1]
 
 
 @pytest.mark.parametrize(("similarity", "copies"), [(0.59, False), (0.6, True), (0.61, True)])
@@ -341,8 +400,8 @@ def test_every_row_of_ingest_gets_its_decision_in_order(tmp_path: Path) -> None:
     ]
     assert decisions == [
         *[(1, None, None), (2, None, None), (1, "exact", 1)],
-        *[(1, "exact", 1), (3, None, None), (4, "near", 1), (3, "exact", 3), (9, "holdout", 9)],
-        *[(5, "near", 3), (3, "exact", 3), (6, "near", 3), (7, "holdout", 8)],
+        *[(1, "exact", 1), (3, "near", 5), (4, "near", 1), (3, "exact", 3), (9, "holdout", 9)],
+        *[(5, None, None), (3, "exact", 3), (6, "near", 5), (7, "holdout", 8)],
         *[(9, "holdout", 9), (8, "holdout", 8), (8, "holdout", 8)],
     ]
     rows = rows_of(str(tmp_path / "dedup"))
@@ -353,7 +412,7 @@ def test_every_row_of_ingest_gets_its_decision_in_order(tmp_path: Path) -> None:
     similarity = {int(row["image_id"], 16): row["similarity"] for row in rows if row["reason"] != "exact"}
     assert similarity == {
         n: pytest.approx(s) if s else None
-        for n, s in {1: None, 2: None, 3: None, 4: 0.9, 5: 0.7, 6: None, 7: 0.5, 8: 1.0, 9: 1.0}.items()
+        for n, s in {1: None, 2: None, 3: 0.7, 4: 0.9, 5: None, 6: 0.65, 7: 0.5, 8: 1.0, 9: 1.0}.items()
     }
     assert manifest.totals == {"rows": 15, "kept": 3, "exact": 4, "near": 3, "holdout": 2, "holdout_rows": 3}
     assert manifest.facts["unique_images"] == 9
@@ -446,7 +505,7 @@ def test_pairs_of_other_images_are_refused(tmp_path: Path, unknown: str) -> None
     pairs = write_pairs(tmp_path / "other", images, [[(one, other, 0.9)]])
     with pytest.raises(InputError, match=unknown):
         dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), str(tmp_path / "dedup"))
-    assert paths.list_names(str(tmp_path / "dedup")) == [PROGRESS_NAME]
+    assert not (tmp_path / "dedup").exists()
 
 
 # Reading the kept images
@@ -528,7 +587,9 @@ def guarded_case(seed: int) -> tuple[DedupConfig, Nodes, list[Edge], dict[str, n
         "mutual_neighbors": bool(rng.random() < 0.5),
         "max_component_size": int(rng.integers(2, 6)) if rng.random() < 0.5 else None,
         "holdout_cosine": 0.8 if rng.random() < 0.5 else None,
+        "label_guard": bool(rng.random() < 0.5),
     }
+    nodes = dataclasses.replace(nodes, label=rng.integers(0, 3, len(nodes.image_ids)))
     columns = {
         "mutual": rng.random(len(edges)) < 0.7,
         "cosine": rng.choice([0.5, 0.7, 0.8, 0.9], len(edges)).astype(np.float32),
@@ -554,11 +615,19 @@ def by_the_guarded_rules(
 ) -> tuple[list[tuple[str | None, int, float | None]], list[int]]:
     """Reason, matched node and similarity of every node, and the component of every node."""
     count = len(nodes.image_ids)
-    usable = [e for e, mutual in zip(edges, columns["mutual"], strict=True) if mutual or not config.mutual_neighbors]
+    mutual_edges = [
+        e for e, mutual in zip(edges, columns["mutual"], strict=True) if mutual or not config.mutual_neighbors
+    ]
+
+    def labels_differ(one: int, other: int) -> bool:
+        labels = {int(nodes.label[one]), int(nodes.label[other])}
+        return config.label_guard and len(labels - {0}) == 2 and not nodes.is_holdout[[one, other]].any()
+
+    usable = [e for e in mutual_edges if not labels_differ(*e[:2])]
     cosine_of = {frozenset(e[:2]): c for e, c in zip(edges, columns["cosine"], strict=True)}
     between = {frozenset((a, b)): np.float32(similarity) for a, b, similarity in edges}
     copies = {frozenset((a, b)): np.float32(s) for a, b, s in usable if np.float32(s) >= np.float32(config.threshold)}
-    holdout_components = component_of(count, usable, config.holdout_threshold)
+    holdout_components = component_of(count, mutual_edges, config.holdout_threshold)
     result: list[tuple[str | None, int, float | None]] = [(None, -1, None)] * count
     for node in range(count):
         is_exempt = nodes.is_seed[node] and not config.decontaminate_seeds
@@ -585,13 +654,15 @@ def by_the_guarded_rules(
         for node in members:
             component[node] = min(members)
         candidates = [node for node in members if result[node][1] < 0]
-        candidates.sort(key=lambda n: (not nodes.is_seed[n], -nodes.pixels[n], -nodes.length[n], n))
+        by_priority(candidates, nodes, usable, config.threshold)
         kept_nodes: list[int] = []
         for node in candidates:
             matches_of_node = [other for other in kept_nodes if frozenset((node, other)) in copies]
             if config.matches_kept:
                 matches_of_node.sort(key=lambda other: -copies[frozenset((node, other))])  # stable
-            kept_matches = matches_of_node if config.matches_kept else kept_nodes
+            kept_matches = matches_of_node if config.matches_kept else kept_nodes[:1]
+            if not config.matches_kept and kept_matches and labels_differ(node, kept_matches[0]):
+                kept_matches = []
             if not kept_matches or nodes.is_seed[node]:
                 kept_nodes.append(node)
             else:
@@ -612,7 +683,7 @@ def test_guarded_decisions_follow_the_rules(seed: int, block: None) -> None:
     assert decisions == expected
     assert decision.component.tolist() == component
 
-    options = ("mutual_neighbors", "max_component_size", "matches_kept", "holdout_cosine")
+    options = ("mutual_neighbors", "label_guard", "max_component_size", "matches_kept", "holdout_cosine")
     assert set(decision.guards) == {name for name in options if getattr(config, name) not in (None, False)}
     order = np.random.default_rng(seed).permutation(len(edges))
     reversed_edges = [(edges[i][1], edges[i][0], edges[i][2]) for i in order.tolist()]
@@ -629,8 +700,8 @@ def chain(count: int, similarity: float = 0.8) -> list[Edge]:
 def test_pairs_that_are_not_mutual_connect_no_images_but_match_the_holdout() -> None:
     nodes, edges = nodes_of(5, is_holdout=is_(5, 4)), [*chain(4), (3, 4, 0.5)]
     mutual = np.array([True, False, True, False])
-    assert kept(decided(DedupConfig(), nodes, edges, mutual=mutual)) == [0]
-    decision = decided(DedupConfig(mutual_neighbors=True), nodes, edges, mutual=mutual)
+    assert kept(decided(DedupConfig(), nodes, edges, mutual=mutual)) == [1]
+    decision = decided(DedupConfig(mutual_neighbors=True, label_guard=False), nodes, edges, mutual=mutual)
     assert kept(decision) == [0, 2]
     assert decision.component.tolist() == [0, 0, 2, 2, 4]
     assert reasons(decision)[3] == "holdout"
@@ -644,10 +715,10 @@ def test_large_component_is_split_at_its_weakest_pair() -> None:
     """A chain of two groups of three, connected by a pair of 0.65. The first two steps of 0.02 do not split it."""
     edges = [(0, 1, 0.9), (1, 2, 0.9), (2, 3, 0.65), (3, 4, 0.7), (4, 5, 0.9)]
     plain = decided(DedupConfig(), nodes_of(6), edges)
-    assert plain.component.tolist() == [0] * 6 and kept(plain) == [0]
-    config = DedupConfig(max_component_size=3)
+    assert plain.component.tolist() == [0] * 6 and kept(plain) == [1]
+    config = DedupConfig(max_component_size=3, label_guard=False)
     decision = decided(config, nodes_of(6), edges)
-    assert decision.component.tolist() == [0, 0, 0, 3, 3, 3] and kept(decision) == [0, 3]
+    assert decision.component.tolist() == [0, 0, 0, 3, 3, 3] and kept(decision) == [1, 4]
     counts = {"components_split": 1, "images_in_them": 6, "components_still_larger": 0}
     assert decision.guards == {"max_component_size": counts}
     halves = decided(config, nodes_of(6), [*edges[:2], (2, 3, 0.63), *edges[3:]])
@@ -670,7 +741,9 @@ def test_component_of_similarity_one_may_remain_too_large_and_is_counted() -> No
 @pytest.mark.parametrize("count", [2, 3, 7, 500])
 def test_matches_kept_keeps_every_other_image_of_a_chain(count: int) -> None:
     """The priority falls along the chain, so that the decision takes the maximum number of rounds."""
-    decision = decided(DedupConfig(matches_kept=True), nodes_of(count), chain(count))
+    config, is_seed = DedupConfig(matches_kept=True, label_guard=False), is_(count, 0)
+    nodes = nodes_of(count, is_seed=is_seed, content=2 ** np.arange(count, 0, -1.0).clip(max=60))
+    decision = decided(config, nodes, chain(count))
     assert kept(decision) == list(range(0, count, 2))
     assert (decision.similarity[1::2] == np.float32(0.8)).all()
     assert decision.guards == {"matches_kept": {"images_kept": (count + 1) // 2 - 1}}
@@ -680,7 +753,7 @@ def test_holdout_matches_by_cosine_in_spite_of_a_low_similarity() -> None:
     nodes, edges = nodes_of(4, is_holdout=is_(4, 0)), [(0, 1, 0.1), (0, 2, 0.1), (0, 3, 0.7)]
     cosine = np.array([0.79, 0.8, 0.9])
     assert kept(decided(DedupConfig(), nodes, edges, cosine=cosine)) == [1, 2]
-    decision = decided(DedupConfig(holdout_cosine=0.8), nodes, edges, cosine=cosine)
+    decision = decided(DedupConfig(holdout_cosine=0.8, label_guard=False), nodes, edges, cosine=cosine)
     assert kept(decision) == [1]
     assert decision.similarity[2] == np.float32(0.1) and decision.matched[2] == 0
     assert decision.guards == {"holdout_cosine": {"images_taken": 1}}
@@ -688,7 +761,7 @@ def test_holdout_matches_by_cosine_in_spite_of_a_low_similarity() -> None:
 
 def test_families_count_the_pairs_that_would_connect_images() -> None:
     edges = [(0, 1, 0.8), (0, 2, 0.8), (1, 2, 0.79), (3, 4, 0.8), (5, 6, 0.5), (5, 7, 0.5), (6, 7, 0.5)]
-    config = DedupConfig(families=FamilyConfig())
+    config = DedupConfig(families=FamilyConfig(), label_guard=False)
     decision = decided(config, nodes_of(8), edges, differs_locally=[True] * 7)
     assert decision.guards == {"families": {"pairs_left_out": 3}}
     assert kept(decision) == [0, 1, 2, 3, 5, 6, 7]
@@ -700,7 +773,15 @@ def test_families_count_the_pairs_that_would_connect_images() -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_sweep_counts_the_components_at_each_threshold(seed: int, block: None) -> None:
     config, nodes, edges, columns = guarded_case(seed)
-    usable = [e for e, mutual in zip(edges, columns["mutual"], strict=True) if mutual or not config.mutual_neighbors]
+    mutual_edges = [
+        e for e, mutual in zip(edges, columns["mutual"], strict=True) if mutual or not config.mutual_neighbors
+    ]
+
+    def labels_differ(one: int, other: int) -> bool:
+        labels = {int(nodes.label[one]), int(nodes.label[other])}
+        return config.label_guard and len(labels - {0}) == 2 and not nodes.is_holdout[[one, other]].any()
+
+    usable = [e for e in mutual_edges if not labels_differ(*e[:2])]
     sweep = decided(config, nodes, edges, **columns).sweep
     assert {config.threshold, config.holdout_threshold} <= {row["threshold"] for row in sweep}
     for row in sweep:

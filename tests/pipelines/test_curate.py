@@ -324,7 +324,7 @@ WRONG = [
     (('path = "pool"', 'path = "cut"\nlayout = "webdataset"'), "not a readable plain tar"),
     (('name = "stripes"\nretrieval', 'name = "strips"\nretrieval'), "'strips', which is no source"),
     (('pooling = "average"', 'pooling = "average"\ndevice = "cuda"'), "sees no GPU here"),
-    (("num_clusters = 4", "num_clusters = 34"), "is 34, but only 30 pool images were kept"),
+    (("num_clusters = 4", "num_clusters = 34"), "is 34, but only 31 pool images were kept"),
     (("num_clusters = 4", "num_clusters = 35"), "is 35, but the pool holds 34 images"),
     (("holdout_threshold = 0.9", "holdout_threshold = 0.95"), "dedup.holdout_threshold (0.95) lies above 0.9"),
 ]

@@ -9,6 +9,7 @@ import pytest
 from scipy.sparse import coo_matrix, csgraph
 
 from curation.copies.components import (
+    COPIED_OFTEN,
     component_sizes,
     connected_components,
     family_edges,
@@ -20,7 +21,7 @@ from curation.copies.components import (
 from curation.files import disk_arrays
 
 EMPTY = np.empty(0, np.int64)
-MARGINS = {"sure": 0.9, "margin": 0.1, "local_margin": 0.05}
+MARGINS = {"threshold": 0.65, "sure": 0.9, "margin": 0.1, "local_margin": 0.05}
 
 
 @pytest.fixture(params=[1, 3, 64, disk_arrays.BLOCK])
@@ -190,7 +191,7 @@ def test_sizes_count_each_component(seed: int, block: int) -> None:
 
 def family(edges: list[tuple[int, int, float, bool]]) -> list[bool]:
     first, second, similarity, local = (np.array(column) for column in zip(*edges, strict=True))
-    return family_edges(10, first, second, similarity, local.astype(bool), **MARGINS).tolist()
+    return family_edges(20, first, second, similarity, local.astype(bool), **MARGINS).tolist()
 
 
 def test_single_pair_with_an_overlay_is_a_pair_of_copies() -> None:
@@ -204,6 +205,24 @@ def test_pictures_that_all_resemble_one_another_are_a_family() -> None:
 def test_copies_of_one_picture_are_not_rivals_of_each_other() -> None:
     # 1 and 2 show one picture for sure; 0 is a copy of it with an overlay.
     assert family([(1, 2, 0.99, False), (0, 1, 0.8, True), (0, 2, 0.8, True)]) == [False, False, False]
+
+
+@pytest.mark.parametrize("num_copies", [3, 10])
+def test_copies_of_a_much_copied_picture_are_no_family(num_copies: int) -> None:
+    """Edited copies (3 and more) are as like one another as members of a family; three images are near-equal."""
+    near_equal = [(0, 1, 0.95, False), (0, 2, 0.95, False)]
+    copies = range(3, 3 + num_copies)
+    edges = near_equal + [(0, copy, 0.8, True) for copy in copies] + [(3, copy, 0.78, True) for copy in copies[1:]]
+    assert not any(family(edges))
+    assert any(family(edges[1:])), "two near-equal images are not much copied"
+    assert family([*near_equal, (0, 3, 0.64, False), (3, 4, 0.64, False), (4, 5, 0.64, False)])[-2], (
+        "below the threshold"
+    )
+
+
+def test_a_family_beside_a_much_copied_picture_stays_one() -> None:
+    edges = [(0, 1, 0.95, False), (0, 2, 0.95, False), (3, 4, 0.8, True), (3, 5, 0.8, True), (4, 5, 0.79, True)]
+    assert family(edges) == [False, False, True, True, True]
 
 
 def test_pair_without_a_local_difference_needs_rivals_at_both_ends() -> None:
@@ -232,13 +251,24 @@ def test_families_follow_the_rule(seed: int, block: int) -> None:
     similarity = rng.choice([0.6, 0.66, 0.7, 0.76, 0.8, 0.92], len(pairs)).astype(np.float32)
     local = rng.random(len(pairs)) < 0.4
     is_sure = (similarity >= 0.9) & ~local
-    same = by_scipy(14, first[is_sure], second[is_sure])
+    sure_picture = by_scipy(14, first[is_sure], second[is_sure])
     edges = list(zip(first.tolist(), second.tolist(), similarity.tolist(), strict=True))
+    same = sure_picture.copy()
+    sizes = np.bincount(sure_picture, minlength=14)
+    for node in range(14):
+        others = [(b if a == node else a, value) for a, b, value in edges if node in (a, b)]
+        much_copied = [
+            (-value, sure_picture[other])
+            for other, value in others
+            if sizes[sure_picture[other]] >= COPIED_OFTEN and value >= np.float32(MARGINS["threshold"])
+        ]
+        if sizes[sure_picture[node]] < COPIED_OFTEN and much_copied:
+            same[node] = min(much_copied)[1]
     expected = []
-    for (one, other, value), differs, sure in zip(edges, local.tolist(), is_sure.tolist(), strict=True):
+    for (one, other, value), differs in zip(edges, local.tolist(), strict=True):
         floor = value - (0.05 if differs else 0.1)
         rivals = [has_rival(one, other, floor, same, edges), has_rival(other, one, floor, same, edges)]
-        expected.append(not sure and (any(rivals) if differs else all(rivals)))
+        expected.append(bool(same[one] != same[other] and (any(rivals) if differs else all(rivals))))
     assert family_edges(14, first, second, similarity, local, **MARGINS).tolist() == expected
     order = rng.permutation(len(pairs))
     shuffled = family_edges(14, second[order], first[order], similarity[order], local[order], **MARGINS)

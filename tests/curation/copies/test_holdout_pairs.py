@@ -81,7 +81,7 @@ class SmallImages:
     def decide(self, found: str, **config: Any) -> dict[int, dict[str, Any]]:
         """The decision on each image that is no holdout image, by its number."""
         output = f"{found}-dedup"
-        dedup.run(DedupConfig(**config), RunFolder(ingest=self.images, pairs=found), output)
+        dedup.run(DedupConfig(lookalikes="drop", **config), RunFolder(ingest=self.images, pairs=found), output)
         decided: dict[int, dict[str, Any]] = {}
         for name in require_manifest(output).files("duplicates"):
             for row in parquet.read_table(paths.join(output, name), schemas.DUPLICATES).to_pylist():

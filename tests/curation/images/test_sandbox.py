@@ -24,6 +24,7 @@ from curation.engine.runner import Shard
 from curation.images import decode as decode_module
 from curation.images import sandbox as sandbox_module
 from curation.images.decode import ImageLimits, ImageRejected, RejectReason, decode, decode_picture
+from curation.images.detail import content_and_detail
 from curation.images.hashing import perceptual_hash
 from curation.images.sandbox import ImageFacts, ImageSandbox
 from curation.images.sources import SourceConfig
@@ -58,8 +59,9 @@ def test_facts_equal_those_of_decoding_in_this_process(sandbox: ImageSandbox) ->
     for number, image_format in enumerate(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"]):
         data = encoded(60 + number, 40, image_format, seed=number)
         header, image = decode(data, LIMITS)
-        expected = (header.width, header.height, header.format, header.mode, header.num_frames, perceptual_hash(image))
-        assert sandbox.probe(data) == ImageFacts(*expected)
+        of_header = header.width, header.height, header.format, header.mode, header.num_frames
+        expected = ImageFacts(*of_header, perceptual_hash(image), *content_and_detail(image))
+        assert sandbox.probe(data) == expected
 
 
 @pytest.mark.parametrize(("image_format", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB")])

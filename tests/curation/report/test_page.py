@@ -244,7 +244,7 @@ def test_components_of_copies(example: str) -> None:
     assert component.size == 3 and [member.kept for member in component.members] == [True, False, False]
     assert [member.reason for member in component.members] == [None, "near", "near"]
     assert component.members[1].similarity == pytest.approx(0.9)
-    assert component.members[2].similarity is None  # connected to the kept image by the other member only
+    assert component.members[2].similarity == pytest.approx(0.6)  # the kept image is the middle one of the chain
     assert dict(facts.component_sizes(run))["3"] == 1
     assert len(facts.largest_components(run, 12, 2)[0].members) == 2
     assert facts.largest_components(run, 0, 12) == []
@@ -279,7 +279,7 @@ def test_sweep_over_thresholds(example: str) -> None:
 
 def test_guards_show_their_effects(example: str, tmp_path: Path) -> None:
     off = facts.guards(facts.read_run(example, CONCEPTS))
-    assert len(off) == 5 and all(guard.counts is None for guard in off)
+    assert len(off) == 7 and all(guard.counts is None for guard in off if guard.option != "label_guard")
     assert read_page(example).text.count("off") >= 5
     root = tmp_path / "images"
     write_image(root / "seeds/seed.png", RED)
@@ -304,6 +304,8 @@ def test_guards_show_their_effects(example: str, tmp_path: Path) -> None:
         "mutual_neighbors": {"pairs_left_out": 0},
         "families": {"pairs_left_out": 2},
         "max_component_size": {"components_split": 0, "images_in_them": 0, "components_still_larger": 0},
+        "label_guard": {"pairs_left_out": 0},
+        "lookalikes": None,
         "matches_kept": {"images_kept": 0},
         "holdout_cosine": {"images_taken": 1},
     }
