@@ -60,7 +60,7 @@ BLURS = (0.6, 0.9, 1.3, 1.8, 2.5, 3.5)  # standard deviations in pixels
 PLAIN = 0.06  # share of windows with texture, below which the course of brightness decides
 MIN_PLAIN_OVERLAP = 0.4
 GREY = 4.0  # mean colour, in steps, of a picture without colour
-SMOOTH_DEVIATION = 8.0  # standard deviation of brightness, from which its course can prove anything
+SMOOTH_DEVIATION, SMOOTH_WEIGHT = 8.0, 0.5  # standard deviation of brightness at which smooth windows weigh so much
 ENOUGH = 0.9  # similarity from which no further transform is tried
 REFINED_FROM = 0.1
 
@@ -218,16 +218,24 @@ class PhotographComparer:
         brightness, other_brightness = _windows(cv2, moved)[mask], _windows(cv2, target)[mask]
         present = textures[0].present | textures[1].present
         steps = _level_steps(brightness, other_brightness, np.logical_or(*(texture.agrees for texture in textures)))
+        colour = cv2.warpAffine(one.colour, transform, (width, height), borderMode=cv2.BORDER_REPLICATE)
+        colours = _windows(cv2, colour)[mask], _windows(cv2, other.colour)[mask]
+        is_equal = _are_equal(brightness, other_brightness, colours)
         if present.sum() < PLAIN * num_windows:
-            if min(overlaps) < MIN_PLAIN_OVERLAP:
-                return None
-            colour = cv2.warpAffine(one.colour, transform, (width, height), borderMode=cv2.BORDER_REPLICATE)
-            colours = _windows(cv2, colour)[mask], _windows(cv2, other.colour)[mask]
-            return Evidence(0.0, _course(brightness, other_brightness, colours, steps))
+            equal = float(is_equal.mean())
+            return Evidence(0.0, equal if min(overlaps) >= MIN_PLAIN_OVERLAP and equal > 0.6 else 0.0)
         agrees = present & (steps < LEVEL_STEPS)
         for texture in textures:
             agrees &= texture.agrees | ~texture.present
-        texture_share = float(agrees.sum() / (present.sum() + PRIOR_WINDOWS))
+        # Smooth windows prove something where the brightness has a course, as of a sky; a white ground proves nothing.
+        smooth = is_equal & ~present
+        weight = 0.0
+        if smooth.sum() > 1:
+            weight = SMOOTH_WEIGHT * min(1.0, float(brightness[smooth].std()) / SMOOTH_DEVIATION)
+        texture_share = float(
+            (agrees.sum() + weight * smooth.sum())
+            / (present.sum() + weight * (num_windows - present.sum()) + PRIOR_WINDOWS)
+        )
         return Evidence(texture_share, math.sqrt(texture_share * float((steps < STRICT_LEVEL_STEPS).mean())))
 
     def _refine(self, one: "Photograph", other: "Photograph", transform: np.ndarray) -> np.ndarray | None:
@@ -568,19 +576,12 @@ def _level_steps(brightness: np.ndarray, other: np.ndarray, agrees: np.ndarray) 
     return steps
 
 
-def _course(
-    brightness: np.ndarray, other: np.ndarray, colours: tuple[np.ndarray, np.ndarray], steps: np.ndarray
-) -> float:
-    """The similarity of smooth pictures: equal levels as they are, or a strong common course of brightness."""
-    is_equal = np.abs(other - brightness) < STRICT_LEVEL_STEPS
+def _are_equal(brightness: np.ndarray, other: np.ndarray, colours: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Whether each window (W,) has the same brightness in both, and the same colour unless a picture is grey."""
+    is_equal: np.ndarray = np.abs(other - brightness) < STRICT_LEVEL_STEPS
     if all(float(np.abs(colour).mean()) >= GREY for colour in colours):
         is_equal &= np.abs(colours[1] - colours[0]).max(1) < STRICT_LEVEL_STEPS
-    equal = float(is_equal.mean())
-    if min(brightness.std(), other.std()) < SMOOTH_DEVIATION:
-        return equal if equal > 0.9 else 0.0
-    correlation = float(np.corrcoef(brightness, other)[0, 1])
-    follows = float((steps < 6).mean()) * max(0.0, correlation) ** 4
-    return max(equal if equal > 0.6 else 0.0, follows if correlation > 0.98 else 0.0)
+    return is_equal
 
 
 def _equality_of_plain(one: Photograph, other: Photograph) -> float:
