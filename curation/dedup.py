@@ -269,7 +269,13 @@ def run(
     begins = finished is None or (replace and finished.plan != stage.plan())
     if begins and config.lookalikes == "stop" and lookalikes():
         raise InputError(_stop_at_lookalikes(config, read(), lookalikes(), show_pairs))
-    return run_stage(stage, InlineRunner(), replace=replace, log=log)
+    manifest = run_stage(stage, InlineRunner(), replace=replace, log=log)
+    if num_pairs := manifest.facts["guards"].get("label_guard", {}).get("pairs_left_out"):
+        progress.say(
+            f"dedup: pairs at the threshold whose images have different labels: {num_pairs:,}. Neither image is "
+            "dropped for the other. Where labels are no classes, add --set dedup.label_guard=false."
+        )
+    return manifest
 
 
 def make_worker(output: str, graph: DuplicateGraph, decision: Decision) -> Callable[[Shard], ShardRecord]:

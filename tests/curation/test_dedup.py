@@ -296,6 +296,19 @@ def test_equal_bytes_with_two_labels_are_one_image_and_are_listed(tmp_path: Path
     assert manifest.totals["exact"] == 4 and "near" not in manifest.totals, "image 2 has the label b"
 
 
+@pytest.mark.parametrize(("labels", "is_said"), [(("a", "b"), True), (("a", "a"), False), (("a", None), False)])
+def test_pairs_that_the_labels_guard_leaves_out_are_said(
+    tmp_path: Path, labels: tuple[str, str | None], is_said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Subfolders are labels, so a pool sorted by date would keep its copies without a word."""
+    rows = [image_row(id_of(number), "web", "pool", label=label) for number, label in enumerate(labels)]
+    images = write_ingest(tmp_path / "ingest", [rows])
+    pairs = write_pairs(tmp_path / "pairs", images, [[(id_of(0), id_of(1), 0.9)]])
+    for _ in range(2):  # a finished stage says it too
+        dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), str(tmp_path / "dedup"))
+        assert ("different labels: 1" in capsys.readouterr().err) == is_said
+
+
 def test_all_seeds_of_a_component_are_kept_and_the_other_images_dropped() -> None:
     nodes = nodes_of(4, is_seed=is_(4, 1, 3), pixels=[900, 100, 900, 200])
     decision = decided(DedupConfig(), nodes, [(0, 1, 0.9), (1, 2, 0.9), (2, 3, 0.9)])
