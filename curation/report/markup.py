@@ -218,7 +218,8 @@ td { border-bottom: 1px solid var(--line) }
 .whole { flex: 1 0 100% }
 figure { margin: 0; width: 92px; text-align: center }
 figure img { display: block; width: 92px; height: 92px; object-fit: contain; background: var(--paper) }
-.large figure { width: 152px } .large img { width: 152px; height: 152px }
+.large { margin: 12px 0 }
+.large figure { width: 152px; overflow-wrap: anywhere } .large img { width: 152px; height: 152px }
 .frame img, i.frame { border: 1px solid var(--line) }
 .frame.seed img, i.frame.seed { border: 2px solid var(--ink) }
 .frame.same img, i.frame.same { border: 3px solid var(--green) }
