@@ -867,6 +867,27 @@ def test_resumed_run_gives_the_same_bytes(tmp_path: Path, num_done: int) -> None
     assert bytes_in(output) == bytes_in(straight)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_check_of_the_corpus_sees_the_sources_and_labels_of_the_graph(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shards = []
+    for number in range(6):
+        role = str(rng.choice(["seed", "pool", "holdout"]))
+        rows = [
+            image_row(id_of(n), f"{role}{number % 4}", role, label=(None, "a", "b")[int(rng.integers(0, 3))])
+            for n in rng.integers(0, 30, int(rng.integers(0, 15))).tolist()
+        ]
+        shards.append(rows)
+    images = write_ingest(tmp_path / "ingest", shards)
+    graph = duplicate_graph.read_graph(images, write_pairs(tmp_path / "pairs", images, [[]]))
+    chosen = np.flatnonzero(rng.random(len(graph.nodes.image_ids)) < 0.7)
+    origins = duplicate_graph.read_origins(images, graph.nodes.image_ids[chosen])
+    assert origins.sources == graph.sources
+    np.testing.assert_array_equal(origins.source, graph.nodes.source[chosen])
+    np.testing.assert_array_equal(origins.label, graph.nodes.label[chosen])
+    assert len(duplicate_graph.read_origins(images, graph.nodes.image_ids[:0]).source) == 0
+
+
 def test_ingest_without_images_is_refused(tmp_path: Path) -> None:
     images = write_ingest(tmp_path / "ingest", [[], []])
     with pytest.raises(InputError, match="holds no accepted image"):
