@@ -28,9 +28,9 @@ groups still need with one another and with all images of earlier rounds that we
 the order, so the choice is the same as with one round. Workers compare; the driver chooses.
 
 The driver holds the proposed rows (60 bytes each), their images, and the pairs of copies among them. A worker holds
-the ids of the images (16 bytes each), one file of descriptors, the pairs of its shard with that file, and
-PAIRS_PER_BATCH pairs with their thumbnails. The products of descriptors grow with the square of the images that are
-looked at.
+the ids of the images (16 bytes each), the states and guards of the gathered rows (11 bytes each), one file of
+descriptors, the pairs of its shard with that file, and PAIRS_PER_BATCH pairs with their thumbnails. The products of
+descriptors grow with the square of the images that are looked at.
 
 Legend: N images, R proposed rows, G groups with a quota each, P pairs. A place is a row of the gathered files, counted
 through all of them.
