@@ -69,7 +69,7 @@ from curation.copies.components import (
     separate,
     unite,
 )
-from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, read_graph
+from curation.copies.duplicate_graph import DuplicateGraph, Edges, Nodes, labels_differ, read_graph
 from curation.copies.lookalikes import CROWDED, Lookalikes, find_lookalikes, joins_lookalikes, pairs_of_source
 from curation.copies.priority import CopyPairs, Priority, has_priority, prioritize, put_by_priority
 from curation.engine import command, progress
@@ -260,6 +260,7 @@ def run(
         facts={
             "threshold": config.threshold,
             "holdout_threshold": config.holdout_threshold,
+            "label_guard": config.label_guard,
             "guard_settings": {name: config.model_dump(mode="json")[name] for name in GUARDS},
         },
     )
@@ -268,7 +269,13 @@ def run(
     begins = finished is None or (replace and finished.plan != stage.plan())
     if begins and config.lookalikes == "stop" and lookalikes():
         raise InputError(_stop_at_lookalikes(config, read(), lookalikes(), show_pairs))
-    return run_stage(stage, InlineRunner(), replace=replace, log=log)
+    manifest = run_stage(stage, InlineRunner(), replace=replace, log=log)
+    if num_pairs := manifest.facts["guards"].get("label_guard", {}).get("pairs_left_out"):
+        progress.say(
+            f"dedup: pairs at the threshold whose images have different labels: {num_pairs:,}. Neither image is "
+            "dropped for the other. Where labels are no classes, add --set dedup.label_guard=false."
+        )
+    return manifest
 
 
 def make_worker(output: str, graph: DuplicateGraph, decision: Decision) -> Callable[[Shard], ShardRecord]:
@@ -383,8 +390,8 @@ def _drop_components_of_holdout(
 
 def _labels_differ(nodes: Nodes, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Whether each node in `one` and its counterpart in `other` are seeds or pool images with different labels."""
-    a, b = nodes.label[one], nodes.label[other]
-    result: np.ndarray = (a != b) & (a != 0) & (b != 0) & ~nodes.is_holdout[one] & ~nodes.is_holdout[other]
+    result = labels_differ(nodes.label[one], nodes.label[other])
+    result &= ~nodes.is_holdout[one] & ~nodes.is_holdout[other]
     return result
 
 

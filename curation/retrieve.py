@@ -101,6 +101,8 @@ CHECK_TOTALS = (
     "seed_copies",  # packed seeds that are copies of another packed seed: seeds are trusted, and none is left out
     "holdout_copies",  # images of the corpus that are copies of a holdout image
 )
+# Settings of the comparison that the fact `check` holds too, beside the sources of `lookalikes`.
+CHECK_SETTINGS = ("min_cosine", "threshold", "holdout_threshold", "label_guard")
 # Column of the search's files that holds the number of a query shard.
 QUERY_SHARD_COLUMN = "asking"
 # Key of the Parquet metadata of the file that the command writes alone: k, and hashes of the seeds and the pool.
@@ -233,7 +235,8 @@ def run(
         )
         with progress.step("retrieve", "reading the proposed images"):
             proposals = _read_proposals(config, shards, proposed, proposed_folder, inputs)
-        choice = corpus_check.run(comparison, proposals, config, inputs.describe, inputs.pairs, output, runner, log)
+        described, paired = inputs.describe, inputs.pairs
+        choice = corpus_check.run(comparison, proposals, config, inputs.ingest, described, paired, output, runner, log)
         _write_choice(choice.is_taken, proposed, proposed_folder)
         files = (*files, parquet.write_table(paths.join(output, COPIES_NAME), choice.copies))
         return ShardRecord(name=PREPARED, files=files, totals=choice.totals)
@@ -243,7 +246,8 @@ def run(
         facts = search | {"notes": _notes_on_clusters(config, shards, records), "check": None}
         if comparison is not None:
             totals = sum_counts(record.totals for record in records)
-            settings = {name: getattr(comparison, name) for name in ("min_cosine", "threshold", "holdout_threshold")}
+            settings = {name: getattr(comparison, name) for name in CHECK_SETTINGS}
+            settings["lookalikes"] = list(comparison.lookalikes)
             facts["check"] = settings | {name: totals.get(name, 0) for name in CHECK_TOTALS}
         return facts, None
 

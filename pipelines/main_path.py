@@ -58,7 +58,7 @@ def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = 
     embed.run(config.embed, folder, folder.embed, runner, describe=config.describe, replace=replace, log=log)
     embed.run(config.describe, folder, folder.describe, runner, name="describe", replace=replace, log=log)
     pairs.run(config.pairs, folder, folder.pairs, runner, replace=replace, log=log)
-    show_pairs = functools.partial(lookalikes_page.write, folder, output)
+    show_pairs = functools.partial(lookalikes_page.write, folder, output, config.dedup.threshold)
     dedup.run(config.dedup, folder, folder.dedup, replace=replace, log=log, show_pairs=show_pairs)
     lookalikes_page.remove(output)
     cluster.run(config.cluster, folder, folder.cluster, runner, replace=replace, log=log)

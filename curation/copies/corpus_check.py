@@ -5,7 +5,8 @@
                  thumbnails-00000.parquet  ...  their thumbnails, where pairs are verified
                  ids.npy                        their ids, ascending
       check0/    edges-00000.parquet  ...       EDGES: the copies among the images of round 0
-                 state.npy  known.parquet       the state of each gathered row; the pairs with a score of `pairs`
+                 state.npy  known.parquet       the state and the guards of each gathered row; the pairs with a score
+                                                of `pairs`
       check1/    ...
 
 Retrieval gives each seed its nearest images, and a copy that dedup missed is as near as the image itself. So retrieve
@@ -18,16 +19,18 @@ it is a copy of an image taken before, of a packed seed, or of a holdout image; 
     A is taken, A' is passed over for A, B is taken
 
 Two images are compared when the cosine of their descriptors is at least the floor of `pairs`. The number of neighbours
-of an image is not capped. A pair with a score of the stage `pairs` is not compared again.
+of an image is not capped. A pair with a score of the stage `pairs` is not compared again. Seeds and pool images that
+dedup never drops for one another are no copies here either, and are not compared: images with different labels
+(`dedup.label_guard`), and images of sources that look alike (`dedup.lookalikes = "exact"`).
 
 Work goes in rounds of growing ranks, because most groups are full after the first. A round compares the images that the
 groups still need with one another and with all images of earlier rounds that were not passed over. Ranks come first in
 the order, so the choice is the same as with one round. Workers compare; the driver chooses.
 
 The driver holds the proposed rows (60 bytes each), their images, and the pairs of copies among them. A worker holds
-the ids of the images (16 bytes each), one file of descriptors, the pairs of its shard with that file, and
-PAIRS_PER_BATCH pairs with their thumbnails. The products of descriptors grow with the square of the images that are
-looked at.
+the ids of the images (16 bytes each), the states and guards of the gathered rows (11 bytes each), one file of
+descriptors, the pairs of its shard with that file, and PAIRS_PER_BATCH pairs with their thumbnails. The products of
+descriptors grow with the square of the images that are looked at.
 
 Legend: N images, R proposed rows, G groups with a quota each, P pairs. A place is a row of the gathered files, counted
 through all of them.
@@ -43,6 +46,7 @@ import pyarrow as pa
 from curation.config import Settings
 from curation.copies.compare_thumbnails import VerificationConfig
 from curation.copies.described import DescribedRows, Verifier
+from curation.copies.duplicate_graph import labels_differ, read_origins
 from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_fact, require_manifest, step_folder
 from curation.engine.run_log import Log
@@ -84,6 +88,10 @@ class Comparison:
     """The same with a holdout image."""
     verification: VerificationConfig | None
     """None when the cosine is the similarity."""
+    label_guard: bool
+    """Whether seeds and pool images with different labels are no copies."""
+    lookalikes: tuple[str, ...]
+    """Sources whose seeds and pool images are copies of holdout images alone."""
     device: str
     """Of the products of descriptors."""
 
@@ -112,12 +120,36 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Guards:
+    """The properties of images by which dedup never drops one for another. N are images or places."""
+
+    is_holdout: np.ndarray  # (N,) bool
+    is_alike: np.ndarray  # (N,) bool: of a source in Comparison.lookalikes
+    label: np.ndarray  # (N,) int64; 0 for none, and for all without Comparison.label_guard
+
+    def may_be_copies(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Whether pairs, (P,) bool, are compared: with one holdout image, or with none where no guard keeps both."""
+        num_holdout = self.is_holdout[one].astype(np.int8) + self.is_holdout[other]
+        keeps_both = self.is_alike[one] | self.is_alike[other] | labels_differ(self.label[one], self.label[other])
+        result: np.ndarray = (num_holdout == 1) | ((num_holdout == 0) & ~keeps_both)
+        return result
+
+    def at(self, place_of: np.ndarray, num_places: int) -> "Guards":
+        """The guards of images by place; zero at places without an image."""
+        columns = []
+        for column in (self.is_holdout, self.is_alike, self.label):
+            columns.append(np.zeros(num_places, column.dtype))
+            columns[-1][place_of] = column
+        return Guards(*columns)
+
+
+@dataclass(frozen=True)
 class Images:
     """The images of the check, in the order of their ids, and their states."""
 
     ids: np.ndarray  # (N,) S16, ascending
     is_seed: np.ndarray  # (N,) bool
-    is_holdout: np.ndarray  # (N,) bool
+    guards: Guards
     state: np.ndarray  # (N,) int8, changed by the choice
     matched: np.ndarray  # (N,) int64: the image for which this one was passed over; -1 for none
     similarity: np.ndarray  # (N,) float32: of that pair
@@ -151,6 +183,8 @@ def comparison_of(pairs: str, dedup: str, device: str) -> Comparison:
         min_cosine=require_fact(pairs, paired, "min_descriptor_similarity"),
         threshold=require_fact(dedup, deduplicated, "threshold"),
         holdout_threshold=require_fact(dedup, deduplicated, "holdout_threshold"),
+        label_guard=require_fact(dedup, deduplicated, "label_guard"),
+        lookalikes=tuple(alike["source"] for alike in require_fact(dedup, deduplicated, "lookalikes")),
         verification=verification and VerificationConfig.model_validate(verification, strict=False),
         device=device,
     )
@@ -160,6 +194,7 @@ def run(
     comparison: Comparison,
     proposals: Proposals,
     config: Settings,
+    ingest: str,
     describe: str,
     pairs: str,
     output: str,
@@ -167,11 +202,12 @@ def run(
     log: Log = None,
 ) -> Choice:
     """Choose among the proposed rows. `output` is the folder of the stage, whose progress folder holds the steps."""
-    images = _images_of(proposals)
+    images = _images_of(comparison, proposals, ingest)
     inputs = {"descriptors": require_manifest(describe).content_hash, "pairs": require_manifest(pairs).content_hash}
     gathered_folder = step_folder(output, GATHERED)
     gathered = _gather(images.ids, comparison, config, describe, inputs, gathered_folder, runner, log)
     place_of, num_places = _places_of(images, gathered, gathered_folder)
+    guards_at = images.guards.at(place_of, num_places)
     known = _known_pairs(images, pairs) if comparison.verification else _Pairs()
     copies = _Pairs()
     copies.add(known.one, known.other, known.similarity)
@@ -193,11 +229,13 @@ def run(
         is_asked[images.is_seed] = number == 0
         is_asked &= ~was_asked & ((images.state == NEW) | images.is_seed)
         if is_asked.any():
-            is_earlier = (was_asked | images.is_holdout) & (images.state != PASSED) & ~is_asked
+            is_earlier = (was_asked | images.guards.is_holdout) & (images.state != PASSED) & ~is_asked
             state = np.full(num_places, LEFT_OUT, np.int8)
             state[place_of[is_earlier]], state[place_of[is_asked]] = EARLIER, ASKED
             of_round = step_folder(output, f"check{number}")
-            done = _compare(comparison, config, state, place_of, known, gathered_folder, of_round, inputs, runner, log)
+            done = _compare(
+                comparison, config, state, guards_at, place_of, known, gathered_folder, of_round, inputs, runner, log
+            )
             num_compared += done.totals["pairs"]
             copies.add(*_read_edges(done, of_round, place_of, num_places))
             was_asked |= is_asked
@@ -220,13 +258,17 @@ def run(
     return Choice(is_taken, pa.table(columns, schema=schemas.CORPUS_COPIES), totals)
 
 
-def _images_of(proposals: Proposals) -> Images:
+def _images_of(comparison: Comparison, proposals: Proposals, ingest: str) -> Images:
     ids = np.unique(np.concatenate([proposals.image_ids, proposals.seed_ids, proposals.holdout_ids]))
     is_seed, is_holdout = np.isin(ids, proposals.seed_ids), np.isin(ids, proposals.holdout_ids)
-    state = np.where(is_holdout, HOLDOUT, np.where(is_seed, SEED, NEW)).astype(np.int8)
-    return Images(
-        ids, is_seed, is_holdout, state, np.full(len(ids), -1, np.int64), np.full(len(ids), np.nan, np.float32)
+    origins = read_origins(ingest, ids)
+    guards = Guards(
+        is_holdout=is_holdout,
+        is_alike=np.isin(origins.sources, comparison.lookalikes)[origins.source],
+        label=origins.label if comparison.label_guard else np.zeros_like(origins.label),
     )
+    state = np.where(is_holdout, HOLDOUT, np.where(is_seed, SEED, NEW)).astype(np.int8)
+    return Images(ids, is_seed, guards, state, np.full(len(ids), -1, np.int64), np.full(len(ids), np.nan, np.float32))
 
 
 # The descriptors of the images
@@ -319,6 +361,7 @@ def _compare(
     comparison: Comparison,
     config: Settings,
     state: np.ndarray,
+    guards: Guards,
     place_of: np.ndarray,
     known: _Pairs,
     gathered: str,
@@ -351,7 +394,9 @@ def _compare(
         return ShardRecord(
             name=PREPARED,
             files=(
-                npy.write_arrays(paths.join(output, STATE_NAME), state),
+                npy.write_arrays(
+                    paths.join(output, STATE_NAME), state, guards.is_holdout, guards.is_alike, guards.label
+                ),
                 parquet.write_row_groups(paths.join(output, KNOWN_NAME), "shard", by_shard(), EDGES.empty_table()),
             ),
         )
@@ -373,7 +418,8 @@ def _compare(
 def fingerprint(comparison: Comparison) -> str:
     """A hash of the settings that decide which images are copies."""
     verification = comparison.verification and comparison.verification.model_dump(mode="json")
-    return hash_json([comparison.min_cosine, comparison.threshold, comparison.holdout_threshold, verification])
+    thresholds = [comparison.min_cosine, comparison.threshold, comparison.holdout_threshold]
+    return hash_json([*thresholds, comparison.label_guard, list(comparison.lookalikes), verification])
 
 
 def _make_comparer(comparison: Comparison, gathered: str, output: str) -> Callable[[Shard], ShardRecord]:
@@ -383,7 +429,8 @@ def _make_comparer(comparison: Comparison, gathered: str, output: str) -> Callab
     files, thumbnails = manifest.paths(gathered, "vectors"), manifest.paths(gathered, "thumbnails")
     described = DescribedRows(files, thumbnails)
     starts = np.cumsum([0, *(vectors.num_rows(file) for file in files)])
-    state = npy.read_array(paths.join(output, STATE_NAME))
+    state, *of_guards = npy.read_arrays(paths.join(output, STATE_NAME), 4)
+    guards = Guards(*of_guards)
     score = _make_scorer(comparison, described)
     min_similarity = min(comparison.threshold, comparison.holdout_threshold)
 
@@ -415,7 +462,7 @@ def _make_comparer(comparison: Comparison, gathered: str, output: str) -> Callab
                 query, row, cosine = exact.pairs_above(queries, matrix, comparison.min_cosine, device=comparison.device)
                 one, other = places[query], start + active[row]
                 # Each pair of images of the round is compared once, and no image with itself.
-                chosen = (state[other] == EARLIER) | (other > one)
+                chosen = ((state[other] == EARLIER) | (other > one)) & guards.may_be_copies(one, other)
                 chosen &= ~np.isin(_keys(one, other, len(state)), known_keys)
                 held.append((one[chosen], other[chosen], cosine[chosen]))
             if sum(len(cosine) for _, _, cosine in held) >= PAIRS_PER_BATCH:
@@ -498,10 +545,10 @@ class _Neighbors:
 
 
 def _copies(comparison: Comparison, images: Images, pairs: _Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs that are copies, by the threshold of the two; never two holdout images."""
-    with_holdout = images.is_holdout[pairs.one] | images.is_holdout[pairs.other]
+    """The pairs that are copies, by the threshold of the two."""
+    with_holdout = images.guards.is_holdout[pairs.one] | images.guards.is_holdout[pairs.other]
     threshold = np.where(with_holdout, comparison.holdout_threshold, comparison.threshold).astype(np.float32)
-    chosen = (pairs.similarity >= threshold) & ~(images.is_holdout[pairs.one] & images.is_holdout[pairs.other])
+    chosen = (pairs.similarity >= threshold) & images.guards.may_be_copies(pairs.one, pairs.other)
     return pairs.one[chosen], pairs.other[chosen], pairs.similarity[chosen]
 
 
@@ -542,7 +589,7 @@ def _totals(comparison: Comparison, images: Images, pairs: _Pairs) -> dict[str, 
     in_corpus = is_retrieved | images.is_seed
     near = one[in_corpus[one] & in_corpus[other]]
     seeds_alike = one[images.is_seed[one] & images.is_seed[other]]
-    of_holdout = one[in_corpus[one] & images.is_holdout[other]]
+    of_holdout = one[in_corpus[one] & images.guards.is_holdout[other]]
     return {
         "retrieved_copies": len(np.unique(near[is_retrieved[near]])),
         "seed_copies": len(np.unique(seeds_alike)),

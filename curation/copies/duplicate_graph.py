@@ -36,6 +36,7 @@ _ROW = np.dtype(
 )
 # Images with conflicting labels that are named. Assumed.
 NAMED_CONFLICTS = 20
+_ORIGIN = np.dtype([("image", np.int64), ("role", np.int8), ("source", np.int32), ("label", np.int64)])
 _END = np.dtype([("image_id", "S16"), ("position", np.int64)])
 
 
@@ -89,15 +90,13 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
     names: list[str] = []
     columns_read = ["image_id", "source", "role", "width", "height", "length", "label", "content_pixels"]
     for start, table in _tables(images, "images", schemas.IMAGES, [*columns_read, "detail_pixels"]):
-        names.extend(name for name in pc.unique(table["source"]).to_pylist() if name not in names)
         block = np.empty(table.num_rows, _ROW)
         block["image_id"] = pack_ids(table["image_id"])
         block["row"] = np.arange(start, start + table.num_rows)
-        block["role"] = pc.index_in(table["role"], pa.array(_ROLES)).to_numpy()
+        block["role"], block["source"] = _role_numbers(table["role"]), _source_numbers(table["source"], names)
         block["pixels"] = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
         block["length"] = table["length"].to_numpy()
         block["content"], block["detail"] = (table[f"{name}_pixels"].to_numpy() for name in ("content", "detail"))
-        block["source"] = pc.index_in(table["source"], pa.array(names, pa.string())).to_numpy()
         block["label"] = _label_hashes(table["label"])
         rows.add(bucket_of(block["image_id"], num_buckets), block)
 
@@ -155,6 +154,53 @@ def read_graph(images: str, pairs: str) -> DuplicateGraph:
     return DuplicateGraph(
         Nodes(**cut), edges, node_of_row, row_of_node[:num_nodes], tuple(names), (num_conflicts, conflicts)
     )
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where some images come from, as Nodes states it."""
+
+    source: np.ndarray  # (N,) int32, index into `sources`
+    label: np.ndarray  # (N,) int64; 0 for none
+    sources: tuple[str, ...]
+
+
+def read_origins(images: str, image_ids: np.ndarray) -> Origins:
+    """The origins of some images of a finished ingest. `image_ids` (N,) S16 are packed, unique and ascending."""
+    names: list[str] = []
+    blocks_read = [np.empty(0, _ORIGIN)]
+    for _, table in _tables(images, "images", schemas.IMAGES, ["image_id", "source", "role", "label"]):
+        ids = pack_ids(table["image_id"])
+        block = np.empty(len(ids), _ORIGIN)
+        block["image"] = np.searchsorted(image_ids, ids)
+        block["role"], block["source"] = _role_numbers(table["role"]), _source_numbers(table["source"], names)
+        block["label"] = _label_hashes(table["label"])
+        is_wanted = block["image"] < len(image_ids)
+        is_wanted[is_wanted] = image_ids[block["image"][is_wanted]] == ids[is_wanted]
+        blocks_read.append(block[is_wanted])
+    rows = np.concatenate(blocks_read)
+    rows = rows[np.lexsort((rows["role"], rows["image"]))]  # stable: rows of one role stay in the order of ingest
+    starts = np.flatnonzero(starts_group(rows["image"]))
+    assert len(starts) == len(image_ids), "images that the ingest does not hold"
+    return Origins(rows["source"][starts], _labels(rows["label"], starts)[0], tuple(names))
+
+
+def labels_differ(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether each label in `one` and its counterpart in `other` are two different labels; 0 is none."""
+    result: np.ndarray = (one != other) & (one != 0) & (other != 0)
+    return result
+
+
+def _role_numbers(roles: pa.ChunkedArray) -> np.ndarray:
+    numbers: np.ndarray = pc.index_in(roles, pa.array(_ROLES)).to_numpy()
+    return numbers
+
+
+def _source_numbers(sources: pa.ChunkedArray, names: list[str]) -> np.ndarray:
+    """The index of each source in `names`, to which new ones are appended."""
+    names.extend(name for name in pc.unique(sources).to_pylist() if name not in names)
+    numbers: np.ndarray = pc.index_in(sources, pa.array(names, pa.string())).to_numpy()
+    return numbers
 
 
 def _label_hashes(labels: pa.ChunkedArray) -> np.ndarray:

@@ -33,6 +33,7 @@ import numpy as np
 from curation.copies.components import connected_components, node_type
 from curation.copies.duplicate_graph import Edges, Nodes
 from curation.files.disk_arrays import blocks, on_disk
+from curation.files.hashes import split_mix
 from curation.search.top_k import top_k_of_groups
 
 # Neighbours at the threshold from which an image is crowded. Assumed: most pictures have fewer copies in a pool.
@@ -130,8 +131,8 @@ def pairs_of_source(nodes: Nodes, edges: Edges, source: int, threshold: float) -
         )
         first, second, similarity = (column[part][position] for column in (edges.first, edges.second, edges.similarity))
         number = np.searchsorted(bounds, similarity, side="right") - 1
-        # Nodes are in the order of hashes. A multiplicative hash (Knuth) gives another order.
-        order = (np.minimum(first, second).astype(np.int64) * 2654435761 + np.maximum(first, second) * 40503) % 2**32
+        low, high = np.minimum(first, second).astype(np.uint64), np.maximum(first, second).astype(np.uint64)
+        order = split_mix(split_mix(low) ^ high)
         for row in top_k_of_groups(number, PAIRS_PER_RANGE, order, first, second).tolist():
             ends = int(min(first[row], second[row])), int(max(first[row], second[row]))
             chosen[number[row]].append((int(order[row]), *ends, float(similarity[row])))

@@ -267,7 +267,17 @@ def corpus_check_text(run: FinishedRun) -> list[str]:
         f"The check compares images whose descriptors have a cosine of {check['min_cosine']:g} or more, and calls them "
         f"copies from a similarity of {check['threshold']:g}, with the holdout from {check['holdout_threshold']:g}. It "
         f"passed over {check['corpus_copies']:,} images for the next in rank{fewer}.",
+        *_never_copies(check),
     ]
+
+
+def _never_copies(check: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on the pairs that dedup and the check never call copies."""
+    if check["lookalikes"]:
+        names = ", ".join(f"'{name}'" for name in check["lookalikes"])
+        yield f"Images of {names} look alike; only equal files and matches with the holdout count as their copies."
+    if check["label_guard"]:
+        yield "Images with different labels are not counted as copies of one another (dedup.label_guard)."
 
 
 def rejected_holdout(run: FinishedRun) -> int:

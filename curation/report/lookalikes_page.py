@@ -1,6 +1,7 @@
 """The page of a run that stopped because the images of a source look alike: their pairs side by side, with scores."""
 
 import base64
+import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,25 +11,19 @@ import pyarrow.compute as pc
 from curation.copies.lookalikes import CROWDED, Lookalikes
 from curation.engine.manifest import require_manifest
 from curation.files import parquet, paths, schemas
-from curation.report.markup import Markup, clip, join, page, quoted, section, tag
+from curation.report.markup import Markup, clip, page, quoted, section, tag
 from curation.run_folder import RunFolder
 
 NAME = "lookalikes.html"
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }
-.pairs { display: flex; flex-wrap: wrap; gap: 1rem; }
-.pair { border: 1px solid #ccc; border-radius: 4px; padding: .5rem; width: 20rem; }
-.pair p { margin: .25rem 0 0; font-size: .8rem; overflow-wrap: anywhere; }
-.pair img { width: 9.5rem; height: 9.5rem; object-fit: contain; background: #f2f2f2; }
-.pictures { display: flex; gap: .5rem; }
-code { background: #f2f2f2; padding: 0 .2rem; }
-"""
-
+# Characters of a file's name below its picture. Assumed: two lines.
+MAX_NAME_LENGTH = 40
 
 Pairs = Sequence[tuple[str, str, float]]
 
 
-def write(run: RunFolder, output: str, lookalikes: Sequence[Lookalikes], pairs: Mapping[str, Pairs]) -> str:
+def write(
+    run: RunFolder, output: str, threshold: float, lookalikes: Sequence[Lookalikes], pairs: Mapping[str, Pairs]
+) -> str:
     """Write the page into the folder `output` of a run; returns its path.
 
     pairs: by source, two image_ids and their similarity.
@@ -38,7 +33,7 @@ def write(run: RunFolder, output: str, lookalikes: Sequence[Lookalikes], pairs: 
     uris = _values(ids, ingested.paths(run.ingest, "images"), schemas.IMAGES, "uri")
     thumbnails = _values(ids, described.paths(run.describe, "thumbnails"), schemas.THUMBNAILS, "thumbnail")
     path = paths.join(output, NAME)
-    paths.write_bytes(path, render(lookalikes, pairs, uris, thumbnails))
+    paths.write_bytes(path, render(threshold, lookalikes, pairs, uris, thumbnails))
     return path
 
 
@@ -48,50 +43,71 @@ def remove(output: str) -> None:
 
 
 def render(
+    threshold: float,
     lookalikes: Sequence[Lookalikes],
     pairs: Mapping[str, Pairs],
     uris: Mapping[str, str],
     thumbnails: Mapping[str, bytes],
 ) -> bytes:
     """The page. uris and thumbnails, which are encoded as WebP: by image_id; a thumbnail may be missing."""
-    intro = tag(
-        "p",
-        "Dedup stopped before it dropped anything: no score tells copies of these sources from other images. Where the "
-        "pairs are copies, set ",
-        tag("code", 'dedup.lookalikes = "drop"'),
-        ". Where they are different images, set ",
-        tag("code", 'dedup.lookalikes = "exact"'),
-        ": then only equal files of these sources, and their matches with the holdout, are dropped.",
-    )
 
-    def shown(pair: tuple[str, str, float]) -> Markup:
-        one, other, similarity = pair
-        pictures = [
-            tag("img", src=f"data:image/webp;base64,{base64.b64encode(thumbnails[image_id]).decode()}", alt="")
-            for image_id in (one, other)
-            if image_id in thumbnails
-        ]
-        names = join(quoted(uris[one]), " ", quoted(uris[other]))
-        score = tag("p", tag("strong", f"{similarity:.3f}"))
-        return tag("div", tag("div", *pictures, class_="pictures"), score, tag("p", names), class_="pair")
+    def figure(image_id: str) -> Markup:
+        uri = uris[image_id]
+        name = quoted(clip(posixpath.basename(uri) or uri, MAX_NAME_LENGTH))
+        if image_id not in thumbnails:
+            return tag("figure", tag("figcaption", name), title=clip(uri))
+        data = base64.b64encode(thumbnails[image_id]).decode()
+        picture = tag("img", src=f"data:image/webp;base64,{data}", alt=clip(uri), title=clip(uri))
+        return tag("figure", picture, tag("figcaption", name), class_="frame")
 
-    sections = [
-        section(
-            f"source-{number}",
-            clip(alike.source),
-            tag("p", _counts(alike)),
-            tag("div", *map(shown, pairs[alike.source]), class_="pairs"),
+    def shown(some: Pairs) -> Markup:
+        items = (
+            tag("div", figure(one), figure(other), tag("p", f"{similarity:.3f}"), class_="pair")
+            for one, other, similarity in some
         )
-        for number, alike in enumerate(lookalikes)
-    ]
+        return tag("div", *items, class_="pairs large")
+
     title = "Images that look alike"
-    return page(title, None, tag("main", tag("h1", title), intro, *sections), style=_STYLE).encode()
+    sections = []
+    for number, alike in enumerate(lookalikes):
+        falling = sorted(pairs[alike.source], key=lambda pair: -pair[2])
+        sections.append(
+            section(
+                f"source-{number}",
+                clip(alike.source),
+                tag("p", _counts(alike)),
+                shown([pair for pair in falling if pair[2] >= threshold]),
+                tag("p", f"{threshold:g}: copies above, not copies below", class_="divider"),
+                shown([pair for pair in falling if pair[2] < threshold]),
+            )
+        )
+    return page(title, None, tag("header", tag("h1", title), *_intro()), tag("main", *sections)).encode()
+
+
+def _intro() -> tuple[Markup, ...]:
+    return (
+        tag(
+            "p",
+            "Dedup stopped before it dropped anything: no score tells copies of these sources from other images. Look "
+            "at the pairs above the line, and run the same command again with one more option:",
+        ),
+        tag(
+            "ul",
+            tag("li", tag("code", "--set dedup.lookalikes=drop"), ": the pairs are copies."),
+            tag(
+                "li",
+                tag("code", "--set dedup.lookalikes=exact"),
+                ": the pairs are different images. Then only equal files of these sources are dropped, and their "
+                "matches with the holdout.",
+            ),
+        ),
+    )
 
 
 def _counts(alike: Lookalikes) -> str:
     return (
         f"{alike.crowded / alike.images:.0%} of its {alike.images:,} images have {CROWDED} or more neighbours at the "
-        f"threshold; the largest component holds {alike.largest_group:,} of them. Of their pairs, "
+        f"threshold. The largest component holds {alike.largest_group:,} of them. Of their pairs, "
         f"{alike.near_threshold:,} lie near the threshold and {alike.above:,} above. Some pairs, with their similarity:"
     )
 

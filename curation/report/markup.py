@@ -218,6 +218,8 @@ td { border-bottom: 1px solid var(--line) }
 .whole { flex: 1 0 100% }
 figure { margin: 0; width: 92px; text-align: center }
 figure img { display: block; width: 92px; height: 92px; object-fit: contain; background: var(--paper) }
+.large { margin: 12px 0 }
+.large figure { width: 152px; overflow-wrap: anywhere } .large img { width: 152px; height: 152px }
 .frame img, i.frame { border: 1px solid var(--line) }
 .frame.seed img, i.frame.seed { border: 2px solid var(--ink) }
 .frame.same img, i.frame.same { border: 3px solid var(--green) }
@@ -234,6 +236,7 @@ figure img { display: block; width: 92px; height: 92px; object-fit: contain; bac
   .retrieval { flex-wrap: wrap }
   .retrieval .strip:first-child { max-width: none }
   figure, figure img { width: 64px } figure img { height: 64px }
+  .large figure { width: 132px } .large img { width: 132px; height: 132px }
   figcaption { font-size: 12px }
   .bar { min-width: 64px }
   .numbers { gap: 12px 20px } .numbers div { flex: 1 0 40% }

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from curation.config import IsPath, Settings, load
+from curation.copies.lookalikes import CROWDED
 from curation.engine import progress
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError
@@ -468,6 +469,7 @@ def _copies(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thum
             + (" Members that are not copies of a kept image are kept too." if keeps_other_members else ""),
         ),
         tag("p", _label_conflicts(finished.manifests["dedup"].facts["label_conflicts"])),
+        *(tag("p", _lookalikes(alike)) for alike in finished.manifests["dedup"].facts["lookalikes"]),
         tag("p", _full_lists(finished.manifests["pairs"].facts["full_lists"])),
         tag("h3", "Guards against chains of copies"),
         markup.table(("option", "purpose", "effect"), [_guard(guard) for guard in facts.guards(finished)]),
@@ -513,6 +515,16 @@ def _label_conflicts(conflicts: Mapping[str, Any]) -> Markup:
         f"{_count(conflicts['images'], 'image')} came several times with equal bytes and several labels; each is one "
         "image, with the label of its first row: ",
         tag("code", ", ".join(conflicts["examples"]) + more),
+    )
+
+
+def _lookalikes(alike: Mapping[str, Any]) -> Markup:
+    """The effect of `dedup.lookalikes = "exact"` on one source."""
+    return join(
+        f"Images of {clip(alike['source'])} look alike: {_share(alike['crowded'] / alike['images'])} of "
+        f"{_count(alike['images'], 'image')} have {CROWDED} or more neighbours at the threshold. None was dropped as a "
+        f"near-copy; {_count(alike['holdout_matches'], 'image')} matched the holdout and "
+        f"{'was' if alike['holdout_matches'] == 1 else 'were'} dropped."
     )
 
 

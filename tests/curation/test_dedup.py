@@ -296,6 +296,19 @@ def test_equal_bytes_with_two_labels_are_one_image_and_are_listed(tmp_path: Path
     assert manifest.totals["exact"] == 4 and "near" not in manifest.totals, "image 2 has the label b"
 
 
+@pytest.mark.parametrize(("labels", "is_said"), [(("a", "b"), True), (("a", "a"), False), (("a", None), False)])
+def test_pairs_that_the_labels_guard_leaves_out_are_said(
+    tmp_path: Path, labels: tuple[str, str | None], is_said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Subfolders are labels, so a pool sorted by date would keep its copies without a word."""
+    rows = [image_row(id_of(number), "web", "pool", label=label) for number, label in enumerate(labels)]
+    images = write_ingest(tmp_path / "ingest", [rows])
+    pairs = write_pairs(tmp_path / "pairs", images, [[(id_of(0), id_of(1), 0.9)]])
+    for _ in range(2):  # a finished stage says it too
+        dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), str(tmp_path / "dedup"))
+        assert ("different labels: 1" in capsys.readouterr().err) == is_said
+
+
 def test_all_seeds_of_a_component_are_kept_and_the_other_images_dropped() -> None:
     nodes = nodes_of(4, is_seed=is_(4, 1, 3), pixels=[900, 100, 900, 200])
     decision = decided(DedupConfig(), nodes, [(0, 1, 0.9), (1, 2, 0.9), (2, 3, 0.9)])
@@ -852,6 +865,27 @@ def test_resumed_run_gives_the_same_bytes(tmp_path: Path, num_done: int) -> None
         mark_shard_done(output, record)
     assert dedup.run(DedupConfig(), RunFolder(ingest=images, pairs=pairs), output) == manifest
     assert bytes_in(output) == bytes_in(straight)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_check_of_the_corpus_sees_the_sources_and_labels_of_the_graph(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shards = []
+    for number in range(6):
+        role = str(rng.choice(["seed", "pool", "holdout"]))
+        rows = [
+            image_row(id_of(n), f"{role}{number % 4}", role, label=(None, "a", "b")[int(rng.integers(0, 3))])
+            for n in rng.integers(0, 30, int(rng.integers(0, 15))).tolist()
+        ]
+        shards.append(rows)
+    images = write_ingest(tmp_path / "ingest", shards)
+    graph = duplicate_graph.read_graph(images, write_pairs(tmp_path / "pairs", images, [[]]))
+    chosen = np.flatnonzero(rng.random(len(graph.nodes.image_ids)) < 0.7)
+    origins = duplicate_graph.read_origins(images, graph.nodes.image_ids[chosen])
+    assert origins.sources == graph.sources
+    np.testing.assert_array_equal(origins.source, graph.nodes.source[chosen])
+    np.testing.assert_array_equal(origins.label, graph.nodes.label[chosen])
+    assert len(duplicate_graph.read_origins(images, graph.nodes.image_ids[:0]).source) == 0
 
 
 def test_ingest_without_images_is_refused(tmp_path: Path) -> None:

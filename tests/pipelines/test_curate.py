@@ -353,6 +353,34 @@ def test_wrong_input_is_one_message_and_status_2_and_the_corrected_run_ends(
         assert bytes_in(finished / f"wrong{number}") == bytes_in(finished / "out")
 
 
+def test_a_source_of_lookalikes_stops_the_run_and_another_setting_goes_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of its time: the network on 70 images."""
+    monkeypatch.chdir(home)
+    for number in range(24):
+        x, y = number % 6, number // 6
+        save(drawing("scribbles", 50).crop((x, y, x + 88, y + 74)), home / f"cells/{number}.png")
+    source = '[[ingest.sources]]\nname = "cells"\nrole = "pool"\npath = "cells"\n'
+    (home / "config.toml").write_text(CONFIG.replace("[embed.embedder]", source + "[embed.embedder]", 1))
+    arguments = ["--config", "config.toml", "--output", "out", "--runner", "inline"]
+    arguments += ["--set", "dedup.threshold=0.6", "--set", "dedup.holdout_threshold=0.6"]
+    stopped = run_in_process(curate_command, *arguments)
+    assert stopped.returncode == 2 and stopped.stderr.count("error:") == 1 and "Traceback" not in stopped.stderr
+    assert "'cells' (100% of 24 images have 5 or more neighbours" in stopped.stderr
+    assert f"Look at their pairs in {Path('out/lookalikes.html')}" in stopped.stderr
+    assert not Path("out/dedup").exists() and Path("out/lookalikes.html").read_text().count("<img") > 10
+    pairs = bytes_in(home / "out/pairs")
+    gone_on = run_in_process(curate_command, *arguments, "--set", "dedup.lookalikes=exact")
+    assert gone_on.returncode == 0, gone_on.stderr
+    assert "pairs: already done" in gone_on.stderr and bytes_in(home / "out/pairs") == pairs
+    assert not Path("out/lookalikes.html").exists()
+    for text in ("look alike; only equal files", "100.0% of 24 images have 5 or more", "0 images matched the holdout"):
+        assert text in Path("out/report.html").read_text()
+    dedup, retrieve = (require_manifest(f"out/{stage}").facts for stage in ("dedup", "retrieve"))
+    assert [each["source"] for each in dedup["lookalikes"]] == retrieve["check"]["lookalikes"] == ["cells"]
+
+
 def test_no_input_is_deleted_or_overwritten(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
     shutil.copytree("pool", "nested/corpus/pool")

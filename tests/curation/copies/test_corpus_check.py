@@ -48,20 +48,29 @@ MODES = (
 class Run:
     """Finished stages whose vectors come in groups of near-copies, so that retrieval meets many of them.
 
-    Image n has row n of `matrix` in embed, and of `descriptors` in describe.
+    Image n has row n of `matrix` in embed, and of `descriptors` in describe. A third of the images have no label.
     """
 
-    def __init__(self, folder: Path, seed: int = 0, known: list[tuple[int, int, float]] | None = None) -> None:
+    def __init__(
+        self, folder: Path, seed: int = 0, *, label_guard: bool = False, lookalikes: tuple[str, ...] = ()
+    ) -> None:
         rng = np.random.default_rng(seed)
         groups = unit_vectors(seed, 45, 16)[rng.integers(0, 45, 190)]
         self.matrix = _unit(groups + rng.normal(0, 0.09, groups.shape))
         self.descriptors = _unit(self.matrix.astype(np.float32) + rng.normal(0, 0.02, groups.shape))
-        rows = [[image_row(id_of(n), source, role) for n in numbers] for source, role, numbers in SHARDS]
-        rows[3].append(rows[2][0])  # an exact copy in another shard: described there too
+        self.labels = [(None, "a", "b")[number] for number in rng.integers(0, 3, 190).tolist()]
+        self.label_guard, self.lookalikes = label_guard, lookalikes
+        rows = [
+            [image_row(id_of(n), source, role, label=self.labels[n]) for n in numbers]
+            for source, role, numbers in SHARDS
+        ]
+        # An exact copy in another shard: described there too. The image has the label of the copy.
+        rows[3].append(rows[2][0] | {"source": "more", "label": "b"})
+        rows[2][0]["label"], self.labels[20] = None, "b"
         self.folder = folder
         images = write_ingest(folder / "ingest", rows)
         kept = write_dedup(folder / "dedup", images)
-        _set_facts(kept, threshold=THRESHOLD, holdout_threshold=HOLDOUT_THRESHOLD)
+        set_facts(kept, label_guard=label_guard, lookalikes=lookalikes)
         ids = [[int(row["image_id"], 16) for row in of_shard] for of_shard in rows]
         embed, describe = (
             write_vectors(folder / name, images, [{id_of(n): matrix[n] for n in numbers} for numbers in ids])
@@ -71,7 +80,7 @@ class Run:
         self.inputs = RunFolder(
             ingest=images, dedup=kept, embed=embed, describe=describe, cluster=clusters, pairs=str(folder / "pairs")
         )
-        write_known(self.inputs, known or [])
+        write_known(self.inputs, [])
         cluster.run(ClusterConfig(levels=(LevelConfig(num_clusters=6),)), self.inputs, clusters, InlineRunner())
 
     def retrieve(
@@ -90,8 +99,13 @@ class Run:
         return {int(row["image_id"], 16): int(row["matched_image_id"], 16) for row in rows}
 
     def are_copies(self, one: int, other: int) -> bool:
-        threshold = HOLDOUT_THRESHOLD if max(one, other) >= 180 else THRESHOLD
-        return bool(self.similarity()[one, other] >= threshold)
+        if max(one, other) >= 180:
+            return bool(self.similarity()[one, other] >= HOLDOUT_THRESHOLD)
+        if self.label_guard and len({self.labels[one], self.labels[other]} - {None}) == 2:
+            return False
+        if any(source_of(image) in self.lookalikes for image in (one, other)):
+            return False
+        return bool(self.similarity()[one, other] >= THRESHOLD)
 
     def similarity(self) -> np.ndarray:
         return self.descriptors.astype(np.float64) @ self.descriptors.astype(np.float64).T
@@ -102,7 +116,20 @@ def _unit(matrix: np.ndarray) -> np.ndarray:
     return unit
 
 
-def _set_facts(folder: str, **facts: Any) -> None:
+def source_of(number: int) -> str:
+    return next(source for source, _, numbers in SHARDS if number in numbers)
+
+
+def set_facts(
+    folder: str, *, threshold: float = THRESHOLD, label_guard: bool = False, lookalikes: tuple[str, ...] = ()
+) -> None:
+    """Set the facts of a finished dedup that the check reads."""
+    facts = {
+        "threshold": threshold,
+        "holdout_threshold": HOLDOUT_THRESHOLD,
+        "label_guard": label_guard,
+        "lookalikes": [{"source": source} for source in lookalikes],
+    }
     write_manifest(folder, replace(require_manifest(folder), facts=facts))
 
 
@@ -156,10 +183,15 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(value) for value in row.values())
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_choice_agrees_with_a_plain_pass_over_four_times_the_rows(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "label_guard", "lookalikes"),
+    [(0, False, ()), (1, False, ()), (2, True, ()), (3, True, ("two",)), (4, False, ("web",))],
+)
+def test_choice_agrees_with_a_plain_pass_over_four_times_the_rows(
+    tmp_path: Path, seed: int, label_guard: bool, lookalikes: tuple[str, ...]
+) -> None:
     """By sample, by cluster and balanced in one run: the datasets compete for the images of the pool."""
-    run = Run(tmp_path, seed)
+    run = Run(tmp_path, seed, label_guard=label_guard, lookalikes=lookalikes)
     modes: dict[str, Any] = {"datasets": MODES, "clustering": ClusteringConfig(num_images=20), "images_per_cluster": 7}
     unchecked = run.retrieve(RetrieveConfig(**modes, more_than_seeds=0), "unchecked")
     quota = by_group(unchecked)
@@ -170,11 +202,13 @@ def test_choice_agrees_with_a_plain_pass_over_four_times_the_rows(tmp_path: Path
     expected, passed = visit(run, proposed, dict(quota))
     rows = run.retrieve(RetrieveConfig(**modes, more_than_seeds=0, check_copies=True))
     assert sorted(rows, key=key) == sorted(expected, key=key)
-    assert run.copies() == passed and len(passed) > 10 and any(match >= 180 for match in passed.values())
+    assert run.copies() == passed and any(match >= 180 for match in passed.values())
+    assert len(passed) > 10 or lookalikes == ("web",), "of the pool, only copies of the holdout"
     facts = require_manifest(str(tmp_path / "retrieve")).facts["check"]
     assert facts["corpus_copies"] == len(passed)
     assert facts["missing_rows"] == len(unchecked) - len(rows)
     assert facts["retrieved_copies"] == 0
+    assert (facts["label_guard"], facts["lookalikes"]) == (label_guard, list(lookalikes))
     assert max(row["rank"] for row in rows if row["mode"] == "sample") > 2, "others took the places"
 
 
@@ -228,13 +262,14 @@ def test_bytes_depend_neither_on_kills_nor_on_the_runner(tmp_path: Path, ray_run
     assert bytes_in(str(tmp_path / "killed")) == expected
 
 
-def test_threshold_of_dedup_is_part_of_the_plan(tmp_path: Path) -> None:
+def test_choices_of_dedup_are_part_of_the_plan(tmp_path: Path) -> None:
     run = Run(tmp_path)
     config = RetrieveConfig(datasets=MODES[:1], check_copies=True)
     run.retrieve(config)
-    _set_facts(run.inputs.dedup, threshold=0.95, holdout_threshold=HOLDOUT_THRESHOLD)
-    with pytest.raises(OutputMismatchError, match="comparison"):
-        run.retrieve(config)
+    for change in ({"threshold": 0.95}, {"label_guard": True}, {"lookalikes": ("web",)}):
+        set_facts(run.inputs.dedup, **change)
+        with pytest.raises(OutputMismatchError, match="comparison"):
+            run.retrieve(config)
 
 
 def test_verified_pairs_reuse_the_scores_of_the_stage_pairs(tmp_path: Path) -> None:
@@ -267,6 +302,11 @@ def test_verified_pairs_reuse_the_scores_of_the_stage_pairs(tmp_path: Path) -> N
         assert known not in run.copies(name)
         num_compared.append(require_manifest(str(tmp_path / name)).facts["check"]["check_pairs"])
     assert num_compared[0] == num_compared[1] + 1, "a pair with a score is not compared again"
+
+    set_facts(run.inputs.dedup, lookalikes=("web",))
+    write_known(run.inputs, [(3, known, 1.0)], VerificationConfig(working_side=64).model_dump(mode="json"))
+    run.retrieve(RetrieveConfig(datasets=(only_first,), check_copies=True), "alike")
+    assert run.copies("alike") == {}, "neither a compared pair nor one of the stage pairs"
 
 
 def _picture(rng: np.random.Generator) -> Image.Image:

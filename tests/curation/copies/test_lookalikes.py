@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from curation import dedup
-from curation.copies.lookalikes import Lookalikes, find_lookalikes
+from curation.copies.lookalikes import PAIRS_PER_RANGE, Lookalikes, find_lookalikes, pairs_of_source
 from curation.dedup import DedupConfig
 from curation.engine.manifest import Manifest
 from curation.errors import InputError
@@ -74,6 +75,16 @@ def test_the_holdout_is_not_judged() -> None:
     assert alike(120, [(a, b + 60, s) for a, b, s in edges], is_holdout=np.arange(120) >= 60) == []
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_shown_pairs_are_of_many_images(seed: int) -> None:
+    """All pairs of 60 images have scores of one range; the order of the pairs changes nothing."""
+    edges = group(0, 60, 0.51, 0.52)
+    shuffled = [edges[row] for row in np.random.default_rng(seed).permutation(len(edges))]
+    pairs = pairs_of_source(nodes_of(60), edges_of(shuffled), 0, THRESHOLD)
+    assert pairs == pairs_of_source(nodes_of(60), edges_of(edges), 0, THRESHOLD) and len(pairs) == PAIRS_PER_RANGE
+    assert max(Counter(end for pair in pairs for end in pair[:2]).values()) <= 3
+
+
 def cells_run(folder: Path, **settings: Any) -> Manifest:
     """A pool of 30 look-alikes, an ordinary pool with one copy, and a holdout image that equals one look-alike."""
     rows = [
@@ -87,8 +98,8 @@ def cells_run(folder: Path, **settings: Any) -> Manifest:
     thumbnails = pa.table({"image_id": [id_of(n) for n in range(61)], "thumbnail": [b"webp"] * 61})
     describe = write_stage(folder / "describe", [{"thumbnails": thumbnails.cast(dedup.schemas.THUMBNAILS)}])
     inputs = RunFolder(ingest=images, pairs=pairs, describe=describe)
-    show_pairs = functools.partial(lookalikes_page.write, inputs, str(folder))
-    config = DedupConfig(threshold=0.5, matches_kept=True, **settings)
+    show_pairs = functools.partial(lookalikes_page.write, inputs, str(folder), THRESHOLD)
+    config = DedupConfig(threshold=THRESHOLD, matches_kept=True, **settings)
     return dedup.run(config, inputs, str(folder / "dedup"), show_pairs=show_pairs)
 
 
@@ -100,6 +111,7 @@ def test_the_run_stops_before_anything_is_dropped_and_goes_on_with_another_setti
     assert not (tmp_path / "dedup").exists()
     text = page.read_text()
     assert text.count("<img") >= 20 and "&lt;b&gt;.png" in text and "<b>" not in text
+    assert "copies above, not copies below" in text
     with pytest.raises(InputError):
         cells_run(tmp_path)
     assert page.read_text() == text
@@ -117,3 +129,4 @@ def test_exact_drops_no_near_copies_of_these_sources_alone(tmp_path: Path) -> No
     assert manifest.facts["guards"]["lookalikes"]["pairs_left_out"] == 30 * 29 // 2
     (fact,) = manifest.facts["lookalikes"]
     assert (fact["source"], fact["holdout_matches"]) == ("cells", 1)
+    assert manifest.facts["label_guard"] is True

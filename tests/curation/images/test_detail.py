@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from curation.images.detail import content_and_detail
 
@@ -38,6 +38,16 @@ def test_an_enlarged_or_blurred_copy_has_no_more_detail(seed: int) -> None:
     assert content_and_detail(picture.filter(ImageFilter.GaussianBlur(2)))[1] < 0.5 * detail
     assert content_and_detail(picture.resize((120, 120), Image.Resampling.BOX))[1] < 0.5 * detail
     assert content_and_detail(picture.crop((0, 0, 240, 150)))[1] < 0.8 * detail
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_caption_on_a_blurred_copy_adds_little_detail(seed: int) -> None:
+    """Its sharp edges lie on a small part of the lines."""
+    picture = photograph(seed)
+    captioned = picture.filter(ImageFilter.GaussianBlur(2))
+    for top in (200, 215):
+        ImageDraw.Draw(captioned).text((10, top), "A caption of sharp letters, 1234", fill=(255, 255, 255))
+    assert content_and_detail(captioned)[1] < 0.3 * content_and_detail(picture)[1]
 
 
 def test_noise_is_no_detail() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from curation.copies.edits import KINDS
 from curation.errors import InputError
 from curation.run_folder import read_images_table
+from pipelines.bench import __main__ as bench
 from pipelines.bench import copies, copy_peers, copy_pictures, copy_scores, copy_sheet
 from pipelines.bench.copy_pictures import Counts, Draw
 from pipelines.bench.copy_scores import Truth
@@ -218,3 +219,11 @@ def test_a_run_is_scored_beside_its_peers(draw: Path, tmp_path: Path) -> None:
 def test_a_folder_without_a_table_is_no_draw(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is no draw: it has no copies\.parquet"):
         copy_scores.read_truth(tmp_path)
+
+
+def test_the_held_back_draw_is_measured_only_by_name() -> None:
+    assert bench.choose_draws(None) == bench.choose_draws([]) == ["development"]
+    assert bench.choose_draws(["held-back"]) == ["held-back"]
+    assert bench.choose_draws(["held-back", "development"]) == ["development", "held-back"]
+    with pytest.raises(InputError, match="--draw other: there is no such draw"):
+        bench.choose_draws(["other"])
