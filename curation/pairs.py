@@ -6,8 +6,9 @@
 
 Two searches propose candidates: the nearest copy descriptors above a cosine (search/self_join.py), and perceptual
 hashes within a Hamming distance. The similarity of a candidate is the cosine of its descriptors, or, with
-`verification`, the result of comparing the two thumbnails. Images with equal bytes count as one image; otherwise they
-would fill every list of neighbours. A third search compares images with the holdout, because a full list of neighbours
+`verification`, the result of comparing the two thumbnails. The comparison of photographs needs features of each image;
+a step computes them once (copies/features.py). Images with equal bytes count as one image; otherwise they would fill
+every list of neighbours. A third search compares images with the holdout, because a full list of neighbours
 may hide a holdout image (copies/holdout_pairs.py).
 
 The ids are divided into equal ranges, one for each shard. A shard scores the candidates whose smaller id lies in its
@@ -26,9 +27,9 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from curation.config import Settings
-from curation.copies import holdout_pairs
+from curation.copies import features, holdout_pairs
 from curation.copies.compare_thumbnails import VerificationConfig
-from curation.copies.described import DescribedRows, Verifier, make_loader
+from curation.copies.described import DescribedRows, FeatureRows, Verifier, make_loader
 from curation.copies.holdout_pairs import SURE_MATCH, HoldoutSearch
 from curation.engine import command
 from curation.engine.manifest import Manifest, ShardRecord, require_manifest, step_folder
@@ -47,7 +48,7 @@ from curation.search.top_k import starts_group
 from curation.stage_command import stage_command
 
 # Candidates between two reports of progress. Assumed: verified in less than a second.
-PAIRS_PER_REPORT = 64
+PAIRS_PER_REPORT = 128
 # Pairs of perceptual hashes that are held in memory at a time. Assumed.
 HASH_PAIRS_PER_FILE = 1_000_000
 
@@ -108,7 +109,13 @@ def run(
     files = described.paths(descriptors, "vectors")
     described_rows = DescribedRows(files, described.paths(descriptors, "thumbnails"))
     num_shards = max(1, -(-described_rows.count // config.images_per_shard))
-    joined, hashed, with_holdout = (step_folder(output, name) for name in ("join", "hashes", "holdout"))
+    joined, hashed, with_holdout, with_features = (
+        step_folder(output, name) for name in ("join", "hashes", "holdout", "features")
+    )
+    thumbnail_files = described.paths(descriptors, "thumbnails")
+    feature_rows = None
+    if config.verification and config.verification.domain == "photographs":
+        feature_rows = FeatureRows(features.names(with_features, thumbnail_files))
 
     hashes = {"images": ingested.content_hash, "descriptors": described.content_hash}
 
@@ -126,10 +133,21 @@ def run(
             for number, buckets in enumerate(_hash_pairs(config, images, described_rows, num_shards)):
                 path = paths.join(hashed, f"pairs-{number:05d}.parquet")
                 parquet.write_row_groups(path, "bucket", buckets, self_join.PAIRED.empty_table())
+        if config.verification and feature_rows:
+            features.run(
+                config.verification,
+                thumbnail_files,
+                with_features,
+                runner,
+                content_hash=described.content_hash,
+                log=log,
+            )
         is_complete = config.search.backend == "exact" and not num_full_lists()
         if config.num_neighbors and not is_complete and len(holdout := holdout_pairs.holdout_ids(images)):
             verification = config.verification
-            loader = functools.partial(make_loader, verification, described_rows) if verification else None
+            loader = (
+                functools.partial(make_loader, verification, described_rows, feature_rows) if verification else None
+            )
             holdout_pairs.run(
                 HoldoutSearch(config.search, config.num_neighbors, min_cosine, num_shards, loader),
                 config,
@@ -154,7 +172,9 @@ def run(
         inputs=hashes,
         output=output,
         shards=[Shard(f"{bucket:05d}", bucket, described_rows.count // num_shards) for bucket in range(num_shards)],
-        make_worker=functools.partial(make_worker, config, described_rows, joined, hashed, with_holdout, output),
+        make_worker=functools.partial(
+            make_worker, config, described_rows, feature_rows, joined, hashed, with_holdout, output
+        ),
         prepare=propose_candidates,
         finish=facts,
         facts={
@@ -171,10 +191,16 @@ def run(
 
 
 def make_worker(
-    config: PairsConfig, described_rows: "DescribedRows", joined: str, hashed: str, with_holdout: str, output: str
+    config: PairsConfig,
+    described_rows: DescribedRows,
+    feature_rows: FeatureRows | None,
+    joined: str,
+    hashed: str,
+    with_holdout: str,
+    output: str,
 ) -> Callable[[Shard], ShardRecord]:
     """A worker that scores the candidates of a range of ids."""
-    verifier = Verifier(config.verification) if config.verification else None
+    verifier = Verifier(config.verification, feature_rows) if config.verification else None
 
     def process(shard: Shard) -> ShardRecord:
         candidates = _candidates(joined, hashed, with_holdout, shard.work)

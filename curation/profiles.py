@@ -37,21 +37,21 @@ _VERIFIED = {
     "describe.thumbnail_side": 128,
     "pairs.min_similarity": 0.3,
     "pairs.verification.working_side": 128,
-    "dedup.holdout_threshold": 0.35,
     "retrieve.check_copies": True,
 }
 
 # Values by setting; `*` stands for every item of a list. All values of `paper` but one are cited.
 PROFILES: dict[Profile, dict[str, Any]] = {
-    # Measured on photographs, textures and solar cells: with threshold 0.5 and without [dedup.families], 0.83 of 1,240
-    # planted copies were found; with the values of `drawings`, 0.69.
+    # Measured on the development draw of copy_pictures.py: docs/benchmarks.md.
     "photos": {
         **_EACH_IMAGE_ONCE,
         **_VERIFIED,
         # Measured on the development draw, with heads that did not see its pictures: docs/benchmarks.md.
         "pairs.num_neighbors": 16,
         "pairs.min_descriptor_similarity": 0.25,
-        "dedup.threshold": 0.5,
+        "pairs.verification.domain": "photographs",
+        "dedup.threshold": 0.48,
+        "dedup.holdout_threshold": 0.38,
     },
     # Measured on the demo, where drawings with another symbol or mouth are as similar as copies with an overlay.
     "drawings": {
@@ -60,7 +60,9 @@ PROFILES: dict[Profile, dict[str, Any]] = {
         # A drawing has more variants than a photograph has copies.
         "pairs.num_neighbors": 32,
         "pairs.min_descriptor_similarity": 0.32,
+        "pairs.verification.domain": "drawings",
         "dedup.threshold": 0.67,
+        "dedup.holdout_threshold": 0.35,
         "dedup.families.sure": 0.92,
         "dedup.families.margin": 0.1,
         "dedup.families.local_margin": 0.03,

@@ -1,22 +1,23 @@
-"""Whether two thumbnails show one photograph, after a crop, a border, any turn or mirror, other colours or an overlay.
+"""Whether two thumbnails show one photograph, after a crop, border, turn, mirror, other colours or an overlay.
 
-1.  Transforms that align A with B: (a) from the whole of A, or A without its plain borders, to the same of B, in each of
-    the eight orientations, where small grids of both agree; (b) a similarity transform that many SIFT keypoints agree
-    on, straight or mirrored.
+1.  Transforms that align A with B: (a) from the whole of A, or A without its plain borders, to the same of B, in each
+    of the eight orientations, where small grids of both agree; (b) a similarity transform that many SIFT keypoints
+    agree on, straight or mirrored.
 2.  A transform is judged in windows of 8 x 8 pixels. A window has texture where either picture has detail in it. It
     agrees where the detail of both correlates and their brightness is equal, after one gain and offset for all windows.
     The sharper picture is blurred first, until both are as sharp; so a blurred copy agrees too.
 3.  The similarity is sqrt(T L): T the share of the windows with texture that agree, L the share of all windows with
     equal brightness. An overlay lowers it by about its area. Two pictures that show different things agree by chance in
-    few windows. The correlation of the smooth courses of brightness decides where hardly any window has texture.
+    few windows. Smooth windows count for less, and those of a plain ground for nothing. Where hardly any window has
+    texture, brightness and colour must be equal as they are.
 
 The similarity depends only on the two thumbnails. Sums of products of keypoints are whole numbers, so they are exact in
 any order.
 
     FEATURES    what the alignment needs of one picture. It is computed once for all comparisons (features.py)
 
-Legend: h, w the sides of a prepared thumbnail in pixels; windows (h/4 - 1, w/4 - 1); K keypoints; M matches; P pictures;
-B boxes; transforms (2, 3) map pixel centres (x, y, 1).
+Legend: h, w the sides of a prepared thumbnail in pixels; windows (h/4 - 1, w/4 - 1); K keypoints; M matches;
+P pictures; B boxes; transforms (2, 3) map pixel centres (x, y, 1).
 """
 
 import math
@@ -128,7 +129,8 @@ class PhotographComparer:
             ]
             roots = np.sqrt(descriptors[order] / np.maximum(descriptors[order].sum(1, keepdims=True), 1e-6))
             result["descriptors"][:count] = np.rint(DESCRIPTOR_UNIT * roots)
-        return result[()]
+        record: np.void = result[()]  # type: ignore[assignment]  # a record, which numpy types as an array
+        return record
 
     def compare(self, one: "Photograph", others: Sequence["Photograph"]) -> list[Likeness]:
         """See compare_thumbnails.Comparer."""
@@ -243,14 +245,10 @@ class PhotographComparer:
         cv2 = self._cv2
         size = other.brightness.shape[::-1]
         start = _inverse(transform).astype(np.float32)
-        mask = cv2.warpAffine(
-            np.full(one.brightness.shape, 255, np.uint8), transform, size, flags=cv2.INTER_NEAREST
-        )
+        mask = cv2.warpAffine(np.full(one.brightness.shape, 255, np.uint8), transform, size, flags=cv2.INTER_NEAREST)
         criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 15, 1e-4)
         try:
-            _, inverse = cv2.findTransformECC(
-                other.smooth, one.smooth, start, cv2.MOTION_AFFINE, criteria, mask, 3
-            )
+            _, inverse = cv2.findTransformECC(other.smooth, one.smooth, start, cv2.MOTION_AFFINE, criteria, mask, 3)
         except cv2.error:  # the correlation cannot be raised from here; the first transform stays
             return None
         return _inverse(inverse.astype(np.float64))
@@ -382,9 +380,9 @@ def _box_transform(box: np.ndarray, target: np.ndarray, turn: int, width: int, h
     corners = oriented @ np.array([[box[0] - 0.5, box[1] - 0.5, 1], [box[2] - 0.5, box[3] - 0.5, 1]]).T
     (left, top), (right, bottom) = corners[:2].min(1), corners[:2].max(1)
     across, down = (target[2] - target[0]) / (right - left), (target[3] - target[1]) / (bottom - top)
-    return (
-        np.array([[across, 0, target[0] - 0.5 - left * across], [0, down, target[1] - 0.5 - top * down]]) @ oriented
-    )
+    fitted = np.array([[across, 0, target[0] - 0.5 - left * across], [0, down, target[1] - 0.5 - top * down]])
+    transform: np.ndarray = fitted @ oriented
+    return transform
 
 
 def _orientation(turn: int, width: int, height: int) -> np.ndarray:

@@ -44,4 +44,3 @@ class Comparer(Protocol):
 
     def compare(self, one: Any, others: Sequence[Any]) -> list[Likeness]:
         """How surely each of the `others` shows the same picture as `one`; the order of two does not matter."""
-

@@ -3,13 +3,16 @@
 import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from curation.copies import holdout_pairs
-from curation.copies.compare_thumbnails import PreparedThumbnail, ThumbnailComparer, VerificationConfig
-from curation.files import parquet, schemas, vectors
+from curation.copies.compare_drawings import DrawingComparer
+from curation.copies.compare_photographs import PhotographComparer
+from curation.copies.compare_thumbnails import Comparer, VerificationConfig
+from curation.files import npy, parquet, schemas, vectors
 from curation.files.image_ids import id_bytes
 from curation.search import exact
 
@@ -62,35 +65,83 @@ class DescribedRows:
             yield files[int(number)], file_rows - self._starts[number], file_rows
 
 
-class Verifier:
-    """Compares the thumbnails of pairs. Keeps prepared thumbnails; the least recently used ones go first."""
+class FeatureRows:
+    """The records of a finished step `features`, numbered as DescribedRows."""
 
-    def __init__(self, config: VerificationConfig) -> None:
-        self._comparer = ThumbnailComparer(config)
-        self._prepared: OrderedDict[int, PreparedThumbnail] = OrderedDict()
+    def __init__(self, files: Sequence[str]) -> None:
+        self._files = files
+        self._starts: np.ndarray | None = None
+
+    def read(self, rows: np.ndarray) -> dict[int, np.void]:
+        """The record of each of the `rows`, in any shape."""
+        if self._starts is None:
+            self._starts = np.cumsum([0, *(npy.num_rows(file) for file in self._files)])
+        rows = np.unique(rows)
+        bounds = np.searchsorted(rows, self._starts)
+        records: dict[int, np.void] = {}
+        for number in np.flatnonzero(np.diff(bounds)).tolist():
+            of_file = rows[bounds[number] : bounds[number + 1]]
+            records.update(
+                zip(of_file.tolist(), npy.read_rows(self._files[number], of_file - self._starts[number]), strict=True)
+            )
+        return records
+
+
+class Verifier:
+    """Compares the thumbnails of pairs. Keeps prepared thumbnails; the least recently used ones go first.
+
+    features: the features of all rows, where a step has computed them; otherwise they are computed here.
+    """
+
+    def __init__(self, config: VerificationConfig, features: FeatureRows | None = None) -> None:
+        self._comparer = make_comparer(config)
+        self._features = features
+        self._prepared: OrderedDict[int, Any] = OrderedDict()
 
     def compare(self, rows: np.ndarray, thumbnails: dict[int, bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """For each pair of `rows` (2, P) its similarity, (P,) float32, and whether it differs locally, (P,) bool."""
-        likenesses = [
-            self._comparer.compare(self._prepare(one, thumbnails), self._prepare(other, thumbnails))
-            for one, other in rows.T.tolist()
-        ]
-        similarity = np.array([likeness.similarity for likeness in likenesses], np.float32)
-        return similarity, np.array([likeness.differs_locally for likeness in likenesses], bool)
+        """For each pair of `rows` (2, P) its similarity, (P,) float32, and whether it differs locally, (P,) bool.
 
-    def _prepare(self, row: int, thumbnails: dict[int, bytes]) -> PreparedThumbnail:
+        Pairs with equal first rows are compared at once, so they should follow one another.
+        """
+        missing = np.setdiff1d(rows, np.fromiter(self._prepared, np.int64, len(self._prepared)))
+        known = {} if self._features is None else self._features.read(missing)
+        similarity, differs_locally = np.zeros(rows.shape[1], np.float32), np.zeros(rows.shape[1], bool)
+        starts = np.flatnonzero(np.diff(rows[0], prepend=-1))
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), rows.shape[1]], strict=True):
+            others = [self._prepare(row, thumbnails, known) for row in rows[1, start:end].tolist()]
+            one = self._prepare(int(rows[0, start]), thumbnails, known)
+            likenesses = self._comparer.compare(one, others)
+            similarity[start:end] = [likeness.similarity for likeness in likenesses]
+            differs_locally[start:end] = [likeness.differs_locally for likeness in likenesses]
+        return similarity, differs_locally
+
+    def _prepare(self, row: int, thumbnails: dict[int, bytes], known: dict[int, np.void]) -> Any:
         if row in self._prepared:
             self._prepared.move_to_end(row)
             return self._prepared[row]
-        prepared = self._prepared[row] = self._comparer.prepare(thumbnails[row])
+        features = known.get(row)
+        if features is None and self._features is not None:  # it was forgotten within one call
+            features = self._features.read(np.array([row]))[row]
+        prepared = self._prepared[row] = self._comparer.prepare(thumbnails[row], features)
         if len(self._prepared) > CACHED_THUMBNAILS:
             self._prepared.popitem(last=False)
         return prepared
 
 
-def make_loader(config: VerificationConfig, described_rows: DescribedRows) -> holdout_pairs.Loader:
+def make_comparer(config: VerificationConfig) -> Comparer:
+    """The comparer of the domain. Raises DeviceError where OpenCV is not installed."""
+    match config.domain:
+        case "photographs":
+            return PhotographComparer(config.working_side)
+        case "drawings":
+            return DrawingComparer(config.working_side)
+
+
+def make_loader(
+    config: VerificationConfig, described_rows: DescribedRows, features: FeatureRows | None
+) -> holdout_pairs.Loader:
     """Gives the comparison of some pairs of rows, with their thumbnails read at once."""
-    verifier = Verifier(config)
+    verifier = Verifier(config, features)
 
     def load(rows: np.ndarray) -> holdout_pairs.Compare:
         return functools.partial(verifier.compare, thumbnails=described_rows.thumbnails(rows))

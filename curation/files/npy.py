@@ -34,6 +34,29 @@ def read_array(path: str) -> np.ndarray:
     return read_arrays(path, 1)[0]
 
 
+def num_rows(path: str) -> int:
+    """The length of the first array of a file, from its header."""
+    with paths.open_read(path) as file:
+        return int(read_header(file)[0][0])
+
+
+def read_rows(path: str, rows: np.ndarray) -> np.ndarray:
+    """The given rows of the first array of a file, which is stored row by row. Only they are read."""
+    if paths.is_local(path):
+        chosen: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)[rows]
+        return chosen
+    with paths.open_read(path) as file:
+        shape, _, dtype = read_header(file)
+        start = file.tell()
+    length = dtype.itemsize * math.prod(shape[1:])
+    fs, inner = paths.filesystem(path)
+    offsets = (start + rows.astype(np.int64) * length).tolist()
+    pieces = paths.retried(
+        lambda: fs.cat_ranges([inner] * len(offsets), offsets, [offset + length for offset in offsets])
+    )
+    return np.frombuffer(b"".join(pieces), dtype).reshape(len(rows), *shape[1:])
+
+
 def read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     """The shape of the next array in `file`, whether it is stored column by column, and its dtype.
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curation.copies.compare_thumbnails import ThumbnailComparer, VerificationConfig
+from curation.copies.compare_thumbnails import VerificationConfig
+from curation.copies.described import make_comparer
 from curation.engine.manifest import require_manifest
 from curation.files import parquet, schemas, vectors
 from curation.pairs import PairsConfig
@@ -127,15 +128,15 @@ def verification_cost(
     pairs: list[tuple[int, int]], images: Described, thumbnails: Mapping[str, bytes], config: VerificationConfig
 ) -> VerificationCost:
     """The cost of some pairs. They are compared twice, because the first comparison prepares parts of a thumbnail."""
-    comparer = ThumbnailComparer(config)
+    comparer = make_comparer(config)
     rows = sorted({row for pair in pairs for row in pair})
     started = time.process_time()
     prepared = {row: comparer.prepare(thumbnails[images.ids[row]]) for row in rows}
     for one, other in pairs:
-        comparer.compare(prepared[one], prepared[other])
+        comparer.compare(prepared[one], [prepared[other]])
     both = time.process_time() - started
     started = time.process_time()
     for one, other in pairs:
-        comparer.compare(prepared[one], prepared[other])
+        comparer.compare(prepared[one], [prepared[other]])
     comparing = time.process_time() - started
     return VerificationCost(max(0.0, both - comparing) / len(rows), comparing / len(pairs))
