@@ -39,6 +39,7 @@ _VERIFIED = {
     "pairs.verification.working_side": 128,
     "dedup.holdout_threshold": 0.35,
     "retrieve.check_copies": True,
+    "self_check.max_images": 200,
 }
 
 # Values by setting; `*` stands for every item of a list. All values of `paper` but one are cited.

@@ -5,6 +5,7 @@
       embed/     vectors-*.parquet
       describe/  vectors-*.parquet     thumbnails-*.parquet
       pairs/     pairs-*.parquet
+      self_check/  scores-*.parquet    drawn.parquet         known.parquet
       dedup/     duplicates-*.parquet
       cluster/   centroids-*.npy       parents-*.npy         assignments-*.parquet
       retrieve/  retrieved-*.parquet
@@ -31,7 +32,7 @@ from curation.files import npy, parquet, paths, schemas, vectors
 from curation.files.paths import RecordedPath
 
 # The stages in order. Each writes to the folder of its name.
-STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus", "images")
+STAGES = ("ingest", "embed", "describe", "pairs", "self_check", "dedup", "cluster", "retrieve", "corpus", "images")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class RunFolder:
     embed: str = ""
     describe: str = ""
     pairs: str = ""
+    self_check: str = ""
     dedup: str = ""
     cluster: str = ""
     retrieve: str = ""
