@@ -167,7 +167,7 @@ def _ends(pair: UnexpectedPair) -> tuple[str, str]:
 
 
 def _better_threshold(now: BetterThreshold, others: list[BetterThreshold]) -> BetterThreshold | None:
-    """The best of `others` that loses nothing, where its gain lies outside the interval of the threshold of `now`."""
+    """The best of `others` that loses nothing; None where its gain is within the intervals of the two thresholds."""
     no_worse = [
         other
         for other in others
@@ -178,5 +178,9 @@ def _better_threshold(now: BetterThreshold, others: list[BetterThreshold]) -> Be
         key=lambda other: (other.found.count, -other.unexpected.count, -abs(other.threshold - now.threshold)),
         default=now,
     )
-    gains = best.found.value > now.found.interval[1] or best.unexpected.value < now.unexpected.interval[0]
+    gains = _is_surely_less(now.found, best.found) or _is_surely_less(best.unexpected, now.unexpected)
     return best if gains else None
+
+
+def _is_surely_less(one: Share, other: Share) -> bool:
+    return one.value < other.interval[0] and one.interval[1] < other.value

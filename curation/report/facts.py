@@ -319,8 +319,8 @@ def better_threshold_text(result: SelfCheck) -> list[str]:
     now, most = result.unexpected.count, 1000 * better.unexpected.interval[1]
     return [
         f"A threshold of {better.threshold:g} instead of {result.threshold:g} would do better: "
-        f"{better.found.value:.2f} recognised, {better.unexpected.count:,} unexpected pairs instead of {now:,} (at most "
-        f"{most:.1f} per 1,000 candidates). It was chosen on the same copies, so look at the pairs of section "
+        f"{better.found.value:.2f} recognised, {better.unexpected.count:,} unexpected pairs instead of {now:,} "
+        f"(at most {most:.1f} per 1,000 candidates). It was chosen on the same copies, so look at the pairs of section "
         f'"Copy threshold" first. Then run again with --set dedup.threshold={better.threshold:g} --replace.'
     ]
 

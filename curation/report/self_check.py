@@ -25,7 +25,7 @@ A worker holds one shard of copies with their thumbnails, and one file of descri
 perceptual hashes once, and the descriptors a second time for the candidates.
 
 Legend: C copies of a shard, N rows of describe, D dimensions, P pairs. A place is a row of describe, counted through
-all of its files; copy number c has the place N + c.
+all of its files; copy number c, counted through all shards, has the place N + c.
 """
 
 import functools
@@ -240,12 +240,13 @@ def make_worker(
         copy, place = found.copy, found.place
         similarity = found.cosine
         if verifier is not None:
+            first = rows.count + shard.work * COPIES_PER_SHARD  # the verifier knows a thumbnail by its place
             stored = rows.thumbnails(place)
-            stored |= {rows.count + number: thumbnail for number, thumbnail in enumerate(thumbnails) if thumbnail}
+            stored |= {first + number: thumbnail for number, thumbnail in enumerate(thumbnails) if thumbnail}
             similarity = np.empty(len(copy), np.float32)
             for number in range(len(planned)):
                 of_copy = np.flatnonzero(copy == number)
-                both = np.stack([rows.count + copy[of_copy], place[of_copy]])
+                both = np.stack([first + copy[of_copy], place[of_copy]])
                 similarity[of_copy] = verifier.compare(both, stored)[0]
                 report(1, total=len(planned))
         table = pa.table(
