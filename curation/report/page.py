@@ -615,21 +615,26 @@ def _self_check(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, 
         )
         for each in result.kinds
     ]
-    header = ("edit", "", "recognised", "interval", "copies", "candidate", "at the holdout threshold")
+    header = ("edit", "", "recognised", "interval", "copies", "original is a candidate", "at the holdout threshold")
     parts = [
         tag("p", text + families),
         markup.table(header, rows, numbers=frozenset(range(2, 7))),
         *(tag("p", line) for line in facts.better_threshold_text(result)),
         tag("h3", "Unexpected pairs"),
     ]
-    unexpected = (
-        f"{_count(result.unexpected.count, 'pair')} of {_count(result.unexpected.whole, 'candidate')}: a copy reaches "
-        f"the threshold with another image than its original, which the run does not call a copy of the original. Each "
-        "is a false match, or a copy in the pool that the run missed."
-    )
-    parts.append(tag("p", unexpected))
-    if choice.unexpected_pairs:
-        parts.append(tag("p", "The most similar ones: on the left the image that was edited, and the edit."))
+    candidates = _count(result.unexpected.whole, "candidate")
+    if not choice.unexpected_pairs:
+        parts.append(
+            tag("p", f"None of {candidates}: no copy reaches the threshold with a picture other than its own.")
+        )
+    else:
+        unexpected = (
+            f"{_count(result.unexpected.count, 'pair')} of {candidates}: a copy reaches the threshold with another "
+            "image than its original, and the run does not call that image a copy of the original. Each is a false "
+            "match, or a copy in the pool that the run missed. The most similar ones, with the image that was edited "
+            "on the left:"
+        )
+        parts.append(tag("p", unexpected))
         pairs = (
             _pair(
                 Match(pair.image_id, pair.other_image_id, pair.similarity),

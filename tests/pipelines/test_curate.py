@@ -64,6 +64,8 @@ pooling = "gem"
 image_size = 64
 [pairs]
 min_descriptor_similarity = 0.9
+[self_check]
+max_images = 1
 [dedup]
 threshold = 0.97
 holdout_threshold = 0.9
@@ -211,7 +213,7 @@ def test_same_bytes_inline_and_on_ray(finished: Path) -> None:
     shards = {(line["stage"], line["shard"]) for line in lines if line["event"] == "shard"}
     for stage in STAGES:
         for record in require_manifest(str(finished / "ray" / stage)).shards:
-            assert (stage, record.name) in shards or record.name in ("prepared", "composition")
+            assert (stage, record.name) in shards or record.name in ("prepared", "composition", "known")
     assert {line["stage"] for line in lines if line["event"] == "end"} >= set(STAGES)
     assert "Time of each stage" in on_ray.stdout
 
@@ -223,7 +225,7 @@ def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depend
     (home / "changed/.tmp-0123-report.html").write_text("half, because the run was killed")
     again = inline(home, output="changed")
     assert again.returncode == 0
-    assert again.stderr.count("already done, nothing to do") == 10
+    assert again.stderr.count("already done, nothing to do") == 11
     assert written_at(home / "changed") == before
 
     refused = inline(home, "--set", "dedup.threshold=0.99", output="changed")
