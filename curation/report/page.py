@@ -624,9 +624,8 @@ def _self_check(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, 
     ]
     candidates = _count(result.unexpected.whole, "candidate")
     if not choice.unexpected_pairs:
-        parts.append(
-            tag("p", f"None of {candidates}: no copy reaches the threshold with a picture other than its own.")
-        )
+        text = "No copy reaches the threshold with another image than its original and the known copies of that"
+        parts.append(tag("p", f"{text} ({candidates})."))
     else:
         unexpected = (
             f"{_count(result.unexpected.count, 'pair')} of {candidates}: a copy reaches the threshold with another "
