@@ -5,7 +5,7 @@
       embed/     vectors-*.parquet
       describe/  vectors-*.parquet     thumbnails-*.parquet
       pairs/     pairs-*.parquet
-      self_check/  scores-*.parquet    drawn.parquet         known.parquet
+      self_check/ scores-*.parquet     drawn-*.parquet       known-*.parquet
       dedup/     duplicates-*.parquet
       cluster/   centroids-*.npy       parents-*.npy         assignments-*.parquet
       retrieve/  retrieved-*.parquet

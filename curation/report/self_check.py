@@ -1,9 +1,9 @@
 """Self-check: a run measures on edited copies of its own pool images how many copies it recognises.
 
     self_check/
-      drawn.parquet                  schemas.PLANNED_COPIES: the copies to make, with a row group for each shard
+      drawn-00000.parquet               schemas.PLANNED_COPIES: the copies to make, with a row group for each shard
       scores-00000.parquet  ...      schemas.SELF_CHECK_SCORES: the candidates of each copy, and their similarity
-      known.parquet                  schemas.SELF_CHECK_KNOWN: the pairs of the run with the edited images
+      known-00000.parquet               schemas.SELF_CHECK_KNOWN: the pairs of the run with the edited images
       manifest.json
 
 Thresholds that suit one domain do not suit another one, and no benchmark holds the images of a user. So some pool
@@ -61,7 +61,7 @@ from curation.pairs import PairsConfig
 from curation.run_folder import RunFolder
 from curation.search import exact
 
-DRAWN_NAME, KNOWN_NAME = "drawn.parquet", "known.parquet"
+DRAWN_NAME, KNOWN_NAME = "drawn-00000.parquet", "known-00000.parquet"
 SEED = 0  # of the edits
 # Longest side of an image when it is edited. Assumed: a common width of pictures on web pages.
 EDITED_SIDE = 640

@@ -332,7 +332,7 @@ def test_copies_made_of_this_pool(example: str, tmp_path: Path) -> None:
     ]
     folder = paths.join(run, "self_check")
     write_stage(folder, [{"scores": tables[0]}], facts={"min_similarity": 0.4})
-    parquet.write_table(paths.join(folder, "known.parquet"), tables[1])
+    parquet.write_table(paths.join(folder, "known-00000.parquet"), tables[1])
     page.run(ReportConfig(concepts=str(Path(example).parent / "concepts.toml")), run)
     shown = read_page(run)
     assert_harmless(shown)
