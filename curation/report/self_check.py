@@ -1,9 +1,9 @@
 """Self-check: a run measures on edited copies of its own pool images how many copies it recognises.
 
     self_check/
-      drawn-00000.parquet               schemas.PLANNED_COPIES: the copies to make, with a row group for each shard
+      drawn-00000.parquet            schemas.PLANNED_COPIES: the copies to make, with a row group for each shard
       scores-00000.parquet  ...      schemas.SELF_CHECK_SCORES: the candidates of each copy, and their similarity
-      known-00000.parquet               schemas.SELF_CHECK_KNOWN: the pairs of the run with the edited images
+      known-00000.parquet            schemas.SELF_CHECK_KNOWN: the pairs of the run with the edited images
       manifest.json
 
 Thresholds that suit one domain do not suit another one, and no benchmark holds the images of a user. So some pool
@@ -45,6 +45,7 @@ from curation.config import Settings, plan_values
 from curation.copies.described import DescribedRows, Verifier
 from curation.copies.edits import KINDS, edit
 from curation.embed import EmbedConfig, embed_encoded, with_weights_hash
+from curation.engine.device import require_device
 from curation.engine.manifest import Manifest, ShardRecord, require_fact, require_manifest
 from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard, report
@@ -224,6 +225,7 @@ def make_worker(
     describe: EmbedConfig, pairs: PairsConfig, limits: ImageLimits, files: Files, output: str
 ) -> Callable[[Shard], ShardRecord]:
     """A worker that makes, describes and compares the copies of a shard."""
+    require_device(pairs.search.device)
     torch.set_num_threads(describe.threads_per_worker)
     embedder = load_embedder(describe.embedder)
     verifier = Verifier(pairs.verification) if pairs.verification else None
@@ -236,7 +238,7 @@ def make_worker(
         hashes: list[int] = []
         descriptors, thumbnails = embed_encoded(describe, embedder, _COPY_LIMITS, _encoded(planned, limits, hashes))
         ids = [row["image_id"] for row in planned]
-        found = _candidates(pairs, files, ids, descriptors, np.array(hashes, np.uint64))
+        found = candidates_of(pairs, files, ids, descriptors, np.array(hashes, np.uint64))
         copy, place = found.copy, found.place
         similarity = found.cosine
         if verifier is not None:
@@ -320,7 +322,7 @@ class _Neighbor:
     cosine: float
 
 
-def _candidates(
+def candidates_of(
     pairs: PairsConfig, files: Files, originals: Sequence[str], descriptors: np.ndarray, hashes: np.ndarray
 ) -> Candidates:
     """The candidates of copies, given the ids of their originals, their descriptors (C, D) and hashes (C,)."""
@@ -382,7 +384,8 @@ def _nearest(
 
     without: for each query the id of an image that is no neighbour of it.
     """
-    k = wanted = pairs.num_neighbors + 1
+    count = pairs.num_neighbors
+    wanted = count + 1  # one more, for the image that is left out
     while True:
         blocks = (matrix for _, matrix in prefetch(vectors.read_file, files.vectors))
         floor, device = pairs.min_descriptor_similarity, pairs.search.device
@@ -390,12 +393,13 @@ def _nearest(
         name_of = _ids_at(files.vectors, starts, np.unique(place[place >= 0]))
         lists, is_short = [], False
         for number, of_query in enumerate(place.tolist()):
+            left_out = without[number] if without else None
             nearest: dict[str, _Neighbor] = {}  # an image has a row for each shard of ingest that lists it
             for at, value in zip(of_query, cosine[number].tolist(), strict=True):
-                if at >= 0 and name_of[at] not in without[number : number + 1]:
+                if at >= 0 and name_of[at] != left_out:
                     nearest.setdefault(name_of[at], _Neighbor(name_of[at], at, value))
-            lists.append(list(nearest.values())[: k - 1])
-            is_short |= len(lists[-1]) < k - 1 and of_query[-1] >= 0
+            lists.append(list(nearest.values())[:count])
+            is_short |= len(lists[-1]) < count and of_query[-1] >= 0
         if not is_short:
             return lists
         wanted *= 2

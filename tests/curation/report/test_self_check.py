@@ -28,9 +28,18 @@ from curation.ingest import IngestConfig
 from curation.models.embedders import EmbedderConfig
 from curation.pairs import PairsConfig
 from curation.report import self_check
-from curation.report.self_check import SelfCheckConfig, edited_copy, num_copies_per_kind
-from curation.run_folder import RunFolder, read_vectors
-from tests.curation.builders import Killed, KilledRunner, bytes_in
+from curation.report.self_check import Files, SelfCheckConfig, candidates_of, edited_copy, num_copies_per_kind
+from curation.run_folder import RunFolder
+from tests.curation.builders import (
+    Killed,
+    KilledRunner,
+    bytes_in,
+    id_of,
+    image_row,
+    unit_vectors,
+    write_ingest,
+    write_vectors,
+)
 from tests.evaluation.data.scene_builders import photograph
 
 DESCRIBE = EmbedConfig(embedder=EmbedderConfig(name="efficientnet_lite0", image_size=64), thumbnail_side=96)
@@ -111,9 +120,9 @@ def test_every_kind_edits_equally_many_images(rows: list[dict[str, Any]], pool: 
     assert {image for image, _ in originals} == set(sorted(pool)[:4]), "the smallest ids"
 
 
-@pytest.fixture(scope="module")
-def together(home: Path, rows: list[dict[str, Any]], pool: dict[str, Path]) -> tuple[RunFolder, dict[str, Any]]:
-    """A run whose pool holds the copies too, and the original and kind of each copy by image_id."""
+def test_scores_are_those_of_the_same_copies_in_the_pool(
+    home: Path, rows: list[dict[str, Any]], pool: dict[str, Path]
+) -> None:
     copies = home / "copies"
     copies.mkdir()
     name_of = {}
@@ -122,13 +131,7 @@ def together(home: Path, rows: list[dict[str, Any]], pool: dict[str, Path]) -> t
         edited_copy(picture, original, kind).save(copies / f"{original}-{kind}.png")
         name_of[image_id((copies / f"{original}-{kind}.png").read_bytes())] = original, kind
     assert len(name_of) == 2 * len(KINDS)
-    return run_stages(home / "together", [("web", home / "pool", "pool"), ("copies", copies, "pool")]), name_of
-
-
-def test_scores_are_those_of_the_same_copies_in_the_pool(
-    rows: list[dict[str, Any]], pool: dict[str, Path], together: tuple[RunFolder, dict[str, Any]]
-) -> None:
-    stages, name_of = together
+    stages = run_stages(home / "together", [("web", home / "pool", "pool"), ("copies", copies, "pool")])
     files = require_manifest(stages.pairs).paths(stages.pairs, "pairs")
     expected = {}
     for row in pa.concat_tables([parquet.read_table(file, schemas.PAIRS) for file in files]).to_pylist():
@@ -148,29 +151,47 @@ def test_copies_that_change_little_are_found(home: Path, rows: list[dict[str, An
     assert result.found.whole == len(KINDS) * 2 and result.unexpected.count == 0
 
 
-def test_lists_of_neighbors_end_as_in_pairs(
-    home: Path, stages: RunFolder, pool: dict[str, Path], together: tuple[RunFolder, dict[str, Any]]
-) -> None:
-    """With one neighbour, an original is a candidate where it is the nearest, or where the copy is its nearest."""
-    short = PAIRS.model_copy(update={"num_neighbors": 1, "max_phash_distance": -1})
-    rows = check(stages, home / "short", settings=short)
-    ids, matrix = (np.concatenate(columns) for columns in zip(*read_vectors(together[0].describe), strict=True))
-    vector_of = dict(zip(ids.tolist(), matrix.astype(np.float32), strict=True))
-    is_proposed = []
-    for copy, (original, kind) in together[1].items():
-        cosine = {each: float(vector_of[copy] @ vector_of[each]) for each in pool}
-        nearest_of_original = max(float(vector_of[original] @ vector_of[each]) for each in pool if each != original)
-        nearest = max(cosine, key=cosine.__getitem__)
-        expected = {nearest} if cosine[nearest] >= 0.6 else set()
-        if cosine[original] >= max(0.6, nearest_of_original):
+@pytest.mark.parametrize(("k", "max_distance"), [(0, 2), (1, -1), (3, 2), (99, -1)])
+def test_candidates_agree_with_plain_products(tmp_path: Path, k: int, max_distance: int) -> None:
+    """Of 40 images, the first four in two shards; 12 copies with descriptors near those of their originals."""
+    random = np.random.default_rng(k)
+    matrix = unit_vectors(1, 40, 6).astype(np.float16)
+    hashes = random.integers(0, 2**63, 40).astype(np.uint64)
+    numbers = [range(0, 15), range(15, 40), range(0, 4)]
+    rows = [[image_row(id_of(n), "web", "pool", phash=int(hashes[n])) for n in of_shard] for of_shard in numbers]
+    images = write_ingest(tmp_path / "ingest", rows)
+    described = write_vectors(
+        tmp_path / "describe", images, [{id_of(n): matrix[n] for n in of_shard} for of_shard in numbers]
+    )
+    originals = [*range(6), *range(20, 26)]
+    copies = matrix[originals].astype(np.float32) + random.normal(0, 0.4, (12, 6))
+    copies = (copies / np.linalg.norm(copies, axis=1, keepdims=True)).astype(np.float16)
+    near = hashes[originals] ^ random.integers(0, 16, 12).astype(np.uint64)  # up to four bits differ
+    settings = PairsConfig(num_neighbors=k, min_descriptor_similarity=0.5, max_phash_distance=max_distance)
+    files = Files(
+        require_manifest(images).paths(images, "images"), require_manifest(described).paths(described, "vectors"), []
+    )
+    found = candidates_of(settings, files, [id_of(n) for n in originals], copies, near)
+
+    cosine, among = (each.astype(np.float64) @ matrix.astype(np.float64).T for each in (copies, matrix))
+    np.fill_diagonal(among, -1)
+    one_way = 0
+    for copy, original in enumerate(originals):
+        expected = {n for n in np.argsort(-cosine[copy])[:k] if cosine[copy, n] >= 0.5}
+        of_original = np.sort(among[original][among[original] >= 0.5])[::-1]
+        least = of_original[k - 1] if 0 < k <= len(of_original) else 0.5
+        if k and cosine[copy, original] >= least:
+            one_way += original not in expected
             expected.add(original)
-        of_copy = [row for row in rows if (row["image_id"], row["kind"]) == (original, kind)]
-        assert {row["other_image_id"] for row in of_copy if row["proposed"]} == expected
-        is_proposed.append(nearest == original)
-        assert len(of_copy) == len(expected | {original}), "the original has a row in any case"
-    assert len(set(is_proposed)) == 2, "both occur"
-    without = check(stages, home / "hashes", settings=short.model_copy(update={"num_neighbors": 0}))
-    assert not any(row["proposed"] for row in without) and len(without) == 2 * len(KINDS)
+        expected |= {n for n in range(40) if int(near[copy] ^ hashes[n]).bit_count() <= max_distance}
+        of_copy = found.copy == copy
+        ids = [found.ids[row] for row in np.flatnonzero(of_copy)]
+        assert ids == [id_of(original), *sorted(id_of(n) for n in expected - {original})]
+        assert found.proposed[of_copy].tolist() == [original in expected] + [True] * (len(ids) - 1)
+        np.testing.assert_allclose(found.cosine[of_copy], [cosine[copy, int(each, 16)] for each in ids], atol=1e-3)
+        places = found.place[of_copy]
+        assert [id_of((*range(40), *range(4))[place]) for place in places] == ids
+    assert bool(one_way) == (0 < k < 99), "only the list of the original has the copy"
 
 
 def test_same_bytes_after_a_kill_in_other_workers(home: Path, stages: RunFolder, rows: list[dict[str, Any]]) -> None:
@@ -204,17 +225,17 @@ def test_a_copy_that_the_run_missed_is_an_unexpected_pair(tmp_path: Path) -> Non
     mirrored.save(tmp_path / "pool/again.png")
     (other,) = {image_id(path.read_bytes()) for path in (tmp_path / "pool").iterdir()} - {original}
     stages = run_stages(tmp_path / "run", [("web", tmp_path / "pool", "pool")])
-    check(stages, tmp_path / "found", max_images=1)
+    check(stages, tmp_path / "found", max_images=2)
     assert result_of(tmp_path / "found", 0.5).unexpected == Share(0, 0), "the run knows that the two are copies"
     known = require_manifest(stages.pairs)
     (file,) = known.files("pairs")
     record = parquet.write_table(paths.join(stages.pairs, file), schemas.PAIRS.empty_table())
     write_manifest(stages.pairs, replace(known, shards=(known.shards[0].model_copy(update={"files": (record,)}),)))
-    check(stages, tmp_path / "missed", max_images=1)
+    check(stages, tmp_path / "missed", max_images=2)
     result = result_of(tmp_path / "missed", 0.5)
     assert result.unexpected.count > 0
-    (pair,) = result.unexpected_pairs
-    assert {pair.image_id, pair.other_image_id} == {original, other} and pair.similarity > 0.5
+    ends = {(pair.image_id, pair.other_image_id) for pair in result.unexpected_pairs}
+    assert ends == {(original, other), (other, original)} and result.unexpected_pairs[-1].similarity >= 0.5
 
 
 def test_an_image_that_changed_since_ingest_is_an_error(tmp_path: Path) -> None:
