@@ -92,7 +92,7 @@ class SelfCheck:
     unexpected: Share
     """Of the candidates that are neither the original nor, by the run, a copy of it."""
     unexpected_pairs: list[UnexpectedPair]
-    """One for each pair of images, the most similar first."""
+    """The most similar of each edited image, in falling order, so that one group of alike images does not fill it."""
     better: BetterThreshold | None
 
 
@@ -104,7 +104,8 @@ def summarize(
     known: the pairs of the run among the edited images and all others (schemas.SELF_CHECK_KNOWN). min_similarity: the
     lowest that `pairs` writes; with `holdout_threshold` it bounds the thresholds that dedup takes.
     """
-    ids, others, kinds = (scores[name].to_numpy(zero_copy_only=False) for name in scores.column_names[:3])
+    names = ("image_id", "other_image_id", "kind")
+    ids, others, kinds = (scores[name].to_numpy(zero_copy_only=False) for name in names)
     proposed = scores["proposed"].to_numpy(zero_copy_only=False).astype(bool)
     similarity = scores["similarity"].to_numpy()
     is_original = ids == others
@@ -153,17 +154,14 @@ def summarize(
 
 def _unexpected_pairs(scores: pa.Table, chosen: np.ndarray) -> list[UnexpectedPair]:
     rows = scores.filter(pa.array(chosen)).select(["image_id", "kind", "other_image_id", "similarity"]).to_pylist()
-    pairs = sorted(
-        (UnexpectedPair(**row) for row in rows), key=lambda pair: (-pair.similarity, *_ends(pair), pair.kind)
-    )
-    first: dict[tuple[str, str], UnexpectedPair] = {}
-    for pair in pairs:
-        first.setdefault(_ends(pair), pair)
+    first: dict[str, UnexpectedPair] = {}
+    for pair in sorted((UnexpectedPair(**row) for row in rows), key=_by_similarity):
+        first.setdefault(pair.image_id, pair)
     return list(first.values())
 
 
-def _ends(pair: UnexpectedPair) -> tuple[str, str]:
-    return pair.image_id, pair.other_image_id
+def _by_similarity(pair: UnexpectedPair) -> tuple[float, str, str, str]:
+    return -pair.similarity, pair.image_id, pair.other_image_id, pair.kind
 
 
 def _better_threshold(now: BetterThreshold, others: list[BetterThreshold]) -> BetterThreshold | None:

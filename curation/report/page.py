@@ -630,8 +630,8 @@ def _self_check(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, 
         unexpected = (
             f"{_count(result.unexpected.count, 'pair')} of {candidates}: a copy reaches the threshold with another "
             "image than its original, and the run does not call that image a copy of the original. Each is a false "
-            "match, or a copy in the pool that the run missed. The most similar ones, with the image that was edited "
-            "on the left:"
+            "match, or a copy in the pool that the run missed. Below is the most similar pair of each edited image, "
+            "with that image on the left."
         )
         parts.append(tag("p", unexpected))
         pairs = (
