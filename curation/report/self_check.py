@@ -68,8 +68,8 @@ SEED = 0  # of the edits
 EDITED_SIDE = 640
 # Shortest side down to which a picture is reduced for it, so that a long narrow one keeps its content. Assumed.
 MIN_EDITED_SIDE = 32
-# Images of the run for each copy. Measured 2026-11-29 on two cores: the stage then takes 9% of a run of 2,300 photographs
-# (16 neighbours) and of one of 3,801 drawings (32), because a copy has a list of neighbours to itself.
+# Images of the run for each copy. Measured 2026-11-29 on two cores: the stage then takes 9% of a run of 2,300
+# photographs (16 neighbours) and of one of 3,801 drawings (32), because a copy has a list of neighbours to itself.
 IMAGES_PER_COPY = 16
 # Copies of a kind in the smallest run. Assumed: below, a kind says nothing.
 MIN_COPIES_PER_KIND = 2
