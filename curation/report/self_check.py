@@ -151,11 +151,13 @@ def run(
 def read_scores(folder: str) -> tuple[pa.Table, pa.Table]:
     """All rows of SELF_CHECK_SCORES and of SELF_CHECK_KNOWN of a finished self-check; none where it was off."""
     manifest = require_manifest(folder)
-    tables = [parquet.read_table(path, schemas.SELF_CHECK_SCORES) for path in manifest.paths(folder, "scores")]
-    if not manifest.plan.num_shards:
-        return schemas.SELF_CHECK_SCORES.empty_table(), schemas.SELF_CHECK_KNOWN.empty_table()
-    known = parquet.read_table(paths.join(folder, KNOWN_NAME), schemas.SELF_CHECK_KNOWN)
-    return pa.concat_tables(tables), known
+    scores, known = (
+        pa.concat_tables(
+            [schema.empty_table(), *(parquet.read_table(path, schema) for path in manifest.paths(folder, kind))]
+        )
+        for kind, schema in (("scores", schemas.SELF_CHECK_SCORES), ("known", schemas.SELF_CHECK_KNOWN))
+    )
+    return scores, known
 
 
 @dataclass(frozen=True)

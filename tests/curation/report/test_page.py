@@ -20,7 +20,7 @@ from PIL import Image
 from curation.copies.edits import KINDS
 from curation.dedup import DedupConfig, FamilyConfig
 from curation.errors import ConfigError, InputError
-from curation.files import parquet, paths, schemas
+from curation.files import paths, schemas
 from curation.report import facts, markup, page
 from curation.report.facts import Concepts
 from curation.report.page import ReportConfig
@@ -331,8 +331,7 @@ def test_copies_made_of_this_pool(example: str, tmp_path: Path) -> None:
         for schema, rows in ((schemas.SELF_CHECK_SCORES, scores), (schemas.SELF_CHECK_KNOWN, []))
     ]
     folder = paths.join(run, "self_check")
-    write_stage(folder, [{"scores": tables[0]}], facts={"min_similarity": 0.4})
-    parquet.write_table(paths.join(folder, "known-00000.parquet"), tables[1])
+    write_stage(folder, [dict(zip(("scores", "known"), tables, strict=True))], facts={"min_similarity": 0.4})
     page.run(ReportConfig(concepts=str(Path(example).parent / "concepts.toml")), run)
     shown = read_page(run)
     assert_harmless(shown)
