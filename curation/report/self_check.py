@@ -71,7 +71,7 @@ MIN_EDITED_SIDE = 32
 # Images of the run for each copy. Measured 2026-11-29 on two cores: the stage then takes 9% of a run of 2,300
 # photographs (16 neighbours) and of one of 3,801 drawings (32), because a copy has a list of neighbours to itself.
 IMAGES_PER_COPY = 16
-# Copies of a kind in the smallest run. Assumed: below, a kind says nothing.
+# Copies of a kind in the smallest run. Assumed: one copy of a kind tells next to nothing.
 MIN_COPIES_PER_KIND = 2
 # Copies of a shard. Assumed: some seconds of work, so that two workers have equal shares in a small run.
 COPIES_PER_SHARD = len(KINDS)
@@ -111,7 +111,9 @@ def run(
     ingested, described = require_manifest(inputs.ingest), require_manifest(inputs.describe)
     paired = require_manifest(inputs.pairs)
     if not config.max_images:
-        nothing = Stage("self_check", config, {}, output, [], make_worker=_make_no_worker)
+        nothing = Stage(
+            name="self_check", config=config, inputs={}, output=output, shards=[], make_worker=_make_no_worker
+        )
         return run_stage(nothing, runner, replace=replace, log=log)
     limits = ImageLimits.model_validate(require_fact(inputs.ingest, ingested, "limits"), strict=False)
     per_kind = num_copies_per_kind(config.max_images, ingested.totals.get("accepted", 0))
@@ -192,7 +194,7 @@ def _draw(max_images: int, per_kind: int, image_files: Sequence[str], output: st
             first_rows.setdefault(row["image_id"], row)
     per_kind = min(per_kind, len(ids))
     # Kind q edits `per_kind` images in a row, counted around all of them; the next kind goes on behind them.
-    chosen = sorted(((number % len(ids), number // per_kind) for number in range(per_kind * len(KINDS))), key=tuple)
+    chosen = sorted((number % len(ids), number // per_kind) for number in range(per_kind * len(KINDS)))
     names, ids_in_order = list(KINDS), unpack_ids(ids).to_pylist()
     copies = pa.Table.from_pylist(
         [first_rows[ids_in_order[image]] | {"kind": names[kind]} for image, kind in chosen], schemas.PLANNED_COPIES
