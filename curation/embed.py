@@ -30,7 +30,7 @@ import functools
 import io
 import posixpath
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -167,13 +167,13 @@ def _stage(
         output=output,
         shards=shards,
         make_worker=functools.partial(
-            make_worker, _with_weights_hash(config, weights_hash), limits, output, second=second
+            make_worker, with_weights_hash(config, weights_hash), limits, output, second=second
         ),
         note=_describe_times,
     )
 
 
-def _with_weights_hash(config: EmbedConfig, sha256: str) -> EmbedConfig:
+def with_weights_hash(config: EmbedConfig, sha256: str) -> EmbedConfig:
     """`config` for the workers, which load no weights with another hash than the driver's."""
     return config.model_copy(update={"embedder": config.embedder.model_copy(update={"weights_sha256": sha256})})
 
@@ -303,20 +303,42 @@ def prepared_pictures(
 
     configs: of the stages of the pass; the first sets the threads and the batches.
     """
-    sides = [config.thumbnail_side for config in configs]
 
     def prepare(row_and_bytes: tuple[dict[str, Any], bytes]) -> PreparedPicture:
         row, data = row_and_bytes
-        started = time.thread_time()
-        shape = embedder.shape(row["width"], row["height"])
-        picture = decode_picture(data, limits, target_side=max(min(shape), *sides))
-        pixels = embedder.preprocess(picture, shape)
-        thumbnails = tuple(encode_thumbnail(upright(picture), side) if side else None for side in sides)
-        return PreparedPicture(pixels, thumbnails, time.thread_time() - started)
+        return _prepare(configs, embedder, limits, data, row["width"], row["height"])
 
     threads = configs[0].decode_threads
     ahead = 2 * configs[0].embedder.batch_size + threads
     return prefetch(prepare, _read(rows), threads=threads, ahead=ahead, meter=meter)
+
+
+def _prepare(
+    configs: Sequence[EmbedConfig], embedder: Embedder, limits: ImageLimits, data: bytes, width: int, height: int
+) -> PreparedPicture:
+    started = time.thread_time()
+    sides = [config.thumbnail_side for config in configs]
+    shape = embedder.shape(width, height)
+    picture = decode_picture(data, limits, target_side=max(min(shape), *sides))
+    pixels = embedder.preprocess(picture, shape)
+    thumbnails = tuple(encode_thumbnail(upright(picture), side) if side else None for side in sides)
+    return PreparedPicture(pixels, thumbnails, time.thread_time() - started)
+
+
+def embed_encoded(
+    config: EmbedConfig, embedder: Embedder, limits: ImageLimits, pictures: Iterable[tuple[bytes, int, int]]
+) -> tuple[np.ndarray, list[bytes | None]]:
+    """The vectors (N, D) float16 and the thumbnails of pictures outside a run's sources, as a stage makes them.
+
+    Each is given by its encoded bytes, width and height, and is prepared before the next one is taken.
+    """
+    prepared = [_prepare((config,), embedder, limits, *picture) for picture in pictures]
+    batches = _batches([(each.pixels.shape[1], each.pixels.shape[2]) for each in prepared], config.embedder.batch_size)
+    vectors = np.empty((len(prepared), config.embedder.dimensions), np.float16)
+    stacked = (np.stack([prepared[index].pixels for index in batch]) for batch in batches)
+    for batch, of_batch in zip(batches, embedder.embed_batches(stacked), strict=True):
+        vectors[batch] = of_batch
+    return vectors, [each.thumbnails[0] for each in prepared]
 
 
 def _batches(shapes: Sequence[tuple[int, int]], size: int) -> list[list[int]]:

@@ -38,6 +38,7 @@ _VERIFIED = {
     "pairs.min_similarity": 0.3,
     "pairs.verification.working_side": 128,
     "retrieve.check_copies": True,
+    "self_check.max_images": 200,
 }
 
 # Values by setting; `*` stands for every item of a list. All values of `paper` but one are cited.

@@ -1,15 +1,16 @@
 """The folders of a run, and the readers of its finished stages.
 
     <run>/
-      ingest/    images-*.parquet      rejects-*.parquet
-      embed/     vectors-*.parquet
-      describe/  vectors-*.parquet     thumbnails-*.parquet
-      pairs/     pairs-*.parquet
-      dedup/     duplicates-*.parquet
-      cluster/   centroids-*.npy       parents-*.npy         assignments-*.parquet
-      retrieve/  retrieved-*.parquet
-      corpus/    corpus-*.tar          corpus-*.parquet      composition.json
-      images/    images-*.parquet
+      ingest/      images-*.parquet      rejects-*.parquet
+      embed/       vectors-*.parquet
+      describe/    vectors-*.parquet     thumbnails-*.parquet
+      pairs/       pairs-*.parquet
+      self_check/  drawn-*.parquet       scores-*.parquet      known-*.parquet
+      dedup/       duplicates-*.parquet
+      cluster/     centroids-*.npy       parents-*.npy         assignments-*.parquet
+      retrieve/    retrieved-*.parquet
+      corpus/      corpus-*.tar          corpus-*.parquet      composition.json
+      images/      images-*.parquet
 
 Every folder also holds the manifest of its stage. Readers take file names from the manifest, never from a listing of
 the folder, and check the hash of each file that they read. The columns are in files/schemas.py.
@@ -31,7 +32,7 @@ from curation.files import npy, parquet, paths, schemas, vectors
 from curation.files.paths import RecordedPath
 
 # The stages in order. Each writes to the folder of its name.
-STAGES = ("ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus", "images")
+STAGES = ("ingest", "embed", "describe", "pairs", "self_check", "dedup", "cluster", "retrieve", "corpus", "images")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class RunFolder:
     embed: str = ""
     describe: str = ""
     pairs: str = ""
+    self_check: str = ""
     dedup: str = ""
     cluster: str = ""
     retrieve: str = ""

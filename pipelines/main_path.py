@@ -6,6 +6,7 @@
       embed/         a vector of each image, which compares content               curation/embed.py
       describe/      a descriptor of each image, which detects copies             curation/embed.py
       pairs/         pairs of images that may be copies                           curation/pairs.py
+      self_check/    scores of edited copies of some pool images              curation/report/self_check.py
       dedup/         the decision for each image: kept, copy, or like a holdout   curation/dedup.py
       cluster/       clusters of the kept pool images                             curation/cluster.py
       retrieve/      the pool images that resemble the seeds                      curation/retrieve.py
@@ -39,8 +40,9 @@ from curation.ingest import IngestConfig
 from curation.pack import PackConfig
 from curation.pairs import PairsConfig
 from curation.profiles import Profile
-from curation.report import images_table, lookalikes_page, page
+from curation.report import images_table, lookalikes_page, page, self_check
 from curation.report.page import CONFIG_NAME, ReportConfig
+from curation.report.self_check import SelfCheckConfig
 from curation.retrieve import RetrieveConfig
 from curation.run_folder import STAGES, RunFolder
 from pipelines.planning.rates import RatesConfig
@@ -58,6 +60,16 @@ def run(config: "CurateConfig", output: str, runner: Runner, *, replace: bool = 
     embed.run(config.embed, folder, folder.embed, runner, describe=config.describe, replace=replace, log=log)
     embed.run(config.describe, folder, folder.describe, runner, name="describe", replace=replace, log=log)
     pairs.run(config.pairs, folder, folder.pairs, runner, replace=replace, log=log)
+    self_check.run(
+        config.self_check,
+        folder,
+        folder.self_check,
+        runner,
+        describe=config.describe,
+        pairs=config.pairs,
+        replace=replace,
+        log=log,
+    )
     show_pairs = functools.partial(lookalikes_page.write, folder, output, config.dedup.threshold)
     dedup.run(config.dedup, folder, folder.dedup, replace=replace, log=log, show_pairs=show_pairs)
     lookalikes_page.remove(output)
@@ -84,6 +96,8 @@ class CurateConfig(Settings):
     """The descriptors for copy detection."""
     pairs: PairsConfig = PairsConfig()
     """The pairs of images that may be copies, and their similarity."""
+    self_check: SelfCheckConfig = SelfCheckConfig()
+    """The measurement of copy detection on edited copies of the pool's own images, for the report."""
     dedup: DedupConfig = DedupConfig()
     """The decision which images are copies, and which copy is kept."""
     cluster: ClusterConfig = ClusterConfig()

@@ -143,6 +143,9 @@ TABLES = {
     "embed/vectors-*": VECTORS,
     "describe/vectors-*": VECTORS,
     "describe/thumbnails-*": schemas.THUMBNAILS,
+    "self_check/scores-*": schemas.SELF_CHECK_SCORES,
+    "self_check/drawn-*": schemas.PLANNED_COPIES,
+    "self_check/known-*": schemas.SELF_CHECK_KNOWN,
     "pairs/pairs-*": schemas.PAIRS,
     "dedup/duplicates-*": schemas.DUPLICATES,
     "cluster/assignments-*": schemas.ASSIGNMENTS,
@@ -173,9 +176,9 @@ def test_the_document_names_every_column_of_every_table() -> None:
 
 def test_every_parquet_file_of_a_run_is_in_the_document(run: Path) -> None:
     kinds = {f"{file.parent.name}/{file.name.split('-')[0]}-*" for file in run.rglob("*.parquet")}
-    assert kinds == TABLES.keys() - {
-        "retrieve/copies-*"
-    }  # the descriptors of this run are colours: all would be copies
+    # The descriptors of this run are colours: all would be copies. So it has no check of the corpus and no self-check.
+    of_checks = {file for file in TABLES if file == "retrieve/copies-*" or file.startswith("self_check/")}
+    assert kinds == TABLES.keys() - of_checks
 
 
 # The columns that no two rows of a table share, by the last column of the document.

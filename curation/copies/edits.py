@@ -203,7 +203,7 @@ def collage(picture: Image.Image, generator: np.random.Generator) -> Image.Image
     """Beside a second picture, smooth areas of random colours; the first has 45% to 70% of the area."""
     share = generator.uniform(0.45, 0.7)
     upright = generator.random() < 0.5
-    length = round((1 / share - 1) * (picture.height if upright else picture.width))
+    length = max(1, round((1 / share - 1) * (picture.height if upright else picture.width)))
     size = (picture.width, length) if upright else (length, picture.height)
     cells = generator.integers(0, 256, size=(int(generator.integers(3, 9)), int(generator.integers(3, 9)), 3))
     other = Image.fromarray(cells.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)

@@ -1,7 +1,7 @@
 """The progress display: a bar with count, rate and time left, and the note on the lines below; or plain lines.
 
     describe  ━━━━━━━━━━━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━━━━━━━━━━━━  1,240 of 3,801 images  45.2/s  57 s left
-      stage 3 of 9, then pairs, dedup, cluster, retrieve, corpus, images
+      stage 3 of 10, then pairs, self_check, dedup, cluster, retrieve, corpus, images
       model 91% of the time, waiting for pictures 9%
 
 A terminal shows these lines while the work lasts. A pipe, a file and a terminal without cursor control (TERM=dumb) get

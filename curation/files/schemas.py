@@ -113,6 +113,29 @@ PLANNED_SAMPLES = pa.schema(
 )
 PLANNED_REASONS = pa.schema([("position", pa.int64()), ("reason", pa.string())])
 
+# The candidates of edited copies of pool images (report/self_check.py). A copy also has a row with its original.
+SELF_CHECK_SCORES = pa.schema(
+    [
+        ("image_id", pa.string()),  # the pool image that was edited; with `kind` it names the copy
+        ("other_image_id", pa.string()),  # the image that the copy was compared with
+        ("kind", pa.string()),  # a key of copies.edits.KINDS
+        ("proposed", pa.bool_()),  # whether `pairs` would compare the two; else the row is of the original
+        ("similarity", pa.float32()),
+    ]
+)
+# The pairs of `pairs` with an edited image.
+SELF_CHECK_KNOWN = pa.schema(
+    [
+        ("image_id", pa.string()),  # the edited image
+        ("other_image_id", pa.string()),
+        ("similarity", pa.float32()),
+    ]
+)
+# The copies that it plans for its workers, in order: the columns of the edited image, and the kind.
+PLANNED_COPIES = pa.schema(
+    [*(IMAGES.field(name) for name in ("image_id", "uri", "offset", "length", "layout")), ("kind", pa.string())]
+)
+
 # One row for each unique image of a run; report/images_table.py gives the meaning of each column.
 IMAGES_TABLE = pa.schema(
     [

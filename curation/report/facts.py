@@ -18,6 +18,8 @@ from PIL import Image
 from pydantic import Field
 
 from curation.config import Settings
+from curation.copies import recall
+from curation.copies.recall import SelfCheck
 from curation.engine.manifest import Manifest, require_manifest
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
@@ -25,6 +27,7 @@ from curation.files.image_ids import id_bytes
 from curation.files.paths import RecordedPath
 from curation.images.decode import ImageLimits, decode_rgb
 from curation.images.sources import ReferenceReader
+from curation.report import self_check
 from curation.run_folder import (
     STAGES,
     RunFolder,
@@ -82,6 +85,7 @@ class FinishedRun:
     corpus_ids: pa.Array  # the unique images of the corpus
     same_concept: np.ndarray  # (rows of retrieved,) int8: SAME, OTHER or UNKNOWN
     chance: np.ndarray  # (rows of retrieved,) float64: probability of SAME by chance
+    self_check: SelfCheck | None  # None where the measurement is off, or the pool holds no image
 
     def files(self, stage: str, kind: str) -> list[RecordedPath]:
         """The paths of the files `<kind>-*` of a stage, in shard order."""
@@ -119,7 +123,17 @@ def read_run(folder: str, concepts: Concepts) -> FinishedRun:
         corpus_ids=unique["image_id"].filter(pc.is_valid(unique["corpus_key"])).combine_chunks(),
         same_concept=same,
         chance=chance,
+        self_check=_read_self_check(folder, manifests),
     )
+
+
+def _read_self_check(folder: str, manifests: Mapping[str, Manifest]) -> SelfCheck | None:
+    scores, known = self_check.read_scores(paths.join(folder, "self_check"))
+    if not scores.num_rows:
+        return None
+    dedup_facts, min_similarity = manifests["dedup"].facts, manifests["self_check"].facts["min_similarity"]
+    thresholds = {name: dedup_facts[name] for name in ("threshold", "holdout_threshold")}
+    return recall.summarize(scores, known, **thresholds, min_similarity=min_similarity)
 
 
 # The funnel
@@ -278,6 +292,52 @@ def _never_copies(check: Mapping[str, Any]) -> Iterator[str]:
         yield f"Images of {names} look alike; only equal files and matches with the holdout count as their copies."
     if check["label_guard"]:
         yield "Images with different labels are not counted as copies of one another (dedup.label_guard)."
+
+
+def self_check_text(run: FinishedRun) -> list[str]:
+    """Sentences on the copies of this pool that copy detection recognises: all, by kind, and what it mistakes."""
+    result = run.self_check
+    if result is None:
+        is_off = not run.manifests["self_check"].plan.num_shards
+        return [
+            "Copy detection was not measured on this pool "
+            + ("(self_check.max_images is 0)." if is_off else "(it holds no image).")
+        ]
+    kinds = sorted(result.kinds, key=lambda each: -each.found.value)  # stable: equal ones in the order of KINDS
+    listed = ", ".join(f"{kind_name(each.kind)} {each.found.value:.2f}" for each in kinds)
+    return [self_check_summary(result), f"By kind of edit: {listed}.", *better_threshold_text(result)]
+
+
+def self_check_summary(result: SelfCheck) -> str:
+    """The copies found and the unexpected pairs, in one line."""
+    low, high = result.found.interval
+    of_pairs = "none"
+    if result.unexpected.whole:
+        least, most = (1000 * bound for bound in result.unexpected.interval)
+        of_pairs = f"{1000 * result.unexpected.value:.1f} per 1,000 candidates ({least:.1f} to {most:.1f})"
+    return (
+        f"Copy detection on this pool: {result.found.value:.2f} of {result.found.whole:,} edited copies of "
+        f"{result.num_images:,} of its images were recognised ({low:.2f} to {high:.2f}). Unexpected pairs: {of_pairs}."
+    )
+
+
+def better_threshold_text(result: SelfCheck) -> list[str]:
+    """A sentence on the threshold that would do better; none where there is none."""
+    better = result.better
+    if better is None:
+        return []
+    now, most = result.unexpected.count, 1000 * better.unexpected.interval[1]
+    return [
+        f"A threshold of {better.threshold:g} instead of {result.threshold:g} would do better: "
+        f"{better.found.value:.2f} recognised, {better.unexpected.count:,} unexpected pairs instead of {now:,} "
+        f"(at most {most:.1f} per 1,000 candidates). It was chosen on the same copies, so look at the pairs of section "
+        f'"Copy threshold" first. Then run again with --set dedup.threshold={better.threshold:g} --replace.'
+    ]
+
+
+def kind_name(kind: str) -> str:
+    """The name of a kind of edit, as a page shows it."""
+    return kind.replace("_", " ")
 
 
 def rejected_holdout(run: FinishedRun) -> int:

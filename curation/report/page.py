@@ -22,7 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from curation.config import IsPath, Settings, load
+from curation.copies import recall
 from curation.copies.lookalikes import CROWDED
+from curation.copies.recall import UnexpectedPair
 from curation.engine import progress
 from curation.engine.manifest import MANIFEST_NAME
 from curation.errors import ConfigError
@@ -56,7 +58,7 @@ CONFIG_NAME = "run.toml"
 TITLE = "How this corpus was built"
 # Pixels of a thumbnail's longest side. It is displayed with 92 CSS pixels, so that it is sharp on high-density screens.
 THUMBNAIL_SIDE = 128
-# With the limits below, a page has at most 774 thumbnails: 7.3 MB in base64.
+# With the limits below, a page has at most 798 thumbnails: 7.5 MB in base64.
 MAX_THUMBNAIL_BYTES = 7_000
 # The numbers of examples. Assumed: enough to judge a run, and few enough to look at all of them.
 GALLERY_THUMBNAILS, GALLERY_DATASETS = 400, 32
@@ -65,6 +67,7 @@ SEEDS_PER_CLUSTER, RETRIEVED_PER_CLUSTER = 4, 8
 COMPONENTS, MEMBERS_PER_COMPONENT = 12, 12
 HOLDOUT_MATCHES = 15
 PAIRS_PER_BIN, PAIRS_IN_BINS = 5, 100
+UNEXPECTED_PAIRS = 12
 REJECTS_PER_REASON = 3
 LABELS = 25
 
@@ -107,6 +110,8 @@ def print_summary(output: str) -> None:
         console.print(sample)
     for line in facts.corpus_check_text(finished):
         console.print(line)
+    if finished.self_check is not None:
+        console.print(facts.self_check_summary(finished.self_check))
     console.print(_funnel_on_terminal(steps))
     console.print("\n" + next(step.note for step in steps if step.name == "accepted"))
     datasets = facts.datasets(finished)
@@ -147,7 +152,7 @@ def _fingerprint(config: ReportConfig, output: str) -> str:
     """A hash of all inputs of the page: the run, the concepts, the config and this code."""
     files = [paths.join(output, stage, MANIFEST_NAME) for stage in STAGES]
     files += [paths.join(output, CONFIG_NAME)] + ([config.concepts] if config.concepts else [])
-    files += [module for module in (__file__, markup.__file__, facts.__file__) if module]
+    files += [module for module in (__file__, markup.__file__, facts.__file__, recall.__file__) if module]
     parts = [sha256_of_file(path) if paths.exists(path) else None for path in files]
     return hash_json([config.model_dump(mode="json"), *parts])
 
@@ -171,6 +176,7 @@ class Choice:
     components: list[Component]
     holdout_matches: list[Match]
     bins: list[SimilarityBin]
+    unexpected_pairs: list[UnexpectedPair]
 
     def image_ids(self, finished: FinishedRun) -> set[str]:
         """The images whose thumbnails the page shows."""
@@ -182,6 +188,7 @@ class Choice:
             *(retrieved_ids[row].as_py() for retrieval in retrievals for row in retrieval.rows),
             *(member.image_id for component in self.components for member in component.members),
             *(image_id for match in matches for image_id in (match.image_id, match.other_image_id)),
+            *(image_id for pair in self.unexpected_pairs for image_id in (pair.image_id, pair.other_image_id)),
         }
 
 
@@ -205,6 +212,7 @@ def _choose(config: ReportConfig, finished: FinishedRun) -> Choice:
         components=facts.largest_components(finished, COMPONENTS, MEMBERS_PER_COMPONENT),
         holdout_matches=facts.holdout_matches(finished, HOLDOUT_MATCHES),
         bins=facts.similarity_bins(finished, PAIRS_PER_BIN, PAIRS_IN_BINS),
+        unexpected_pairs=finished.self_check.unexpected_pairs[:UNEXPECTED_PAIRS] if finished.self_check else [],
     )
 
 
@@ -219,6 +227,7 @@ def _write(choice: Choice, config: ReportConfig, finished: FinishedRun, fingerpr
         ("datasets", "Retrieval by seed dataset", _datasets(choice, config, finished)),
         ("gallery", "Seeds and their retrieved images", _gallery(choice, finished, thumbnails)),
         ("copies", "Components of copies", _copies(choice, finished, thumbnails)),
+        ("self-check", "Copies made of this pool", _self_check(choice, finished, thumbnails)),
         ("threshold", "Copy threshold", _threshold(choice, finished, thumbnails)),
         ("labels", "Labels from pool to corpus", _labels(finished)),
         ("run", "Run", _run(finished)),
@@ -243,6 +252,7 @@ def _abstract(finished: FinishedRun) -> Markup:
     return join(
         tag("dl", *figures, class_="numbers"),
         *(tag("p", line) for line in facts.corpus_check_text(finished)),
+        *(tag("p", line) for line in facts.self_check_text(finished)),
         tag("p", sample) if sample else join(),
     )
 
@@ -587,6 +597,65 @@ def _member_caption(member: Member) -> str:
     else:
         text = f"{member.reason} {member.similarity:.2f}"
     return text + (f", {member.num_files} files" if member.num_files > 1 else "")
+
+
+def _self_check(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thumbnail]) -> Markup:
+    result = finished.self_check
+    if result is None:
+        return tag("p", facts.self_check_text(finished)[0])
+    text = (
+        f"The run edited {_count(result.num_images, 'pool image')} and compared the copies with all images, as it "
+        f"compares the pool. A copy is recognised when its original is a candidate, and their similarity is at least "
+        f"{result.threshold:g}. The interval is that of Wilson at 95%. The copies are not in the corpus."
+    )
+    families = (
+        " The guard families may leave out pairs of recognised copies; it is not part of this measurement."
+        if finished.manifests["dedup"].facts["guards"].get("families")
+        else ""
+    )
+    rows = [
+        (
+            facts.kind_name(each.kind),
+            markup.bar(
+                (each.found.value, "stays"), label=f"{facts.kind_name(each.kind)}: {each.found.count} recognised"
+            ),
+            f"{each.found.value:.2f}",
+            "{:.2f} to {:.2f}".format(*each.found.interval),
+            _number(each.found.whole),
+            f"{each.proposed.value:.2f}",
+            f"{each.found_for_holdout.value:.2f}",
+        )
+        for each in result.kinds
+    ]
+    header = ("edit", "", "recognised", "interval", "copies", "original is a candidate", "at the holdout threshold")
+    parts = [
+        tag("p", text + families),
+        markup.table(header, rows, numbers=frozenset(range(2, 7))),
+        *(tag("p", line) for line in facts.better_threshold_text(result)),
+        tag("h3", "Unexpected pairs"),
+    ]
+    candidates = _count(result.unexpected.whole, "candidate")
+    if not choice.unexpected_pairs:
+        text = "No copy reaches the threshold with another image than its original and the known copies of that"
+        parts.append(tag("p", f"{text} ({candidates})."))
+    else:
+        unexpected = (
+            f"{_count(result.unexpected.count, 'pair')} of {candidates}: a copy reaches the threshold with another "
+            "image than its original, and the run does not call that image a copy of the original. Each is a false "
+            "match, or a copy in the pool that the run missed. Below is the most similar pair of each edited image, "
+            "with that image on the left."
+        )
+        parts.append(tag("p", unexpected))
+        pairs = (
+            _pair(
+                Match(pair.image_id, pair.other_image_id, pair.similarity),
+                thumbnails,
+                (facts.kind_name(pair.kind), "matched"),
+            )
+            for pair in choice.unexpected_pairs
+        )
+        parts.append(tag("div", *pairs, class_="pairs"))
+    return join(*parts)
 
 
 def _threshold(choice: Choice, finished: FinishedRun, thumbnails: Mapping[str, Thumbnail]) -> Markup:

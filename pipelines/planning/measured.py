@@ -33,11 +33,12 @@ from curation.engine.run_log import BeginLine, EndLine, ShardLine
 from curation.errors import InputError
 from curation.files import parquet, paths, schemas
 from curation.images.sources import NOT_SAMPLED
+from curation.report.self_check import COPIES_PER_SHARD
 from curation.run_folder import STAGES, RunFolder, require_run
 from pipelines.main_path import CurateConfig
 from pipelines.planning import candidates
 from pipelines.planning.candidates import VerificationCost
-from pipelines.planning.price import TERA, Counts
+from pipelines.planning.price import TERA, Counts, price_run, self_check_copies
 from pipelines.planning.rates import FIXED
 
 CONFIG_NAME = "run.toml"
@@ -218,6 +219,7 @@ def estimate_stages(
         "embed": _estimate_by_images(whole, "embed"),
         "describe": _estimate_describe(whole),
         "pairs": _estimate_pairs(whole),
+        "self_check": _estimate_self_check(whole),
         "dedup": _estimate_by_images(whole, "dedup"),
         "cluster": _estimate_cluster(whole),
         "retrieve": _estimate_retrieve(whole),
@@ -378,6 +380,23 @@ def _estimate_pairs(whole: _Whole) -> StageEstimate:
         stage.seconds,
         note=f"{now / max(1, described):,.1f} candidates an image there, {number / max(1.0, images):,.1f} here",
     )
+
+
+def _estimate_self_check(whole: _Whole) -> StageEstimate:
+    step, measured = whole.measured.steps["self_check"], whole.measured.manifests["self_check"].totals
+    pool = sum(whole.images[source.name] for source in whole.config.ingest.sources if source.role == "pool")
+    copies, copies_then = self_check_copies(whole.config, whole.accepted, pool), measured.get("copies", 0)
+    if not copies:
+        return StageEstimate("self_check", 0, step.seconds, step.seconds, copies_then, step.seconds)
+    if not copies_then:
+        (priced,) = (each for each in price_run(whole.config, whole.counts, None).stages if each.stage == "self_check")
+        seconds = (priced.core_seconds + priced.gpu_seconds) / whole.workers
+        return StageEstimate("self_check", copies, 0.0, seconds, 0, 0.0, note="off there: priced by the fixed rates")
+    start = _start(step) + _tail(step)
+    busy = step.busy * copies / copies_then
+    num_shards = -(-copies // COPIES_PER_SHARD)
+    working = makespan([busy / num_shards] * num_shards, whole.workers)
+    return StageEstimate("self_check", copies, start, start + working, copies_then, step.seconds)
 
 
 def _verification(whole: _Whole) -> tuple[float, VerificationCost]:

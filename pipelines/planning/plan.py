@@ -388,6 +388,11 @@ def _stages_table(config: CurateConfig, counts: Counts) -> Table:
             else "no search for near descriptors, "
         )
         + f"perceptual hashes within {pairs.max_phash_distance} bits (-1: none), {check}",
+        "self_check": (
+            f"copies of at most {config.self_check.max_images:,} pool images, edited, described and compared"
+            if config.self_check.max_images
+            else "off"
+        ),
         "dedup": f"copies from {config.dedup.threshold:g}; holdout from {config.dedup.holdout_threshold:g}, "
         f"decontamination '{config.dedup.decontamination}'",
         "cluster": "; then ".join(

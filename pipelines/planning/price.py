@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from curation.copies.corpus_check import IMAGES_PER_SHARD, LOOKS
-from curation.embed import one_pass_serves
+from curation.copies.edits import KINDS
+from curation.embed import EmbedConfig, one_pass_serves
 from curation.errors import InputError
 from curation.files import paths
 from curation.images import counting, sources
@@ -18,6 +19,7 @@ from curation.images.counting import SourceCount
 from curation.images.sources import SourceConfig
 from curation.models.embedders import MODELS
 from curation.report import images_table
+from curation.report.self_check import COPIES_PER_SHARD, num_copies_per_kind
 from curation.retrieval_modes import MODES, mode_of
 from curation.search.config import SearchConfig
 from curation.search.ivf import TRAINING_ITERATIONS, TRAINING_ROWS_PER_CELL
@@ -134,6 +136,8 @@ class _Workload:
     image_counts: Mapping[str, int]
     images: int
     """Of all sources."""
+    pool: int
+    """Images of the pool."""
     kept: float
     """Images of the pool after deduplication."""
     image_bytes: float
@@ -203,6 +207,7 @@ def price_run(config: CurateConfig, counts: Counts, rows: int | None) -> Price:
         rates=config.rates,
         image_counts=of_source,
         images=sum(of_source.values()),
+        pool=pool,
         kept=pool * FIXED.kept_share,
         image_bytes=counts.image_bytes,
         decode_seconds=decode_seconds(config.rates, counts.pixels),
@@ -246,6 +251,7 @@ def _price_stages(work: _Workload) -> tuple[StagePrice, ...]:
         _price_embed(work, "embed"),
         _price_embed(work, "describe"),
         _price_pairs(work),
+        *([_price_self_check(work)] if work.config.self_check.max_images else []),
         _price_dedup(work),
         _price_cluster(work),
         _price_retrieve(work),
@@ -268,17 +274,9 @@ def _price_ingest(work: _Workload) -> StagePrice:
 
 def _price_embed(work: _Workload, stage: str) -> StagePrice:
     model = work.config.embed if stage == "embed" else work.config.describe
-    embedder, rates = model.embedder, work.rates
+    embedder = model.embedder
     facts = MODELS[embedder.name]
-    tera_operations = work.images * facts.flops(embedder.image_size) / TERA
-    seconds_on_gpu, seconds_on_cores = (
-        tera_operations / (convolutions if facts.vit is None else vit)
-        for vit, convolutions in (
-            (rates.gpu_tflops_vit, rates.gpu_tflops_convolutions),
-            (rates.core_tflops_vit, rates.core_tflops_convolutions),
-        )
-    )
-    on_gpu = embedder.num_gpus > 0
+    seconds_on_gpu, seconds_on_cores = _embedding_seconds(work, model, work.images)
     thumbnail_bytes = (model.thumbnail_side or 0) ** 2 / 4  # WebP, 2 bits a pixel
     written = work.images * (2 * embedder.dimensions + thumbnail_bytes)
     if stage == "describe" and one_pass_serves(work.config.embed, model):  # the pass of embed writes its files
@@ -289,11 +287,20 @@ def _price_embed(work: _Workload, stage: str) -> StagePrice:
         work.images * work.image_bytes,
         written,
         work.num_shards,
-        gpu_seconds=seconds_on_gpu if on_gpu else 0.0,
-        core_seconds=work.images * work.decode_seconds + (0.0 if on_gpu else seconds_on_cores),
+        gpu_seconds=seconds_on_gpu,
+        core_seconds=work.images * work.decode_seconds + seconds_on_cores,
         # Weights; the activations of a batch, as a few copies of its pixels at the first layer; pictures decoded ahead.
         worker_bytes=4 * facts.num_parameters + 3 * embedder.batch_size * 600 * embedder.image_size**2 / 10,
     )
+
+
+def _embedding_seconds(work: _Workload, model: EmbedConfig, images: float) -> tuple[float, float]:
+    """Seconds of a GPU and of a core for the network, one of them 0."""
+    rates, facts = work.rates, MODELS[model.embedder.name]
+    tera_operations = images * facts.flops(model.embedder.image_size) / TERA
+    if model.embedder.num_gpus:
+        return tera_operations / (rates.gpu_tflops_convolutions if facts.vit is None else rates.gpu_tflops_vit), 0.0
+    return 0.0, tera_operations / (rates.core_tflops_convolutions if facts.vit is None else rates.core_tflops_vit)
 
 
 def _price_pairs(work: _Workload) -> StagePrice:
@@ -343,6 +350,46 @@ def _price_pairs(work: _Workload) -> StagePrice:
         worker_bytes=min(images, search.rows_per_part) * copies * (3 * width + 300),
         driver_bytes=100 * images + TRAINING_ROWS_PER_CELL * cells * 2 * width,
         num_pieces=judging_shards if config.verification else 0,
+    )
+
+
+def self_check_copies(config: CurateConfig, images: float, pool: float) -> int:
+    """The edited copies of a run with that many images, of which `pool` are of the pool."""
+    per_kind = num_copies_per_kind(config.self_check.max_images, round(images))
+    return min(per_kind, round(pool)) * len(KINDS)
+
+
+def _price_self_check(work: _Workload) -> StagePrice:
+    """Each copy is edited, described and compared with as many candidates as an image can have."""
+    config, images = work.config, work.images
+    copies = self_check_copies(config, images, work.pool)
+    if not copies:  # the images are not counted
+        return StagePrice("self_check", 0, 0.0, 0.0, 0)
+    num_shards, width = -(-copies // COPIES_PER_SHARD), config.describe.embedder.dimensions
+    seconds_on_gpu, seconds_on_cores = _embedding_seconds(work, config.describe, copies)
+    search_on_gpu = search_on_cores = verifying = 0.0
+    if config.pairs.num_neighbors:
+        # Copies and their originals are queries.
+        operations = 2 * copies * images * 2 * width
+        search_on_gpu, search_on_cores = _search_seconds(config.pairs.search, work.rates, operations)
+    if config.pairs.verification:
+        # Of lists that are not full, each candidate is in the lists of both images.
+        candidates = min(2 * FIXED.candidates_of_root * math.sqrt(images), config.pairs.num_neighbors)
+        verifying = copies * candidates / FIXED.verified_per_core
+    decoded = min(copies, config.self_check.max_images)
+    return StagePrice(
+        "self_check",
+        copies,
+        2 * 2 * width * images * num_shards + decoded * work.image_bytes,
+        50 * copies * config.pairs.num_neighbors,  # a row of schemas.SELF_CHECK_SCORES, before compression
+        num_shards,
+        gpu_seconds=seconds_on_gpu + search_on_gpu,
+        core_seconds=decoded * work.decode_seconds
+        + copies / FIXED.edited_per_core
+        + seconds_on_cores
+        + search_on_cores
+        + verifying,
+        num_pieces=num_shards,
     )
 
 

@@ -66,6 +66,8 @@ class FixedRates:
     """Of a core: k-means."""
     verified_per_core: float = _rate(250.0, "measured, the demo on a core of 2019; 134 to 560 on other pictures")
     """Candidate copies that a core verifies in a second; only with [pairs.verification]."""
+    edited_per_core: float = _rate(80.0, "measured, photographs of 200 to 640 pixels, all kinds")
+    """Copies a second that a core edits and writes for the self-check."""
     candidates_of_root: float = _rate(0.2, "measured: 11.8 an image of 3,346, 49 of 51,100 (floor 0.66, 64 neighbours)")
     """Candidates an image, divided by the square root of the number of images, as long as lists are not full."""
     candidates_of_full_list: float = _rate(0.77, "measured: 49 an image with lists of 64, nearly all full")

@@ -64,6 +64,8 @@ pooling = "gem"
 image_size = 64
 [pairs]
 min_descriptor_similarity = 0.9
+[self_check]
+max_images = 1
 [dedup]
 threshold = 0.97
 holdout_threshold = 0.9
@@ -211,9 +213,10 @@ def test_same_bytes_inline_and_on_ray(finished: Path) -> None:
     shards = {(line["stage"], line["shard"]) for line in lines if line["event"] == "shard"}
     for stage in STAGES:
         for record in require_manifest(str(finished / "ray" / stage)).shards:
-            assert (stage, record.name) in shards or record.name in ("prepared", "composition")
+            assert (stage, record.name) in shards or record.name in ("prepared", "composition", "known")
     assert {line["stage"] for line in lines if line["event"] == "end"} >= set(STAGES)
     assert "Time of each stage" in on_ray.stdout
+    assert "of 19 edited copies of 1 of its images were recognised" in " ".join(on_ray.stdout.split())
 
 
 def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depends_on_it(finished: Path) -> None:
@@ -223,7 +226,7 @@ def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depend
     (home / "changed/.tmp-0123-report.html").write_text("half, because the run was killed")
     again = inline(home, output="changed")
     assert again.returncode == 0
-    assert again.stderr.count("already done, nothing to do") == 10
+    assert again.stderr.count("already done, nothing to do") == 11
     assert written_at(home / "changed") == before
 
     refused = inline(home, "--set", "dedup.threshold=0.99", output="changed")
@@ -235,12 +238,17 @@ def test_second_run_does_no_work_and_a_changed_threshold_redoes_only_what_depend
     replaced = inline(home, "--set", "dedup.threshold=0.99", "--replace", output="changed")
     assert replaced.returncode == 0, replaced.stderr
     after = written_at(home / "changed")
-    for stage in ("ingest", "embed", "describe", "pairs"):
+    for stage in ("ingest", "embed", "describe", "pairs", "self_check"):
         stage_files = {name: time for name, time in before.items() if name.startswith(stage + "/")}
         assert stage_files and stage_files.items() <= after.items()
     assert after["dedup/manifest.json"] > before["dedup/manifest.json"]
     assert inline(home, "--set", "dedup.threshold=0.99", output="fresh").returncode == 0
     assert bytes_in(home / "fresh") == bytes_in(home / "changed")
+
+    without = ("--set", "self_check.max_images=0", "--set", "dedup.threshold=0.99", "--replace")
+    assert inline(home, *without, output="changed").returncode == 0
+    assert [path.name for path in (home / "changed/self_check").iterdir()] == ["manifest.json"]
+    assert written_at(home / "changed")["dedup/manifest.json"] == after["dedup/manifest.json"]
 
 
 def test_own_images_need_no_config(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

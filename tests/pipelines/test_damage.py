@@ -30,6 +30,8 @@ READ_LATER = [
     ("describe", "vectors-"),
     ("describe", "thumbnails-"),
     ("pairs", "pairs-"),
+    ("self_check", "scores-"),
+    ("self_check", "known-"),
     ("dedup", "duplicates-"),
     ("cluster", "centroids-"),
     ("cluster", "parents-"),

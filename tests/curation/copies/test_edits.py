@@ -28,6 +28,12 @@ def test_edit_changes_the_picture_and_depends_on_the_generator_alone(kind: str, 
     assert picture.tobytes() == before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_of_one_pixel_has_copies_too(kind: str) -> None:
+    for seed in range(20):
+        assert min(edit(Image.new("RGB", (1, 1)), kind, np.random.default_rng(seed)).size) >= 1
+
+
 def test_crops_keep_the_stated_share_of_the_area() -> None:
     picture = photograph(300, 200)
     for kind, least, most in (("crop", 0.7, 0.95), ("strong_crop", 0.4, 0.7)):

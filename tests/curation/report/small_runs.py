@@ -13,15 +13,19 @@ from PIL import Image
 from curation import cluster, dedup, ingest, pack, retrieve
 from curation.cluster import ClusterConfig, LevelConfig
 from curation.dedup import DedupConfig
+from curation.embed import EmbedConfig
 from curation.engine.manifest import Manifest, Plan, ShardRecord, sum_counts, write_manifest
 from curation.engine.runner import InlineRunner
 from curation.files import parquet, paths, schemas, vectors
 from curation.images.hashing import image_id
 from curation.images.sources import Role, SourceConfig
 from curation.ingest import IngestConfig
+from curation.models.embedders import EmbedderConfig
 from curation.pack import PackConfig
-from curation.report import images_table
+from curation.pairs import PairsConfig
+from curation.report import images_table, self_check
 from curation.report.page import ReportConfig
+from curation.report.self_check import SelfCheckConfig
 from curation.retrieve import DatasetConfig, RetrieveConfig
 from curation.run_folder import STAGES, RunFolder
 from tests.curation.builders import packed_stages, stages_of
@@ -85,6 +89,14 @@ def build_run(
     found = {"min_similarity": 0.4, "max_holdout_threshold": 1.0, "full_lists": 3}
     found |= {"min_descriptor_similarity": 0.4, "verification": None}
     _finish("pairs", path["pairs"], ingested.content_hash, written, found)
+    self_check.run(
+        SelfCheckConfig(),  # off: the descriptors of this run are mean colours
+        RunFolder.of(output),
+        path["self_check"],
+        runner,
+        describe=EmbedConfig(embedder=EmbedderConfig(name="efficientnet_lite0")),
+        pairs=PairsConfig(),
+    )
     dedup.run(copies or DedupConfig(), RunFolder(ingest=path["ingest"], pairs=path["pairs"]), path["dedup"])
     stages = (path["ingest"], path["dedup"], path["embed"])
     cluster.run(

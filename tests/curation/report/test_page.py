@@ -12,21 +12,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tomli_w
 from PIL import Image
 
+from curation.copies.edits import KINDS
 from curation.dedup import DedupConfig, FamilyConfig
 from curation.errors import ConfigError, InputError
+from curation.files import paths, schemas
 from curation.report import facts, markup, page
 from curation.report.facts import Concepts
 from curation.report.page import ReportConfig
 from curation.retrieve import DatasetConfig
+from tests.curation.builders import write_stage
 from tests.curation.report.small_runs import BLUE, RED, build_run, write_image
 
 # An untrusted name, as a crawl may contain. The name of a folder is a label.
 HOSTILE = "\"><img src=x onerror=alert(1)><script>alert('1')<"
-SECTIONS = ["funnel", "rejects", "datasets", "gallery", "copies", "threshold", "labels", "run"]
+SECTIONS = ["funnel", "rejects", "datasets", "gallery", "copies", "self-check", "threshold", "labels", "run"]
 # All tags and attributes that the page may have.
 TAGS = set(
     "html head meta title style body header main section nav h1 h2 h3 p a ol li dl div dt dd span i em strong code "
@@ -311,6 +315,36 @@ def test_guards_show_their_effects(example: str, tmp_path: Path) -> None:
     }
     for text in ("max_component_size = 4", "left out 2 pairs", "dropped 1 more image", "verified copy of a kept image"):
         assert text in shown.text
+
+
+def test_copies_made_of_this_pool(example: str, tmp_path: Path) -> None:
+    """With scores of copies: 30 kinds and pictures found above the threshold 0.6, 10 below it, one unexpected pair."""
+    assert "not measured on this pool (self_check.max_images is 0)" in read_page(example).text
+    run = str(shutil.copytree(example, tmp_path / "run"))
+    pool = [row["image_id"] for row in facts.read_run(run, Concepts()).images.to_pylist() if row["role"] == "pool"]
+    kinds = [list(KINDS)[number // 10] for number in range(40)]
+    scores = [(f"{number:032x}", f"{number:032x}", kind, True, 0.7) for number, kind in enumerate(kinds)]
+    scores = [(*row[:4], 0.55 if row[2] == "grey" else row[4]) for row in scores]
+    scores += [(pool[0], pool[0], "blur", True, 0.9), (pool[0], pool[-1], "blur", True, 0.8)]
+    tables = [
+        pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema)
+        for schema, rows in ((schemas.SELF_CHECK_SCORES, scores), (schemas.SELF_CHECK_KNOWN, []))
+    ]
+    folder = paths.join(run, "self_check")
+    write_stage(folder, [dict(zip(("scores", "known"), tables, strict=True))], facts={"min_similarity": 0.4})
+    page.run(ReportConfig(concepts=str(Path(example).parent / "concepts.toml")), run)
+    shown = read_page(run)
+    assert_harmless(shown)
+    first = shown.text.index(
+        "Copy detection on this pool: 0.76 of 41 edited copies of 41 of its images were recognised"
+    )
+    assert first < shown.text.index("By kind of edit: jpeg 1.00, resize 1.00, colour 1.00, blur 1.00, grey 0.00")
+    assert "Unexpected pairs: 1000.0 per 1,000 candidates (206.5 to 1000.0)" in shown.text
+    assert "A threshold of 0.55 instead of 0.6 would do better: 1.00 recognised, 1 unexpected" in shown.text
+    assert "--set dedup.threshold=0.55 --replace" in shown.text
+    assert "grey0.000.00 to 0.28101.001.00" in shown.text, "the row of the kind"
+    assert "1 pair of 1 candidate" in shown.text and "matched" in shown.text
+    assert len(shown.images) == len(read_page(example).images) + 2
 
 
 def test_labels_from_pool_to_corpus(example: str) -> None:

@@ -13,6 +13,7 @@ from curation.engine.run_log import FOLDER, ShardLine, open_log
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError
 from curation.pairs import PairsConfig
+from curation.report.self_check import IMAGES_PER_COPY, SelfCheckConfig
 from curation.run_folder import STAGES
 from pipelines import main_path
 from pipelines.main_path import CurateConfig
@@ -111,6 +112,25 @@ def test_work_grows_and_start_up_does_not(finished: tuple[CurateConfig, Path]) -
     images = [stages["pairs"].images for stages in (once, tenfold)]
     work = [stages["pairs"].seconds - stages["pairs"].start_seconds for stages in (once, tenfold)]
     assert work[1] / work[0] > images[1] / images[0], "candidates grow faster than the images"
+
+
+def test_the_self_check_grows_with_its_copies(finished: tuple[CurateConfig, Path]) -> None:
+    config, run = finished
+    configs = (config, with_pool(config, 240), with_pool(config, 9_000))
+    once, tenfold, large = (estimates(each, run)["self_check"] for each in configs)
+    copies = 19 * (9_008 // (IMAGES_PER_COPY * 19))
+    assert (once.images, tenfold.images, large.images) == (38, 38, copies)
+    assert tenfold.seconds == once.seconds and large.start_seconds == once.start_seconds
+    work = [each.seconds - each.start_seconds for each in (once, large)]
+    assert work[1] / work[0] == pytest.approx(copies / 38, rel=0.1)
+    off = config.model_copy(update={"self_check": SelfCheckConfig()})
+    assert estimates(off, run)["self_check"].images == 0
+    measurements = measured.read_measurements(str(run))
+    nothing = dataclasses.replace(measurements.manifests["self_check"], totals={})
+    there = dataclasses.replace(measurements, manifests={**measurements.manifests, "self_check": nothing})
+    stages = measured.estimate_stages(config, count_sources(config), None, there, workers=2)
+    (priced,) = (each for each in stages if each.stage == "self_check")
+    assert priced.seconds > 0, "where it was off there, the fixed rates price it"
 
 
 def test_describe_is_priced_by_its_pass_there_and_here(finished: tuple[CurateConfig, Path], tmp_path: Path) -> None:

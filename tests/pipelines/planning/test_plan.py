@@ -9,6 +9,8 @@ import pytest
 
 from curation.config import load, parse
 from curation.errors import InputError
+from curation.report.self_check import IMAGES_PER_COPY, SelfCheckConfig
+from curation.run_folder import STAGES
 from pipelines.main_path import CurateConfig
 from pipelines.planning.machine import Machine, this_machine
 from pipelines.planning.plan import print_plan, total_rows
@@ -153,6 +155,22 @@ def test_the_check_of_the_corpus_has_a_price(pictures: Path) -> None:
         assert getattr(with_check, name) > getattr(without, name)
 
 
+def test_the_self_check_has_a_price_that_its_setting_takes_away(pictures: Path) -> None:
+    config = config_of(pictures, pairs={"verification": {}}, stated_counts={"seeds": 3, "pool": 9_000, "tars": 0})
+    prices = {}
+    for max_images in (200, 10, 0):
+        each = config.model_copy(update={"self_check": SelfCheckConfig(max_images=max_images)})
+        stages = {stage.stage: stage for stage in price_run(each, count_sources(each), 9).stages}
+        prices[max_images] = stages.get("self_check")
+    assert prices[0] is None
+    copies = {number: prices[number].images for number in (200, 10)}
+    assert copies == {200: 19 * (9_003 // (IMAGES_PER_COPY * 19)), 10: 190}
+    assert prices[200].core_seconds > prices[10].core_seconds > 0 and prices[200].shards > prices[10].shards == 10
+    few = config_of(pictures)
+    (price,) = (stage for stage in price_run(few, count_sources(few), 9).stages if stage.stage == "self_check")
+    assert price.images == 2 * 19
+
+
 def test_a_sample_is_priced_by_its_share_of_the_pool(pictures: Path) -> None:
     config = config_of(pictures)
     config = config.model_copy(update={"ingest": config.ingest.model_copy(update={"sample_pool": 0.5})})
@@ -194,7 +212,7 @@ def test_a_plan_is_one_screen_with_this_machine_first(
     assert lines[0] == f"On this machine ({machine.cores} core{'s' * (machine.cores != 1)}):"
     assert [line.split()[0] for line in lines[1:4]] == ["time", "memory", "disk"]
     rows = {line.split()[0]: line.split() for line in lines[5:] if line[2:3].isalpha()}
-    assert list(rows)[:9] == ["stage", "ingest", "embed", "describe", "pairs", "dedup", "cluster", "retrieve", "corpus"]
+    assert list(rows)[:10] == ["stage", *STAGES[:-1]]
     assert rows["ingest"][1] == "15" and rows["ingest"][-1] == "cores"
     text = words_of(lines)
     assert "machines of" not in text and "Unknown" not in text and "at least" not in text
