@@ -62,8 +62,9 @@ PLAIN = 0.06  # share of windows with texture, below which the course of brightn
 MIN_PLAIN_OVERLAP = 0.4
 GREY = 4.0  # mean colour, in steps, of a picture without colour
 SMOOTH_DEVIATION, SMOOTH_WEIGHT = 8.0, 0.5  # standard deviation of brightness at which smooth windows weigh so much
-ENOUGH = 0.9  # similarity from which no further transform is tried
-REFINED_FROM = 0.1
+ENOUGH = 0.75  # similarity from which no further transform is tried
+AGREES_EVERYWHERE = 0.9  # texture of copies without an overlay
+REFINED = 0.1, 0.6  # least texture, and similarity from which a transform needs no refinement
 
 FEATURES = np.dtype(
     [
@@ -156,9 +157,9 @@ class PhotographComparer:
                     break
         judged.sort(key=lambda pair: -pair[0].similarity)
         best = judged[0][0] if judged else None
-        if best is not None and best.similarity < ENOUGH:
+        if best is not None and best.similarity < REFINED[1]:
             for evidence, transform in judged[:MAX_REFINED]:
-                if evidence.texture < REFINED_FROM:
+                if evidence.texture < REFINED[0]:
                     continue
                 refined = self._refine(one, other, transform)
                 closer = None if refined is None else self._judge(one, other, refined)
@@ -166,7 +167,7 @@ class PhotographComparer:
                     best = closer
         if best is None:
             return Likeness(0.0, False)
-        return Likeness(best.similarity, best.similarity > 0 and best.texture < ENOUGH)
+        return Likeness(best.similarity, best.similarity > 0 and best.texture < AGREES_EVERYWHERE)
 
     def _judge(self, one: "Photograph", other: "Photograph", transform: np.ndarray) -> "Evidence | None":
         """The evidence where `one`, moved by `transform`, overlaps `other`; None without enough of an overlap."""
