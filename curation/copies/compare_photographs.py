@@ -11,8 +11,8 @@
     few windows. Smooth windows count for less, and those of a plain ground for nothing. Where hardly any window has
     texture, brightness and colour must be equal as they are.
 
-The similarity depends only on the two thumbnails. Sums of products of keypoints are whole numbers, so they are exact in
-any order.
+The similarity depends only on the two thumbnails. Grids and keypoints are compared by sums of whole numbers, which are
+exact in any order; all else is computed from the picture that comes first by size and bytes to the other one.
 
     FEATURES    what the alignment needs of one picture. It is computed once for all comparisons (features.py)
 
@@ -35,6 +35,7 @@ from curation.images.decode import ImageLimits, decode_rgb
 # Constants without another source were measured 2026-11 on the development draw of copy_pictures.py: 540 photographs,
 # textures and nebulae, 1,373 copies of 19 kinds, 11,471 candidates.
 GRID = 24  # cells per side of the small grids
+GRID_UNIT = 400  # the length of a grid as whole numbers; few cells are cut at 127
 MAX_BOXES = 4
 BORDER_STEPS = (24, 10)  # of 255: content differs from a plain border by more; the second finds borders of like colour
 BORDER_SHARE = 0.02  # of a row or column, which content has at least
@@ -72,7 +73,7 @@ FEATURES = np.dtype(
         ("num_boxes", "<u2"),
         ("num_points", "<u2"),
         ("boxes", "<i2", (MAX_BOXES, 4)),
-        ("grids", "<f2", (MAX_BOXES, 2, GRID, GRID)),  # brightness and its detail, of unit length
+        ("grids", "i1", (MAX_BOXES, 2, GRID, GRID)),  # brightness and its detail, in units of 1 / GRID_UNIT
         ("points", "<f4", (KEYPOINTS, 4)),  # x, y, logarithm to base 2 of the diameter, angle in radians
         ("descriptors", "u1", (KEYPOINTS, 128)),  # square-rooted, in units of 1 / DESCRIPTOR_UNIT; zeros behind
     ]
@@ -116,7 +117,9 @@ class PhotographComparer:
             detail = cells - self._cv2.GaussianBlur(cells, (0, 0), 2.5)
             # Clipped, so that an overlay of strong contrast weighs no more than its area.
             detail = np.clip(detail / (2 * np.median(np.abs(detail)) + 0.6), -1, 1)
-            result["grids"][number] = _unit(cells - cells.mean()), _unit(detail)
+            for channel, values in enumerate((cells - cells.mean(), detail)):
+                units = np.rint(GRID_UNIT * values / (np.linalg.norm(values) + 1e-3))
+                result["grids"][number, channel] = np.clip(units, -127, 127)
         grey = photograph.brightness.astype(np.uint8)
         keypoints, descriptors = self._sift.detectAndCompute(grey, None)
         if len(keypoints) < FEW_KEYPOINTS:
@@ -135,11 +138,12 @@ class PhotographComparer:
 
     def compare(self, one: "Photograph", others: Sequence["Photograph"]) -> list[Likeness]:
         """See compare_thumbnails.Comparer."""
-        by_keypoints = _keypoint_transforms(one, others)
-        by_boxes = _box_transforms(one, others)
+        is_first = [one.sort_key <= other.sort_key for other in others]
+        by_keypoints = _keypoint_transforms(one, others, is_first)
+        by_boxes = _box_transforms(one, others, is_first)
         return [
-            self._compare(one, other, [*first, *second])
-            for other, first, second in zip(others, by_boxes, by_keypoints, strict=True)
+            self._compare(*((one, other) if in_order else (other, one)), [*boxes, *keypoints])
+            for other, in_order, boxes, keypoints in zip(others, is_first, by_boxes, by_keypoints, strict=True)
         ]
 
     def _compare(self, one: "Photograph", other: "Photograph", transforms: Sequence[np.ndarray]) -> Likeness:
@@ -264,6 +268,12 @@ class Photograph:
         self._cv2, self.thumbnail, self._side = cv2, thumbnail, side
 
     @cached_property
+    def sort_key(self) -> tuple[int, bytes]:
+        """Sorts two photographs, so that comparing them gives one result."""
+        width, height = (int(side) for side in self.features["size"])
+        return width * height, self.thumbnail
+
+    @cached_property
     def picture(self) -> np.ndarray:
         """(h, w, 3) uint8."""
         picture = np.asarray(decode_rgb(self.thumbnail, _THUMBNAIL_LIMITS))
@@ -347,41 +357,52 @@ class Texture:
 # Alignment
 
 
-def _box_transforms(one: Photograph, others: Sequence[Photograph]) -> Iterator[list[np.ndarray]]:
-    """For each of the others: transforms from a box of `one` to one of its boxes, the best agreement of grids first."""
-    num_boxes = [int(other.features["num_boxes"]) for other in others]
+def _box_transforms(
+    one: Photograph, others: Sequence[Photograph], is_first: Sequence[bool]
+) -> Iterator[list[np.ndarray]]:
+    """For each of the others: transforms from a box to a box, those with the best agreement of grids first.
+
+    They lead from `one`, or to it where `is_first` is false.
+    """
     targets = np.concatenate([other.grids for other in others], axis=1)
-    agreement = one.turned_grids @ targets.transpose(0, 2, 1)
+    agreement = one.turned_grids @ targets.transpose(0, 2, 1) / GRID_UNIT**2
     score = np.maximum(agreement[0] - MIN_AGREEMENT, 0) + 1.5 * np.maximum(agreement[1] - MIN_DETAIL_AGREEMENT, 0)
-    boxes = one.features["boxes"].astype(np.float64)
-    width, height = (int(side) for side in one.features["size"])
-    count = int(one.features["num_boxes"])
-    start = 0
-    for other, number in zip(others, num_boxes, strict=True):
+    count, start = int(one.features["num_boxes"]), 0
+    for other, in_order in zip(others, is_first, strict=True):
+        number = int(other.features["num_boxes"])
         of_other = score[:, start : start + number]
         start += number
         trials = []
-        for row, target_number in np.argwhere(of_other > 0).tolist():
-            turn, box_number = divmod(row, count)
-            box, target = boxes[box_number], other.features["boxes"][target_number].astype(np.float64)
-            sides = box[2:] - box[:2]
-            across, down = sides[::-1] if turn & 1 else sides
-            change = math.log(across / down * (target[3] - target[1]) / (target[2] - target[0]))
-            if abs(change) < MAX_ASPECT_CHANGE:
-                trials.append((-float(of_other[row, target_number]), turn, box_number, target_number))
-        yield [
-            _box_transform(boxes[box_number], other.features["boxes"][target_number], turn, width, height)
-            for _, turn, box_number, target_number in sorted(trials)[:MAX_BOX_TRIALS]
-        ]
+        for row, target in np.argwhere(of_other > 0).tolist():
+            turn, box = divmod(row, count)
+            value = -float(of_other[row, target])
+            if in_order:
+                trials.append((value, turn, box, target))
+            else:  # the inverse orientation; a mirrored one is its own inverse
+                trials.append((value, turn if turn & 4 else -turn & 3, target, box))
+        first, second = (one.features, other.features) if in_order else (other.features, one.features)
+        transforms: list[np.ndarray] = []
+        for _, turn, box, target in sorted(trials):
+            if len(transforms) == MAX_BOX_TRIALS:
+                break
+            transform = _box_transform(first, second, turn, box, target)
+            if transform is not None:
+                transforms.append(transform)
+        yield transforms
 
 
-def _box_transform(box: np.ndarray, target: np.ndarray, turn: int, width: int, height: int) -> np.ndarray:
-    """The transform from `box` of a picture, in one of the orientations, to the box `target`."""
-    oriented = _orientation(turn, width, height)
-    corners = oriented @ np.array([[box[0] - 0.5, box[1] - 0.5, 1], [box[2] - 0.5, box[3] - 0.5, 1]]).T
-    (left, top), (right, bottom) = corners[:2].min(1), corners[:2].max(1)
-    across, down = (target[2] - target[0]) / (right - left), (target[3] - target[1]) / (bottom - top)
-    fitted = np.array([[across, 0, target[0] - 0.5 - left * across], [0, down, target[1] - 0.5 - top * down]])
+def _box_transform(first: np.void, second: np.void, turn: int, box: int, target: int) -> np.ndarray | None:
+    """The transform from a box of the first, in an orientation, to a box of the second; None for other proportions."""
+    (left, top, right, bottom), goal = (
+        features["boxes"][number].astype(np.float64) for features, number in ((first, box), (second, target))
+    )
+    oriented = _orientation(turn, *(int(side) for side in first["size"]))
+    corners = oriented @ np.array([[left - 0.5, top - 0.5, 1], [right - 0.5, bottom - 0.5, 1]]).T
+    start, end = corners[:2].min(1), corners[:2].max(1)
+    across, down = (goal[2:] - goal[:2]) / (end - start)
+    if abs(math.log(across / down)) >= MAX_ASPECT_CHANGE:
+        return None
+    fitted = np.array([[across, 0, goal[0] - 0.5 - start[0] * across], [0, down, goal[1] - 0.5 - start[1] * down]])
     transform: np.ndarray = fitted @ oriented
     return transform
 
@@ -397,8 +418,10 @@ def _orientation(turn: int, width: int, height: int) -> np.ndarray:
     return result
 
 
-def _keypoint_transforms(one: Photograph, others: Sequence[Photograph]) -> Iterator[list[np.ndarray]]:
-    """For each of the others: transforms from `one` that keypoints agree on, most of them first."""
+def _keypoint_transforms(
+    one: Photograph, others: Sequence[Photograph], is_first: Sequence[bool]
+) -> Iterator[list[np.ndarray]]:
+    """For each of the others: transforms that keypoints agree on, most of them first; directed as in _box_transforms."""
     count = int(one.features["num_points"])
     if count < MIN_MATCHES:
         yield from ([] for _ in others)
@@ -413,25 +436,27 @@ def _keypoint_transforms(one: Photograph, others: Sequence[Photograph]) -> Itera
     is_mutual = best == np.take_along_axis(best_of_target, match.transpose(0, 2, 1), 2).transpose(0, 2, 1)
     is_mutual &= best > MIN_MATCH * DESCRIPTOR_UNIT**2
     enough = is_mutual.sum(1) >= MIN_MATCHES  # (2, P)
-    for number, other in enumerate(others):
+    for number, (other, in_order) in enumerate(zip(others, is_first, strict=True)):
         counted = []
         for mirrored in (0, 1):
             if not enough[mirrored, number]:
                 continue
-            chosen = np.flatnonzero(is_mutual[mirrored, :, number])
-            chosen = chosen[np.argsort(-best[mirrored, chosen, number], kind="stable")]
-            points = one.features["points"][chosen].astype(np.float64)
+            rows = np.flatnonzero(is_mutual[mirrored, :, number])
+            target_rows, values = match[mirrored, rows, number], best[mirrored, rows, number]
+            if not in_order:
+                rows, target_rows = target_rows, rows
+            first, second = (one.features, other.features) if in_order else (other.features, one.features)
+            order = np.lexsort((rows, -values))
+            points = first["points"][rows[order]].astype(np.float64)
+            width = int(first["size"][0])
             if mirrored:
-                points[:, 0] = int(one.features["size"][0]) - 1 - points[:, 0]
+                points[:, 0] = width - 1 - points[:, 0]
                 points[:, 3] = math.pi - points[:, 3]
-            matched = other.features["points"][match[mirrored, chosen, number]].astype(np.float64)
-            agreed = _agreed_transform(points, matched)
+            agreed = _agreed_transform(points, second["points"][target_rows[order]].astype(np.float64))
             if agreed is not None:
                 inliers, transform = agreed
                 if mirrored:
-                    transform = transform @ np.array(
-                        [[-1.0, 0, int(one.features["size"][0]) - 1], [0, 1, 0], [0, 0, 1]]
-                    )
+                    transform = transform @ np.array([[-1.0, 0, width - 1], [0, 1, 0], [0, 0, 1]])
                 counted.append((-inliers, mirrored, transform))
         counted.sort(key=lambda trial: trial[:2])
         yield [transform for _, _, transform in counted[:MAX_KEYPOINT_TRIALS]]
@@ -631,11 +656,6 @@ def _without_border(picture: np.ndarray, box: Box, steps: int) -> Box:
     if len(rows) < 8 or len(columns) < 8:
         return box
     return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
-
-
-def _unit(cells: np.ndarray) -> np.ndarray:
-    length: np.ndarray = cells / (np.linalg.norm(cells) + 1e-3)
-    return length
 
 
 def _mirrored_descriptor() -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Comparing thumbnails finds copies under each common edit, and tells them from other pictures and other symbols."""
+"""Comparing thumbnails of drawings finds copies under each edit, and tells them from other pictures and symbols."""
 
 import io
 
@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from curation.copies.compare_thumbnails import Likeness, ThumbnailComparer, VerificationConfig
+from curation.copies.compare_drawings import DrawingComparer
+from curation.copies.compare_thumbnails import Likeness
 from curation.embed import encode_thumbnail
 
 THRESHOLD = 0.67  # of pipelines/configs/demo.toml
 
 
 @pytest.fixture(scope="module")
-def comparer() -> ThumbnailComparer:
-    return ThumbnailComparer(VerificationConfig())
+def comparer() -> DrawingComparer:
+    return DrawingComparer(128)
 
 
 def scene(seed: int) -> Image.Image:
@@ -71,17 +72,18 @@ EDITS = {
 }
 
 
-def compare(comparer: ThumbnailComparer, one: Image.Image, other: Image.Image) -> Likeness:
-    return comparer.compare(*(comparer.prepare(encode_thumbnail(image, 128)) for image in (one, other)))
+def compare(comparer: DrawingComparer, one: Image.Image, other: Image.Image) -> Likeness:
+    first, second = (comparer.prepare(encode_thumbnail(image, 128)) for image in (one, other))
+    return comparer.compare(first, [second])[0]
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_copy_is_found(comparer: ThumbnailComparer, edit: str) -> None:
+def test_copy_is_found(comparer: DrawingComparer, edit: str) -> None:
     similarities = [compare(comparer, scene(seed), EDITS[edit](scene(seed))).similarity for seed in range(5)]
     assert sum(similarity >= THRESHOLD for similarity in similarities) >= 4, similarities
 
 
-def test_picture_is_a_copy_of_itself(comparer: ThumbnailComparer) -> None:
+def test_picture_is_a_copy_of_itself(comparer: DrawingComparer) -> None:
     for seed in range(5):
         assert compare(comparer, scene(seed), scene(seed)).similarity > 0.99
 
@@ -89,7 +91,7 @@ def test_picture_is_a_copy_of_itself(comparer: ThumbnailComparer) -> None:
 @pytest.mark.parametrize("size", [(128, 8), (8, 128), (300, 24), (400, 400)])
 @pytest.mark.parametrize("kind", ["plain", "dot", "noise"])
 def test_equal_pictures_that_cannot_be_aligned_are_copies(
-    comparer: ThumbnailComparer, size: tuple[int, int], kind: str
+    comparer: DrawingComparer, size: tuple[int, int], kind: str
 ) -> None:
     image = Image.new("RGB", size, "white")
     if kind == "dot":
@@ -99,32 +101,32 @@ def test_equal_pictures_that_cannot_be_aligned_are_copies(
     assert compare(comparer, image, image.copy()) == Likeness(1.0, False)
 
 
-def test_other_pictures_are_not_copies(comparer: ThumbnailComparer) -> None:
+def test_other_pictures_are_not_copies(comparer: DrawingComparer) -> None:
     for seed in range(10):
         assert compare(comparer, scene(seed), scene(seed + 100)).similarity < 0.3
 
 
-def test_other_symbol_in_one_frame_differs_locally(comparer: ThumbnailComparer) -> None:
+def test_other_symbol_in_one_frame_differs_locally(comparer: DrawingComparer) -> None:
     for symbol in range(5):
         likeness = compare(comparer, sign(symbol), sign(symbol + 50))
         assert likeness.similarity < THRESHOLD or likeness.differs_locally
 
 
-def test_stamp_differs_locally_and_jpeg_does_not(comparer: ThumbnailComparer) -> None:
+def test_stamp_differs_locally_and_jpeg_does_not(comparer: DrawingComparer) -> None:
     assert compare(comparer, scene(1), stamped(scene(1))).differs_locally
     assert not compare(comparer, scene(1), jpeg(scene(1), 60)).differs_locally
 
 
-def test_result_does_not_depend_on_earlier_pairs(comparer: ThumbnailComparer) -> None:
+def test_result_does_not_depend_on_earlier_pairs(comparer: DrawingComparer) -> None:
     pair = scene(2), EDITS["turned"](scene(2))
     first = compare(comparer, *pair)
     for seed in range(5):
         compare(comparer, scene(seed), scene(seed + 1))
-    assert compare(comparer, *pair) == first == compare(ThumbnailComparer(VerificationConfig()), *pair)
+    assert compare(comparer, *pair) == first == compare(DrawingComparer(128), *pair)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (200, 3), (3, 200), (17, 16)])
-def test_blank_and_thin_pictures_can_be_compared(comparer: ThumbnailComparer, size: tuple[int, int]) -> None:
+def test_blank_and_thin_pictures_can_be_compared(comparer: DrawingComparer, size: tuple[int, int]) -> None:
     blank = Image.new("RGB", size, (90, 90, 90))
     for other in (blank, scene(0)):
         likeness = compare(comparer, blank, other)
