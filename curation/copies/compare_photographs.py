@@ -65,6 +65,7 @@ LEVEL_STEPS, STRICT_LEVEL_STEPS = 10.0, 8.0  # of 255, between windows of equal 
 PRIOR_WINDOWS = 15  # windows that do not agree, added to each picture's: few windows prove little
 SHARPER = 2.2  # ratio of fine to coarse detail, from which the sharper picture is blurred
 BLURS = (0.6, 0.9, 1.3, 1.8, 2.5, 3.5)  # standard deviations in pixels
+MAX_RESIDUAL, MIN_NOISE = 6.0, 1.0  # of a local difference, in medians of all differences; steps of 255. Assumed
 PLAIN = 0.06  # share of windows with texture, below which the course of brightness decides
 MIN_PLAIN_OVERLAP = 0.4
 GREY = 4.0  # mean colour, in steps, of a picture without colour
@@ -94,9 +95,9 @@ _ORIENTATIONS = range(8)  # quarter turns, 4 to 7 after mirroring
 class PhotographComparer:
     """Compares thumbnails of photographs. Raises DeviceError where OpenCV is not installed."""
 
-    def __init__(self, side: int) -> None:
+    def __init__(self, side: int, *, forbid_differences: bool = False) -> None:
         self._cv2 = load_opencv()
-        self._side = side
+        self._side, self._forbid_differences = side, forbid_differences
         self._sift, self._sensitive_sift = (
             self._cv2.SIFT.create(nfeatures=KEYPOINTS, contrastThreshold=contrast)
             for contrast in (CONTRAST, LOW_CONTRAST)
@@ -243,6 +244,8 @@ class PhotographComparer:
         brightness, other_brightness = _windows(cv2, moved)[mask], _windows(cv2, target)[mask]
         present = textures[0].present | textures[1].present
         steps = _level_steps(brightness, other_brightness, np.logical_or(*(texture.agrees for texture in textures)))
+        if self._forbid_differences and _differs_locally(steps, mask):
+            return None
         colour = cv2.warpAffine(one.colour, transform, (width, height), borderMode=cv2.BORDER_REPLICATE)
         colours = _windows(cv2, colour)[mask], _windows(cv2, other.colour)[mask]
         is_equal = _are_equal(brightness, other_brightness, colours)
@@ -640,6 +643,14 @@ def _level_steps(brightness: np.ndarray, other: np.ndarray, agrees: np.ndarray) 
         offset = other_mean - gain * mean
     steps: np.ndarray = np.abs(other - gain * brightness - offset)
     return steps
+
+
+def _differs_locally(steps: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether the brightness of two by two windows differs by far more than that of most windows."""
+    of_window = np.zeros(mask.shape)
+    of_window[mask] = steps
+    blocks = (of_window[:-1, :-1] + of_window[:-1, 1:] + of_window[1:, :-1] + of_window[1:, 1:]) / 4
+    return bool(blocks.max(initial=0.0) > MAX_RESIDUAL * max(MIN_NOISE, float(np.median(steps))))
 
 
 def _are_equal(brightness: np.ndarray, other: np.ndarray, colours: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
