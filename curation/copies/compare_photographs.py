@@ -69,7 +69,8 @@ MAX_RESIDUAL, MIN_NOISE = 6.0, 1.0  # of a local difference, in medians of all d
 PLAIN = 0.06  # share of windows with texture, below which the course of brightness decides
 MIN_PLAIN_OVERLAP = 0.4
 GREY = 4.0  # mean colour, in steps, of a picture without colour
-SMOOTH_DEVIATION, SMOOTH_WEIGHT = 8.0, 0.5  # standard deviation of brightness at which smooth windows weigh so much
+SMOOTH_STEPS, SMOOTH_WEIGHT = 8.0, 0.5  # steps from the ground at which a smooth window weighs so much
+MIN_PLAIN = 0.6  # similarity of smooth pictures that are copies
 ENOUGH = 0.75  # similarity from which no further transform is tried
 AGREES_EVERYWHERE = 0.9  # texture of copies without an overlay
 REFINED = 0.1, 0.6  # least texture, and similarity from which a transform needs no refinement
@@ -249,21 +250,17 @@ class PhotographComparer:
         colour = cv2.warpAffine(one.colour, transform, (width, height), borderMode=cv2.BORDER_REPLICATE)
         colours = _windows(cv2, colour)[mask], _windows(cv2, other.colour)[mask]
         is_equal = _are_equal(brightness, other_brightness, colours)
+        relief = _relief(brightness, other_brightness)
         if present.sum() < PLAIN * num_windows:
-            equal = float(is_equal.mean())
-            return Evidence(0.0, equal if min(overlaps) >= MIN_PLAIN_OVERLAP and equal > 0.6 else 0.0)
+            if min(overlaps) < MIN_PLAIN_OVERLAP:
+                return None
+            equal = float(is_equal @ relief) / (float(relief.sum()) + PRIOR_WINDOWS)
+            return Evidence(0.0, equal if equal > MIN_PLAIN else 0.0)
         agrees = present & (steps < LEVEL_STEPS)
         for texture in textures:
             agrees &= texture.agrees | ~texture.present
-        # Smooth windows prove something where the brightness has a course, as of a sky; a white ground proves nothing.
-        smooth = is_equal & ~present
-        weight = 0.0
-        if smooth.sum() > 1:
-            weight = SMOOTH_WEIGHT * min(1.0, float(brightness[smooth].std()) / SMOOTH_DEVIATION)
-        texture_share = float(
-            (agrees.sum() + weight * smooth.sum())
-            / (present.sum() + weight * (num_windows - present.sum()) + PRIOR_WINDOWS)
-        )
+        weight = np.where(present, 1.0, SMOOTH_WEIGHT * relief)
+        texture_share = float((agrees | (is_equal & ~present)) @ weight / (weight.sum() + PRIOR_WINDOWS))
         return Evidence(texture_share, math.sqrt(texture_share * float((steps < STRICT_LEVEL_STEPS).mean())))
 
     def _refine(self, one: "Photograph", other: "Photograph", transform: np.ndarray) -> np.ndarray | None:
@@ -651,6 +648,16 @@ def _differs_locally(steps: np.ndarray, mask: np.ndarray) -> bool:
     of_window[mask] = steps
     blocks = (of_window[:-1, :-1] + of_window[:-1, 1:] + of_window[1:, :-1] + of_window[1:, 1:]) / 4
     return bool(blocks.max(initial=0.0) > MAX_RESIDUAL * max(MIN_NOISE, float(np.median(steps))))
+
+
+def _relief(brightness: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """How much each window (W,) stands out from the ground of its picture, in [0, 1].
+
+    A window on a plain ground, such as a white page or a night sky, proves nothing; one on the slope of a sky does.
+    """
+    relief = np.maximum(np.abs(brightness - np.median(brightness)), np.abs(other - np.median(other)))
+    result: np.ndarray = np.minimum(relief / SMOOTH_STEPS, 1.0)
+    return result
 
 
 def _are_equal(brightness: np.ndarray, other: np.ndarray, colours: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
