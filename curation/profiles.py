@@ -51,8 +51,8 @@ PROFILES: dict[Profile, dict[str, Any]] = {
         "pairs.num_neighbors": 16,
         "pairs.min_descriptor_similarity": 0.2,
         "pairs.verification.domain": "photographs",
-        "dedup.threshold": 0.48,
-        "dedup.holdout_threshold": 0.38,
+        "dedup.threshold": 0.5,
+        "dedup.holdout_threshold": 0.45,
     },
     # Measured on the demo, where drawings with another symbol or mouth are as similar as copies with an overlay.
     "drawings": {

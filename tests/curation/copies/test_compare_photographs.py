@@ -11,7 +11,7 @@ from curation.copies.compare_thumbnails import Likeness
 from curation.copies.edits import KINDS, edit
 from curation.embed import encode_thumbnail
 
-THRESHOLD = 0.48  # of the profile `photos`
+THRESHOLD = 0.5  # of the profile `photos`
 
 
 @pytest.fixture(scope="module")
