@@ -40,7 +40,7 @@ GRID_UNIT = 400  # the length of a grid as whole numbers; few cells are cut at 1
 MAX_BOXES = 4
 BORDER_STEPS = (24, 10)  # of 255: content differs from a plain border by more; the second finds borders of like colour
 BORDER_SHARE = 0.02  # of a row or column, which content has at least
-MIN_AGREEMENT, MIN_DETAIL_AGREEMENT = 0.5, 0.2  # of two grids, and of their detail, for trying to align their boxes
+MIN_AGREEMENT, MIN_DETAIL_AGREEMENT = 0.7, 0.22  # of two grids, and of their detail, for trying to align their boxes
 MAX_ASPECT_CHANGE = 0.14  # change of the logarithm of the sides' ratio, from box to box
 MAX_BOX_TRIALS, MAX_KEYPOINT_TRIALS, MAX_REFINED = 2, 2, 2
 KEYPOINTS = 200
@@ -50,7 +50,7 @@ DESCRIPTOR_UNIT = 255  # the length of a square-rooted descriptor as whole numbe
 MIN_MATCH = 0.8  # inner product of two descriptors of unit length
 MIN_MATCHES = 4
 MAX_HYPOTHESES = 48  # the best matches, each of which proposes a transform
-MIN_INLIERS = 4
+MIN_VOTES, MIN_INLIERS = 3, 4  # matches that agree with a proposal, and with the transform fitted to them
 SHARE_OF_QUICK = 0.06  # of the windows with texture, which agree before a transform is judged in full
 EDGE = 2  # pixels at a picture's edge that are not compared
 FEW_FOR_SMOOTH = 80  # keypoints, up to which a picture counts as smooth
@@ -220,14 +220,11 @@ class PhotographComparer:
             source, transform, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
         )
         target, bands, other_bands = other.brightness, _bands(cv2, moved), other.bands
-        textures = [
-            _compare_band(cv2, band, other_band, mask, floor)
-            for band, other_band, (*_, floor) in zip(bands, other_bands, BANDS, strict=True)
-        ]
+        coarse = _compare_band(cv2, bands[1], other_bands[1], mask, BANDS[1][2])
         num_windows = int(mask.sum())
-        has_texture = textures[0].present.sum() + textures[1].present.sum() >= PLAIN * num_windows
-        if has_texture and max(texture.share() for texture in textures) < SHARE_OF_QUICK:
+        if coarse.present.sum() >= PLAIN * num_windows and coarse.share() < SHARE_OF_QUICK:
             return None
+        textures = [_compare_band(cv2, bands[0], other_bands[0], mask, BANDS[0][2]), coarse]
         sharpness = [texture.energy for texture in textures]
         ratio = sharpness[0][0] * sharpness[1][1] / max(sharpness[1][0] * sharpness[0][1], 1e-6)
         if not 1 / SHARPER < ratio < SHARPER:
@@ -490,22 +487,24 @@ def _agreed_transform(points: np.ndarray, targets: np.ndarray) -> tuple[int, np.
     scale = 2.0**size
     across, down = scale * np.cos(turn), scale * np.sin(turn)
     x, y = (points[None, :, axis] - points[:MAX_HYPOTHESES, None, axis] for axis in (0, 1))
+    difference = (targets[:, 3] - points[:, 3])[None] - turn
+    agrees = np.abs((difference + math.pi) % (2 * math.pi) - math.pi) < 0.5
+    agrees &= np.abs((targets[:, 2] - points[:, 2])[None] - size) < 0.8
+    if agrees.sum(1).max() < MIN_VOTES:
+        return None
     error = np.hypot(
         targets[:MAX_HYPOTHESES, None, 0] + across * x - down * y - targets[None, :, 0],
         targets[:MAX_HYPOTHESES, None, 1] + down * x + across * y - targets[None, :, 1],
     )
     # Angles and sizes of keypoints are rough, so a proposal is less sure far from its own keypoint.
-    agrees = error < 3 + 0.2 * np.hypot(x, y) * scale
-    difference = (targets[:, 3] - points[:, 3])[None] - turn
-    agrees &= np.abs((difference + math.pi) % (2 * math.pi) - math.pi) < 0.5
-    agrees &= np.abs((targets[:, 2] - points[:, 2])[None] - size) < 0.8
+    agrees &= error < 3 + 0.2 * np.hypot(x, y) * scale
     votes = agrees.sum(1)
     homogeneous = np.column_stack([points[:, :2], np.ones(len(points))])
     best: tuple[int, np.ndarray, np.ndarray] | None = None
     is_tried = np.zeros(len(votes), bool)
     for _ in range(2):
         number = int(np.where(is_tried, -1, votes).argmax())
-        if is_tried[number] or votes[number] < 3:
+        if is_tried[number] or votes[number] < MIN_VOTES:
             break
         inliers = agrees[number]
         is_tried |= inliers[: len(votes)]
