@@ -24,7 +24,7 @@ DOORS = {
     "ray": {"curation/engine/ray_runner.py", "pipelines/train_on_ray.py"},
     "faiss": {"curation/search/ivf.py", "pipelines/bench/similarity_works.py"},
     "cv2": {
-        "curation/copies/compare_thumbnails.py",
+        "curation/copies/opencv.py",
         "training/augment.py",
         "pipelines/bench/crops.py",
     },

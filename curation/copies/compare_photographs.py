@@ -2,7 +2,8 @@
 
 1.  Transforms that align A with B: (a) from the whole of A, or A without its plain borders, to the same of B, in each
     of the eight orientations, where small grids of both agree; (b) a similarity transform that many SIFT keypoints
-    agree on, straight or mirrored.
+    agree on, straight or mirrored; (c) from smooth pictures, with few keypoints, to the place in the other one where
+    their brightness at low resolution correlates most, and back.
 2.  A transform is judged in windows of 8 x 8 pixels. A window has texture where either picture has detail in it. It
     agrees where the detail of both correlates and their brightness is equal, after one gain and offset for all windows.
     The sharper picture is blurred first, until both are as sharp; so a blurred copy agrees too.
@@ -52,6 +53,11 @@ MAX_HYPOTHESES = 48  # the best matches, each of which proposes a transform
 MIN_INLIERS = 4
 SHARE_OF_QUICK = 0.06  # of the windows with texture, which agree before a transform is judged in full
 EDGE = 2  # pixels at a picture's edge that are not compared
+FEW_FOR_SMOOTH = 80  # keypoints, up to which a picture counts as smooth
+SMOOTH_SIDE = 48  # pixels of the longest side of the picture in which a smooth one is searched
+SMOOTH_SCALES = (1.0, 0.9, 0.8, 0.7, 0.62)  # of the largest size at which one picture lies in the other
+MIN_SMOOTH_CORRELATION = 0.9
+MAX_STRETCH = 1.2  # of one direction over another
 MIN_OVERLAP, MIN_OTHER_OVERLAP = 0.72, 0.12  # share of one picture, and share of the other
 BANDS = ((0.5, 2.0, 6.0), (1.2, 4.0, 12.0))  # of detail: two standard deviations in pixels, and the least variance
 MIN_CORRELATION = 0.6  # of the detail of two windows that agree
@@ -59,6 +65,7 @@ LEVEL_STEPS, STRICT_LEVEL_STEPS = 10.0, 8.0  # of 255, between windows of equal 
 PRIOR_WINDOWS = 15  # windows that do not agree, added to each picture's: few windows prove little
 SHARPER = 2.2  # ratio of fine to coarse detail, from which the sharper picture is blurred
 BLURS = (0.6, 0.9, 1.3, 1.8, 2.5, 3.5)  # standard deviations in pixels
+MAX_RESIDUAL, MIN_NOISE = 6.0, 1.0  # of a local difference, in medians of all differences; steps of 255. Assumed
 PLAIN = 0.06  # share of windows with texture, below which the course of brightness decides
 MIN_PLAIN_OVERLAP = 0.4
 GREY = 4.0  # mean colour, in steps, of a picture without colour
@@ -88,9 +95,9 @@ _ORIENTATIONS = range(8)  # quarter turns, 4 to 7 after mirroring
 class PhotographComparer:
     """Compares thumbnails of photographs. Raises DeviceError where OpenCV is not installed."""
 
-    def __init__(self, side: int) -> None:
+    def __init__(self, side: int, *, forbid_differences: bool = False) -> None:
         self._cv2 = load_opencv()
-        self._side = side
+        self._side, self._forbid_differences = side, forbid_differences
         self._sift, self._sensitive_sift = (
             self._cv2.SIFT.create(nfeatures=KEYPOINTS, contrastThreshold=contrast)
             for contrast in (CONTRAST, LOW_CONTRAST)
@@ -153,7 +160,7 @@ class PhotographComparer:
         if one.is_plain and other.is_plain:
             return Likeness(_equality_of_plain(one, other), False)
         judged: list[tuple[Evidence, np.ndarray]] = []
-        for transform in transforms:
+        for transform in self._trials(one, other, transforms):
             evidence = self._judge(one, other, transform)
             if evidence is not None:
                 judged.append((evidence, transform))
@@ -173,11 +180,23 @@ class PhotographComparer:
             return Likeness(0.0, False)
         return Likeness(best.similarity, best.similarity > 0 and best.texture < AGREES_EVERYWHERE)
 
+    def _trials(self, one: "Photograph", other: "Photograph", transforms: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """The `transforms`; then, for smooth pictures, those of a part of one in the other."""
+        yield from transforms
+        if max(one.features["num_points"], other.features["num_points"]) <= FEW_FOR_SMOOTH:
+            for start, end in ((one, other), (other, one)):
+                transform = _smooth_transform(self._cv2, start.brightness, end.brightness)
+                if transform is not None:
+                    transform = transform if start is one else _inverse(transform)
+                    refined = self._refine(one, other, transform)
+                    yield transform if refined is None else refined
+
     def _judge(self, one: "Photograph", other: "Photograph", transform: np.ndarray) -> "Evidence | None":
         """The evidence where `one`, moved by `transform`, overlaps `other`; None without enough of an overlap."""
         cv2 = self._cv2
-        area = abs(float(np.linalg.det(transform[:, :2])))
-        if not 0.04 < area < 25:
+        longest, shortest = np.linalg.svd(transform[:, :2], compute_uv=False).tolist()
+        area = longest * shortest
+        if not 0.04 < area < 25 or longest > MAX_STRETCH * shortest:
             return None
         if area > 1:  # move the larger one, since enlarging cannot add detail
             one, other, transform, area = other, one, _inverse(transform), 1 / area
@@ -225,6 +244,8 @@ class PhotographComparer:
         brightness, other_brightness = _windows(cv2, moved)[mask], _windows(cv2, target)[mask]
         present = textures[0].present | textures[1].present
         steps = _level_steps(brightness, other_brightness, np.logical_or(*(texture.agrees for texture in textures)))
+        if self._forbid_differences and _differs_locally(steps, mask):
+            return None
         colour = cv2.warpAffine(one.colour, transform, (width, height), borderMode=cv2.BORDER_REPLICATE)
         colours = _windows(cv2, colour)[mask], _windows(cv2, other.colour)[mask]
         is_equal = _are_equal(brightness, other_brightness, colours)
@@ -421,7 +442,7 @@ def _orientation(turn: int, width: int, height: int) -> np.ndarray:
 def _keypoint_transforms(
     one: Photograph, others: Sequence[Photograph], is_first: Sequence[bool]
 ) -> Iterator[list[np.ndarray]]:
-    """For each of the others: transforms that keypoints agree on, most of them first; directed as in _box_transforms."""
+    """For each of the others: transforms that keypoints agree on, most of them first; directed as those of boxes."""
     count = int(one.features["num_points"])
     if count < MIN_MATCHES:
         yield from ([] for _ in others)
@@ -530,6 +551,30 @@ def _fit_similarity(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.column_stack([rotation, target_centre - rotation @ centre])
 
 
+def _smooth_transform(cv2: Any, brightness: np.ndarray, other: np.ndarray) -> np.ndarray | None:
+    """The transform from a whole picture to the part of the other one that it resembles most; None for no such part."""
+    shrink = SMOOTH_SIDE / max(other.shape)
+    small = cv2.resize(other, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+    most = min(small.shape[0] / brightness.shape[0], small.shape[1] / brightness.shape[1])
+    best, transform = MIN_SMOOTH_CORRELATION, None
+    for scale in SMOOTH_SCALES:
+        height, width = (int(scale * most * length) for length in brightness.shape)
+        if min(height, width) < 8:
+            continue
+        part = cv2.resize(brightness, (width, height), interpolation=cv2.INTER_AREA)
+        _, correlation, _, (left, top) = cv2.minMaxLoc(cv2.matchTemplate(small, part, cv2.TM_CCOEFF_NORMED))
+        if correlation > best:
+            across = width / brightness.shape[1] * other.shape[1] / small.shape[1]
+            down = height / brightness.shape[0] * other.shape[0] / small.shape[0]
+            x, y = (
+                place * length / of
+                for place, length, of in zip((left, top), other.shape[::-1], small.shape[::-1], strict=True)
+            )
+            best = correlation
+            transform = np.array([[across, 0, x + across / 2 - 0.5], [0, down, y + down / 2 - 0.5]])
+    return transform
+
+
 def _inverse(transform: np.ndarray) -> np.ndarray:
     inverse: np.ndarray = np.linalg.inv(np.vstack([transform, [0, 0, 1]]))[:2]
     return inverse
@@ -598,6 +643,14 @@ def _level_steps(brightness: np.ndarray, other: np.ndarray, agrees: np.ndarray) 
         offset = other_mean - gain * mean
     steps: np.ndarray = np.abs(other - gain * brightness - offset)
     return steps
+
+
+def _differs_locally(steps: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether the brightness of two by two windows differs by far more than that of most windows."""
+    of_window = np.zeros(mask.shape)
+    of_window[mask] = steps
+    blocks = (of_window[:-1, :-1] + of_window[:-1, 1:] + of_window[1:, :-1] + of_window[1:, 1:]) / 4
+    return bool(blocks.max(initial=0.0) > MAX_RESIDUAL * max(MIN_NOISE, float(np.median(steps))))
 
 
 def _are_equal(brightness: np.ndarray, other: np.ndarray, colours: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

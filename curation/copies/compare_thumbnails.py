@@ -20,6 +20,10 @@ class VerificationConfig(Settings):
     """The evidence that counts. `photographs`: the share of the overlap where brightness and texture agree; a copy may
     have any overlay, turn or mirror. `drawings`: the contrast of lines and colours must be explained, because drawings
     of one frame with other symbols agree nearly everywhere."""
+    local_differences: Literal["count", "forbid"] = "count"
+    """For photographs. `count`: a part that differs lowers the similarity by its area, as an overlay does. `forbid`:
+    two pictures are no copies where one part differs by far more than the noise of the others. So an image of a defect
+    is never dropped for one of a sound part, and a copy with a caption is no copy. For images that look alike."""
     working_side: int = Field(default=128, ge=32, le=512)
     """Longest side in pixels at which thumbnails are compared."""
 

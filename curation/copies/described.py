@@ -132,7 +132,7 @@ def make_comparer(config: VerificationConfig) -> Comparer:
     """The comparer of the domain. Raises DeviceError where OpenCV is not installed."""
     match config.domain:
         case "photographs":
-            return PhotographComparer(config.working_side)
+            return PhotographComparer(config.working_side, forbid_differences=config.local_differences == "forbid")
         case "drawings":
             return DrawingComparer(config.working_side)
 

@@ -136,10 +136,10 @@ def test_a_config_needs_only_its_sources(profile: profiles.Profile) -> None:
 
 def test_the_photos_have_their_documented_values() -> None:
     settings = config.parse(CurateConfig, {"profile": "photos"} | SOURCES, origin="run.toml")
-    assert (settings.dedup.threshold, settings.dedup.holdout_threshold, settings.dedup.families) == (0.5, 0.35, None)
-    assert settings.pairs.verification is not None and settings.pairs.verification.working_side == 128
+    assert (settings.dedup.threshold, settings.dedup.holdout_threshold, settings.dedup.families) == (0.48, 0.38, None)
+    assert settings.pairs.verification is not None and settings.pairs.verification.domain == "photographs"
     pairs = settings.pairs
-    assert (settings.describe.thumbnail_side, pairs.min_descriptor_similarity, pairs.num_neighbors) == (128, 0.25, 16)
+    assert (settings.describe.thumbnail_side, pairs.min_descriptor_similarity, pairs.num_neighbors) == (128, 0.2, 16)
 
 
 @pytest.mark.parametrize("profile", ["photos", "drawings"])

@@ -80,6 +80,18 @@ def test_overlay_differs_locally_and_a_resized_copy_does_not(comparer: Photograp
     assert not compare(comparer, scene(3), scene(3).resize((200, 156))).differs_locally
 
 
+def test_forbidden_differences_tell_a_defect_from_a_copy() -> None:
+    strict = PhotographComparer(128, forbid_differences=True)
+    defect = scene(3)
+    defect.paste((20, 20, 20), (100, 90, 130, 115))
+    counting = PhotographComparer(128)
+    assert compare(counting, scene(3), defect).similarity > THRESHOLD
+    assert compare(strict, scene(3), defect).similarity == 0
+    for kind in ("jpeg", "resize", "colour", "noise", "mirror", "crop"):
+        copy = edit(scene(3), kind, np.random.default_rng(2))
+        assert compare(strict, scene(3), copy).similarity > THRESHOLD, kind
+
+
 def test_smooth_picture_is_found_by_its_brightness_and_colour(comparer: PhotographComparer) -> None:
     across, down = np.meshgrid(np.linspace(0, 1, 300), np.linspace(0, 1, 200))
     sky = Image.fromarray(np.stack([90 + 80 * down, 110 + 70 * down, 180 + 40 * across], 2).astype(np.uint8))
