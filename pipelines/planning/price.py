@@ -239,8 +239,11 @@ def num_candidates(config: CurateConfig, images: float) -> float:
 
 def _candidates_of_image(config: CurateConfig, images: float) -> float:
     """Candidates an image, where its list of neighbours has no maximum length."""
+    verification = config.pairs.verification
+    is_drawing = verification is not None and verification.domain == "drawings"
     has_head = config.describe.embedder.pooling == "copies"
-    return math.sqrt(images) * (FIXED.candidates_of_root if has_head else FIXED.candidates_of_root_without_head)
+    rate = FIXED.candidates_of_root_of_drawings if is_drawing and has_head else FIXED.candidates_of_root
+    return math.sqrt(images) * rate
 
 
 def verification_seconds(config: VerificationConfig, pairs: float, new_features: float) -> float:

@@ -64,10 +64,10 @@ class FixedRates:
     """Of a core: exact search and choosing cells, in 10^12 int8 operations a second."""
     core_tflops_kmeans: float = _rate(0.096, "measured, 2.5e8 points x clusters / s of 384 values on 2 cores")
     """Of a core: k-means."""
-    features_per_core: float = _rate(135.0, "measured, thumbnails of 128 pixels: 7.4 ms, 8.5 of textures")
+    features_per_core: float = _rate(135.0, "measured, thumbnails of 128 pixels: 7.4 ms")
     """Photographs whose features for the comparison a core computes in a second, once for all of their pairs."""
     photographs_verified_per_core: float = _rate(
-        450.0, "measured: 2.2 ms where a third of the pairs are copies; 1.0 a pair that fails early, 4 a copy"
+        400.0, "measured: 2.5 ms where 6 to 23% of the pairs are copies; 1.5 a pair that fails early, 5 a copy"
     )
     """Candidate copies that a core verifies in a second, with known features; [pairs.verification], `photographs`."""
     drawings_verified_per_core: float = _rate(
@@ -79,14 +79,11 @@ class FixedRates:
     edited_per_core: float = _rate(80.0, "measured, photographs of 200 to 640 pixels, all kinds")
     """Copies a second that a core edits and writes for the self-check."""
     candidates_of_root: float = _rate(
-        0.11,
-        "measured with the copy head: 6.2 an image of 1,863 photographs, many of them copies; 5.2 of 3,596 drawings",
+        0.2, "measured: 9.0 an image of 1,913 photographs, many of them copies; 11.8 of 3,346 pictures with `gem`"
     )
     """Candidates an image, divided by the square root of the number of images, as long as lists are not full."""
-    candidates_of_root_without_head: float = _rate(
-        0.2, "measured with `gem`: 11.8 an image of 3,346, 49 of 51,100 (floor 0.66, 64 neighbours)"
-    )
-    """The same with any other descriptor."""
+    candidates_of_root_of_drawings: float = _rate(0.09, "measured: 5.2 an image of 3,596 (copy head, floor 0.32)")
+    """The same for drawings with the copy head, whose floor is higher."""
     candidates_of_full_list: float = _rate(
         0.77, "measured: 49 an image with lists of 64, 11.6 with lists of 16, most of them full"
     )

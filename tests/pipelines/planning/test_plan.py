@@ -87,17 +87,17 @@ def verified_config(profile: str, images: int, **describe: Any) -> CurateConfig:
 
 @pytest.mark.parametrize(
     ("profile", "images", "measured"),
-    [("photos", 1_863, 6.2), ("drawings", 3_596, 5.2), ("photos", 12_000, 11.6), ("photos", 10**9, 11.6)],
+    [("photos", 1_913, 9.0), ("drawings", 3_596, 5.2), ("photos", 13_200, 11.6), ("photos", 10**9, 11.6)],
 )
 def test_candidates_grow_until_the_lists_are_full(profile: str, images: int, measured: float) -> None:
     """As many an image as were measured with the copy head, where the lists have 16 and 32 neighbours."""
-    assert num_candidates(verified_config(profile, images), images) / images == pytest.approx(measured, rel=0.3)
+    assert num_candidates(verified_config(profile, images), images) / images == pytest.approx(measured, rel=0.1)
 
 
 def test_other_descriptors_have_more_candidates() -> None:
     """Measured with `gem`: 11.8 an image of 3,346, and 49 of 51,100, with lists of 64."""
     for images, measured in ((3_346, 11.8), (51_100, 49), (10**9, 49)):
-        config = verified_config("photos", images, embedder={"name": "efficientnet_lite0", "pooling": "gem"})
+        config = verified_config("drawings", images, embedder={"name": "efficientnet_lite0", "pooling": "gem"})
         assert num_candidates(config, images) / images == pytest.approx(measured, rel=0.1)
     assert num_candidates(config, 3) < 3, "no more pairs than there are"
 
@@ -118,7 +118,7 @@ def test_features_of_photographs_are_priced_once_an_image() -> None:
         config = config.model_copy(update={"pairs": config.pairs.model_copy(update={"verification": verification})})
         prices[domain] = priced(config)
     (price, photographs), (other_price, drawings) = prices["photographs"], prices["drawings"]
-    pairs, candidates = photographs["pairs"], num_candidates(config, 20_000)
+    pairs, candidates = photographs["pairs"], num_candidates(config, 20_000)  # of full lists
     feature_bytes = 20_000 * FEATURES.itemsize
     assert pairs.temporary_bytes == feature_bytes and drawings["pairs"].temporary_bytes == 0
     assert pairs.writes - drawings["pairs"].writes == feature_bytes
