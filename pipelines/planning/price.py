@@ -246,6 +246,12 @@ def _candidates_of_image(config: CurateConfig, images: float) -> float:
     return math.sqrt(images) * rate
 
 
+def num_checked_pairs(config: CurateConfig, images: float, looked_at: float) -> float:
+    """The pairs that the check of the corpus verifies among `looked_at` of the images. Lists have no maximum length."""
+    share = min(1.0, FIXED.checked_are_nearer * looked_at / max(images, 1))
+    return looked_at * min(_candidates_of_image(config, images) * share, looked_at / 2)
+
+
 def verification_seconds(config: VerificationConfig, pairs: float, new_features: float) -> float:
     """Seconds of a core to verify pairs, of which `new_features` images have no features of photographs yet."""
     if config.domain == "drawings":
@@ -545,8 +551,7 @@ def _check_seconds(work: _Workload, looked_at: float) -> tuple[float, float]:
     search = work.config.retrieve.search
     gpu_seconds, core_seconds = _search_seconds(search, work.rates, looked_at**2 * 2 * width)
     if config.verification:
-        # Without a cap on the neighbours of an image, the candidates grow with the square of the images at most.
-        pairs = looked_at * min(_candidates_of_image(work.config, work.images), looked_at / 2)
+        pairs = num_checked_pairs(work.config, work.images, looked_at)
         # The features of `pairs` are deleted by now.
         core_seconds += verification_seconds(config.verification, pairs, prepared_images(pairs, looked_at, 1))
     return gpu_seconds, core_seconds

@@ -22,6 +22,7 @@ from pipelines.planning.price import (
     count_sources,
     decode_seconds,
     num_candidates,
+    num_checked_pairs,
     price_run,
 )
 from pipelines.planning.rates import FIXED, FixedRates, RatesConfig
@@ -92,6 +93,16 @@ def verified_config(profile: str, images: int, **describe: Any) -> CurateConfig:
 def test_candidates_grow_until_the_lists_are_full(profile: str, images: int, measured: float) -> None:
     """As many an image as were measured with the copy head, where the lists have 16 and 32 neighbours."""
     assert num_candidates(verified_config(profile, images), images) / images == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("profile", "images", "looked_at", "measured"), [("drawings", 3_596, 400, 753), ("photos", 1_913, 177, 228)]
+)
+def test_pairs_of_the_check_are_about_as_measured(profile: str, images: int, looked_at: int, measured: int) -> None:
+    config = verified_config(profile, images)
+    assert 0.5 < num_checked_pairs(config, images, looked_at) / measured < 2
+    everything = num_checked_pairs(config, images, images)
+    assert num_candidates(config, images) <= everything <= images**2 / 2
 
 
 def test_other_descriptors_have_more_candidates() -> None:
