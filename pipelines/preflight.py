@@ -107,7 +107,7 @@ def _require_room(config: CurateConfig, output: str) -> None:
         )
     if (free := free_disk(output)) is not None:
         rows = total_rows(config.model_copy(update={"stated_counts": dict(counts.of_source)}))
-        needed = price_run(config, counts, rows).written_bytes
+        needed = price_run(config, counts, rows).disk_bytes
         if needed > free:
             problems.append(
                 f"the disk of '{output}' has {size_text(free)} free, and the run writes about {size_text(needed)}. "

@@ -4,7 +4,7 @@
       features-00000.npy  ...     compare_photographs.FEATURES, a record for each row of the thumbnails
       manifest.json
 
-About 38 kB an image; a step of `pairs`, deleted when pairs has finished.
+About 33 kB an image; a step of `pairs`, deleted when pairs has finished.
 """
 
 import functools

@@ -6,7 +6,8 @@ every image of the part stands for `weight` images of the whole, and an image's 
 weights fill it.
 
 In a large pool more thumbnails are prepared again for a comparison. So a few candidates are compared here, which gives
-the time of preparing a thumbnail in relation to that of comparing two.
+the time of preparing a thumbnail in relation to that of comparing two. The features of photographs are known by then:
+a step computes them once for each image.
 
 Legend: N images of the part, D dimensions.
 """
@@ -118,10 +119,12 @@ def read_thumbnails(run: str, ids: set[str]) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class VerificationCost:
-    """Processor seconds of this machine: to prepare a thumbnail, and to compare two prepared ones."""
+    """Processor seconds of this machine."""
 
     prepare: float
+    """To prepare a thumbnail; of a photograph, its features are known."""
     compare: float
+    """To compare two prepared ones."""
 
 
 def verification_cost(
@@ -130,8 +133,12 @@ def verification_cost(
     """The cost of some pairs. They are compared twice, because the first comparison prepares parts of a thumbnail."""
     comparer = make_comparer(config)
     rows = sorted({row for pair in pairs for row in pair})
+    encoded = {row: thumbnails[images.ids[row]] for row in rows}
+    features: dict[int, np.void] = {}
+    if config.domain == "photographs":
+        features = {row: comparer.prepare(encoded[row]).features for row in rows}
     started = time.process_time()
-    prepared = {row: comparer.prepare(thumbnails[images.ids[row]]) for row in rows}
+    prepared = {row: comparer.prepare(encoded[row], features.get(row)) for row in rows}
     for one, other in pairs:
         comparer.compare(prepared[one], [prepared[other]])
     both = time.process_time() - started

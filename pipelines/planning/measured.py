@@ -9,6 +9,7 @@ The log of the finished run gives the seconds of each shard. Three parts of a st
     stage                           amount of work
     ingest, embed, describe, dedup  images
     pairs                           candidate copies and the cost of one (candidates.py)
+    pairs/features                  images
     pairs/join, exact               pairs of images
     cluster, its k-means            points x clusters x iterations
     retrieve, its search            kept pool images
@@ -25,7 +26,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from curation.config import load
-from curation.copies.described import CACHED_THUMBNAILS
 from curation.embed import one_pass_serves
 from curation.engine import run_log
 from curation.engine.manifest import Manifest, require_manifest
@@ -38,7 +38,7 @@ from curation.run_folder import STAGES, RunFolder, require_run
 from pipelines.main_path import CurateConfig
 from pipelines.planning import candidates
 from pipelines.planning.candidates import VerificationCost
-from pipelines.planning.price import TERA, Counts, price_run, self_check_copies
+from pipelines.planning.price import TERA, Counts, prepared_images, price_run, self_check_copies
 from pipelines.planning.rates import FIXED
 
 CONFIG_NAME = "run.toml"
@@ -368,6 +368,7 @@ def _estimate_pairs(whole: _Whole) -> StageEstimate:
         factor = verification_seconds(number, images, whole.workers, cost) / verification_seconds(
             now, described, stage.workers, cost
         )
+    describing = _seconds_of_features(whole, images)
     num_shards = max(1, -(-round(images) // config.images_per_shard))
     judging = makespan([1.0] * num_shards, whole.workers) * busy * factor / num_shards
     start = _tail(stage) + (_start(holdout) if holdout is not None else 0.0)
@@ -375,7 +376,7 @@ def _estimate_pairs(whole: _Whole) -> StageEstimate:
         "pairs",
         images,
         start,
-        start + driver + joining + judging,
+        start + driver + joining + describing + judging,
         described,
         stage.seconds,
         note=f"{now / max(1, described):,.1f} candidates an image there, {number / max(1.0, images):,.1f} here",
@@ -416,14 +417,22 @@ def _verification(whole: _Whole) -> tuple[float, VerificationCost]:
 
 
 def verification_seconds(num_candidates: float, images: float, workers: int, cost: VerificationCost) -> float:
-    """Worker seconds to verify the candidates of some images.
+    """Worker seconds to verify the candidates of some images."""
+    return num_candidates * cost.compare + prepared_images(num_candidates, images, workers) * cost.prepare
 
-    A worker keeps CACHED_THUMBNAILS prepared thumbnails. The other image of a candidate may be any, so it is prepared
-    again unless it is among them.
-    """
-    missing = max(0.0, 1 - CACHED_THUMBNAILS / max(images, 1.0))
-    prepared = min(2 * num_candidates, images * workers + num_candidates * missing)
-    return num_candidates * cost.compare + prepared * cost.prepare
+
+def _seconds_of_features(whole: _Whole, images: float) -> float:
+    """Seconds of the step `pairs/features` for the images of the whole; 0 for drawings, which have no such step."""
+    verification = whole.config.pairs.verification
+    if verification is None or verification.domain != "photographs":
+        return 0.0
+    step = whole.measured.steps.get("pairs/features")
+    if step is None:  # drawings were measured
+        return images / FIXED.features_per_core / whole.workers
+    sizes = whole.shard_sizes()
+    rate, warm_up = step.seconds_of_image()
+    share = images / max(1.0, sum(sizes))
+    return _start(step) + _tail(step) + warm_up + makespan([size * share * rate for size in sizes], whole.workers)
 
 
 def _estimate_cluster(whole: _Whole) -> StageEstimate:

@@ -107,7 +107,7 @@ def _print_first_screen(
     problems = ["it needs a GPU"] if lacks_gpus else []
     for name, number, free in (
         ("memory", price.memory_bytes(machine), machine.memory_bytes),
-        ("disk", price.written_bytes, machine.disk_bytes),
+        ("disk", price.disk_bytes, machine.disk_bytes),
     ):
         there = "" if free is None else f" of {size_text(free)} free"
         console.print(f"  {name:<7} {at_least}{size_text(number)}{there}")

@@ -9,7 +9,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from curation.copies.compare_photographs import FEATURES
+from curation.copies.compare_thumbnails import VerificationConfig
 from curation.copies.corpus_check import IMAGES_PER_SHARD, LOOKS
+from curation.copies.described import CACHED_THUMBNAILS
 from curation.copies.edits import KINDS
 from curation.embed import EmbedConfig, one_pass_serves
 from curation.errors import InputError
@@ -43,7 +46,7 @@ class StagePrice:
     reads: float
     """Bytes."""
     writes: float
-    """Bytes."""
+    """Bytes, `temporary_bytes` included."""
     shards: int
     gpu_seconds: float = 0.0
     core_seconds: float = 0.0
@@ -53,6 +56,8 @@ class StagePrice:
     """On one core of the driver's machine, whatever their number."""
     worker_bytes: float = 0.0
     driver_bytes: float = 0.0
+    temporary_bytes: float = 0.0
+    """Files in the progress folder, which is deleted when the stage has finished."""
     num_pieces: int = 0
     """Shards of the work on cores, which no more cores than that can share; 0 where it is cut as fine as needed."""
 
@@ -116,9 +121,13 @@ class Price:
         return MAX_MACHINES
 
     @property
-    def written_bytes(self) -> float:
-        """Bytes that all stages write, which stay on the disk."""
-        return sum(stage.writes for stage in self.stages)
+    def disk_bytes(self) -> float:
+        """Maximum of the bytes on the disk during the run: files of finished stages, and temporary ones of a stage."""
+        most = finished = 0.0
+        for stage in self.stages:
+            most = max(most, finished + stage.writes)
+            finished += stage.writes - stage.temporary_bytes
+        return most
 
     def memory_bytes(self, machine: Machine) -> float:
         """Memory of the driver and of a worker on every core, or on every GPU, in the stage that needs most."""
@@ -222,10 +231,32 @@ def decode_seconds(rates: RatesConfig, pixels: float) -> float:
     return (FIXED.decode_start + (1 - FIXED.decode_start) * pixels / PIXELS_OF_RATE) / rates.decoded_per_core
 
 
-def num_candidates(images: int, num_neighbors: int) -> float:
+def num_candidates(config: CurateConfig, images: float) -> float:
     """The pairs of images that are verified. An assumption: it depends on the images, and --rates-from measures it."""
-    of_full_lists = FIXED.candidates_of_full_list * num_neighbors
-    return images * min(FIXED.candidates_of_root * math.sqrt(images), of_full_lists, images / 2)
+    of_full_lists = FIXED.candidates_of_full_list * config.pairs.num_neighbors
+    return images * min(_candidates_of_image(config, images), of_full_lists, images / 2)
+
+
+def _candidates_of_image(config: CurateConfig, images: float) -> float:
+    """Candidates an image, where its list of neighbours has no maximum length."""
+    verification = config.pairs.verification
+    is_drawing = verification is not None and verification.domain == "drawings"
+    has_head = config.describe.embedder.pooling == "copies"
+    rate = FIXED.candidates_of_root_of_drawings if is_drawing and has_head else FIXED.candidates_of_root
+    return math.sqrt(images) * rate
+
+
+def num_checked_pairs(config: CurateConfig, images: float, looked_at: float) -> float:
+    """The pairs that the check of the corpus verifies among `looked_at` of the images. Lists have no maximum length."""
+    share = min(1.0, FIXED.checked_are_nearer * looked_at / max(images, 1))
+    return looked_at * min(_candidates_of_image(config, images) * share, looked_at / 2)
+
+
+def verification_seconds(config: VerificationConfig, pairs: float, new_features: float) -> float:
+    """Seconds of a core to verify pairs, of which `new_features` images have no features of photographs yet."""
+    if config.domain == "drawings":
+        return pairs / FIXED.drawings_verified_per_core
+    return pairs / FIXED.photographs_verified_per_core + new_features / FIXED.features_per_core
 
 
 def _uses_gpus(config: CurateConfig) -> bool:
@@ -306,25 +337,24 @@ def _embedding_seconds(work: _Workload, model: EmbedConfig, images: float) -> tu
 def _price_pairs(work: _Workload) -> StagePrice:
     config, images = work.config.pairs, work.images
     search, width = config.search, work.config.describe.embedder.dimensions
-    verifying = 0.0
-    if config.verification:
-        verifying = num_candidates(images, config.num_neighbors) / FIXED.verified_per_core
     judging_shards = max(1, -(-images // config.images_per_shard))
-    edge_bytes = 100 * FIXED.edges_per_image * images
     if not config.num_neighbors:  # no search; at most perceptual hashes are compared
         return StagePrice("pairs", images, 0.0, 0.0, judging_shards, driver_bytes=100 * images)
+    verification = _price_verification(work, judging_shards)
+    edge_bytes = 100 * FIXED.edges_per_image * images
     if search.backend == "exact":
         gpu_seconds, core_seconds = _search_seconds(search, work.rates, images**2 * 2 * width)
         return StagePrice(
             "pairs",
             images,
-            2 * width * images * max(1.0, images / search.rows_per_part),
-            edge_bytes,
-            judging_shards + work.num_shards,
+            2 * width * images * max(1.0, images / search.rows_per_part) + verification.reads,
+            edge_bytes + verification.feature_bytes,
+            judging_shards + work.num_shards + verification.feature_shards,
             gpu_seconds=gpu_seconds,
-            core_seconds=core_seconds + verifying,
-            worker_bytes=100 * images + 2 * width * min(images, search.rows_per_part),
+            core_seconds=core_seconds + verification.core_seconds,
+            worker_bytes=max(100 * images + 2 * width * min(images, search.rows_per_part), verification.worker_bytes),
             driver_bytes=100 * images,
+            temporary_bytes=verification.feature_bytes,
             num_pieces=judging_shards if config.verification else 0,
         )
     cells = search.num_cells(images)
@@ -339,18 +369,65 @@ def _price_pairs(work: _Workload) -> StagePrice:
     return StagePrice(
         "pairs",
         images,
-        2 * width * images + exchanged_bytes,
-        exchanged_bytes + edge_bytes,
-        work.num_shards + -(-images // search.rows_per_part) + judging_shards,
+        2 * width * images + exchanged_bytes + verification.reads,
+        exchanged_bytes + edge_bytes + verification.feature_bytes,
+        work.num_shards + -(-images // search.rows_per_part) + judging_shards + verification.feature_shards,
         gpu_seconds=(
             choosing / TERA / FIXED.gpu_tflops_single + joining / TERA / work.rates.gpu_tflops_half if on_gpu else 0.0
         ),
-        core_seconds=verifying + (0.0 if on_gpu else (choosing + joining) / TERA / FIXED.core_tops_int8),
+        core_seconds=verification.core_seconds
+        + (0.0 if on_gpu else (choosing + joining) / TERA / FIXED.core_tops_int8),
         driver_core_seconds=training / TERA / FIXED.core_tops_int8,
-        worker_bytes=min(images, search.rows_per_part) * copies * (3 * width + 300),
+        worker_bytes=max(min(images, search.rows_per_part) * copies * (3 * width + 300), verification.worker_bytes),
         driver_bytes=100 * images + TRAINING_ROWS_PER_CELL * cells * 2 * width,
+        temporary_bytes=exchanged_bytes + verification.feature_bytes,
         num_pieces=judging_shards if config.verification else 0,
     )
+
+
+@dataclass(frozen=True)
+class _Verification:
+    """The part of the price of `pairs` that is verification."""
+
+    core_seconds: float = 0.0
+    reads: float = 0.0
+    feature_bytes: float = 0.0
+    """Written by the step `features`, and deleted when `pairs` has finished."""
+    feature_shards: int = 0
+    worker_bytes: float = 0.0
+
+
+def _price_verification(work: _Workload, judging_shards: int) -> _Verification:
+    config, images = work.config.pairs, work.images
+    if config.verification is None or not images:
+        return _Verification()
+    pairs = num_candidates(work.config, images)
+    bytes_of_thumbnail = (work.config.describe.thumbnail_side or 0) ** 2 / 4  # WebP, 2 bits a pixel
+    thumbnail_bytes = images * bytes_of_thumbnail
+    # The images of a shard are spread over all files, and a file is read whole.
+    images_of_shard = (images + pairs) / judging_shards
+    share_of_files = 1 - math.exp(-images_of_shard / max(1, work.num_shards))
+    reads = judging_shards * share_of_files * thumbnail_bytes
+    has_features = config.verification.domain == "photographs"
+    feature_bytes = images * FEATURES.itemsize if has_features else 0.0
+    return _Verification(
+        core_seconds=verification_seconds(config.verification, pairs, images),
+        reads=reads
+        + (thumbnail_bytes + prepared_images(pairs, images, 1) * FEATURES.itemsize if has_features else 0.0),
+        feature_bytes=feature_bytes,
+        feature_shards=work.num_shards if has_features else 0,
+        worker_bytes=min(images, CACHED_THUMBNAILS) * FIXED.prepared_bytes + images_of_shard * bytes_of_thumbnail,
+    )
+
+
+def prepared_images(num_pairs: float, images: float, workers: int) -> float:
+    """How often a thumbnail is prepared for the pairs of some images.
+
+    A worker keeps CACHED_THUMBNAILS prepared thumbnails. The other image of a pair may be any, so it is prepared again
+    unless it is among them.
+    """
+    missing = max(0.0, 1 - CACHED_THUMBNAILS / max(images, 1.0))
+    return min(2 * num_pairs, images * workers + num_pairs * missing)
 
 
 def self_check_copies(config: CurateConfig, images: float, pool: float) -> int:
@@ -366,6 +443,7 @@ def _price_self_check(work: _Workload) -> StagePrice:
     if not copies:  # the images are not counted
         return StagePrice("self_check", 0, 0.0, 0.0, 0)
     num_shards, width = -(-copies // COPIES_PER_SHARD), config.describe.embedder.dimensions
+    decoded = min(copies, config.self_check.max_images)
     seconds_on_gpu, seconds_on_cores = _embedding_seconds(work, config.describe, copies)
     search_on_gpu = search_on_cores = verifying = 0.0
     if config.pairs.num_neighbors:
@@ -374,9 +452,10 @@ def _price_self_check(work: _Workload) -> StagePrice:
         search_on_gpu, search_on_cores = _search_seconds(config.pairs.search, work.rates, operations)
     if config.pairs.verification:
         # Of lists that are not full, each candidate is in the lists of both images.
-        candidates = min(2 * FIXED.candidates_of_root * math.sqrt(images), config.pairs.num_neighbors)
-        verifying = copies * candidates / FIXED.verified_per_core
-    decoded = min(copies, config.self_check.max_images)
+        candidates = min(2 * _candidates_of_image(config, images), config.pairs.num_neighbors)
+        # The features of `pairs` are deleted by now. The copies of one image have about the same candidates.
+        described = copies + min(decoded * candidates, images)
+        verifying = verification_seconds(config.pairs.verification, copies * candidates, described)
     return StagePrice(
         "self_check",
         copies,
@@ -456,6 +535,7 @@ def _price_retrieve(work: _Workload) -> StagePrice:
         core_seconds=core_seconds,
         worker_bytes=2 * width * part + 6 * width * min(queries, 32_768),
         driver_bytes=60 * row_bytes / 80,
+        temporary_bytes=check_bytes,
     )
 
 
@@ -471,9 +551,9 @@ def _check_seconds(work: _Workload, looked_at: float) -> tuple[float, float]:
     search = work.config.retrieve.search
     gpu_seconds, core_seconds = _search_seconds(search, work.rates, looked_at**2 * 2 * width)
     if config.verification:
-        # Without a cap on the neighbours of an image, the candidates grow with the square of the images at most.
-        pairs = looked_at * min(FIXED.candidates_of_root * math.sqrt(max(work.images, 1)), looked_at / 2)
-        core_seconds += pairs / FIXED.verified_per_core
+        pairs = num_checked_pairs(work.config, work.images, looked_at)
+        # The features of `pairs` are deleted by now.
+        core_seconds += verification_seconds(config.verification, pairs, prepared_images(pairs, looked_at, 1))
     return gpu_seconds, core_seconds
 
 

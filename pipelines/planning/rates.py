@@ -64,13 +64,29 @@ class FixedRates:
     """Of a core: exact search and choosing cells, in 10^12 int8 operations a second."""
     core_tflops_kmeans: float = _rate(0.096, "measured, 2.5e8 points x clusters / s of 384 values on 2 cores")
     """Of a core: k-means."""
-    verified_per_core: float = _rate(250.0, "measured, the demo on a core of 2019; 134 to 560 on other pictures")
-    """Candidate copies that a core verifies in a second; only with [pairs.verification]."""
+    features_per_core: float = _rate(135.0, "measured, thumbnails of 128 pixels: 7.4 ms")
+    """Photographs whose features for the comparison a core computes in a second, once for all of their pairs."""
+    photographs_verified_per_core: float = _rate(
+        400.0, "measured: 2.5 ms where 6 to 23% of the pairs are copies; 1.5 a pair that fails early, 5 a copy"
+    )
+    """Candidate copies that a core verifies in a second, with known features; [pairs.verification], `photographs`."""
+    drawings_verified_per_core: float = _rate(
+        250.0, "measured, the demo on a core of 2019; 134 to 560 on other pictures"
+    )
+    """Candidate copies that a core verifies in a second, with their preparation; [pairs.verification], `drawings`."""
+    prepared_bytes: float = _rate(0.35e6, "measured: photographs 0.33 MB, drawings 0.19 MB, at 128 pixels")
+    """Memory of a thumbnail that a worker keeps prepared for comparisons."""
     edited_per_core: float = _rate(80.0, "measured, photographs of 200 to 640 pixels, all kinds")
     """Copies a second that a core edits and writes for the self-check."""
-    candidates_of_root: float = _rate(0.2, "measured: 11.8 an image of 3,346, 49 of 51,100 (floor 0.66, 64 neighbours)")
+    candidates_of_root: float = _rate(
+        0.2, "measured: 9.0 an image of 1,913 photographs, many of them copies; 11.8 of 3,346 pictures with `gem`"
+    )
     """Candidates an image, divided by the square root of the number of images, as long as lists are not full."""
-    candidates_of_full_list: float = _rate(0.77, "measured: 49 an image with lists of 64, nearly all full")
+    candidates_of_root_of_drawings: float = _rate(0.09, "measured: 5.2 an image of 3,596 (copy head, floor 0.32)")
+    """The same for drawings with the copy head, whose floor is higher."""
+    candidates_of_full_list: float = _rate(
+        0.77, "measured: 49 an image with lists of 64, 11.6 with lists of 16, most of them full"
+    )
     """Candidates an image, divided by `num_neighbors`, where all lists are full: two images that are in one another's
     lists are one candidate."""
     decode_start: float = _rate(0.18, "measured: 500 images/s of 0.2 megapixels, 117 of 3 megapixels")
@@ -91,6 +107,10 @@ class FixedRates:
         1.2, "assumed, with a margin; measured on the demo: 1.02 (403 images compared for 396 rows, holdout apart)"
     )
     """Images that the check of the corpus compares, for each row of it (retrieve.check_copies)."""
+    checked_are_nearer: float = _rate(
+        3.0, "measured: 753 pairs of 400 images of 3,596 (the demo), 228 of 177 of 1,913 photographs: 3.1 and 1.6"
+    )
+    """Pairs among the images that the check compares, in relation to as many images of the run at random."""
     edges_per_second: float = _rate(3.5e6, "measured, one core (docs/benchmarks.md)")
     """Edges a second of connected components."""
     edges_per_image: float = _rate(4.0, "assumed")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from curation.config import load
+from curation.copies.compare_thumbnails import VerificationConfig
+from curation.copies.described import make_comparer
 from curation.engine.run_log import FOLDER, ShardLine, open_log
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError
@@ -18,7 +21,7 @@ from curation.run_folder import STAGES
 from pipelines import main_path
 from pipelines.main_path import CurateConfig
 from pipelines.planning import measured
-from pipelines.planning.candidates import Described, VerificationCost, num_candidates, scored
+from pipelines.planning.candidates import Described, VerificationCost, num_candidates, scored, verification_cost
 from pipelines.planning.measured import StageEstimate, StepTimes, grown, makespan, verification_seconds
 from pipelines.planning.plan import print_plan, total_rows
 from pipelines.planning.price import count_sources
@@ -214,6 +217,43 @@ def test_a_candidate_costs_more_where_thumbnails_do_not_stay_prepared() -> None:
     cost = VerificationCost(prepare=2, compare=1)
     few, many = (verification_seconds(49 * images, images, 2, cost) / (49 * images) for images in (1_000, 50_000))
     assert few < 1.2 and many > 2.5
+
+
+def test_features_of_photographs_grow_with_the_images(finished: tuple[CurateConfig, Path]) -> None:
+    """The step is in the log of the fixture; a run of drawings has not measured it."""
+    config, run = finished
+    measurements = measured.read_measurements(str(run))
+    step = measurements.steps["pairs/features"]
+    assert step.items == 32 and measurements.config.pairs.verification is not None
+
+    def pairs_seconds(number: int, steps: dict[str, StepTimes]) -> float:
+        here = with_pool(config, number)
+        there = dataclasses.replace(measurements, steps=steps)
+        stages = measured.estimate_stages(here, count_sources(here), None, there, workers=2)
+        return next(stage.seconds for stage in stages if stage.stage == "pairs")
+
+    slow = dataclasses.replace(
+        step, shards=[dataclasses.replace(shard, seconds=shard.seconds + 100 * shard.items) for shard in step.shards]
+    )
+    steps = dict(measurements.steps)
+    once = pairs_seconds(2_400, steps)
+    more = pairs_seconds(2_400, steps | {"pairs/features": slow}) - once
+    assert more == pytest.approx(100 * 2_408 / 2, rel=0.05), "100 s more an image, on two workers"
+    del steps["pairs/features"]
+    assert pairs_seconds(2_400, steps) == pytest.approx(once, rel=0.5), "by the fixed rate"
+
+
+def test_preparing_a_photograph_does_not_include_its_features() -> None:
+    """A step computes them, so verification decodes the thumbnail alone."""
+    thumbnails = {str(number): encoded_image(number, "WEBP", (128, 96)) for number in range(12)}
+    images = Described(list(thumbnails), np.eye(12), np.ones(12), np.zeros(12, bool))
+    config = VerificationConfig(domain="photographs")
+    cost = verification_cost([(number, number + 1) for number in range(11)], images, thumbnails, config)
+    comparer = make_comparer(config)
+    started = time.process_time()
+    for thumbnail in thumbnails.values():
+        comparer.prepare(thumbnail)
+    assert cost.compare > 0 and cost.prepare < 0.5 * (time.process_time() - started) / len(thumbnails)
 
 
 def estimate_candidates(vectors: np.ndarray, weight: np.ndarray, is_holdout: np.ndarray) -> float:

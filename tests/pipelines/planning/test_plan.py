@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from curation.config import load, parse
+from curation.copies.compare_photographs import FEATURES
 from curation.errors import InputError
 from curation.report.self_check import IMAGES_PER_COPY, SelfCheckConfig
 from curation.run_folder import STAGES
@@ -21,6 +22,7 @@ from pipelines.planning.price import (
     count_sources,
     decode_seconds,
     num_candidates,
+    num_checked_pairs,
     price_run,
 )
 from pipelines.planning.rates import FIXED, FixedRates, RatesConfig
@@ -76,12 +78,84 @@ def test_no_more_cores_work_than_there_are_pieces() -> None:
     assert [stage.total_seconds(machine) for machine in (SMALL, LARGE)] == [40, 20]
 
 
-def test_candidates_grow_until_the_lists_are_full() -> None:
-    """Measured: 11.8 an image of 3,346, and 49 of 51,100, with lists of 64."""
-    assert num_candidates(3_346, 64) / 3_346 == pytest.approx(11.8, rel=0.1)
-    assert num_candidates(51_100, 64) / 51_100 == pytest.approx(49, rel=0.1)
-    assert num_candidates(10**9, 64) == pytest.approx(49e9, rel=0.1)
-    assert num_candidates(3, 64) < 3, "no more pairs than there are"
+def verified_config(profile: str, images: int, **describe: Any) -> CurateConfig:
+    """A config of a profile with that many pool images, as stated."""
+    sources = [{"name": "pool", "role": "pool", "layout": "webdataset", "path": "s3://bucket/pool"}]
+    retrieve = {"clustering": {"num_images": 5}}
+    values = {"profile": profile, "ingest": {"sources": sources}, "retrieve": retrieve, "describe": describe}
+    return parse(CurateConfig, values | {"stated_counts": {"pool": images}}, origin="test")
+
+
+@pytest.mark.parametrize(
+    ("profile", "images", "measured"),
+    [("photos", 1_913, 9.0), ("drawings", 3_596, 5.2), ("photos", 13_200, 11.6), ("photos", 10**9, 11.6)],
+)
+def test_candidates_grow_until_the_lists_are_full(profile: str, images: int, measured: float) -> None:
+    """As many an image as were measured with the copy head, where the lists have 16 and 32 neighbours."""
+    assert num_candidates(verified_config(profile, images), images) / images == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("profile", "images", "looked_at", "measured"), [("drawings", 3_596, 400, 753), ("photos", 1_913, 177, 228)]
+)
+def test_pairs_of_the_check_are_about_as_measured(profile: str, images: int, looked_at: int, measured: int) -> None:
+    config = verified_config(profile, images)
+    assert 0.5 < num_checked_pairs(config, images, looked_at) / measured < 2
+    everything = num_checked_pairs(config, images, images)
+    assert num_candidates(config, images) <= everything <= images**2 / 2
+
+
+def test_other_descriptors_have_more_candidates() -> None:
+    """Measured with `gem`: 11.8 an image of 3,346, and 49 of 51,100, with lists of 64."""
+    for images, measured in ((3_346, 11.8), (51_100, 49), (10**9, 49)):
+        config = verified_config("drawings", images, embedder={"name": "efficientnet_lite0", "pooling": "gem"})
+        assert num_candidates(config, images) / images == pytest.approx(measured, rel=0.1)
+    assert num_candidates(config, 3) < 3, "no more pairs than there are"
+
+
+def priced(config: CurateConfig) -> tuple[Price, dict[str, StagePrice]]:
+    price = price_run(config, count_sources(config), total_rows(config))
+    return price, {stage.stage: stage for stage in price.stages}
+
+
+def test_features_of_photographs_are_priced_once_an_image() -> None:
+    """Drawings have no such step; the files of it do not stay on the disk."""
+    prices = {}
+    for domain in ("photographs", "drawings"):
+        config = verified_config("photos", 20_000)
+        verification = config.pairs.verification
+        assert verification is not None
+        verification = verification.model_copy(update={"domain": domain})
+        config = config.model_copy(update={"pairs": config.pairs.model_copy(update={"verification": verification})})
+        prices[domain] = priced(config)
+    (price, photographs), (other_price, drawings) = prices["photographs"], prices["drawings"]
+    pairs, candidates = photographs["pairs"], num_candidates(config, 20_000)  # of full lists
+    feature_bytes = 20_000 * FEATURES.itemsize
+    assert pairs.temporary_bytes == feature_bytes and drawings["pairs"].temporary_bytes == 0
+    assert pairs.writes - drawings["pairs"].writes == feature_bytes
+    assert pairs.reads - drawings["pairs"].reads > 2 * feature_bytes, "a record is read again where it was forgotten"
+    seconds = [
+        20_000 / FIXED.features_per_core + candidates / FIXED.photographs_verified_per_core,
+        candidates / FIXED.drawings_verified_per_core,
+    ]
+    assert pairs.core_seconds - drawings["pairs"].core_seconds == pytest.approx(seconds[0] - seconds[1])
+    checks = photographs["self_check"], drawings["self_check"]
+    copies = checks[0].images * config.pairs.num_neighbors
+    seconds = [
+        copies / FIXED.photographs_verified_per_core,
+        (checks[0].images + 200 * config.pairs.num_neighbors) / FIXED.features_per_core,  # of copies and candidates
+        -copies / FIXED.drawings_verified_per_core,
+    ]
+    assert checks[0].core_seconds - checks[1].core_seconds == pytest.approx(sum(seconds)), "features are gone by then"
+    stay = sum(stage.writes - stage.temporary_bytes for stage in price.stages)
+    assert stay == pytest.approx(sum(stage.writes - stage.temporary_bytes for stage in other_price.stages))
+    assert price.disk_bytes < sum(stage.writes for stage in price.stages)
+
+
+def test_disk_holds_temporary_files_of_one_stage_at_a_time() -> None:
+    stages = [StagePrice(str(n), 1, 0, 30, 1, temporary_bytes=temporary) for n, temporary in enumerate((20, 20, 0))]
+    assert Price(tuple(stages), needs_gpus=False).disk_bytes == 10 + 10 + 30
+    assert Price(tuple(stages[:2]), needs_gpus=False).disk_bytes == 10 + 30
 
 
 def test_decoding_is_priced_by_pixels() -> None:
