@@ -13,6 +13,7 @@ from curation.files import paths
 from curation.pack import PackConfig
 from curation.profiles import PROFILES
 from curation.retrieve import RetrieveConfig
+from pipelines import init
 from pipelines.main_path import CurateConfig
 
 MINIMAL: dict[str, Any] = {
@@ -219,3 +220,23 @@ def test_messages_on_mistakes_are_the_same_as_without_profiles(values: dict[str,
     with pytest.raises(ConfigError) as caught:
         parse(**values)
     assert message in str(caught.value)
+
+
+def test_documentation_and_template_name_the_thresholds_of_the_profiles() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    recipes, own_images = ((docs / f"{name}.md").read_text() for name in ("recipes", "own-images"))
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:3] for line in recipes.splitlines() if line.startswith("| ")}
+    photos, drawings = PROFILES["photos"], PROFILES["drawings"]
+    for cell, settings in zip(rows["| copies"], (photos, drawings), strict=True):
+        assert f", from {settings['dedup.threshold']:g};" in cell
+    for cell, settings in zip(rows["| holdout"], (photos, drawings), strict=True):
+        assert cell.endswith(f", from {settings['dedup.holdout_threshold']:g}")
+    for cell, settings in zip(
+        rows["| candidates: nearest descriptors of an image, from a cosine"], (photos, drawings), strict=True
+    ):
+        assert cell == f"{settings['pairs.num_neighbors']}, from {settings['pairs.min_descriptor_similarity']:g}"
+    words = " ".join(own_images.split())
+    assert f"From {photos['dedup.threshold']:g} on an image is a copy" in words
+    assert f"from {photos['dedup.holdout_threshold']:g} on it matches the holdout" in words
+    assert f"# threshold = {photos['dedup.threshold']:g} " in init.CONFIG
+    assert f"# holdout_threshold = {photos['dedup.holdout_threshold']:g} " in init.CONFIG
