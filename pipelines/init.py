@@ -62,8 +62,8 @@ path = "images/pool"
 
 # Which images are copies. Similarities are between 0 and 1:
 # [dedup]
-# threshold = 0.48         # lower finds more copies, and merges more by mistake
-# holdout_threshold = 0.38 # lower removes more images that resemble the holdout
+# threshold = 0.5          # lower finds more copies, and merges more by mistake
+# holdout_threshold = 0.45 # lower removes more images that resemble the holdout
 # label_guard = false      # drops copies across subfolders, which are labels
 # lookalikes = "exact"     # for images that all look alike, such as solar cells
 
