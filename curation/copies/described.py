@@ -10,15 +10,17 @@ import pyarrow as pa
 
 from curation.copies import holdout_pairs
 from curation.copies.compare_drawings import DrawingComparer
-from curation.copies.compare_photographs import PhotographComparer
+from curation.copies.compare_photographs import Photograph, PhotographComparer
 from curation.copies.compare_thumbnails import Comparer, VerificationConfig
 from curation.files import npy, parquet, schemas, vectors
 from curation.files.image_ids import id_bytes
 from curation.search import exact
 
-# Prepared thumbnails that a worker keeps in memory, each up to 0.8 MB. Assumed: a shard rarely needs more, because its
+# Prepared thumbnails that a worker keeps in memory, each up to 0.6 MB. Assumed: a shard rarely needs more, because its
 # pairs are sorted by their first image.
 CACHED_THUMBNAILS = 1500
+# Features of photographs that a worker keeps beyond them where no step has computed features: 0.3 GB. Assumed.
+CACHED_FEATURES = 8000
 
 
 class DescribedRows:
@@ -97,6 +99,7 @@ class Verifier:
         self._comparer = make_comparer(config)
         self._features = features
         self._prepared: OrderedDict[int, Any] = OrderedDict()
+        self._computed: OrderedDict[int, np.void] = OrderedDict()
 
     def compare(self, rows: np.ndarray, thumbnails: dict[int, bytes]) -> tuple[np.ndarray, np.ndarray]:
         """For each pair of `rows` (2, P) its similarity, (P,) float32, and whether it differs locally, (P,) bool.
@@ -122,9 +125,14 @@ class Verifier:
         features = known.get(row)
         if features is None and self._features is not None:  # it was forgotten within one call
             features = self._features.read(np.array([row]))[row]
+        if features is None:
+            features = self._computed.get(row)
         prepared = self._prepared[row] = self._comparer.prepare(thumbnails[row], features)
-        if len(self._prepared) > CACHED_THUMBNAILS:
-            self._prepared.popitem(last=False)
+        if features is None and isinstance(prepared, Photograph):
+            self._computed[row] = prepared.features
+        for cache, most in ((self._prepared, CACHED_THUMBNAILS), (self._computed, CACHED_FEATURES)):
+            if len(cache) > most:
+                cache.popitem(last=False)
         return prepared
 
 

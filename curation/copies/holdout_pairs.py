@@ -47,7 +47,7 @@ from curation.search.self_join import PAIRED, Images
 # Candidates with their scores; the similarity is NaN where the pair was not compared.
 SCORED = PAIRED.append(pa.field("similarity", pa.float32())).append(pa.field("differs_locally", pa.bool_()))
 # With verification: the similarity at which an image is compared with no further holdout images. It bounds the time
-# for large groups of near-equal images. Assumed: copies with common edits reach 0.67, and dedup refuses a
+# for large groups of near-equal images. Assumed: copies with common edits reach 0.5 to 0.7, and dedup refuses a
 # holdout_threshold above this value.
 SURE_MATCH = 0.9
 # Holdout images in a file and in memory at a time, as float16: 67 MB at D 512. Assumed.
