@@ -45,7 +45,7 @@ ALL = (
 )
 NAMES = ", ".join(ALL)
 DRAWS = " or ".join(copy_pictures.DRAWS)
-# The held-back draw is scored once, so only a run that names it measures it.
+# A held-back draw is scored once, so only a run that names it measures it.
 DEFAULT_DRAWS: tuple[copy_pictures.Name, ...] = ("development",)
 
 

@@ -2,8 +2,9 @@
 
     python -m pipelines.bench.copy_pictures --draw development --output FOLDER
 
-There are two draws (DRAWS). Settings and models may be chosen on `development`. `held-back` holds other pictures of
-the same packages, and those of packages that the first draw lacks; its random numbers differ. It is there to be scored
+There are three draws (DRAWS). Settings and models may be chosen on `development`. `held-back` holds other pictures of
+the same packages, and those of packages that the first draw lacks; its random numbers differ. It has been scored, and
+its false pairs have served for repairs. `second-held-back` holds only packages of its own. It is there to be scored
 once.
 
     FOLDER/
@@ -51,7 +52,7 @@ from pipelines.bench.photographs import (
 )
 from pipelines.demo import packages
 
-Name = Literal["development", "held-back"]
+Name = Literal["development", "held-back", "second-held-back"]
 TABLE = "copies.parquet"
 # The longer side of an original, in pixels. Assumed: a web picture, at a size that keeps a run at a few minutes.
 MAX_SIDE = 512
@@ -91,13 +92,13 @@ class Draw:
 
     seed: int
     """Of all random numbers."""
-    half: int
-    """0 or 1: the half of the pictures of the shared packages, by the hash of their names."""
     counts: Mapping[str, Counts]
     """By domain."""
     sources: Mapping[str, Source]
-    """By package; all pictures of a package outside SHARED are used, whatever the half."""
+    """By package; all pictures of a package outside SHARED may be used, whatever the half."""
     megabytes: int
+    half: int | None = None
+    """0 or 1: the half of the pictures of the shared packages, by the hash of their names; None without any."""
     every: Mapping[str, int] = field(default_factory=dict)
     """By package: of consecutive pictures by name, such as frames, one of that many."""
 
@@ -140,6 +141,42 @@ OTHERS = {
         suffixes=(".jpg", ".png", ".pgm"),
     ),
 }
+# Looked at 2026-11, in Debian 12. No picture of SHARED or OTHERS is among them (grey grids compared).
+LATER = {
+    # Photographs of landscapes, towns and space stations, 720 x 360 each.
+    "endless-sky-data": Source(SCENERY, "usr/share/games/endless-sky/images/land"),
+    "lxqt-themes": Source(
+        SCENERY,
+        "usr/share/lxqt/wallpapers",
+        names=(
+            *("Butterfly-Kenneth-Wimer", "Valendas", "after-the-rain", "appleflower", "beam", "butterfly", "cloud"),
+            *("drop", "flowers", "fog", "this-is-not-windows"),
+        ),
+    ),
+    # Tools of a laboratory.
+    "kalzium-data": Source(OBJECTS, "usr/share/kalzium/data/toolpics", without=("kolbenprober",)),
+    # Things, animals and people, and scans of tissue; both cameras of a stereo pair.
+    "python3-skimage": Source(
+        OBJECTS,
+        "usr/lib/python3/dist-packages/skimage/data",
+        names=(
+            *("astronaut", "camera", "chelsea", "coffee", "coins", "hubble_deep_field", "ihc", "moon"),
+            *("motorcycle", "page", "retina", "rocket", "text"),
+        ),
+    ),
+    # Grounds of a game, some of them with snow over a part.
+    "extremetuxracer-data": Source(TEXTURES, "usr/share/games/etr/terrains", suffixes=(".png",)),
+    # Fronts of houses, walls and grounds beside a race track.
+    "torcs-data": Source(
+        TEXTURES,
+        "usr/share/games/torcs/tracks/road/e-track-2",
+        names=(
+            *("asphalt-e2", "block", "border-gr", "bordertile", "conc", "grass", "gravel", "house", "road", "rock"),
+            "tent2",
+        ),
+        suffixes=(".png",),
+    ),
+}
 DRAWS: dict[Name, Draw] = {
     "development": Draw(
         seed=1,
@@ -161,6 +198,12 @@ DRAWS: dict[Name, Draw] = {
         sources=SHARED | OTHERS,
         megabytes=photographs.MEGABYTES + 753,
         every={"visp-images-data": 10},
+    ),
+    "second-held-back": Draw(
+        seed=3,
+        counts={SCENERY: Counts(105, 20, 60), OBJECTS: Counts(25, 5, 18), TEXTURES: Counts(30, 5, 25)},
+        sources=LATER,
+        megabytes=514,
     ),
 }
 SHARE_OF_SEEDS = 0.16  # of the copied originals. Assumed: forty seeds.

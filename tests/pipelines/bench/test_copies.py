@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -92,14 +93,38 @@ def test_a_draw_with_too_few_pictures_names_the_domain(tmp_path: Path, originals
 
 
 def test_the_draws_share_no_picture() -> None:
-    """Each original of the shared packages is of one half; the held-back draw has a package more."""
+    """Each original of the shared packages is of one half; the held-back draw has a package more.
+
+    The second held-back draw has packages of its own.
+    """
     development, held_back = copy_pictures.DRAWS["development"], copy_pictures.DRAWS["held-back"]
+    second = copy_pictures.DRAWS["second-held-back"]
     assert {development.half, held_back.half} == {0, 1}
-    assert development.seed != held_back.seed
+    assert len({draw.seed for draw in copy_pictures.DRAWS.values()}) == len(copy_pictures.DRAWS)
+    assert not second.sources.keys() & (held_back.sources.keys() | development.sources.keys())
+    assert second.half is None
     assert set(development.sources) == set(copy_pictures.SHARED)
     assert held_back.sources.keys() - development.sources.keys()
     halves = [copy_pictures.half_of(Original(SCENERY, "p", f"{number}.jpg", Path())) for number in range(50)]
     assert set(halves) == {0, 1}
+
+
+def test_the_second_held_back_draw_is_mostly_photographs() -> None:
+    draw = copy_pictures.DRAWS["second-held-back"]
+    assert {source.domain for source in draw.sources.values()} == set(draw.counts)
+    num_originals = {domain: counts.copied + counts.holdout + counts.alone for domain, counts in draw.counts.items()}
+    assert num_originals[SCENERY] >= 0.6 * sum(num_originals.values())
+
+
+def test_a_label_is_of_a_package_of_a_draw() -> None:
+    """Each picture has one group at most, and lies in a folder or zip file that the draw reads."""
+    sources = {package: source for draw in copy_pictures.DRAWS.values() for package, source in draw.sources.items()}
+    groups = tomllib.loads(copy_scores.NEAR_DUPLICATES.read_text())["groups"]
+    named = [(group["package"], picture) for group in groups for picture in group["pictures"]]
+    assert len(set(named)) == len(named)
+    for package, picture in named:
+        assert picture.startswith(sources[package].names), (package, picture)
+        assert not any(part in f"/{picture}" for part in sources[package].without), (package, picture)
 
 
 def truth() -> Truth:
@@ -221,9 +246,10 @@ def test_a_folder_without_a_table_is_no_draw(tmp_path: Path) -> None:
         copy_scores.read_truth(tmp_path)
 
 
-def test_the_held_back_draw_is_measured_only_by_name() -> None:
+def test_a_held_back_draw_is_measured_only_by_name() -> None:
     assert bench.choose_draws(None) == bench.choose_draws([]) == ["development"]
     assert bench.choose_draws(["held-back"]) == ["held-back"]
+    assert bench.choose_draws(["second-held-back"]) == ["second-held-back"]
     assert bench.choose_draws(["held-back", "development"]) == ["development", "held-back"]
     with pytest.raises(InputError, match="--draw other: there is no such draw"):
         bench.choose_draws(["other"])
