@@ -168,6 +168,11 @@ class CurateConfig(Settings):
                 f"dedup.holdout_threshold ({dedup.holdout_threshold:g}) lies below pairs.min_similarity "
                 f"({pairs.min_similarity:g}), the minimum similarity of the pairs that are written"
             )
+        if pairs.verification and not self.describe.thumbnail_side:
+            problems.append(
+                "describe.thumbnail_side is 0, but pairs.verification compares thumbnails; set a side such as "
+                f"{pairs.verification.working_side}"
+            )
         if pairs.verification and dedup.holdout_threshold > SURE_MATCH:
             problems.append(
                 f"dedup.holdout_threshold ({dedup.holdout_threshold:g}) lies above {SURE_MATCH:g}, the similarity at "

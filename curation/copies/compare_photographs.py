@@ -53,6 +53,7 @@ MAX_HYPOTHESES = 48  # the best matches, each of which proposes a transform
 MIN_VOTES, MIN_INLIERS = 3, 4  # matches that agree with a proposal, and with the transform fitted to them
 SHARE_OF_QUICK = 0.06  # of the windows with texture, which agree before a transform is judged in full
 EDGE = 2  # pixels at a picture's edge that are not compared
+MIN_SIDE = 16  # pixels, up to which a narrower picture is stretched: one row of windows then lies between its edges
 FEW_FOR_SMOOTH = 80  # keypoints, up to which a picture counts as smooth
 SMOOTH_SIDE = 48  # pixels of the longest side of the picture in which a smooth one is searched
 SMOOTH_SCALES = (1.0, 0.9, 0.8, 0.7, 0.62)  # of the largest size at which one picture lies in the other
@@ -294,7 +295,7 @@ class Photograph:
         picture = np.asarray(decode_rgb(self.thumbnail, _THUMBNAIL_LIMITS))
         longest = max(picture.shape[:2])
         scale = max(min(1.0, self._side / longest), 32 / longest)
-        height, width = (max(8, 4 * round(length * scale / 4)) for length in picture.shape[:2])
+        height, width = (max(MIN_SIDE, 4 * round(length * scale / 4)) for length in picture.shape[:2])
         filter_ = self._cv2.INTER_AREA if scale < 1 else self._cv2.INTER_CUBIC
         resized: np.ndarray = self._cv2.resize(picture, (width, height), interpolation=filter_)
         return resized

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from curation.config import Settings
 
@@ -24,8 +24,18 @@ class VerificationConfig(Settings):
     """For photographs. `count`: a part that differs lowers the similarity by its area, as an overlay does. `forbid`:
     two pictures are no copies where one part differs by far more than the noise of the others. So an image of a defect
     is never dropped for one of a sound part, and a copy with a caption is no copy. For images that look alike."""
-    working_side: int = Field(default=128, ge=32, le=512)
-    """Longest side in pixels at which thumbnails are compared."""
+    working_side: int = Field(default=128, ge=64, le=512)
+    """Longest side in pixels at which thumbnails are compared. A smaller thumbnail is not enlarged to it; see
+    describe.thumbnail_side."""
+
+    @model_validator(mode="after")
+    def _forbids_in_photographs(self) -> "VerificationConfig":
+        if self.domain == "drawings" and self.local_differences == "forbid":
+            raise ValueError(
+                "local_differences is 'forbid', which only the comparison of photographs knows. Take domain "
+                "'photographs', or leave local_differences out"
+            )
+        return self
 
 
 class Likeness(NamedTuple):

@@ -316,8 +316,9 @@ def self_check_summary(result: SelfCheck) -> str:
         least, most = (1000 * bound for bound in result.unexpected.interval)
         of_pairs = f"{1000 * result.unexpected.value:.1f} per 1,000 candidates ({least:.1f} to {most:.1f})"
     return (
-        f"Copy detection on this pool: {result.found.value:.2f} of {result.found.whole:,} edited copies of "
-        f"{result.num_images:,} of its images were recognised ({low:.2f} to {high:.2f}). Unexpected pairs: {of_pairs}."
+        f"Copy detection on this pool: {result.found.count:,} of {result.found.whole:,} edited copies of "
+        f"{result.num_images:,} of its images were recognised: {result.found.value:.2f} ({low:.2f} to {high:.2f}). "
+        f"Unexpected pairs: {of_pairs}."
     )
 
 

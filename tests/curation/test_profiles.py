@@ -23,7 +23,7 @@ MINIMAL: dict[str, Any] = {
         ]
     },
     "embed": {"embedder": {"name": "efficientnet_lite0", "pooling": "gem"}},
-    "describe": {"embedder": {"name": "efficientnet_lite0", "pooling": "copies"}},
+    "describe": {"embedder": {"name": "efficientnet_lite0", "pooling": "copies"}, "thumbnail_side": 128},
     "pairs": {"verification": {}},
     "cluster": {},
     "retrieve": {"datasets": [{"name": "a"}, {"name": "b", "k": 32, "cap": 7}]},

@@ -335,6 +335,11 @@ WRONG = [
     (("num_clusters = 4", "num_clusters = 34"), "is 34, but only 31 pool images were kept"),
     (("num_clusters = 4", "num_clusters = 35"), "is 35, but the pool holds 34 images"),
     (("holdout_threshold = 0.9", "holdout_threshold = 0.95"), "dedup.holdout_threshold (0.95) lies above 0.9"),
+    (("thumbnail_side = 96", "thumbnail_side = 0"), "describe.thumbnail_side is 0, but pairs.verification"),
+    (
+        ("[self_check]", '[pairs.verification]\ndomain = "drawings"\nlocal_differences = "forbid"\n[self_check]'),
+        "local_differences is 'forbid', which only the comparison of photographs knows",
+    ),
 ]
 
 

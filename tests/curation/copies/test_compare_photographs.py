@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from curation.copies.compare_photographs import FEATURES, Photograph, PhotographComparer
-from curation.copies.compare_thumbnails import Likeness
+from curation.copies.compare_thumbnails import Likeness, VerificationConfig
 from curation.copies.edits import KINDS, edit
 from curation.embed import encode_thumbnail
 
@@ -112,6 +112,24 @@ def test_tiny_and_thin_pictures_can_be_compared(comparer: PhotographComparer, si
     tiny = scene(0).resize(size)
     assert compare(comparer, tiny, tiny.copy()) == Likeness(1.0, False)
     assert 0 <= compare(comparer, tiny, scene(0)).similarity <= 1
+
+
+@pytest.mark.parametrize("size", [(1000, 105), (1400, 100), (3000, 100), (100, 1400)])
+def test_copy_of_a_long_narrow_picture_is_found(comparer: PhotographComparer, size: tuple[int, int]) -> None:
+    for seed in range(3):
+        panorama = scene(seed, *size)
+        copy = edit(panorama, "jpeg", np.random.default_rng(seed)).resize((size[0] // 2, size[1] // 2))
+        assert compare(comparer, panorama, copy).similarity >= THRESHOLD
+        assert compare(comparer, panorama, scene(seed + 10, *size)).similarity < 0.2
+
+
+@pytest.mark.parametrize("size", [(320, 180), (180, 320), (300, 100)])
+def test_copy_is_found_at_the_least_working_side(size: tuple[int, int]) -> None:
+    (least,) = (bound.ge for bound in VerificationConfig.model_fields["working_side"].metadata if hasattr(bound, "ge"))
+    small = PhotographComparer(int(least))
+    for seed in range(3):
+        copy = edit(scene(seed, *size), "jpeg", np.random.default_rng(seed))
+        assert compare(small, scene(seed, *size), copy).similarity >= THRESHOLD
 
 
 def test_order_of_two_and_company_change_nothing(comparer: PhotographComparer) -> None:

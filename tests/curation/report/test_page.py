@@ -336,7 +336,7 @@ def test_copies_made_of_this_pool(example: str, tmp_path: Path) -> None:
     shown = read_page(run)
     assert_harmless(shown)
     first = shown.text.index(
-        "Copy detection on this pool: 0.76 of 41 edited copies of 41 of its images were recognised"
+        "Copy detection on this pool: 31 of 41 edited copies of 41 of its images were recognised: 0.76 ("
     )
     assert first < shown.text.index("By kind of edit: jpeg 1.00, resize 1.00, colour 1.00, blur 1.00, grey 0.00")
     assert "Unexpected pairs: 1000.0 per 1,000 candidates (206.5 to 1000.0)" in shown.text

@@ -296,8 +296,9 @@ def test_describe_costs_its_writes_where_the_pass_of_embed_makes_it(
     pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = {"name": "efficientnet_lite0", "pooling": "gem", "image_size": 96}
-    shared = config_of(pictures, describe={"thumbnail_side": 0})
-    apart = config_of(pictures, describe={"thumbnail_side": 0, "embedder": model})
+    pairs = {"verification": None, "min_descriptor_similarity": 0.4}  # nothing reads thumbnails
+    shared = config_of(pictures, describe={"thumbnail_side": 0}, pairs=pairs)
+    apart = config_of(pictures, describe={"thumbnail_side": 0, "embedder": model}, pairs=pairs)
     prices = []
     for config, width in ((shared, 256), (apart, 1280)):  # of the poolings `copies` and `gem`; embed has `gem`
         embed, describe = price_run(config, count_sources(config), 10).stages[1:3]
