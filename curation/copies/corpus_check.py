@@ -18,14 +18,16 @@ it is a copy of an image taken before, of a packed seed, or of a holdout image; 
 
     A is taken, A' is passed over for A, B is taken
 
-Two images are compared when the cosine of their descriptors is at least the floor of `pairs`. The number of neighbours
-of an image is not capped. A pair with a score of the stage `pairs` is not compared again. Seeds and pool images that
+Two images are compared when the cosine of their descriptors is at least the floor of `pairs`. Thumbnails are compared
+by falling cosine, FOLLOWED at a time, while copies are among the last of them; those of holdout images always. So the
+copies of an image are not capped, and hundreds of images that only look alike are not compared. A pair with a score of
+the stage `pairs` is not compared again. Seeds and pool images that
 dedup never drops for one another are no copies here either, and are not compared: images with different labels
 (`dedup.label_guard`), and images of sources that look alike (`dedup.lookalikes = "exact"`).
 
-Work goes in rounds of growing ranks, because most groups are full after the first. A round compares the images that the
-groups still need with one another and with all images of earlier rounds that were not passed over. Ranks come first in
-the order, so the choice is the same as with one round. Workers compare; the driver chooses.
+Work goes in rounds of growing ranks, because most groups are full after the first. A round compares the images that
+the groups still need with one another and with all images of earlier rounds that were not passed over. Ranks come first
+in the order, so the choice is the same as with one round, where all near images are compared. Workers compare; the driver chooses.
 
 The driver holds the proposed rows (60 bytes each), their images, and the pairs of copies among them. A worker holds
 the ids of the images (16 bytes each), the states and guards of the gathered rows (11 bytes each), one file of
@@ -64,6 +66,11 @@ LOOKS = 4
 IMAGES_PER_SHARD = 250
 # Pairs whose thumbnails are held at a time: 130 MB at 4 kB each. Assumed.
 PAIRS_PER_BATCH = 16_384
+# Pairs that are held without their thumbnails: 80 MB. Assumed.
+PAIRS_HELD = 1 << 22
+# Images of falling cosine that an image is compared with at a time. Without a copy among them the others are left out,
+# but for holdout images. Assumed: among images that look alike, hundreds lie above the least cosine.
+FOLLOWED = 64
 # Pairs between two reports of progress. Assumed: less than a second.
 PAIRS_PER_REPORT = 64
 GATHERED, STATE_NAME, KNOWN_NAME, IDS_NAME = "gathered", "state.npy", "known.parquet", "ids.npy"
@@ -442,17 +449,36 @@ def _make_comparer(comparison: Comparison, gathered: str, output: str) -> Callab
         tables: list[pa.Table] = [EDGES.empty_table()]
         num_pairs = 0
 
-        def compare(held: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        def compare(one: np.ndarray, other: np.ndarray, cosine: np.ndarray) -> np.ndarray:
+            """Write the copies among some pairs (P,); returns whether each is one, (P,)."""
             nonlocal num_pairs
-            one, other, cosine = (np.concatenate(column) for column in zip(*held, strict=True))
-            order = np.lexsort((other, one))
-            one, other, cosine = one[order], other[order], cosine[order]
+            is_copy = np.zeros(len(one), bool)
             for first in range(0, len(one), PAIRS_PER_BATCH):
                 part = slice(first, first + PAIRS_PER_BATCH)
                 similarity = score(np.stack([one[part], other[part]]), cosine[part])
+                is_copy[part] = similarity >= np.float32(min_similarity)
                 table = pa.table([one[part], other[part], similarity], schema=EDGES)
-                tables.append(table.filter(pa.array(similarity >= np.float32(min_similarity))))
+                tables.append(table.filter(pa.array(is_copy[part])))
             num_pairs += len(one)
+            return is_copy
+
+        def follow(held: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+            """Compare the pairs of each image by falling cosine, while copies are among the last FOLLOWED."""
+            one, other, cosine = (np.concatenate(column) for column in zip(*held, strict=True))
+            order = np.lexsort((other, -cosine, guards.is_holdout[other], one))
+            one, other, cosine = one[order], other[order], cosine[order]
+            to_holdout = guards.is_holdout[other] | guards.is_holdout[one]
+            first_of = np.searchsorted(one, one)
+            step = np.where(
+                to_holdout | (comparison.verification is None), 0, (np.arange(len(one)) - first_of) // FOLLOWED
+            )
+            followed = np.unique(one)
+            for number in range(int(step.max(initial=0)) + 1):
+                part = np.flatnonzero((step == number) & np.isin(one, followed))
+                part = part[np.lexsort((other[part], one[part]))]
+                followed = np.unique(one[part[compare(one[part], other[part], cosine[part])]])
+                if not len(followed):
+                    break
 
         held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for path, start, end in zip(files, starts, starts[1:], strict=False):
@@ -465,12 +491,12 @@ def _make_comparer(comparison: Comparison, gathered: str, output: str) -> Callab
                 chosen = ((state[other] == EARLIER) | (other > one)) & guards.may_be_copies(one, other)
                 chosen &= ~np.isin(_keys(one, other, len(state)), known_keys)
                 held.append((one[chosen], other[chosen], cosine[chosen]))
-            if sum(len(cosine) for _, _, cosine in held) >= PAIRS_PER_BATCH:
-                compare(held)
+            if sum(len(cosine) for _, _, cosine in held) >= PAIRS_HELD:
+                follow(held)
                 held = []
             report(1, total=len(files))
         if held:
-            compare(held)
+            follow(held)
         file = parquet.write_table(
             paths.join(output, f"edges-{shard.name}.parquet"), pa.concat_tables(tables).combine_chunks()
         )

@@ -272,7 +272,7 @@ def test_choices_of_dedup_are_part_of_the_plan(tmp_path: Path) -> None:
             run.retrieve(config)
 
 
-def test_verified_pairs_reuse_the_scores_of_the_stage_pairs(tmp_path: Path) -> None:
+def test_verified_pairs_reuse_the_scores_of_the_stage_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cosine is high for all, so the thumbnails decide: a crop is passed over, and so is a pair of `pairs`."""
     run = Run(tmp_path)
     rng = np.random.default_rng(1)
@@ -281,6 +281,7 @@ def test_verified_pairs_reuse_the_scores_of_the_stage_pairs(tmp_path: Path) -> N
     copy, known = nearest
     pictures[copy] = pictures[0].resize((96, 96))
     near = {id_of(n): unit_vectors(0, 1, 16)[0] + 0.01 * unit_vectors(n + 1, 1, 16)[0] for n in range(190)}
+    near[id_of(copy)] = near[id_of(0)]
     shards = []
     for _, _, numbers in SHARDS:
         ids = [id_of(n) for n in numbers]
@@ -302,6 +303,12 @@ def test_verified_pairs_reuse_the_scores_of_the_stage_pairs(tmp_path: Path) -> N
         assert known not in run.copies(name)
         num_compared.append(require_manifest(str(tmp_path / name)).facts["check"]["check_pairs"])
     assert num_compared[0] == num_compared[1] + 1, "a pair with a score is not compared again"
+
+    monkeypatch.setattr(corpus_check, "FOLLOWED", 3)
+    run.retrieve(RetrieveConfig(datasets=(only_first,), check_copies=True), "followed")
+    num_followed = require_manifest(str(tmp_path / "followed")).facts["check"]["check_pairs"]
+    assert 0 < num_followed < num_compared[0], "lists without copies among the first are not followed"
+    assert run.copies("followed")[copy] == 0
 
     set_facts(run.inputs.dedup, lookalikes=("web",))
     write_known(run.inputs, [(3, known, 1.0)], VerificationConfig(working_side=64).model_dump(mode="json"))
