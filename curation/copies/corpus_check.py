@@ -21,13 +21,14 @@ it is a copy of an image taken before, of a packed seed, or of a holdout image; 
 Two images are compared when the cosine of their descriptors is at least the floor of `pairs`. Thumbnails are compared
 by falling cosine, FOLLOWED at a time, while copies are among the last of them; those of holdout images always. So the
 copies of an image are not capped, and hundreds of images that only look alike are not compared. A pair with a score of
-the stage `pairs` is not compared again. Seeds and pool images that
-dedup never drops for one another are no copies here either, and are not compared: images with different labels
-(`dedup.label_guard`), and images of sources that look alike (`dedup.lookalikes = "exact"`).
+the stage `pairs` is not compared again. Seeds and pool images that dedup never drops for one another are no copies here
+either, and are not compared: images with different labels (`dedup.label_guard`), and images of sources that look alike
+(`dedup.lookalikes = "exact"`).
 
 Work goes in rounds of growing ranks, because most groups are full after the first. A round compares the images that
 the groups still need with one another and with all images of earlier rounds that were not passed over. Ranks come first
-in the order, so the choice is the same as with one round, where all near images are compared. Workers compare; the driver chooses.
+in the order, so the choice is the same as with one round, where all near images are compared. Workers
+compare; the driver chooses.
 
 The driver holds the proposed rows (60 bytes each), their images, and the pairs of copies among them. A worker holds
 the ids of the images (16 bytes each), the states and guards of the gathered rows (11 bytes each), one file of

@@ -305,6 +305,7 @@ def test_verified_pairs_reuse_the_scores_of_the_stage_pairs(tmp_path: Path, monk
     assert num_compared[0] == num_compared[1] + 1, "a pair with a score is not compared again"
 
     monkeypatch.setattr(corpus_check, "FOLLOWED", 3)
+    write_known(run.inputs, [(3, known, 1.0)], VerificationConfig(working_side=64).model_dump(mode="json"))
     run.retrieve(RetrieveConfig(datasets=(only_first,), check_copies=True), "followed")
     num_followed = require_manifest(str(tmp_path / "followed")).facts["check"]["check_pairs"]
     assert 0 < num_followed < num_compared[0], "lists without copies among the first are not followed"
