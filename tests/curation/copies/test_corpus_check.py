@@ -280,7 +280,7 @@ def test_verified_pairs_reuse_the_scores_of_the_stage_pairs(tmp_path: Path, monk
     nearest = [int(row["image_id"], 16) for row in run.retrieve(RetrieveConfig(datasets=MODES[:1]), "unchecked")][:2]
     copy, known = nearest
     pictures[copy] = pictures[0].resize((96, 96))
-    near = {id_of(n): unit_vectors(0, 1, 16)[0] + 0.01 * unit_vectors(n + 1, 1, 16)[0] for n in range(190)}
+    near = {id_of(n): unit_vectors(0, 1, 16)[0] + 0.2 * unit_vectors(n + 1, 1, 16)[0] for n in range(190)}
     near[id_of(copy)] = near[id_of(0)]
     shards = []
     for _, _, numbers in SHARDS:
