@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from curation.config import load
+from curation.copies.compare_photographs import Photograph, PhotographComparer
 from curation.copies.compare_thumbnails import VerificationConfig
-from curation.copies.described import make_comparer
 from curation.engine.run_log import FOLDER, ShardLine, open_log
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError
@@ -20,7 +20,7 @@ from curation.report.self_check import IMAGES_PER_COPY, SelfCheckConfig
 from curation.run_folder import STAGES
 from pipelines import main_path
 from pipelines.main_path import CurateConfig
-from pipelines.planning import measured
+from pipelines.planning import candidates, measured
 from pipelines.planning.candidates import Described, VerificationCost, num_candidates, scored, verification_cost
 from pipelines.planning.measured import StageEstimate, StepTimes, grown, makespan, verification_seconds
 from pipelines.planning.plan import print_plan, total_rows
@@ -243,17 +243,27 @@ def test_features_of_photographs_grow_with_the_images(finished: tuple[CurateConf
     assert pairs_seconds(2_400, steps) == pytest.approx(once, rel=0.5), "by the fixed rate"
 
 
-def test_preparing_a_photograph_does_not_include_its_features() -> None:
-    """A step computes them, so verification decodes the thumbnail alone."""
+def test_preparing_a_photograph_does_not_include_its_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step computes them once, so verification decodes the thumbnail alone."""
     thumbnails = {str(number): encoded_image(number, "WEBP", (128, 96)) for number in range(12)}
     images = Described(list(thumbnails), np.eye(12), np.ones(12), np.zeros(12, bool))
-    config = VerificationConfig(domain="photographs")
-    cost = verification_cost([(number, number + 1) for number in range(11)], images, thumbnails, config)
-    comparer = make_comparer(config)
-    started = time.process_time()
-    for thumbnail in thumbnails.values():
-        comparer.prepare(thumbnail)
-    assert cost.compare > 0 and cost.prepare < 0.5 * (time.process_time() - started) / len(thumbnails)
+    clock, num_computed = iter(range(100)), [0]
+    at_clock: list[int] = []
+    features = PhotographComparer.features
+
+    def counting(comparer: PhotographComparer, photograph: Photograph) -> np.void:
+        num_computed[0] += 1
+        return features(comparer, photograph)
+
+    def process_time() -> float:
+        at_clock.append(num_computed[0])
+        return float(next(clock))
+
+    monkeypatch.setattr(PhotographComparer, "features", counting)
+    monkeypatch.setattr(candidates, "time", SimpleNamespace(process_time=process_time))
+    pairs = [(number, number + 1) for number in range(11)]
+    verification_cost(pairs, images, thumbnails, VerificationConfig(domain="photographs"))
+    assert at_clock == [12] * 4, "all are computed before the clock starts, and none while it runs"
 
 
 def estimate_candidates(vectors: np.ndarray, weight: np.ndarray, is_holdout: np.ndarray) -> float:
