@@ -58,6 +58,7 @@ FEW_FOR_SMOOTH = 80  # keypoints, up to which a picture counts as smooth
 SMOOTH_SIDE = 48  # pixels of the longest side of the picture in which a smooth one is searched
 SMOOTH_SCALES = (1.0, 0.9, 0.8, 0.7, 0.62)  # of the largest size at which one picture lies in the other
 MIN_SMOOTH_CORRELATION = 0.9
+MIN_SMOOTH_SIMILARITY = 0.8  # of a part of a smooth picture; many have an edge or a slope in common
 MAX_STRETCH = 1.2  # of one direction over another
 MIN_OVERLAP, MIN_OTHER_OVERLAP = 0.72, 0.12  # share of one picture, and share of the other
 BANDS = ((0.5, 2.0, 6.0), (1.2, 4.0, 12.0))  # of detail: two standard deviations in pixels, and the least variance
@@ -162,8 +163,10 @@ class PhotographComparer:
         if one.is_plain and other.is_plain:
             return Likeness(_equality_of_plain(one, other), False)
         judged: list[tuple[Evidence, np.ndarray]] = []
-        for transform in self._trials(one, other, transforms):
+        for number, transform in enumerate(self._trials(one, other, transforms)):
             evidence = self._judge(one, other, transform)
+            if evidence is not None and number >= len(transforms) and evidence.similarity < MIN_SMOOTH_SIMILARITY:
+                evidence = None  # one edge or slope lies on many others
             if evidence is not None:
                 judged.append((evidence, transform))
                 if evidence.similarity >= ENOUGH:
