@@ -31,7 +31,7 @@ A chain of near-copies can connect a large share of a pool into one component. T
 the facts count the effect of each. `mutual_neighbors` and `families` leave out pairs, `max_component_size` splits large
 components, and `matches_kept` compares each dropped image with the kept image that it is a copy of.
 
-Some domains hold images that look alike although they are no copies. `lookalikes` says what happens to such sources;
+Some domains hold images that look alike although they are not copies. `lookalikes` says what happens to such sources;
 by default the run stops before anything is dropped (copies/lookalikes.py).
 
 `label_guard` leaves out pairs of seeds and pool images with different labels. Images with equal bytes are one image
@@ -154,9 +154,9 @@ class DedupConfig(Settings):
     """How families are told from copies, for verified pairs. Without this section no pair belongs to a family."""
     label_guard: bool = True
     """Whether an image is never dropped for a seed or pool image of another label, where both have one. Subfolders are
-    labels too; set false where they are no classes. The holdout and equal bytes count whatever the labels."""
+    labels too; set false where they do not name classes. The holdout and equal bytes count whatever the labels."""
     lookalikes: Literal["stop", "drop", "exact"] = "stop"
-    """The treatment of sources whose images look alike although they are no copies (copies/lookalikes.py). `stop` ends
+    """The treatment of sources whose images look alike although they are not copies (copies/lookalikes.py). `stop` ends
     the run before anything is dropped, with a page of their pairs. `drop` treats them as all others. `exact` drops none
     of their seeds and pool images as near-copies; equal bytes and matches with the holdout are still dropped."""
     decontamination: Literal["direct", "component"] = "direct"
@@ -273,7 +273,7 @@ def run(
     if num_pairs := manifest.facts["guards"].get("label_guard", {}).get("pairs_left_out"):
         progress.say(
             f"dedup: pairs at the threshold whose images have different labels: {num_pairs:,}. Neither image is "
-            "dropped for the other. Where labels are no classes, add --set dedup.label_guard=false."
+            "dropped for the other. Where labels do not name classes, add --set dedup.label_guard=false."
         )
     return manifest
 

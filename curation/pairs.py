@@ -107,12 +107,12 @@ def run(
             f"'{descriptors}' holds no thumbnails; pairs.verification needs them. Set describe.thumbnail_side."
         )
     files = described.paths(descriptors, "vectors")
-    described_rows = DescribedRows(files, described.paths(descriptors, "thumbnails"))
+    thumbnail_files = described.paths(descriptors, "thumbnails")
+    described_rows = DescribedRows(files, thumbnail_files)
     num_shards = max(1, -(-described_rows.count // config.images_per_shard))
     joined, hashed, with_holdout, with_features = (
         step_folder(output, name) for name in ("join", "hashes", "holdout", "features")
     )
-    thumbnail_files = described.paths(descriptors, "thumbnails")
     feature_rows = None
     if config.verification and config.verification.domain == "photographs":
         feature_rows = FeatureRows(features.names(with_features, thumbnail_files))

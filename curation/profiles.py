@@ -47,8 +47,7 @@ PROFILES: dict[Profile, dict[str, Any]] = {
     "photos": {
         **_EACH_IMAGE_ONCE,
         **_VERIFIED,
-        # Measured on the development draw, with heads that did not see its pictures: docs/benchmarks.md.
-        "pairs.num_neighbors": 16,
+        "pairs.num_neighbors": 16,  # measured with heads that did not see the draw
         "pairs.min_descriptor_similarity": 0.2,
         "pairs.verification.domain": "photographs",
         "dedup.threshold": 0.5,

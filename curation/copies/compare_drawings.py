@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, final
 
 import numpy as np
 
+from curation.copies.alignment import MIRRORED_DESCRIPTOR, Box, inverse, refine, resized, window_means
 from curation.copies.compare_thumbnails import Likeness
 from curation.copies.opencv import load_opencv
 from curation.images.decode import ImageLimits, decode_rgb
@@ -127,7 +128,7 @@ class DrawingComparer:
         best: tuple[int, np.ndarray] | None = None
         for mirrored in (False, True):
             sources = points * [-1, 1] + [one.width - 1, 0] if mirrored else points
-            source_descriptors = descriptors[:, _MIRROR] if mirrored else descriptors
+            source_descriptors = descriptors[:, MIRRORED_DESCRIPTOR] if mirrored else descriptors
             agreement = source_descriptors @ target_descriptors.T
             match = agreement.argmax(1)
             mutual = np.flatnonzero(agreement.argmax(0)[match] == np.arange(len(match)))
@@ -155,28 +156,11 @@ class DrawingComparer:
             return None
         result = self._align(one, other, best[1], by_keypoints=True)
         if result is not None and result.explained * (1 - result.rectangle) > 0.4 and result.detail < 0.97:
-            refined = self._refine(one, other, best[1])
+            source, target = (np.ascontiguousarray(each.bands[..., 0]) for each in (one, other))
+            refined = refine(cv2, source, target, best[1])
             if refined is not None:
                 return _better(result, self._align(one, other, refined, by_keypoints=True))
         return result
-
-    def _refine(self, one: "PreparedThumbnail", other: "PreparedThumbnail", transform: np.ndarray) -> np.ndarray | None:
-        """The affine transform near `transform` that maximises the correlation of brightness; None when ECC fails."""
-        cv2 = self._cv2
-        start = _inverse(transform).astype(np.float32)
-        mask = cv2.warpAffine(
-            np.full((one.height, one.width), 255, np.uint8),
-            transform,
-            (other.width, other.height),
-            flags=cv2.INTER_NEAREST,
-        )
-        criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 15, 1e-4)
-        target, source = np.ascontiguousarray(other.bands[..., 0]), np.ascontiguousarray(one.bands[..., 0])
-        try:
-            _, inverse = cv2.findTransformECC(target, source, start, cv2.MOTION_AFFINE, criteria, mask, 3)
-        except cv2.error:  # the correlation cannot be raised from here; the first transform stays
-            return None
-        return _inverse(inverse.astype(np.float64))
 
     def _align(
         self, one: "PreparedThumbnail", other: "PreparedThumbnail", transform: np.ndarray, *, by_keypoints: bool = False
@@ -187,7 +171,7 @@ class DrawingComparer:
         if not 0.05 < determinant < 20:
             return None
         if determinant > 1.2:  # align the larger with the smaller, since enlarging cannot add detail
-            one, other, transform, determinant = other, one, _inverse(transform), 1 / determinant
+            one, other, transform, determinant = other, one, inverse(transform), 1 / determinant
         size = (other.width, other.height)
         covered = float(cv2.warpAffine(np.ones((one.height, one.width), np.float32), transform, size).mean())
         overlaps = covered, covered * other.width * other.height / determinant / (one.width * one.height)
@@ -199,7 +183,7 @@ class DrawingComparer:
         inner[EDGE:-EDGE, EDGE:-EDGE] = 1
         usable = cv2.warpAffine(inner, transform, size)
         usable[:EDGE], usable[-EDGE:], usable[:, :EDGE], usable[:, -EDGE:] = 0, 0, 0, 0
-        mask = _windows(cv2, usable) > 0.98
+        mask = window_means(cv2, usable) > 0.98
         if mask.sum() < 9:
             return None
         source = one.bands
@@ -210,7 +194,7 @@ class DrawingComparer:
             transform = transform @ scale
         aligned = cv2.warpAffine(source, transform, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         windows = _window_statistics(cv2, aligned)
-        covariance = _windows(cv2, aligned * other.bands) - windows.mean * other.windows.mean
+        covariance = window_means(cv2, aligned * other.bands) - windows.mean * other.windows.mean
         return _judge(windows, other.windows, covariance, mask, same_frame=min(overlaps) > SAME_FRAME)
 
 
@@ -225,13 +209,12 @@ class Windows(NamedTuple):
 class PreparedThumbnail:
     """One thumbnail, prepared for comparisons. Expensive features are computed at their first use."""
 
+    features = None  # nothing that is stored
+
     def __init__(self, cv2: Any, sift: Any, picture: np.ndarray, side: int) -> None:
         self._cv2, self._sift = cv2, sift
-        longest = max(picture.shape[:2])
-        scale = max(min(1.0, side / longest), 32 / longest)
-        self.height, self.width = (max(8, 4 * round(length * scale / 4)) for length in picture.shape[:2])
-        filter_ = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        self._rgb = cv2.resize(picture, (self.width, self.height), interpolation=filter_)
+        self._rgb = resized(cv2, picture, side, min_side=8)
+        self.height, self.width = self._rgb.shape[:2]
         self.boxes = _content_boxes(self._rgb)
         grids = []
         for left, top, right, bottom in self.boxes:
@@ -426,17 +409,9 @@ def _better(one: Comparison | None, other: Comparison | None) -> Comparison | No
     return other if other.similarity > one.similarity else one
 
 
-def _windows(cv2: Any, image: np.ndarray) -> np.ndarray:
-    """Means over windows of 8 x 8 pixels, every 4 pixels."""
-    height, width = image.shape[:2]
-    cells = cv2.resize(image, (width // 4, height // 4), interpolation=cv2.INTER_AREA)
-    means: np.ndarray = cv2.blur(cells, (2, 2), anchor=(0, 0))[:-1, :-1]
-    return means
-
-
 def _window_statistics(cv2: Any, bands: np.ndarray) -> Windows:
-    mean = _windows(cv2, bands)
-    return Windows(mean, np.maximum(_windows(cv2, bands * bands) - mean * mean, 0))
+    mean = window_means(cv2, bands)
+    return Windows(mean, np.maximum(window_means(cv2, bands * bands) - mean * mean, 0))
 
 
 def _bands(cv2: Any, opponent: np.ndarray) -> np.ndarray:
@@ -444,9 +419,6 @@ def _bands(cv2: Any, opponent: np.ndarray) -> np.ndarray:
     brightness = np.ascontiguousarray(opponent[..., 0])
     detail = cv2.GaussianBlur(brightness, (0, 0), 0.5) - cv2.GaussianBlur(brightness, (0, 0), 2.0)
     return np.dstack([cv2.GaussianBlur(opponent, (0, 0), 1.0), detail])
-
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
 def _content_boxes(picture: np.ndarray, max_boxes: int = 3) -> list[Box]:
@@ -485,17 +457,3 @@ def _box_transform(box: Box, target: Box, mirrored: bool) -> np.ndarray:
     if mirrored:
         return np.array([[-across, 0, target[2] - 0.5 + (box[0] - 0.5) * across], [0, down, y]])
     return np.array([[across, 0, target[0] - 0.5 - (box[0] - 0.5) * across], [0, down, y]])
-
-
-def _inverse(transform: np.ndarray) -> np.ndarray:
-    inverse: np.ndarray = np.linalg.inv(np.vstack([transform, [0, 0, 1]]))[:2]
-    return inverse
-
-
-def _mirrored_descriptor() -> np.ndarray:
-    """The index of each of SIFT's 4 x 4 x 8 numbers in the mirrored picture: columns and orientations are reversed."""
-    row, column, orientation = np.meshgrid(np.arange(4), np.arange(4), np.arange(8), indexing="ij")
-    return (((3 - row) * 4 + column) * 8 + (8 - orientation) % 8).ravel()
-
-
-_MIRROR = _mirrored_descriptor()

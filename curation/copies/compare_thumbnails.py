@@ -22,8 +22,8 @@ class VerificationConfig(Settings):
     of one frame with other symbols agree nearly everywhere."""
     local_differences: Literal["count", "forbid"] = "count"
     """For photographs. `count`: a part that differs lowers the similarity by its area, as an overlay does. `forbid`:
-    two pictures are no copies where one part differs by far more than the noise of the others. So an image of a defect
-    is never dropped for one of a sound part, and a copy with a caption is no copy. For images that look alike."""
+    two pictures are not copies where one part differs by far more than the noise of the others. So an image of a defect
+    is never dropped for an image without it; a copy with a caption is not found either. For images that look alike."""
     working_side: int = Field(default=128, ge=64, le=512)
     """Longest side in pixels at which thumbnails are compared. A smaller thumbnail is not enlarged to it; see
     describe.thumbnail_side."""
@@ -53,7 +53,7 @@ class Comparer(Protocol):
     def prepare(self, thumbnail: bytes, features: np.void | None = None) -> Any:
         """A thumbnail, an encoded image that Seedbed wrote, prepared for comparisons.
 
-        features: a record of compare_photographs.FEATURES, where it is known.
+        features: a record of photographs.FEATURES, where it is known.
         """
 
     def compare(self, one: Any, others: Sequence[Any]) -> list[Likeness]:

@@ -21,8 +21,8 @@ it is a copy of an image taken before, of a packed seed, or of a holdout image; 
 Two images are compared when the cosine of their descriptors is at least the floor of `pairs`. Thumbnails are compared
 by falling cosine, FOLLOWED at a time, while copies are among the last of them; those of holdout images always. So the
 copies of an image are not capped, and hundreds of images that only look alike are not compared. A pair with a score of
-the stage `pairs` is not compared again. Seeds and pool images that dedup never drops for one another are no copies here
-either, and are not compared: images with different labels (`dedup.label_guard`), and images of sources that look alike
+the stage `pairs` is not compared again. Seeds and pool images that dedup never drops for one another are not compared
+here either: images with different labels (`dedup.label_guard`), and images of sources that look alike
 (`dedup.lookalikes = "exact"`).
 
 Work goes in rounds of growing ranks, because most groups are full after the first. A round compares the images that
@@ -97,7 +97,7 @@ class Comparison:
     verification: VerificationConfig | None
     """None when the cosine is the similarity."""
     label_guard: bool
-    """Whether seeds and pool images with different labels are no copies."""
+    """Whether seeds and pool images with different labels never count as copies."""
     lookalikes: tuple[str, ...]
     """Sources whose seeds and pool images are copies of holdout images alone."""
     device: str
@@ -446,7 +446,7 @@ def _make_comparer(comparison: Comparison, gathered: str, output: str) -> Callab
         places: np.ndarray = shard.work
         known = parquet.read_row_groups(paths.join(output, KNOWN_NAME), "shard", int(shard.name), EDGES)
         known_keys = _keys(known["place"].to_numpy(), known["other_place"].to_numpy(), len(state))
-        queries = _read_vectors(files, starts, places)
+        queries = described.vectors(places)
         tables: list[pa.Table] = [EDGES.empty_table()]
         num_pairs = 0
 
@@ -524,17 +524,6 @@ def _keys(one: np.ndarray, other: np.ndarray, num_places: int) -> np.ndarray:
     """A number (P,) int64 for each pair of places."""
     keys: np.ndarray = one * num_places + other
     return keys
-
-
-def _read_vectors(files: Sequence[str], starts: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The vectors (Q, D) of ascending `places` (Q,)."""
-    bounds = np.searchsorted(places, starts)
-    return np.concatenate(
-        [
-            vectors.read_file(files[int(number)])[1][places[bounds[number] : bounds[number + 1]] - starts[number]]
-            for number in np.flatnonzero(np.diff(bounds))
-        ]
-    )
 
 
 def _read_edges(

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from curation.copies import holdout_pairs
 from curation.copies.compare_drawings import DrawingComparer
-from curation.copies.compare_photographs import Photograph, PhotographComparer
+from curation.copies.compare_photographs import PhotographComparer
 from curation.copies.compare_thumbnails import Comparer, VerificationConfig
 from curation.files import npy, parquet, schemas, vectors
 from curation.files.image_ids import id_bytes
@@ -45,26 +45,31 @@ class DescribedRows:
         result = np.zeros(rows.shape[1], np.float32)
         if is_needed.any():
             unique_rows, pair = np.unique(rows[:, is_needed], return_inverse=True)
-            by_file = self._by_file(self._files, unique_rows)
-            matrix = np.concatenate([vectors.read_file(file)[1][rows_in_file] for file, rows_in_file, _ in by_file])
-            pair = pair.reshape(2, -1)
+            matrix, pair = self.vectors(unique_rows), pair.reshape(2, -1)
             result[is_needed] = exact.pair_similarity(matrix, pair[0], matrix, pair[1])
         return result
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """The descriptors (R, D) float16 of `rows` (R,), one row or more, in their order."""
+        unique_rows, position = np.unique(rows, return_inverse=True)
+        by_file = _by_file(self._files, self._starts, unique_rows)
+        return np.concatenate([vectors.read_file(file)[1][rows_in_file] for file, rows_in_file, _ in by_file])[position]
+
+    def ids(self, rows: np.ndarray) -> dict[int, str]:
+        """The image_id of each of the `rows`, in any shape."""
+        id_of_row: dict[int, str] = {}
+        for file, rows_in_file, file_rows in _by_file(self._files, self._starts, np.unique(rows)):
+            column = parquet.read_table_columns(file, ["image_id"]).column(0).take(pa.array(rows_in_file))
+            id_of_row.update(zip(file_rows.tolist(), column.to_pylist(), strict=True))
+        return id_of_row
 
     def thumbnails(self, rows: np.ndarray) -> dict[int, bytes]:
         """The thumbnail of each of the `rows`, in any shape."""
         thumbnail_of_row: dict[int, bytes] = {}
-        for file, rows_in_file, file_rows in self._by_file(self._thumbnail_files, np.unique(rows)):
+        for file, rows_in_file, file_rows in _by_file(self._thumbnail_files, self._starts, np.unique(rows)):
             column = parquet.read_table(file, schemas.THUMBNAILS).column("thumbnail").take(pa.array(rows_in_file))
             thumbnail_of_row.update(zip(file_rows.tolist(), column.to_pylist(), strict=True))
         return thumbnail_of_row
-
-    def _by_file(self, files: Sequence[str], rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Each file that holds some of the ascending `rows`, with their numbers in the file and through all files."""
-        bounds = np.searchsorted(rows, self._starts)
-        for number in np.flatnonzero(np.diff(bounds)):
-            file_rows = rows[bounds[number] : bounds[number + 1]]
-            yield files[int(number)], file_rows - self._starts[number], file_rows
 
 
 class FeatureRows:
@@ -78,15 +83,20 @@ class FeatureRows:
         """The record of each of the `rows`, in any shape."""
         if self._starts is None:
             self._starts = np.cumsum([0, *(npy.num_rows(file) for file in self._files)])
-        rows = np.unique(rows)
-        bounds = np.searchsorted(rows, self._starts)
         records: dict[int, np.void] = {}
-        for number in np.flatnonzero(np.diff(bounds)).tolist():
-            of_file = rows[bounds[number] : bounds[number + 1]]
-            records.update(
-                zip(of_file.tolist(), npy.read_rows(self._files[number], of_file - self._starts[number]), strict=True)
-            )
+        for file, rows_in_file, file_rows in _by_file(self._files, self._starts, np.unique(rows)):
+            records.update(zip(file_rows.tolist(), npy.read_rows(file, rows_in_file), strict=True))
         return records
+
+
+def _by_file(
+    files: Sequence[str], starts: np.ndarray, rows: np.ndarray
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Each file that holds some of the ascending `rows`, with their numbers in the file and through all files."""
+    bounds = np.searchsorted(rows, starts)
+    for number in np.flatnonzero(np.diff(bounds)).tolist():
+        file_rows = rows[bounds[number] : bounds[number + 1]]
+        yield files[number], file_rows - starts[number], file_rows
 
 
 class Verifier:
@@ -106,8 +116,10 @@ class Verifier:
 
         Pairs with equal first rows are compared at once, so they should follow one another.
         """
-        missing = np.setdiff1d(rows, np.fromiter(self._prepared, np.int64, len(self._prepared)))
-        known = {} if self._features is None else self._features.read(missing)
+        known: dict[int, np.void] = {}
+        if self._features is not None:
+            prepared = np.fromiter(self._prepared, np.int64, len(self._prepared))
+            known = self._features.read(np.setdiff1d(rows, prepared))
         similarity, differs_locally = np.zeros(rows.shape[1], np.float32), np.zeros(rows.shape[1], bool)
         starts = np.flatnonzero(np.diff(rows[0], prepend=-1))
         for start, end in zip(starts.tolist(), [*starts[1:].tolist(), rows.shape[1]], strict=True):
@@ -128,7 +140,7 @@ class Verifier:
         if features is None:
             features = self._computed.get(row)
         prepared = self._prepared[row] = self._comparer.prepare(thumbnails[row], features)
-        if features is None and isinstance(prepared, Photograph):
+        if features is None and prepared.features is not None:
             self._computed[row] = prepared.features
         for cache, most in ((self._prepared, CACHED_THUMBNAILS), (self._computed, CACHED_FEATURES)):
             if len(cache) > most:

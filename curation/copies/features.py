@@ -1,7 +1,7 @@
 """The features that the comparison of photographs needs of each image, computed once for all of its pairs.
 
     <output>/
-      features-00000.npy  ...     compare_photographs.FEATURES, a record for each row of the thumbnails
+      features-00000.npy  ...     photographs.FEATURES, a record for each row of the thumbnails
       manifest.json
 
 About 33 kB an image; a step of `pairs`, deleted when pairs has finished.
@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from curation.copies.compare_photographs import FEATURES, PhotographComparer
+from curation.copies.compare_photographs import PhotographComparer
 from curation.copies.compare_thumbnails import VerificationConfig
+from curation.copies.photographs import FEATURES
 from curation.engine.manifest import Manifest, ShardRecord
 from curation.engine.run_log import Log
 from curation.engine.runner import Runner, Shard, report

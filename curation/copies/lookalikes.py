@@ -1,4 +1,4 @@
-"""Sources whose images look alike although they are no copies: solar cells, sheets of one fabric, frames of a video.
+"""Sources whose images look alike although they are not copies: solar cells, sheets of one fabric, frames of a video.
 
 Among such images no score tells copies from others, so dedup would drop images for their look-alikes. Each source with
 the role `seed` or `pool` is judged by two signs; an image belongs to the source of the row that represents it:
@@ -40,7 +40,7 @@ from curation.search.top_k import top_k_of_groups
 CROWDED = 5
 # Distance from the threshold within which a pair counts as near it. Assumed.
 GAP = 0.1
-# Pairs near the threshold for each pair above, from which there is no gap. Measured: see the table.
+# Ratio of the pairs near the threshold to the pairs above, from which there is no gap. Measured: see the table.
 MAX_NEAR = 0.6
 # Minimum share and number of crowded images of a source without a gap. Assumed.
 MIN_SHARE, MIN_CROWDED = 0.1, 10

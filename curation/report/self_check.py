@@ -334,14 +334,15 @@ def candidates_of(
     starts = np.cumsum([0, *(vectors.num_rows(file) for file in files.vectors)])
     place_of, place_by_copy = _near_hashes(pairs.max_phash_distance, files, starts, originals, hashes)
     original_places = np.array([place_of[original] for original in originals], np.int64)
-    of_originals = _read_rows(files.vectors, starts, original_places)
+    described = DescribedRows(files.vectors, files.thumbnails)
+    of_originals = described.vectors(original_places)
     numbers = np.arange(len(originals))
     cosine = exact.pair_similarity(descriptors, numbers, of_originals, numbers)
     near_of_original = np.zeros(len(originals), bool)
     if pairs.num_neighbors and len(originals):
-        for near, neighbors in zip(place_by_copy, _nearest(pairs, descriptors, files, starts), strict=True):
+        for near, neighbors in zip(place_by_copy, _nearest(pairs, descriptors, files, described), strict=True):
             near |= {neighbor.image_id: neighbor.place for neighbor in neighbors}
-        lists = _nearest(pairs, of_originals, files, starts, without=originals)
+        lists = _nearest(pairs, of_originals, files, described, without=originals)
         least = [each[-1].cosine if len(each) == pairs.num_neighbors else -np.inf for each in lists]
         near_of_original = cosine >= np.maximum(np.array(least, np.float32), pairs.min_descriptor_similarity)
     rows: list[tuple[int, int, str, bool]] = []
@@ -351,9 +352,7 @@ def candidates_of(
     columns = zip(*rows, strict=True) if rows else ((), (), (), ())
     copy, place, ids, proposed = (list(column) for column in columns)
     places, position = np.unique(np.array(place, np.int64), return_inverse=True)
-    cosine = exact.pair_similarity(
-        descriptors, np.array(copy, np.int64), _read_rows(files.vectors, starts, places), position
-    )
+    cosine = exact.pair_similarity(descriptors, np.array(copy, np.int64), described.vectors(places), position)
     return Candidates(
         np.array(copy, np.int64), np.array(place, np.int64), ids, cosine.clip(-1, 1), np.array(proposed, bool)
     )
@@ -383,7 +382,7 @@ def _near_hashes(
 
 
 def _nearest(
-    pairs: PairsConfig, queries: np.ndarray, files: Files, starts: np.ndarray, without: Sequence[str] = ()
+    pairs: PairsConfig, queries: np.ndarray, files: Files, described: DescribedRows, without: Sequence[str] = ()
 ) -> list[list[_Neighbor]]:
     """The images nearest to each of `queries` (Q, D), at most `num_neighbors`, and above the floor of `pairs`.
 
@@ -395,7 +394,7 @@ def _nearest(
         blocks = (matrix for _, matrix in prefetch(vectors.read_file, files.vectors))
         floor, device = pairs.min_descriptor_similarity, pairs.search.device
         cosine, place = exact.search(queries, blocks, wanted, floor=floor, device=device)
-        name_of = _ids_at(files.vectors, starts, np.unique(place[place >= 0]))
+        name_of = described.ids(place[place >= 0])
         lists, is_short = [], False
         for number, of_query in enumerate(place.tolist()):
             left_out = without[number] if without else None
@@ -408,33 +407,3 @@ def _nearest(
         if not is_short:
             return lists
         wanted *= 2
-
-
-def _by_file(
-    files: Sequence[str], starts: np.ndarray, places: np.ndarray
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Each file with some of `places` (P,): the indices into `places`, and their rows in the file."""
-    file_of = np.searchsorted(starts, places, side="right") - 1
-    for number in np.unique(file_of).tolist():
-        index = np.flatnonzero(file_of == number)
-        yield files[number], index, places[index] - starts[number]
-
-
-def _ids_at(files: Sequence[str], starts: np.ndarray, places: np.ndarray) -> dict[int, str]:
-    """The image_id at each of `places`."""
-    names: dict[int, str] = {}
-    for file, index, rows in _by_file(files, starts, places):
-        column = parquet.read_table_columns(file, ["image_id"])["image_id"].take(pa.array(rows))
-        names.update(zip(places[index].tolist(), column.to_pylist(), strict=True))
-    return names
-
-
-def _read_rows(files: Sequence[str], starts: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The vectors (P, D) float16 at `places` (P,)."""
-    result = np.empty((len(places), 1), np.float16)
-    for file, index, rows in _by_file(files, starts, places):
-        matrix = vectors.read_file(file)[1]
-        if result.shape[1] != matrix.shape[1]:
-            result = np.empty((len(places), matrix.shape[1]), np.float16)
-        result[index] = matrix[rows]
-    return result

@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from curation.copies.compare_photographs import FEATURES
 from curation.copies.compare_thumbnails import VerificationConfig
-from curation.copies.corpus_check import IMAGES_PER_SHARD, LOOKS
+from curation.copies.corpus_check import FOLLOWED, IMAGES_PER_SHARD, LOOKS
 from curation.copies.described import CACHED_THUMBNAILS
 from curation.copies.edits import KINDS
+from curation.copies.photographs import FEATURES
 from curation.embed import EmbedConfig, one_pass_serves
 from curation.errors import InputError
 from curation.files import paths
@@ -247,9 +247,12 @@ def _candidates_of_image(config: CurateConfig, images: float) -> float:
 
 
 def num_checked_pairs(config: CurateConfig, images: float, looked_at: float) -> float:
-    """The pairs that the check of the corpus verifies among `looked_at` of the images. Lists have no maximum length."""
+    """The pairs that the check of the corpus verifies among `looked_at` of the images.
+
+    Lists are followed past FOLLOWED only where they hold copies.
+    """
     share = min(1.0, FIXED.checked_are_nearer * looked_at / max(images, 1))
-    return looked_at * min(_candidates_of_image(config, images) * share, looked_at / 2)
+    return looked_at * min(_candidates_of_image(config, images) * share, looked_at / 2, FOLLOWED)
 
 
 def verification_seconds(config: VerificationConfig, pairs: float, new_features: float) -> float:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from curation.copies.compare_photographs import FEATURES, Photograph, PhotographComparer
+from curation.copies.compare_photographs import PhotographComparer
 from curation.copies.compare_thumbnails import Likeness, VerificationConfig
 from curation.copies.edits import KINDS, edit
+from curation.copies.photographs import FEATURES, Photograph
 from curation.embed import encode_thumbnail
 
 THRESHOLD = 0.5  # of the profile `photos`

@@ -11,9 +11,10 @@ from PIL import Image
 
 from curation import pairs
 from curation.copies import features
-from curation.copies.compare_photographs import FEATURES, PhotographComparer
+from curation.copies.compare_photographs import PhotographComparer
 from curation.copies.compare_thumbnails import VerificationConfig
 from curation.copies.described import FeatureRows, Verifier
+from curation.copies.photographs import FEATURES
 from curation.embed import encode_thumbnail
 from curation.engine.manifest import PROGRESS_NAME, step_folder
 from curation.engine.ray_runner import RayRunner

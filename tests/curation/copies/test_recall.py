@@ -1,5 +1,6 @@
 """Recall of edited copies: counts by kind, intervals, unexpected pairs, and the threshold that would do better."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ THRESHOLDS = {"threshold": 0.5, "holdout_threshold": 0.35, "min_similarity": 0.3
 Row = tuple[str, str, str, bool, float]
 
 
-def result_of(rows: list[Row], known: list[tuple[str, str, float]] = (), **settings: Any) -> SelfCheck:  # type: ignore[assignment]
+def result_of(rows: list[Row], known: Sequence[tuple[str, str, float]] = (), **settings: Any) -> SelfCheck:
     tables = (
         pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in of_schema], schema)
         for of_schema, schema in ((rows, schemas.SELF_CHECK_SCORES), (known, schemas.SELF_CHECK_KNOWN))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from curation.config import load
-from curation.copies.compare_photographs import Photograph, PhotographComparer
+from curation.copies.compare_photographs import PhotographComparer
 from curation.copies.compare_thumbnails import VerificationConfig
+from curation.copies.photographs import Photograph
 from curation.engine.run_log import FOLDER, ShardLine, open_log
 from curation.engine.runner import InlineRunner
 from curation.errors import InputError

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from curation.config import load, parse
-from curation.copies.compare_photographs import FEATURES
+from curation.copies.photographs import FEATURES
 from curation.errors import InputError
 from curation.report.self_check import IMAGES_PER_COPY, SelfCheckConfig
 from curation.run_folder import STAGES
