@@ -50,7 +50,9 @@ class DescribedRows:
         return result
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """The descriptors (R, D) float16 of `rows` (R,), one row or more, in their order."""
+        """The descriptors (R, D) float16 of `rows` (R,), in their order; (0, 1) for no row."""
+        if not len(rows):
+            return np.empty((0, 1), np.float16)
         unique_rows, position = np.unique(rows, return_inverse=True)
         by_file = _by_file(self._files, self._starts, unique_rows)
         return np.concatenate([vectors.read_file(file)[1][rows_in_file] for file, rows_in_file, _ in by_file])[position]

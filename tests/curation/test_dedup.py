@@ -623,19 +623,15 @@ def split(config: DedupConfig, members: set[int], edges: list[Edge], num_steps: 
     return [piece for part in unique for piece in split(config, set(part), edges, num_steps + 1)]
 
 
-def guarded_edges(
-    config: DedupConfig, nodes: Nodes, edges: list[Edge], columns: dict[str, np.ndarray]
-) -> tuple[list[Edge], list[Edge]]:
-    """The edges that `mutual_neighbors` leaves, and those of them that the guard of labels leaves."""
-    mutual_edges = [
-        e for e, mutual in zip(edges, columns["mutual"], strict=True) if mutual or not config.mutual_neighbors
-    ]
+def mutual_edges_of(config: DedupConfig, edges: list[Edge], columns: dict[str, np.ndarray]) -> list[Edge]:
+    """The edges that `mutual_neighbors` leaves."""
+    return [e for e, mutual in zip(edges, columns["mutual"], strict=True) if mutual or not config.mutual_neighbors]
 
-    def labels_differ(one: int, other: int) -> bool:
-        labels = {int(nodes.label[one]), int(nodes.label[other])}
-        return config.label_guard and len(labels - {0}) == 2 and not nodes.is_holdout[[one, other]].any()
 
-    return mutual_edges, [e for e in mutual_edges if not labels_differ(*e[:2])]
+def labels_differ(config: DedupConfig, nodes: Nodes, one: int, other: int) -> bool:
+    """Whether the guard of labels keeps both of two images."""
+    labels = {int(nodes.label[one]), int(nodes.label[other])}
+    return config.label_guard and len(labels - {0}) == 2 and not nodes.is_holdout[[one, other]].any()
 
 
 def by_the_guarded_rules(
@@ -643,7 +639,8 @@ def by_the_guarded_rules(
 ) -> tuple[list[tuple[str | None, int, float | None]], list[int]]:
     """Reason, matched node and similarity of every node, and the component of every node."""
     count = len(nodes.image_ids)
-    mutual_edges, usable = guarded_edges(config, nodes, edges, columns)
+    mutual_edges = mutual_edges_of(config, edges, columns)
+    usable = [e for e in mutual_edges if not labels_differ(config, nodes, *e[:2])]
     cosine_of = {frozenset(e[:2]): c for e, c in zip(edges, columns["cosine"], strict=True)}
     between = {frozenset((a, b)): np.float32(similarity) for a, b, similarity in edges}
     copies = {frozenset((a, b)): np.float32(s) for a, b, s in usable if np.float32(s) >= np.float32(config.threshold)}
@@ -681,7 +678,7 @@ def by_the_guarded_rules(
             if config.matches_kept:
                 matches_of_node.sort(key=lambda other: -copies[frozenset((node, other))])  # stable
             kept_matches = matches_of_node if config.matches_kept else kept_nodes[:1]
-            if not config.matches_kept and kept_matches and labels_differ(node, kept_matches[0]):
+            if not config.matches_kept and kept_matches and labels_differ(config, nodes, node, kept_matches[0]):
                 kept_matches = []
             if not kept_matches or nodes.is_seed[node]:
                 kept_nodes.append(node)
@@ -793,7 +790,8 @@ def test_families_count_the_pairs_that_would_connect_images() -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_sweep_counts_the_components_at_each_threshold(seed: int, block: None) -> None:
     config, nodes, edges, columns = guarded_case(seed)
-    mutual_edges, usable = guarded_edges(config, nodes, edges, columns)
+    mutual_edges = mutual_edges_of(config, edges, columns)
+    usable = [e for e in mutual_edges if not labels_differ(config, nodes, *e[:2])]
     sweep = decided(config, nodes, edges, **columns).sweep
     assert {config.threshold, config.holdout_threshold} <= {row["threshold"] for row in sweep}
     for row in sweep:
